@@ -1,0 +1,74 @@
+"""From any saved step to a Hugging Face directory: the student is loaded at TP=1, PP=1, written, reloaded, compared."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from distill_nemo.config import ParallelismConfig, RunConfig, StudentConfig
+
+
+def export_from_run(config: RunConfig) -> None:
+    """Rank 0 exports the newest checkpoint in a process of its own (which is one rank, whatever this run's layout).
+
+    Raises:
+        RuntimeError: when the export failed; the checkpoint is whole, and the message says how to try again.
+    """
+    import torch.distributed as dist
+
+    failed = [None]
+    if dist.get_rank() == 0:
+        command = [sys.executable, "-m", "distill_nemo.checkpoint.export", config.output_dir]
+        command += [str(Path(config.output_dir) / "student"), config.data.tokenizer or ""]
+        done = subprocess.run(command, env=_single_process_environment(), check=False)
+        failed = [done.returncode or None]
+    dist.broadcast_object_list(failed, src=0)
+    if failed[0]:
+        raise RuntimeError(
+            f"export failed; the checkpoint is whole. Try again: nemo distill export checkpoint={config.output_dir} "
+            f"output={config.output_dir}/student"
+        )
+
+
+def _single_process_environment() -> dict[str, str]:
+    drop = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {k: v for k, v in os.environ.items() if k not in drop and not k.startswith("TORCHELASTIC")}
+
+
+def export(checkpoint: str, output: str, tokenizer: str | None = None) -> None:
+    """Write the student saved in `checkpoint` as a Hugging Face directory; needs one process.
+
+    Args:
+        checkpoint: a run's output directory, or one `step_*` directory.
+        output: directory to write; it appears only when whole and checked.
+        tokenizer: tokenizer directory to copy beside the weights.
+
+    Raises:
+        ValueError: when `checkpoint` is no checkpoint.
+        RuntimeError: when the reloaded model's logits differ.
+    """
+    from distill_nemo.models.architecture import resolve
+    from distill_nemo.models.huggingface import check_export, export_hf
+    from distill_nemo.models.provider import model_provider
+    from distill_nemo.models.sources import find_checkpoint
+    from distill_nemo.runtime.device import resolve_dtype, setup_device
+    from distill_nemo.runtime.process_groups import process_groups
+    from distill_nemo.runtime.seed import seed_everything
+
+    setup_device()
+    where = find_checkpoint(Path(checkpoint)).weights
+    student = resolve(StudentConfig(checkpoint=str(where)))
+    dtype = "auto"
+    if (where / "run.json").is_file():
+        dtype = json.loads((where / "run.json").read_text())["training"]["dtype"]
+    with process_groups(ParallelismConfig()):
+        seed_everything(0)
+        model = model_provider(student=student, parallelism=ParallelismConfig(), dtype=resolve_dtype(dtype)).cuda()
+        export_hf(model.eval(), output, student, tokenizer)
+        check_export(model, output)
+    print(f"exported {where.name} to {output}: the reloaded model gives the same logits", flush=True)
+
+
+if __name__ == "__main__":
+    export(sys.argv[1], sys.argv[2], sys.argv[3] or None)

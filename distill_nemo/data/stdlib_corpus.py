@@ -1,0 +1,49 @@
+"""Real text that every machine has: the modules of Python's standard library, with a tokenizer trained on them."""
+
+import json
+import sysconfig
+from pathlib import Path
+
+from distill_nemo.data.prepare import prepare
+
+HELD_OUT_EVERY = 20  # every 20th module is never trained on
+
+
+def stdlib_modules() -> list[Path]:
+    """The standard library's Python files, tests and third-party packages left out, in a fixed order."""
+    root = Path(sysconfig.get_path("stdlib"))
+    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__"}
+    return sorted(path for path in root.rglob("*.py") if not skip & set(path.relative_to(root).parts))
+
+
+def write_stdlib_corpus(output: str, vocab_size: int = 2048) -> None:
+    """Write `<output>/tokenizer`, `<output>/train.bin/.idx` and `<output>/valid.bin/.idx`.
+
+    Args:
+        output: directory; what is already complete there is kept.
+        vocab_size: of the byte-level BPE tokenizer.
+    """
+    directory = Path(output)
+    directory.mkdir(parents=True, exist_ok=True)
+    modules = stdlib_modules()
+    held_out = modules[::HELD_OUT_EVERY]
+    train = [path for path in modules if path not in set(held_out)]
+    if not (directory / "tokenizer" / "tokenizer_config.json").is_file():
+        train_tokenizer(train, directory / "tokenizer", vocab_size)
+    for name, files in (("train", train), ("valid", held_out)):
+        text = directory / f"{name}.jsonl"
+        if not text.is_file():
+            lines = (json.dumps({"text": path.read_text(encoding="utf-8", errors="replace")}) for path in files)
+            text.write_text("\n".join(lines) + "\n")
+        prepare([str(text)], str(directory / name), str(directory / "tokenizer"))
+
+
+def train_tokenizer(files: list[Path], output: Path, vocab_size: int) -> None:
+    """Train a byte-level BPE tokenizer and save it as Hugging Face's `AutoTokenizer` reads it."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train([str(path) for path in files], vocab_size, special_tokens=["<|endoftext|>"], show_progress=False)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|endoftext|>")
+    wrapped.save_pretrained(str(output))

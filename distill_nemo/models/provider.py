@@ -1,0 +1,106 @@
+"""Build the models of a run: the student, its teacher, or the pair as one distillation model."""
+
+from pathlib import Path
+from typing import Any
+
+import modelopt.torch.distill as mtd
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import nn
+
+from distill_nemo.config import DistillationConfig, ModelConfig, ParallelismConfig, StudentConfig, TeacherConfig
+from distill_nemo.models.architecture import gpt_model, resolve, transformer_config
+from distill_nemo.models.distillation import convert_to_distillation_model
+from distill_nemo.models.huggingface import load_hf_weights
+from distill_nemo.models.megatron_weights import load_megatron_weights
+from distill_nemo.models.sources import CheckpointKind, find_checkpoint
+
+
+def model_provider(
+    pre_process: bool = True,
+    post_process: bool = True,
+    parallel_output: bool = True,
+    *,
+    student: StudentConfig,
+    parallelism: ParallelismConfig,
+    dtype: torch.dtype = torch.float32,
+    teacher: TeacherConfig | None = None,
+    distillation: DistillationConfig | None = None,
+    load_weights: bool = True,
+    vp_stage: int | None = None,
+) -> nn.Module:
+    """This pipeline stage of the student, as the mode asks.
+
+    Without `teacher`: plain training. With it: a `mtd.DistillationModel`. `finalise` gives the clean student back.
+
+    Args:
+        pre_process: this stage holds the embedding.
+        post_process: this stage holds the output layer.
+        parallel_output: logits stay split over tensor-parallel ranks.
+        student: the student's architecture and where its weights come from (None: random).
+        parallelism: Megatron's parallel sizes.
+        dtype: of weights and activations.
+        teacher: the teacher, or None for training without one.
+        distillation: what to learn from the teacher.
+        load_weights: False skips the student's weights: a resumed run has its own.
+        vp_stage: virtual pipeline stage.
+
+    Raises:
+        ValueError: for an architecture or a checkpoint that does not fit, naming what does not.
+    """
+    where = {"pre_process": pre_process, "post_process": post_process, "parallel_output": parallel_output}
+    model_kwargs = {**where, "vp_stage": vp_stage, "parallelism": parallelism, "dtype": dtype}
+    student = resolve(student)
+    if teacher is None:
+        return _build(student, model_kwargs, load_weights)
+    teacher = resolve(teacher)
+    if student.vocab_size != teacher.vocab_size:
+        raise ValueError(
+            f"student and teacher must share a vocabulary: student.vocab_size = {student.vocab_size}, "
+            f"teacher.vocab_size = {teacher.vocab_size}; padding may differ, the true size may not"
+        )
+    assert student.vocab_size is not None, "resolve fills it"
+    model = _build(student, model_kwargs, load_weights)
+    frozen = _teacher_provider(teacher, model_kwargs)
+    return convert_to_distillation_model(model, frozen, distillation or DistillationConfig(), student.vocab_size)
+
+
+def finalise(model: nn.Module) -> nn.Module:
+    """The clean student out of a distillation model (`mtd.export`); any other model as it is."""
+    if not isinstance(model, mtd.DistillationModel):
+        return model
+    for name in ("train", "sharded_state_dict", "forward", "set_input_tensor", "compute_language_model_loss"):
+        model.__dict__.pop(name, None)
+    return mtd.export(model)
+
+
+def _teacher_provider(config: TeacherConfig, model_kwargs: dict[str, Any]) -> GPTModel:
+    """The frozen teacher, of its own architecture, loaded from any supported checkpoint, in eval mode.
+
+    Args:
+        config: the teacher; `checkpoint` None (random weights) is for tests only.
+        model_kwargs: `pre_process`, `post_process`, `parallel_output`, `vp_stage`, `parallelism`, `dtype`.
+
+    Raises:
+        ValueError: for a checkpoint that is missing, corrupt, or holds other tensors than the architecture needs.
+    """
+    return _build(resolve(config), model_kwargs, load_weights=True).requires_grad_(False).eval()
+
+
+def _build(model: ModelConfig, model_kwargs: dict[str, Any], load_weights: bool) -> GPTModel:
+    kwargs = dict(model_kwargs)
+    config = transformer_config(model, kwargs.pop("parallelism"), kwargs.pop("dtype"))
+    built = gpt_model(model, config, **kwargs)
+    if load_weights and model.checkpoint is not None:
+        load_checkpoint_weights(built, model)
+    return built
+
+
+def load_checkpoint_weights(built: GPTModel, model: ModelConfig) -> None:
+    """Fill this stage from `model.checkpoint`, whatever kind it is."""
+    assert model.checkpoint is not None
+    found = find_checkpoint(Path(model.checkpoint))
+    if found.kind is CheckpointKind.HUGGING_FACE:
+        load_hf_weights(built, str(found.weights), model)
+    else:
+        load_megatron_weights(found.weights, built, prefix=found.prefix)

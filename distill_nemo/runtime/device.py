@@ -1,0 +1,130 @@
+"""CUDA when it is there; otherwise what Megatron-Core 0.19 needs to run on CPU and gloo.
+
+Nothing is replaced by importing this module, and nothing at all where CUDA is available: `setup_device` does it, once,
+and must come before `megatron` is imported (Megatron annotates with `torch.cuda` classes at import).
+"""
+
+import functools
+import importlib
+import logging
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+@functools.cache
+def setup_device() -> torch.device:
+    """Choose this process's device and make Megatron-Core usable on it.
+
+    Returns:
+        `cuda:<LOCAL_RANK>` where CUDA is available, else `cpu`.
+    """
+    quiet_third_parties()
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        return device
+    _replace_cuda_by_cpu()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    return torch.device("cpu")
+
+
+def backend() -> str:
+    """The collective backend that fits the device."""
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def synchronize() -> None:
+    """Wait for the device's queue, for timings."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def resolve_dtype(name: str) -> torch.dtype:
+    """`auto` is bfloat16 on CUDA and float32 on CPU."""
+    if name == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return getattr(torch, name)
+
+
+def quiet_third_parties() -> None:
+    """Turn off messages that no user can act on. Errors stay."""
+    warnings.filterwarnings("ignore", module=r"(torch|megatron|modelopt|transformers|nemo_run)(\..*)?")
+    warnings.filterwarnings("ignore", message=".*(pynvml|torch_dtype|Transformer Engine|Apex|apex).*")
+    for name in ("megatron", "modelopt", "transformers", "torch.utils.cpp_extension", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+class _Stream:
+    """Stands for `torch.cuda.Stream` and `Event`: CPU work is already in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def wait_stream(self, *args: Any) -> None: ...
+    def wait_event(self, *args: Any) -> None: ...
+    def wait(self, *args: Any) -> None: ...
+    def synchronize(self, *args: Any) -> None: ...
+    def record(self, *args: Any) -> None: ...
+    def record_event(self, *args: Any) -> "_Stream":
+        return self
+
+    def __enter__(self) -> "_Stream":
+        return self
+
+    def __exit__(self, *args: Any) -> None: ...
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """`device="cuda"` and `.to("cuda:0")` inside Megatron mean the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if device is not None and "cuda" in str(device):
+            kwargs["device"] = "cpu"
+        if any(isinstance(arg, str) and arg.startswith("cuda") for arg in args):
+            args = tuple("cpu" if isinstance(arg, str) and arg.startswith("cuda") else arg for arg in args)
+        return func(*args, **kwargs)
+
+
+def _replace_cuda_by_cpu() -> None:
+    cpu, cuda = torch.device("cpu"), torch.cuda
+    replace: dict[str, Any] = {
+        "current_device": lambda: cpu,  # DDP buffers, optimizer and MoE put tensors there
+        "synchronize": lambda *a, **k: None,
+        "empty_cache": lambda: None,
+        "get_rng_state": lambda *a, **k: torch.get_rng_state(),  # Megatron's RNG tracker forks this state
+        "manual_seed": torch.manual_seed,
+        "Stream": _Stream,  # classes, since others annotate with them
+        "Event": _Stream,
+        "current_stream": lambda *a, **k: _Stream(),
+        "stream": lambda stream: _Stream(),
+        "is_current_stream_capturing": lambda: False,
+        "FloatTensor": lambda values=(): torch.tensor(values, dtype=torch.float32),  # gradient norms
+        "IntTensor": lambda values=(): torch.tensor(values, dtype=torch.int32),  # token counts
+    }
+    for name, value in replace.items():
+        setattr(cuda, name, value)
+    torch.Tensor.cuda = lambda self, *a, **k: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *a, **k: self  # type: ignore[method-assign]
+    _let_clip_grads_accept_cpu_tensors()
+    _CudaMeansCpu().__enter__()
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
+    random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
+
+
+def _let_clip_grads_accept_cpu_tensors() -> None:
+    """`megatron.core.optimizer.clip_grads` asserts `grad.type() == "torch.cuda.FloatTensor"`."""
+    plain_type = torch.Tensor.type
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return plain_type(self, *args, **kwargs)
+        return plain_type(self).replace("torch.Float", "torch.cuda.Float")
+
+    torch.Tensor.type = type_  # type: ignore[method-assign]

@@ -1,0 +1,60 @@
+"""Start and end the process groups of one run."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from distill_nemo.config import ParallelismConfig
+from distill_nemo.runtime.device import backend, setup_device
+
+
+@contextlib.contextmanager
+def process_groups(parallelism: ParallelismConfig) -> Iterator[None]:
+    """Join the world that torchrun (or SLURM, or nobody: one process) describes, and split it as `parallelism` says.
+
+    Raises:
+        ValueError: when the world size does not fit the layout.
+    """
+    device = setup_device()
+    from megatron.core import parallel_state
+
+    for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(key, value)
+    mine = not dist.is_initialized()
+    timeout = timedelta(minutes=parallelism.timeout_minutes)
+    if mine:
+        alone = os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ
+        dist.init_process_group(
+            backend(),
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+            # A run of one process needs no port, so that two of them never meet.
+            **({"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
+        )
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallelism.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallelism.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=parallelism.virtual_pipeline_model_parallel_size,
+            context_parallel_size=parallelism.context_parallel_size,
+            expert_model_parallel_size=parallelism.expert_model_parallel_size,
+            distributed_timeout_minutes=max(1, round(parallelism.timeout_minutes)),
+        )
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        if mine:
+            dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's rank, 0 outside a process group."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes, as torchrun says it."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))

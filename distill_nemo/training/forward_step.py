@@ -1,0 +1,59 @@
+"""One micro batch: the forward step and the loss function, in the contract of Megatron's schedules.
+
+Legend: B batch, S sequence. A `report` maps a metric to a tensor `[sum over valid tokens, valid tokens]` of this
+micro batch and data-parallel rank; `evaluation.reduce_reports` makes global token means of them.
+"""
+
+from functools import partial
+from typing import Any
+
+import modelopt.torch.distill as mtd
+import torch
+from megatron.core.utils import unwrap_model
+from torch import Tensor, nn
+
+from distill_nemo.balancers import LOGITS_PREFIX, STUDENT_LOSS
+from distill_nemo.evaluation import Batches, LossFunc, Report, counted, masked_sum, run_model
+
+
+def forward_step(data_iterator: Batches, model: nn.Module) -> tuple[Tensor, LossFunc]:
+    """Run the model on the next micro batch; the schedule calls the returned loss function on the last stage."""
+    batch, output = run_model(data_iterator, model)
+    return output, partial(loss_func, batch["loss_mask"], model)
+
+
+def loss_func(loss_mask: Tensor, model: nn.Module, output_tensor: Tensor) -> tuple[Tensor, Tensor, Report]:
+    """Masked token sums; the schedule divides by the global number of valid tokens (`calculate_per_token_loss`).
+
+    Args:
+        loss_mask: [B, S], 1 where a token counts.
+        model: the (wrapped) student or distillation model that made `output_tensor`.
+        output_tensor: [B, S], the LM loss of each token.
+
+    Returns:
+        The loss to differentiate (a sum over tokens), the number of valid tokens (int), and the report.
+    """
+    unwrapped: Any = unwrap_model(model)
+    num_tokens = loss_mask.sum()
+    lm_sum = masked_sum(output_tensor, loss_mask)
+    report = {"lm_loss": lm_sum}
+    loss = lm_sum
+    if isinstance(unwrapped, mtd.DistillationModel):
+        losses = unwrapped.compute_kd_loss(
+            student_loss=lm_sum, loss_reduction_fn=lambda x: masked_sum(x, loss_mask), skip_balancer=True
+        )
+        assert unwrapped.loss_balancer is not None
+        loss = unwrapped.loss_balancer(losses)
+        report |= _distillation_report(losses, loss)
+    return loss, num_tokens.int(), counted(report, num_tokens)
+
+
+def _distillation_report(losses: dict[str, Tensor], loss: Tensor) -> dict[str, Tensor]:
+    logit = [value for name, value in losses.items() if name.startswith(LOGITS_PREFIX)]
+    hidden = [v for name, v in losses.items() if not name.startswith(LOGITS_PREFIX) and name != STUDENT_LOSS]
+    report = {"kd_loss": loss}
+    if logit:
+        report["logit_loss"] = torch.stack(logit).sum()
+    if hidden:
+        report["hidden_loss"] = torch.stack(hidden).mean()
+    return report

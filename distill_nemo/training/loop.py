@@ -1,0 +1,136 @@
+"""The lean loop: step, evaluate, save, stop when told."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from distill_nemo.checkpoint.directory import checkpoint_root
+from distill_nemo.checkpoint.save import CheckpointWriter
+from distill_nemo.config import RunConfig
+from distill_nemo.data.samplers import batches
+from distill_nemo.evaluation import evaluate, reduce_reports
+from distill_nemo.runtime.process_groups import rank
+from distill_nemo.runtime.signals import StopSignal
+from distill_nemo.training.forward_step import forward_step
+from distill_nemo.training.metrics import MetricsLog
+from distill_nemo.training.setup import Trainee
+
+
+class NotFiniteError(RuntimeError):
+    """A loss or a gradient is NaN or infinite."""
+
+
+class Loop:
+    """One run of one rank. `run` returns the signal that stopped it, or None when all steps are done."""
+
+    def __init__(self, config: RunConfig, trainee: Trainee, datasets: tuple[Any, Any], device: torch.device) -> None:
+        self.config, self.trainee, self.device = config, trainee, device
+        self.train_data, self.valid_data = datasets
+        self.state = {"step": 0, "consumed_samples": 0, "tokens": 0}
+        self.writer = CheckpointWriter(checkpoint_root(config.output_dir), config)
+        self.num_microbatches = config.num_microbatches(parallel_state.get_data_parallel_world_size())
+
+    def run(self) -> int | None:
+        """Train from `state` to the last step. Every rank must call it."""
+        train, save = self.config.training, self.config.checkpoint
+        resumed = self.state["step"]
+        log = MetricsLog(Path(self.config.output_dir), self.config.logging, train.steps, resumed, rank() == 0)
+        stopped = None
+        try:
+            with StopSignal() as stop:
+                iterator = self._batches(self.train_data, self.state["consumed_samples"])
+                if resumed == 0 and self.valid_data is not None:
+                    log.evaluation(self._evaluated())
+                while self.state["step"] < train.steps and not stopped:
+                    self._log_step(log, self._step(iterator))
+                    step = self.state["step"]
+                    if self.valid_data is not None and (step % train.eval_interval == 0 or step == train.steps):
+                        log.evaluation(self._evaluated())
+                    stopped = stop.requested(self.device)
+                    if step % save.save_interval == 0 or step == train.steps or stopped:
+                        self.save()
+                    self.writer.finish(blocking=False)
+        finally:
+            log.close()
+        self.writer.finish(blocking=True)
+        return stopped
+
+    def save(self) -> None:
+        """Write a checkpoint of this step."""
+        t = self.trainee
+        self.writer.save(self.state["step"], t.unwrapped, t.optimizer, t.scheduler, dict(self.state))
+
+    def _batches(self, dataset: Any, consumed: int) -> Iterator[dict[str, Tensor]]:
+        return batches(
+            dataset,
+            consumed_samples=consumed,
+            global_batch_size=self.config.training.global_batch_size,
+            micro_batch_size=self.config.training.micro_batch_size,
+            data_parallel_rank=parallel_state.get_data_parallel_rank(),
+            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+            num_workers=self.config.data.num_workers,
+        )
+
+    def _step(self, iterator: Iterator[dict[str, Tensor]]) -> dict[str, float]:
+        """One optimizer step; returns the global token means."""
+        start = time.monotonic()
+        t = self.trainee
+        t.model.train()
+        t.model.zero_grad_buffer()
+        t.optimizer.zero_grad()
+        reports = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterator,
+            model=[t.model],
+            num_microbatches=self.num_microbatches,
+            seq_length=self.config.data.sequence_length,
+            micro_batch_size=self.config.training.micro_batch_size,
+            forward_only=False,
+        )
+        means = reduce_reports(reports, self.device)
+        ok, grad_norm, _ = t.optimizer.step()
+        lr = t.optimizer.param_groups[0]["lr"]
+        self._check_finite(means, grad_norm, ok)
+        t.scheduler.step(increment=1)
+        self.state["step"] += 1
+        self.state["consumed_samples"] += self.config.training.global_batch_size
+        self.state["tokens"] += int(means["valid_tokens"])
+        return means | {"lr": lr, "grad_norm": float(grad_norm), "seconds": time.monotonic() - start}
+
+    def _check_finite(self, means: dict[str, float], grad_norm: Any, ok: bool) -> None:
+        if not self.config.training.stop_on_nan:
+            return
+        bad = [name for name, value in means.items() if not torch.isfinite(torch.tensor(value))]
+        if not torch.isfinite(torch.tensor(float(grad_norm))):
+            bad.append("gradient norm")
+        if bad or not ok:
+            samples = self.state["consumed_samples"]
+            raise NotFiniteError(
+                f"step {self.state['step'] + 1}, rank {rank()}: {', '.join(bad) or 'update'} not finite "
+                f"(samples {samples} to {samples + self.config.training.global_batch_size - 1}). The last checkpoint is "
+                "good; lower optimizer.lr, or set training.stop_on_nan=false to go on"
+            )
+
+    def _log_step(self, log: MetricsLog, means: dict[str, float]) -> None:
+        step, tokens = self.state["step"], means.pop("valid_tokens")
+        line = {"step": step, **means, "tokens": self.state["tokens"]}
+        line["tokens_per_second"] = tokens / means["seconds"]
+        log.train(line, show=step % self.config.logging.log_interval == 0 or step == self.config.training.steps)
+
+    def _evaluated(self) -> dict[str, Any]:
+        """Held-out figures over the first `eval_batches` global batches of the held-out data."""
+        means = evaluate(
+            self.trainee.model,
+            self._batches(self.valid_data, 0),
+            num_microbatches=self.num_microbatches * self.config.training.eval_batches,
+            sequence_length=self.config.data.sequence_length,
+            micro_batch_size=self.config.training.micro_batch_size,
+        )
+        means.pop("valid_tokens")
+        return {"step": self.state["step"], **means, "tokens": self.state["tokens"]}

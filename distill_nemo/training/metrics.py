@@ -1,0 +1,103 @@
+"""Where figures go: `metrics.jsonl`, TensorBoard, W&B, and one line for the person."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from distill_nemo.config import LoggingConfig
+from distill_nemo.reports import metrics_file
+
+
+class MetricsLog:
+    """Writes on rank 0 only; after a resume the lines beyond the resumed step are dropped, so none comes twice."""
+
+    def __init__(self, output_dir: Path, config: LoggingConfig, steps: int, resumed_step: int, enabled: bool) -> None:
+        self.path, self.steps, self.enabled = output_dir / "metrics.jsonl", steps, enabled
+        self.writers: list[Any] = []
+        self._first_step, self._start = resumed_step, time.monotonic()
+        self._progress = None
+        if not enabled:
+            return
+        metrics_file.truncate_after(self.path, resumed_step)
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writers.append(SummaryWriter(str(output_dir / "tensorboard"), purge_step=resumed_step + 1))
+        self._wandb = _start_wandb(config.wandb_project, output_dir) if config.wandb_project else None
+        self._progress = _progress_bar(steps, resumed_step) if sys.stdout.isatty() else None
+
+    def train(self, values: dict[str, Any], show: bool) -> None:
+        """Record a training step; `show` also prints it where there is no terminal for a progress bar."""
+        self._write({"kind": "train", **values}, show)
+
+    def evaluation(self, values: dict[str, Any]) -> None:
+        """Record an evaluation."""
+        self._write({"kind": "eval", **values}, show=True)
+
+    def _write(self, line: dict[str, Any], show: bool) -> None:
+        if not self.enabled:
+            return
+        metrics_file.append(self.path, line)
+        numbers = {k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"}
+        for writer in self.writers:
+            for name, value in numbers.items():
+                writer.add_scalar(f"{line['kind']}/{name}", value, line["step"])
+        if self._wandb:
+            self._wandb.log({f"{line['kind']}/{k}": v for k, v in numbers.items()}, step=line["step"])
+        self._show(line, show)
+
+    def _show(self, line: dict[str, Any], show: bool) -> None:
+        text = "  ".join(
+            f"{name.replace('_', ' ')} {line[name]:.4f}"
+            for name in ("lm_loss", "kd_loss", "logit_loss", "hidden_loss", "forward_kl", "top1_agreement")
+            if line.get(name) is not None
+        )
+        if line["kind"] == "train":
+            text += f"  {line['tokens_per_second']:,.0f} tokens/s"
+        if self._progress and line["kind"] == "train":
+            self._progress.update(self._progress.task_ids[0], completed=line["step"], text=text)
+        elif show:
+            label = "held out  " if line["kind"] == "eval" else ""
+            message = f"step {line['step']}/{self.steps}  {label}{text}{self._eta(line)}"
+            (self._progress.console.print if self._progress else _print)(message)
+
+    def _eta(self, line: dict[str, Any]) -> str:
+        done = line["step"] - self._first_step
+        if line["kind"] != "train" or done <= 0:
+            return ""
+        left = (time.monotonic() - self._start) / done * (self.steps - line["step"])
+        return f"  ETA {int(left // 60)}:{int(left % 60):02d}"
+
+    def close(self) -> None:
+        """Flush everything."""
+        if self._progress:
+            self._progress.stop()
+        for writer in self.writers:
+            writer.close()
+        if self.enabled and self._wandb:
+            self._wandb.finish()
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)
+
+
+def _progress_bar(steps: int, done: int) -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[text]}"))
+    progress = Progress(*columns, TimeRemainingColumn())
+    progress.add_task("", total=steps, completed=done, text="")
+    progress.start()
+    return progress
+
+
+def _start_wandb(project: str, output_dir: Path) -> Any:
+    try:
+        import wandb  # type: ignore[import-not-found]
+    except ImportError:
+        raise ValueError(
+            "logging.wandb_project is set, but wandb is missing: pip install distill-nemo[wandb]"
+        ) from None
+    return wandb.init(project=project, dir=str(output_dir), resume="allow")

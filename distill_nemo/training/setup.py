@@ -1,0 +1,98 @@
+"""From a run's config to what the loop steps: wrapped model, optimizer, schedule."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import nn
+
+from distill_nemo.config import OptimizerConfig, RunConfig
+from distill_nemo.models.distillation import wire_config
+from distill_nemo.models.provider import model_provider
+
+
+@dataclass
+class Trainee:
+    """What one rank trains."""
+
+    model: nn.Module  # this stage, wrapped in Megatron's DDP
+    unwrapped: nn.Module
+    optimizer: Any
+    scheduler: OptimizerParamScheduler
+
+
+def build_model(config: RunConfig, dtype: torch.dtype, load_weights: bool) -> nn.Module:
+    """This rank's stage of the run's model, on its device."""
+    return model_provider(
+        parallel_state.is_pipeline_first_stage(),
+        parallel_state.is_pipeline_last_stage(),
+        student=config.student,
+        teacher=config.teacher,
+        distillation=config.distillation,
+        parallelism=config.parallelism,
+        dtype=dtype,
+        load_weights=load_weights,
+    ).cuda()
+
+
+def build_trainee(config: RunConfig, dtype: torch.dtype, load_weights: bool) -> Trainee:
+    """Model, Megatron's DDP, optimizer and schedule.
+
+    Args:
+        config: the run.
+        dtype: of the weights; below fp32, gradients are reduced and the optimizer keeps masters in fp32.
+        load_weights: False when a checkpoint of this run follows.
+    """
+    model = build_model(config, dtype, load_weights)
+    distributed = config.optimizer.use_distributed_optimizer
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True)
+    wrapped = DistributedDataParallel(model.config, ddp, model)
+    if load_weights:
+        wrapped.broadcast_params()
+    wrapped.config = wire_config(model)
+    wrapped.config.finalize_model_grads_func = finalize_model_grads
+    optimizer = get_megatron_optimizer(_optimizer_config(config.optimizer, dtype), [wrapped])
+    wrapped.config.grad_scale_func = optimizer.scale_loss
+    return Trainee(wrapped, model, optimizer, _scheduler(optimizer, config.optimizer, config.training.steps))
+
+
+def _optimizer_config(config: OptimizerConfig, dtype: torch.dtype) -> MegatronOptimizerConfig:
+    return MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=config.min_lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_eps=config.adam_eps,
+        clip_grad=config.clip_grad,
+        use_distributed_optimizer=config.use_distributed_optimizer,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+    )
+
+
+def _scheduler(optimizer: Any, config: OptimizerConfig, steps: int) -> OptimizerParamScheduler:
+    """Counted in optimizer steps, so that the curve does not move with the batch size."""
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.warmup_steps,
+        lr_decay_steps=config.decay_steps or steps,
+        lr_decay_style=config.decay_style,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )

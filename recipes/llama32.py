@@ -1,0 +1,21 @@
+"""Llama 3.2."""
+
+import nemo_run as run
+
+from distill_nemo.training.entry import distill
+from recipes.base import base
+
+
+@run.cli.factory(target=distill)
+def llama32_3b_to_1b(teacher: str = "Llama-3.2-3B", student: str = "Llama-3.2-1B") -> run.Partial[distill]:
+    """Llama 3.2 3B into 1B, tensor parallel 2. Both are local Hugging Face directories.
+
+    nemo distill train --factory llama32_3b_to_1b data.train='["corpus"]' run.executor=local run.executor.processes=8
+    """
+    recipe = base("llama32_3b_to_1b")
+    recipe.teacher.checkpoint, recipe.student.checkpoint = teacher, student
+    recipe.parallelism.tensor_model_parallel_size = 2
+    recipe.parallelism.sequence_parallel = True
+    recipe.optimizer.warmup_steps = 100
+    recipe.training.steps = 5000
+    return recipe

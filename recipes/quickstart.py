@@ -1,0 +1,99 @@
+"""The quickstart: on the text of Python's standard library, a small teacher, then two students, one of them distilled.
+
+Without GPUs, weights or a network. Cost: under 10 minutes on 2 CPU cores, installation included.
+"""
+
+import sys
+from pathlib import Path
+
+import nemo_run as run
+
+from distill_nemo.cli import NAMESPACE, TrainContext
+from distill_nemo.data.stdlib_corpus import write_stdlib_corpus
+from distill_nemo.executors import local
+from distill_nemo.training.compare import compare_quickstart
+from distill_nemo.training.entry import distill
+from recipes.base import base
+
+ROOT = "runs/quickstart"
+VOCAB_SIZE = 2048
+
+
+def _small(name: str, root: str, layers: int, width: int, steps: int, lr: float, seed: int) -> run.Partial[distill]:
+    recipe = base(name)
+    recipe.output_dir = f"{root}/{name}"
+    model = recipe.student
+    model.family, model.num_layers, model.hidden_size, model.ffn_hidden_size = "llama", layers, width, width * 3
+    model.num_attention_heads, model.num_query_groups, model.vocab_size = width // 32, width // 64, VOCAB_SIZE
+    model.max_position_embeddings = 512
+    recipe.data.train, recipe.data.valid = [f"{root}/data/train"], [f"{root}/data/valid"]
+    recipe.data.tokenizer, recipe.data.sequence_length = f"{root}/data/tokenizer", 128
+    recipe.training.steps, recipe.training.seed = steps, seed
+    recipe.training.data_seed = 1
+    recipe.training.micro_batch_size, recipe.training.global_batch_size = 8, 16
+    recipe.training.eval_interval, recipe.training.eval_batches = max(steps // 4, 1), 8
+    recipe.optimizer.lr, recipe.optimizer.min_lr, recipe.optimizer.warmup_steps = lr, lr / 10, min(20, steps // 2)
+    recipe.checkpoint.save_interval = 50
+    recipe.logging.log_interval = max(steps // 10, 1)
+    return recipe
+
+
+@run.cli.factory(target=distill)
+def quickstart_teacher(steps: int = 300, root: str = ROOT, seed: int = 0) -> run.Partial[distill]:
+    """The quickstart's teacher: 4 layers x 256, trained on the corpus alone."""
+    recipe = _small("teacher", root, layers=4, width=256, steps=steps, lr=1e-3, seed=seed)
+    recipe.teacher = None
+    return recipe
+
+
+@run.cli.factory(target=distill)
+def quickstart(steps: int = 200, root: str = ROOT, seed: int = 0) -> run.Partial[distill]:
+    """The quickstart's student: 2 layers x 128, distilled by forward KL from the teacher's Hugging Face directory."""
+    recipe = _small("distilled", root, layers=2, width=128, steps=steps, lr=2e-3, seed=seed)
+    recipe.teacher.checkpoint = f"{root}/teacher/student"
+    return recipe
+
+
+@run.cli.factory(target=distill)
+def quickstart_alone(steps: int = 200, root: str = ROOT, seed: int = 0) -> run.Partial[distill]:
+    """The same student, initial weights and tokens, without a teacher."""
+    recipe = _small("alone", root, layers=2, width=128, steps=steps, lr=2e-3, seed=seed)
+    recipe.teacher = None
+    return recipe
+
+
+@run.cli.entrypoint(name="quickstart", namespace=NAMESPACE, type="experiment", run_ctx_cls=TrainContext)
+def run_quickstart(
+    ctx: run.cli.RunContext,
+    steps: int = 200,
+    teacher_steps: int = 300,
+    root: str = ROOT,
+    processes: int = 2,
+    seed: int = 0,
+) -> None:
+    """Corpus, teacher, distilled student, student alone, report: one experiment, a few minutes, no GPU needed.
+
+    Args:
+        ctx: NeMo-Run's context.
+        steps: of both students.
+        teacher_steps: of the teacher.
+        root: everything goes below it.
+        processes: data-parallel ranks.
+        seed: of the initial weights.
+    """
+    single = run.LocalExecutor(ntasks_per_node=1)
+    many = local(processes)
+    stages = (
+        ("corpus", run.Partial(write_stdlib_corpus, output=f"{root}/data", vocab_size=VOCAB_SIZE), single),
+        ("teacher", quickstart_teacher(teacher_steps, root, seed), many),
+        ("distilled", quickstart(steps, root, seed), many),
+        ("alone", quickstart_alone(steps, root, seed), many),
+        ("report", run.Partial(compare_quickstart, root=root), single),
+    )
+    Path(root).mkdir(parents=True, exist_ok=True)
+    with run.Experiment("quickstart") as experiment:
+        for name, task, executor in stages:
+            experiment.add(task, executor=executor, name=name, tail_logs=True)
+        assert isinstance(ctx, TrainContext), "the entry point is registered with it"
+        ctx.launch_and_exit(experiment, sequential=True)
+    print(f"\nNext: {Path(sys.executable).parent}/nemo distill recipes")

@@ -1,0 +1,96 @@
+"""Configs: the YAML round trip, and every refusal."""
+
+import dataclasses
+
+import pytest
+
+from distill_nemo.config import (
+    DataConfig,
+    RunConfig,
+    StudentConfig,
+    TeacherConfig,
+    check,
+    from_dict,
+    load_yaml,
+    save_yaml,
+    to_dict,
+)
+
+
+def config(**changes):
+    run = RunConfig("out", StudentConfig(num_layers=4, num_attention_heads=4), TeacherConfig(num_layers=8))
+    run.data = DataConfig(train=["corpus"])
+    for path, value in changes.items():
+        section, name = path.split("__")
+        setattr(getattr(run, section), name, value)
+    return run
+
+
+def test_yaml_round_trip_is_the_identity_and_keeps_student_and_teacher_apart(tmp_path):
+    run = config(student__rope_scaling={"factor": 8.0}, teacher__checkpoint="dir", optimizer__lr=1e-4)
+    save_yaml(run, tmp_path / "config.yaml")
+    again = load_yaml(tmp_path / "config.yaml")
+    assert again == run
+    assert type(again.student) is StudentConfig and type(again.teacher) is TeacherConfig
+    assert again.student is not again.teacher
+    assert {f.name for f in dataclasses.fields(RunConfig)} == set(to_dict(run))
+
+
+def test_no_teacher_round_trips(tmp_path):
+    run = config()
+    run.teacher = None
+    save_yaml(run, tmp_path / "config.yaml")
+    assert load_yaml(tmp_path / "config.yaml") == run
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "words"),
+    [
+        ({"parallelism__tensor_model_parallel_size": 2}, 3, "world size 3 is not divisible"),
+        ({"parallelism__tensor_model_parallel_size": 8}, 8, "student.num_attention_heads = 4 is not divisible"),
+        ({"parallelism__pipeline_model_parallel_size": 3}, 3, "student.num_layers = 4 is not divisible"),
+        ({"training__global_batch_size": 10, "training__micro_batch_size": 4}, 1, "global_batch_size 10 is not"),
+        ({"training__dtype": "float8"}, 1, 'training.dtype = "float8" is not known. Did you mean'),
+        ({"distillation__divergence": "foward_kl"}, 1, "Did you mean forward_kl"),
+        ({"distillation__temperature": 0.0}, 1, "temperature must be positive"),
+        ({"distillation__hidden_loss": "mse"}, 1, "go together"),
+        ({"distillation__hidden_loss": "mse", "distillation__hidden_layers": ["a"]}, 1, "student_layer:teacher_layer"),
+        ({"data__train": []}, 1, "data.train is empty"),
+        ({"parallelism__context_parallel_size": 2}, 2, "not supported yet"),
+        ({"parallelism__sequence_parallel": True}, 1, "needs parallelism.tensor_model_parallel_size"),
+        ({"optimizer__warmup_steps": 1000}, 1, "warmup_steps must be below the 1000 steps"),
+        ({"training__steps": 0}, 1, "training.steps must be at least 1"),
+    ],
+)
+def test_what_cannot_run_is_refused_by_name(changes, world_size, words):
+    with pytest.raises(ValueError, match=words.replace(".", r"\.")):
+        check(config(**changes), world_size)
+
+
+def test_what_can_run_is_let_through():
+    check(config(parallelism__tensor_model_parallel_size=2, parallelism__pipeline_model_parallel_size=2), 8)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"studnet": {}}, 'unknown field "studnet". Did you mean student'),
+        ({"student": {"num_layer": 1}}, 'unknown field "student.num_layer". Did you mean num_layers'),
+        ({"student": {"num_layers": "x"}}, "student.num_layers must be int, got 'x'"),
+        ({"student": {"num_layers": True}}, "student.num_layers must be int"),
+        ({"student": []}, "must be a mapping"),
+        ({"student": {}}, "output_dir"),
+    ],
+)
+def test_bad_fields_are_named(values, words):
+    with pytest.raises(ValueError) as raised:
+        from_dict(values)
+    assert words in str(raised.value)
+
+
+def test_yaml_cannot_execute_code(tmp_path):
+    (tmp_path / "bad.yaml").write_text("!!python/object/apply:os.system ['true']")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        load_yaml(tmp_path / "bad.yaml")
+    with pytest.raises(ValueError, match="no such config file"):
+        load_yaml(tmp_path / "missing.yaml")
