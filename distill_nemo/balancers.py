@@ -1,77 +1,129 @@
-"""How the losses of one micro batch become the one that is differentiated."""
+"""How the student's own loss and the distillation losses become one scalar to differentiate.
 
-import modelopt.torch.distill as mtd
+A balancer gets scalars by name, as ModelOpt makes them: `student_loss`, and for each loss module its class name and
+number (`LogitsKLLoss_0`, `HiddenStateCosineLoss_1`). Class names that start with `Logits` are logits losses, the others
+intermediate losses. Logits losses are added up, intermediate losses averaged. The dict is left as it is.
+"""
+
 import torch
-from modelopt.torch.distill.loss_balancers import STUDENT_LOSS_KEY
+from modelopt.torch.distill import DistillationLossBalancer
+from modelopt.torch.distill.loss_balancers import STUDENT_LOSS_KEY as STUDENT_LOSS
 from torch import Tensor
 
-STUDENT_LOSS = STUDENT_LOSS_KEY
-LOGITS_PREFIX = "Logits"  # loss classes on logits are named so; ModelOpt keys losses by class name
+LOGITS_PREFIX = "Logits"
 
 
-class WeightedLossBalancer(mtd.DistillationLossBalancer):
-    """lm_weight * student_loss + logits_weight * sum(logit losses) + hidden_weight * mean(hidden losses).
+class LogitsAndIntermediatesLossBalancer(DistillationLossBalancer):
+    """Scales the distillation losses to the size of the student's own loss, anew in every call.
 
-    Linear, so exact under any data-parallel layout and micro batch size.
-    """
+    `kd = logits + intermediate * scale(logits / intermediate)`
+    `total = student + kd * scale(student / kd) * kd_loss_scale`, or `kd` alone where the student loss is missing or
+    skipped: there is nothing to scale it to, and scaled to the student loss it could never shrink.
 
-    def __init__(self, lm_weight: float = 0.0, logits_weight: float = 1.0, hidden_weight: float = 0.0) -> None:
-        super().__init__()
-        self.lm_weight, self.logits_weight, self.hidden_weight = lm_weight, logits_weight, hidden_weight
+    Scales are constants for autograd, 0 where their denominator is 0 (so a term that vanishes stays zero, with a finite
+    gradient), and at most `max_amplification`. No value is read by the host.
 
-    def forward(self, loss_dict: dict[str, Tensor]) -> Tensor:
-        """The weighted sum; a missing term counts as zero."""
-        student, logits, hidden = split_losses(loss_dict)
-        return self.lm_weight * student + self.logits_weight * logits + self.hidden_weight * hidden
-
-
-class LogitsAndIntermediatesLossBalancer(mtd.DistillationLossBalancer):
-    """Scale the distillation losses to the size of the student's own loss, as ModelOpt's balancer of this name does.
-
-    total = student + kd_loss_scale * s2 * (logits + s1 * hidden), where hidden is the mean of the hidden losses,
-    s1 = logits / hidden and s2 = student / (logits + s1 * hidden), both detached. With `skip_original_loss` the total
-    is logits + s1 * hidden.
+    The default limit is 10. A KL divergence vanishes as the square of its gradient, so the gradient of
+    `kd * student / kd` grows without bound as the student gets good (2.0 against 1e-4 would be 20,000x); with a limit A
+    it peaks near sqrt(student * A), single digits for 10, and below student / A the divergence fades out as it
+    should. Still, a KL of 0.2 against an LM loss of 2.0 gets its full scale.
 
     Args:
-        kd_loss_scale: size of the distillation loss relative to the student's.
-        skip_original_loss: leave the student's own loss out.
-        max_amplification: limit of s1 and s2. Without it a student that has all but caught up (KL 1e-4 against an LM
-            loss of 2) would train on noise, 20,000 times amplified.
+        kd_loss_scale: size of the distillation part relative to the student loss.
+        skip_original_loss: leave the student loss out.
+        max_amplification: upper limit of each scale.
+
+    Raises:
+        ValueError: when `max_amplification` is not positive or `kd_loss_scale` is negative.
     """
 
     def __init__(
-        self, kd_loss_scale: float = 1.0, skip_original_loss: bool = False, max_amplification: float = 100.0
+        self, kd_loss_scale: float = 1.0, skip_original_loss: bool = False, max_amplification: float = 10.0
     ) -> None:
         super().__init__()
-        self.kd_loss_scale, self.skip_original_loss = kd_loss_scale, skip_original_loss
+        if not kd_loss_scale >= 0:
+            raise ValueError(f"kd_loss_scale must not be negative, got {kd_loss_scale}")
+        if not max_amplification > 0:
+            raise ValueError(f"max_amplification must be positive, got {max_amplification}")
+        self.kd_loss_scale = kd_loss_scale
+        self.skip_original_loss = skip_original_loss
         self.max_amplification = max_amplification
 
     def forward(self, loss_dict: dict[str, Tensor]) -> Tensor:
-        """The balanced scalar; zero or missing terms give zero. No host sync: the branches are `torch.where`."""
-        student, logits, hidden = split_losses(loss_dict)
-        has_logits = any(name.startswith(LOGITS_PREFIX) for name in loss_dict)
-        kd = logits + (self._ratio(logits, hidden) if has_logits else 1.0) * hidden
-        if self.skip_original_loss:
+        """Scalars by name -> the scalar to differentiate.
+
+        Raises:
+            ValueError: for a loss that is not a scalar.
+        """
+        student, logits, intermediate = split_losses(self, loss_dict)
+        if logits is not None and intermediate is not None:
+            intermediate = intermediate * self._scale(logits, intermediate)
+        kd = _sum(logits, intermediate)
+        if student is None or self.skip_original_loss:
             return kd
-        if STUDENT_LOSS not in loss_dict:
-            return self.kd_loss_scale * kd
-        return student + self.kd_loss_scale * self._ratio(student, kd) * kd
+        return student + kd * (self._scale(student, kd) * self.kd_loss_scale)
 
-    def _ratio(self, target: Tensor, loss: Tensor) -> Tensor:
-        target, loss = target.detach(), loss.detach()
-        usable = (target > 0) & (loss > 0)
-        ratio = target / torch.where(usable, loss, 1.0)
-        return torch.where(usable, ratio.clamp(max=self.max_amplification), 0.0)
+    def _scale(self, target: Tensor, source: Tensor) -> Tensor:
+        target, source = target.detach(), source.detach()
+        positive = torch.where(source > 0, source, 1.0)
+        scale = torch.where(source > 0, target / positive, 0.0)
+        return scale.clamp(max=self.max_amplification)
 
 
-def split_losses(loss_dict: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """The student's own loss, the sum of the logit losses, the mean of the hidden losses; zero where there is none."""
-    assert loss_dict, "no losses to balance"
-    zero = next(iter(loss_dict.values())).new_zeros(())
-    logits = [loss for name, loss in loss_dict.items() if name.startswith(LOGITS_PREFIX)]
-    hidden = [v for name, v in loss_dict.items() if name != STUDENT_LOSS and not name.startswith(LOGITS_PREFIX)]
+class WeightedLossBalancer(DistillationLossBalancer):
+    """`lm_weight * student + logits_weight * logits + hidden_weight * mean(intermediate)`.
+
+    Linear, so sums over micro batches and data-parallel ranks are exact in any layout. Missing losses count as zero.
+
+    Args:
+        lm_weight: weight of the student's own loss.
+        logits_weight: weight of the logits loss.
+        hidden_weight: weight of the mean of the intermediate losses.
+
+    Raises:
+        ValueError: for a negative weight, or when all are zero.
+    """
+
+    def __init__(self, lm_weight: float, logits_weight: float, hidden_weight: float) -> None:
+        super().__init__()
+        weights = {"lm_weight": lm_weight, "logits_weight": logits_weight, "hidden_weight": hidden_weight}
+        for name, weight in weights.items():
+            if not weight >= 0:
+                raise ValueError(f"{name} must not be negative, got {weight}")
+        if not any(weights.values()):
+            raise ValueError(f"{', '.join(weights)} are all zero: nothing would be learnt; set one above zero")
+        self.weights = tuple(weights.values())
+
+    def forward(self, loss_dict: dict[str, Tensor]) -> Tensor:
+        """Scalars by name -> the scalar to differentiate.
+
+        Raises:
+            ValueError: for a loss that is not a scalar.
+        """
+        losses = split_losses(self, loss_dict)
+        return _sum(*(x if x is None else w * x for w, x in zip(self.weights, losses, strict=True)))
+
+
+def split_losses(
+    balancer: DistillationLossBalancer, loss_dict: dict[str, Tensor]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(student loss, sum of logits losses, mean of intermediate losses), each None where missing."""
+    losses = dict(loss_dict)
+    student = losses.pop(STUDENT_LOSS, None)
+    if student is not None and balancer._student_loss_reduction_fn is not None:
+        student = balancer._student_loss_reduction_fn(student)
+    for name, value in [(STUDENT_LOSS, student), *losses.items()]:
+        if value is not None and value.dim() != 0:
+            raise ValueError(f'loss "{name}" has shape {list(value.shape)}; reduce it to a scalar first')
+    logits = [value for name, value in losses.items() if name.startswith(LOGITS_PREFIX)]
+    intermediate = [value for name, value in losses.items() if not name.startswith(LOGITS_PREFIX)]
     return (
-        loss_dict.get(STUDENT_LOSS, zero),
-        torch.stack(logits).sum() if logits else zero,
-        torch.stack(hidden).mean() if hidden else zero,
+        student,
+        torch.stack(logits).sum() if logits else None,
+        torch.stack(intermediate).mean() if intermediate else None,
     )
+
+
+def _sum(*terms: Tensor | None) -> Tensor:
+    present = [term for term in terms if term is not None]
+    return torch.stack(present).sum() if present else torch.zeros(())

@@ -18,7 +18,11 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from distill_nemo.balancers import LOGITS_PREFIX
-from distill_nemo.losses.vocab_parallel import vocab_parallel_entropy, vocab_parallel_top1_agreement
+from distill_nemo.losses.vocab_parallel import (
+    vocab_parallel_entropy,
+    vocab_parallel_forward_kl,
+    vocab_parallel_top1_agreement,
+)
 
 Report = dict[str, Tensor]
 Batches = Iterator[dict[str, Tensor]]
@@ -71,10 +75,10 @@ def eval_loss_func(
 def _against_teacher(model: Any, labels: Tensor) -> dict[str, Tensor]:
     """Per-token figures [B, S] from the captured logits; the same KL module as in training, at temperature 1."""
     student, teacher = model.output_layer._intermediate_output, model.teacher_model.output_layer._intermediate_output
-    kl = next(f for f in model._layers_to_loss.values() if type(f).__name__.startswith(LOGITS_PREFIX))
+    kl: Any = next(f for f in model._layers_to_loss.values() if type(f).__name__.startswith(LOGITS_PREFIX))
     pair = kl.prepare(student, teacher)
     figures = {
-        "forward_kl": kl.at_temperature_one(*pair),
+        "forward_kl": vocab_parallel_forward_kl(*pair, 1.0, kl.group).transpose(0, 1),
         "top1_agreement": vocab_parallel_top1_agreement(*pair, kl.group).transpose(0, 1),
         "teacher_entropy": vocab_parallel_entropy(pair[1], kl.group).transpose(0, 1),
         "teacher_lm_loss": type(model.teacher_model).compute_language_model_loss(
@@ -104,7 +108,7 @@ def reduce_reports(reports: list[Report], device: torch.device) -> dict[str, flo
     """
     last_stage = parallel_state.is_pipeline_last_stage()
     names: list[Any] = [sorted(reports[0]) if last_stage else None]
-    group = parallel_state.get_pipeline_model_parallel_group()
+    group: Any = parallel_state.get_pipeline_model_parallel_group()
     source = parallel_state.get_pipeline_model_parallel_last_rank()
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         dist.broadcast_object_list(names, src=source, group=group)

@@ -16,7 +16,7 @@ from distill_nemo.config import (
 from distill_nemo.training.entry import distill
 
 
-def base(name: str) -> run.Partial[distill]:
+def base(name: str) -> run.Partial:
     """A complete recipe with every default, to be changed where a run differs."""
     return run.Partial(
         distill,

@@ -7,7 +7,7 @@ from recipes.base import base
 
 
 @run.cli.factory(target=distill)
-def llama32_3b_to_1b(teacher: str = "Llama-3.2-3B", student: str = "Llama-3.2-1B") -> run.Partial[distill]:
+def llama32_3b_to_1b(teacher: str = "Llama-3.2-3B", student: str = "Llama-3.2-1B") -> run.Partial:
     """Llama 3.2 3B into 1B, tensor parallel 2. Both are local Hugging Face directories.
 
     nemo distill train --factory llama32_3b_to_1b data.train='["corpus"]' run.executor=local run.executor.processes=8

@@ -19,7 +19,7 @@ ROOT = "runs/quickstart"
 VOCAB_SIZE = 2048
 
 
-def _small(name: str, root: str, layers: int, width: int, steps: int, lr: float, seed: int) -> run.Partial[distill]:
+def _small(name: str, root: str, layers: int, width: int, steps: int, lr: float, seed: int) -> run.Partial:
     recipe = base(name)
     recipe.output_dir = f"{root}/{name}"
     model = recipe.student
@@ -39,7 +39,7 @@ def _small(name: str, root: str, layers: int, width: int, steps: int, lr: float,
 
 
 @run.cli.factory(target=distill)
-def quickstart_teacher(steps: int = 300, root: str = ROOT, seed: int = 0) -> run.Partial[distill]:
+def quickstart_teacher(steps: int = 300, root: str = ROOT, seed: int = 0) -> run.Partial:
     """The quickstart's teacher: 4 layers x 256, trained on the corpus alone."""
     recipe = _small("teacher", root, layers=4, width=256, steps=steps, lr=1e-3, seed=seed)
     recipe.teacher = None
@@ -47,7 +47,7 @@ def quickstart_teacher(steps: int = 300, root: str = ROOT, seed: int = 0) -> run
 
 
 @run.cli.factory(target=distill)
-def quickstart(steps: int = 200, root: str = ROOT, seed: int = 0) -> run.Partial[distill]:
+def quickstart(steps: int = 200, root: str = ROOT, seed: int = 0) -> run.Partial:
     """The quickstart's student: 2 layers x 128, distilled by forward KL from the teacher's Hugging Face directory."""
     recipe = _small("distilled", root, layers=2, width=128, steps=steps, lr=2e-3, seed=seed)
     recipe.teacher.checkpoint = f"{root}/teacher/student"
@@ -55,7 +55,7 @@ def quickstart(steps: int = 200, root: str = ROOT, seed: int = 0) -> run.Partial
 
 
 @run.cli.factory(target=distill)
-def quickstart_alone(steps: int = 200, root: str = ROOT, seed: int = 0) -> run.Partial[distill]:
+def quickstart_alone(steps: int = 200, root: str = ROOT, seed: int = 0) -> run.Partial:
     """The same student, initial weights and tokens, without a teacher."""
     recipe = _small("alone", root, layers=2, width=128, steps=steps, lr=2e-3, seed=seed)
     recipe.teacher = None

@@ -7,7 +7,7 @@ from recipes.base import base
 
 
 @run.cli.factory(target=distill)
-def qwen3_8b_to_1p7b(teacher: str = "Qwen3-8B", student: str = "Qwen3-1.7B") -> run.Partial[distill]:
+def qwen3_8b_to_1p7b(teacher: str = "Qwen3-8B", student: str = "Qwen3-1.7B") -> run.Partial:
     """Qwen3 8B into 1.7B, tensor parallel 4. Both are local Hugging Face directories.
 
     nemo distill train --factory qwen3_8b_to_1p7b data.train='["corpus"]' run.executor=local run.executor.processes=8

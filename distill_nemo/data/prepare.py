@@ -1,21 +1,15 @@
 """Text -> tokens: Megatron's `.bin/.idx`, made by many processes, in parts that survive an interruption.
 
-The input is cut into parts of about `PART_BYTES`, always the same ones. A worker turns part i into
+The input is cut into the same parts however many workers there are. A worker turns part i into
 `<output>.parts/i.bin` (tokens), `i.len` (tokens of each document) and, last, `i.json`. When all parts are there they
 are joined in order, so the result does not depend on the number of workers or on interruptions.
-
-The module's top imports nothing heavy: every worker process pays for it.
 """
 
-import functools
-import hashlib
 import itertools
-import json
 import multiprocessing
 import os
 import shutil
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -27,11 +21,23 @@ from typing import Any
 
 import numpy as np
 
-from distill_nemo.data.readers import Piece, cut, find_files, read
+from distill_nemo.data.parts import (
+    MAX_LISTED,
+    Part,
+    TokenizerFacts,
+    digest,
+    file_size,
+    make_part,
+    open_tokenizer,
+    read_json,
+    read_part,
+    start_worker,
+    write_json,
+)
+from distill_nemo.data.readers import Piece, cut, find_files
 
-PART_BYTES = 16 << 20  # of input: seconds of work for one process
-EOD_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<eod>", "</s>", "<eos>")  # where the tokenizer names no eos_token
-MAX_LISTED = 100  # bad records kept by name
+PART_BYTES = 4 << 20  # of input, at least: seconds of work for one process
+MAX_PARTS = 10_000  # about; beyond, parts grow
 
 
 @dataclass(frozen=True)
@@ -42,32 +48,6 @@ class PrepareResult:
     tokens: int
     bad_records: int
     seconds: float
-
-
-@dataclass(frozen=True)
-class _Tokenizer:
-    """What is known of a tokenizer directory, and what decides the tokens it makes."""
-
-    path: str
-    sha256: str
-    vocab_size: int  # highest id + 1, added tokens included
-    eod: int | None
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The work order of one part, sent to a worker. `key` names all that its result depends on."""
-
-    prefix: str
-    pieces: list[Piece]
-    key: str
-    tokenizer: _Tokenizer
-    text_key: str
-    dtype: str
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(piece.num_bytes for piece in self.pieces)
 
 
 def prepare(
@@ -83,7 +63,7 @@ def prepare(
     """Tokenise documents into `<output>.bin`, `<output>.idx` and `<output>.json` (the manifest).
 
     Documents keep the order of the inputs; empty ones are left out. No special token is added but the end of document.
-    Run again after an interruption, it goes on with the parts that are missing; run again after success, it does nothing.
+    Run again after an interruption, it makes the parts that are missing; run again after success, it does nothing.
 
     Args:
         inputs: files, directories or globs, see `find_files`. A text file is one document.
@@ -100,9 +80,9 @@ def prepare(
     """
     began = time.monotonic()
     parts_dir, manifest_path = Path(f"{output}.parts"), Path(f"{output}.json")
-    tok, snapshot = _open_tokenizer(tokenizer, append_eod)
+    tok, snapshot = open_tokenizer(tokenizer, append_eod)
     parts = _plan(find_files(inputs), parts_dir, tok, text_key)
-    key = _digest([part.key for part in parts])
+    key = digest([part.key for part in parts])
     done = _finished(output, key)
     if done:
         print(f"{output}.bin is complete: {done['documents']:,} documents, {done['tokens']:,} tokens; nothing to do")
@@ -117,7 +97,7 @@ def prepare(
     _join(parts, output, np.dtype(parts[0].dtype))
     listed = {"bad": bad[:MAX_LISTED], "append_eod": append_eod, "text_key": text_key, "dtype": parts[0].dtype}
     about = {"tokenizer": tok.path, "tokenizer_sha256": tok.sha256, "vocab_size": tok.vocab_size, "eod_id": tok.eod}
-    _write_json(manifest_path, {"key": key, **about, **totals, **listed})
+    write_json(manifest_path, {"key": key, **about, **totals, **listed})
     shutil.rmtree(parts_dir)
     seconds = time.monotonic() - began
     resumed = f" ({totals['tokens'] - fresh:,} from an earlier, interrupted run)" if fresh < totals["tokens"] else ""
@@ -128,47 +108,13 @@ def prepare(
     return PrepareResult(**totals, seconds=seconds)
 
 
-def _open_tokenizer(path: str, append_eod: bool) -> tuple[_Tokenizer, Callable[[Path], None]]:
-    """The facts of a tokenizer, and a function that saves its fast form (if it has one) for the workers."""
-    loaded = _load_tokenizer(path)
-    eod = loaded.eos_token_id
-    if eod is None:
-        known = loaded.get_vocab()
-        eod = next((known[token] for token in EOD_TOKENS if token in known), None)
-    if append_eod and eod is None:
-        raise ValueError(
-            f"the tokenizer {path} names no eos_token, and none of {', '.join(EOD_TOKENS)} is in its vocabulary: set "
-            "eos_token in its tokenizer_config.json, or prepare with append_eod = false"
-        )
-    files = [Path(path) / name for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")]
-    sha256 = hashlib.sha256(next((file.read_bytes() for file in files if file.is_file()), b"")).hexdigest()
-    vocab_size = max(loaded.get_vocab().values()) + 1
-    backend = getattr(loaded, "backend_tokenizer", None)
-    tok = _Tokenizer(path, sha256, vocab_size, eod if append_eod else None)
-    return tok, lambda to: backend.save(str(to)) if backend is not None else to.unlink(missing_ok=True)
-
-
-def _load_tokenizer(path: str) -> Any:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    directory = Path(path)
-    if not directory.is_dir():
-        raise ValueError(f"no such tokenizer directory: {path}; name a directory with tokenizer.json")
-    bare = not (directory / "tokenizer_config.json").exists() and not (directory / "config.json").exists()
-    try:
-        if bare and (directory / "tokenizer.json").exists():
-            return PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise whatever the file provoked
-        raise ValueError(f"{path} is not a Hugging Face tokenizer directory that can be loaded: {error}") from error
-
-
-def _plan(files: list[Path], parts_dir: Path, tok: _Tokenizer, text_key: str) -> list[_Part]:
-    """Consecutive pieces of about `PART_BYTES` each; depends on the inputs and options alone."""
+def _plan(files: list[Path], parts_dir: Path, tok: TokenizerFacts, text_key: str) -> list[Part]:
+    """Consecutive pieces of about `PART_BYTES` each (huge inputs: more); depends on inputs and options alone."""
     groups: list[list[Piece]] = []
-    size = PART_BYTES
-    for piece in itertools.chain.from_iterable(cut(file, text_key, PART_BYTES) for file in files):
-        if size + piece.num_bytes > PART_BYTES:
+    size = 0
+    part_bytes = max(PART_BYTES, sum(file.stat().st_size for file in files) // MAX_PARTS)
+    for piece in itertools.chain.from_iterable(cut(file, text_key, part_bytes) for file in files):
+        if not groups or size + piece.num_bytes > part_bytes:
             groups.append([])
             size = 0
         groups[-1].append(piece)
@@ -177,16 +123,16 @@ def _plan(files: list[Path], parts_dir: Path, tok: _Tokenizer, text_key: str) ->
         raise ValueError(f"nothing to tokenise: the {len(files)} input files are empty")
     dtype = "uint16" if tok.vocab_size < 65500 else "int32"  # Megatron's DType.optimal_dtype, without importing it
     what = [tok.sha256, tok.vocab_size, tok.eod, text_key]
-    keys = [_digest([what, [asdict(piece) for piece in group]]) for group in groups]
+    keys = [digest([what, [asdict(piece) for piece in group]]) for group in groups]
     return [
-        _Part(str(parts_dir / f"{i:06d}"), group, key, tok, text_key, dtype)
+        Part(str(parts_dir / f"{i:06d}"), group, key, tok, text_key, dtype)
         for i, (group, key) in enumerate(zip(groups, keys, strict=True))
     ]
 
 
-def _make_parts(parts: list[_Part], num_workers: int | None, max_bad: int, progress: bool) -> tuple[list[dict], int]:
+def _make_parts(parts: list[Part], num_workers: int | None, max_bad: int, progress: bool) -> tuple[list[dict], int]:
     """Make the parts that are missing. Returns every part's manifest, in order, and the tokens made now."""
-    done = {part.prefix: _read_part(part) for part in parts}
+    done = {part.prefix: read_part(part) for part in parts}
     todo = [part for part in parts if done[part.prefix] is None]
     workers = min(num_workers or len(os.sched_getaffinity(0)), len(todo))
     old = sum(manifest["tokens"] for manifest in done.values() if manifest)
@@ -201,15 +147,15 @@ def _make_parts(parts: list[_Part], num_workers: int | None, max_bad: int, progr
 
 
 @contextmanager
-def _mapper(workers: int) -> Iterator[Callable[[list[_Part]], Iterator[tuple[_Part, dict]]]]:
+def _mapper(workers: int) -> Iterator[Callable[[list[Part]], Iterator[tuple[Part, dict]]]]:
     """A function that makes parts and yields each with its manifest, as it is done."""
     if workers <= 1:
-        yield lambda parts: ((part, _make_part(part)) for part in parts)
+        yield lambda parts: ((part, make_part(part)) for part in parts)
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
 
-    def run(parts: list[_Part]) -> Iterator[tuple[_Part, dict]]:
-        futures = {pool.submit(_make_part, part): part for part in parts}
+    def run(parts: list[Part]) -> Iterator[tuple[Part, dict]]:
+        futures = {pool.submit(make_part, part): part for part in parts}
         for future in as_completed(futures):
             yield futures[future], future.result()
 
@@ -222,58 +168,6 @@ def _mapper(workers: int) -> Iterator[Callable[[list[_Part]], Iterator[tuple[_Pa
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """Each process is one thread of the pool; and none outlives a killed parent, to write into the next run's parts."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "only a worker process runs this"
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def _make_part(part: _Part) -> dict[str, Any]:
-    """Tokenise one part into its three files; the manifest, written last, says that it is whole."""
-    encode = _encoder(str(Path(part.prefix).parent / "tokenizer.json"), part.tokenizer.path)
-    end = [] if part.tokenizer.eod is None else [part.tokenizer.eod]
-    lengths: list[int] = []
-    bad: list[tuple[str, str]] = []
-    num_bad = 0
-
-    def good() -> Iterator[str]:
-        nonlocal num_bad
-        for record in itertools.chain.from_iterable(read(piece, part.text_key) for piece in part.pieces):
-            if record.problem:
-                num_bad += 1
-                bad.extend([(record.where, record.problem)] if len(bad) < MAX_LISTED else [])
-            else:
-                yield record.text
-
-    with open(part.prefix + ".bin", "wb") as file:
-        for texts in itertools.batched(good(), 64):
-            for ids in filter(None, encode(list(texts))):
-                tokens = np.array(ids + end, dtype=part.dtype)
-                file.write(tokens.tobytes())
-                lengths.append(tokens.size)
-    np.array(lengths, dtype=np.int32).tofile(part.prefix + ".len")
-    counts = {"documents": len(lengths), "tokens": sum(lengths), "bad_records": num_bad}
-    manifest = {"key": part.key, "inputs": [asdict(piece) for piece in part.pieces], **counts, "bad": bad}
-    _write_json(Path(part.prefix + ".json"), manifest)
-    return manifest
-
-
-@functools.cache
-def _encoder(fast: str, path: str) -> Callable[[list[str]], list[list[int]]]:
-    """Texts -> ids, without special tokens. `fast` is the saved fast tokenizer; without one, transformers is loaded."""
-    if not Path(fast).exists():
-        slow = _load_tokenizer(path)
-        return lambda texts: slow(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    import tokenizers
-
-    tokenizer = tokenizers.Tokenizer.from_file(fast)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return lambda texts: [encoded.ids for encoded in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _judge(totals: dict[str, int], bad: list, max_bad: int, parts_dir: Path) -> None:
@@ -292,7 +186,7 @@ def _judge(totals: dict[str, int], bad: list, max_bad: int, parts_dir: Path) -> 
     raise ValueError("nothing to tokenise: the inputs hold no document with text in it")
 
 
-def _join(parts: list[_Part], output: str, dtype: np.dtype) -> None:
+def _join(parts: list[Part], output: str, dtype: np.dtype) -> None:
     """Join the parts, in order, into `<output>.bin/.idx`; a half-written file never has that name."""
     from distill_nemo.runtime.device import quiet_third_parties
 
@@ -307,33 +201,23 @@ def _join(parts: list[_Part], output: str, dtype: np.dtype) -> None:
         builder.sequence_lengths.extend(lengths.tolist())
         builder.document_indices.extend(range(first, first + len(lengths)))
         with open(part.prefix + ".bin", "rb") as file:
-            shutil.copyfileobj(file, builder.data_file, 1 << 20)
+            shutil.copyfileobj(file, builder.data_file, 1 << 20)  # pyright: ignore[reportArgumentType]
     builder.finalize(f"{joined}.idx")
     Path(f"{output}.json").unlink(missing_ok=True)  # an older manifest must not vouch for new tokens
     os.replace(f"{joined}.bin", f"{output}.bin")
     os.replace(f"{joined}.idx", f"{output}.idx")
 
 
-def _read_part(part: _Part) -> dict[str, Any] | None:
-    """The manifest of a part made earlier from the same inputs and options, if it is whole."""
-    manifest = _read_json(Path(part.prefix + ".json"))
-    if not manifest or manifest["key"] != part.key:
-        return None
-    sizes = {".bin": manifest["tokens"] * np.dtype(part.dtype).itemsize, ".len": manifest["documents"] * 4}
-    whole = all(_size(part.prefix + suffix) == size for suffix, size in sizes.items())
-    return manifest if whole else None
-
-
 def _finished(output: str, key: str) -> dict[str, Any] | None:
     """The manifest of a complete output of the same inputs and options."""
-    manifest = _read_json(Path(f"{output}.json"))
+    manifest = read_json(Path(f"{output}.json"))
     if not manifest or manifest.get("key") != key or not Path(f"{output}.idx").exists():
         return None
-    return manifest if _size(f"{output}.bin") == manifest["tokens"] * np.dtype(manifest["dtype"]).itemsize else None
+    return manifest if file_size(f"{output}.bin") == manifest["tokens"] * np.dtype(manifest["dtype"]).itemsize else None
 
 
 def _refuse_foreign(output: str, parts_dir: Path) -> None:
-    ours = "key" in (_read_json(Path(f"{output}.json")) or {}) or parts_dir.exists()
+    ours = "key" in (read_json(Path(f"{output}.json")) or {}) or parts_dir.exists()
     for suffix in (".bin", ".idx", ".json"):
         if Path(output + suffix).exists() and not ours:
             raise ValueError(f"{output}{suffix} exists and was not made by prepare: move it, or choose another output")
@@ -363,25 +247,3 @@ def _reporter(total_bytes: int, show: bool) -> Iterator[Callable[[int, int, int]
                 print(f"tokenising {num_bytes / max(total_bytes, 1):.0%}: {line}", file=sys.stderr, flush=True)
 
         yield report
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-def _size(path: str) -> int:
-    return os.path.getsize(path) if os.path.exists(path) else -1
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)

@@ -69,7 +69,9 @@ def cut(path: Path, text_key: str, max_bytes: int) -> list[Piece]:
     """
     stat = path.stat()
     if path.suffix == ".parquet":
-        return [Piece(str(path), "parquet", *group, stat.st_mtime_ns) for group in _row_groups(path, text_key, max_bytes)]
+        return [
+            Piece(str(path), "parquet", *group, stat.st_mtime_ns) for group in _row_groups(path, text_key, max_bytes)
+        ]
     if path.suffix not in JSONL_SUFFIXES:
         return [Piece(str(path), "text", 0, stat.st_size, stat.st_size, stat.st_mtime_ns)]
     ends = [(start, min(start + max_bytes, stat.st_size)) for start in range(0, stat.st_size, max_bytes)]
@@ -98,7 +100,7 @@ def _row_groups(path: Path, text_key: str, max_bytes: int) -> list[tuple[int, in
 
 
 def read(piece: Piece, text_key: str) -> Iterator[Record]:
-    """Documents of one piece, in file order. Blank JSONL lines are nothing; all else that is no text is a bad record."""
+    """Documents of one piece, in file order. Blank JSONL lines are skipped; all else without text is a bad record."""
     if piece.kind == "text":
         return _read_text(piece)
     return _read_jsonl(piece, text_key) if piece.kind == "jsonl" else _read_parquet(piece, text_key)

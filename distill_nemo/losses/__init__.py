@@ -1,0 +1,1 @@
+"""Divergences and hidden-state losses; they take process groups and floats."""

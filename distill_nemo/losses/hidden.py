@@ -1,54 +1,70 @@
-"""Losses on hidden states, per token, with a learned projection where the widths differ.
-
-Legend: S this rank's sequence, B batch, H width.
-"""
+"""Losses between hidden states. Legend: S sequence (this rank's slice under sequence parallelism), B batch, H width."""
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
 from distill_nemo.losses.vocab_parallel import gather_sequence
 
+Output = Tensor | tuple[Tensor, Any]  # Megatron's layers return (hidden, context)
+
 
 class _HiddenStateLoss(_Loss):
-    """Args: widths of student and teacher; the tensor-parallel group where the sequence is split over it."""
+    """What both losses share: projection, fp32, gathering, layout.
 
-    def __init__(self, student_width: int, teacher_width: int, sequence_parallel_group: Any = None) -> None:
+    Args:
+        student_width: H of the student.
+        teacher_width: H of the teacher. Where it differs, `projection` maps the student's states to it (no bias) and
+            is trained with the student.
+        sequence_parallel_group: the ranks that share the sequence; None: every rank holds all of it.
+    """
+
+    def __init__(
+        self,
+        student_width: int,
+        teacher_width: int,
+        sequence_parallel_group: dist.ProcessGroup | None = None,
+    ) -> None:
         super().__init__()
         self.group = sequence_parallel_group
-        self.projection: nn.Module = nn.Identity()
+        self.projection = None
         if student_width != teacher_width:
             self.projection = nn.Linear(student_width, teacher_width, bias=False)
-            # Each rank sees a part of the sequence, so Megatron must sum this gradient over tensor-parallel ranks.
-            self.projection.weight.sequence_parallel = sequence_parallel_group is not None  # type: ignore[union-attr]
+            # Each rank sees its slice of the sequence only: Megatron sums marked gradients over tensor parallel ranks.
+            setattr(self.projection.weight, "sequence_parallel", sequence_parallel_group is not None)  # noqa: B010
 
-    def forward(self, student_SBH: Any, teacher_SBH: Any) -> Tensor:
-        """Loss of each token [B, S], fp32, of the whole sequence. Takes tensors or Megatron's (output, bias) pairs."""
-        student, teacher = (x[0] if isinstance(x, tuple) else x for x in (student_SBH, teacher_SBH))
-        loss_SB = self.per_token(self.projection(student).float(), teacher.float())
-        if self.group is not None and self.group.size() > 1:
+    def forward(self, student_SBH: Output, teacher_SBH: Output) -> Tensor:
+        """[S, B, H] of each (or a tuple that starts with it), any float dtype -> [B, S] fp32, S the full sequence.
+
+        Collectives: with a group, one all-gather of the losses in forward (`gather_sequence`); none in backward.
+        """
+        student = student_SBH[0] if isinstance(student_SBH, tuple) else student_SBH
+        teacher = teacher_SBH[0] if isinstance(teacher_SBH, tuple) else teacher_SBH
+        if self.projection is not None:
+            student = self.projection(student.to(self.projection.weight.dtype))
+        loss_SB = self.per_token(student.float(), teacher.detach().float())
+        if self.group is not None:
             loss_SB = gather_sequence(loss_SB, self.group)
-        return loss_SB.transpose(0, 1)
+        return loss_SB.transpose(0, 1).contiguous()
 
     def per_token(self, student_SBH: Tensor, teacher_SBH: Tensor) -> Tensor:
-        """[S, B]."""
+        """[S, B, H] fp32 twice, same width -> [S, B]."""
         raise NotImplementedError
 
 
 class HiddenStateCosineLoss(_HiddenStateLoss):
-    """1 - cosine similarity."""
+    """`1 - cos(student, teacher)` of every token, in [0, 2]; arguments as `_HiddenStateLoss`."""
 
     def per_token(self, student_SBH: Tensor, teacher_SBH: Tensor) -> Tensor:
-        """`1 - F.cosine_similarity(student, teacher, dim=-1)`."""
-        return 1 - F.cosine_similarity(student_SBH, teacher_SBH, dim=-1)
+        """[S, B, H] fp32 twice, same width -> [S, B]."""
+        return 1.0 - nn.functional.cosine_similarity(student_SBH, teacher_SBH, dim=-1)
 
 
 class HiddenStateMSELoss(_HiddenStateLoss):
-    """Mean squared error over the hidden dimension."""
+    """`mean over H of (student - teacher)^2` of every token; arguments as `_HiddenStateLoss`."""
 
     def per_token(self, student_SBH: Tensor, teacher_SBH: Tensor) -> Tensor:
-        """`(student - teacher).square().mean(-1)`."""
-        return torch.square(student_SBH - teacher_SBH).mean(-1)
+        """[S, B, H] fp32 twice, same width -> [S, B]."""
+        return (student_SBH - teacher_SBH).square().mean(-1)

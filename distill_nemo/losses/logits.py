@@ -1,25 +1,30 @@
-"""The loss on logits, in the form that ModelOpt's distillation mode calls."""
-
-from typing import Any
+"""The loss between student and teacher logits. Legend: S sequence, B batch, v this rank's vocabulary shard."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
 from distill_nemo.losses.divergences import DIVERGENCES
 
+Output = Tensor | tuple[Tensor, Tensor | None]  # Megatron's ColumnParallelLinear returns (logits, bias)
+
 
 class LogitsKLLoss(_Loss):
-    """A divergence between teacher and student next-token distributions, per token.
+    """A divergence per token, times T^2 so that gradients keep their size when the temperature changes.
+
+    T^2 is Hinton et al., "Distilling the Knowledge in a Neural Network", section 2: gradients shrink as 1/T^2.
 
     Args:
-        divergence: a key of `DIVERGENCES`.
-        temperature: T, divides both sides' logits.
-        scale_by_temperature_squared: multiply by T^2, so that the gradient's size does not fall with T
-            (Hinton et al. 2015, section 2).
-        true_vocab_size: columns from here on are padding and take no probability; None: no padding.
-        group: tensor-parallel group; None where the vocabulary is whole.
+        divergence: a name in `DIVERGENCES`.
+        temperature: T > 0, divides the logits of both sides.
+        scale_by_temperature_squared: multiply by T^2, once.
+        true_vocab_size: columns from here on (global index) are padding: no probability, gradient exactly 0.
+        group: the ranks that share the vocabulary; None: v is the whole vocabulary.
         vocab_start: global index of this rank's first column.
+
+    Raises:
+        ValueError: for an unknown divergence or a temperature that is not positive.
     """
 
     def __init__(
@@ -28,39 +33,66 @@ class LogitsKLLoss(_Loss):
         temperature: float = 1.0,
         scale_by_temperature_squared: bool = True,
         true_vocab_size: int | None = None,
-        group: Any = None,
+        group: dist.ProcessGroup | None = None,
         vocab_start: int = 0,
     ) -> None:
         super().__init__()
-        self.divergence, self.temperature, self.group = divergence, temperature, group
+        if divergence not in DIVERGENCES:
+            raise ValueError(f'divergence "{divergence}" is not known; choose one of: {", ".join(DIVERGENCES)}')
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        self.divergence = DIVERGENCES[divergence]
+        self.temperature = temperature
         self.factor = temperature**2 if scale_by_temperature_squared else 1.0
-        self.true_vocab_size, self.vocab_start = true_vocab_size, vocab_start
+        self.true_vocab_size = true_vocab_size
+        self.group = group
+        self.vocab_start = vocab_start
 
-    def forward(self, student_logits_SBv: Any, teacher_logits_SBv: Any) -> Tensor:
-        """Loss of each token [B, S], fp32. Takes tensors or Megatron's (logits, bias) pairs."""
-        student, teacher = self.prepare(student_logits_SBv, teacher_logits_SBv)
-        loss_SB = DIVERGENCES[self.divergence](student, teacher, self.temperature, self.group)
-        return loss_SB.transpose(0, 1) * self.factor
-
-    def prepare(self, student: Any, teacher: Any) -> tuple[Tensor, Tensor]:
-        """Both logits with padded columns at -inf and of one width.
+    def forward(self, student_logits_SBv: Output, teacher_logits_SBv: Output) -> Tensor:
+        """[S, B, v] twice, any float dtype -> [B, S] fp32, transposed as Megatron's LM loss is.
 
         Raises:
-            ValueError: when the shards differ in width and the vocabulary is split.
+            ValueError: when the vocabularies differ beyond padding; see `prepare`.
         """
-        student, teacher = (x[0] if isinstance(x, tuple) else x for x in (student, teacher))
-        split = self.group is not None and self.group.size() > 1
-        if student.shape[-1] != teacher.shape[-1]:
-            if split or self.true_vocab_size is None:
-                raise ValueError(
-                    f"vocabulary shards differ: student {student.shape[-1]} columns, teacher {teacher.shape[-1]}"
-                )
-            return student[..., : self.true_vocab_size], teacher[..., : self.true_vocab_size]
-        return self._mask(student), self._mask(teacher)
+        pair = self.prepare(student_logits_SBv, teacher_logits_SBv)
+        loss_SB = self.divergence(*pair, temperature=self.temperature, group=self.group)
+        return (loss_SB * self.factor).transpose(0, 1).contiguous()
 
-    def _mask(self, logits_SBv: Tensor) -> Tensor:
-        width = logits_SBv.shape[-1]
-        if self.true_vocab_size is None or self.vocab_start + width <= self.true_vocab_size:
-            return logits_SBv
-        columns = torch.arange(self.vocab_start, self.vocab_start + width, device=logits_SBv.device)
-        return logits_SBv.masked_fill(columns >= self.true_vocab_size, -torch.inf)
+    def at_temperature_one(self, student_logits_SBv: Tensor, teacher_logits_SBv: Tensor) -> Tensor:
+        """The same divergence of a prepared pair for evaluation: T = 1, no factor. [B, S] fp32."""
+        return self.divergence(student_logits_SBv, teacher_logits_SBv, group=self.group).transpose(0, 1)
+
+    def prepare(self, student_logits_SBv: Output, teacher_logits_SBv: Output) -> tuple[Tensor, Tensor]:
+        """Both sides on the same columns, without probability for padding; the teacher's detached.
+
+        On one rank padding is cut off; on several it becomes -inf, so that every shard keeps its width.
+
+        Raises:
+            ValueError: when widths differ and the true vocabulary is unknown, larger, or sharded over ranks.
+        """
+        student = student_logits_SBv[0] if isinstance(student_logits_SBv, tuple) else student_logits_SBv
+        teacher = teacher_logits_SBv[0] if isinstance(teacher_logits_SBv, tuple) else teacher_logits_SBv
+        teacher = teacher.detach()
+        sharded = self.group is not None and dist.get_world_size(self.group) > 1
+        self._check(student.shape[-1], teacher.shape[-1], sharded)
+        if self.true_vocab_size is None:
+            return student, teacher
+        num_true = self.true_vocab_size - self.vocab_start
+        if not sharded:
+            return student[..., :num_true], teacher[..., :num_true]
+        if num_true >= student.shape[-1]:
+            return student, teacher
+        padding_v = torch.arange(student.shape[-1], device=student.device) >= num_true
+        return student.masked_fill(padding_v, -torch.inf), teacher.masked_fill(padding_v, -torch.inf)
+
+    def _check(self, student_width: int, teacher_width: int, sharded: bool) -> None:
+        widths = f"student logits have {student_width} columns, teacher logits {teacher_width}"
+        if student_width != teacher_width and sharded:
+            raise ValueError(f"{widths} on this rank: shards would not line up; pad both vocabularies to the same size")
+        if student_width != teacher_width and self.true_vocab_size is None:
+            raise ValueError(f"{widths}: set true_vocab_size to the tokenizer's size if they differ in padding only")
+        true_size = self.true_vocab_size or 0
+        if not sharded and min(student_width, teacher_width) < true_size - self.vocab_start:
+            raise ValueError(
+                f"{widths}, but the true vocabulary has {true_size}: student and teacher must share a tokenizer"
+            )

@@ -1,116 +1,167 @@
-"""The only file of losses with collectives: divergences over vocabulary shards, in two local passes and one gather.
+"""Divergences of logits that are sharded over the vocabulary; all collectives of the losses live here.
 
-Legend: S sequence, B batch, v this rank's vocabulary shard, V the whole vocabulary, R ranks of the group.
-a = student / T and b = teacher / T are logits, q and p their softmax over V. Per rank r with local log-sum-exps
-ls = LSE_v(a), lt = LSE_v(b) and c = sum_v e^(b - lt) (b - a):
-KL(p || q) = sum_r e^(lt_r - Lt) c_r - Lt + Ls with L = LSE_r(l_r), so one all-gather of (lt, ls, c) is enough.
+Legend: S sequence (s: this rank's slice of it), B batch, v this rank's vocabulary shard, R ranks of the group.
+With temperature T: a = student/T, b = teacher/T, q = softmax(a), p = softmax(b) over the whole vocabulary.
+`group=None` means that v is the whole vocabulary: no collective. Everything is fp32 inside, whatever comes in.
+Padded columns hold -inf on both sides and count for nothing, even where they fill a rank's shard.
 """
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-Group = dist.ProcessGroup | None
+# Elements worked on at once, so that fp32 temporaries stay small beside the logits: 16 MiB each.
+CHUNK = 2**22
 
 
 def vocab_parallel_forward_kl(
-    student_logits_SBv: Tensor, teacher_logits_SBv: Tensor, temperature: float = 1.0, group: Group = None
+    student_logits_SBv: Tensor,
+    teacher_logits_SBv: Tensor,
+    temperature: float = 1.0,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """KL(teacher || student) of each token, in nats, exact over the whole vocabulary.
+    """KL(teacher || student) of every token.
 
-    As `F.kl_div((z / T).log_softmax(-1), (t / T).log_softmax(-1), log_target=True, reduction="none").sum(-1)` of the
-    gathered logits, without the factor T^2. One all-gather of 12 bytes per token forward, no collective backward.
-    Columns of -inf on both sides take no part.
+    Without shards, `log_q, log_p = (z / T).log_softmax(-1), (t / T).log_softmax(-1)` of student z and teacher t:
+    `F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)`.
+    As computed, with lt, ls the log-sum-exps of b and a over a shard and Lt, Ls over the vocabulary:
+    `kl = sum_r exp(lt_r - Lt) c_r - Lt + Ls`, `c_r = sum_j exp(b_j - lt_r) (b_j - a_j)`.
+
+    The gradient is `(q - p) / T` for the student, in its dtype, and none for the teacher. T^2 is left to the caller.
+    Collectives: one all-gather of (lt, ls, c), 12 bytes per token and rank, in forward; none in backward.
+    Saved for backward: the inputs and two fp32 numbers per token.
 
     Args:
-        student_logits_SBv: any float dtype; gets the gradient (q - p) / T in its own dtype.
-        teacher_logits_SBv: same shape; gets none.
-        temperature: T, divides both.
-        group: tensor-parallel group over which the vocabulary is split; None where it is whole.
+        student_logits_SBv: [S, B, v], any float dtype; left unchanged.
+        teacher_logits_SBv: the same shape; left unchanged.
+        temperature: T > 0.
+        group: the ranks that share the vocabulary.
 
     Returns:
-        [S, B], fp32.
+        [S, B] fp32, the same on every rank.
     """
-    return _ForwardKL.apply(student_logits_SBv, teacher_logits_SBv, temperature, group)
+    return _ForwardKL.apply(student_logits_SBv, teacher_logits_SBv, temperature, group)  # pyright: ignore
 
 
 class _ForwardKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z_SBv, t_SBv, temperature, group):  # noqa: ANN001, ANN205
-        a_SBv, b_SBv = z_SBv.float() / temperature, t_SBv.float() / temperature
-        ls, lt = a_SBv.logsumexp(-1), b_SBv.logsumexp(-1)
-        shifted = b_SBv - lt.nan_to_num(neginf=0.0)[..., None]
-        difference = torch.where(torch.isneginf(b_SBv), 0.0, b_SBv - a_SBv)
-        c = (shifted.exp() * difference).sum(-1)
-        lt_R, ls_R, c_R = gather_stats(torch.stack([lt, ls, c]), group)
-        Lt, Ls = lt_R.logsumexp(0), ls_R.logsumexp(0)
-        ctx.save_for_backward(z_SBv, t_SBv, Ls, Lt)
+    def forward(
+        ctx: Any, student_SBv: Tensor, teacher_SBv: Tensor, temperature: float, group: dist.ProcessGroup | None
+    ) -> Tensor:
+        stats = []
+        for a, b in _chunks(temperature, student_SBv, teacher_SBv):
+            student_lse = a.logsumexp(-1)
+            difference = torch.sub(b, a, out=a)
+            stats.append(torch.stack([*_lse_and_mean(b, difference), student_lse]))
+        stats_R3SB = _gather(torch.cat(stats, dim=1), group)
+        teacher_lse_SB, mean_SB = _merge(stats_R3SB[:, 0], stats_R3SB[:, 1])
+        student_lse_SB = stats_R3SB[:, 2].logsumexp(0)
+        ctx.save_for_backward(student_SBv, teacher_SBv, student_lse_SB, teacher_lse_SB)
         ctx.temperature = temperature
-        return ((lt_R - Lt).exp() * c_R).sum(0) - Lt + Ls
+        return mean_SB - teacher_lse_SB + student_lse_SB
 
     @staticmethod
-    def backward(ctx, grad_SB):  # noqa: ANN001, ANN205
-        z_SBv, t_SBv, Ls, Lt = ctx.saved_tensors
-        T = ctx.temperature
-        q = (z_SBv.float() / T - Ls[..., None]).exp()
-        grad = q.sub_((t_SBv.float() / T - Lt[..., None]).exp()).mul_(grad_SB[..., None] / T)
-        return grad.to(z_SBv.dtype), None, None, None
-
-
-def gather_stats(stats_KSB: Tensor, group: Group) -> Tensor:
-    """[K, S, B] of every rank -> [K, R, S, B]: the one collective of a divergence's forward."""
-    if group is None or group.size() == 1:
-        return stats_KSB[:, None]
-    gathered = stats_KSB.new_empty((group.size(), *stats_KSB.shape))
-    dist.all_gather_into_tensor(gathered, stats_KSB.contiguous(), group=group)
-    return gathered.transpose(0, 1)
+    @once_differentiable
+    def backward(ctx: Any, grad_SB: Tensor) -> tuple[Tensor, None, None, None]:
+        student_SBv, teacher_SBv, student_lse_SB, teacher_lse_SB = ctx.saved_tensors
+        grad_SBv = torch.empty_like(student_SBv)
+        start = 0
+        for a, b in _chunks(ctx.temperature, student_SBv, teacher_SBv):
+            rows = slice(start, start := start + a.shape[0])
+            q = a.sub_(student_lse_SB[rows, :, None]).exp_()
+            p = b.sub_(teacher_lse_SB[rows, :, None]).exp_()
+            grad_SBv[rows] = q.sub_(p).mul_(grad_SB[rows, :, None] / ctx.temperature)
+        return grad_SBv, None, None, None
 
 
 @torch.no_grad()
-def vocab_parallel_top1_agreement(student_SBv: Tensor, teacher_SBv: Tensor, group: Group = None) -> Tensor:
-    """[S, B] of 1.0 where both have the same most likely token, else 0.0; of equal logits the lowest index counts."""
-    student_SB, teacher_SB = (_argmax(x, group) for x in (student_SBv, teacher_SBv))
-    return (student_SB == teacher_SB).float()
+def vocab_parallel_top1_agreement(
+    student_logits_SBv: Tensor, teacher_logits_SBv: Tensor, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """1.0 where student and teacher have the same most likely token (lowest index on ties), else 0.0.
 
+    Without shards: `(z.argmax(-1) == t.argmax(-1)).float()`. Collectives: one all-gather. No gradient.
 
-def _argmax(logits_SBv: Tensor, group: Group) -> Tensor:
-    values, index = logits_SBv.float().max(-1)
-    if group is None or group.size() == 1:
-        return index
-    values_RSB = gather_stats(values[None], group)[0]
-    index_RSB = gather_stats(index[None] + group.rank() * logits_SBv.shape[-1], group)[0]
-    return index_RSB.gather(0, values_RSB.argmax(0, keepdim=True))[0]
-
-
-@torch.no_grad()
-def vocab_parallel_entropy(logits_SBv: Tensor, group: Group = None) -> Tensor:
-    """Entropy of each token's distribution, [S, B], in nats, fp32: L - sum_V p logit."""
-    x = logits_SBv.float()
-    lse = x.logsumexp(-1)
-    weighted = ((x - lse[..., None]).exp() * torch.where(torch.isneginf(x), 0.0, x)).sum(-1)
-    lse_R, weighted_R = gather_stats(torch.stack([lse, weighted]), group)
-    L = lse_R.logsumexp(0)
-    return L - ((lse_R - L).exp() * weighted_R).sum(0)
-
-
-def gather_sequence(values_SB: Tensor, group: Group) -> Tensor:
-    """This rank's slice of the sequence -> the whole sequence, for losses under sequence parallelism.
-
-    Every tensor-parallel rank then computes the same total loss, so each takes back its own slice of the gradient;
-    summing over ranks would multiply it by their number.
+    Returns:
+        [S, B] fp32, the same on every rank.
     """
-    return _GatherSequence.apply(values_SB, group)
+    best = [x.argmax(-1, keepdim=True) for x in (student_logits_SBv, teacher_logits_SBv)]
+    values = [x.gather(-1, i) for x, i in zip((student_logits_SBv, teacher_logits_SBv), best, strict=True)]
+    # fp32 holds a column index exactly up to 2^24.
+    top_R4SB = _gather(torch.stack([x.squeeze(-1).float() for x in (*values, *best)]), group)
+    rank_2SB = top_R4SB[:, :2].argmax(0)  # the first, so the lowest, rank on ties
+    column_2SB = top_R4SB[:, 2:].gather(0, rank_2SB[None])[0]
+    same = (rank_2SB[0] == rank_2SB[1]) & (column_2SB[0] == column_2SB[1])
+    return same.float()
+
+
+@torch.no_grad()
+def vocab_parallel_entropy(logits_SBv: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Entropy in nats of the softmax of every token; `Categorical(logits=z).entropy()` without shards.
+
+    Collectives: one all-gather. No gradient.
+
+    Returns:
+        [S, B] fp32, the same on every rank.
+    """
+    stats = torch.cat([torch.stack(_lse_and_mean(b, b)) for (b,) in _chunks(1.0, logits_SBv)], dim=1)
+    stats_R2SB = _gather(stats, group)
+    lse_SB, mean_SB = _merge(stats_R2SB[:, 0], stats_R2SB[:, 1])
+    return lse_SB - mean_SB
+
+
+def gather_sequence(loss_sB: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Put the slices of a sequence-parallel loss together: [s, B] on each rank -> [S, B] on all.
+
+    The gradient is this rank's slice, not summed over ranks: exact when every rank goes on to compute the same total
+    loss (Megatron's `gather_from_sequence_parallel_region(tensor_parallel_output_grad=False)`).
+    Collectives: one all-gather in forward; none in backward.
+    """
+    return _GatherSequence.apply(loss_sB, group)  # pyright: ignore
 
 
 class _GatherSequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values_SB, group):  # noqa: ANN001, ANN205
-        ctx.group, ctx.length = group, values_SB.shape[0]
-        whole = values_SB.new_empty((values_SB.shape[0] * group.size(), *values_SB.shape[1:]))
-        dist.all_gather_into_tensor(whole, values_SB.contiguous(), group=group)
-        return whole
+    def forward(ctx: Any, loss_sB: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.start, ctx.length = dist.get_rank(group) * loss_sB.shape[0], loss_sB.shape[0]
+        return _gather(loss_sB, group).flatten(0, 1)
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: ANN001, ANN205
-        start = ctx.group.rank() * ctx.length
-        return grad[start : start + ctx.length].contiguous(), None
+    def backward(ctx: Any, grad_SB: Tensor) -> tuple[Tensor, None]:
+        return grad_SB.narrow(0, ctx.start, ctx.length), None
+
+
+def _chunks(temperature: float, *logits_SBv: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Successive rows of each, as fp32 copies divided by the temperature, free to be overwritten."""
+    rows = max(1, CHUNK // max(1, logits_SBv[0][0].numel()))
+    for parts in zip(*(x.split(rows) for x in logits_SBv), strict=True):
+        yield tuple(x.to(torch.float32, copy=True).div_(temperature) for x in parts)
+
+
+def _lse_and_mean(logits: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp over the shard, and the mean of `values` under its softmax, where weight 0 counts for nothing."""
+    peak = logits.amax(-1)
+    # A shard of nothing but -inf would give -inf - -inf; its weights are 0 whatever is subtracted, and so is its mean.
+    weights = (logits - peak.masked_fill(peak == -torch.inf, 0.0).unsqueeze(-1)).exp_()
+    total = weights.sum(-1).clamp(min=1.0)
+    # Divided by the sum of these very weights: subtracting a rounded log-sum-exp instead costs a digit.
+    return peak + total.log(), torch.where(weights == 0, 0.0, weights * values).sum(-1) / total
+
+
+def _merge(lse_RSB: Tensor, mean_RSB: Tensor) -> tuple[Tensor, Tensor]:
+    """Shards' log-sum-exps and means to those of the whole vocabulary."""
+    return lse_RSB.logsumexp(0), (lse_RSB.softmax(0) * mean_RSB).sum(0)
+
+
+def _gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """[...] on each rank -> [R, ...] on all."""
+    if group is None or dist.get_world_size(group) == 1:
+        return x[None]
+    num_ranks = dist.get_world_size(group)
+    gathered = x.new_empty(num_ranks * x.shape[0], *x.shape[1:])  # gloo wants them one after the other
+    dist.all_gather_single(gathered, x.contiguous(), group=group)
+    return gathered.unflatten(0, (num_ranks, -1))

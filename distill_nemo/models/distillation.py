@@ -42,7 +42,7 @@ def convert_to_distillation_model(
         "criterion": build_criterion(student, teacher, distill_cfg, vocab_size),
         "loss_balancer": build_balancer(distill_cfg),
     }
-    model = mtd.convert(student, mode=[("kd_loss", mode)])
+    model: Any = mtd.convert(student, mode=[("kd_loss", mode)])
     return adjust_distillation_model_for_mcore(model, distill_cfg)
 
 
@@ -64,7 +64,7 @@ def build_criterion(
     if not student.post_process:
         return {}
     tp_size = student.config.tensor_model_parallel_size
-    group = parallel_state.get_tensor_model_parallel_group() if tp_size > 1 else None
+    group: Any = parallel_state.get_tensor_model_parallel_group() if tp_size > 1 else None
     width = student.output_layer.output_size_per_partition
     logits = LogitsKLLoss(
         divergence=distill_cfg.divergence,
@@ -122,7 +122,7 @@ def adjust_distillation_model_for_mcore(
     """
     overrides = (_train, _sharded_state_dict, _forward, _set_input_tensor)
     for function in overrides:
-        setattr(model, function.__name__[1:], MethodType(function, model))
+        object.__setattr__(model, function.__name__[1:], MethodType(function, model))
     lm_counts = distill_cfg.balancer == "dynamic" and not distill_cfg.skip_lm_loss
     lm_counts = lm_counts or (distill_cfg.balancer == "static" and distill_cfg.lm_weight != 0)
 
@@ -171,7 +171,7 @@ def _set_input_tensor(self: Any, tensors: Any) -> None:
     type(teacher).set_input_tensor(teacher, [t if t is None else t[..., width:] for t in tensors])
 
 
-def wire_config(model: nn.Module) -> TransformerConfig:
+def wire_config(model: Any) -> TransformerConfig:
     """The config that the pipeline schedule reads: as the student's, of the width that crosses stages."""
     config = copy.copy(model.config)
     if isinstance(model, mtd.DistillationModel):

@@ -8,7 +8,13 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import nn
 
-from distill_nemo.config import DistillationConfig, ModelConfig, ParallelismConfig, StudentConfig, TeacherConfig
+from distill_nemo.config import (
+    DistillationConfig,
+    ModelConfig,
+    ParallelismConfig,
+    StudentConfig,
+    TeacherConfig,
+)
 from distill_nemo.models.architecture import gpt_model, resolve, transformer_config
 from distill_nemo.models.distillation import convert_to_distillation_model
 from distill_nemo.models.huggingface import load_hf_weights

@@ -1,0 +1,1 @@
+"""Metrics to plots, tables and pages; no torch."""

@@ -1,0 +1,1 @@
+"""Device, process groups, seeds, signals."""

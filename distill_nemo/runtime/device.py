@@ -57,7 +57,15 @@ def quiet_third_parties() -> None:
     for name in ("megatron", "modelopt", "transformers", "torch.utils.cpp_extension", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    _quiet_transformers()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 class _Stream:
@@ -113,7 +121,7 @@ def _replace_cuda_by_cpu() -> None:
     torch.nn.Module.cuda = lambda self, *a, **k: self  # type: ignore[method-assign]
     _let_clip_grads_accept_cpu_tensors()
     _CudaMeansCpu().__enter__()
-    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
     random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
 

@@ -1,0 +1,1 @@
+"""The lean loop and what it steps."""

@@ -88,7 +88,7 @@ def _samples(directory: Path, models: dict[str, str]) -> list[dict[str, str]]:
     tokens = tokenizer(prompt, return_tensors="pt").input_ids
     samples = []
     for name in ("teacher", "student alone", "distilled student"):
-        model = AutoModelForCausalLM.from_pretrained(models[name], dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(models[name], dtype=torch.float32)
         text = model.generate(tokens, max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.eos_token_id)
         samples.append({"model": name, "prompt": prompt, "text": tokenizer.decode(text[0])})
     return samples

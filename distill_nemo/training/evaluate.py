@@ -1,5 +1,8 @@
 """`nemo distill evaluate`: figures of one checkpoint on held-out tokens, by the code that training evaluates with."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from megatron.core import parallel_state
 
@@ -33,9 +36,8 @@ def evaluate_checkpoint(
     with process_groups(config.parallelism):
         seed_everything(0)
         model = _model(config)
-        from pathlib import Path
-
         where = Path(cache or Path(data).parent / "index_cache")
+        valid: Any
         _, valid = build_datasets(config.data, TrainingConfig(), where, samples, samples)
         stream = batches(
             valid,

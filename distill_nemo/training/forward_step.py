@@ -39,7 +39,7 @@ def loss_func(loss_mask: Tensor, model: nn.Module, output_tensor: Tensor) -> tup
     report = {"lm_loss": lm_sum}
     loss = lm_sum
     if isinstance(unwrapped, mtd.DistillationModel):
-        losses = unwrapped.compute_kd_loss(
+        losses: Any = unwrapped.compute_kd_loss(
             student_loss=lm_sum, loss_reduction_fn=lambda x: masked_sum(x, loss_mask), skip_balancer=True
         )
         assert unwrapped.loss_balancer is not None

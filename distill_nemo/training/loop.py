@@ -80,7 +80,7 @@ class Loop:
     def _step(self, iterator: Iterator[dict[str, Tensor]]) -> dict[str, float]:
         """One optimizer step; returns the global token means."""
         start = time.monotonic()
-        t = self.trainee
+        t: Any = self.trainee
         t.model.train()
         t.model.zero_grad_buffer()
         t.optimizer.zero_grad()
@@ -113,8 +113,8 @@ class Loop:
             samples = self.state["consumed_samples"]
             raise NotFiniteError(
                 f"step {self.state['step'] + 1}, rank {rank()}: {', '.join(bad) or 'update'} not finite "
-                f"(samples {samples} to {samples + self.config.training.global_batch_size - 1}). The last checkpoint is "
-                "good; lower optimizer.lr, or set training.stop_on_nan=false to go on"
+                f"(samples {samples} to {samples + self.config.training.global_batch_size - 1}). The last checkpoint "
+                "is good; lower optimizer.lr, or set training.stop_on_nan=false to go on"
             )
 
     def _log_step(self, log: MetricsLog, means: dict[str, float]) -> None:

@@ -30,7 +30,7 @@ class Trainee:
     scheduler: OptimizerParamScheduler
 
 
-def build_model(config: RunConfig, dtype: torch.dtype, load_weights: bool) -> nn.Module:
+def build_model(config: RunConfig, dtype: torch.dtype, load_weights: bool) -> Any:
     """This rank's stage of the run's model, on its device."""
     return model_provider(
         parallel_state.is_pipeline_first_stage(),

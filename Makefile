@@ -1,0 +1,28 @@
+.DEFAULT_GOAL := help
+PYTHON ?= $(shell command -v python3.12 || command -v python3)
+BIN := .venv/bin
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || \
+		{ echo "error: Python 3.12 is needed; $(PYTHON) is another. Say: make PYTHON=/path/to/python3.12"; exit 1; }
+	@echo "installing into .venv: a few minutes, about 5 GB"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install -q -c constraints.txt -e '.[test,dev]'
+	@touch $@
+
+quickstart: .venv/installed ## the main job: distil a small model on this machine, under ten minutes
+	@PATH="$(CURDIR)/$(BIN):$$PATH" nemo distill quickstart --yes $(ARGS)
+
+test: .venv/installed ## the whole test suite
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/installed ## ruff, pyright, import layers
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/lint-imports
+
+clean: ## remove what runs and tests left, keep .venv
+	@rm -rf runs build .pytest_cache .ruff_cache
+
+.PHONY: help quickstart test lint clean

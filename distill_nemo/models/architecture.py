@@ -1,0 +1,233 @@
+"""Hugging Face `config.json` -> Megatron's config and model, and back.
+
+A `ModelConfig` is *resolved* when every field has a value; all but `resolve` take resolved ones.
+"""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+
+from distill_nemo.config import ModelConfig, ParallelismConfig, near
+from distill_nemo.models.layer_specs import block_spec
+from distill_nemo.models.sources import CheckpointKind, find_checkpoint
+
+FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+REQUIRED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
+VOCAB_MULTIPLE = 128  # whatever the tensor parallel size, so that checkpoints reshard
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def resolve[T: ModelConfig](model: T) -> T:
+    """A copy with every field filled in: from the checkpoint's own description, else by default.
+
+    Raises:
+        ValueError: when the checkpoint is missing or of an unsupported architecture, when a field contradicts it,
+            or when a required field has no value.
+    """
+    described = describe_checkpoint(Path(model.checkpoint)) if model.checkpoint else {}
+    values = dataclasses.asdict(model)
+    for name, value in described.items():
+        given = values[name]
+        if given is not None and name not in ("init_std", "checkpoint") and given != value:
+            raise ValueError(f"{name} = {given} contradicts {model.checkpoint}, which says {value}; leave it unset")
+        if given is None:
+            values[name] = value
+    missing = [name for name in REQUIRED if values[name] is None]
+    if missing:
+        raise ValueError(f"the model needs {', '.join(missing)}: set them, or checkpoint to read them from")
+    defaults = {
+        "family": "llama",
+        "num_query_groups": values["num_attention_heads"],
+        "kv_channels": values["hidden_size"] // values["num_attention_heads"],
+        "max_position_embeddings": 4096,
+        "rotary_base": 10000.0,
+        "norm_epsilon": 1e-5,
+        "tie_word_embeddings": False,
+    }
+    values |= {name: value for name, value in defaults.items() if values[name] is None}
+    if values["family"] not in FAMILIES:
+        raise ValueError(f'family "{values["family"]}" is not known.{near(str(values["family"]), FAMILIES)}')
+    _check_rope_scaling(values["rope_scaling"])
+    return type(model)(**values)
+
+
+def describe_checkpoint(path: Path) -> dict[str, Any]:
+    """The architecture that a checkpoint states, by `ModelConfig` field; empty where it states none."""
+    found = find_checkpoint(path)
+    if found.kind is CheckpointKind.OURS:
+        own = _read_json(found.weights / "architecture.json")
+        return {k: v for k, v in own.items() if v is not None and k != "checkpoint"}
+    if found.kind is CheckpointKind.HUGGING_FACE:
+        return from_huggingface(_read_json(found.weights / "config.json"), found.weights)
+    return {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return value
+
+
+def from_huggingface(config: dict[str, Any], where: Path) -> dict[str, Any]:
+    """`ModelConfig` fields out of a Hugging Face config.
+
+    Raises:
+        ValueError: for a model type or a feature that is not supported, by name.
+    """
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f'{where}: model_type "{family}" is not supported.{near(str(family), FAMILIES)}')
+    missing = [n for n in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size") if n not in config]
+    if missing:
+        raise ValueError(f"{where}/config.json lacks {', '.join(missing)}")
+    refused = {
+        "attention_bias": config.get("attention_bias") and family != "qwen2",
+        "mlp_bias": config.get("mlp_bias"),
+        "sliding window attention": config.get("use_sliding_window"),
+        f"hidden_act {config.get('hidden_act')}": config.get("hidden_act", "silu") != "silu",
+    }
+    for feature, used in refused.items():
+        if used:
+            raise ValueError(f"{where}: {feature} is not supported")
+    rope = config.get("rope_parameters") or {}  # where transformers 5 keeps what rope_theta and rope_scaling were
+    scaling = config.get("rope_scaling") or {k: v for k, v in rope.items() if k != "rope_theta"}
+    if scaling.get("rope_type", scaling.get("type", "default")) == "default":
+        scaling = None
+    heads, width = config["num_attention_heads"], config["hidden_size"]
+    return {
+        "family": family,
+        "num_layers": config["num_hidden_layers"],
+        "hidden_size": width,
+        "ffn_hidden_size": config["intermediate_size"],
+        "num_attention_heads": heads,
+        "num_query_groups": config.get("num_key_value_heads") or heads,
+        "kv_channels": config.get("head_dim") or width // heads,
+        "vocab_size": config["vocab_size"],
+        "max_position_embeddings": config.get("max_position_embeddings", 4096),
+        "rotary_base": float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+        "rope_scaling": scaling,
+        "norm_epsilon": config.get("rms_norm_eps", 1e-6),
+        "tie_word_embeddings": config.get("tie_word_embeddings", False),
+    }
+
+
+def _check_rope_scaling(scaling: dict[str, Any] | None) -> None:
+    if scaling is None:
+        return
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind != "llama3":
+        raise ValueError(f'rope_scaling type "{kind}" is not supported; "llama3" is')
+    for name, value in LLAMA3_ROPE.items():
+        if scaling.get(name) != value:
+            raise ValueError(f"rope_scaling.{name} = {scaling.get(name)}: Megatron-Core knows {value} only")
+
+
+def to_huggingface(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """`config.json` of the exported model."""
+    assert model.family is not None and model.rotary_base is not None, "resolved"
+    rope: dict[str, Any] = {"rope_theta": model.rotary_base, "rope_type": "default", **(model.rope_scaling or {})}
+    return {
+        "architectures": [FAMILIES[model.family]],
+        "model_type": model.family,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups,
+        "head_dim": model.kv_channels,
+        "vocab_size": model.vocab_size,
+        "max_position_embeddings": model.max_position_embeddings,
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_theta": model.rotary_base,
+        "rope_scaling": model.rope_scaling,
+        "rope_parameters": rope,
+        "tie_word_embeddings": model.tie_word_embeddings,
+        "hidden_act": "silu",
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """The rows that embedding and output layer really have."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def transformer_config(model: ModelConfig, parallelism: ParallelismConfig, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's config of a resolved model at a layout."""
+    on_cpu = not torch.cuda.is_available()
+    assert model.init_std is not None
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        layernorm_epsilon=model.norm_epsilon,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=model.family == "qwen2",
+        qk_layernorm=model.family == "qwen3",
+        init_method_std=model.init_std,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        attention_softmax_in_fp32=True,
+        calculate_per_token_loss=True,  # before DDP is built: it scales gradients by it
+        tensor_model_parallel_size=parallelism.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallelism.pipeline_model_parallel_size,
+        sequence_parallel=parallelism.sequence_parallel,
+        use_cpu_initialization=True,  # the same weights whatever the layout
+        bias_activation_fusion=not on_cpu,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        deterministic_mode=False,
+    )
+
+
+def gpt_model(
+    model: ModelConfig,
+    config: TransformerConfig,
+    *,
+    pre_process: bool = True,
+    post_process: bool = True,
+    parallel_output: bool = True,
+    vp_stage: int | None = None,
+) -> GPTModel:
+    """This pipeline stage, with random weights. Megatron calls the class deprecated; only this function names it."""
+    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
+    assert model.vocab_size is not None and model.max_position_embeddings is not None, "resolved"
+    scaling: dict[str, Any] = model.rope_scaling or {}
+    spec: Any = block_spec(config, vp_stage)
+    base: Any = model.rotary_base
+    return GPTModel(
+        config,
+        spec,
+        vocab_size=padded_vocab_size(model.vocab_size),
+        max_sequence_length=model.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        parallel_output=parallel_output,
+        share_embeddings_and_output_weights=bool(model.tie_word_embeddings),
+        position_embedding_type="rope",
+        rotary_base=base,
+        rope_scaling=bool(scaling),
+        rope_scaling_factor=scaling.get("factor", 8.0),
+        vp_stage=vp_stage,
+    )

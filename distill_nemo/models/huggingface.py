@@ -1,0 +1,174 @@
+"""Weights from and to Hugging Face directories, through ModelOpt's importer and exporter.
+
+What is added: every tensor is checked by name and shape before one is read, vocabularies are padded and cut, only
+safetensors are read, and an export appears only when whole.
+"""
+
+import contextlib
+import io
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from modelopt.torch.export.plugins.megatron_importer import GPTModelImporter
+from modelopt.torch.export.unified_export_megatron import GPTModelExporter
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from distill_nemo.config import ModelConfig
+from distill_nemo.models.architecture import padded_vocab_size, to_huggingface
+
+VOCAB_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "added_tokens.json", "*.jinja")
+MAX_LISTED = 5
+
+
+def load_hf_weights(built: GPTModel, path: str, model: ModelConfig) -> None:
+    """Fill this tensor- and pipeline-parallel part of `built` from the safetensors in `path`.
+
+    Raises:
+        ValueError: when a tensor is missing, extra or of another shape, or a file is corrupt, by name.
+    """
+    check_hf_tensors(Path(path), model)
+    _Importer(built, path, dtype=next(built.parameters()).dtype)._import_state_dict()
+
+
+class _Importer(GPTModelImporter):
+    """ModelOpt's, with the vocabulary padded to the rows that Megatron has, and without its progress bar."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.disable_tqdm = True
+
+    def _get_safetensor(self, key: str, parallel_config: Any = None) -> Tensor:
+        if key not in VOCAB_TENSORS:
+            return super()._get_safetensor(key, parallel_config)
+        rows = super()._get_safetensor(key, None)
+        padded = rows.new_zeros(padded_vocab_size(rows.shape[0]), rows.shape[1])
+        padded[: rows.shape[0]] = rows
+        size, rank = (f() for f in (_tensor_parallel_size, parallel_state.get_tensor_model_parallel_rank))
+        return padded.chunk(size)[rank]
+
+
+def _tensor_parallel_size() -> int:
+    return parallel_state.get_tensor_model_parallel_world_size()
+
+
+def check_hf_tensors(path: Path, model: ModelConfig) -> None:
+    """Compare the safetensors headers in `path` with what the architecture needs; reads no weights."""
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{path} holds no *.safetensors files; other formats can execute code and are not read")
+    found: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as tensors:
+                found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is corrupt or truncated: {error}") from None
+    wanted = expected_tensors(model)
+    ignored = {"lm_head.weight"} if model.tie_word_embeddings else set()
+    problems = [f"missing: {name} {shape}" for name, shape in wanted.items() if name not in found]
+    problems += [f"extra: {name} {found[name]}" for name in found if name not in wanted and name not in ignored]
+    problems += [
+        f"{name} has shape {found[name]}, needs {shape}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        more = f"\n  and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+        raise ValueError(f"{path} does not fit its architecture:\n  " + "\n  ".join(problems[:MAX_LISTED]) + more)
+
+
+def expected_tensors(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a resolved model in Hugging Face's naming."""
+    m: Any = model
+    q, kv, h = m.num_attention_heads * m.kv_channels, m.num_query_groups * m.kv_channels, m.hidden_size
+    layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (h,),
+        "post_attention_layernorm.weight": (h,),
+        "self_attn.q_proj.weight": (q, h),
+        "self_attn.k_proj.weight": (kv, h),
+        "self_attn.v_proj.weight": (kv, h),
+        "self_attn.o_proj.weight": (h, q),
+        "mlp.gate_proj.weight": (m.ffn_hidden_size, h),
+        "mlp.up_proj.weight": (m.ffn_hidden_size, h),
+        "mlp.down_proj.weight": (h, m.ffn_hidden_size),
+    }
+    if m.family == "qwen2":
+        layer |= {f"self_attn.{n}_proj.bias": (size,) for n, size in (("q", q), ("k", kv), ("v", kv))}
+    if m.family == "qwen3":
+        layer |= {f"self_attn.{n}_norm.weight": (m.kv_channels,) for n in ("q", "k")}
+    tensors = {f"model.layers.{i}.{name}": shape for i in range(m.num_layers) for name, shape in layer.items()}
+    tensors |= {"model.embed_tokens.weight": (m.vocab_size, h), "model.norm.weight": (h,)}
+    return tensors if m.tie_word_embeddings else tensors | {"lm_head.weight": (m.vocab_size, h)}
+
+
+def export_hf(built: GPTModel, path: str, model: ModelConfig, tokenizer: str | None = None) -> None:
+    """Write `built` (TP=1, PP=1) as a Hugging Face directory that `AutoModelForCausalLM.from_pretrained` opens.
+
+    Args:
+        built: the whole model.
+        path: directory to write, replaced when it exists; it appears only when whole.
+        model: the resolved architecture.
+        tokenizer: directory whose tokenizer files are copied.
+    """
+    dtype = next(built.parameters()).dtype
+    target = Path(path)
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    (partial / "config.json").write_text(json.dumps(to_huggingface(model, dtype), indent=2))
+    try:
+        save_file(_hf_tensors(built, partial, model, dtype), partial / "model.safetensors", {"format": "pt"})
+        for pattern in TOKENIZER_FILES if tokenizer else ():
+            for file in Path(tokenizer or "").glob(pattern):
+                shutil.copy2(file, partial / file.name)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _hf_tensors(built: GPTModel, config: Path, model: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    with tempfile.TemporaryDirectory() as empty:
+        shutil.copy2(config / "config.json", empty)
+        with contextlib.redirect_stdout(io.StringIO()):  # ModelOpt prints its MoE settings
+            exporter = GPTModelExporter(built, empty, dtype=dtype)
+        merged = {name: t for part in exporter.layer_state_dicts.values() for name, t in part.items()}
+    for name in VOCAB_TENSORS:
+        if name in merged:
+            merged[name] = merged[name][: model.vocab_size]
+    wanted = expected_tensors(model)
+    assert wanted.keys() <= merged.keys(), f"ModelOpt's exporter left out {sorted(wanted.keys() - merged.keys())[:3]}"
+    return {name: merged[name].detach().cpu().contiguous().clone() for name in wanted}
+
+
+@torch.no_grad()
+def check_export(built: GPTModel, path: str, tolerance: float = 1e-4) -> None:
+    """Reload `path` with transformers and compare its logits with Megatron's on random tokens.
+
+    Raises:
+        RuntimeError: when the largest difference exceeds `tolerance` (2e-2 below fp32) of the largest logit.
+    """
+    from transformers import AutoModelForCausalLM
+
+    weight = next(built.parameters())
+    reloaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=weight.dtype).to(weight.device).eval()
+    vocab = reloaded.config.vocab_size
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocab, (2, 32), generator=generator).to(weight.device)
+    positions = torch.arange(32, device=weight.device).expand(2, -1)
+    ours = built.eval()(tokens, positions, None)[..., :vocab].float()
+    theirs = reloaded(tokens).logits.float()
+    worst, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+    allowed = (tolerance if weight.dtype == torch.float32 else 2e-2) * max(scale, 1e-6)
+    if not worst <= allowed:
+        raise RuntimeError(f"{path}: the exported model's logits differ by {worst:.2e}, allowed {allowed:.2e}")

@@ -1,0 +1,59 @@
+"""Which modules a transformer layer is made of: Transformer Engine's where it runs, else Megatron's own with our norm."""
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_submodules,
+    get_gpt_layer_with_transformer_engine_submodules,
+)
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """`x * rsqrt(mean(x^2) + eps) * weight`, fp32 inside (Zhang & Sennrich 2019, as Llama applies it).
+
+    Megatron's torch norm refuses sequence parallelism; this one marks its weight, so that its gradient is summed over
+    the ranks that hold the other parts of the sequence.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x_SBH: Tensor) -> Tensor:
+        """Same shape and dtype as the input."""
+        x = x_SBH.float()
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x.to(x_SBH.dtype)
+
+
+def transformer_engine_usable() -> bool:
+    """Whether Transformer Engine can run here: it imports without CUDA, but then builds no module."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        import transformer_engine.pytorch  # type: ignore[import-not-found]  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage and the norm after the last one."""
+    if transformer_engine_usable():
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        submodules, norm = get_gpt_layer_with_transformer_engine_submodules(qk_layernorm=config.qk_layernorm), TENorm
+    else:
+        submodules, norm = get_gpt_layer_local_submodules(normalization="RMSNorm"), RMSNorm
+        submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
+        if config.qk_layernorm:
+            attention = submodules.self_attention.submodules
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
+    layer = ModuleSpec(module=TransformerLayer, submodules=submodules)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)

@@ -1,0 +1,168 @@
+"""The losses on 2 and 4 gloo processes, value and gradient, against fp64 on the whole tensors."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import ProcessGroup
+
+from distill_nemo.losses.hidden import HiddenStateCosineLoss, HiddenStateMSELoss
+from distill_nemo.losses.logits import LogitsKLLoss
+from distill_nemo.losses.vocab_parallel import vocab_parallel_entropy, vocab_parallel_top1_agreement
+from tests import reference
+from tests.spawn import Gloo
+
+S, B, V, PADDED = 8, 3, 507, 512
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=["tp2", "tp4"])
+def group(request: pytest.FixtureRequest) -> Iterator[Gloo]:
+    with Gloo(request.param) as gloo:
+        yield gloo
+
+
+def make_pair(width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return 4 * torch.randn(S, B, width, generator=generator), 4 * torch.randn(S, B, width, generator=generator)
+
+
+def shard(x: Tensor, dim: int) -> Tensor:
+    return x.chunk(dist.get_world_size(), dim)[dist.get_rank()].clone()
+
+
+class Collectives:
+    """Counts every collective that torch.distributed offers by name, those of this process only."""
+
+    def __enter__(self) -> Counter[str]:
+        counts: Counter[str] = Counter()
+        names = [n for n in dir(dist) if n.startswith(("all_", "reduce", "broadcast", "gather", "scatter", "barrier"))]
+        self.saved: dict[str, Any] = {n: getattr(dist, n) for n in names if callable(getattr(dist, n))}
+
+        def counting(name: str) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                counts[name] += 1
+                return self.saved[name](*args, **kwargs)
+
+            return call
+
+        for name in self.saved:
+            setattr(dist, name, counting(name))
+        return counts
+
+    def __exit__(self, *exception: object) -> None:
+        for name, function in self.saved.items():
+            setattr(dist, name, function)
+
+
+def world() -> ProcessGroup:
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
+def logits_loss(vocab_size: int, temperature: float, dtype: torch.dtype) -> dict[str, Any]:
+    student, teacher = (shard(x.to(dtype), -1) for x in make_pair(PADDED))
+    student.requires_grad_()
+    module = LogitsKLLoss(
+        temperature=temperature,
+        true_vocab_size=vocab_size,
+        group=world(),
+        vocab_start=dist.get_rank() * student.shape[-1],
+    )
+    with Collectives() as forward:
+        loss = module(student, teacher)
+    with Collectives() as backward:
+        loss.sum().backward()
+    pair = module.prepare(student, teacher)
+    return {
+        "loss": loss.detach(),
+        "gradient": student.grad,
+        "collectives": (dict(forward), dict(backward)),
+        "entropy": vocab_parallel_entropy(pair[1], world()),
+        "agreement": vocab_parallel_top1_agreement(*pair, world()),
+    }
+
+
+@pytest.mark.parametrize("vocab_size", [V, 250], ids=["padded", "a shard of padding only"])
+@pytest.mark.parametrize(("temperature", "dtype"), [(1.0, torch.float32), (2.0, torch.float32), (1.0, torch.bfloat16)])
+def test_logits_loss(group: Gloo, vocab_size: int, temperature: float, dtype: torch.dtype) -> None:
+    ranks = group.run(logits_loss, vocab_size, temperature, dtype)
+    student, teacher = (x.to(dtype)[..., :vocab_size].double().numpy() for x in make_pair(PADDED))
+    value, gradient = reference.forward_kl(student, teacher, temperature)
+    for rank in ranks:
+        assert torch.equal(rank["loss"], ranks[0]["loss"])
+        assert rank["collectives"] == ({"all_gather_single": 1}, {})
+    np.testing.assert_allclose(ranks[0]["loss"], temperature**2 * value.T, rtol=0, atol=2e-5 * temperature**2)
+    whole = torch.cat([rank["gradient"] for rank in ranks], dim=-1)
+    assert whole.dtype == dtype
+    resolution = 2.0**-8 if dtype == torch.bfloat16 else 1e-6
+    np.testing.assert_allclose(
+        whole[..., :vocab_size].double(), temperature**2 * gradient, rtol=resolution, atol=1e-6 * temperature
+    )
+    assert torch.equal(whole[..., vocab_size:], torch.zeros_like(whole[..., vocab_size:]))
+    np.testing.assert_allclose(ranks[-1]["entropy"], reference.entropy(teacher), rtol=0, atol=1e-5)
+
+
+def agreement(student: Tensor, teacher: Tensor) -> Tensor:
+    return vocab_parallel_top1_agreement(shard(student, -1), shard(teacher, -1), world())
+
+
+def test_top1_agreement(group: Gloo) -> None:
+    student, teacher = make_pair(PADDED)
+    student[:4] = teacher[:4] + 1.0
+    student[4, 0, [3, 500]] = teacher[4, 0, [3, 200]] = 99.0  # ties on several ranks: the lowest index on both
+    student[4, 1, [3, 500]] = teacher[4, 1, [4, 500]] = 99.0
+    expected = student.numpy().argmax(-1) == teacher.numpy().argmax(-1)
+    assert expected[4, :2].tolist() == [True, False]
+    for rank in group.run(agreement, student, teacher):
+        assert rank.tolist() == expected.astype(float).tolist()
+
+
+def uneven_shards() -> None:
+    LogitsKLLoss(group=world())(torch.zeros(1, 1, 128), torch.zeros(1, 1, 64))
+
+
+def test_shards_of_other_widths_are_refused(group: Gloo) -> None:
+    with pytest.raises(ValueError, match="student logits have 128 columns, teacher logits 64"):
+        group.run(uneven_shards)
+
+
+def hidden_loss(loss_class: type, weights: Tensor) -> dict[str, Any]:
+    student, teacher = shard(make_pair(48)[0], 0).requires_grad_(), shard(make_pair(64, seed=1)[1], 0)
+    torch.manual_seed(0)
+    module = loss_class(48, 64, world())
+    with Collectives() as forward:
+        loss = module(student, teacher)
+    with Collectives() as backward:
+        (loss * weights).sum().backward()  # every rank computes the same total
+    weight = module.projection.weight
+    assert weight.sequence_parallel
+    dist.all_reduce(weight.grad)  # what Megatron does with a weight so marked
+    return {
+        "loss": loss.detach(),
+        "gradient": student.grad,
+        "weight_gradient": weight.grad,
+        "collectives": (dict(forward), dict(backward)),
+    }
+
+
+@pytest.mark.parametrize("oracle", ["cosine", "mse"])
+def test_hidden_loss_under_sequence_parallelism(group: Gloo, oracle: str) -> None:
+    loss_class = {"cosine": HiddenStateCosineLoss, "mse": HiddenStateMSELoss}[oracle]
+    weights = torch.rand(B, S)
+    ranks = group.run(hidden_loss, loss_class, weights)
+    torch.manual_seed(0)
+    matrix = torch.nn.Linear(48, 64, bias=False).weight.detach().double().numpy()
+    student, teacher = make_pair(48)[0].double().numpy(), make_pair(64, seed=1)[1].double().numpy()
+    value, gradient = getattr(reference, oracle)(student @ matrix.T, teacher)
+    gradient = gradient * weights.T.double().numpy()[..., None]
+    for rank in ranks:
+        assert rank["collectives"] == ({"all_gather_single": 1}, {})
+        np.testing.assert_allclose(rank["loss"], value.T, rtol=1e-5, atol=1e-6)
+        expected = gradient.reshape(-1, 64).T @ student.reshape(-1, 48)
+        np.testing.assert_allclose(rank["weight_gradient"], expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(torch.cat([r["gradient"] for r in ranks]), gradient @ matrix, rtol=1e-4, atol=1e-5)

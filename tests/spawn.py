@@ -1,0 +1,178 @@
+"""N gloo processes on loopback, started once, in which a test runs as many functions as it likes."""
+
+import atexit
+import contextlib
+import multiprocessing
+import os
+import pickle
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+GRACE_SECONDS = 5.0  # for the other ranks to answer once one has failed
+
+
+class ProcessEndedError(RuntimeError):
+    """A process died while its answer was awaited."""
+
+
+class Gloo:
+    """A process group of `world_size` CPU processes.
+
+    ```
+    with Gloo(2) as group:
+        results = group.run(function, *args)  # one result per rank
+    ```
+
+    Functions, arguments and results are pickled, so a function must be at a module's top level. Each process sees
+    `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR` and `MASTER_PORT` as under torchrun, has one thread and no GPU.
+    It starts at the first `run` and, if some ranks failed or hung while others did not, afresh at the next.
+
+    Args:
+        world_size: number of processes.
+        init: join them in a gloo group; False leaves `init_process_group` to the function (a new port every run).
+        timeout: seconds that one `run`, or one collective, may take.
+    """
+
+    def __init__(self, world_size: int, init: bool = True, timeout: float = 120.0) -> None:
+        self.world_size, self.init, self.timeout = world_size, init, timeout
+        self._processes: list[Any] = []
+        self._connections: list[Connection] = []
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """`[function(*args) on rank r for r in ranks]`.
+
+        Raises:
+            Exception: what the lowest failing rank raised, with every failing rank's traceback as a note.
+            TimeoutError: when no rank failed and some rank has not answered in time.
+        """
+        if not self._processes:
+            self._start()
+        message = pickle.dumps((free_port(), function, args))
+        for connection in self._connections:
+            connection.send_bytes(message)
+        return self._collect()
+
+    def close(self) -> None:
+        """End the processes, by kill where they do not end by themselves."""
+        atexit.unregister(self.close)
+        for connection in self._connections:
+            connection.close()  # the child's recv ends with EOFError
+        deadline = time.monotonic() + 1.0
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._processes, self._connections = [], []
+
+    def __enter__(self) -> "Gloo":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        context, port = multiprocessing.get_context("spawn"), free_port()
+        for rank in range(self.world_size):
+            ours, theirs = context.Pipe()
+            args = (theirs, rank, self.world_size, port, self.init, self.timeout)
+            # Not daemonic: asynchronous checkpoint writers are children of these processes.
+            process = context.Process(target=_serve, args=args)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._connections.append(ours)
+        atexit.register(self.close)
+        try:
+            self._collect()
+        except Exception:
+            self.close()
+            raise
+
+    def _collect(self) -> list[Any]:
+        answers: dict[int, tuple[bool, Any]] = {}
+        deadline = time.monotonic() + self.timeout
+        while len(answers) < self.world_size and time.monotonic() < deadline:
+            waiting = {c: rank for rank, c in enumerate(self._connections) if rank not in answers}
+            for connection in wait(list(waiting), timeout=max(0.0, deadline - time.monotonic())):
+                assert isinstance(connection, Connection)
+                answers[waiting[connection]] = _receive(connection)
+            if any(not ok for ok, _ in answers.values()):
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        failed = {rank: value for rank, (ok, value) in sorted(answers.items()) if not ok}
+        silent = [rank for rank in range(self.world_size) if rank not in answers]
+        ended = any(isinstance(error, ProcessEndedError) for error, _ in failed.values())
+        if silent or ended or 0 < len(failed) < self.world_size:
+            self.close()  # the ranks no longer agree on which collective comes next
+        if failed:
+            error, _ = next(iter(failed.values()))
+            for rank, (_, text) in failed.items():
+                error.add_note(f"rank {rank}{f' (no answer from ranks {silent})' if silent else ''}:\n{text}")
+            raise error
+        if silent:
+            raise TimeoutError(f"ranks {silent} of {self.world_size} gave no answer in {self.timeout} s")
+        return [answers[rank][1] for rank in range(self.world_size)]
+
+
+def free_port() -> int:
+    """A port on loopback that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _receive(connection: Connection) -> tuple[bool, Any]:
+    try:
+        return pickle.loads(connection.recv_bytes())
+    except (EOFError, ConnectionResetError):
+        return False, (ProcessEndedError("the process ended without an answer"), "(see its own output above)")
+
+
+def _serve(connection: Connection, rank: int, world_size: int, port: int, init: bool, timeout: float) -> None:
+    """The child: answer the start, then every function sent, until the parent closes the pipe."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",  # for the children's children
+    }
+    torch.set_num_threads(1)
+    limit = timedelta(seconds=timeout)
+    connection.send_bytes(_answer(lambda: dist.init_process_group("gloo", timeout=limit) if init else None))
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent has closed the pipe
+        while True:
+            message = connection.recv_bytes()
+            connection.send_bytes(_answer(lambda message=message: _call(message, init)))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _call(message: bytes, init: bool) -> Any:
+    port, function, args = pickle.loads(message)
+    if not init:
+        os.environ["MASTER_PORT"] = str(port)
+    return function(*args)
+
+
+def _answer(call: Callable[[], Any]) -> bytes:
+    """Pickled `(True, result)` or `(False, (exception, traceback))`; plain pickle, so no shared memory outlives us."""
+    try:
+        return pickle.dumps((True, call()))
+    except Exception as error:
+        text = traceback.format_exc()
+        try:
+            pickle.loads(answer := pickle.dumps((False, (error, text))))
+        except Exception:
+            return pickle.dumps((False, (RuntimeError(f"{type(error).__name__}: {error}"), text)))
+        return answer

@@ -1,0 +1,174 @@
+"""Weights and architectures from and to Hugging Face: identical tensors, equal logits, and every refusal."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from distill_nemo.config import ParallelismConfig, StudentConfig
+from distill_nemo.runtime.device import setup_device
+from distill_nemo.runtime.process_groups import process_groups
+from tests.spawn import Gloo
+from tests.tiny_models import FAMILIES, write_hf
+
+
+def logits_of(path, tensor=1, pipeline=1):
+    """Megatron's logits of a fixed batch at a layout; from the last pipeline stage."""
+    setup_device()
+    par = ParallelismConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    with process_groups(par):
+        return _logits(path, par)
+
+
+def _logits(path, par):
+    from megatron.core import parallel_state as ps
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from distill_nemo.models.provider import model_provider
+    from distill_nemo.runtime.seed import seed_everything
+
+    seed_everything(3)
+    first, last = ps.is_pipeline_first_stage(), ps.is_pipeline_last_stage()
+    model = model_provider(first, last, False, student=StudentConfig(checkpoint=path), parallelism=par).eval()
+    tokens = torch.randint(507, (2, 16), generator=torch.Generator().manual_seed(0))
+
+    def step(_, stage):
+        output = stage(tokens, torch.arange(16).expand(2, -1), None)
+        return output, lambda x: (x.sum(), torch.tensor(1), {"logits": x})
+
+    run = get_forward_backward_func()
+    with torch.no_grad():
+        out = run(
+            forward_step_func=step, data_iterator=None, model=[model], num_microbatches=1, seq_length=16,
+            micro_batch_size=2, forward_only=True,
+        )  # fmt: skip
+    return out[0]["logits"][..., :507].numpy() if last else None
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("hf")
+    return {family: write_hf(root / family, family) for family in FAMILIES}
+
+
+def transformers_logits(path):
+    from transformers import AutoModelForCausalLM
+
+    tokens = torch.randint(507, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(tokens).logits
+
+
+@pytest.fixture(scope="module")
+def two():
+    with Gloo(2, init=False) as group:
+        yield group
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layout", [(1, 1), (2, 1), (1, 2)], ids=["alone", "tp2", "pp2"])
+def test_logits_after_import_equal_transformers(models, two, family, layout):
+    if layout == (1, 1):
+        ours = logits_of(models[family])
+    else:
+        ours = next(x for x in two.run(logits_of, models[family], *layout) if x is not None)
+    theirs = transformers_logits(models[family])
+    assert (torch.as_tensor(ours) - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trip_gives_identical_tensors(models, tmp_path, family):
+    setup_device()
+    with process_groups(ParallelismConfig()):
+        from distill_nemo.models.architecture import resolve
+        from distill_nemo.models.huggingface import check_export, export_hf
+        from distill_nemo.models.provider import model_provider
+        from distill_nemo.runtime.seed import seed_everything
+
+        seed_everything(0)
+        student = resolve(StudentConfig(checkpoint=models[family]))
+        model = model_provider(student=student, parallelism=ParallelismConfig())
+        export_hf(model, str(tmp_path / "out"), student)
+        check_export(model, str(tmp_path / "out"))
+        again = resolve(StudentConfig(checkpoint=str(tmp_path / "out")))
+        assert {**vars(again), "checkpoint": None} == {**vars(student), "checkpoint": None}
+        next(model.parameters()).data.add_(1.0)
+        with pytest.raises(RuntimeError, match="logits differ"):
+            check_export(model, str(tmp_path / "out"))
+    before, after = load_file(f"{models[family]}/model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def _edit(path, change):
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+
+def _truncate(path):
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:999])
+
+
+NORM = "model.norm.weight"
+BROKEN = {
+    f"missing: {NORM}": lambda path: _edit(path, lambda t: t.pop(NORM)),
+    "extra: surplus": lambda path: _edit(path, lambda t: t.update(surplus=torch.ones(2))),
+    f"{NORM} has shape (3,), needs (64,)": lambda path: _edit(path, lambda t: t.update({NORM: torch.ones(3)})),
+    "corrupt or truncated": _truncate,
+    "no *.safetensors": lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin"),
+}
+
+
+@pytest.mark.parametrize("words", BROKEN)
+def test_a_broken_directory_is_refused_by_name(tmp_path, words):
+    from distill_nemo.models.architecture import resolve
+    from distill_nemo.models.huggingface import check_hf_tensors
+
+    path = tmp_path / "m"
+    write_hf(path)
+    BROKEN[words](path)
+    with pytest.raises(ValueError) as raised:
+        check_hf_tensors(path, resolve(StudentConfig(checkpoint=str(path))))
+    assert words in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "llamma"}, "Did you mean llama"),
+        ({"mlp_bias": True}, "mlp_bias is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act gelu is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, '"yarn" is not supported'),
+        ({"num_hidden_layers": None}, "num_layers"),
+    ],
+)
+def test_an_unsupported_config_is_refused_by_name(tmp_path, change, words):
+    from distill_nemo.models.architecture import resolve
+
+    path = tmp_path / "m"
+    write_hf(path)
+    config = json.loads((path / "config.json").read_text()) | change
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError) as raised:
+        resolve(StudentConfig(checkpoint=str(path)))
+    assert words in str(raised.value)
+
+
+def test_missing_corrupt_and_contradicting_are_refused(tmp_path):
+    from distill_nemo.models.architecture import resolve
+
+    with pytest.raises(ValueError, match="not found"):
+        resolve(StudentConfig(checkpoint=str(tmp_path / "none")))
+    with pytest.raises(ValueError, match="no checkpoint that can be read"):
+        resolve(StudentConfig(checkpoint=str(tmp_path)))
+    with pytest.raises(ValueError, match="the model needs num_layers"):
+        resolve(StudentConfig())
+    write_hf(tmp_path / "m")
+    with pytest.raises(ValueError, match=r"num_layers = 7 contradicts"):
+        resolve(StudentConfig(checkpoint=str(tmp_path / "m"), num_layers=7))
+    (tmp_path / "m" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot be read"):
+        resolve(StudentConfig(checkpoint=str(tmp_path / "m")))

@@ -1,0 +1,204 @@
+"""The losses on one rank, value and gradient, against fp64."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from distill_nemo.config import DIVERGENCES as CONFIG_DIVERGENCES
+from distill_nemo.losses import vocab_parallel
+from distill_nemo.losses.divergences import DIVERGENCES
+from distill_nemo.losses.hidden import HiddenStateCosineLoss, HiddenStateMSELoss
+from distill_nemo.losses.logits import LogitsKLLoss
+from distill_nemo.losses.vocab_parallel import (
+    vocab_parallel_entropy,
+    vocab_parallel_forward_kl,
+    vocab_parallel_top1_agreement,
+)
+from tests import reference
+
+S, B, V, PADDED = 5, 3, 507, 512
+
+
+def make_logits(seed: int = 0, width: int = V, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (4 * torch.randn(S, B, width, generator=generator) for _ in range(2))
+    return student.to(dtype).requires_grad_(), teacher.to(dtype)
+
+
+def error(x: Tensor, oracle: np.ndarray) -> float:
+    return float(np.abs(x.detach().double().numpy() - oracle).max())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
+@pytest.mark.parametrize("chunk", [1, 2 * B * V, vocab_parallel.CHUNK])
+def test_forward_kl_and_gradient(monkeypatch: pytest.MonkeyPatch, temperature: float, chunk: int) -> None:
+    monkeypatch.setattr(vocab_parallel, "CHUNK", chunk)
+    student, teacher = make_logits()
+    before = student.detach().clone(), teacher.clone()
+    weights = torch.rand(S, B)
+    kl = vocab_parallel_forward_kl(student, teacher, temperature)
+    (kl * weights).sum().backward()
+    value, gradient = reference.forward_kl(student.detach().double().numpy(), teacher.double().numpy(), temperature)
+    assert kl.dtype == torch.float32 and kl.shape == (S, B)
+    assert error(kl, value) < 1e-5 * value.max()
+    assert student.grad is not None
+    assert error(student.grad, gradient * weights.double().numpy()[..., None]) < 2e-6 / temperature
+    assert torch.equal(student.detach(), before[0]) and torch.equal(teacher, before[1])
+
+
+def test_forward_kl_is_zero_for_equal_logits_and_never_negative() -> None:
+    _, teacher = make_logits()
+    assert torch.equal(vocab_parallel_forward_kl(teacher, teacher), torch.zeros(S, B))
+    near = teacher + 1e-3 * torch.randn_like(teacher)
+    assert vocab_parallel_forward_kl(near, teacher).min() > -2e-6  # of a value near 5e-7, from terms near 10
+    student, teacher = make_logits(1)
+    assert vocab_parallel_forward_kl(student, teacher).min() > 0
+
+
+def test_forward_kl_ignores_a_shift_and_its_gradient_sums_to_zero() -> None:
+    student, teacher = make_logits()
+    kl = vocab_parallel_forward_kl(student, teacher)
+    shifted = vocab_parallel_forward_kl(student + 30.0, teacher - 20.0)
+    torch.testing.assert_close(shifted, kl, atol=5e-5, rtol=0)
+    kl.sum().backward()
+    assert student.grad is not None
+    assert student.grad.abs().max() > 0.1
+    assert student.grad.sum(-1).abs().max() < 1e-6
+
+
+def test_temperature_squared_keeps_the_gradient_of_a_hot_loss() -> None:
+    """As T grows, T^2 dKL/dz tends to (z - mean z - t + mean t) / V, which does not depend on T."""
+    student, teacher = make_logits()
+    LogitsKLLoss(temperature=1000.0)(student, teacher).sum().backward()
+    centred = [x.detach() - x.detach().mean(-1, keepdim=True) for x in (student, teacher)]
+    assert student.grad is not None
+    torch.testing.assert_close(student.grad, (centred[0] - centred[1]) / V, atol=2e-3 / V * 20, rtol=0.05)
+    scaled, plain = (
+        LogitsKLLoss(temperature=3.0, scale_by_temperature_squared=x)(student, teacher) for x in (True, False)
+    )
+    torch.testing.assert_close(scaled, 9 * plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_as_exact_as_fp32_eager(dtype: torch.dtype) -> None:
+    student, teacher = make_logits(2, dtype=dtype)
+    kl = vocab_parallel_forward_kl(student, teacher)
+    kl.sum().backward()
+    leaf = student.detach().clone().requires_grad_()
+    log_q, log_p = leaf.float().log_softmax(-1), teacher.float().log_softmax(-1)
+    eager = nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    eager.sum().backward()
+    value, gradient = reference.forward_kl(student.detach().double().numpy(), teacher.double().numpy())
+    assert student.grad is not None and leaf.grad is not None and student.grad.dtype == dtype
+    assert error(kl, value) <= error(eager, value) + 1e-5
+    assert error(student.grad, gradient) <= error(leaf.grad, gradient) + 1e-6
+
+
+@pytest.mark.parametrize("module", [LogitsKLLoss(true_vocab_size=V), LogitsKLLoss()], ids=["garbage", "minus infinity"])
+def test_padding_takes_no_probability(module: LogitsKLLoss) -> None:
+    """Padding cut off by true_vocab_size, or already -inf on both sides."""
+    student, teacher = make_logits(3, PADDED)
+    with torch.no_grad():
+        for x in (student, teacher):
+            x[..., V:] = 50.0 if module.true_vocab_size else -torch.inf
+    loss = module((student, None), (teacher, None))
+    loss.sum().backward()
+    pair = student.detach()[..., :V].double().numpy(), teacher[..., :V].double().numpy()
+    value, gradient = reference.forward_kl(*pair)
+    assert loss.shape == (B, S) and student.grad is not None
+    assert error(loss, value.T) < 1e-4
+    assert error(student.grad[..., :V], gradient) < 1e-6
+    assert torch.equal(student.grad[..., V:], torch.zeros(S, B, PADDED - V))
+    assert error(module.at_temperature_one(*module.prepare(student, teacher)), value.T) < 1e-4
+
+
+def test_masked_tokens_have_no_gradient() -> None:
+    student, teacher = make_logits()
+    (LogitsKLLoss()(student, teacher) * torch.zeros(B, S)).sum().backward()
+    assert student.grad is not None
+    assert torch.equal(student.grad, torch.zeros_like(student))
+
+
+def test_nan_logits_are_not_hidden() -> None:
+    student, teacher = make_logits()
+    with torch.no_grad():
+        student[0, 0, 7] = torch.nan
+        teacher[1, 1, 7] = torch.nan
+    kl = vocab_parallel_forward_kl(student, teacher)
+    assert kl.isnan().nonzero().tolist() == [[0, 0], [1, 1]]
+
+
+def test_vocabularies_that_differ_in_padding_only_are_aligned() -> None:
+    student, teacher = make_logits(4, PADDED)
+    loss = LogitsKLLoss(true_vocab_size=V)(student[..., :508], teacher)
+    value, _ = reference.forward_kl(student.detach()[..., :V].double().numpy(), teacher[..., :V].double().numpy())
+    assert error(loss, value.T) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("true_vocab_size", "student_width", "message"),
+    [(None, 508, "508 .*512.*set true_vocab_size"), (510, 508, "508 .*512.*has 510")],
+)
+def test_other_vocabularies_are_refused(true_vocab_size: int | None, student_width: int, message: str) -> None:
+    student, teacher = make_logits(4, PADDED)
+    with pytest.raises(ValueError, match=message):
+        LogitsKLLoss(true_vocab_size=true_vocab_size)(student[..., :student_width], teacher)
+
+
+def test_bad_arguments_are_refused() -> None:
+    with pytest.raises(ValueError, match='"kl" is not known; choose one of: forward_kl'):
+        LogitsKLLoss(divergence="kl")
+    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+        LogitsKLLoss(temperature=0.0)
+
+
+def test_config_and_table_name_the_same_divergences() -> None:
+    assert tuple(DIVERGENCES) == CONFIG_DIVERGENCES
+
+
+def test_entropy_and_agreement() -> None:
+    student, teacher = make_logits(5)
+    assert error(vocab_parallel_entropy(teacher), reference.entropy(teacher.double().numpy())) < 1e-5
+    student = student.detach()
+    student[:2] = teacher[:2] + 3.0
+    teacher[3, 0, [17, 400]] = student[3, 0, [17, 300]] = 99.0  # ties: the lowest index on both sides
+    expected = student.numpy().argmax(-1) == teacher.numpy().argmax(-1)
+    agreement = vocab_parallel_top1_agreement(student, teacher)
+    assert agreement.tolist() == expected.astype(float).tolist()
+    assert agreement[:2].min() == 1 and agreement.min() == 0 and agreement[3, 0] == 1
+
+
+@pytest.mark.parametrize(
+    ("loss_class", "oracle"), [(HiddenStateCosineLoss, reference.cosine), (HiddenStateMSELoss, reference.mse)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_losses(loss_class: type, oracle, dtype: torch.dtype) -> None:
+    student, teacher = make_logits(6, width=64, dtype=dtype)
+    loss = loss_class(64, 64)((student, None), teacher)
+    loss.sum().backward()
+    value, gradient = oracle(student.detach().double().numpy(), teacher.double().numpy())
+    assert loss.dtype == torch.float32 and loss.shape == (B, S) and student.grad is not None
+    assert error(loss, value.T) < 1e-5 * value.max()
+    resolution = 2.0**-8 if dtype == torch.bfloat16 else 1e-6
+    assert error(student.grad, gradient) < resolution * np.abs(gradient).max()
+    torch.testing.assert_close(loss_class(64, 64)(teacher, teacher), torch.zeros(B, S), atol=5e-7, rtol=0)
+
+
+def test_projection_where_widths_differ() -> None:
+    torch.manual_seed(0)
+    loss_module = HiddenStateMSELoss(48, 64)
+    torch.manual_seed(0)
+    weight = nn.Linear(48, 64, bias=False).weight.detach()
+    student, (_, teacher) = make_logits(7, 48)[0], make_logits(8, 64)
+    loss = loss_module(student, teacher)
+    loss.sum().backward()
+    assert loss_module.projection is not None and loss_module.projection.weight.grad is not None
+    assert torch.equal(loss_module.projection.weight, weight)
+    assert getattr(loss_module.projection.weight, "sequence_parallel", None) is False
+    hidden, matrix = student.detach().double().numpy(), weight.double().numpy()
+    value, gradient = reference.mse(hidden @ matrix.T, teacher.double().numpy())
+    assert error(loss, value.T) < 1e-5 * value.max()
+    expected = gradient.reshape(-1, 64).T @ hidden.reshape(-1, 48)
+    assert error(loss_module.projection.weight.grad, expected) < 1e-5 * np.abs(expected).max()
+    assert HiddenStateMSELoss(64, 64).projection is None

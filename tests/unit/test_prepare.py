@@ -1,0 +1,236 @@
+"""`prepare` and its readers: real text, a real tokenizer, real processes."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tokenizers
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from distill_nemo.data import prepare as module
+from distill_nemo.data.prepare import prepare
+from distill_nemo.data.readers import cut, find_files, read
+
+STDLIB = Path(os.__file__).parent
+SOURCES = sorted((STDLIB / "json").glob("*.py")) + sorted((STDLIB / "email").glob("*.py"))
+
+
+def train_tokenizer(directory: Path, eos: str | None) -> str:
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=[eos] if eos else [],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train([str(path) for path in SOURCES[:4]], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos).save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"), "<|endoftext|>")
+
+
+def load(prefix: Path) -> list[np.ndarray]:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    return [np.array(tokens) for tokens in IndexedDataset(str(prefix))]
+
+
+def texts() -> list[str]:
+    return [path.read_text() for path in SOURCES if path.read_text()]
+
+
+def write_jsonl(path: Path, lines: list) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def same_files(a: Path, b: Path) -> bool:
+    return all(Path(f"{a}{x}").read_bytes() == Path(f"{b}{x}").read_bytes() for x in (".bin", ".idx"))
+
+
+def leftovers(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_text_jsonl_and_parquet_agree_with_transformers(tmp_path: Path, tokenizer: str, monkeypatch):
+    monkeypatch.setattr(module, "PART_BYTES", 50_000)
+    inputs = {
+        "text": [str(path) for path in SOURCES],
+        "jsonl": [str(write_jsonl(tmp_path / "a.jsonl", [{"id": 1, "text": text} for text in texts()]))],
+        "parquet": [str(tmp_path / "a.parquet")],
+    }
+    pq.write_table(pa.table({"text": texts()}), tmp_path / "a.parquet", row_group_size=3)
+    results = {kind: prepare(files, str(tmp_path / kind), tokenizer, num_workers=1) for kind, files in inputs.items()}
+    assert same_files(tmp_path / "text", tmp_path / "jsonl")
+    assert same_files(tmp_path / "text", tmp_path / "parquet")
+
+    reference = PreTrainedTokenizerFast.from_pretrained(tokenizer)
+    expected = [[*reference(text)["input_ids"], reference.eos_token_id] for text in texts()]
+    made = load(tmp_path / "text")
+    assert [tokens.tolist() for tokens in made] == expected
+    assert made[0].dtype == np.uint16
+    manifest = json.loads((tmp_path / "text.json").read_text())
+    assert manifest["vocab_size"] == 600 and manifest["eod_id"] == reference.eos_token_id
+    for result in results.values():
+        assert (result.documents, result.tokens) == (len(expected), sum(map(len, expected)))
+
+
+def test_index_is_what_megatrons_builder_writes(tmp_path: Path, tokenizer: str):
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    prepare([str(path) for path in SOURCES[:5]], str(tmp_path / "a"), tokenizer, num_workers=1)
+    builder = IndexedDatasetBuilder(str(tmp_path / "b.bin"), dtype=DType.optimal_dtype(600))
+    for tokens in load(tmp_path / "a"):
+        builder.add_document(torch.from_numpy(tokens), [len(tokens)])
+    builder.finalize(str(tmp_path / "b.idx"))
+    assert same_files(tmp_path / "a", tmp_path / "b")
+
+
+def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path, tokenizer: str, monkeypatch):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts()])
+    prepare([str(source)], str(tmp_path / "whole"), tokenizer, num_workers=1)
+    monkeypatch.setattr(module, "PART_BYTES", 20_000)  # lines are longer and shorter than a part
+    for workers in (1, 3):
+        result = prepare([str(source)], str(tmp_path / f"w{workers}"), tokenizer, num_workers=workers)
+        assert result.documents == len(texts())
+        assert same_files(tmp_path / "whole", tmp_path / f"w{workers}")
+    assert not list(tmp_path.glob("*.parts"))
+
+
+@pytest.mark.parametrize("part_bytes", [1, 7, 64, 1000])
+def test_every_line_is_read_once_wherever_the_file_is_cut(tmp_path: Path, part_bytes: int):
+    lines = [{"text": "é" * n} for n in range(12)]
+    path = write_jsonl(tmp_path / "in.jsonl", [*lines, "", *lines])
+    found = [record.text for piece in cut(path, "text", part_bytes) for record in read(piece, "text")]
+    assert found == [line["text"] for line in lines + lines]
+
+
+SCRIPT = """
+import sys
+from distill_nemo.data import prepare
+prepare.PART_BYTES = 20_000
+if __name__ == "__main__":
+    prepare.prepare([sys.argv[1]], sys.argv[2], sys.argv[3], num_workers=2)
+"""
+
+
+def test_a_killed_run_is_resumed_to_the_same_bytes(tmp_path: Path, tokenizer: str, monkeypatch, capsys):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts() * 3])
+    (tmp_path / "script.py").write_text(SCRIPT)
+    output = tmp_path / "killed"
+    arguments = [sys.executable, str(tmp_path / "script.py"), str(source), str(output), tokenizer]
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    parts = tmp_path / "killed.parts"
+    while len(list(parts.glob("0*.json"))) < 3:
+        assert process.poll() is None, "ended before three parts were made"
+        time.sleep(0.005)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    assert len(children) >= 2 and not psutil.wait_procs(children, timeout=10)[1], "a worker outlived its parent"
+    assert not Path(f"{output}.bin").exists()
+
+    monkeypatch.setattr(module, "PART_BYTES", 20_000)
+    victim = sorted(parts.glob("0*.json"))[0].with_suffix(".bin")  # a part cut short by the crash is made again
+    victim.write_bytes(victim.read_bytes()[:-2])
+    prepare([str(source)], str(output), tokenizer, num_workers=1)
+    assert "from an earlier, interrupted run" in capsys.readouterr().out
+    prepare([str(source)], str(tmp_path / "straight"), tokenizer, num_workers=1)
+    assert same_files(output, tmp_path / "straight")
+
+
+def test_rerun_does_nothing_and_changed_input_is_made_anew(tmp_path: Path, tokenizer: str, capsys):
+    source, output = tmp_path / "a.txt", tmp_path / "out"
+    source.write_text("one two three")
+    first = prepare([str(source)], str(output), tokenizer)
+    stamp = Path(f"{output}.bin").stat().st_mtime_ns
+    again = prepare([str(source)], str(output), tokenizer)
+    assert "nothing to do" in capsys.readouterr().out
+    assert (again.tokens, Path(f"{output}.bin").stat().st_mtime_ns) == (first.tokens, stamp)
+    source.write_text("one two three four five six")
+    assert prepare([str(source)], str(output), tokenizer).tokens > first.tokens
+    assert leftovers(tmp_path) == ["a.txt", "out.bin", "out.idx", "out.json"]
+
+
+BAD = [
+    ('{"text": "fine"}', None),
+    ('{"text": ', "not valid JSON"),
+    ('{"body": "x"}', 'no key "text"'),
+    ('{"text": 7}', "int, not a string"),
+    ("[1]", "list, not an object"),
+    ('{"text": "\\ud800"}', "surrogate"),
+]
+
+
+def test_bad_records_are_named_and_stop_the_job_past_the_limit(tmp_path: Path, tokenizer: str, monkeypatch, capsys):
+    monkeypatch.setattr(module, "PART_BYTES", 30)  # so that line numbers must count what other parts hold
+    source = tmp_path / "in.jsonl"
+    source.write_bytes("".join(line + "\n" for line, _ in BAD).encode() + b'{"text": "\xff"}\n{"text": "last"}\n')
+    with pytest.raises(ValueError, match=r"6 bad records, more than max_bad_records = 5") as error:
+        prepare([str(source)], str(tmp_path / "out"), tokenizer, num_workers=1, max_bad_records=5)
+    for number, (_, problem) in enumerate(BAD, start=1):
+        assert problem is None or (f"{source}:{number} " in str(error.value) and problem in str(error.value))
+    assert leftovers(tmp_path) == ["in.jsonl"]
+
+    result = prepare([str(source)], str(tmp_path / "out"), tokenizer, num_workers=1, max_bad_records=6)
+    assert (result.documents, result.bad_records) == (2, 6)
+    assert f"{source}:2 is not valid JSON" in capsys.readouterr().out
+    listed = json.loads((tmp_path / "out.json").read_text())["bad"]
+    assert listed[-1] == [f"{source}:7", "is not UTF-8: byte 0xff, invalid start byte"]
+
+
+def test_bad_text_and_parquet_are_named(tmp_path: Path, tokenizer: str):
+    (tmp_path / "a.txt").write_bytes(b"one\ntwo \xff\n")
+    pq.write_table(pa.table({"text": ["a", None, "b"]}), tmp_path / "b.parquet", row_group_size=1)
+    with pytest.raises(ValueError) as error:
+        prepare([str(tmp_path)], str(tmp_path / "out"), tokenizer, max_bad_records=1, num_workers=1)
+    assert f"{tmp_path}/a.txt:2 is not UTF-8" in str(error.value) and f"{tmp_path}/b.parquet:2 " in str(error.value)
+    with pytest.raises(ValueError, match=r'no column "body"; it has text'):
+        prepare([str(tmp_path / "b.parquet")], str(tmp_path / "out"), tokenizer, text_key="body")
+    (tmp_path / "c.parquet").write_bytes(b"not parquet")
+    with pytest.raises(ValueError, match=r"c\.parquet is not a readable parquet file"):
+        prepare([str(tmp_path / "c.parquet")], str(tmp_path / "out"), tokenizer)
+
+
+def test_inputs_are_files_directories_and_globs(tmp_path: Path):
+    for name in ("b.txt", "a.md", "sub/c.jsonl", "sub/skip.bin", "d.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    names = [path.relative_to(tmp_path).as_posix() for path in find_files([str(tmp_path / "b.txt"), str(tmp_path)])]
+    assert names == ["b.txt", "a.md", "d.parquet", "sub/c.jsonl"]
+    assert find_files([f"{tmp_path}/*/*.jsonl"]) == [tmp_path / "sub/c.jsonl"]
+    with pytest.raises(ValueError, match=r"no input found for .*/\*\.rst"):
+        find_files([f"{tmp_path}/*.rst"])
+
+
+def test_what_cannot_be_prepared_is_refused(tmp_path: Path, tokenizer: str):
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "mine.bin").write_text("precious")
+    without_eod = train_tokenizer(tmp_path / "plain", None)
+    text, out = [str(tmp_path / "a.txt")], str(tmp_path / "out")
+    with pytest.raises(ValueError, match="names no eos_token"):
+        prepare(text, out, without_eod)
+    with pytest.raises(ValueError, match="no such tokenizer directory"):
+        prepare(text, out, str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="no document with text"):
+        prepare([str(tmp_path / "empty.txt")], out, tokenizer)
+    with pytest.raises(ValueError, match=r"mine\.bin exists and was not made by prepare"):
+        prepare(text, str(tmp_path / "mine"), tokenizer)
+    assert leftovers(tmp_path) == ["a.txt", "empty.txt", "mine.bin", "plain"]
+    assert prepare(text, out, without_eod, append_eod=False).documents == 1
