@@ -84,7 +84,7 @@ class WeightedLossBalancer(DistillationLossBalancer):
         ValueError: for a negative weight, or when all are zero.
     """
 
-    def __init__(self, lm_weight: float, logits_weight: float, hidden_weight: float) -> None:
+    def __init__(self, lm_weight: float = 0.0, logits_weight: float = 1.0, hidden_weight: float = 0.0) -> None:
         super().__init__()
         weights = {"lm_weight": lm_weight, "logits_weight": logits_weight, "hidden_weight": hidden_weight}
         for name, weight in weights.items():

@@ -58,10 +58,6 @@ class LogitsKLLoss(_Loss):
         loss_SB = self.divergence(*pair, temperature=self.temperature, group=self.group)
         return (loss_SB * self.factor).transpose(0, 1).contiguous()
 
-    def at_temperature_one(self, student_logits_SBv: Tensor, teacher_logits_SBv: Tensor) -> Tensor:
-        """The same divergence of a prepared pair for evaluation: T = 1, no factor. [B, S] fp32."""
-        return self.divergence(student_logits_SBv, teacher_logits_SBv, group=self.group).transpose(0, 1)
-
     def prepare(self, student_logits_SBv: Output, teacher_logits_SBv: Output) -> tuple[Tensor, Tensor]:
         """Both sides on the same columns, without probability for padding; the teacher's detached.
 

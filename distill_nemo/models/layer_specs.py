@@ -1,4 +1,4 @@
-"""Which modules a transformer layer is made of: Transformer Engine's where it runs, else Megatron's own with our norm."""
+"""What a transformer layer is made of: Transformer Engine's modules where they run, else Megatron's with our norm."""
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (

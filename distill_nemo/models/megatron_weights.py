@@ -31,6 +31,7 @@ def load_megatron_weights(directory: Path, built: nn.Module, prefix: str = "") -
         raise ValueError(f"{directory} is no readable Megatron distributed checkpoint: {error}") from None
     model: Any = built
     wanted = model.sharded_state_dict(prefix=prefix)
+    wanted = {name: value for name, value in wanted.items() if not name.endswith("_extra_state")}
     _rename_legacy_norms(wanted, stored)
     tensors = [value for value in nested_values(wanted) if isinstance(value, ShardedTensor)]
     problems = [f"missing: {t.key}" for t in tensors if t.key not in stored]

@@ -110,7 +110,6 @@ def test_padding_takes_no_probability(module: LogitsKLLoss) -> None:
     assert error(loss, value.T) < 1e-4
     assert error(student.grad[..., :V], gradient) < 1e-6
     assert torch.equal(student.grad[..., V:], torch.zeros(S, B, PADDED - V))
-    assert error(module.at_temperature_one(*module.prepare(student, teacher)), value.T) < 1e-4
 
 
 def test_masked_tokens_have_no_gradient() -> None:

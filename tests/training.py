@@ -1,0 +1,54 @@
+"""A tiny run on real text: token files, teacher, config; and what it takes to run one in a test."""
+
+import json
+from pathlib import Path
+
+from distill_nemo.config import (
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    RunConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainingConfig,
+)
+from tests.tiny_models import write_hf
+
+
+def write_inputs(root: Path) -> None:
+    """Tokenizer, train and valid token files of some standard library modules, and a teacher, below `root`."""
+    from distill_nemo.data.prepare import prepare
+    from distill_nemo.data.stdlib_corpus import stdlib_modules, train_tokenizer
+
+    modules = stdlib_modules()[:12]
+    train_tokenizer(modules, root / "tokenizer", 507)
+    prepare([str(m) for m in modules[2:]], str(root / "train"), str(root / "tokenizer"), num_workers=1, progress=False)
+    prepare([str(m) for m in modules[:2]], str(root / "valid"), str(root / "tokenizer"), num_workers=1, progress=False)
+    write_hf(root / "teacher", "llama")
+
+
+def tiny_run(inputs: Path, output: Path, **training) -> RunConfig:
+    """Eight steps of a two-layer student against the four-layer teacher."""
+    student = StudentConfig(
+        num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2, vocab_size=507,
+        max_position_embeddings=128,
+    )  # fmt: skip
+    run = RunConfig(str(output), student, TeacherConfig(checkpoint=str(inputs / "teacher")))
+    run.data = DataConfig([str(inputs / "train")], [str(inputs / "valid")], tokenizer=str(inputs / "tokenizer"))
+    run.data.sequence_length = 32
+    settings = {"steps": 8, "micro_batch_size": 2, "global_batch_size": 4, "eval_interval": 4, "eval_batches": 1}
+    run.training = TrainingConfig(**{**settings, "dtype": "float32", **training})
+    run.optimizer = OptimizerConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2)
+    run.checkpoint = CheckpointConfig(save_interval=4, export=False)
+    run.logging = LoggingConfig(log_interval=1, tensorboard=False)
+    return run
+
+
+TIMINGS = ("seconds", "tokens_per_second")
+
+
+def metrics(output: Path) -> list[dict]:
+    """`metrics.jsonl` without what a clock wrote."""
+    lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
