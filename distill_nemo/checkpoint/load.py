@@ -5,7 +5,14 @@ from typing import Any
 
 from megatron.core import dist_checkpointing
 
-from distill_nemo.checkpoint.state import load_model_state, restore_rng, rng_layout, rng_state, sharded_state
+from distill_nemo.checkpoint.state import (
+    load_model_state,
+    load_optimizer_state,
+    restore_rng,
+    rng_layout,
+    rng_state,
+    sharded_state,
+)
 from distill_nemo.runtime.process_groups import rank
 
 
@@ -26,7 +33,7 @@ def load_checkpoint(directory: Path, model: Any, optimizer: Any, scheduler: Any)
         print(f"{directory.name} was saved at another layout: resharding", flush=True)
     loaded = dist_checkpointing.load(wanted, str(directory))
     load_model_state(model, loaded["weights"])
-    optimizer.load_state_dict(loaded["optimizer"])
+    load_optimizer_state(optimizer, loaded["optimizer"], loaded["run_state"]["step"])
     scheduler.load_state_dict(loaded["scheduler"])
     if same_layout:
         restore_rng(loaded["rng"])

@@ -11,19 +11,64 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import nn
 
 PREFIX = "model."
-OPTIMIZER_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}  # the one kind that any layout can load
+
+
+def _metadata() -> dict[str, Any]:
+    """Which ranks hold copies, and the one kind of optimizer state that any layout can load."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return {"dp_cp_group": group, "distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def sharded_state(model: Any, optimizer: Any, scheduler: Any, loading: bool) -> dict[str, Any]:
     """Model, optimizer, schedule; the model's keys begin with `model.`."""
+    if loading:
+        _allocate_adam_state(optimizer)
     weights = model_state(model)
-    kept = optimizer.sharded_state_dict(dict(weights), is_loading=loading, metadata=OPTIMIZER_METADATA)
+    kept = optimizer.sharded_state_dict(dict(weights), is_loading=loading, metadata=_metadata())
     return {"weights": weights, "optimizer": kept, "scheduler": scheduler.state_dict()}
+
+
+def _torch_adams(optimizer: Any) -> list[Any]:
+    """The torch Adams inside; Transformer Engine's and Apex's keep the step elsewhere and need no help."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part.optimizer for part in parts if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW)]
+
+
+def _allocate_adam_state(optimizer: Any) -> None:
+    """Megatron describes what to load by the optimizer's state, which torch's Adam has only after its first step."""
+    for adam in _torch_adams(optimizer):
+        for parameter in (p for group in adam.param_groups for p in group["params"]):
+            moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+            adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
+
+
+def load_optimizer_state(optimizer: Any, state: dict[str, Any], step: int) -> None:
+    """`optimizer.load_state_dict`, right for torch's Adam too.
+
+    Megatron-Core 0.19 looks for Adam's step among the tensors it copies, where it is not, and then gives all parameters
+    one step tensor, which Adam would advance once per parameter.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        copy = getattr(part, "_set_main_param_and_optimizer_states", None)
+        if copy is not None:
+            part._set_main_param_and_optimizer_states = _ignoring_step(copy)
+    try:
+        optimizer.load_state_dict(state)
+    finally:
+        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+            part.__dict__.pop("_set_main_param_and_optimizer_states", None)
+    for adam in _torch_adams(optimizer):
+        for moments in adam.state.values():
+            moments["step"] = torch.tensor(float(step))
+
+
+def _ignoring_step(copy: Any) -> Any:
+    return lambda parameter, tensors: copy(parameter, {"step": None, **tensors})
 
 
 def model_state(model: Any) -> dict[str, Any]:
     """The student's sharded tensors (and projections), without Transformer Engine's empty extra states."""
-    state = model.sharded_state_dict(prefix=PREFIX, metadata=OPTIMIZER_METADATA)
+    state = model.sharded_state_dict(prefix=PREFIX, metadata=_metadata())
     return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
 
 
