@@ -132,9 +132,12 @@ def evaluate(student: str, data: str, teacher: str = "", sequence_length: int = 
         sequence_length: tokens per sample.
         batches: how many samples.
     """
-    from distill_nemo.training.evaluate import evaluate_checkpoint
+    from distill_nemo.config import StudentConfig, TeacherConfig
+    from distill_nemo.training.evaluate import evaluate_student
 
-    for name, value in evaluate_checkpoint(student, data, teacher or None, sequence_length, batches).items():
+    reference = TeacherConfig(checkpoint=teacher) if teacher else None
+    means = evaluate_student(StudentConfig(checkpoint=student), data, reference, sequence_length, batches)
+    for name, value in means.items():
         print(f"{name:18} {value:.4f}")
 
 

@@ -17,7 +17,10 @@ from tests.tiny_models import write_hf
 
 
 def write_inputs(root: Path) -> None:
-    """Tokenizer, train and valid token files of some standard library modules, and a teacher, below `root`."""
+    """Tokenizer, train and valid token files of some standard library modules, teacher and student, below `root`.
+
+    The student comes from a file because random initial weights differ between layouts.
+    """
     from distill_nemo.data.prepare import prepare
     from distill_nemo.data.stdlib_corpus import stdlib_modules, train_tokenizer
 
@@ -26,14 +29,12 @@ def write_inputs(root: Path) -> None:
     prepare([str(m) for m in modules[2:]], str(root / "train"), str(root / "tokenizer"), num_workers=1, progress=False)
     prepare([str(m) for m in modules[:2]], str(root / "valid"), str(root / "tokenizer"), num_workers=1, progress=False)
     write_hf(root / "teacher", "llama")
+    write_hf(root / "student", "llama", seed=2, layers=2, width=32)
 
 
 def tiny_run(inputs: Path, output: Path, **training) -> RunConfig:
     """Eight steps of a two-layer student against the four-layer teacher."""
-    student = StudentConfig(
-        num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2, vocab_size=507,
-        max_position_embeddings=128,
-    )  # fmt: skip
+    student = StudentConfig(checkpoint=str(inputs / "student"))
     run = RunConfig(str(output), student, TeacherConfig(checkpoint=str(inputs / "teacher")))
     run.data = DataConfig([str(inputs / "train")], [str(inputs / "valid")], tokenizer=str(inputs / "tokenizer"))
     run.data.sequence_length = 32

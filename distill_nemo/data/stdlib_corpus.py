@@ -34,7 +34,9 @@ def write_stdlib_corpus(output: str, vocab_size: int = 2048) -> None:
         text = directory / f"{name}.jsonl"
         if not text.is_file():
             lines = (json.dumps({"text": path.read_text(encoding="utf-8", errors="replace")}) for path in files)
-            text.write_text("\n".join(lines) + "\n")
+            partial = text.with_suffix(".partial")
+            partial.write_text("\n".join(lines) + "\n")
+            partial.rename(text)
         prepare([str(text)], str(directory / name), str(directory / "tokenizer"))
 
 

@@ -20,6 +20,7 @@ from distill_nemo.models.sources import CheckpointKind, find_checkpoint
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 REQUIRED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
 VOCAB_MULTIPLE = 128  # whatever the tensor parallel size, so that checkpoints reshard
+HF_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -33,6 +34,8 @@ def resolve[T: ModelConfig](model: T) -> T:
     described = describe_checkpoint(Path(model.checkpoint)) if model.checkpoint else {}
     values = dataclasses.asdict(model)
     for name, value in described.items():
+        if name not in values:
+            raise ValueError(f'{model.checkpoint}/architecture.json: unknown field "{name}".{near(name, values)}')
         given = values[name]
         if given is not None and name not in ("init_std", "checkpoint") and given != value:
             raise ValueError(f"{name} = {given} contradicts {model.checkpoint}, which says {value}; leave it unset")
@@ -87,19 +90,22 @@ def from_huggingface(config: dict[str, Any], where: Path) -> dict[str, Any]:
     family = config.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f'{where}: model_type "{family}" is not supported.{near(str(family), FAMILIES)}')
-    missing = [n for n in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size") if n not in config]
-    if missing:
-        raise ValueError(f"{where}/config.json lacks {', '.join(missing)}")
+    for name in HF_SIZES:
+        if type(config.get(name)) is not int or config[name] < 1:
+            raise ValueError(f"{where}/config.json: {name} must be a positive integer, got {config.get(name)!r}")
+    rope = config.get("rope_parameters") or {}  # where transformers 5 keeps what rope_theta and rope_scaling were
+    named = config.get("architectures") or []
     refused = {
+        f"architectures {named}": named != [FAMILIES[family]],  # the importer goes by it
         "attention_bias": config.get("attention_bias") and family != "qwen2",
         "mlp_bias": config.get("mlp_bias"),
         "sliding window attention": config.get("use_sliding_window"),
         f"hidden_act {config.get('hidden_act')}": config.get("hidden_act", "silu") != "silu",
+        "partial_rotary_factor": rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0,
     }
     for feature, used in refused.items():
         if used:
             raise ValueError(f"{where}: {feature} is not supported")
-    rope = config.get("rope_parameters") or {}  # where transformers 5 keeps what rope_theta and rope_scaling were
     scaling = config.get("rope_scaling") or {k: v for k, v in rope.items() if k != "rope_theta"}
     if scaling.get("rope_type", scaling.get("type", "default")) == "default":
         scaling = None
@@ -130,6 +136,8 @@ def _check_rope_scaling(scaling: dict[str, Any] | None) -> None:
     for name, value in LLAMA3_ROPE.items():
         if scaling.get(name) != value:
             raise ValueError(f"rope_scaling.{name} = {scaling.get(name)}: Megatron-Core knows {value} only")
+    if not isinstance(scaling.get("factor"), int | float):
+        raise ValueError(f"rope_scaling.factor must be a number, got {scaling.get('factor')!r}")
 
 
 def to_huggingface(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -153,6 +161,8 @@ def to_huggingface(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "rope_parameters": rope,
         "tie_word_embeddings": model.tie_word_embeddings,
         "hidden_act": "silu",
+        "bos_token_id": None,  # else LlamaConfig takes 1 and 2, whatever the tokenizer, and generation stops at 2
+        "eos_token_id": None,
         "dtype": str(dtype).removeprefix("torch."),
     }
 
@@ -163,7 +173,12 @@ def padded_vocab_size(vocab_size: int) -> int:
 
 
 def transformer_config(model: ModelConfig, parallelism: ParallelismConfig, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron's config of a resolved model at a layout."""
+    """Megatron's config of a resolved model at a layout.
+
+    Raises:
+        ValueError: when the layout does not divide heads, layers or vocabulary, naming both numbers.
+    """
+    _check_layout(model, parallelism)
     on_cpu = not torch.cuda.is_available()
     assert model.init_std is not None
     return TransformerConfig(
@@ -199,6 +214,22 @@ def transformer_config(model: ModelConfig, parallelism: ParallelismConfig, dtype
         apply_rope_fusion=False,
         deterministic_mode=False,
     )
+
+
+def _check_layout(model: ModelConfig, parallelism: ParallelismConfig) -> None:
+    tensor, pipeline = parallelism.tensor_model_parallel_size, parallelism.pipeline_model_parallel_size
+    assert model.vocab_size is not None, "resolved"
+    for name, value, kind, size in (
+        ("num_attention_heads", model.num_attention_heads, "tensor", tensor),
+        ("num_query_groups", model.num_query_groups, "tensor", tensor),
+        ("padded vocabulary", padded_vocab_size(model.vocab_size), "tensor", tensor),
+        ("num_layers", model.num_layers, "pipeline", pipeline),
+    ):
+        if value is not None and value % size:
+            raise ValueError(
+                f"{model.checkpoint or type(model).__name__}: {name} = {value} is not divisible by "
+                f"parallelism.{kind}_model_parallel_size = {size}"
+            )
 
 
 def gpt_model(

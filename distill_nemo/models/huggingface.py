@@ -25,6 +25,8 @@ from distill_nemo.config import ModelConfig
 from distill_nemo.models.architecture import padded_vocab_size, to_huggingface
 
 VOCAB_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
+INDEX = "model.safetensors.index.json"
+METADATA = {"format": "pt", "producer": "distill_nemo"}  # by which an export of ours is known, and may be replaced
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "added_tokens.json", "*.jinja")
 MAX_LISTED = 5
 
@@ -62,9 +64,7 @@ def _tensor_parallel_size() -> int:
 
 def check_hf_tensors(path: Path, model: ModelConfig) -> None:
     """Compare the safetensors headers in `path` with what the architecture needs; reads no weights."""
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{path} holds no *.safetensors files; other formats can execute code and are not read")
+    files = _weight_files(path)
     found: dict[str, tuple[int, ...]] = {}
     for file in files:
         try:
@@ -75,6 +75,7 @@ def check_hf_tensors(path: Path, model: ModelConfig) -> None:
     wanted = expected_tensors(model)
     ignored = {"lm_head.weight"} if model.tie_word_embeddings else set()
     problems = [f"missing: {name} {shape}" for name, shape in wanted.items() if name not in found]
+    found = {name: shape for name, shape in found.items() if not name.endswith("rotary_emb.inv_freq")}  # old Llamas
     problems += [f"extra: {name} {found[name]}" for name in found if name not in wanted and name not in ignored]
     problems += [
         f"{name} has shape {found[name]}, needs {shape}"
@@ -84,6 +85,25 @@ def check_hf_tensors(path: Path, model: ModelConfig) -> None:
     if problems:
         more = f"\n  and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
         raise ValueError(f"{path} does not fit its architecture:\n  " + "\n  ".join(problems[:MAX_LISTED]) + more)
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The files that the importer will read: those of the index, else `model.safetensors`."""
+    if not any(path.glob("*.safetensors")):
+        raise ValueError(f"{path} holds no *.safetensors files; other formats can execute code and are not read")
+    index = path / INDEX
+    if not index.is_file():
+        if (path / "model.safetensors").is_file():
+            return [path / "model.safetensors"]
+        raise ValueError(f"{path} has neither model.safetensors nor {INDEX}, which says what its other files hold")
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} cannot be read: {error!r}") from None
+    absent = [name for name in names if not (path / name).is_file()]
+    if absent:
+        raise ValueError(f"{index} names files that are not there: {', '.join(absent[:MAX_LISTED])}")
+    return [path / name for name in names]
 
 
 def expected_tensors(model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -115,26 +135,67 @@ def export_hf(built: GPTModel, path: str, model: ModelConfig, tokenizer: str | N
 
     Args:
         built: the whole model.
-        path: directory to write, replaced when it exists; it appears only when whole.
+        path: directory to write; it appears only when whole and its logits equal `built`'s. An earlier export there
+            is replaced, anything else refused.
         model: the resolved architecture.
         tokenizer: directory whose tokenizer files are copied.
+
+    Raises:
+        ValueError: when `path` holds something else than an export of ours, or `tokenizer` no tokenizer.
+        RuntimeError: when the reloaded model's logits differ.
     """
+    assert _tensor_parallel_size() == 1 and built.pre_process and built.post_process, "export needs the whole model"
+    files = _tokenizer_files(tokenizer)
+    _refuse_foreign(Path(path))
     dtype = next(built.parameters()).dtype
     target = Path(path)
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    (partial / "config.json").write_text(json.dumps(to_huggingface(model, dtype), indent=2))
+    config = to_huggingface(model, dtype) | _special_tokens(tokenizer)
     try:
-        save_file(_hf_tensors(built, partial, model, dtype), partial / "model.safetensors", {"format": "pt"})
-        for pattern in TOKENIZER_FILES if tokenizer else ():
-            for file in Path(tokenizer or "").glob(pattern):
-                shutil.copy2(file, partial / file.name)
+        (partial / "config.json").write_text(json.dumps(config, indent=2))
+        save_file(_hf_tensors(built, partial, model, dtype), partial / "model.safetensors", METADATA)
+        for file in files:
+            shutil.copy2(file, partial / file.name)
+        check_export(built, str(partial))
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _tokenizer_files(tokenizer: str | None) -> list[Path]:
+    if not tokenizer:
+        return []
+    files = [file for pattern in TOKENIZER_FILES for file in Path(tokenizer).glob(pattern) if file.is_file()]
+    if not files:
+        raise ValueError(f"{tokenizer} holds no tokenizer files ({', '.join(TOKENIZER_FILES)})")
+    return files
+
+
+def _special_tokens(tokenizer: str | None) -> dict[str, int | None]:
+    """`bos_token_id` and `eos_token_id`, by which generation starts and ends, as the tokenizer has them."""
+    from transformers import AutoTokenizer
+
+    if not tokenizer:
+        return {}
+    loaded: Any = AutoTokenizer.from_pretrained(tokenizer)
+    return {"bos_token_id": loaded.bos_token_id, "eos_token_id": loaded.eos_token_id}
+
+
+def _refuse_foreign(target: Path) -> None:
+    """An export replaces a directory: only an empty one, or an earlier export."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    try:
+        with safe_open(target / "model.safetensors", "pt") as tensors:
+            ours = (tensors.metadata() or {}).get("producer") == METADATA["producer"]
+    except (SafetensorError, OSError):
+        ours = False
+    if not ours:
+        raise ValueError(f"{target} exists and is no export of ours; name a new directory, or remove it yourself")
 
 
 def _hf_tensors(built: GPTModel, config: Path, model: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -148,6 +209,8 @@ def _hf_tensors(built: GPTModel, config: Path, model: ModelConfig, dtype: torch.
             merged[name] = merged[name][: model.vocab_size]
     wanted = expected_tensors(model)
     assert wanted.keys() <= merged.keys(), f"ModelOpt's exporter left out {sorted(wanted.keys() - merged.keys())[:3]}"
+    wrong = [name for name, shape in wanted.items() if tuple(merged[name].shape) != shape]
+    assert not wrong, f"ModelOpt's exporter gave other shapes: {wrong[:3]}"
     return {name: merged[name].detach().cpu().contiguous().clone() for name in wanted}
 
 
@@ -166,7 +229,9 @@ def check_export(built: GPTModel, path: str, tolerance: float = 1e-4) -> None:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocab, (2, 32), generator=generator).to(weight.device)
     positions = torch.arange(32, device=weight.device).expand(2, -1)
+    training = built.training
     ours = built.eval()(tokens, positions, None)[..., :vocab].float()
+    built.train(training)
     theirs = reloaded(tokens).logits.float()
     worst, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
     allowed = (tolerance if weight.dtype == torch.float32 else 2e-2) * max(scale, 1e-6)

@@ -1,8 +1,13 @@
 """The quickstart's last stage: teacher, initial student, student alone and distilled student, side by side."""
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
+
+from distill_nemo.config import RunConfig, StudentConfig, load_yaml
+
+PROMPT = "def __init__(self"
 
 
 def compare_quickstart(root: str, samples: int = 128) -> None:
@@ -15,36 +20,46 @@ def compare_quickstart(root: str, samples: int = 128) -> None:
     from rich.console import Console
 
     from distill_nemo.reports.page import render_table, write_report
-    from distill_nemo.training.evaluate import evaluate_checkpoint
+    from distill_nemo.runtime.device import setup_device
 
+    setup_device()
     directory = Path(root)
-    teacher = str(directory / "teacher" / "student")
-    names = {"teacher": teacher, "initial student": str(directory / "distilled" / "checkpoints" / "step_00000000")}
-    names |= {"student alone": str(directory / "alone" / "student"), "distilled student": str(directory / "student")}
+    config = load_yaml(directory / "distilled" / "config.yaml")
+    assert config.teacher is not None, "the quickstart distils"
     _publish(directory)
-    table: list[dict[str, Any]] = []
-    for name, path in names.items():
-        means = evaluate_checkpoint(path, str(directory / "data" / "valid"), teacher, 128, samples)
-        table.append(
-            {
-                "model": name,
-                "parameters": _parameters(Path(path)),
-                "lm_loss": means["lm_loss"],
-                "perplexity": math.exp(means["lm_loss"]),
-                "forward_kl": means["forward_kl"],
-                "top1_agreement": means["top1_agreement"],
-            }
-        )
+    teacher = config.teacher.checkpoint
+    models = {
+        "teacher": StudentConfig(checkpoint=teacher),
+        "initial student": config.student,
+        "student alone": StudentConfig(checkpoint=str(directory / "alone" / "student")),
+        "distilled student": StudentConfig(checkpoint=str(directory / "student")),
+    }
+    table = [_measure(name, model, config, samples) for name, model in models.items()]
+    for row, model in zip(table, models.values(), strict=True):
+        row["parameters"] = _parameters(Path(model.checkpoint or directory / "student"))
     runs = {name: directory / name / "metrics.jsonl" for name in ("teacher", "alone", "distilled")}
-    page = write_report(directory / "report", runs, table, _facts(directory), _samples(directory, names))
+    page = write_report(directory / "report", runs, table, _facts(config), _samples(models))
     Console().print(render_table(table))
     print(f"report: {page}\nstudent: {directory / 'student'}")
 
 
+def _measure(name: str, model: StudentConfig, config: RunConfig, samples: int) -> dict[str, Any]:
+    """A row of the table: `model` on the run's held-out text, against the run's teacher."""
+    from distill_nemo.training.evaluate import evaluate_student
+
+    seed, length = config.training.seed, config.data.sequence_length
+    means = evaluate_student(model, config.data.valid[0], config.teacher, length, samples, seed)
+    return {
+        "model": name,
+        "lm_loss": means["lm_loss"],
+        "perplexity": math.exp(means["lm_loss"]),
+        "forward_kl": means["forward_kl"],
+        "top1_agreement": means["top1_agreement"],
+    }
+
+
 def _publish(directory: Path) -> None:
     """The distilled student's Hugging Face directory, where the README says it is."""
-    import shutil
-
     partial = directory / "student.partial"
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(directory / "distilled" / "student", partial)
@@ -63,10 +78,7 @@ def _parameters(path: Path) -> int:
     return total
 
 
-def _facts(directory: Path) -> dict[str, str]:
-    from distill_nemo.config import load_yaml
-
-    config = load_yaml(directory / "distilled" / "config.yaml")
+def _facts(config: RunConfig) -> dict[str, str]:
     kd, train, student = config.distillation, config.training, config.student
     return {
         "student": f"{student.num_layers} layers x {student.hidden_size}, {student.family}",
@@ -78,17 +90,18 @@ def _facts(directory: Path) -> dict[str, str]:
     }
 
 
-def _samples(directory: Path, models: dict[str, str]) -> list[dict[str, str]]:
-    """Greedy text of each model, by transformers, exactly as a user would load it."""
+def _samples(models: dict[str, StudentConfig]) -> list[dict[str, str]]:
+    """Greedy text of each exported model, by transformers, exactly as a user would load it."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(directory / "student"))
-    prompt = "def __init__(self"
-    tokens = tokenizer(prompt, return_tensors="pt").input_ids
     samples = []
-    for name in ("teacher", "student alone", "distilled student"):
-        model: Any = AutoModelForCausalLM.from_pretrained(models[name], dtype=torch.float32)
+    for name, exported in models.items():
+        if exported.checkpoint is None:
+            continue
+        tokenizer = AutoTokenizer.from_pretrained(exported.checkpoint)
+        tokens = tokenizer(PROMPT, return_tensors="pt").input_ids
+        model: Any = AutoModelForCausalLM.from_pretrained(exported.checkpoint, dtype=torch.float32)
         text = model.generate(tokens, max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-        samples.append({"model": name, "prompt": prompt, "text": tokenizer.decode(text[0])})
+        samples.append({"model": name, "prompt": PROMPT, "text": tokenizer.decode(text[0])})
     return samples

@@ -1,10 +1,10 @@
-"""`nemo distill evaluate`: figures of one checkpoint on held-out tokens, by the code that training evaluates with."""
+"""Figures of one model on held-out tokens, by the code that training evaluates with."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 
 from distill_nemo.config import DataConfig, ParallelismConfig, RunConfig, StudentConfig, TeacherConfig, TrainingConfig
 from distill_nemo.data.datasets import build_datasets, check_token_files, check_vocabulary
@@ -12,29 +12,47 @@ from distill_nemo.data.samplers import batches
 from distill_nemo.evaluation import evaluate
 from distill_nemo.models.architecture import resolve
 from distill_nemo.models.provider import model_provider
-from distill_nemo.runtime.device import resolve_dtype
-from distill_nemo.runtime.process_groups import process_groups
+from distill_nemo.runtime.device import resolve_dtype, setup_device
+from distill_nemo.runtime.process_groups import process_groups, world_size
 from distill_nemo.runtime.seed import seed_everything
 
+MICRO_BATCH_SIZE = 8
 
-def evaluate_checkpoint(
-    student: str, data: str, teacher: str | None, sequence_length: int, samples: int, cache: str | None = None
+
+def evaluate_student(
+    student: StudentConfig,
+    data: str,
+    teacher: TeacherConfig | None,
+    sequence_length: int,
+    samples: int,
+    seed: int = 0,
+    cache: str | None = None,
 ) -> dict[str, float]:
     """Token means over `samples` sequences of the prefix `data`, in nats; needs one process.
 
     Args:
-        student: checkpoint directory of any kind.
+        student: where the weights come from; without a checkpoint, those that a run with `seed` begins from.
         data: prefix of a .bin/.idx pair.
-        teacher: checkpoint directory, or None.
+        teacher: what to compare with, or None.
         sequence_length: tokens per sample.
         samples: how many; more than the data holds repeats it.
+        seed: `training.seed` of the run, for a student without a checkpoint.
         cache: directory for Megatron's sample index.
+
+    Raises:
+        ValueError: for bad token files or checkpoints, or under more than one process.
     """
-    config = RunConfig("", StudentConfig(checkpoint=student), TeacherConfig(checkpoint=teacher) if teacher else None)
+    if world_size() != 1:
+        raise ValueError(f"evaluate runs in one process, not {world_size()}: start it without torchrun")
+    config = RunConfig("", resolve(student), teacher)
     config.data = DataConfig(train=[data], valid=[data], sequence_length=sequence_length)
+    assert config.student.vocab_size is not None, "resolve fills it"
     check_token_files(config.data)
+    check_vocabulary(config.data, config.student.vocab_size)
+    micro_batch_size = math.gcd(samples, MICRO_BATCH_SIZE)
+    setup_device()
     with process_groups(config.parallelism):
-        seed_everything(0)
+        seed_everything(seed)
         model = _model(config)
         where = Path(cache or Path(data).parent / "index_cache")
         valid: Any
@@ -42,20 +60,23 @@ def evaluate_checkpoint(
         stream = batches(
             valid,
             consumed_samples=0,
-            global_batch_size=1,
-            micro_batch_size=1,
-            data_parallel_rank=parallel_state.get_data_parallel_rank(),
-            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+            global_batch_size=micro_batch_size,
+            micro_batch_size=micro_batch_size,
+            data_parallel_rank=0,
+            data_parallel_size=1,
         )
-        means = evaluate(model, stream, num_microbatches=samples, sequence_length=sequence_length, micro_batch_size=1)
+        means = evaluate(
+            model,
+            stream,
+            num_microbatches=samples // micro_batch_size,
+            sequence_length=sequence_length,
+            micro_batch_size=micro_batch_size,
+        )
     means["tokens"] = means.pop("valid_tokens")
     return means
 
 
 def _model(config: RunConfig) -> torch.nn.Module:
-    student = resolve(config.student)
-    assert student.vocab_size is not None, "resolve fills it"
-    check_vocabulary(config.data, student.vocab_size)
     return model_provider(
         student=config.student,
         teacher=config.teacher,

@@ -118,6 +118,12 @@ BROKEN = {
     "extra: surplus": lambda path: _edit(path, lambda t: t.update(surplus=torch.ones(2))),
     f"{NORM} has shape (3,), needs (64,)": lambda path: _edit(path, lambda t: t.update({NORM: torch.ones(3)})),
     "corrupt or truncated": _truncate,
+    "neither model.safetensors nor model.safetensors.index.json": lambda path: (path / "model.safetensors").rename(
+        path / "model-00001-of-00001.safetensors"
+    ),
+    "names files that are not there: gone.safetensors": lambda path: (path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {NORM: "gone.safetensors"}})
+    ),
     "no *.safetensors": lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin"),
 }
 
@@ -142,7 +148,6 @@ def test_a_broken_directory_is_refused_by_name(tmp_path, words):
         ({"mlp_bias": True}, "mlp_bias is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act gelu is not supported"),
         ({"rope_scaling": {"rope_type": "yarn"}}, '"yarn" is not supported'),
-        ({"num_hidden_layers": None}, "num_layers"),
     ],
 )
 def test_an_unsupported_config_is_refused_by_name(tmp_path, change, words):
@@ -155,6 +160,60 @@ def test_an_unsupported_config_is_refused_by_name(tmp_path, change, words):
     with pytest.raises(ValueError) as raised:
         resolve(StudentConfig(checkpoint=str(path)))
     assert words in str(raised.value)
+
+
+def test_buffers_of_old_llamas_and_surplus_files_beside_an_index_do_not_matter(tmp_path):
+    from distill_nemo.models.architecture import resolve
+    from distill_nemo.models.huggingface import check_hf_tensors
+
+    path = tmp_path / "m"
+    write_hf(path)
+    _edit(path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
+    names = load_file(path / "model.safetensors").keys()
+    index = {"weight_map": {name: "model.safetensors" for name in names}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"stale": torch.ones(1)}, path / "stale.safetensors")
+    check_hf_tensors(path, resolve(StudentConfig(checkpoint=str(path))))
+
+
+def test_export_replaces_nothing_but_an_earlier_export_and_leaves_nothing_half_written(tmp_path):
+    setup_device()
+    with process_groups(ParallelismConfig()):
+        from distill_nemo.data.stdlib_corpus import stdlib_modules, train_tokenizer
+        from distill_nemo.models.architecture import resolve
+        from distill_nemo.models.huggingface import export_hf
+        from distill_nemo.models.provider import model_provider
+        from distill_nemo.runtime.seed import seed_everything
+
+        seed_everything(0)
+        student = resolve(StudentConfig(checkpoint=write_hf(tmp_path / "m", layers=1)))
+        model = model_provider(student=student, parallelism=ParallelismConfig())
+        assert model.training
+        train_tokenizer(stdlib_modules()[:3], tmp_path / "tokenizer", 300)
+        foreign, out = tmp_path / "foreign", tmp_path / "out"
+        foreign.mkdir()
+        (foreign / "thesis.txt").write_text("years of work")
+        for path in (foreign, tmp_path / "m"):
+            before = sorted(p.name for p in path.iterdir())
+            with pytest.raises(ValueError, match="no export of ours"):
+                export_hf(model, str(path), student)
+            assert sorted(p.name for p in path.iterdir()) == before
+        with pytest.raises(ValueError, match="holds no tokenizer files"):
+            export_hf(model, str(out), student, str(foreign))
+        assert not out.exists()
+        export_hf(model, str(out), student)
+        export_hf(model, str(out), student, str(tmp_path / "tokenizer"))
+        assert model.training, "export leaves the model as it was"
+        first = (out / "model.safetensors").read_bytes()
+        next(model.parameters()).data.fill_(float("nan"))
+        with pytest.raises(RuntimeError, match="logits differ"):
+            export_hf(model, str(out), student)
+        assert (out / "model.safetensors").read_bytes() == first
+    assert not (tmp_path / "out.partial").exists()
+    from transformers import AutoConfig, AutoTokenizer
+
+    config, tokenizer = AutoConfig.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert (config.bos_token_id, config.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
 
 
 def test_missing_corrupt_and_contradicting_are_refused(tmp_path):
