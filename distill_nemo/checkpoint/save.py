@@ -40,7 +40,12 @@ class CheckpointWriter:
         self._all_or_none(partial, lambda: self._write(contents, partial, target))
 
     def _write(self, contents: dict[str, Any], partial: Path, target: Path) -> None:
-        request = dist_checkpointing.save(contents, str(partial), async_sharded_save=self.async_save)
+        request = dist_checkpointing.save(
+            contents,
+            str(partial),
+            async_sharded_save=self.async_save,
+            async_strategy="mcore",  # the default needs nvidia-resiliency-ext
+        )
         if request is None:
             return self._publish(partial, target)
         request.add_finalize_fn(lambda: self._publish(partial, target))

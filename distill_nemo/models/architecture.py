@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.parallel_state import get_tensor_model_parallel_rank
 from megatron.core.transformer import TransformerConfig
+from torch import Tensor
 
 from distill_nemo.config import ModelConfig, ParallelismConfig, near
 from distill_nemo.models.layer_specs import block_spec
@@ -247,7 +249,7 @@ def gpt_model(
     scaling: dict[str, Any] = model.rope_scaling or {}
     spec: Any = block_spec(config, vp_stage)
     base: Any = model.rotary_base
-    return GPTModel(
+    built = GPTModel(
         config,
         spec,
         vocab_size=padded_vocab_size(model.vocab_size),
@@ -262,3 +264,24 @@ def gpt_model(
         rope_scaling_factor=scaling.get("factor", 8.0),
         vp_stage=vp_stage,
     )
+    if post_process:
+        built.output_layer.register_forward_hook(_MaskPadding(model.vocab_size))
+    return built
+
+
+class _MaskPadding:
+    """Forward hook of the output layer: logits of the padded vocabulary columns are -inf.
+
+    Megatron leaves them in the softmax of its cross entropy, where each untrained column counts as one more token:
+    log(512 / 507) = 0.01 nats for 5 columns over a small vocabulary.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def __call__(self, layer: Any, args: Any, output: tuple[Tensor, Tensor | None]) -> None:
+        logits_SBv = output[0]
+        width = logits_SBv.size(-1)
+        start = 0 if layer.gather_output else get_tensor_model_parallel_rank() * width
+        if start + width > self.vocab_size:
+            logits_SBv[..., max(self.vocab_size - start, 0) :] = -torch.inf

@@ -1,5 +1,6 @@
 """The lean loop: step, evaluate, save, stop when told."""
 
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from distill_nemo.checkpoint.directory import checkpoint_root
 from distill_nemo.checkpoint.save import CheckpointWriter
 from distill_nemo.config import RunConfig
 from distill_nemo.data.samplers import batches
-from distill_nemo.evaluation import evaluate, reduce_reports
+from distill_nemo.evaluation import Report, evaluate, reduce_reports
 from distill_nemo.runtime.process_groups import rank
 from distill_nemo.runtime.signals import StopSignal
 from distill_nemo.training.forward_step import forward_step
@@ -24,6 +25,15 @@ from distill_nemo.training.setup import Trainee
 
 class NotFiniteError(RuntimeError):
     """A loss or a gradient is NaN or infinite."""
+
+
+def _where(reports: list[Report]) -> str:
+    """Which ranks' own losses are not finite; every rank must call it."""
+    mine = all(bool(value.isfinite().all()) for report in reports for value in report.values())
+    finite: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(finite, mine)
+    ranks = [str(rank) for rank, ok in enumerate(finite) if not ok]
+    return f", losses of rank {', '.join(ranks)}" if ranks else ", losses of every rank finite"
 
 
 class Loop:
@@ -58,7 +68,7 @@ class Loop:
                     self.writer.finish(blocking=False)
         finally:
             log.close()
-        self.writer.finish(blocking=True)
+        self.writer.close()
         return stopped
 
     def save(self) -> None:
@@ -96,25 +106,25 @@ class Loop:
         means = reduce_reports(reports, self.device)
         ok, grad_norm, _ = t.optimizer.step()
         lr = t.optimizer.param_groups[0]["lr"]
-        self._check_finite(means, grad_norm, ok)
+        self._check_finite(means, reports, grad_norm, ok)
         t.scheduler.step(increment=1)
         self.state["step"] += 1
         self.state["consumed_samples"] += self.config.training.global_batch_size
         self.state["tokens"] += int(means["valid_tokens"])
         return means | {"lr": lr, "grad_norm": float(grad_norm), "seconds": time.monotonic() - start}
 
-    def _check_finite(self, means: dict[str, float], grad_norm: Any, ok: bool) -> None:
+    def _check_finite(self, means: dict[str, float], reports: list[Report], grad_norm: Any, ok: bool) -> None:
         if not self.config.training.stop_on_nan:
             return
-        bad = [name for name, value in means.items() if not torch.isfinite(torch.tensor(value))]
-        if not torch.isfinite(torch.tensor(float(grad_norm))):
+        bad = [name for name, value in means.items() if not math.isfinite(value)]
+        if not math.isfinite(float(grad_norm)):
             bad.append("gradient norm")
-        if bad or not ok:
-            samples = self.state["consumed_samples"]
+        if bad or not ok:  # all ranks have the same figures, so all come here
+            first = self.state["consumed_samples"]
             raise NotFiniteError(
-                f"step {self.state['step'] + 1}, rank {rank()}: {', '.join(bad) or 'update'} not finite "
-                f"(samples {samples} to {samples + self.config.training.global_batch_size - 1}). The last checkpoint "
-                "is good; lower optimizer.lr, or set training.stop_on_nan=false to go on"
+                f"step {self.state['step'] + 1}: {', '.join(bad) or 'update'} not finite{_where(reports)} (samples "
+                f"{first} to {first + self.config.training.global_batch_size - 1}). The last checkpoint is good; lower "
+                "optimizer.lr, or set training.stop_on_nan=false to go on"
             )
 
     def _log_step(self, log: MetricsLog, means: dict[str, float]) -> None:
