@@ -3,6 +3,7 @@
 Without GPUs, weights or a network. Cost: under 10 minutes on 2 CPU cores, installation included.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import nemo_run as run
 
 from distill_nemo.cli import NAMESPACE, TrainContext
 from distill_nemo.data.stdlib_corpus import write_stdlib_corpus
-from distill_nemo.executors import local
+from distill_nemo.executors import local, num_gpus
 from distill_nemo.training.compare import compare_quickstart
 from distill_nemo.training.entry import distill
 from recipes.base import base
@@ -68,7 +69,7 @@ def run_quickstart(
     steps: int = 200,
     teacher_steps: int = 300,
     root: str = ROOT,
-    processes: int = 2,
+    processes: int = 0,
     seed: int = 0,
 ) -> None:
     """Corpus, teacher, distilled student, student alone, report: one experiment, a few minutes, no GPU needed.
@@ -78,11 +79,11 @@ def run_quickstart(
         steps: of both students.
         teacher_steps: of the teacher.
         root: everything goes below it.
-        processes: data-parallel ranks.
+        processes: data-parallel ranks; 0 takes two, or one where there is one GPU.
         seed: of the initial weights.
     """
     single = run.LocalExecutor(ntasks_per_node=1)
-    many = local(processes)
+    many = local(processes or (1 if num_gpus() == 1 else 2))
     stages = (
         ("corpus", run.Partial(write_stdlib_corpus, output=f"{root}/data", vocab_size=VOCAB_SIZE), single),
         ("teacher", quickstart_teacher(teacher_steps, root, seed), many),
@@ -91,9 +92,21 @@ def run_quickstart(
         ("report", run.Partial(compare_quickstart, root=root), single),
     )
     Path(root).mkdir(parents=True, exist_ok=True)
-    with run.Experiment("quickstart") as experiment:
+    with run.Experiment("quickstart", clean_mode=True, enable_goodbye_message=False, log_level="WARNING") as experiment:
         for name, task, executor in stages:
             experiment.add(task, executor=executor, name=name, tail_logs=True)
         assert isinstance(ctx, TrainContext), "the entry point is registered with it"
         ctx.launch_and_exit(experiment, sequential=True)
-    print(f"\nNext: {Path(sys.executable).parent}/nemo distill recipes")
+    _conclude(Path(root))
+
+
+def _conclude(root: Path) -> None:
+    """The table, where everything is, and what to type next."""
+    from rich.console import Console
+
+    from distill_nemo.reports.page import render_table
+
+    nemo = Path(sys.executable).parent / "nemo"
+    Console().print(render_table(json.loads((root / "comparison.json").read_text())))
+    print(f"student  {root}/student (Hugging Face)\nreport   {root}/report/index.html")
+    print(f"next     {nemo} distill train --help    # with checkpoints of your own")

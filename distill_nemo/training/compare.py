@@ -1,5 +1,6 @@
 """The quickstart's last stage: teacher, initial student, student alone and distilled student, side by side."""
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -11,15 +12,13 @@ PROMPT = "def __init__(self"
 
 
 def compare_quickstart(root: str, samples: int = 128) -> None:
-    """Evaluate the exported models on held-out text, write the report, print the table.
+    """Evaluate the exported models on held-out text; write the report, and its table to `comparison.json`.
 
     Args:
         root: the quickstart's directory.
         samples: held-out sequences.
     """
-    from rich.console import Console
-
-    from distill_nemo.reports.page import render_table, write_report
+    from distill_nemo.reports.page import write_report
     from distill_nemo.runtime.device import setup_device
 
     setup_device()
@@ -39,8 +38,8 @@ def compare_quickstart(root: str, samples: int = 128) -> None:
         row["parameters"] = _parameters(Path(model.checkpoint or directory / "student"))
     runs = {name: directory / name / "metrics.jsonl" for name in ("teacher", "alone", "distilled")}
     page = write_report(directory / "report", runs, table, _facts(config), _samples(models))
-    Console().print(render_table(table))
-    print(f"report: {page}\nstudent: {directory / 'student'}")
+    (directory / "comparison.json").write_text(json.dumps(table, indent=2))
+    print(f"report: {page}", flush=True)
 
 
 def _measure(name: str, model: StudentConfig, config: RunConfig, samples: int) -> dict[str, Any]:
