@@ -4,12 +4,15 @@ A recipe is a `run.Partial(distill, ...)`. `train` launches one through NeMo-Run
 commands, exits non-zero when a rank fails.
 """
 
+import contextlib
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import fiddle as fdl
 import nemo_run as run
+import psutil
 from nemo_run.cli.api import list_factories
 
 from distill_nemo.config import near
@@ -17,6 +20,39 @@ from distill_nemo.executors import local
 from distill_nemo.training.entry import distill
 
 NAMESPACE = "distill"
+
+
+@contextlib.contextmanager
+def passing_on_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM reach the ranks, which write a checkpoint and end.
+
+    NeMo-Run starts local jobs in sessions of their own, where a terminal's Ctrl-C does not come, and when it is itself
+    terminated it leaves them running.
+    """
+
+    def stop(signum: int, frame: Any) -> None:
+        print("stopping: waiting for the checkpoint; the same command resumes", file=sys.stderr)
+        for child in psutil.Process().children():
+            child.terminate()
+        raise SystemExit(128 + signum)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Stages(run.Experiment):
+    """An experiment whose stages need each other: after one that failed, none is started (NeMo-Run would go on)."""
+
+    def _wait_for_jobs(self, jobs: list[Any]) -> None:
+        super()._wait_for_jobs(jobs)
+        for job in jobs:
+            if str(job.state) != "SUCCEEDED":
+                print(f"{job.id}: {job.state}; logs: {job.executor.job_dir}", file=sys.stderr)
+                sys.exit(1)
 
 
 class TrainContext(run.cli.RunContext):
@@ -37,7 +73,8 @@ class TrainContext(run.cli.RunContext):
     def launch_and_exit(self, experiment: run.Experiment, sequential: bool = False) -> None:
         """Run the experiment; exit 1, naming the tasks, unless every one of them succeeded."""
         self.executor = self.executor or run.LocalExecutor()
-        self.launch(experiment, sequential=sequential)
+        with passing_on_signals():
+            self.launch(experiment, sequential=sequential)
         if self.detach:
             return
         states = experiment.status(return_dict=True) or {}

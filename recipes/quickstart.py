@@ -9,7 +9,7 @@ from pathlib import Path
 
 import nemo_run as run
 
-from distill_nemo.cli import NAMESPACE, TrainContext
+from distill_nemo.cli import NAMESPACE, Stages, TrainContext
 from distill_nemo.data.stdlib_corpus import write_stdlib_corpus
 from distill_nemo.executors import local, num_gpus
 from distill_nemo.training.compare import compare_quickstart
@@ -32,7 +32,7 @@ def _small(name: str, root: str, layers: int, width: int, steps: int, lr: float,
     recipe.training.steps, recipe.training.seed = steps, seed
     recipe.training.data_seed = 1
     recipe.training.micro_batch_size, recipe.training.global_batch_size = 8, 16
-    recipe.training.eval_interval, recipe.training.eval_batches = max(steps // 4, 1), 8
+    recipe.training.eval_interval, recipe.training.eval_batches = max(steps // 8, 1), 8
     recipe.optimizer.lr, recipe.optimizer.min_lr, recipe.optimizer.warmup_steps = lr, lr / 10, min(20, steps // 2)
     recipe.checkpoint.save_interval = 50
     recipe.logging.log_interval = max(steps // 10, 1)
@@ -40,7 +40,7 @@ def _small(name: str, root: str, layers: int, width: int, steps: int, lr: float,
 
 
 @run.cli.factory(target=distill)
-def quickstart_teacher(steps: int = 300, root: str = ROOT, seed: int = 0) -> run.Partial:
+def quickstart_teacher(steps: int = 240, root: str = ROOT, seed: int = 0) -> run.Partial:
     """The quickstart's teacher: 4 layers x 256, trained on the corpus alone."""
     recipe = _small("teacher", root, layers=4, width=256, steps=steps, lr=1e-3, seed=seed)
     recipe.teacher = None
@@ -48,7 +48,7 @@ def quickstart_teacher(steps: int = 300, root: str = ROOT, seed: int = 0) -> run
 
 
 @run.cli.factory(target=distill)
-def quickstart(steps: int = 200, root: str = ROOT, seed: int = 0) -> run.Partial:
+def quickstart(steps: int = 160, root: str = ROOT, seed: int = 0) -> run.Partial:
     """The quickstart's student: 2 layers x 128, distilled by forward KL from the teacher's Hugging Face directory."""
     recipe = _small("distilled", root, layers=2, width=128, steps=steps, lr=2e-3, seed=seed)
     recipe.teacher.checkpoint = f"{root}/teacher/student"
@@ -56,7 +56,7 @@ def quickstart(steps: int = 200, root: str = ROOT, seed: int = 0) -> run.Partial
 
 
 @run.cli.factory(target=distill)
-def quickstart_alone(steps: int = 200, root: str = ROOT, seed: int = 0) -> run.Partial:
+def quickstart_alone(steps: int = 160, root: str = ROOT, seed: int = 0) -> run.Partial:
     """The same student, initial weights and tokens, without a teacher."""
     recipe = _small("alone", root, layers=2, width=128, steps=steps, lr=2e-3, seed=seed)
     recipe.teacher = None
@@ -66,8 +66,8 @@ def quickstart_alone(steps: int = 200, root: str = ROOT, seed: int = 0) -> run.P
 @run.cli.entrypoint(name="quickstart", namespace=NAMESPACE, type="experiment", run_ctx_cls=TrainContext)
 def run_quickstart(
     ctx: run.cli.RunContext,
-    steps: int = 200,
-    teacher_steps: int = 300,
+    steps: int = 160,
+    teacher_steps: int = 240,
     root: str = ROOT,
     processes: int = 0,
     seed: int = 0,
@@ -92,7 +92,7 @@ def run_quickstart(
         ("report", run.Partial(compare_quickstart, root=root), single),
     )
     Path(root).mkdir(parents=True, exist_ok=True)
-    with run.Experiment("quickstart", clean_mode=True, enable_goodbye_message=False, log_level="WARNING") as experiment:
+    with Stages("quickstart", clean_mode=True, enable_goodbye_message=False, log_level="WARNING") as experiment:
         for name, task, executor in stages:
             experiment.add(task, executor=executor, name=name, tail_logs=True)
         assert isinstance(ctx, TrainContext), "the entry point is registered with it"
@@ -104,9 +104,9 @@ def _conclude(root: Path) -> None:
     """The table, where everything is, and what to type next."""
     from rich.console import Console
 
-    from distill_nemo.reports.page import render_table
+    from distill_nemo.reports.comparison import render_table
 
     nemo = Path(sys.executable).parent / "nemo"
     Console().print(render_table(json.loads((root / "comparison.json").read_text())))
-    print(f"student  {root}/student (Hugging Face)\nreport   {root}/report/index.html")
+    print(f"student  {root}/student (Hugging Face)\nreport   {root}/report/report.html")
     print(f"next     {nemo} distill train --help    # with checkpoints of your own")

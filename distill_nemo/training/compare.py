@@ -51,7 +51,7 @@ def _measure(name: str, model: StudentConfig, config: RunConfig, samples: int) -
     return {
         "model": name,
         "lm_loss": means["lm_loss"],
-        "perplexity": math.exp(means["lm_loss"]),
+        "perplexity": math.exp(min(means["lm_loss"], 700.0)),
         "forward_kl": means["forward_kl"],
         "top1_agreement": means["top1_agreement"],
     }
