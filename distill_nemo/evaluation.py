@@ -76,7 +76,7 @@ def _against_teacher(model: Any, labels: Tensor) -> dict[str, Tensor]:
     """Per-token figures [B, S] from the captured logits; the same KL module as in training, at temperature 1."""
     student, teacher = model.output_layer._intermediate_output, model.teacher_model.output_layer._intermediate_output
     kl: Any = next(f for f in model._layers_to_loss.values() if type(f).__name__.startswith(LOGITS_PREFIX))
-    pair = kl.prepare(student, teacher)
+    pair: tuple[Tensor, Tensor] = kl.prepare(student, teacher)
     figures = {
         "forward_kl": vocab_parallel_forward_kl(*pair, 1.0, kl.group).transpose(0, 1),
         "top1_agreement": vocab_parallel_top1_agreement(*pair, kl.group).transpose(0, 1),

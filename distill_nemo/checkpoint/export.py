@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from distill_nemo.config import ParallelismConfig, RunConfig, StudentConfig
 
@@ -64,7 +65,7 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None) -> None:
         dtype = json.loads((where / "run.json").read_text())["training"]["dtype"]
     with process_groups(ParallelismConfig()):
         seed_everything(0)
-        model = model_provider(student=student, parallelism=ParallelismConfig(), dtype=resolve_dtype(dtype)).cuda()
+        model: Any = model_provider(student=student, parallelism=ParallelismConfig(), dtype=resolve_dtype(dtype)).cuda()
         export_hf(model.eval(), output, student, tokenizer)
     print(f"exported {where.name} to {output}: the reloaded model gives the same logits", flush=True)
 

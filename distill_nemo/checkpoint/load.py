@@ -31,7 +31,7 @@ def load_checkpoint(directory: Path, model: Any, optimizer: Any, scheduler: Any)
         wanted["rng"] = rng_state()
     elif rank() == 0:
         print(f"{directory.name} was saved at another layout: resharding", flush=True)
-    loaded = dist_checkpointing.load(wanted, str(directory))
+    loaded: Any = dist_checkpointing.load(wanted, str(directory))
     load_model_state(model, loaded["weights"])
     load_optimizer_state(optimizer, loaded["optimizer"], loaded["run_state"]["step"])
     scheduler.load_state_dict(loaded["scheduler"])

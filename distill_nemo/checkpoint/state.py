@@ -84,7 +84,7 @@ def rng_state() -> ShardedObject:
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(),
-        "tracker": get_cuda_rng_tracker().get_states(),
+        "tracker": _tracker().get_states(),
     }
     shape, offset = rng_layout()
     return ShardedObject("rng", state, shape, offset, replica_id=0)
@@ -112,4 +112,8 @@ def restore_rng(state: dict[str, Any]) -> None:
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state(state["cuda"]) if torch.cuda.is_available() else None
-    get_cuda_rng_tracker().set_states(state["tracker"])
+    _tracker().set_states(state["tracker"])
+
+
+def _tracker() -> Any:
+    return get_cuda_rng_tracker()

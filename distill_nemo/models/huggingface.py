@@ -224,7 +224,8 @@ def check_export(built: GPTModel, path: str, tolerance: float = 1e-4) -> None:
     from transformers import AutoModelForCausalLM
 
     weight = next(built.parameters())
-    reloaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=weight.dtype).to(weight.device).eval()
+    reloaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=weight.dtype)
+    reloaded = reloaded.to(weight.device).eval()
     vocab = reloaded.config.vocab_size
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocab, (2, 32), generator=generator).to(weight.device)

@@ -1,5 +1,7 @@
 """What a transformer layer is made of: Transformer Engine's modules where they run, else Megatron's with our norm."""
 
+from typing import Any
+
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_submodules,
@@ -52,7 +54,7 @@ def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Transf
         submodules, norm = get_gpt_layer_local_submodules(normalization="RMSNorm"), RMSNorm
         submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
         if config.qk_layernorm:
-            attention = submodules.self_attention.submodules
+            attention: Any = submodules.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = RMSNorm
     layer = ModuleSpec(module=TransformerLayer, submodules=submodules)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)

@@ -43,7 +43,7 @@ def load_megatron_weights(directory: Path, built: nn.Module, prefix: str = "") -
     if problems:
         more = f"\n  and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
         raise ValueError(f"{directory} does not fit the model:\n  " + "\n  ".join(problems[:MAX_LISTED]) + more)
-    loaded = dist_checkpointing.load(wanted, str(directory))
+    loaded: Any = dist_checkpointing.load(wanted, str(directory))
     state = {name.removeprefix(prefix): value for name, value in loaded.items() if name.startswith(prefix)}
     model.load_state_dict(state, strict=False)
 
