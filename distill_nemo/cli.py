@@ -170,6 +170,9 @@ def evaluate(student: str, data: str, teacher: str = "", sequence_length: int = 
         batches: how many samples.
     """
     from distill_nemo.config import StudentConfig, TeacherConfig
+    from distill_nemo.runtime.device import setup_device
+
+    setup_device()  # before Megatron is imported
     from distill_nemo.training.evaluate import evaluate_student
 
     reference = TeacherConfig(checkpoint=teacher) if teacher else None

@@ -49,15 +49,16 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None) -> None:
         ValueError: when `checkpoint` is no checkpoint.
         RuntimeError: when the reloaded model's logits differ.
     """
+    from distill_nemo.runtime.device import resolve_dtype, setup_device
+
+    setup_device()  # before Megatron is imported
     from distill_nemo.models.architecture import resolve
     from distill_nemo.models.huggingface import export_hf
     from distill_nemo.models.provider import model_provider
     from distill_nemo.models.sources import find_checkpoint
-    from distill_nemo.runtime.device import resolve_dtype, setup_device
     from distill_nemo.runtime.process_groups import process_groups
     from distill_nemo.runtime.seed import seed_everything
 
-    setup_device()
     where = find_checkpoint(Path(checkpoint)).weights
     student = resolve(StudentConfig(checkpoint=str(where)))
     dtype = "auto"

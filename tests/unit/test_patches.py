@@ -1,0 +1,120 @@
+"""Every replacement in Megatron or torch is still needed: without it, a run on CPU fails or resumes wrongly."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.spawn import Gloo
+from tests.training import metrics, tiny_run, write_inputs
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("inputs")
+    write_inputs(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def one():
+    with Gloo(1, init=False, timeout=200) as group:
+        yield group
+
+
+def train(inputs, output, steps=2):
+    from distill_nemo.training.entry import run_config
+
+    run = tiny_run(inputs, output, steps=steps, eval_interval=1)
+    run.checkpoint.save_interval = 1
+    run.optimizer.decay_steps, run.optimizer.warmup_steps = 4, 1
+    run_config(run)
+
+
+def failures_without_each_replacement(inputs, output):
+    """{replacement: what a run says without it}; None where it does not miss it."""
+    import torch
+
+    from distill_nemo.runtime import device
+
+    before = {(id(owner), name): getattr(owner, name) for owner, name, _ in device.cpu_replacements()}
+    device.setup_device()
+    train(inputs, f"{output}/all")
+    failures = {}
+    for owner, name, _ in device.cpu_replacements():
+        now = getattr(owner, name)
+        setattr(owner, name, before[id(owner), name])
+        where = f"{owner.__name__}.{name}"
+        failures[where] = _failure(lambda where=where: train(inputs, f"{output}/without_{where}"))
+        setattr(owner, name, now)
+    with torch._C.DisableTorchFunction():
+        failures["_CudaMeansCpu"] = _failure(lambda: train(inputs, f"{output}/without_mode"))
+    return failures
+
+
+def _failure(run):
+    try:
+        run()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def test_every_replacement_on_cpu_is_still_needed(inputs, one, tmp_path):
+    failures = one.run(failures_without_each_replacement, inputs, tmp_path)[0]
+    assert [where for where, failure in failures.items() if failure is None] == []
+
+
+def test_resuming_needs_help_with_torchs_adam(inputs, one, tmp_path):
+    """Without checkpoint/state.py's help Megatron fails to load, or resumes with wrong moments."""
+    for stop, directory in ((2, "helped"), (4, "helped"), (2, "left_alone")):
+        one.run(train, inputs, tmp_path / directory, stop)
+    with pytest.raises(Exception, match=r"step|exp_avg|KeyError|state"):
+        one.run(resume_without_help, inputs, tmp_path / "left_alone")
+    assert metrics(tmp_path / "helped")[-1]["step"] == 4
+
+
+def resume_without_help(inputs, output):
+    from distill_nemo.checkpoint import load
+
+    helped = load.load_optimizer_state
+    load.load_optimizer_state = lambda optimizer, saved, step: optimizer.load_state_dict(saved)
+    try:
+        train(inputs, output, 4)
+    finally:
+        load.load_optimizer_state = helped
+
+
+IMPORT_ALL = """
+import importlib, pkgutil, torch
+before = {(owner.__name__, name): getattr(owner, name)
+          for owner in (torch.cuda, torch.Tensor, torch.nn.Module) for name in dir(owner)}
+import distill_nemo, recipes
+for package in (distill_nemo, recipes):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+for owner in (torch.cuda, torch.Tensor, torch.nn.Module):
+    changed = [n for n in dir(owner) if before.get((owner.__name__, n), getattr(owner, n)) != getattr(owner, n)]
+    assert not changed, (owner, changed)
+"""
+
+
+def test_importing_the_package_patches_nothing():
+    subprocess.run([sys.executable, "-W", "ignore", "-c", IMPORT_ALL], check=True)
+
+
+WITH_CUDA = """
+import torch
+torch.cuda.is_available = lambda: True  # as on a machine with a GPU; nothing else is touched
+torch.cuda.set_device = lambda device: None
+from distill_nemo.runtime import device
+before = [getattr(owner, name) for owner, name, _ in device.cpu_replacements()]
+assert str(device.setup_device()) == "cuda:0"
+assert [getattr(owner, name) for owner, name, _ in device.cpu_replacements()] == before
+assert not torch.are_deterministic_algorithms_enabled()
+"""
+
+
+def test_nothing_is_replaced_where_cuda_is():
+    subprocess.run([sys.executable, "-W", "ignore", "-c", WITH_CUDA], check=True)
