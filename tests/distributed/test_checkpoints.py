@@ -5,21 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.spawn import Gloo
-from tests.training import metrics, tiny_run, write_inputs
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    root = tmp_path_factory.mktemp("inputs")
-    write_inputs(root)
-    return root
-
-
-@pytest.fixture(scope="module")
-def two():
-    with Gloo(2, init=False, timeout=100) as group:
-        yield group
+from tests.training import metrics, tiny_run
 
 
 def train(inputs, output, tensor=1, **changes):
@@ -83,11 +69,10 @@ def _train_until_it_blows_up(inputs, output):
     )  # fmt: skip
 
 
-def test_exports_any_saved_step(inputs, two, tmp_path):
+def test_exports_any_saved_step(inputs, one, two, tmp_path):
     """From TP=2 checkpoints; the exported models' held-out loss is what the run measured at that very step."""
     two.run(train, inputs, tmp_path / "run", 2)
-    with Gloo(1, init=False, timeout=100) as one:
-        measured = one.run(_export_and_measure, inputs, tmp_path / "run", tmp_path)[0]
+    measured = one.run(_export_and_measure, inputs, tmp_path / "run", tmp_path)[0]
     evaluations = {line["step"]: line for line in metrics(tmp_path / "run") if line["kind"] == "eval"}
     for step, loss in measured.items():
         assert loss == pytest.approx(evaluations[step]["lm_loss"], rel=1e-5)

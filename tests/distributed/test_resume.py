@@ -7,22 +7,7 @@ import time
 
 import pytest
 
-from tests.spawn import Gloo
-from tests.training import metrics, tiny_run, write_inputs
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    root = tmp_path_factory.mktemp("inputs")
-    write_inputs(root)
-    return root
-
-
-@pytest.fixture(scope="module")
-def groups():
-    """One process and two, by their number."""
-    with Gloo(1, init=False, timeout=300) as one, Gloo(2, init=False, timeout=300) as two:
-        yield {1: one, 2: two}
+from tests.training import metrics, tiny_run
 
 
 def train(inputs, output, tensor, pipeline=1, stop_at=None):
@@ -56,10 +41,10 @@ LAYOUTS = {"one": (1, 1, 1), "tp2": (2, 2, 1), "dp2": (2, 1, 1), "pp2": (2, 1, 2
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_resumed_equals_uninterrupted_bit_for_bit(inputs, groups, tmp_path, layout):
+def test_resumed_equals_uninterrupted_bit_for_bit(inputs, one, two, tmp_path, layout):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     processes, *sizes = LAYOUTS[layout]
-    group = groups[processes]
+    group = (one, two)[processes - 1]
     assert group.run(train, inputs, whole, *sizes) == [0] * processes
     assert group.run(train, inputs, parts, *sizes, 2) == [128 + signal.SIGTERM] * processes
     assert metrics(parts)[-1]["step"] < 8, "the signal came too late to show anything"
@@ -67,13 +52,13 @@ def test_resumed_equals_uninterrupted_bit_for_bit(inputs, groups, tmp_path, layo
     assert metrics(parts) == metrics(whole)
 
 
-def test_every_layout_gives_the_same_curve_and_reshards(inputs, groups, tmp_path):
+def test_every_layout_gives_the_same_curve_and_reshards(inputs, one, two, tmp_path):
     runs = {}
     for layout, (processes, *sizes) in LAYOUTS.items():
-        groups[processes].run(train, inputs, tmp_path / layout, *sizes)
+        (one, two)[processes - 1].run(train, inputs, tmp_path / layout, *sizes)
         runs[layout] = metrics(tmp_path / layout)
-    groups[2].run(train, inputs, tmp_path / "tp2_then_one", 2, 1, 2)
-    groups[1].run(train, inputs, tmp_path / "tp2_then_one", 1)
+    two.run(train, inputs, tmp_path / "tp2_then_one", 2, 1, 2)
+    one.run(train, inputs, tmp_path / "tp2_then_one", 1)
     runs["tp2_then_one"] = metrics(tmp_path / "tp2_then_one")
     reference = runs.pop("one")
     for layout, lines in runs.items():

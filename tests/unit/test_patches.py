@@ -5,21 +5,7 @@ import sys
 
 import pytest
 
-from tests.spawn import Gloo
-from tests.training import metrics, tiny_run, write_inputs
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    root = tmp_path_factory.mktemp("inputs")
-    write_inputs(root)
-    return root
-
-
-@pytest.fixture(scope="module")
-def one():
-    with Gloo(1, init=False, timeout=200) as group:
-        yield group
+from tests.training import metrics, tiny_run
 
 
 def train(inputs, output, steps=2):

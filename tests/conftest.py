@@ -1,0 +1,28 @@
+"""What many test files share: the inputs of a tiny run, and processes that have already imported Megatron."""
+
+import pytest
+
+from tests.spawn import Gloo
+from tests.training import write_inputs
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory):
+    """Directory of `tests.training.write_inputs`."""
+    root = tmp_path_factory.mktemp("inputs")
+    write_inputs(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def one():
+    """One process that joins no group by itself."""
+    with Gloo(1, init=False, timeout=200) as group:
+        yield group
+
+
+@pytest.fixture(scope="session")
+def two():
+    """Two processes that join no group by themselves."""
+    with Gloo(2, init=False, timeout=200) as group:
+        yield group
