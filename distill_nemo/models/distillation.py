@@ -14,7 +14,6 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
 from distill_nemo.balancers import LogitsAndIntermediatesLossBalancer, WeightedLossBalancer
@@ -23,6 +22,7 @@ from distill_nemo.losses.hidden import HiddenStateCosineLoss, HiddenStateMSELoss
 from distill_nemo.losses.logits import LogitsKLLoss
 
 HIDDEN = {"cosine": HiddenStateCosineLoss, "mse": HiddenStateMSELoss}
+FINAL_NORM = "decoder.final_layernorm"
 LAYER = re.compile(r"^decoder\.layers\.(\d+)(\..+)?$")
 
 
@@ -59,8 +59,12 @@ def build_criterion(
     """Which losses this pipeline stage computes, by (student layer, teacher layer), in local numbering.
 
     Raises:
-        ValueError: for a layer that does not exist, or one before the last pipeline stage.
+        ValueError: on every stage, for a layer that does not exist, or one before the last pipeline stage.
     """
+    pairs = []
+    for pair in distill_cfg.hidden_layers:
+        names = pair.split(":")
+        pairs.append((last_stage_name(names[0], student), last_stage_name(names[1], teacher)))
     if not student.post_process:
         return {}
     tp_size = student.config.tensor_model_parallel_size
@@ -75,39 +79,37 @@ def build_criterion(
         vocab_start=parallel_state.get_tensor_model_parallel_rank() * width,
     )
     criterion: dict[tuple[str, str], nn.Module] = {("output_layer", "output_layer"): logits}
-    for pair in distill_cfg.hidden_layers:
-        names = pair.split(":")
-        local = tuple(local_layer_name(name, m) for name, m in zip(names, (student, teacher), strict=True))
-        sequence_group = group if student.config.sequence_parallel else None
+    sequence_group = group if student.config.sequence_parallel else None
+    for pair in pairs:
         assert distill_cfg.hidden_loss is not None, "config.check lets hidden layers through only with a hidden loss"
         loss = HIDDEN[distill_cfg.hidden_loss](student.config.hidden_size, teacher.config.hidden_size, sequence_group)
-        criterion[local[0], local[1]] = loss.to(next(student.parameters()))
+        criterion[pair] = loss.to(next(student.parameters()))
     return criterion
 
 
-def local_layer_name(name: str, model: GPTModel) -> str:
-    """`decoder.layers.<global index>` in the numbering of this pipeline stage; other names unchanged."""
+def last_stage_name(name: str, model: GPTModel) -> str:
+    """`decoder.layers.<global index>` in the numbering of the last pipeline stage; `decoder.final_layernorm` as it is.
+
+    The same on every stage, so that all ranks refuse a name together.
+    """
+    if name == FINAL_NORM:
+        return name
     match = LAYER.match(name)
-    if match:
-        offset = get_transformer_layer_offset(model.config, vp_stage=getattr(model, "vp_stage", None))
-        index = int(match.group(1))
-        if not 0 <= index < model.config.num_layers:
-            raise ValueError(
-                f'distillation.hidden_layers: "{name}" does not exist; the model has layers 0 to '
-                f"{model.config.num_layers - 1}"
-            )
-        if index < offset:
-            raise ValueError(
-                f'distillation.hidden_layers: "{name}" is on an earlier pipeline stage; this release supports hidden '
-                f"losses on the last stage only, layers {offset} to {model.config.num_layers - 1} at this layout"
-            )
-        name = f"decoder.layers.{index - offset}{match.group(2) or ''}"
-    try:
-        model.get_submodule(name)
-    except AttributeError:
-        known = 'known: "decoder.layers.<n>", "decoder.final_layernorm"'
-        raise ValueError(f'distillation.hidden_layers: "{name}" is not a layer of the model; {known}') from None
-    return name
+    inner = (match.group(2) or "") if match else ""
+    local: Any = model.decoder.layers[0]
+    if not match or (inner and inner[1:] not in dict(local.named_modules())):
+        known = f'known: "decoder.layers.<n>" and modules inside, "{FINAL_NORM}"'
+        raise ValueError(f'distillation.hidden_layers: "{name}" is not a layer of the model; {known}')
+    count, index = model.config.num_layers, int(match.group(1))
+    first = count - count // model.config.pipeline_model_parallel_size
+    if index >= count:
+        raise ValueError(f'distillation.hidden_layers: "{name}" does not exist; the model has layers 0 to {count - 1}')
+    if index < first:
+        raise ValueError(
+            f'distillation.hidden_layers: "{name}" is on an earlier pipeline stage; this release supports hidden '
+            f"losses on the last stage only, layers {first} to {count - 1} at this layout"
+        )
+    return f"decoder.layers.{index - first}{inner}"
 
 
 def adjust_distillation_model_for_mcore(

@@ -1,0 +1,148 @@
+"""`adjust_distillation_model_for_mcore`: exact gradients under every layout, and a teacher that leaves no trace.
+
+Gradients of every parameter are compared with transformers' in fp64, relative to the largest entry of the tensor. That
+also shows that Megatron's cross entropy, which writes into fp32 logits, does not reach the ones that the KD loss reads.
+"""
+
+import pytest
+
+from tests.distillation import Case, Layout, gradients, megatron_step, reference
+from tests.tiny_models import write_hf
+
+LAYOUTS = {
+    "one": (1, Layout()),
+    "dp2": (2, Layout()),
+    "tp2": (2, Layout(tensor=2)),
+    "tp2_sequence_parallel": (2, Layout(tensor=2, sequence_parallel=True)),
+    "pp2": (2, Layout(pipeline=2)),
+}
+FINAL = ["decoder.final_layernorm:decoder.final_layernorm"]
+CASES = {
+    "kd": {},
+    "kd_at_temperature_2_and_lm": {"temperature": 2.0, "logits_weight": 0.7, "lm_weight": 0.3},
+    "kd_and_cosine": {"hidden_loss": "cosine", "hidden_layers": FINAL, "hidden_weight": 2.0},
+    "kd_and_mse_and_lm": {"hidden_loss": "mse", "hidden_layers": FINAL, "hidden_weight": 0.5, "lm_weight": 1.0},
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A teacher of four layers; students of two, as wide as the teacher and narrower."""
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "teacher": write_hf(root / "teacher", "llama", width=64, layers=4),
+        "same_width": write_hf(root / "same_width", "llama", seed=2, width=64, layers=2),
+        "narrower": write_hf(root / "narrower", "llama_tied", seed=3, width=32, layers=2, heads=2),
+    }
+
+
+def compare(case, layout, one, two, output):
+    processes, sizes = LAYOUTS[layout]
+    means = (one, two)[processes - 1].run(megatron_step, case, sizes, str(output))
+    got = one.run(gradients, str(output))[0]
+    expected_means, expected = reference(case)
+    for ranks_means in means:
+        for name, value in expected_means.items():
+            assert ranks_means[name] == pytest.approx(value, rel=1e-5), name
+    assert got.keys() == expected.keys()
+    errors = {name: relative_error(got[name], expected[name]) for name in expected}
+    assert max(errors.values()) < 1e-5, sorted(errors.items(), key=lambda item: -item[1])[:3]
+
+
+def relative_error(got, expected):
+    return float((got.double() - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("losses", CASES)
+def test_every_gradient_is_that_of_transformers_in_fp64(models, one, two, tmp_path, losses, layout):
+    case = Case(models["same_width"], models["teacher"], CASES[losses])
+    compare(case, layout, one, two, tmp_path)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_student_of_another_width_with_tied_embeddings(models, one, two, tmp_path, layout):
+    compare(Case(models["narrower"], models["teacher"]), layout, one, two, tmp_path)
+
+
+def structure(case, layout, output):
+    """What each rank's model shows of its teacher."""
+    from distill_nemo.runtime.device import setup_device
+    from distill_nemo.runtime.process_groups import process_groups
+
+    setup_device()
+    from distill_nemo.training.entry import resolve_models
+
+    run = resolve_models(case.run_config(output, layout))
+    with process_groups(run.parallelism):
+        return _structure(run, output)
+
+
+def _structure(run, output):
+    from pathlib import Path
+
+    import torch
+    from megatron.core.dist_checkpointing import load_tensors_metadata
+
+    from distill_nemo.checkpoint.save import CheckpointWriter
+    from distill_nemo.runtime.seed import seed_everything
+    from distill_nemo.training.setup import build_trainee
+
+    seed_everything(0)
+    trainee = build_trainee(run, torch.float32, load_weights=True)
+    model = trainee.unwrapped
+    trainee.model.train()
+    in_training = [module.training for module in model.teacher_model.modules()]
+    trained = {id(p) for group in trainee.optimizer.param_groups for p in group["params"]}
+    CheckpointWriter(Path(output), run).save(1, model, trainee.optimizer, trainee.scheduler, {"step": 1})
+    stored = load_tensors_metadata(f"{output}/step_00000001")
+    labels = torch.zeros(1, 4, dtype=torch.long)
+    lm_of_teacher = 0.0
+    if model.post_process and model.pre_process:
+        lm_of_teacher = float(model.teacher_model(labels, torch.arange(4)[None], None, labels=labels).abs().sum())
+    return {
+        "teacher_in_training": any(in_training),
+        "student_in_training": model.decoder.training,
+        "teacher_keys": [k for k in (*model.sharded_state_dict(), *stored) if "teacher" in k],
+        "teacher_trained": [
+            n for n, p in model.teacher_model.named_parameters() if p.requires_grad or id(p) in trained
+        ],
+        "number_trained": len(trained),
+        "number_of_student": sum(p.requires_grad for p in model.parameters()),
+        "lm_of_teacher": lm_of_teacher,
+        "criterion": sorted(type(loss).__name__ for loss in model._layers_to_loss.values()),
+    }
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2", "pp2"])
+def test_the_teacher_is_in_no_optimizer_and_no_checkpoint(models, one, two, tmp_path, layout):
+    processes, sizes = LAYOUTS[layout]
+    case = Case(models["narrower"], models["teacher"], {"lm_weight": 0.5})
+    for seen in (one, two)[processes - 1].run(structure, case, sizes, str(tmp_path)):
+        assert not seen["teacher_in_training"] and seen["student_in_training"]
+        assert seen["teacher_keys"] == seen["teacher_trained"] == []
+        assert seen["number_trained"] == seen["number_of_student"] > 0
+        assert seen["lm_of_teacher"] == 0
+
+
+def test_losses_sit_on_the_last_stage_in_its_own_numbering(models, two, tmp_path):
+    pairs = ["decoder.layers.1:decoder.layers.3"]
+    case = Case(models["same_width"], models["teacher"], {"hidden_loss": "mse", "hidden_layers": pairs})
+    first, last = two.run(structure, case, Layout(pipeline=2), str(tmp_path))
+    assert first["criterion"] == []
+    assert last["criterion"] == ["HiddenStateMSELoss", "LogitsKLLoss"]
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("decoder.layers.0:decoder.layers.3", "earlier pipeline stage.*layers 1 to 1"),
+        ("decoder.layers.1:decoder.layers.9", "does not exist; the model has layers 0 to 3"),
+        ("decoder.layer.1:decoder.layers.3", "not a layer of the model"),
+        ("decoder.layers.1.mlpp:decoder.layers.3", "not a layer of the model"),
+    ],
+)
+def test_layers_that_cannot_be_compared_are_refused(models, two, tmp_path, pair, message):
+    case = Case(models["same_width"], models["teacher"], {"hidden_loss": "mse", "hidden_layers": [pair]})
+    with pytest.raises(ValueError, match=message):
+        two.run(structure, case, Layout(pipeline=2), str(tmp_path))
