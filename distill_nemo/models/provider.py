@@ -6,6 +6,7 @@ from typing import Any
 import modelopt.torch.distill as mtd
 import torch
 from megatron.core.models.gpt import GPTModel
+from modelopt.torch.opt.conversion import ModeloptStateManager
 from torch import nn
 
 from distill_nemo.config import (
@@ -77,7 +78,13 @@ def finalise(model: nn.Module) -> nn.Module:
         return model
     for name in ("train", "sharded_state_dict", "forward", "set_input_tensor", "compute_language_model_loss"):
         model.__dict__.pop(name, None)
-    return mtd.export(model)
+    student = mtd.export(model)
+    state = ModeloptStateManager(student).state_dict()
+    state[:] = [mode for mode in state if mode[0] not in ("kd_loss", "export_student")]  # they cannot be restored
+    if not state:
+        ModeloptStateManager.remove_state(student)
+        vars(student).pop("_modelopt_state_version", None)  # ModelOpt 0.47 leaves it behind
+    return student
 
 
 def _teacher_provider(config: TeacherConfig, model_kwargs: dict[str, Any]) -> GPTModel:
@@ -109,4 +116,4 @@ def load_checkpoint_weights(built: GPTModel, model: ModelConfig) -> None:
     if found.kind is CheckpointKind.HUGGING_FACE:
         load_hf_weights(built, str(found.weights), model)
     else:
-        load_megatron_weights(found.weights, built, prefix=found.prefix)
+        load_megatron_weights(found.weights, built, model)

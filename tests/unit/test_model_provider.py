@@ -1,0 +1,140 @@
+"""`model_provider` in its three modes, as a recipe binds it, from every source of weights."""
+
+import nemo_run as run
+import pytest
+import torch
+
+from distill_nemo.config import DistillationConfig, ParallelismConfig, StudentConfig, TeacherConfig
+from tests.distillation import Case, Layout, megatron_step
+from tests.tiny_models import write_hf
+
+TOKENS = torch.randint(507, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "student": write_hf(root / "student", "llama", seed=2, layers=2, width=32),
+        "teacher": write_hf(root / "teacher", "llama"),
+        "other_vocabulary": write_hf(root / "other", "llama", vocab=600),
+    }
+
+
+def transformers_logits(path):
+    from transformers import AutoModelForCausalLM
+
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(TOKENS).logits
+
+
+def in_one_process(function, *args):
+    from distill_nemo.runtime.device import setup_device
+    from distill_nemo.runtime.process_groups import process_groups
+    from distill_nemo.runtime.seed import seed_everything
+
+    setup_device()
+    with process_groups(ParallelismConfig()):
+        seed_everything(0)
+        return function(*args)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(TOKENS, torch.arange(12).expand(2, -1), None)[..., :507]
+
+
+def provider(student, teacher=None):
+    """`model_provider` bound as a recipe binds it, built by Fiddle."""
+    import fiddle as fdl
+
+    from distill_nemo.models.provider import model_provider
+
+    bound = run.Partial(
+        model_provider,
+        student=run.Config(StudentConfig, checkpoint=student),
+        parallelism=run.Config(ParallelismConfig),
+    )
+    if teacher:
+        bound.teacher = run.Config(TeacherConfig, checkpoint=teacher)
+        bound.distillation = run.Config(DistillationConfig, temperature=2.0)
+    return fdl.build(bound)
+
+
+def shape_of_modes(student, teacher):
+    import modelopt.torch.distill as mtd
+    from megatron.core.models.gpt import GPTModel
+
+    from distill_nemo.models.provider import finalise
+
+    plain = provider(student)(True, True, True)
+    pair = provider(student, teacher)(True, True, True)
+    is_pair, pair_logits = isinstance(pair, mtd.DistillationModel), logits(pair)
+    clean = finalise(pair)
+    hooks = [
+        (name, hook)
+        for name, module in clean.named_modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if type(hook).__name__ != "_MaskPadding"
+    ]
+    same = all(torch.equal(clean.state_dict()[k], v) for k, v in plain.state_dict().items() if v is not None)
+    return {
+        "plain": type(plain) is GPTModel,
+        "pair": is_pair,
+        "clean": type(clean) is GPTModel,
+        "hooks": [str(hook) for hook in hooks],
+        "left_over": sorted(set(vars(clean)) - set(vars(plain))),
+        "same_keys": list(clean.state_dict()) == list(plain.state_dict()),
+        "same_weights": same,
+        "logits": (logits(plain), pair_logits, logits(clean)),
+        "lm_loss": float(clean(TOKENS, torch.arange(12).expand(2, -1), None, labels=TOKENS).sum()),
+        "plain_lm_loss": float(plain(TOKENS, torch.arange(12).expand(2, -1), None, labels=TOKENS).sum()),
+    }
+
+
+def test_plain_distillation_and_finalised(models, one):
+    seen = one.run(in_one_process, shape_of_modes, models["student"], models["teacher"])[0]
+    assert seen["plain"] and seen["pair"] and seen["clean"]
+    assert seen["hooks"] == [] and seen["left_over"] == []
+    assert seen["same_keys"] and seen["same_weights"]
+    for ours in seen["logits"]:
+        torch.testing.assert_close(ours, transformers_logits(models["student"]), atol=1e-5, rtol=1e-5)
+    assert seen["lm_loss"] == seen["plain_lm_loss"]
+
+
+def logits_from(checkpoint):
+    return logits(provider(checkpoint)())
+
+
+def test_weights_come_from_a_checkpoint_of_ours_saved_at_tp2(models, one, two, tmp_path):
+    """The checkpoint holds gradients in the place of weights: nothing else could give these logits."""
+    from tests.distillation import gradients
+
+    two.run(megatron_step, Case(models["student"], models["teacher"]), Layout(tensor=2), str(tmp_path))
+    ours = one.run(in_one_process, logits_from, str(tmp_path))[0]
+    exported = one.run(gradients, str(tmp_path))[0]
+    assert exported.keys()
+    torch.testing.assert_close(ours, transformers_logits(tmp_path / "hf"), atol=1e-6, rtol=1e-4)
+
+
+def random_logits(seed):
+    from distill_nemo.models.provider import model_provider
+    from distill_nemo.runtime.seed import seed_everything
+
+    seed_everything(seed)
+    student = StudentConfig(num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=2, vocab_size=507)
+    return logits(model_provider(student=student, parallelism=ParallelismConfig()))
+
+
+def test_without_a_checkpoint_the_seed_decides(one):
+    first, again, other = (one.run(in_one_process, random_logits, seed)[0] for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.allclose(first, other)
+
+
+def build_pair(student, teacher):
+    provider(student, teacher)()
+
+
+def test_another_vocabulary_is_refused_with_both_sizes(models, one):
+    with pytest.raises(ValueError, match=r"student\.vocab_size = 507, teacher\.vocab_size = 600"):
+        one.run(in_one_process, build_pair, models["student"], models["other_vocabulary"])
