@@ -52,12 +52,12 @@ def test_every_replacement_on_cpu_is_still_needed(inputs, one, tmp_path):
 
 
 def test_resuming_needs_help_with_torchs_adam(inputs, one, tmp_path):
-    """Without checkpoint/state.py's help Megatron fails to load, or resumes with wrong moments."""
-    for stop, directory in ((2, "helped"), (4, "helped"), (2, "left_alone")):
-        one.run(train, inputs, tmp_path / directory, stop)
-    with pytest.raises(Exception, match=r"step|exp_avg|KeyError|state"):
-        one.run(resume_without_help, inputs, tmp_path / "left_alone")
-    assert metrics(tmp_path / "helped")[-1]["step"] == 4
+    """Megatron looks for Adam's step among its tensors; tests/distributed/test_resume.py shows that the help is right."""
+    one.run(train, inputs, tmp_path, 2)
+    with pytest.raises(KeyError, match="step"):
+        one.run(resume_without_help, inputs, tmp_path)
+    one.run(train, inputs, tmp_path, 4)
+    assert metrics(tmp_path)[-1]["step"] == 4
 
 
 def resume_without_help(inputs, output):
