@@ -5,19 +5,32 @@ commands, exits non-zero when a rank fails.
 """
 
 import contextlib
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import fiddle as fdl
 import nemo_run as run
 import psutil
-from nemo_run.cli.api import list_factories
+import typer
+from nemo_run.cli.api import Entrypoint, list_factories
+from nemo_run.config import get_type_namespace
 
-from distill_nemo.config import near
+from distill_nemo.cli_arguments import (
+    check_complete,
+    check_factory,
+    check_launch,
+    override,
+    parse_arguments,
+    run_config_of,
+    split_executor,
+)
+from distill_nemo.cli_help import Group, command_class, command_help, summary, train_help
 from distill_nemo.executors import local
-from distill_nemo.training.entry import distill
+from distill_nemo.training.entry import distill, errors_in_one_screen
 
 NAMESPACE = "distill"
 
@@ -31,8 +44,10 @@ def passing_on_signals() -> Iterator[None]:
     """
 
     def stop(signum: int, frame: Any) -> None:
-        print("stopping: waiting for the checkpoint; the same command resumes", file=sys.stderr)
-        for child in psutil.Process().children():
+        children = psutil.Process().children()
+        if children:
+            print("stopping: waiting for the checkpoint; the same command resumes", file=sys.stderr)
+        for child in children:
             child.terminate()
         raise SystemExit(128 + signum)
 
@@ -45,84 +60,133 @@ def passing_on_signals() -> Iterator[None]:
 
 
 class Stages(run.Experiment):
-    """An experiment whose stages need each other: after one that failed, none is started (NeMo-Run would go on)."""
+    """An experiment that exits 1 at the first task that fails (NeMo-Run would go on, and exit 0)."""
 
     def _wait_for_jobs(self, jobs: list[Any]) -> None:
         super()._wait_for_jobs(jobs)
         for job in jobs:
             if str(job.state) != "SUCCEEDED":
                 print(f"{job.id}: {job.state}; logs: {job.executor.job_dir}", file=sys.stderr)
+                print(_ranks_error(Path(job.executor.job_dir)), end="", file=sys.stderr)
                 sys.exit(1)
 
 
+def _ranks_error(job_dir: Path) -> str:
+    """What a rank said of its end, once more: torchrun's own words have pushed it off the screen."""
+    for log in sorted(job_dir.rglob("stderr.log")):
+        said = re.search(r"^error( on rank \d+)?: .*", log.read_text(errors="replace"), re.M | re.S)
+        if said:
+            return said.group()
+    return ""
+
+
 class TrainContext(run.cli.RunContext):
-    """NeMo-Run's task command, with a true exit code and our errors for unknown recipes and fields."""
+    """NeMo-Run's task command, with a true exit code, our messages, and checks before anything starts."""
+
+    def cli_execute(self, fn: Callable[..., Any], args: list[str], entrypoint_type: Any = "task") -> None:
+        """Run the command; what the user did wrong is one `error:` on stderr."""
+        with errors_in_one_screen(), passing_on_signals():
+            for option in ("load", "yaml", "repl", "to_yaml", "to_toml", "to_json"):
+                if getattr(self, option):
+                    raise ValueError(
+                        f"--{option.replace('_', '-')} is not supported. Every run writes its complete config to "
+                        "<output_dir>/config.yaml; `torchrun --nproc-per-node N -m distill_nemo CONFIG.yaml` runs that"
+                    )
+            super().cli_execute(fn, args, entrypoint_type)
+
+    def parse_args(self, args: list[str], lazy: bool = False) -> list[str]:
+        """`run.*` arguments. Fields of the executor without its name are those of the default one, `local`."""
+        names = [argument.partition("=")[0] for argument in args]
+        if "executor" not in names and any(name.startswith("executor.") for name in names):
+            args = ["executor=local", *args]
+        return super().parse_args(args, lazy)
+
+    def parse_executor(self, name: str, *args: str) -> Any:
+        """`run.executor=local run.executor.processes=8`: arguments of the factory first, then the executor's fields."""
+        name, fields = split_executor(name, args)
+        return super().parse_executor(name, *fields)
+
+    def parse_fn(self, fn: Any, args: list[str], **default_kwargs: Any) -> Any:
+        """The recipe that `--factory` names, or an experiment, with the overrides applied."""
+        if fn is not distill:
+            parse_arguments(fn, args, fn.cli_entrypoint.name)
+            return super().parse_fn(fn, args, **default_kwargs)
+        check_factory(self.factory, registered_recipes())
+        values = parse_arguments(fn, args, "train")
+        try:
+            recipe = super().parse_fn(fn, [], **default_kwargs)
+        except Exception as error:  # NeMo-Run wraps many kinds; all of them are the user's words on the command line
+            raise ValueError(f"--factory {self.factory}: {error}") from None
+        override(recipe, values)
+        return recipe
 
     def _execute_task(self, fn: Callable[..., Any], task_args: list[str]) -> None:
-        task = parse_recipe(self, fn, task_args)
-        if self.to_yaml or self.to_json or self.to_toml:
-            raise ValueError("every run writes its complete config to <output_dir>/config.yaml; use that")
+        task = self.parse_fn(fn, task_args)
         executor = fdl.build(self.executor) if isinstance(self.executor, fdl.Buildable) else self.executor or local()
+        check_launch(run_config_of(task), executor)
         if self.dryrun:
             run.dryrun_fn(task, executor=executor)
             return
-        with run.Experiment(self.name) as experiment:
-            experiment.add(task, executor=executor, name=self.name, tail_logs=True)
-            self.launch_and_exit(experiment)
+        self.executor = executor
+        with Stages(self.name, enable_goodbye_message=False, log_level="WARNING") as experiment:
+            experiment.add(task, executor=executor, name=self.name, tail_logs=True, plugins=self.plugins or None)
+            self.launch(experiment)
 
-    def launch_and_exit(self, experiment: run.Experiment, sequential: bool = False) -> None:
-        """Run the experiment; exit 1, naming the tasks, unless every one of them succeeded."""
+    def launch(self, experiment: run.Experiment, sequential: bool = False) -> None:
+        """As NeMo-Run's, but without `run.executor=` too the tasks run in processes of their own."""
         self.executor = self.executor or run.LocalExecutor()
-        with passing_on_signals():
-            self.launch(experiment, sequential=sequential)
-        if self.detach:
-            return
-        states = experiment.status(return_dict=True) or {}
-        failed = {name: str(s["status"]) for name, s in states.items() if str(s["status"]) != "SUCCEEDED"}
-        for name, state in failed.items():
-            print(f"{name}: {state}; logs: {states[name]['local_dir']}", file=sys.stderr)
-        if failed or not states:
-            sys.exit(1)
+        super().launch(experiment, sequential)
+
+
+class Command(Entrypoint):
+    """One command of `nemo distill`: teaches in its `--help`, and shows the user's errors in one screen."""
+
+    def cli(self, parent: Any) -> None:
+        """Add the command to the group `distill`."""
+        parent.info.cls = Group
+        self._add_command(parent)
+
+    def _add_executor_command(self, parent: Any, is_main: bool = False, cmd_defaults: Any = None) -> Any:
+        options: dict[str, Any] = {"type": self.type, "is_main": is_main, "cmd_defaults": cmd_defaults}
+        about = {"help": summary(self.fn), "cls": command_class(self.page)}
+        return self.run_ctx_cls.cli_command(parent, self.name, self.fn, command_kwargs=about, **options)
+
+    def _add_simple_command(self, typer_instance: Any, is_main: bool = False) -> None:
+        settings = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+        @typer_instance.command(
+            self.name, help=summary(self.fn), cls=command_class(self.page), context_settings=settings
+        )
+        def command(ctx: typer.Context) -> None:
+            with errors_in_one_screen():
+                values = parse_arguments(self.fn, ctx.args, self.name)
+                check_complete(self.fn, values, self.name)
+                self.fn(**values)
+
+    def page(self) -> str:
+        """What `--help` shows."""
+        return train_help(self.fn) if self.fn is distill else command_help(self.name, self.fn)
 
 
 def registered_recipes() -> list[Callable[..., Any]]:
     """Every function registered as a recipe, by name."""
-    of_distill: Any = distill  # NeMo-Run keys them by the function; its annotation says type
-    return sorted(list_factories(of_distill), key=lambda factory: factory.__name__)
+    return sorted(list_factories(get_type_namespace(distill)), key=lambda factory: factory.__name__)
 
 
-def parse_recipe(ctx: run.cli.RunContext, fn: Callable[..., Any], arguments: list[str]) -> Any:
-    """The recipe that `--factory` names, with the overrides applied."""
-    if isinstance(ctx.factory, str):
-        name = ctx.factory.split("(")[0]
-        known = [factory.__name__ for factory in registered_recipes()]
-        if name not in known and "." not in name:
-            raise ValueError(f'unknown recipe "{name}".{near(name, known)}')
-    try:
-        return ctx.parse_fn(fn, arguments)
-    except Exception as error:  # NeMo-Run wraps many kinds; all of them are the user's words on the command line
-        raise ValueError(_explain(str(error), fn)) from None
+run.cli.entrypoint(distill, name="train", namespace=NAMESPACE, run_ctx_cls=TrainContext, entrypoint_cls=Command)
 
 
-def _explain(message: str, fn: Callable[..., Any]) -> str:
-    return f"{message}\nSee `nemo distill train --help` for the fields, `nemo distill recipes` for the recipes."
-
-
-run.cli.entrypoint(
-    distill,
-    name="train",
-    namespace=NAMESPACE,
-    run_ctx_cls=TrainContext,
-    skip_confirmation=True,
-    help="Train a student against a teacher. nemo distill train --factory llama32_3b_to_1b training.steps=100 --yes",
-)
-
-
-@run.cli.entrypoint(namespace=NAMESPACE, enable_executor=False)
+@run.cli.entrypoint(namespace=NAMESPACE, enable_executor=False, entrypoint_cls=Command)
 def prepare(
     inputs: str, output: str, tokenizer: str, text_key: str = "text", num_workers: int = 0, max_bad_records: int = 0
 ) -> None:
     """Tokenise text into the .bin/.idx files that training reads.
+
+    Several processes work on it, and what an interrupted job has done is kept: the same command goes on.
+    Documents, tokens and tokens per second are stated at the end, and bad records with file and line.
+
+    Example:
+        nemo distill prepare inputs='text/*.jsonl,more/' output=data/corpus tokenizer=/models/Llama-3.2-1B
 
     Args:
         inputs: files, directories or globs of text, JSONL or parquet, separated by commas.
@@ -144,9 +208,15 @@ def prepare(
     )
 
 
-@run.cli.entrypoint(namespace=NAMESPACE, enable_executor=False)
+@run.cli.entrypoint(namespace=NAMESPACE, enable_executor=False, entrypoint_cls=Command)
 def export(checkpoint: str, output: str, tokenizer: str = "") -> None:
     """Write a saved step as a Hugging Face directory, and check that it gives the same logits.
+
+    Every run that ends does this by itself (`checkpoint.export`); this is for other steps and interrupted runs.
+
+    Example:
+        nemo distill export checkpoint=runs/quickstart/distilled output=student
+        nemo distill export checkpoint=runs/big/checkpoints/step_00004000 output=student_4000 tokenizer=/models/tok
 
     Args:
         checkpoint: a run's output directory, its checkpoints directory, or one step_* directory.
@@ -158,9 +228,15 @@ def export(checkpoint: str, output: str, tokenizer: str = "") -> None:
     export_checkpoint(checkpoint, output, tokenizer or None)
 
 
-@run.cli.entrypoint(namespace=NAMESPACE, enable_executor=False)
+@run.cli.entrypoint(namespace=NAMESPACE, enable_executor=False, entrypoint_cls=Command)
 def evaluate(student: str, data: str, teacher: str = "", sequence_length: int = 1024, batches: int = 64) -> None:
-    """Held-out LM loss of a checkpoint and, with a teacher, forward KL, top-1 agreement and teacher entropy.
+    r"""Held-out LM loss of a checkpoint and, with a teacher, forward KL, top-1 agreement and teacher entropy.
+
+    Token means in nats, in one process, on the GPU where there is one.
+
+    Example:
+        nemo distill evaluate student=runs/quickstart/student data=runs/quickstart/data/valid \
+            teacher=runs/quickstart/teacher/student sequence_length=128
 
     Args:
         student: checkpoint directory, ours or Hugging Face.
@@ -181,8 +257,12 @@ def evaluate(student: str, data: str, teacher: str = "", sequence_length: int = 
         print(f"{name:18} {value:.4f}")
 
 
-@run.cli.entrypoint(namespace=NAMESPACE, enable_executor=False)
+@run.cli.entrypoint(namespace=NAMESPACE, enable_executor=False, entrypoint_cls=Command)
 def recipes() -> None:
-    """List the recipes, a line each."""
-    for factory in registered_recipes():
-        print(f"{factory.__name__:22} {(factory.__doc__ or '').strip().splitlines()[0]}")
+    """List the recipes, a line each.
+
+    Example:
+        nemo distill recipes
+    """
+    for recipe in registered_recipes():
+        print(f"{recipe.__name__:22} {summary(recipe)}")

@@ -4,9 +4,11 @@ No torch here: the command line reads these in the launcher, which must stay qui
 """
 
 import difflib
+import math
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,23 @@ DIVERGENCES = ("forward_kl",)
 HIDDEN_LOSSES = ("cosine", "mse")
 BALANCERS = ("static", "dynamic")
 DTYPES = ("auto", "float32", "bfloat16")
+DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root")
+AT_LEAST_ONE = (
+    "parallelism.tensor_model_parallel_size",
+    "parallelism.pipeline_model_parallel_size",
+    "parallelism.context_parallel_size",
+    "data.sequence_length",
+    "training.steps",
+    "training.micro_batch_size",
+    "training.global_batch_size",
+    "training.eval_interval",
+    "training.eval_batches",
+    "checkpoint.save_interval",
+    "checkpoint.keep_last",
+    "logging.log_interval",
+)
+POSITIVE = ("optimizer.lr", "optimizer.adam_eps", "distillation.temperature", "parallelism.timeout_minutes")
+NOT_NEGATIVE = ("optimizer.min_lr", "optimizer.weight_decay", "optimizer.clip_grad", "data.num_workers")
 
 
 @dataclass
@@ -186,8 +205,7 @@ def check(config: RunConfig, world_size: int) -> None:
         ValueError: naming the field, what came, what is allowed.
     """
     par, train, kd = config.parallelism, config.training, config.distillation
-    for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
-        _require(getattr(par, name) >= 1, f"parallelism.{name} must be at least 1, got {getattr(par, name)}")
+    _check_ranges(config)
     _require(
         world_size % par.model_parallel_size == 0,
         f"world size {world_size} is not divisible by tensor x pipeline x context parallel size = "
@@ -201,8 +219,6 @@ def check(config: RunConfig, world_size: int) -> None:
         "parallelism: context, expert and virtual pipeline parallelism are not supported yet; leave them at 1 / null",
     )
     data_parallel_size = world_size // par.model_parallel_size
-    for name in ("steps", "micro_batch_size", "global_batch_size", "eval_interval", "eval_batches"):
-        _require(getattr(train, name) >= 1, f"training.{name} must be at least 1, got {getattr(train, name)}")
     batch = train.micro_batch_size * data_parallel_size
     _require(
         train.global_batch_size % batch == 0,
@@ -215,12 +231,16 @@ def check(config: RunConfig, world_size: int) -> None:
         f"optimizer.warmup_steps must be below the {decay_steps} steps of the schedule, "
         f"got {config.optimizer.warmup_steps}",
     )
+    _require(
+        config.optimizer.min_lr <= config.optimizer.lr,
+        f"optimizer.min_lr = {config.optimizer.min_lr} is above optimizer.lr = {config.optimizer.lr}",
+    )
     _one_of("training.dtype", train.dtype, DTYPES)
+    _one_of("optimizer.decay_style", config.optimizer.decay_style, DECAY_STYLES)
     _one_of("distillation.divergence", kd.divergence, DIVERGENCES)
     _one_of("distillation.balancer", kd.balancer, BALANCERS)
     if kd.hidden_loss is not None:
         _one_of("distillation.hidden_loss", kd.hidden_loss, HIDDEN_LOSSES)
-    _require(kd.temperature > 0, f"distillation.temperature must be positive, got {kd.temperature}")
     _require(
         (kd.hidden_loss is None) == (not kd.hidden_layers),
         "distillation.hidden_loss and distillation.hidden_layers go together: set both or neither",
@@ -231,15 +251,32 @@ def check(config: RunConfig, world_size: int) -> None:
     )
     for pair in kd.hidden_layers:
         _require(pair.count(":") == 1, f'distillation.hidden_layers: "{pair}" is not "student_layer:teacher_layer"')
+    _require(
+        not par.sequence_parallel or config.data.sequence_length % par.tensor_model_parallel_size == 0,
+        f"data.sequence_length = {config.data.sequence_length} is not divisible by "
+        f"parallelism.tensor_model_parallel_size = {par.tensor_model_parallel_size}, as sequence_parallel needs",
+    )
     _require(bool(config.data.train), "data.train is empty: name the token files made by `nemo distill prepare`")
     _check_model("student", config.student, par)
     if config.teacher is not None:
         _check_model("teacher", config.teacher, par)
 
 
+def _check_ranges(config: RunConfig) -> None:
+    for names, ok, allowed in (
+        (AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
+        (POSITIVE, lambda value: 0 < value < math.inf, "positive"),
+        (NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "0 or more"),
+    ):
+        for name in names:
+            value = attrgetter(name)(config)
+            _require(ok(value), f"{name} must be {allowed}, got {value}")
+
+
 def _check_model(role: str, model: ModelConfig, par: ParallelismConfig) -> None:
     tensor, pipeline = par.tensor_model_parallel_size, par.pipeline_model_parallel_size
-    for name, size in (("num_attention_heads", tensor), ("num_query_groups", tensor), ("num_layers", pipeline)):
+    by_tensor = ("num_attention_heads", "num_query_groups", "ffn_hidden_size")
+    for name, size in (*((name, tensor) for name in by_tensor), ("num_layers", pipeline)):
         value = getattr(model, name)
         kind = "pipeline" if name == "num_layers" else "tensor"
         if value is not None and value % size:
@@ -298,6 +335,10 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             pass
     ok = isinstance(value, plain) and not (plain is int and isinstance(value, bool))
     _require(ok, f"{where} must be {plain.__name__}, got {value!r}")
+    if plain is list:
+        item = typing.get_args(hint)[0]
+        items = typing.cast(list[Any], value)
+        _require(all(isinstance(x, item) for x in items), f"{where} must be a list of {item.__name__}, got {value!r}")
     return value
 
 
@@ -306,7 +347,7 @@ def save_yaml(config: RunConfig, path: Path) -> None:
     import yaml
 
     text = "# python -m distill_nemo THIS_FILE runs exactly this, under torchrun or alone.\n"
-    path.write_text(text + yaml.safe_dump(to_dict(config), sort_keys=False))
+    path.write_text(text + yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
 
 
 def load_yaml(path: Path) -> RunConfig:
@@ -314,8 +355,11 @@ def load_yaml(path: Path) -> RunConfig:
     import yaml
 
     try:
-        return from_dict(yaml.safe_load(path.read_text()))
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"no such config file: {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
+    return from_dict(values)

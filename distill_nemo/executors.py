@@ -11,7 +11,7 @@ import nemo_run as run
 
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),  # torchrun sets 1 too, and warns about it
-    "LOGLEVEL": os.environ.get("LOGLEVEL", "WARNING"),  # NeMo-Run would have torchrun tell its own every step
+    "LOGLEVEL": os.environ.get("LOGLEVEL", "ERROR"),  # NeMo-Run would have torchrun tell its own every step
 }
 
 
@@ -23,6 +23,9 @@ def local_config(processes: int = 1) -> run.Config[run.LocalExecutor]:
     return run.Config(
         run.LocalExecutor, ntasks_per_node=processes, launcher="torchrun", env_vars={"PATH": path, **_ENVIRONMENT}
     )
+
+
+EXECUTORS = {"local": local_config}  # what `run.executor=` may name
 
 
 def local(processes: int = 1) -> run.Executor:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import nemo_run as run
 
-from distill_nemo.cli import NAMESPACE, Stages, TrainContext
+from distill_nemo.cli import NAMESPACE, Command, Stages, TrainContext
 from distill_nemo.data.stdlib_corpus import write_stdlib_corpus
 from distill_nemo.executors import local, num_gpus
 from distill_nemo.training.compare import compare_quickstart
@@ -63,7 +63,9 @@ def quickstart_alone(steps: int = 160, root: str = ROOT, seed: int = 0) -> run.P
     return recipe
 
 
-@run.cli.entrypoint(name="quickstart", namespace=NAMESPACE, type="experiment", run_ctx_cls=TrainContext)
+@run.cli.entrypoint(
+    name="quickstart", namespace=NAMESPACE, type="experiment", run_ctx_cls=TrainContext, entrypoint_cls=Command
+)
 def run_quickstart(
     ctx: run.cli.RunContext,
     steps: int = 160,
@@ -73,6 +75,11 @@ def run_quickstart(
     seed: int = 0,
 ) -> None:
     """Corpus, teacher, distilled student, student alone, report: one experiment, a few minutes, no GPU needed.
+
+    Typed again, it goes on where it was interrupted.
+
+    Example:
+        nemo distill quickstart --yes
 
     Args:
         ctx: NeMo-Run's context.
@@ -95,9 +102,9 @@ def run_quickstart(
     with Stages("quickstart", clean_mode=True, enable_goodbye_message=False, log_level="WARNING") as experiment:
         for name, task, executor in stages:
             experiment.add(task, executor=executor, name=name, tail_logs=True)
-        assert isinstance(ctx, TrainContext), "the entry point is registered with it"
-        ctx.launch_and_exit(experiment, sequential=True)
-    _conclude(Path(root))
+        ctx.launch(experiment, sequential=True)
+    if not ctx.dryrun:
+        _conclude(Path(root))
 
 
 def _conclude(root: Path) -> None:

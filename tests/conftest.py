@@ -1,9 +1,12 @@
 """What many test files share: the inputs of a tiny run, and processes that have already imported Megatron."""
 
 import pytest
+import torch
 
 from tests.spawn import Gloo
 from tests.training import write_inputs
+
+torch.set_num_threads(1)  # as every process of a run; more threads than cores spin
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,15 @@
-"""Tiny random Hugging Face models of every supported family, made by transformers."""
+"""Tiny random Hugging Face models of every supported family, made by transformers.
+
+And the same models as Megatron and NeMo checkpoints, by a conversion that shares no code with the package's.
+"""
+
+import argparse
+import json
+from pathlib import Path
 
 import torch
+import yaml
+from safetensors.torch import load_file
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -37,4 +46,126 @@ def write_hf(path, family="llama", *, seed=1, layers=4, width=64, vocab=507, hea
         if parameter.dim() == 1:
             parameter.data.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(str(path))
+    return str(path)
+
+
+LOCAL_NAMES = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+
+
+def megatron_layers(path):
+    """The layers of a Hugging Face directory as Megatron has them, in Transformer Engine's names: one dict a layer.
+
+    `linear_qkv` holds, group by group, the group's queries, its key and its value; `linear_fc1` the gate, then the up
+    projection.
+    """
+    config, hf = json.loads(Path(path, "config.json").read_text()), load_file(Path(path, "model.safetensors"))
+    groups, layers = config["num_key_value_heads"], []
+    for i in range(config["num_hidden_layers"]):
+        one = {k.removeprefix(f"model.layers.{i}."): t for k, t in hf.items() if k.startswith(f"model.layers.{i}.")}
+        layer = {
+            "self_attention.linear_qkv.layer_norm_weight": one["input_layernorm.weight"],
+            "self_attention.linear_proj.weight": one["self_attn.o_proj.weight"],
+            "mlp.linear_fc1.layer_norm_weight": one["post_attention_layernorm.weight"],
+            "mlp.linear_fc1.weight": torch.cat([one["mlp.gate_proj.weight"], one["mlp.up_proj.weight"]]),
+            "mlp.linear_fc2.weight": one["mlp.down_proj.weight"],
+        }
+        for kind in ("weight", "bias"):
+            parts = [one.get(f"self_attn.{n}_proj.{kind}") for n in "qkv"]
+            if parts[0] is not None:
+                by_group = torch.cat([part.unflatten(0, (groups, -1)) for part in parts], dim=1)
+                layer[f"self_attention.linear_qkv.{kind}"] = by_group.flatten(0, 1)
+        for n in "qk":
+            if f"self_attn.{n}_norm.weight" in one:
+                layer[f"self_attention.{n}_layernorm.weight"] = one[f"self_attn.{n}_norm.weight"]
+        layers.append(layer)
+    return layers
+
+
+def megatron_tensors(path, *, local=False, stacked=True, prefix="", rows=512):
+    """What a Megatron checkpoint of a Hugging Face directory holds: (key, tensor or the layers' tensors, stacked).
+
+    `local` takes the names of layers without Transformer Engine, `rows` is the padded vocabulary.
+    """
+    hf, layers = load_file(Path(path, "model.safetensors")), megatron_layers(path)
+    around = {"embedding.word_embeddings.weight": "model.embed_tokens.weight", "output_layer.weight": "lm_head.weight"}
+    tensors = {}
+    for name, source in around.items():
+        if source in hf:
+            padding = torch.full((rows - len(hf[source]), hf[source].shape[1]), 7.0)  # trained a little, so not zero
+            tensors[name] = torch.cat([hf[source], padding])
+    tensors["decoder.final_layernorm.weight"] = hf["model.norm.weight"]
+    for name in layers[0]:
+        own = LOCAL_NAMES.get(name, name) if local else name
+        if stacked:
+            tensors[f"decoder.layers.{own}"] = torch.stack([layer[name] for layer in layers])
+        else:
+            tensors |= {f"decoder.layers.{i}.{own}": layer[name] for i, layer in enumerate(layers)}
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def write_megatron(path, tensors):
+    """Save by Megatron, beside what lies in a real checkpoint; needs a process group of one. Returns the path.
+
+    Stacked tensors are saved layer by layer, as Megatron's ranks do.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+
+    state = {"iteration": 3, "args": argparse.Namespace(num_layers=99)}
+    for key, tensor in tensors.items():
+        if ".layers." in key and tensor.dim() and not any(part.isdecimal() for part in key.split(".")):
+            for i, layer in enumerate(tensor):
+                place = (0, i, len(tensor))
+                state[f"{key}/{i}"] = ShardedTensor.from_rank_offsets(key, layer, place, prepend_axis_num=1)
+        else:
+            state[key] = ShardedTensor.from_rank_offsets(key, tensor)
+    moment = "chained_0.optimizer.state.exp_avg.decoder.layers.mlp.linear_fc2.weight"
+    state["moment"] = ShardedTensor.from_rank_offsets(moment, torch.zeros(3))
+    extra = "decoder.layers.mlp.linear_fc1._extra_state"
+    state["extra"] = ShardedObject(extra, torch.zeros(0), (1,), (0,))
+    state["rng"] = ShardedObject("rng_state", [1, 2], (1,), (0,))
+    Path(path).mkdir(parents=True)
+    dist_checkpointing.save(state, str(path))
+    return str(path)
+
+
+def nemo_config(path, family):
+    """`model_config.yaml` of NeMo 1 for a Hugging Face directory, with what NeMo has and we do not read."""
+    hf = json.loads(Path(path, "config.json").read_text())
+    return {
+        "mcore_gpt": True,
+        "micro_batch_size": 1,
+        "tensor_model_parallel_size": 4,
+        "encoder_seq_length": hf["max_position_embeddings"],
+        "max_position_embeddings": "${.encoder_seq_length}",
+        "num_layers": hf["num_hidden_layers"],
+        "hidden_size": hf["hidden_size"],
+        "ffn_hidden_size": hf["intermediate_size"],
+        "num_attention_heads": hf["num_attention_heads"],
+        "num_query_groups": hf["num_key_value_heads"],
+        "kv_channels": hf.get("head_dim") if family == "qwen3" else None,
+        "override_vocab_size": hf["vocab_size"],
+        "make_vocab_size_divisible_by": 128,
+        "normalization": "rmsnorm",
+        "layernorm_epsilon": hf["rms_norm_eps"],
+        "bias": False,
+        "activation": "fast-swiglu",
+        "qkv_bias": family == "qwen2",
+        "qk_layernorm": family == "qwen3",
+        "position_embedding_type": "rope",
+        "rotary_percentage": 1.0,
+        "rotary_base": int(hf["rope_parameters"]["rope_theta"]),
+        "share_embeddings_and_output_weights": hf["tie_word_embeddings"],
+        "tokenizer": {"library": "huggingface", "type": "somewhere"},
+        **({"scale_positional_embedding": True, "scale_factor": 32.0} if family == "llama3_rope" else {}),
+    }
+
+
+def write_nemo(path, tensors, config):
+    """A NeMo directory: `model_weights/` and `model_config.yaml`. Returns the path."""
+    write_megatron(Path(path, "model_weights"), tensors)
+    Path(path, "model_config.yaml").write_text(yaml.safe_dump(config))
     return str(path)

@@ -1,9 +1,11 @@
 """Where checkpoints lie, which is the newest whole one, and whether a run may go on from it. No torch.
 
-`<output_dir>/checkpoints/step_00000120/` holds Megatron's distributed checkpoint, `run.json` (the whole config) and
-`architecture.json` (the student's). `latest` names the newest; it is written last, so what it names is whole.
+`<output_dir>/checkpoints/step_00000120/` holds Megatron's distributed checkpoint, `run.json` (the whole config and what
+the run was made of) and `architecture.json` (the student's). `latest` names the newest; it is written last, so what it
+names is whole.
 """
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import Any
 
 MAY_CHANGE = ("steps", "eval_interval", "eval_batches", "micro_batch_size", "stop_on_nan", "num_workers", "cache")
 SECTIONS = ("student", "teacher", "data")
+OURS = ("step_*", "latest", "latest.partial")
+FOREIGN = ("*.safetensors", ".metadata", "latest_checkpointed_iteration.txt", "iter_*", "model_weights", "latest")
 
 
 def checkpoint_root(output_dir: str) -> Path:
@@ -42,6 +46,20 @@ def latest(root: Path) -> Path | None:
     return directory
 
 
+def read_record(directory: Path) -> dict[str, Any]:
+    """`run.json` of a checkpoint.
+
+    Raises:
+        ValueError: when it is not what a run of ours wrote.
+    """
+    path = directory / "run.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {**record, **{section: record[section] for section in (*SECTIONS, "training")}}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}): name another step in {directory.parent / 'latest'}") from None
+
+
 def point_latest_at(directory: Path) -> None:
     """Make `directory` the newest checkpoint, atomically and durably."""
     tracker, partial = directory.parent / "latest", directory.parent / "latest.partial"
@@ -60,8 +78,33 @@ def prune(root: Path, keep_last: int) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def check_output_dir(output_dir: str) -> None:
+    """Refuse a place where this run's files would lie among somebody else's checkpoints. Other files do not matter.
+
+    Raises:
+        ValueError: naming what is there.
+    """
+    directory, root = Path(output_dir), checkpoint_root(output_dir)
+    for path in (directory, root):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"output_dir = {output_dir}: {path} is a file; choose another output_dir")
+    strange = [path for pattern in FOREIGN for path in directory.glob(pattern)]
+    if root.is_dir():
+        strange += [path for path in root.iterdir() if not any(path.match(pattern) for pattern in OURS)]
+    if strange:
+        raise ValueError(
+            f"output_dir = {output_dir} holds a checkpoint that no run of distill-nemo wrote there: {strange[0]}; "
+            "choose another output_dir"
+        )
+
+
 def check_resumable(saved: dict[str, Any], now: dict[str, Any], resume: bool) -> None:
     """Refuse to go on with another model, teacher or data than the output directory's run had.
+
+    Args:
+        saved: `run.json` of its newest checkpoint.
+        now: `run_record` of this run. Where both know the contents of a path, these decide: it may have moved.
+        resume: `checkpoint.resume`.
 
     Raises:
         ValueError: naming each field that differs, and what to do.
@@ -75,14 +118,22 @@ def check_resumable(saved: dict[str, Any], now: dict[str, Any], resume: bool) ->
     for section in SECTIONS:
         before, after = saved[section] or {}, now[section] or {}
         for name in sorted((before.keys() | after.keys()) - set(MAY_CHANGE)):
-            if before.get(name) != after.get(name):
-                differences.append(f"{section}.{name}: was {before.get(name)!r}, is {after.get(name)!r}")
+            differences += _difference(f"{section}.{name}", before.get(name), after.get(name), saved, now)
     for name in ("global_batch_size", "seed", "data_seed"):
-        if saved["training"][name] != now["training"][name]:
-            differences.append(f"training.{name}: was {saved['training'][name]}, is {now['training'][name]}")
+        differences += _difference(f"training.{name}", saved["training"][name], now["training"][name], saved, now)
     if differences:
         raise ValueError(
             f"{now['output_dir']} holds another run:\n  "
             + "\n  ".join(differences)
             + "\nRestore these to resume it, or choose another output_dir"
         )
+
+
+def _difference(field: str, before: Any, after: Any, saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    contents = [record.get("identity", {}).get(field) for record in (saved, now)]
+    if None not in contents:
+        if contents[0] == contents[1]:
+            return []
+        if before == after:
+            return [f"{field}: {after!r} holds other contents than when the run began"]
+    return [f"{field}: was {before!r}, is {after!r}"] if before != after else []

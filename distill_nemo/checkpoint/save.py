@@ -1,26 +1,31 @@
 """Write checkpoints so that a crash at any point leaves the last one good."""
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from torch.distributed.checkpoint import CheckpointException
 
 from distill_nemo.checkpoint.directory import latest, point_latest_at, prune, step_directory
+from distill_nemo.checkpoint.identity import run_record
 from distill_nemo.checkpoint.state import rng_layout, rng_state, sharded_state
-from distill_nemo.config import RunConfig, to_dict
+from distill_nemo.config import RunConfig
 
 
 class CheckpointWriter:
     """Writes `step_*` directories: into `.partial`, then renamed, then named by the tracker."""
 
     def __init__(self, root: Path, config: RunConfig) -> None:
-        self.root, self.config = root, to_dict(config)
+        self.root, self.record = root, run_record(config) if dist.get_rank() == 0 else {}
         self.keep_last, self.async_save = config.checkpoint.keep_last, config.checkpoint.async_save
         self._queue: Any = AsyncCallsQueue() if self.async_save else None
+        self._partial = root  # what is being written
 
     def save(self, step: int, model: Any, optimizer: Any, scheduler: Any, state: dict[str, Any]) -> None:
         """Write one checkpoint; every rank must call it. With `async_save` it is whole only after `finish`.
@@ -30,14 +35,15 @@ class CheckpointWriter:
         """
         self.finish(blocking=True)
         target = step_directory(self.root, step)
-        partial = target.with_name(target.name + ".partial")
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        contents = sharded_state(model, optimizer, scheduler, loading=False)
-        contents |= {"rng": rng_state(), "run_state": state, "rng_layout": rng_layout()[0]}
-        self._all_or_none(partial, lambda: self._write(contents, partial, target))
+        self._partial = partial = target.with_name(target.name + ".partial")
+        with self._naming_the_last_good():
+            if dist.get_rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            dist.barrier()
+            contents = sharded_state(model, optimizer, scheduler, loading=False)
+            contents |= {"rng": rng_state(), "run_state": state, "rng_layout": rng_layout()[0]}
+            self._write(contents, partial, target)
 
     def _write(self, contents: dict[str, Any], partial: Path, target: Path) -> None:
         request = dist_checkpointing.save(
@@ -47,15 +53,20 @@ class CheckpointWriter:
             async_strategy="mcore",  # the default needs nvidia-resiliency-ext
         )
         if request is None:
-            return self._publish(partial, target)
+            self._publish(partial, target)
+            return
         request.add_finalize_fn(lambda: self._publish(partial, target))
         self._queue.schedule_async_request(request)
-        return None
 
     def finish(self, blocking: bool) -> None:
-        """Publish what was written in the background, waiting for it when `blocking`."""
+        """Publish what was written in the background, waiting for it when `blocking`; every rank must call it.
+
+        Raises:
+            OSError: as `save`.
+        """
         if self._queue is not None:
-            self._queue.maybe_finalize_async_calls(blocking=blocking)
+            with self._naming_the_last_good():
+                self._queue.maybe_finalize_async_calls(blocking=blocking)
 
     def close(self) -> None:
         """Wait for what is being written and end the writers."""
@@ -65,24 +76,30 @@ class CheckpointWriter:
 
     def _publish(self, partial: Path, target: Path) -> None:
         if dist.get_rank() == 0:
-            architecture = {**self.config["student"], "checkpoint": None}
+            architecture = {**self.record["student"], "checkpoint": None}
             (partial / "architecture.json").write_text(json.dumps(architecture, indent=2))
-            (partial / "run.json").write_text(json.dumps(self.config, indent=2))
+            (partial / "run.json").write_text(json.dumps(self.record, indent=2))
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
             point_latest_at(target)
             prune(self.root, self.keep_last)
         dist.barrier()
 
-    def _all_or_none(self, partial: Path, write: Any) -> None:
-        """Run `write` on all ranks; when it fails on any, say so with the last good checkpoint named."""
+    @contextlib.contextmanager
+    def _naming_the_last_good(self) -> Iterator[None]:
+        """What cannot be written is cleared away, and the error names the newest checkpoint that is whole.
+
+        Megatron tells every rank when one could not write: with torch's CheckpointException, a BaseException.
+        """
         try:
-            write()
-        except Exception as error:
+            yield
+        except (Exception, CheckpointException) as error:
             if dist.get_rank() == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-            good = latest(self.root)
+                shutil.rmtree(self._partial, ignore_errors=True)
+            said = str(error).strip().splitlines() or [type(error).__name__]
+            there = next(path for path in self._partial.absolute().parents if path.exists())
+            free = shutil.disk_usage(there).free / 2**30
             raise OSError(
-                f"checkpoint {partial} could not be written: {error}. The last good one: {good or 'none'}; free space "
-                "and run the same command again"
+                f"checkpoint {self._partial} could not be written ({free:.2f} GiB free): {said[-1]}. The last good one: "
+                f"{latest(self.root) or 'none'}; free space and run the same command again"
             ) from error

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from distill_nemo.config import ModelConfig, ParallelismConfig, near
 from distill_nemo.models.layer_specs import block_spec
+from distill_nemo.models.nemo_config import LLAMA3_ROPE, read_nemo_config
 from distill_nemo.models.sources import CheckpointKind, find_checkpoint
 
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 REQUIRED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
+NOT_IN_TENSORS = ("rotary_base", "norm_epsilon")  # a wrong default would load, and give other logits
 VOCAB_MULTIPLE = 128  # whatever the tensor parallel size, so that checkpoints reshard
 HF_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def resolve[T: ModelConfig](model: T) -> T:
@@ -43,9 +44,7 @@ def resolve[T: ModelConfig](model: T) -> T:
             raise ValueError(f"{name} = {given} contradicts {model.checkpoint}, which says {value}; leave it unset")
         if given is None:
             values[name] = value
-    missing = [name for name in REQUIRED if values[name] is None]
-    if missing:
-        raise ValueError(f"the model needs {', '.join(missing)}: set them, or checkpoint to read them from")
+    _check_complete(model.checkpoint, values, described)
     defaults = {
         "family": "llama",
         "num_query_groups": values["num_attention_heads"],
@@ -62,15 +61,26 @@ def resolve[T: ModelConfig](model: T) -> T:
     return type(model)(**values)
 
 
+def _check_complete(checkpoint: str | None, values: dict[str, Any], described: dict[str, Any]) -> None:
+    silent = checkpoint is not None and not described
+    missing = [name for name in REQUIRED + (NOT_IN_TENSORS if silent else ()) if values[name] is None]
+    if missing and checkpoint is None:
+        raise ValueError(f"the model needs {', '.join(missing)}: set them, or checkpoint to read them from")
+    if missing:
+        raise ValueError(f"{checkpoint} does not say {', '.join(missing)}: set them beside checkpoint")
+
+
 def describe_checkpoint(path: Path) -> dict[str, Any]:
     """The architecture that a checkpoint states, by `ModelConfig` field; empty where it states none."""
     found = find_checkpoint(path)
+    if found.description is None:
+        return {}
     if found.kind is CheckpointKind.OURS:
-        own = _read_json(found.weights / "architecture.json")
+        own = _read_json(found.description)
         return {k: v for k, v in own.items() if v is not None and k != "checkpoint"}
     if found.kind is CheckpointKind.HUGGING_FACE:
-        return from_huggingface(_read_json(found.weights / "config.json"), found.weights)
-    return {}
+        return from_huggingface(_read_json(found.description), found.weights)
+    return read_nemo_config(found.description)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,63 +1,186 @@
-"""Weights from Megatron distributed checkpoints: Megatron's, NeMo's and our own, saved at any layout."""
+"""Weights from Megatron distributed checkpoints: Megatron's, NeMo's and our own, saved at any layout.
 
+Every tensor of the whole model is checked by name and shape before one is read, from the checkpoint's own table of
+contents, so each rank alone finds what is wrong anywhere.
+"""
+
+import re
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from torch import nn
+from megatron.core.dist_checkpointing.mapping import ShardedBase, apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from distill_nemo.config import ModelConfig
+
+Shapes = dict[str, tuple[int, ...]]
+
+EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+PREFIXES = ("", "model.", "module.", "model.module.", "module.module.")  # Megatron, NeMo 1 and ours, NeMo 2, wrapped
+# Beside the model: optimizer states; Transformer Engine's extra states; what ModelOpt's distillation adds.
+IGNORED = re.compile(r"^(chained_\d+\.)?optimizer\b|^rng|_extra_state\b|(^|\.)(_teacher_model|_loss_modules)\.")
+LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+LOCAL_NAMES = {  # Transformer Engine's fused layer norms, and what they were called without it
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+MAX_VOCAB_PADDING = 128 * 64  # Megatron pads to a multiple of 128 times the tensor parallel size
 MAX_LISTED = 5
 
 
-def load_megatron_weights(directory: Path, built: nn.Module, prefix: str = "") -> None:
-    """Fill this stage of `built`, resharding as needed.
+def load_megatron_weights(directory: Path, built: GPTModel, model: ModelConfig) -> None:
+    """Fill this tensor- and pipeline-parallel part of `built`, resharding as needed.
 
-    Layer norms are stored under Transformer Engine's fused names by every layer spec (Megatron maps them), so
-    checkpoints written with Transformer Engine and with the local layers look alike; older local ones are renamed.
+    Layers may be stored stacked (`decoder.layers.mlp...` with a leading dimension) or one by one, layer norms under
+    Transformer Engine's names or under the local layers', keys with or without NeMo's prefixes.
 
     Args:
         directory: holds `.metadata`.
-        built: this tensor- and pipeline-parallel part of the model.
-        prefix: what the keys in the checkpoint begin with.
+        built: where the weights go.
+        model: its resolved architecture.
 
     Raises:
-        ValueError: when a tensor is missing, extra or of another shape, by name.
+        ValueError: when a file is missing or corrupt, or a tensor missing, extra or of another shape, by name.
+    """
+    stored = stored_tensors(directory)
+    prefix = next((p for p in PREFIXES if any(n.startswith(p + "decoder.") for n in stored)), "")
+    names = {name.removeprefix(prefix): shape for name, shape in stored.items() if name.startswith(prefix)}
+    stray = [name for name in stored if not name.startswith(prefix)]
+    stacked = not any(LAYER.match(name) for name in names)
+    check_megatron_tensors(directory, names, model, stacked, stray)
+    metadata = {"non_homogeneous_layers": not stacked}
+    part: Any = built.sharded_state_dict(prefix=prefix, metadata=metadata)
+    wanted = {name: value for name, value in part.items() if not name.endswith("_extra_state")}
+    for value in nested_values(wanted):
+        value.key = prefix + _stored_name(value.key.removeprefix(prefix), names)
+    missing, _ = built.load_state_dict(_read(directory, wanted, prefix), strict=False)
+    missing = [name for name in missing if not name.endswith("_extra_state")]
+    assert not missing, f"the sharded state of the model leaves out {missing[:3]}"
+
+
+def stored_tensors(directory: Path) -> Shapes:
+    """Name and global shape of every tensor that the model of this checkpoint consists of.
+
+    Raises:
+        ValueError: when the table of contents cannot be read, or names files that are missing or too short.
     """
     try:
-        stored = dist_checkpointing.load_tensors_metadata(str(directory))
-    except Exception as error:
-        raise ValueError(f"{directory} is no readable Megatron distributed checkpoint: {error}") from None
-    model: Any = built
-    wanted = model.sharded_state_dict(prefix=prefix)
-    wanted = {name: value for name, value in wanted.items() if not name.endswith("_extra_state")}
-    _rename_legacy_norms(wanted, stored)
-    tensors = [value for value in nested_values(wanted) if isinstance(value, ShardedTensor)]
-    problems = [f"missing: {t.key}" for t in tensors if t.key not in stored]
+        contents: Any = FileSystemReader(directory).read_metadata()
+        parts = [(s.relative_path, s.offset + s.length) for s in contents.storage_data.values()]
+        tensors = {k: v for k, v in contents.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
+    except Exception as error:  # a cut pickle raises anything
+        raise ValueError(f"{directory}/.metadata is missing, corrupt or truncated: {error!r:.200}") from None
+    ends: dict[str, int] = {}
+    for name, end in parts:
+        ends[name] = max(end, ends.get(name, 0))
+    absent = [name for name in sorted(ends) if not (directory / name).is_file()]
+    if absent:
+        raise ValueError(f"{directory}/.metadata names files that are not there: {', '.join(absent[:MAX_LISTED])}")
+    for name, end in sorted(ends.items()):
+        size = (directory / name).stat().st_size
+        if size < end:
+            raise ValueError(f"{directory / name} is truncated: {size:,} bytes, needs {end:,}")
+    return {name: tuple(tensor.size) for name, tensor in tensors.items() if not IGNORED.search(name)}
+
+
+def expected_tensors(model: ModelConfig) -> tuple[Shapes, Shapes]:
+    """Name and shape of a layer's tensors, and of those around the layers, in Transformer Engine's naming."""
+    m: Any = model
+    q, kv, h = m.num_attention_heads * m.kv_channels, m.num_query_groups * m.kv_channels, m.hidden_size
+    layer: Shapes = {
+        "self_attention.linear_qkv.layer_norm_weight": (h,),
+        "self_attention.linear_qkv.weight": (q + 2 * kv, h),
+        "self_attention.linear_proj.weight": (h, q),
+        "mlp.linear_fc1.layer_norm_weight": (h,),
+        "mlp.linear_fc1.weight": (2 * m.ffn_hidden_size, h),
+        "mlp.linear_fc2.weight": (h, m.ffn_hidden_size),
+    }
+    if m.family == "qwen2":
+        layer["self_attention.linear_qkv.bias"] = (q + 2 * kv,)
+    if m.family == "qwen3":
+        layer |= {f"self_attention.{n}_layernorm.weight": (m.kv_channels,) for n in ("q", "k")}
+    around: Shapes = {EMBEDDING: (m.vocab_size, h), "decoder.final_layernorm.weight": (h,)}
+    return layer, around if m.tie_word_embeddings else around | {OUTPUT: (m.vocab_size, h)}
+
+
+def check_megatron_tensors(directory: Path, names: Shapes, model: ModelConfig, stacked: bool, stray: list[str]) -> None:
+    """Compare the tensors of the checkpoint with those that the architecture needs.
+
+    Args:
+        directory: for the message.
+        names: what is stored of the model, without prefix.
+        model: the resolved architecture.
+        stacked: whether a layer's tensors are stored as one for all layers.
+        stray: what is stored beside it.
+
+    Raises:
+        ValueError: naming the first few tensors that are missing, extra or of another shape.
+    """
+    layer, wanted = expected_tensors(model)
+    count: Any = model.num_layers
+    deep = _stored_layers(names)
+    if deep not in (None, count):
+        raise ValueError(f"{directory} does not fit the model: it holds {deep} layers, num_layers = {count}")
+    for name, shape in layer.items():
+        if stacked:
+            wanted[f"decoder.layers.{name}"] = (count, *shape)
+        else:
+            wanted |= {f"decoder.layers.{i}.{name}": shape for i in range(count)}
+    wanted = {_stored_name(name, names): shape for name, shape in wanted.items()}
+    problems = [f"missing: {name} {shape}" for name, shape in wanted.items() if name not in names]
+    problems += [f"extra: {name} {names[name]}" for name in names if name not in wanted]
+    problems += [f"extra: {name}" for name in stray]
     problems += [
-        f"{t.key} has shape {tuple(stored[t.key].global_shape)}, needs {tuple(t.global_shape)}"
-        for t in tensors
-        if t.key in stored and tuple(stored[t.key].global_shape) != tuple(t.global_shape)
+        f"{name} has shape {names[name]}, needs {shape}"
+        for name, shape in wanted.items()
+        if name in names and not _fits(name, names[name], shape)
     ]
     if problems:
         more = f"\n  and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
         raise ValueError(f"{directory} does not fit the model:\n  " + "\n  ".join(problems[:MAX_LISTED]) + more)
-    loaded: Any = dist_checkpointing.load(wanted, str(directory))
-    state = {name.removeprefix(prefix): value for name, value in loaded.items() if name.startswith(prefix)}
-    model.load_state_dict(state, strict=False)
 
 
-LEGACY = {
-    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
-    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
-}
+def _stored_layers(names: Shapes) -> int | None:
+    """How many layers the checkpoint holds; None when that cannot be told."""
+    numbers = [int(match[1]) for name in names if (match := LAYER.match(name))]
+    if numbers:
+        return max(numbers) + 1
+    shape = names.get("decoder.layers.self_attention.linear_proj.weight", ())
+    return shape[0] if len(shape) == 3 else None
 
 
-def _rename_legacy_norms(wanted: Any, stored: Any) -> None:
-    """Ask for a layer norm under the local layers' own name where the checkpoint has it so."""
-    for tensor in nested_values(wanted):
-        key = getattr(tensor, "key", "")
-        for fused, own in LEGACY.items():
-            if fused in key and key not in stored and key.replace(fused, own) in stored:
-                tensor.key = key.replace(fused, own)
+def _stored_name(name: str, names: Shapes) -> str:
+    """`name`, or what the local layers call it where the checkpoint has only that."""
+    for fused, local in LOCAL_NAMES.items():
+        own = name.replace(fused, local)
+        if own != name and name not in names and own in names:
+            return own
+    return name
+
+
+def _fits(name: str, stored: tuple[int, ...], needed: tuple[int, ...]) -> bool:
+    """Equal shapes; the vocabulary may be padded, to whatever multiple."""
+    if name in (EMBEDDING, OUTPUT) and len(stored) == 2:
+        return stored[1] == needed[1] and 0 <= stored[0] - needed[0] < MAX_VOCAB_PADDING
+    return stored == needed
+
+
+def _read(directory: Path, wanted: dict[str, ShardedBase], prefix: str) -> dict[str, Tensor]:
+    """The tensors alone: what lies beside them (arguments, in Megatron's and NeMo's pickles) is not opened."""
+    preprocessed: Any = load_preprocess(wanted)
+    sharded, _, factories = preprocessed
+    try:
+        loaded = TorchDistLoadShardedStrategy().load(sharded, directory)
+    except CheckpointException as error:  # of torch: a BaseException, around anything that went wrong
+        cause = next((failure for failure, _ in error.failures.values()), error)
+        if not isinstance(cause, Exception):
+            raise  # Ctrl-C
+        raise ValueError(f"{directory} cannot be read, and may be corrupt: {cause!r:.300}") from error
+    loaded = apply_factory_merges(loaded, factories)
+    return {name.removeprefix(prefix): loaded[name] for name in wanted}

@@ -3,8 +3,11 @@
 Light at import: the launcher reads it to learn the recipe's fields.
 """
 
-import json
+import contextlib
+import os
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from distill_nemo.config import (
@@ -25,6 +28,8 @@ from distill_nemo.config import (
     to_dict,
 )
 
+RANK_0_SECONDS = 10.0  # how long another rank's error waits for rank 0 to say it
+
 
 def distill(
     output_dir: str,
@@ -38,7 +43,12 @@ def distill(
     checkpoint: CheckpointConfig | None = None,
     logging: LoggingConfig | None = None,
 ) -> None:
-    """Train `student`, with a teacher to imitate or without one, and export it to Hugging Face format.
+    r"""Train a student, with a teacher to imitate or without one, and export it to Hugging Face format.
+
+    Example:
+        nemo distill train --factory llama32_3b_to_1b --yes \
+            teacher.checkpoint=/models/Llama-3.2-3B student.checkpoint=/models/Llama-3.2-1B \
+            data.train='["data/corpus"]' distillation.temperature=2.0 run.executor=local run.executor.processes=8
 
     Args:
         output_dir: everything the run writes goes below it.
@@ -55,20 +65,43 @@ def distill(
     Raises:
         ValueError: for a config that cannot run, before anything is written.
     """
-    run_config(
-        RunConfig(
-            output_dir,
-            student,
-            teacher,
-            distillation or DistillationConfig(),
-            parallelism or ParallelismConfig(),
-            data or DataConfig(),
-            optimizer or OptimizerConfig(),
-            training or TrainingConfig(),
-            checkpoint or CheckpointConfig(),
-            logging or LoggingConfig(),
-        )
+    config = RunConfig(
+        output_dir,
+        student,
+        teacher,
+        distillation or DistillationConfig(),
+        parallelism or ParallelismConfig(),
+        data or DataConfig(),
+        optimizer or OptimizerConfig(),
+        training or TrainingConfig(),
+        checkpoint or CheckpointConfig(),
+        logging or LoggingConfig(),
     )
+    with errors_in_one_screen() if "TORCHELASTIC_RUN_ID" in os.environ else contextlib.nullcontext():
+        run_config(config)
+
+
+@contextlib.contextmanager
+def errors_in_one_screen() -> Iterator[None]:
+    """Errors that this package raises are for the user: print `error: ...` and exit 1. Others keep their traceback.
+
+    Under torchrun all ranks meet the same error, and the first one that ends has the others killed. So rank 0 speaks,
+    and the others wait for that; one that is still alive afterwards had an error of its own, and says so.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError, ArithmeticError, OSError) as error:
+        last = error.__traceback__
+        while last is not None and last.tb_next is not None:
+            last = last.tb_next
+        module = last.tb_frame.f_globals.get("__name__", "") if last else ""
+        if not isinstance(error, OSError) and module.split(".")[0] not in ("distill_nemo", "recipes"):
+            raise
+        rank = int(os.environ.get("RANK", "0"))
+        if rank:
+            time.sleep(RANK_0_SECONDS)
+        print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
 
 
 def run_config(config: RunConfig) -> None:
@@ -110,23 +143,31 @@ def resolve_models(config: RunConfig) -> RunConfig:
 def _train(config: RunConfig) -> int | None:
     import torch
 
-    from distill_nemo.checkpoint.directory import check_resumable, checkpoint_root, latest
+    from distill_nemo.checkpoint.directory import (
+        check_output_dir,
+        check_resumable,
+        checkpoint_root,
+        latest,
+        read_record,
+    )
+    from distill_nemo.checkpoint.identity import run_record
     from distill_nemo.checkpoint.load import load_checkpoint
     from distill_nemo.runtime.device import resolve_dtype, setup_device
     from distill_nemo.runtime.process_groups import rank
     from distill_nemo.runtime.seed import seed_everything
-    from distill_nemo.training.data import build_run_datasets
+    from distill_nemo.training.data import build_run_datasets, check_run_data
     from distill_nemo.training.loop import Loop
     from distill_nemo.training.setup import build_trainee
 
     device = setup_device()
+    check_output_dir(config.output_dir)
+    check_run_data(config)
     newest = latest(checkpoint_root(config.output_dir))
     if newest is not None:
-        check_resumable(json.loads((newest / "run.json").read_text()), to_dict(config), config.checkpoint.resume)
-    datasets = build_run_datasets(config)
+        check_resumable(read_record(newest), run_record(config), config.checkpoint.resume)
     seed_everything(config.training.seed)
     trainee = build_trainee(config, resolve_dtype(config.training.dtype), load_weights=newest is None)
-    loop = Loop(config, trainee, datasets, device)
+    loop = Loop(config, trainee, build_run_datasets(config), device)  # the first to write: models are refused before
     if newest is not None:
         state = load_checkpoint(newest, trainee.unwrapped, trainee.optimizer, trainee.scheduler)
         loop.state.update(state)
@@ -150,7 +191,6 @@ def main(arguments: list[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser(prog="python -m distill_nemo", description=main.__doc__)
     parser.add_argument("config", type=Path, help="the config.yaml that every run writes beside its checkpoints")
-    try:
-        run_config(load_yaml(parser.parse_args(arguments).config))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    path = parser.parse_args(arguments).config
+    with errors_in_one_screen():
+        run_config(load_yaml(path))

@@ -1,6 +1,8 @@
 """Configs: the YAML round trip, and every refusal."""
 
 import dataclasses
+import types
+import typing
 
 import pytest
 
@@ -36,6 +38,59 @@ def test_yaml_round_trip_is_the_identity_and_keeps_student_and_teacher_apart(tmp
     assert {f.name for f in dataclasses.fields(RunConfig)} == set(to_dict(run))
 
 
+ODD = [
+    "null",
+    "1e-4",
+    "yes",
+    "a: b # c",
+    "weiß 東京 🦙",
+    'quote"d',
+    "line\nbreak",
+    " space ",
+    "~",
+    "",
+    "0x1F",
+    "\u2028",
+]
+
+
+def all_different(cls, odd):
+    """A `cls` with every field another value than its default; the strings are odd ones."""
+    values = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        if isinstance(hint, types.UnionType):
+            hint = typing.get_args(hint)[0]
+        default = next(f.default for f in dataclasses.fields(cls) if f.name == name)
+        number = default if isinstance(default, int | float) else 0
+        makers = {int: lambda n=number: n + 7, float: lambda n=number: n / 3 + 1e-9, bool: lambda n=number: not n}
+        makers |= {str: lambda: next(odd), list[str]: lambda: [next(odd), next(odd)]}
+        makers |= {dict[str, typing.Any]: lambda: {next(odd): [1.5, None, True], "nested": {"x": next(odd)}}}
+        values[name] = all_different(hint, odd) if dataclasses.is_dataclass(hint) else makers[hint]()
+        assert values[name] != default, name
+    return cls(**values)
+
+
+def test_every_field_survives_yaml_with_a_value_of_its_own(tmp_path):
+    run = all_different(RunConfig, (f"{text}{i}" if i >= len(ODD) else text for i, text in enumerate(ODD * 9)))
+    save_yaml(run, tmp_path / "config.yaml")
+    again = load_yaml(tmp_path / "config.yaml")
+    assert again == run and repr(again) == repr(run)  # 1 == 1.0 == True, but not in repr
+    assert to_dict(again) == to_dict(run)
+    save_yaml(again, tmp_path / "again.yaml")
+    assert (tmp_path / "again.yaml").read_bytes() == (tmp_path / "config.yaml").read_bytes()
+
+
+def test_equal_student_and_teacher_stay_two_objects(tmp_path):
+    """YAML would write one object twice as an anchor and an alias."""
+    run = config()
+    run.student.rope_scaling = run.teacher.rope_scaling = {"factor": 8.0}
+    save_yaml(run, tmp_path / "config.yaml")
+    again = load_yaml(tmp_path / "config.yaml")
+    assert again == run
+    again.student.rope_scaling["factor"] = 1.0
+    assert again.teacher.rope_scaling == {"factor": 8.0}
+
+
 def test_no_teacher_round_trips(tmp_path):
     run = config()
     run.teacher = None
@@ -60,6 +115,22 @@ def test_no_teacher_round_trips(tmp_path):
         ({"parallelism__sequence_parallel": True}, 1, "needs parallelism.tensor_model_parallel_size"),
         ({"optimizer__warmup_steps": 1000}, 1, "warmup_steps must be below the 1000 steps"),
         ({"training__steps": 0}, 1, "training.steps must be at least 1"),
+        ({"checkpoint__save_interval": 0}, 1, "checkpoint.save_interval must be at least 1, got 0"),
+        ({"logging__log_interval": 0}, 1, "logging.log_interval must be at least 1, got 0"),
+        ({"optimizer__lr": float("nan")}, 1, "optimizer.lr must be positive, got nan"),
+        ({"optimizer__min_lr": 1.0}, 1, "optimizer.min_lr = 1.0 is above optimizer.lr"),
+        ({"optimizer__decay_style": "cosin"}, 1, "Did you mean cosine"),
+        ({"optimizer__weight_decay": -0.1}, 1, "optimizer.weight_decay must be 0 or more, got -0.1"),
+        (
+            {
+                "parallelism__tensor_model_parallel_size": 4,
+                "parallelism__sequence_parallel": True,
+                "data__sequence_length": 30,
+            },
+            4,
+            "data.sequence_length = 30 is not divisible",
+        ),
+        ({"parallelism__tensor_model_parallel_size": 4, "student__ffn_hidden_size": 6}, 4, "ffn_hidden_size = 6"),
     ],
 )
 def test_what_cannot_run_is_refused_by_name(changes, world_size, words):
@@ -80,6 +151,9 @@ def test_what_can_run_is_let_through():
         ({"student": {"num_layers": True}}, "student.num_layers must be int"),
         ({"student": []}, "must be a mapping"),
         ({"student": {}}, "output_dir"),
+        ({"data": {"train": [1]}}, "data.train must be a list of str, got [1]"),
+        ({"data": {"train": "corpus"}}, "data.train must be list, got 'corpus'"),
+        ({"optimizer": {"lr": "fast"}}, "optimizer.lr must be float, got 'fast'"),
     ],
 )
 def test_bad_fields_are_named(values, words):
@@ -94,3 +168,8 @@ def test_yaml_cannot_execute_code(tmp_path):
         load_yaml(tmp_path / "bad.yaml")
     with pytest.raises(ValueError, match="no such config file"):
         load_yaml(tmp_path / "missing.yaml")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_yaml(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_yaml(tmp_path / "binary.yaml")

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from tests.spawn import Gloo
 from tests.training import metrics, tiny_run
 
 
@@ -46,13 +47,14 @@ def _failure(run):
     return None
 
 
-def test_every_replacement_on_cpu_is_still_needed(inputs, one, tmp_path):
-    failures = one.run(failures_without_each_replacement, inputs, tmp_path)[0]
+def test_every_replacement_on_cpu_is_still_needed(inputs, tmp_path):
+    with Gloo(1, init=False, timeout=300) as untouched:
+        failures = untouched.run(failures_without_each_replacement, inputs, tmp_path)[0]
     assert [where for where, failure in failures.items() if failure is None] == []
 
 
 def test_resuming_needs_help_with_torchs_adam(inputs, one, tmp_path):
-    """Megatron looks for Adam's step among its tensors; tests/distributed/test_resume.py shows that the help is right."""
+    """Megatron looks for Adam's step among its tensors; test_resume.py shows that the help is right."""
     one.run(train, inputs, tmp_path, 2)
     with pytest.raises(KeyError, match="step"):
         one.run(resume_without_help, inputs, tmp_path)

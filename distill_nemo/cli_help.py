@@ -1,0 +1,156 @@
+"""What `--help` says, as plain text made from signatures, docstrings and config fields: so it cannot fall behind."""
+
+import inspect
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any
+
+from typer.core import TyperCommand, TyperGroup
+
+WIDTH = 110
+
+GROUP = """\
+Usage: nemo distill COMMAND [FIELD=VALUE ...]
+
+Distil large language models on Megatron-Core.
+
+Commands:
+{commands}
+
+`nemo distill COMMAND --help` teaches one of them: what it does, an example, every field.
+
+Without GPU, weights or network, in minutes:
+  nemo distill quickstart --yes
+
+With your own checkpoints and text:
+  nemo distill prepare inputs='text/*.jsonl' output=data/corpus tokenizer=/models/Llama-3.2-1B
+  nemo distill train --factory llama32_3b_to_1b --yes \\
+      teacher.checkpoint=/models/Llama-3.2-3B student.checkpoint=/models/Llama-3.2-1B \\
+      data.train='["data/corpus"]' run.executor=local run.executor.processes=8
+  nemo distill evaluate student=runs/llama32_3b_to_1b/student data=data/held_out teacher=/models/Llama-3.2-3B
+"""
+
+TRAIN = """\
+Recipe:
+  --factory NAME, or with the recipe's own arguments: --factory 'quickstart(steps=20)'.
+  `nemo distill recipes` lists them.
+
+Overrides:
+  FIELD=VALUE, as many as you like, applied after the recipe. Dots lead into a section: optimizer.lr=1e-4.
+  Lists are quoted for the shell: data.train='["30", "a", "70", "b"]'. None empties a field: teacher=None
+  trains on the data alone.
+
+Executor:
+  run.executor=local [run.executor.processes=N]   this machine, N ranks under torchrun; without it, one
+
+Options:
+  --dryrun       show the resolved recipe and executor; start nothing
+  --detach       return at once, where a scheduler keeps the run; a local one is waited for
+  --name NAME    of the run in NeMo-Run's experiments
+  --yes          accepted, so that scripts may always pass it: nothing is asked
+
+The same command resumes an interrupted run. Exit code: 0 when every rank succeeded.
+"""
+
+
+class Group(TyperGroup):
+    """`nemo distill`."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the page."""
+        lines = [f"  {name:12}{command.help}" for name, command in self.commands.items()]
+        formatter.write(GROUP.format(commands="\n".join(lines)))
+
+
+def command_class(text: Callable[[], str]) -> type[TyperCommand]:
+    """A command whose `--help` is `text()`."""
+
+    class Command(TyperCommand):
+        def format_help(self, ctx: Any, formatter: Any) -> None:
+            formatter.write(text())
+
+    return Command
+
+
+def summary(function: Callable[..., Any]) -> str:
+    """First line of the docstring."""
+    return (function.__doc__ or "").strip().splitlines()[0]
+
+
+def command_help(name: str, function: Callable[..., Any], options: str = "") -> str:
+    """The page of a command whose fields are the arguments of `function`."""
+    parts = _sections(function)
+    about = dict(re.findall(r"^    (\w+): (.*?)(?=\n    \w|\Z)", parts.get("Args", ""), re.M | re.S))
+    hints = typing.get_type_hints(function)
+    rows = [
+        _row(parameter.name, hints[parameter.name], parameter.default, about.get(parameter.name, ""))
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.name != "ctx"
+    ]
+    usage = f"Usage: nemo distill {name}{' FIELD=VALUE ...' if rows else ''}{' [OPTIONS]' if options else ''}"
+    page = [usage, parts[""], _example(parts), options, "Fields:\n" + "\n".join(rows) if rows else ""]
+    return "\n\n".join(part for part in page if part) + "\n"
+
+
+def train_help(function: Callable[..., Any]) -> str:
+    """The page of `train`: every dotted field, with the default it has where a recipe does not set it."""
+    parts = _sections(function)
+    usage = "Usage: nemo distill train --factory RECIPE [FIELD=VALUE ...] [run.executor=EXECUTOR] [OPTIONS]"
+    page = [usage, parts[""], _example(parts), TRAIN, "Fields, and their values where the recipe sets no other:"]
+    page.append(_row("output_dir", str, inspect.Parameter.empty, "everything the run writes goes below it"))
+    for name, section in sections(function).items():
+        about = [inspect.cleandoc(cls.__doc__ or "") for cls in section.__mro__[:-1]]
+        page.append("\n".join([f"{name}: " + "\n".join(about).replace("`", ""), *_section_rows(name, section)]))
+    return "\n\n".join(page) + "\n"
+
+
+def sections(function: Callable[..., Any]) -> dict[str, Any]:
+    """Arguments that are dataclasses, by name."""
+    hints = {name: plain_type(hint) for name, hint in typing.get_type_hints(function).items()}
+    return {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+
+
+def plain_type(hint: Any) -> Any:
+    """`X` of `X | None`."""
+    if isinstance(hint, types.UnionType):
+        return next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    return hint
+
+
+def type_name(hint: Any) -> str:
+    """As one would write it."""
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+
+
+def _section_rows(name: str, section: type) -> Iterator[str]:
+    comments = {}
+    for cls in reversed(section.__mro__[:-1]):  # a field's comment is its documentation, on the same line
+        comments |= dict(re.findall(r"^    (\w+): [^#\n]*# (.*)$", inspect.getsource(cls), re.M))
+    hints = typing.get_type_hints(section)
+    for field in fields(section):
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        yield _row(f"{name}.{field.name}", hints[field.name], default, comments.get(field.name, ""))
+
+
+def _row(name: str, hint: Any, default: Any, about: str) -> str:
+    head = f"  {name}: {type_name(hint)}{'' if default is inspect.Parameter.empty else f' = {default!r}'}"
+    about = " ".join(about.split())
+    if len(head) + len(about) + 2 <= WIDTH:
+        return f"{head:42}  {about}".rstrip()
+    return f"{head}\n{textwrap.fill(about, WIDTH, initial_indent=' ' * 6, subsequent_indent=' ' * 6)}"
+
+
+def _sections(function: Callable[..., Any]) -> dict[str, str]:
+    pieces = re.split(r"^(Args|Example|Raises):\n", inspect.getdoc(function) or "", flags=re.M)
+    return {
+        "": pieces[0].strip(),
+        **{title: body.rstrip() for title, body in zip(pieces[1::2], pieces[2::2], strict=True)},
+    }
+
+
+def _example(parts: dict[str, str]) -> str:
+    return f"Example:\n{parts['Example']}" if "Example" in parts else ""

@@ -1,0 +1,123 @@
+"""`model_config.yaml` of NeMo 1, NeMo 2 and ModelOpt -> `ModelConfig` fields."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+INTEGERS = {  # ours: theirs, the first that has a value counts
+    "num_layers": ("num_layers",),
+    "hidden_size": ("hidden_size",),
+    "ffn_hidden_size": ("ffn_hidden_size",),
+    "num_attention_heads": ("num_attention_heads",),
+    "num_query_groups": ("num_query_groups",),
+    "kv_channels": ("kv_channels",),
+    "vocab_size": ("override_vocab_size", "vocab_size"),  # before padding; NeMo mostly leaves it to the tokenizer
+    "max_position_embeddings": ("max_position_embeddings", "encoder_seq_length", "seq_length"),
+}
+FLOATS = {"rotary_base": ("rotary_base",), "norm_epsilon": ("layernorm_epsilon", "norm_epsilon")}
+SWIGLU = ("swiglu", "fast-swiglu")
+# What the field may say, where it says anything: a field that is absent shows in the tensors. Lower case.
+ALLOWED: dict[str, tuple[Any, ...]] = {
+    "mcore_gpt": (True,),
+    "normalization": ("rmsnorm",),
+    "activation": SWIGLU,
+    "swiglu": (True,),
+    "gated_linear_unit": (True,),
+    "bias": (False,),
+    "add_bias_linear": (False,),
+    "disable_bias_linear": (True,),
+    "layernorm_zero_centered_gamma": (False,),
+    "apply_layernorm_1p": (False,),
+    "position_embedding_type": ("rope",),
+    "rotary_percentage": (1,),
+    "rotary_percent": (1,),
+    "rotary_interleaved": (False,),
+    "seq_len_interpolation_factor": (1,),
+    "transformer_block_type": ("pre_ln",),
+    "attention_type": ("multihead",),
+    "multi_latent_attention": (False,),
+    "window_size": (),
+    "normalize_attention_scores": (True,),
+    "apply_embedding_scaling": (False,),
+    "headscale": (False,),
+    "num_moe_experts": (0,),
+    "num_experts": (0,),
+}
+# Megatron-Core knows no other values.
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def read_nemo_config(path: Path) -> dict[str, Any]:
+    """`ModelConfig` fields out of the file; those it leaves open (often the vocabulary) are absent.
+
+    Raises:
+        ValueError: when it cannot be read, or states what the model cannot be built with, by field.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping of fields")
+    values = {name: _interpolated(value, values) for name, value in values.items()}
+    if values.get("group_query_attention") is False:  # Megatron's arguments then hold a num_query_groups of 1
+        values["num_query_groups"] = None
+    for name, allowed in ALLOWED.items():
+        given = values.get(name)
+        given = given.lower() if isinstance(given, str) else given
+        if given is not None and given not in allowed:
+            what = " or ".join(str(value) for value in allowed) or "null"
+            raise ValueError(f"{path}: {name} = {values[name]} is not supported; {what} is")
+    described: dict[str, Any] = {
+        ours: _number(path, int, name, values[name]) for ours, name in _stated(INTEGERS, values)
+    }
+    described |= {ours: _number(path, float, name, values[name]) for ours, name in _stated(FLOATS, values)}
+    described |= {"family": _family(path, values), "rope_scaling": _rope_scaling(path, values)}
+    if values.get("share_embeddings_and_output_weights") is not None:
+        described["tie_word_embeddings"] = bool(values["share_embeddings_and_output_weights"])
+    elif values.get("untie_embeddings_and_output_weights") is not None:
+        described["tie_word_embeddings"] = not values["untie_embeddings_and_output_weights"]
+    return described
+
+
+def _interpolated(value: Any, values: dict[str, Any]) -> Any:
+    """OmegaConf's `${.encoder_seq_length}` within the file; other expressions stay and are refused where used."""
+    named = re.fullmatch(r"\$\{\.?(\w+)\}", value) if isinstance(value, str) else None
+    return values.get(named[1]) if named else value
+
+
+def _stated(fields: dict[str, tuple[str, ...]], values: dict[str, Any]) -> list[tuple[str, str]]:
+    """(our name, their name) of each field that has a value."""
+    found = [(ours, [name for name in names if values.get(name) is not None]) for ours, names in fields.items()]
+    return [(ours, names[0]) for ours, names in found if names]
+
+
+def _number[T: (int, float)](path: Path, kind: type[T], name: str, value: Any) -> T:
+    """A positive number; YAML 1.1 reads 1e-5, without a dot, as text."""
+    try:
+        number = kind(value)
+    except (TypeError, ValueError):
+        number = None
+    if number is None or number <= 0 or isinstance(value, bool) or number != float(value):
+        raise ValueError(f"{path}: {name} must be a positive {'integer' if kind is int else 'number'}, got {value!r}")
+    return number
+
+
+def _family(path: Path, values: dict[str, Any]) -> str:
+    """By what tells the families apart in Megatron: norms of queries and keys, bias of queries, keys and values."""
+    bias = values.get("add_qkv_bias") or values.get("qkv_bias")
+    if bias and values.get("qk_layernorm"):
+        raise ValueError(f"{path}: qk_layernorm together with a bias of queries, keys and values is not supported")
+    return "qwen3" if values.get("qk_layernorm") else "qwen2" if bias else "llama"
+
+
+def _rope_scaling(path: Path, values: dict[str, Any]) -> dict[str, Any] | None:
+    """Llama 3's, which NeMo 1, Megatron and NeMo 2 switch on each in its own way."""
+    factor = values.get("rope_scaling_factor") or values.get("scale_factor")
+    switches = [values.get(name) for name in ("scale_positional_embedding", "use_rope_scaling", "rope_scaling")]
+    if not any(switches) and values.get("scale_factor") is None:
+        return None
+    factor = _number(path, float, "factor of rope scaling", factor or 8.0)
+    return {"rope_type": "llama3", "factor": factor, **LLAMA3_ROPE}

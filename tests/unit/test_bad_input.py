@@ -1,0 +1,178 @@
+"""What a user gets wrong: one `ValueError` that names the field, what came and what to do, and nothing is written.
+
+Each case is a whole run in a real process, up to its refusal. Weights that do not fit: tests/unit/test_huggingface.py
+and test_teacher_provider.py; fields: test_config.py; the command line: tests/cli.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_models import write_hf
+from tests.training import metrics, tiny_run
+
+
+def run(inputs, output, changes=(), world_size=1):
+    """A tiny run with `changes` ("section.field" -> value), on this rank."""
+    from distill_nemo.training.entry import run_config
+
+    config = tiny_run(inputs, output, steps=4)
+    for path, value in dict(changes).items():
+        section, field = path.split(".")
+        setattr(getattr(config, section), field, value)
+    os.environ["WORLD_SIZE"] = str(world_size)
+    try:
+        run_config(config)
+    finally:
+        os.environ["WORLD_SIZE"] = "1"
+
+
+def files(directory):
+    """Every path below `directory`, with size and time of change; None where there is no such directory."""
+    if not Path(directory).exists():
+        return None
+    stats = {path: path.stat() for path in sorted(Path(directory).rglob("*"))}
+    return {str(path): (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
+
+
+def refused(group, inputs, output, changes=(), world_size=1):
+    """The message of the refusal; what is in `output` was not touched."""
+    before = files(output)
+    with pytest.raises(ValueError) as raised:
+        group.run(run, inputs, output, changes, world_size)
+    assert files(output) == before
+    assert len(str(raised.value).splitlines()) <= 10, "one screen"
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "words"),
+    [
+        ({"parallelism.tensor_model_parallel_size": 2}, 3, "world size 3 is not divisible by"),
+        ({"parallelism.tensor_model_parallel_size": 3}, 3, "student.num_attention_heads = 4 is not divisible by para"),
+        ({"parallelism.tensor_model_parallel_size": 4}, 4, "student.num_query_groups = 2 is not divisible by para"),
+        ({"parallelism.pipeline_model_parallel_size": 4}, 4, "student.num_layers = 2 is not divisible by parallelism"),
+        ({"training.global_batch_size": 5}, 1, "global_batch_size 5 is not divisible by micro_batch_size 2"),
+        ({"training.global_batch_size": 4}, 4, "micro_batch_size 2 x data parallel size 4 = 8"),
+        ({"data.sequence_length": 129}, 1, "data.sequence_length = 129 is longer than the student's max_position_emb"),
+        ({"teacher.checkpoint": "/no/such"}, 1, "checkpoint directory not found: /no/such"),
+        ({"student.num_layers": 3}, 1, "num_layers = 3 contradicts"),
+        ({"data.train": ["no/such"]}, 1, "data.train: no file no/such.idx"),
+        ({"data.tokenizer": "no/such"}, 1, "no such tokenizer directory: no/such"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_before_anything_is_written(inputs, one, tmp_path, changes, world_size, words):
+    assert words in refused(one, inputs, tmp_path / "out", changes, world_size)
+
+
+def test_vocabularies(inputs, one, tmp_path):
+    """The inputs' tokenizer and models have 507 ids."""
+    write_hf(tmp_path / "smaller", layers=2, width=32, vocab=400)
+    write_hf(tmp_path / "larger", layers=2, width=32, vocab=600)
+    output = tmp_path / "out"
+    said = refused(one, inputs, output, {"student.checkpoint": str(tmp_path / "smaller")})
+    assert "was made with a tokenizer of 507 ids" in said and "vocab_size is 400" in said
+    shutil.copytree(inputs / "tokenizer", tmp_path / "tokenizer")
+    for suffix in (".bin", ".idx"):  # made elsewhere, without our manifest
+        shutil.copy(f"{inputs}/train{suffix}", f"{tmp_path}/foreign{suffix}")
+    changes = {"data.train": [f"{tmp_path}/foreign"], "data.valid": [f"{tmp_path}/foreign"]}
+    said = refused(one, inputs, output, changes | {"student.checkpoint": str(tmp_path / "smaller")})
+    assert "data.tokenizer" in said and "has 507 ids, but student.vocab_size = 400" in said
+    said = refused(one, inputs, output, {"teacher.checkpoint": str(tmp_path / "larger")})
+    assert "student.vocab_size = 507" in said and "teacher.vocab_size = 600" in said
+
+
+def test_damaged_token_files(inputs, one, tmp_path):
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{inputs}/train{suffix}", f"{tmp_path}/data{suffix}")
+    changes = {"data.train": [f"{tmp_path}/data"]}
+    size = os.path.getsize(f"{tmp_path}/data.bin")
+    os.truncate(f"{tmp_path}/data.bin", size - 2)
+    said = refused(one, inputs, tmp_path / "out", changes)
+    assert f"data.bin is truncated: {size - 2} bytes instead of {size}" in said and "nemo distill prepare" in said
+    os.truncate(f"{tmp_path}/data.bin", 0)
+    assert "data.bin is empty (0 bytes)" in refused(one, inputs, tmp_path / "out", changes)
+    shutil.copy(f"{inputs}/train.bin", f"{tmp_path}/data.bin")
+    os.truncate(f"{tmp_path}/data.idx", os.path.getsize(f"{tmp_path}/data.idx") - 8)
+    assert "data.idx is truncated" in refused(one, inputs, tmp_path / "out", changes)
+
+
+def test_an_output_directory_that_holds_other_checkpoints(inputs, one, tmp_path):
+    hugging_face, megatron, plain = tmp_path / "hf", tmp_path / "megatron", tmp_path / "plain"
+    shutil.copytree(inputs / "student", hugging_face)
+    (megatron / "checkpoints" / "iter_0000100").mkdir(parents=True)
+    (tmp_path / "file").write_text("text")
+    assert f"holds a checkpoint that no run of distill-nemo wrote there: {hugging_face}" in refused(
+        one, inputs, hugging_face
+    )
+    assert "iter_0000100; choose another output_dir" in refused(one, inputs, megatron)
+    assert "is a file; choose another output_dir" in refused(one, inputs, tmp_path / "file")
+    plain.mkdir()
+    (plain / "notes.txt").write_text("other files do not matter")
+    one.run(run, inputs, plain)
+    assert metrics(plain)[-1]["step"] == 4
+
+
+@pytest.fixture(scope="module")
+def base(inputs, one, tmp_path_factory):
+    """A finished run of four steps, with a teacher and token files of its own that tests may move; do not change it."""
+    root = tmp_path_factory.mktemp("base")
+    shutil.copytree(inputs / "teacher", root / "teacher")
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(f"{inputs}/train{suffix}", f"{root}/train{suffix}")
+    one.run(run, inputs, root / "out", own(root))
+    return root
+
+
+def own(root):
+    return {"teacher.checkpoint": str(root / "teacher"), "data.train": [str(root / "train")]}
+
+
+def test_resuming_with_other_settings(inputs, one, base, tmp_path):
+    write_hf(tmp_path / "teacher", seed=3)
+    write_hf(tmp_path / "student", seed=2, layers=4, width=32)
+    same = own(base)
+    for changes, words in (
+        (
+            {"teacher.checkpoint": str(tmp_path / "teacher")},
+            f"teacher.checkpoint: was '{base}/teacher', is '{tmp_path}",
+        ),
+        ({"student.checkpoint": str(tmp_path / "student")}, "student.num_layers: was 2, is 4"),
+        ({"data.train": [str(inputs / "valid")]}, f"data.train: was ['{base}/train'], is ['{inputs}/valid']"),
+        ({"data.valid": []}, "data.valid: was"),
+        ({"data.sequence_length": 64}, "data.sequence_length: was 32, is 64"),
+        ({"training.seed": 5}, "training.seed: was 1234, is 5"),
+        ({"checkpoint.resume": False}, "checkpoint.resume is off: choose another output_dir"),
+    ):
+        said = refused(one, inputs, base / "out", same | changes)
+        assert words in said and "another output_dir" in said
+
+
+def test_resuming_knows_teacher_and_data_by_their_contents(inputs, one, base, tmp_path):
+    """Replaced under the same path they are refused; moved elsewhere they are the same."""
+    root = tmp_path / "moved"
+    shutil.copytree(base, root)
+    one.run(run, inputs, root / "out", own(root) | {"training.steps": 5, "optimizer.decay_steps": 4})
+    assert metrics(root / "out")[-1]["step"] == 5
+    shutil.rmtree(root / "teacher")
+    write_hf(root / "teacher", seed=3)  # the same architecture, other weights
+    said = refused(one, inputs, root / "out", own(root))
+    assert "teacher.checkpoint:" in said and "holds other contents than when the run began" in said
+    shutil.rmtree(root / "teacher")
+    shutil.copytree(base / "teacher", root / "teacher")
+    with open(root / "train.bin", "r+b") as tokens:
+        tokens.write(bytes(64))
+    assert "data.train:" in (said := refused(one, inputs, root / "out", own(root)))
+    assert "holds other contents" in said
+
+
+def test_a_damaged_record_of_the_run(inputs, one, base, tmp_path):
+    shutil.copytree(base, tmp_path / "copy")
+    checkpoints = tmp_path / "copy" / "out" / "checkpoints"
+    (checkpoints / "step_00000004" / "run.json").write_text('{"student"')
+    assert "step_00000004/run.json is damaged" in refused(one, inputs, tmp_path / "copy" / "out", own(base))
+    (checkpoints / "latest").write_text("step_00000009")
+    said = refused(one, inputs, tmp_path / "copy" / "out", own(base))
+    assert "names step_00000009, which is missing or incomplete. Whole checkpoints there: step_00000004" in said
