@@ -1,7 +1,12 @@
 """What the losses should be, in numpy fp64, sharing no code with the package. N tokens, V vocabulary, H width.
 
-Each returns the value per token and its derivative with respect to the student.
+Each returns the value per token and its derivative with respect to the student. The divergences derive the value with
+respect to the student's probabilities and send that through the softmax, so none is the package's closed form.
 """
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +19,61 @@ def softmax(x: Array) -> Array:
     return weights / weights.sum(axis=-1, keepdims=True)
 
 
+def through_softmax(value_by_q: Array, q: Array, temperature: float) -> Array:
+    """Derivative with respect to q = softmax(z / T) -> derivative with respect to z."""
+    return q * (value_by_q - (q * value_by_q).sum(axis=-1, keepdims=True)) / temperature
+
+
 def forward_kl(student_NV: Array, teacher_NV: Array, temperature: float = 1.0) -> tuple[Array, Array]:
-    """KL(teacher || student); the derivative is that of the value, not (q - p) / T written down."""
+    """KL(teacher || student)."""
     p, q = softmax(teacher_NV / temperature), softmax(student_NV / temperature)
-    value = (p * np.log(p / q)).sum(axis=-1)
-    value_by_q = -p / q
-    gradient = q * (value_by_q - (q * value_by_q).sum(axis=-1, keepdims=True)) / temperature
-    return value, gradient
+    return (p * np.log(p / q)).sum(axis=-1), through_softmax(-p / q, q, temperature)
+
+
+def reverse_kl(student_NV: Array, teacher_NV: Array, temperature: float = 1.0) -> tuple[Array, Array]:
+    """KL(student || teacher)."""
+    p, q = softmax(teacher_NV / temperature), softmax(student_NV / temperature)
+    return (q * np.log(q / p)).sum(axis=-1), through_softmax(np.log(q / p) + 1, q, temperature)
+
+
+def jensen_shannon(
+    student_NV: Array, teacher_NV: Array, temperature: float = 1.0, beta: float = 0.5
+) -> tuple[Array, Array]:
+    """Beta KL(teacher || m) + (1 - beta) KL(student || m), m = beta teacher + (1 - beta) student."""
+    p, q = softmax(teacher_NV / temperature), softmax(student_NV / temperature)
+    m, m_by_q = beta * p + (1 - beta) * q, 1 - beta
+    value = beta * p * np.log(p / m) + (1 - beta) * q * np.log(q / m)
+    value_by_m = -beta * p / m - (1 - beta) * q / m
+    return value.sum(axis=-1), through_softmax((1 - beta) * (np.log(q / m) + 1) + value_by_m * m_by_q, q, temperature)
+
+
+def top_k_forward_kl(
+    student_NV: Array, teacher_NV: Array, temperature: float = 1.0, top_k: int = 1
+) -> tuple[Array, Array]:
+    """KL(teacher || student) of the teacher's top k tokens, lowest first on ties, and one bucket for the others."""
+    p, q = softmax(teacher_NV / temperature), softmax(student_NV / temperature)
+    width = p.shape[-1]
+    order = np.argsort(-teacher_NV, axis=-1, kind="stable")
+    bucket_NV = np.zeros_like(order)  # 0, 1, ..., k - 1, and k for the rest
+    np.put_along_axis(bucket_NV, order, np.broadcast_to(np.minimum(np.arange(width), top_k), order.shape), axis=-1)
+    member_NmV = bucket_NV[..., None, :] == np.arange(min(top_k + 1, width))[:, None]
+    p_Nm, q_Nm = (member_NmV * p[..., None, :]).sum(axis=-1), (member_NmV * q[..., None, :]).sum(axis=-1)
+    value_by_q = -(member_NmV * (p_Nm / q_Nm)[..., None]).sum(axis=-2)
+    return (p_Nm * np.log(p_Nm / q_Nm)).sum(axis=-1), through_softmax(value_by_q, q, temperature)
+
+
+Oracle = Callable[..., tuple[Array, Array]]
+
+# By name: the arguments of LogitsKLLoss and what it should then be.
+DIVERGENCES: dict[str, tuple[dict[str, Any], Oracle]] = {
+    "forward_kl": ({"divergence": "forward_kl"}, forward_kl),
+    "reverse_kl": ({"divergence": "reverse_kl"}, reverse_kl),
+    "jensen_shannon": ({"divergence": "jensen_shannon"}, jensen_shannon),
+    "jensen_shannon 0.1": ({"divergence": "jensen_shannon", "beta": 0.1}, partial(jensen_shannon, beta=0.1)),
+    "top 1": ({"top_k": 1}, partial(top_k_forward_kl, top_k=1)),
+    "top 20": ({"top_k": 20}, partial(top_k_forward_kl, top_k=20)),
+    "top 300": ({"top_k": 300}, partial(top_k_forward_kl, top_k=300)),  # more than a shard of four holds
+}
 
 
 def entropy(logits_NV: Array) -> Array:

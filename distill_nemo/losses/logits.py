@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
-from distill_nemo.losses.divergences import DIVERGENCES
+from distill_nemo.losses.divergences import choose
 
 Output = Tensor | tuple[Tensor, Tensor | None]  # Megatron's ColumnParallelLinear returns (logits, bias)
 
@@ -16,15 +16,18 @@ class LogitsKLLoss(_Loss):
     T^2 is Hinton et al., "Distilling the Knowledge in a Neural Network", section 2: gradients shrink as 1/T^2.
 
     Args:
-        divergence: a name in `DIVERGENCES`.
+        divergence: a name in `divergences.DIVERGENCES`.
         temperature: T > 0, divides the logits of both sides.
         scale_by_temperature_squared: multiply by T^2, once.
         true_vocab_size: columns from here on (global index) are padding: no probability, gradient exactly 0.
         group: the ranks that share the vocabulary; None: v is the whole vocabulary.
         vocab_start: global index of this rank's first column.
+        beta: with jensen_shannon, the teacher's share of the mixture, 0 < beta < 1; the others do not look at it.
+        top_k: with forward_kl, how many of the teacher's most likely tokens to match one by one, the rest being one
+            bucket; None: the whole vocabulary.
 
     Raises:
-        ValueError: for an unknown divergence or a temperature that is not positive.
+        ValueError: for an unknown divergence, a temperature that is not positive, or a beta or top_k that does not fit.
     """
 
     def __init__(
@@ -35,13 +38,14 @@ class LogitsKLLoss(_Loss):
         true_vocab_size: int | None = None,
         group: dist.ProcessGroup | None = None,
         vocab_start: int = 0,
+        *,
+        beta: float = 0.5,
+        top_k: int | None = None,
     ) -> None:
         super().__init__()
-        if divergence not in DIVERGENCES:
-            raise ValueError(f'divergence "{divergence}" is not known; choose one of: {", ".join(DIVERGENCES)}')
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
-        self.divergence = DIVERGENCES[divergence]
+        self.divergence = choose(divergence, beta, top_k)
         self.temperature = temperature
         self.factor = temperature**2 if scale_by_temperature_squared else 1.0
         self.true_vocab_size = true_vocab_size

@@ -1,4 +1,6 @@
-"""Divergences of logits that are sharded over the vocabulary; all collectives of the losses live here.
+"""What losses of vocabulary-sharded logits are made of; all collectives of the losses live here.
+
+Forward KL is here as the pattern of the others, each in a file of its own: `reverse_kl`, `jensen_shannon`, `top_k`.
 
 Legend: S sequence (s: this rank's slice of it), B batch, v this rank's vocabulary shard, R ranks of the group.
 With temperature T: a = student/T, b = teacher/T, q = softmax(a), p = softmax(b) over the whole vocabulary.
@@ -52,14 +54,7 @@ class _ForwardKL(torch.autograd.Function):
     def forward(
         ctx: Any, student_SBv: Tensor, teacher_SBv: Tensor, temperature: float, group: dist.ProcessGroup | None
     ) -> Tensor:
-        stats = []
-        for a, b in _chunks(temperature, student_SBv, teacher_SBv):
-            student_lse = a.logsumexp(-1)
-            difference = torch.sub(b, a, out=a)
-            stats.append(torch.stack([*_lse_and_mean(b, difference), student_lse]))
-        stats_R3SB = _gather(torch.cat(stats, dim=1), group)
-        teacher_lse_SB, mean_SB = _merge(stats_R3SB[:, 0], stats_R3SB[:, 1])
-        student_lse_SB = stats_R3SB[:, 2].logsumexp(0)
+        teacher_lse_SB, mean_SB, student_lse_SB = kl_parts(teacher_SBv, student_SBv, temperature, group)
         ctx.save_for_backward(student_SBv, teacher_SBv, student_lse_SB, teacher_lse_SB)
         ctx.temperature = temperature
         return mean_SB - teacher_lse_SB + student_lse_SB
@@ -69,9 +64,7 @@ class _ForwardKL(torch.autograd.Function):
     def backward(ctx: Any, grad_SB: Tensor) -> tuple[Tensor, None, None, None]:
         student_SBv, teacher_SBv, student_lse_SB, teacher_lse_SB = ctx.saved_tensors
         grad_SBv = torch.empty_like(student_SBv)
-        start = 0
-        for a, b in _chunks(ctx.temperature, student_SBv, teacher_SBv):
-            rows = slice(start, start := start + a.shape[0])
+        for rows, (a, b) in chunks(ctx.temperature, student_SBv, teacher_SBv):
             q = a.sub_(student_lse_SB[rows, :, None]).exp_()
             p = b.sub_(teacher_lse_SB[rows, :, None]).exp_()
             grad_SBv[rows] = q.sub_(p).mul_(grad_SB[rows, :, None] / ctx.temperature)
@@ -92,7 +85,7 @@ def vocab_parallel_top1_agreement(
     best = [x.argmax(-1, keepdim=True) for x in (student_logits_SBv, teacher_logits_SBv)]
     values = [x.gather(-1, i) for x, i in zip((student_logits_SBv, teacher_logits_SBv), best, strict=True)]
     # fp32 holds a column index exactly up to 2^24.
-    top_R4SB = _gather(torch.stack([x.squeeze(-1).float() for x in (*values, *best)]), group)
+    top_R4SB = gather(torch.stack([x.squeeze(-1).float() for x in (*values, *best)]), group)
     rank_2SB = top_R4SB[:, :2].argmax(0)  # the first, so the lowest, rank on ties
     column_2SB = top_R4SB[:, 2:].gather(0, rank_2SB[None])[0]
     same = (rank_2SB[0] == rank_2SB[1]) & (column_2SB[0] == column_2SB[1])
@@ -108,9 +101,9 @@ def vocab_parallel_entropy(logits_SBv: Tensor, group: dist.ProcessGroup | None =
     Returns:
         [S, B] fp32, the same on every rank.
     """
-    stats = torch.cat([torch.stack(_lse_and_mean(b, b)) for (b,) in _chunks(1.0, logits_SBv)], dim=1)
-    stats_R2SB = _gather(stats, group)
-    lse_SB, mean_SB = _merge(stats_R2SB[:, 0], stats_R2SB[:, 1])
+    stats = torch.cat([torch.stack(lse_and_mean(b, b)) for _, (b,) in chunks(1.0, logits_SBv)], dim=1)
+    stats_R2SB = gather(stats, group)
+    lse_SB, mean_SB = merge(stats_R2SB[:, 0], stats_R2SB[:, 1])
     return lse_SB - mean_SB
 
 
@@ -128,36 +121,57 @@ class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss_sB: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.start, ctx.length = dist.get_rank(group) * loss_sB.shape[0], loss_sB.shape[0]
-        return _gather(loss_sB, group).flatten(0, 1)
+        return gather(loss_sB, group).flatten(0, 1)
 
     @staticmethod
     def backward(ctx: Any, grad_SB: Tensor) -> tuple[Tensor, None]:
         return grad_SB.narrow(0, ctx.start, ctx.length), None
 
 
-def _chunks(temperature: float, *logits_SBv: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Successive rows of each, as fp32 copies divided by the temperature, free to be overwritten."""
-    rows = max(1, CHUNK // max(1, logits_SBv[0][0].numel()))
-    for parts in zip(*(x.split(rows) for x in logits_SBv), strict=True):
-        yield tuple(x.to(torch.float32, copy=True).div_(temperature) for x in parts)
+def chunks(temperature: float, *logits_SBv: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+    """Successive rows of each, as fp32 copies divided by the temperature, free to be overwritten; and which rows."""
+    num_rows, start = max(1, CHUNK // max(1, logits_SBv[0][0].numel())), 0
+    for parts in zip(*(x.split(num_rows) for x in logits_SBv), strict=True):
+        rows = slice(start, start := start + parts[0].shape[0])
+        yield rows, tuple(x.to(torch.float32, copy=True).div_(temperature) for x in parts)
 
 
-def _lse_and_mean(logits: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def kl_parts(
+    p_logits_SBv: Tensor, q_logits_SBv: Tensor, temperature: float, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`KL(p || q) = mean - p_lse + q_lse` as (p_lse, mean, q_lse), [S, B] fp32 each; mean is E_p[p logits - q logits].
+
+    Collectives: one all-gather of the shards' three numbers, 12 bytes per token and rank.
+    """
+    stats = []
+    for _, (x, y) in chunks(temperature, p_logits_SBv, q_logits_SBv):
+        y_lse = y.logsumexp(-1)
+        stats.append(torch.stack([*lse_and_mean(x, torch.sub(x, y, out=y)), y_lse]))
+    stats_R3SB = gather(torch.cat(stats, dim=1), group)
+    return *merge(stats_R3SB[:, 0], stats_R3SB[:, 1]), stats_R3SB[:, 2].logsumexp(0)
+
+
+def lse_and_mean(logits: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Log-sum-exp over the shard, and the mean of `values` under its softmax, where weight 0 counts for nothing."""
     peak = logits.amax(-1)
     # A shard of nothing but -inf would give -inf - -inf; its weights are 0 whatever is subtracted, and so is its mean.
     weights = (logits - peak.masked_fill(peak == -torch.inf, 0.0).unsqueeze(-1)).exp_()
     total = weights.sum(-1).clamp(min=1.0)
     # Divided by the sum of these very weights: subtracting a rounded log-sum-exp instead costs a digit.
-    return peak + total.log(), torch.where(weights == 0, 0.0, weights * values).sum(-1) / total
+    return peak + total.log(), weigh(weights, values).sum(-1) / total
 
 
-def _merge(lse_RSB: Tensor, mean_RSB: Tensor) -> tuple[Tensor, Tensor]:
+def weigh(weights: Tensor, values: Tensor) -> Tensor:
+    """`weights * values`, where weight 0 counts for nothing: padding has inf - inf, so nan, for a value."""
+    return torch.where(weights == 0, 0.0, weights * values)
+
+
+def merge(lse_RSB: Tensor, mean_RSB: Tensor) -> tuple[Tensor, Tensor]:
     """Shards' log-sum-exps and means to those of the whole vocabulary."""
     return lse_RSB.logsumexp(0), (lse_RSB.softmax(0) * mean_RSB).sum(0)
 
 
-def _gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """[...] on each rank -> [R, ...] on all."""
     if group is None or dist.get_world_size(group) == 1:
         return x[None]

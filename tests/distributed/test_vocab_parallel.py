@@ -26,9 +26,10 @@ def group(request: pytest.FixtureRequest) -> Iterator[Gloo]:
         yield gloo
 
 
-def make_pair(width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def make_pair(width: int, seed: int = 0, ties: bool = False) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return 4 * torch.randn(S, B, width, generator=generator), 4 * torch.randn(S, B, width, generator=generator)
+    student, teacher = (4 * torch.randn(S, B, width, generator=generator) for _ in range(2))
+    return student, (teacher / 2).round() if ties else teacher
 
 
 def shard(x: Tensor, dim: int) -> Tensor:
@@ -64,19 +65,22 @@ def world() -> ProcessGroup:
     return dist.group.WORLD
 
 
-def logits_loss(vocab_size: int, temperature: float, dtype: torch.dtype) -> dict[str, Any]:
-    student, teacher = (shard(x.to(dtype), -1) for x in make_pair(PADDED))
+def logits_loss(
+    name: str, vocab_size: int, temperature: float, dtype: torch.dtype, weights: Tensor, ties: bool
+) -> dict[str, Any]:
+    student, teacher = (shard(x.to(dtype), -1) for x in make_pair(PADDED, ties=ties))
     student.requires_grad_()
     module = LogitsKLLoss(
         temperature=temperature,
         true_vocab_size=vocab_size,
         group=world(),
         vocab_start=dist.get_rank() * student.shape[-1],
+        **reference.DIVERGENCES[name][0],
     )
     with Collectives() as forward:
         loss = module(student, teacher)
     with Collectives() as backward:
-        loss.sum().backward()
+        (loss * weights).sum().backward()
     pair = module.prepare(student, teacher)
     return {
         "loss": loss.detach(),
@@ -87,24 +91,42 @@ def logits_loss(vocab_size: int, temperature: float, dtype: torch.dtype) -> dict
     }
 
 
-@pytest.mark.parametrize("vocab_size", [V, 250], ids=["padded", "a shard of padding only"])
-@pytest.mark.parametrize(("temperature", "dtype"), [(1.0, torch.float32), (2.0, torch.float32), (1.0, torch.bfloat16)])
-def test_logits_loss(group: Gloo, vocab_size: int, temperature: float, dtype: torch.dtype) -> None:
-    ranks = group.run(logits_loss, vocab_size, temperature, dtype)
-    student, teacher = (x.to(dtype)[..., :vocab_size].double().numpy() for x in make_pair(PADDED))
-    value, gradient = reference.forward_kl(student, teacher, temperature)
+def check_logits_loss(
+    group: Gloo, name: str, vocab_size: int, temperature: float = 1.0, dtype: torch.dtype = torch.float32, ties=False
+) -> None:
+    """Value, gradient under an upstream one other than 1, and collectives of every rank."""
+    weights = torch.rand(B, S)
+    ranks = group.run(logits_loss, name, vocab_size, temperature, dtype, weights, ties)
+    student, teacher = (x.to(dtype)[..., :vocab_size].double().numpy() for x in make_pair(PADDED, ties=ties))
+    value, gradient = (temperature**2 * x for x in reference.DIVERGENCES[name][1](student, teacher, temperature))
+    num_gathers = 2 if "jensen" in name else 1
     for rank in ranks:
         assert torch.equal(rank["loss"], ranks[0]["loss"])
-        assert rank["collectives"] == ({"all_gather_single": 1}, {})
-    np.testing.assert_allclose(ranks[0]["loss"], temperature**2 * value.T, rtol=0, atol=2e-5 * temperature**2)
+        assert rank["collectives"] == ({"all_gather_single": num_gathers}, {})
+    np.testing.assert_allclose(ranks[0]["loss"], value.T, rtol=0, atol=2e-5 * temperature**2)
     whole = torch.cat([rank["gradient"] for rank in ranks], dim=-1)
     assert whole.dtype == dtype
     resolution = 2.0**-8 if dtype == torch.bfloat16 else 1e-6
     np.testing.assert_allclose(
-        whole[..., :vocab_size].double(), temperature**2 * gradient, rtol=resolution, atol=1e-6 * temperature
+        whole[..., :vocab_size].double(),
+        gradient * weights.T.double().numpy()[..., None],
+        rtol=resolution,
+        atol=4e-7 * temperature + 3e-6 * np.abs(gradient).max(),
     )
     assert torch.equal(whole[..., vocab_size:], torch.zeros_like(whole[..., vocab_size:]))
     np.testing.assert_allclose(ranks[-1]["entropy"], reference.entropy(teacher), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", reference.DIVERGENCES)
+@pytest.mark.parametrize("vocab_size", [V, 250], ids=["padded", "a shard of padding only"])
+@pytest.mark.parametrize(("temperature", "dtype"), [(1.0, torch.float32), (2.0, torch.float32), (1.0, torch.bfloat16)])
+def test_logits_loss(group: Gloo, name: str, vocab_size: int, temperature: float, dtype: torch.dtype) -> None:
+    check_logits_loss(group, name, vocab_size, temperature, dtype)
+
+
+@pytest.mark.parametrize("name", ["top 1", "top 20", "top 300"])
+def test_ties_go_to_the_lowest_column_of_all_shards(group: Gloo, name: str) -> None:
+    check_logits_loss(group, name, V, ties=True)
 
 
 def agreement(student: Tensor, teacher: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The losses on one rank, value and gradient, against fp64."""
+"""The losses on one rank against fp64; what every divergence has in common is in `test_divergences.py`."""
 
 import numpy as np
 import pytest
@@ -6,15 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from distill_nemo.config import DIVERGENCES as CONFIG_DIVERGENCES
-from distill_nemo.losses import vocab_parallel
 from distill_nemo.losses.divergences import DIVERGENCES
 from distill_nemo.losses.hidden import HiddenStateCosineLoss, HiddenStateMSELoss
 from distill_nemo.losses.logits import LogitsKLLoss
-from distill_nemo.losses.vocab_parallel import (
-    vocab_parallel_entropy,
-    vocab_parallel_forward_kl,
-    vocab_parallel_top1_agreement,
-)
+from distill_nemo.losses.vocab_parallel import vocab_parallel_entropy, vocab_parallel_top1_agreement
 from tests import reference
 
 S, B, V, PADDED = 5, 3, 507, 512
@@ -26,45 +21,9 @@ def make_logits(seed: int = 0, width: int = V, dtype: torch.dtype = torch.float3
     return student.to(dtype).requires_grad_(), teacher.to(dtype)
 
 
-def error(x: Tensor, oracle: np.ndarray) -> float:
+def error(x: Tensor | None, oracle: np.ndarray) -> float:
+    assert x is not None
     return float(np.abs(x.detach().double().numpy() - oracle).max())
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
-@pytest.mark.parametrize("chunk", [1, 2 * B * V, vocab_parallel.CHUNK])
-def test_forward_kl_and_gradient(monkeypatch: pytest.MonkeyPatch, temperature: float, chunk: int) -> None:
-    monkeypatch.setattr(vocab_parallel, "CHUNK", chunk)
-    student, teacher = make_logits()
-    before = student.detach().clone(), teacher.clone()
-    weights = torch.rand(S, B)
-    kl = vocab_parallel_forward_kl(student, teacher, temperature)
-    (kl * weights).sum().backward()
-    value, gradient = reference.forward_kl(student.detach().double().numpy(), teacher.double().numpy(), temperature)
-    assert kl.dtype == torch.float32 and kl.shape == (S, B)
-    assert error(kl, value) < 1e-5 * value.max()
-    assert student.grad is not None
-    assert error(student.grad, gradient * weights.double().numpy()[..., None]) < 2e-6 / temperature
-    assert torch.equal(student.detach(), before[0]) and torch.equal(teacher, before[1])
-
-
-def test_forward_kl_is_zero_for_equal_logits_and_never_negative() -> None:
-    _, teacher = make_logits()
-    assert torch.equal(vocab_parallel_forward_kl(teacher, teacher), torch.zeros(S, B))
-    near = teacher + 1e-3 * torch.randn_like(teacher)
-    assert vocab_parallel_forward_kl(near, teacher).min() > -2e-6  # of a value near 5e-7, from terms near 10
-    student, teacher = make_logits(1)
-    assert vocab_parallel_forward_kl(student, teacher).min() > 0
-
-
-def test_forward_kl_ignores_a_shift_and_its_gradient_sums_to_zero() -> None:
-    student, teacher = make_logits()
-    kl = vocab_parallel_forward_kl(student, teacher)
-    shifted = vocab_parallel_forward_kl(student + 30.0, teacher - 20.0)
-    torch.testing.assert_close(shifted, kl, atol=5e-5, rtol=0)
-    kl.sum().backward()
-    assert student.grad is not None
-    assert student.grad.abs().max() > 0.1
-    assert student.grad.sum(-1).abs().max() < 1e-6
 
 
 def test_temperature_squared_keeps_the_gradient_of_a_hot_loss() -> None:
@@ -78,54 +37,6 @@ def test_temperature_squared_keeps_the_gradient_of_a_hot_loss() -> None:
         LogitsKLLoss(temperature=3.0, scale_by_temperature_squared=x)(student, teacher) for x in (True, False)
     )
     torch.testing.assert_close(scaled, 9 * plain)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_is_as_exact_as_fp32_eager(dtype: torch.dtype) -> None:
-    student, teacher = make_logits(2, dtype=dtype)
-    kl = vocab_parallel_forward_kl(student, teacher)
-    kl.sum().backward()
-    leaf = student.detach().clone().requires_grad_()
-    log_q, log_p = leaf.float().log_softmax(-1), teacher.float().log_softmax(-1)
-    eager = nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
-    eager.sum().backward()
-    value, gradient = reference.forward_kl(student.detach().double().numpy(), teacher.double().numpy())
-    assert student.grad is not None and leaf.grad is not None and student.grad.dtype == dtype
-    assert error(kl, value) <= error(eager, value) + 1e-5
-    assert error(student.grad, gradient) <= error(leaf.grad, gradient) + 1e-6
-
-
-@pytest.mark.parametrize("module", [LogitsKLLoss(true_vocab_size=V), LogitsKLLoss()], ids=["garbage", "minus infinity"])
-def test_padding_takes_no_probability(module: LogitsKLLoss) -> None:
-    """Padding cut off by true_vocab_size, or already -inf on both sides."""
-    student, teacher = make_logits(3, PADDED)
-    with torch.no_grad():
-        for x in (student, teacher):
-            x[..., V:] = 50.0 if module.true_vocab_size else -torch.inf
-    loss = module((student, None), (teacher, None))
-    loss.sum().backward()
-    pair = student.detach()[..., :V].double().numpy(), teacher[..., :V].double().numpy()
-    value, gradient = reference.forward_kl(*pair)
-    assert loss.shape == (B, S) and student.grad is not None
-    assert error(loss, value.T) < 1e-4
-    assert error(student.grad[..., :V], gradient) < 1e-6
-    assert torch.equal(student.grad[..., V:], torch.zeros(S, B, PADDED - V))
-
-
-def test_masked_tokens_have_no_gradient() -> None:
-    student, teacher = make_logits()
-    (LogitsKLLoss()(student, teacher) * torch.zeros(B, S)).sum().backward()
-    assert student.grad is not None
-    assert torch.equal(student.grad, torch.zeros_like(student))
-
-
-def test_nan_logits_are_not_hidden() -> None:
-    student, teacher = make_logits()
-    with torch.no_grad():
-        student[0, 0, 7] = torch.nan
-        teacher[1, 1, 7] = torch.nan
-    kl = vocab_parallel_forward_kl(student, teacher)
-    assert kl.isnan().nonzero().tolist() == [[0, 0], [1, 1]]
 
 
 def test_vocabularies_that_differ_in_padding_only_are_aligned() -> None:
@@ -145,15 +56,8 @@ def test_other_vocabularies_are_refused(true_vocab_size: int | None, student_wid
         LogitsKLLoss(true_vocab_size=true_vocab_size)(student[..., :student_width], teacher)
 
 
-def test_bad_arguments_are_refused() -> None:
-    with pytest.raises(ValueError, match='"kl" is not known; choose one of: forward_kl'):
-        LogitsKLLoss(divergence="kl")
-    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
-        LogitsKLLoss(temperature=0.0)
-
-
-def test_config_and_table_name_the_same_divergences() -> None:
-    assert tuple(DIVERGENCES) == CONFIG_DIVERGENCES
+def test_config_names_divergences_of_the_table() -> None:
+    assert set(CONFIG_DIVERGENCES) <= set(DIVERGENCES)
 
 
 def test_entropy_and_agreement() -> None:

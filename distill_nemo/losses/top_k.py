@@ -1,0 +1,125 @@
+"""Forward KL to a teacher of which only the k most likely tokens are known. Conventions: `vocab_parallel.py`.
+
+Legend: S, B, v, R as there; k asked for, c = min(k, v) candidates of each shard, n = R c of all shards, K = min(k, n)
+of them kept, m = K + 1 buckets.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from distill_nemo.losses.vocab_parallel import chunks, gather, lse_and_mean
+
+
+def vocab_parallel_top_k_forward_kl(
+    student_logits_SBv: Tensor,
+    teacher_logits_SBv: Tensor,
+    temperature: float = 1.0,
+    group: dist.ProcessGroup | None = None,
+    *,
+    top_k: int,
+) -> Tensor:
+    """KL(teacher || student) of every token, between distributions over k tokens and one bucket for all others.
+
+    The k tokens are the teacher's most likely (lowest column on ties) with their true probabilities. Both sides are
+    normalised over the whole vocabulary. Without shards, `log_q, log_p` the log-softmax of z / T and t / T:
+    `top = log_p.topk(k).indices`, `tail = lambda x: x.scatter(-1, top, -torch.inf).logsumexp(-1, keepdim=True)`,
+    `log_q, log_p = (torch.cat([x.gather(-1, top), tail(x)], -1) for x in (log_q, log_p))`,
+    `F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)`.
+    A lower bound of forward KL, equal to it for k >= V and where both sides spread their tail alike.
+
+    The gradient is `(q_j - r_j) / T` for the student, in its dtype, with `r_j = p_j` for the k tokens and
+    `r_j = p_tail q_j / q_tail` for the others; none for the teacher. T^2 is left to the caller.
+    Collectives: one all-gather of each shard's k best (teacher's and student's logit) and what is left of it, at most
+    8 (k + 1) bytes per token and rank, in forward; none in backward.
+    Saved for backward: the student's logits, 8 bytes for each of the shard's candidates and two fp32 numbers per
+    token; nothing of the teacher's width.
+
+    Args:
+        student_logits_SBv: [S, B, v], any float dtype; left unchanged.
+        teacher_logits_SBv: the same shape; left unchanged.
+        temperature: T > 0.
+        group: the ranks that share the vocabulary.
+        top_k: k >= 1; more than the vocabulary holds is all of it.
+
+    Returns:
+        [S, B] fp32, the same on every rank.
+    """
+    args = student_logits_SBv, teacher_logits_SBv, temperature, group, top_k
+    return _TopKForwardKL.apply(*args)  # pyright: ignore
+
+
+class _TopKForwardKL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_SBv: Tensor,
+        teacher_SBv: Tensor,
+        temperature: float,
+        group: dist.ProcessGroup | None,
+        top_k: int,
+    ) -> Tensor:
+        columns, parts = [], []
+        for _, (a, b) in chunks(temperature, student_SBv, teacher_SBv):
+            columns.append(_largest(b, min(top_k, b.shape[-1])))
+            parts.append(torch.stack([_split(x, columns[-1]) for x in (a, b)]))
+        ranks_R2SBc = gather(torch.cat(parts, dim=1), group)
+        order_SBn, (a_SBm, b_SBm) = _buckets(ranks_R2SBc, top_k)
+        teacher_lse_SB, mean_SB = lse_and_mean(b_SBm, b_SBm - a_SBm)
+        student_lse_SB = a_SBm.logsumexp(-1)
+
+        # log r_j - a_j of the tail's tokens: -inf where the teacher has no mass there, even if the student has none.
+        pull_SB = b_SBm[..., -1] - teacher_lse_SB - a_SBm[..., -1]
+        pull_SB = pull_SB.masked_fill(b_SBm[..., -1] == -torch.inf, -torch.inf)
+        rank = 0 if group is None else dist.get_rank(group)
+        a_SBc, b_SBc = ranks_R2SBc[rank, ..., :-1]
+        kept_SBn = torch.zeros_like(order_SBn, dtype=torch.bool).scatter_(-1, order_SBn[..., :top_k], True)
+        kept_SBc = kept_SBn.unflatten(-1, (len(ranks_R2SBc), -1))[..., rank, :]
+        log_r_SBc = torch.where(kept_SBc, b_SBc - teacher_lse_SB[..., None], a_SBc + pull_SB[..., None])
+        ctx.save_for_backward(student_SBv, torch.cat(columns).int(), log_r_SBc.exp_(), student_lse_SB, pull_SB)
+        ctx.temperature = temperature
+        return mean_SB - teacher_lse_SB + student_lse_SB
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_SB: Tensor) -> tuple[Tensor, None, None, None, None]:
+        student_SBv, columns_SBc, r_SBc, student_lse_SB, pull_SB = ctx.saved_tensors
+        grad_SBv = torch.empty_like(student_SBv)
+        for rows, (a,) in chunks(ctx.temperature, student_SBv):
+            r = (a + pull_SB[rows, :, None]).exp_().scatter_(-1, columns_SBc[rows].long(), r_SBc[rows])
+            q = a.sub_(student_lse_SB[rows, :, None]).exp_()
+            grad_SBv[rows] = q.sub_(r).mul_(grad_SB[rows, :, None] / ctx.temperature)
+        return grad_SBv, None, None, None, None
+
+
+def _largest(logits: Tensor, num: int) -> Tensor:
+    """Columns of the `num` largest, the largest first and the lowest column first on ties: [..., v] -> [..., num].
+
+    `topk` takes any of equal values, and a teacher in bf16 has many: which tokens count would depend on the layout.
+    """
+    bits = (logits + 0.0).view(torch.int32)  # -0.0 becomes 0.0
+    ascending = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # integers in the order of the floats
+    columns = torch.arange(logits.shape[-1], device=logits.device)
+    return ascending.mul_(2**32).sub_(columns).topk(num, dim=-1).indices
+
+
+def _split(logits: Tensor, columns: Tensor) -> Tensor:
+    """[..., v], [..., c] -> [..., c + 1]: the logits there, and the log-sum-exp of all others. Overwrites `logits`."""
+    inside = logits.gather(-1, columns)
+    return torch.cat([inside, logits.scatter_(-1, columns, -torch.inf).logsumexp(-1, keepdim=True)], dim=-1)
+
+
+def _buckets(ranks_R2SBc: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The shards' `_split`s to those of the whole vocabulary, m = K + 1, and the order that ranks all candidates.
+
+    [R, 2, S, B, c + 1] -> [S, B, R c] int64, [2, S, B, m]. The second row of the two, the teacher's, decides.
+    """
+    # Candidates of the ranks side by side: a stable sort takes the lowest column of the vocabulary first on ties.
+    candidates_2SBn = ranks_R2SBc[..., :-1].movedim(0, -2).flatten(-2)
+    order_SBn = candidates_2SBn[1].argsort(dim=-1, descending=True, stable=True)
+    candidates_2SBn = candidates_2SBn.gather(-1, order_SBn.expand_as(candidates_2SBn))
+    tail_2SBn = torch.cat([candidates_2SBn[..., top_k:], ranks_R2SBc[..., -1].movedim(0, -1)], dim=-1)
+    return order_SBn, torch.cat([candidates_2SBn[..., :top_k], tail_2SBn.logsumexp(-1, keepdim=True)], dim=-1)

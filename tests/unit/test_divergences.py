@@ -1,0 +1,235 @@
+"""Every divergence on one rank, value and gradient, against fp64; what top-k has of its own is in `test_top_k.py`."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distill_nemo.losses import vocab_parallel
+from distill_nemo.losses.jensen_shannon import vocab_parallel_jensen_shannon
+from distill_nemo.losses.logits import LogitsKLLoss
+from distill_nemo.losses.reverse_kl import vocab_parallel_reverse_kl
+from distill_nemo.losses.vocab_parallel import vocab_parallel_forward_kl
+from tests import reference
+from tests.unit.test_losses import PADDED, B, S, V, error, make_logits
+
+every_divergence = pytest.mark.parametrize("name", reference.DIVERGENCES)
+
+
+def loss_and_oracle(name: str, student: Tensor, teacher: Tensor, temperature: float = 1.0):
+    """([B, S] of LogitsKLLoss without T^2, not yet differentiated; value and gradient that it should have)."""
+    arguments, oracle = reference.DIVERGENCES[name]
+    loss = LogitsKLLoss(temperature=temperature, scale_by_temperature_squared=False, **arguments)(student, teacher)
+    return loss, *oracle(student.detach().double().numpy(), teacher.double().numpy(), temperature)
+
+
+def eager(student: Tensor, teacher: Tensor, divergence="forward_kl", beta=0.5, top_k=None) -> Tensor:
+    """The one-liners of the docstrings, differentiated by autograd."""
+    log_q, log_p = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
+    if divergence == "jensen_shannon":
+        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
+        return (beta * log_p.exp() * (log_p - log_m) + (1 - beta) * log_q.exp() * (log_q - log_m)).sum(-1)
+    if top_k is not None:
+        top = log_p.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+        log_q, log_p = (
+            torch.cat([x.gather(-1, top), x.scatter(-1, top, -torch.inf).logsumexp(-1, keepdim=True)], dim=-1)
+            for x in (log_q, log_p)
+        )
+    pair = (log_p, log_q) if divergence == "reverse_kl" else (log_q, log_p)
+    return F.kl_div(*pair, log_target=True, reduction="none").sum(-1)
+
+
+@every_divergence
+def test_oracle_gradient_is_the_slope_of_its_value(name: str) -> None:
+    student, teacher = (x.detach().double().numpy()[0] for x in make_logits(width=40))
+    oracle = reference.DIVERGENCES[name][1]
+    _, gradient = oracle(student, teacher, 2.0)
+    slope = np.empty_like(gradient)
+    for j in range(40):
+        step = 1e-5 * (np.arange(40) == j)
+        slope[:, j] = (oracle(student + step, teacher, 2.0)[0] - oracle(student - step, teacher, 2.0)[0]) / 2e-5
+    assert np.abs(gradient).max() > 0.01
+    np.testing.assert_allclose(gradient, slope, rtol=1e-6, atol=1e-9)
+
+
+@every_divergence
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
+@pytest.mark.parametrize("chunk", [1, 2 * B * V, vocab_parallel.CHUNK])
+def test_value_and_gradient(monkeypatch: pytest.MonkeyPatch, name: str, temperature: float, chunk: int) -> None:
+    monkeypatch.setattr(vocab_parallel, "CHUNK", chunk)
+    student, teacher = make_logits()
+    teacher.requires_grad_()
+    before = student.detach().clone(), teacher.detach().clone()
+    weights = torch.rand(B, S)
+    loss, value, gradient = loss_and_oracle(name, student, teacher.detach(), temperature)
+    (loss * weights).sum().backward()
+    assert loss.dtype == torch.float32 and loss.shape == (B, S)
+    assert error(loss, value.T) < 1e-5 * max(1.0, value.max())
+    tolerance = 4e-7 / temperature + 3e-6 * np.abs(gradient).max()
+    assert error(student.grad, gradient * weights.T.double().numpy()[..., None]) < tolerance
+    assert teacher.grad is None
+    assert torch.equal(student.detach(), before[0]) and torch.equal(teacher.detach(), before[1])
+
+
+@every_divergence
+def test_zero_for_equal_logits_and_never_negative(name: str) -> None:
+    module = LogitsKLLoss(**reference.DIVERGENCES[name][0])
+    _, teacher = make_logits()
+    equal = teacher.clone().requires_grad_()
+    loss = module(equal, teacher)
+    loss.sum().backward()
+    assert torch.equal(loss, torch.zeros(B, S)) and error(equal.grad, np.zeros(1)) < 1e-6
+    near = teacher + 1e-3 * torch.randn_like(teacher)
+    assert module(near, teacher).min() > -3e-6  # of a value near 5e-7, from terms near 10
+    assert module(*make_logits(1)).min() > 0
+
+
+@every_divergence
+def test_a_shift_changes_nothing_and_the_gradient_sums_to_zero(name: str) -> None:
+    module = LogitsKLLoss(**reference.DIVERGENCES[name][0])
+    student, teacher = make_logits()
+    loss = module(student, teacher)
+    torch.testing.assert_close(module(student + 30.0, teacher - 20.0), loss, atol=5e-5, rtol=0)
+    loss.sum().backward()
+    assert student.grad is not None
+    assert student.grad.abs().max() > 0.005
+    assert student.grad.sum(-1).abs().max() < 4e-6 * max(1.0, float(student.grad.abs().max()))
+
+
+@every_divergence
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_as_exact_as_fp32_eager(name: str, dtype: torch.dtype) -> None:
+    """Stricter than eager in that precision: its logits are rounded as ours, its softmax is fp32."""
+    student, teacher = make_logits(2, dtype=dtype)
+    loss, value, gradient = loss_and_oracle(name, student, teacher)
+    loss.sum().backward()
+    leaf = student.detach().clone().requires_grad_()
+    expected = eager(leaf, teacher, **reference.DIVERGENCES[name][0])
+    expected.sum().backward()
+    assert student.grad is not None and student.grad.dtype == dtype
+    assert error(expected, value) < 1e-3
+    assert error(loss, value.T) <= error(expected, value) + 1e-5
+    assert error(student.grad, gradient) <= error(leaf.grad, gradient) + 1e-6
+
+
+@every_divergence
+@pytest.mark.parametrize("true_vocab_size", [V, None], ids=["garbage", "minus infinity"])
+def test_padding_takes_no_probability(name: str, true_vocab_size: int | None) -> None:
+    """Padding cut off by true_vocab_size, or already -inf on both sides."""
+    arguments, oracle = reference.DIVERGENCES[name]
+    student, teacher = make_logits(3, PADDED)
+    with torch.no_grad():
+        for x in (student, teacher):
+            x[..., V:] = 50.0 if true_vocab_size else -torch.inf
+    loss = LogitsKLLoss(true_vocab_size=true_vocab_size, **arguments)((student, None), (teacher, None))
+    loss.sum().backward()
+    value, gradient = oracle(student.detach()[..., :V].double().numpy(), teacher[..., :V].double().numpy())
+    assert loss.shape == (B, S) and student.grad is not None
+    assert error(loss, value.T) < 1e-5 * max(1.0, value.max())
+    assert error(student.grad[..., :V], gradient) < 4e-7 + 3e-6 * np.abs(gradient).max()
+    assert torch.equal(student.grad[..., V:], torch.zeros(S, B, PADDED - V))
+
+
+@every_divergence
+def test_masked_tokens_have_no_gradient(name: str) -> None:
+    student, teacher = make_logits()
+    (LogitsKLLoss(**reference.DIVERGENCES[name][0])(student, teacher) * torch.zeros(B, S)).sum().backward()
+    assert student.grad is not None
+    assert torch.equal(student.grad, torch.zeros_like(student))
+
+
+@every_divergence
+def test_nan_logits_are_not_hidden(name: str) -> None:
+    student, teacher = make_logits()
+    with torch.no_grad():
+        student[0, 0, 7] = torch.nan
+        teacher[1, 2, 7] = torch.nan
+    loss = LogitsKLLoss(**reference.DIVERGENCES[name][0])(student, teacher)
+    assert loss.isnan().nonzero().tolist() == [[0, 0], [2, 1]]
+
+
+class WideTensors(TorchDispatchMode):
+    """The most elements that any tensor wider than 16 bits had."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, Tensor) and x.element_size() > 2:
+                self.largest = max(self.largest, x.numel())
+        return result
+
+
+@pytest.mark.parametrize("name", [name for name in reference.DIVERGENCES if name != "top 300"])
+def test_no_fp32_copy_of_the_logits(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(vocab_parallel, "CHUNK", B * V)
+    student, teacher = make_logits(dtype=torch.bfloat16)
+    with WideTensors() as wide:
+        LogitsKLLoss(**reference.DIVERGENCES[name][0])(student, teacher).sum().backward()
+    assert student.grad is not None and wide.largest == B * V
+
+
+@every_divergence
+def test_what_is_saved_for_backward(name: str) -> None:
+    """The logits, of the teacher's only where there is no top-k, and a few numbers per token."""
+    arguments, _ = reference.DIVERGENCES[name]
+    student, teacher = make_logits()
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        LogitsKLLoss(scale_by_temperature_squared=False, **arguments)(student, teacher)
+    inputs = {x.data_ptr() for x in (student, teacher)}
+    assert {x.data_ptr() for x in saved} & inputs == ({student.data_ptr()} if "top_k" in arguments else inputs)
+    num_bytes = sum(x.numel() * x.element_size() for x in saved if x.data_ptr() not in inputs)
+    assert num_bytes == S * B * (12 if "jensen" in name else 8 + 8 * arguments.get("top_k", 0))
+
+
+def test_jensen_shannon_tends_to_forward_and_reverse_kl() -> None:
+    """Divided by beta as beta -> 0, and by 1 - beta as beta -> 1: values and gradients."""
+    small = 1e-4
+    student, teacher = (0.3 * x.detach() for x in make_logits(5))
+    student.requires_grad_()
+    for beta, limit in [(small, vocab_parallel_forward_kl), (1 - small, vocab_parallel_reverse_kl)]:
+        scaled, expected = vocab_parallel_jensen_shannon(student, teacher, beta=beta) / small, limit(student, teacher)
+        torch.testing.assert_close(scaled, expected, rtol=0.01, atol=0)
+        got, want = (torch.autograd.grad(x.sum(), student)[0] for x in (scaled, expected))
+        torch.testing.assert_close(got, want, rtol=0, atol=0.02 * float(want.abs().max()))
+    assert not torch.allclose(vocab_parallel_forward_kl(student, teacher), expected, rtol=0.1)
+
+
+def test_jensen_shannon_is_bounded_and_symmetric_at_one_half() -> None:
+    student, teacher = (x.detach() for x in make_logits())
+    torch.testing.assert_close(
+        vocab_parallel_jensen_shannon(student, teacher), vocab_parallel_jensen_shannon(teacher, student)
+    )
+    apart = torch.tensor([[[90.0, -90.0, -torch.inf]]]).requires_grad_()
+    disjoint = torch.tensor([[[-torch.inf, -torch.inf, 3.0]]])
+    for beta in (0.5, 0.1):
+        loss = vocab_parallel_jensen_shannon(apart, disjoint, beta=beta)
+        assert loss.item() == pytest.approx(-beta * math.log(beta) - (1 - beta) * math.log(1 - beta), rel=1e-6)
+        (gradient,) = torch.autograd.grad(loss.sum(), apart)
+        assert gradient.abs().max() < 1e-6  # flat, and not nan
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"divergence": "kl"}, '"kl" is not known; choose one of: forward_kl, reverse_kl, jensen_shannon'),
+        ({"divergence": "jensen_shannon", "beta": 0.0}, "beta must lie between 0 and 1, both excluded, got 0.0"),
+        ({"divergence": "jensen_shannon", "beta": 1.0}, "got 1.0: use forward_kl or reverse_kl"),
+        ({"divergence": "jensen_shannon", "beta": math.nan}, "got nan"),
+        ({"divergence": "reverse_kl", "top_k": 5}, 'top_k goes with divergence "forward_kl" only, got "reverse_kl"'),
+        ({"divergence": "jensen_shannon", "top_k": 5}, 'got "jensen_shannon"; leave top_k at None'),
+        ({"top_k": 0}, "top_k must be an int of at least 1, or None for the whole vocabulary, got 0"),
+        ({"top_k": 2.5}, "got 2.5"),
+        ({"top_k": True}, "got True"),
+        ({"temperature": 0.0}, "temperature must be positive, got 0"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LogitsKLLoss(**arguments)
