@@ -57,6 +57,7 @@ class ModelConfig:
     rope_scaling: dict[str, Any] | None = None  # config.json's rope_scaling, llama3 type only
     norm_epsilon: float | None = None
     tie_word_embeddings: bool | None = None
+    block_configs: list[dict[str, Any]] | None = None  # layers that differ, as in Nemotron's config.json
     init_std: float = 0.02
 
 
@@ -337,6 +338,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     _require(ok, f"{where} must be {plain.__name__}, got {value!r}")
     if plain is list:
         item = typing.get_args(hint)[0]
+        item = typing.get_origin(item) or item
         items = typing.cast(list[Any], value)
         _require(all(isinstance(x, item) for x in items), f"{where} must be a list of {item.__name__}, got {value!r}")
     return value

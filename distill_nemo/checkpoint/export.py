@@ -53,7 +53,7 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None) -> None:
 
     setup_device()  # before Megatron is imported
     from distill_nemo.models.architecture import resolve
-    from distill_nemo.models.huggingface import export_hf
+    from distill_nemo.models.huggingface import check_exportable, export_hf
     from distill_nemo.models.provider import model_provider
     from distill_nemo.models.sources import find_checkpoint
     from distill_nemo.runtime.process_groups import process_groups
@@ -61,6 +61,7 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None) -> None:
 
     where = find_checkpoint(Path(checkpoint)).weights
     student = resolve(StudentConfig(checkpoint=str(where)))
+    check_exportable(student)
     dtype = "auto"
     if (where / "run.json").is_file():
         dtype = json.loads((where / "run.json").read_text())["training"]["dtype"]

@@ -16,6 +16,7 @@ from distill_nemo.checkpoint.directory import latest, point_latest_at, prune, st
 from distill_nemo.checkpoint.identity import run_record
 from distill_nemo.checkpoint.state import rng_layout, rng_state, sharded_state
 from distill_nemo.config import RunConfig
+from distill_nemo.models.modelopt_state import save_modelopt_state
 
 
 class CheckpointWriter:
@@ -43,6 +44,7 @@ class CheckpointWriter:
             dist.barrier()
             contents = sharded_state(model, optimizer, scheduler, loading=False)
             contents |= {"rng": rng_state(), "run_state": state, "rng_layout": rng_layout()[0]}
+            save_modelopt_state(model, partial)
             self._write(contents, partial, target)
 
     def _write(self, contents: dict[str, Any], partial: Path, target: Path) -> None:
@@ -100,6 +102,6 @@ class CheckpointWriter:
             there = next(path for path in self._partial.absolute().parents if path.exists())
             free = shutil.disk_usage(there).free / 2**30
             raise OSError(
-                f"checkpoint {self._partial} could not be written ({free:.2f} GiB free): {said[-1]}. The last good one: "
-                f"{latest(self.root) or 'none'}; free space and run the same command again"
+                f"checkpoint {self._partial} could not be written ({free:.2f} GiB free): {said[-1]}. "
+                f"The last good one: {latest(self.root) or 'none'}; free space and run the same command again"
             ) from error

@@ -10,6 +10,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import nn
 
+from distill_nemo.models.modelopt_state import is_modified
+
 PREFIX = "model."
 
 
@@ -67,9 +69,10 @@ def _ignoring_step(copy: Any) -> Any:
 
 
 def model_state(model: Any) -> dict[str, Any]:
-    """The student's sharded tensors (and projections), without Transformer Engine's empty extra states."""
+    """The student's sharded tensors (and projections); of the extra states quantizers', as others are empty."""
     state = model.sharded_state_dict(prefix=PREFIX, metadata=_metadata())
-    return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+    keep = is_modified(model)
+    return {name: value for name, value in state.items() if keep or not name.endswith("_extra_state")}
 
 
 def load_model_state(model: nn.Module, state: dict[str, Any]) -> None:

@@ -13,10 +13,12 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.parallel_state import get_tensor_model_parallel_rank
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
 from torch import Tensor
 
 from distill_nemo.config import ModelConfig, ParallelismConfig, near
 from distill_nemo.models.layer_specs import block_spec
+from distill_nemo.models.layers import as_megatron, layers
 from distill_nemo.models.nemo_config import LLAMA3_ROPE, read_nemo_config
 from distill_nemo.models.sources import CheckpointKind, find_checkpoint
 
@@ -58,7 +60,9 @@ def resolve[T: ModelConfig](model: T) -> T:
     if values["family"] not in FAMILIES:
         raise ValueError(f'family "{values["family"]}" is not known.{near(str(values["family"]), FAMILIES)}')
     _check_rope_scaling(values["rope_scaling"])
-    return type(model)(**values)
+    resolved = type(model)(**values)
+    layers(resolved)
+    return resolved
 
 
 def _check_complete(checkpoint: str | None, values: dict[str, Any], described: dict[str, Any]) -> None:
@@ -136,6 +140,7 @@ def from_huggingface(config: dict[str, Any], where: Path) -> dict[str, Any]:
         "rope_scaling": scaling,
         "norm_epsilon": config.get("rms_norm_eps", 1e-6),
         "tie_word_embeddings": config.get("tie_word_embeddings", False),
+        "block_configs": None,
     }
 
 
@@ -193,7 +198,12 @@ def transformer_config(model: ModelConfig, parallelism: ParallelismConfig, dtype
     _check_layout(model, parallelism)
     on_cpu = not torch.cuda.is_available()
     resolved: Any = model
-    return TransformerConfig(
+    kind, differing = TransformerConfig, {}
+    if model.block_configs is not None:
+        kind = HeterogeneousTransformerConfig
+        differing["heterogeneous_layers_config_encoded_json"] = json.dumps({"block_configs": as_megatron(model)})
+    return kind(
+        **differing,
         num_layers=resolved.num_layers,
         hidden_size=resolved.hidden_size,
         ffn_hidden_size=resolved.ffn_hidden_size,
@@ -231,9 +241,14 @@ def transformer_config(model: ModelConfig, parallelism: ParallelismConfig, dtype
 def _check_layout(model: ModelConfig, parallelism: ParallelismConfig) -> None:
     tensor, pipeline = parallelism.tensor_model_parallel_size, parallelism.pipeline_model_parallel_size
     assert model.vocab_size is not None, "resolved"
+    by_layer = [
+        (f"{name} of layer {i}", getattr(layer, name), "tensor", tensor)
+        for i, layer in enumerate(layers(model))
+        for name in ("num_query_groups", "ffn_hidden_size")
+    ]
     for name, value, kind, size in (
         ("num_attention_heads", model.num_attention_heads, "tensor", tensor),
-        ("num_query_groups", model.num_query_groups, "tensor", tensor),
+        *by_layer,
         ("padded vocabulary", padded_vocab_size(model.vocab_size), "tensor", tensor),
         ("num_layers", model.num_layers, "pipeline", pipeline),
     ):

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from distill_nemo.config import ModelConfig
 from distill_nemo.models.architecture import padded_vocab_size, to_huggingface
+from distill_nemo.models.megatron_weights import STATE
+from distill_nemo.models.sources import find_checkpoint
 
 VOCAB_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
 INDEX = "model.safetensors.index.json"
@@ -128,6 +130,21 @@ def expected_tensors(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     tensors = {f"model.layers.{i}.{name}": shape for i in range(m.num_layers) for name, shape in layer.items()}
     tensors |= {"model.embed_tokens.weight": (m.vocab_size, h), "model.norm.weight": (h,)}
     return tensors if m.tie_word_embeddings else tensors | {"lm_head.weight": (m.vocab_size, h)}
+
+
+def check_exportable(model: ModelConfig) -> None:
+    """Refuse a model that no class of transformers can hold.
+
+    Raises:
+        ValueError: saying why, and what can be done.
+    """
+    advice = "train with checkpoint.export=false, and keep the Megatron checkpoint"
+    if model.block_configs is not None:
+        raise ValueError(f"block_configs: transformers has no model whose layers differ; {advice}")
+    if model.checkpoint and (find_checkpoint(Path(model.checkpoint)).weights / STATE).is_dir():
+        raise ValueError(
+            f"{model.checkpoint} was modified by ModelOpt (quantised, say): that cannot be exported yet; {advice}"
+        )
 
 
 def export_hf(built: GPTModel, path: str, model: ModelConfig, tokenizer: str | None = None) -> None:

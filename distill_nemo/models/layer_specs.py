@@ -7,7 +7,10 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_submodules,
     get_gpt_layer_with_transformer_engine_submodules,
 )
+from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import get_gpt_heterogeneous_layer_spec
 from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
@@ -46,6 +49,8 @@ def transformer_engine_usable() -> bool:
 
 def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage and the norm after the last one."""
+    if isinstance(config, HeterogeneousTransformerConfig):
+        return _heterogeneous_spec(config, vp_stage)
     if transformer_engine_usable():
         from megatron.core.extensions.transformer_engine import TENorm
 
@@ -59,3 +64,16 @@ def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Transf
     layer = ModuleSpec(module=TransformerLayer, submodules=submodules)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
+
+
+def _heterogeneous_spec(config: HeterogeneousTransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Megatron's spec of layers that differ, with our norm where it would take torch's."""
+    block: Any = get_gpt_heterogeneous_layer_spec(config, use_te=transformer_engine_usable(), vp_stage=vp_stage)
+    for layer in block.layer_specs:
+        attention = getattr(layer.submodules.self_attention, "submodules", None)
+        for part in (layer.submodules, attention):
+            for name, module in list(vars(part).items()) if part else ():
+                if module is WrappedTorchNorm:
+                    setattr(part, name, RMSNorm)
+    block.layer_norm = RMSNorm if block.layer_norm is WrappedTorchNorm else block.layer_norm
+    return block

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from distill_nemo.config import ModelConfig
+from distill_nemo.models.layers import Layer, layers
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -25,6 +26,7 @@ EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 PREFIXES = ("", "model.", "module.", "model.module.", "module.module.")  # Megatron, NeMo 1 and ours, NeMo 2, wrapped
 # Beside the model: optimizer states; Transformer Engine's extra states; what ModelOpt's distillation adds.
 IGNORED = re.compile(r"^(chained_\d+\.)?optimizer\b|^rng|_extra_state\b|(^|\.)(_teacher_model|_loss_modules)\.")
+STATE = "modelopt_state"  # directory of what ModelOpt did to the model; then its quantizers have tensors too
 LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 LOCAL_NAMES = {  # Transformer Engine's fused layer norms, and what they were called without it
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
@@ -49,7 +51,7 @@ def load_megatron_weights(directory: Path, built: GPTModel, model: ModelConfig) 
         ValueError: when a file is missing or corrupt, or a tensor missing, extra or of another shape, by name.
     """
     stored = stored_tensors(directory)
-    prefix = next((p for p in PREFIXES if any(n.startswith(p + "decoder.") for n in stored)), "")
+    prefix = key_prefix(stored)
     names = {name.removeprefix(prefix): shape for name, shape in stored.items() if name.startswith(prefix)}
     stray = [name for name in stored if not name.startswith(prefix)]
     stacked = not any(LAYER.match(name) for name in names)
@@ -64,8 +66,13 @@ def load_megatron_weights(directory: Path, built: GPTModel, model: ModelConfig) 
     assert not missing, f"the sharded state of the model leaves out {missing[:3]}"
 
 
+def key_prefix(stored: Shapes) -> str:
+    """What the model's keys begin with."""
+    return next((p for p in PREFIXES if any(name.startswith(p + "decoder.") for name in stored)), "")
+
+
 def stored_tensors(directory: Path) -> Shapes:
-    """Name and global shape of every tensor that the model of this checkpoint consists of.
+    """Name and global shape of every tensor that the model of this checkpoint consists of, quantizers left out.
 
     Raises:
         ValueError: when the table of contents cannot be read, or names files that are missing or too short.
@@ -86,27 +93,43 @@ def stored_tensors(directory: Path) -> Shapes:
         size = (directory / name).stat().st_size
         if size < end:
             raise ValueError(f"{directory / name} is truncated: {size:,} bytes, needs {end:,}")
-    return {name: tuple(tensor.size) for name, tensor in tensors.items() if not IGNORED.search(name)}
+    quantizer = re.compile(r"_quantizer\b" if (directory / STATE).is_dir() else r"(?!)")
+    shapes = {k: tuple(t.size) for k, t in tensors.items() if not IGNORED.search(k) and not quantizer.search(k)}
+    for name in [name.removesuffix("_w") for name in shapes if name.endswith("linear_fc1.weight_w")]:
+        gate, up = shapes.pop(name + "_w"), shapes.pop(name + "_v", ())  # as ModelOpt's quantised MLPs are stored
+        shapes[name] = (*gate[:-2], 2 * gate[-2], gate[-1]) if gate == up else gate
+    return shapes
 
 
-def expected_tensors(model: ModelConfig) -> tuple[Shapes, Shapes]:
-    """Name and shape of a layer's tensors, and of those around the layers, in Transformer Engine's naming."""
+def expected_tensors(model: ModelConfig) -> tuple[list[Shapes], Shapes]:
+    """Name and shape of each layer's tensors, and of those around the layers, in Transformer Engine's naming."""
     m: Any = model
-    q, kv, h = m.num_attention_heads * m.kv_channels, m.num_query_groups * m.kv_channels, m.hidden_size
-    layer: Shapes = {
-        "self_attention.linear_qkv.layer_norm_weight": (h,),
-        "self_attention.linear_qkv.weight": (q + 2 * kv, h),
-        "self_attention.linear_proj.weight": (h, q),
-        "mlp.linear_fc1.layer_norm_weight": (h,),
-        "mlp.linear_fc1.weight": (2 * m.ffn_hidden_size, h),
-        "mlp.linear_fc2.weight": (h, m.ffn_hidden_size),
-    }
-    if m.family == "qwen2":
-        layer["self_attention.linear_qkv.bias"] = (q + 2 * kv,)
-    if m.family == "qwen3":
-        layer |= {f"self_attention.{n}_layernorm.weight": (m.kv_channels,) for n in ("q", "k")}
-    around: Shapes = {EMBEDDING: (m.vocab_size, h), "decoder.final_layernorm.weight": (h,)}
-    return layer, around if m.tie_word_embeddings else around | {OUTPUT: (m.vocab_size, h)}
+    around: Shapes = {EMBEDDING: (m.vocab_size, m.hidden_size), "decoder.final_layernorm.weight": (m.hidden_size,)}
+    if not m.tie_word_embeddings:
+        around[OUTPUT] = (m.vocab_size, m.hidden_size)
+    return [_layer_tensors(layer, m) for layer in layers(model)], around
+
+
+def _layer_tensors(layer: Layer, m: Any) -> Shapes:
+    h, tensors = m.hidden_size, {}
+    if layer.num_query_groups is not None:
+        q, kv = m.num_attention_heads * m.kv_channels, layer.num_query_groups * m.kv_channels
+        tensors |= {
+            "self_attention.linear_qkv.layer_norm_weight": (h,),
+            "self_attention.linear_qkv.weight": (q + 2 * kv, h),
+            "self_attention.linear_proj.weight": (h, q),
+        }
+        if m.family == "qwen2":
+            tensors["self_attention.linear_qkv.bias"] = (q + 2 * kv,)
+        if m.family == "qwen3":
+            tensors |= {f"self_attention.{n}_layernorm.weight": (m.kv_channels,) for n in ("q", "k")}
+    if layer.ffn_hidden_size is not None:
+        tensors |= {
+            "mlp.linear_fc1.layer_norm_weight": (h,),
+            "mlp.linear_fc1.weight": (2 * layer.ffn_hidden_size, h),
+            "mlp.linear_fc2.weight": (h, layer.ffn_hidden_size),
+        }
+    return tensors
 
 
 def check_megatron_tensors(directory: Path, names: Shapes, model: ModelConfig, stacked: bool, stray: list[str]) -> None:
@@ -122,16 +145,15 @@ def check_megatron_tensors(directory: Path, names: Shapes, model: ModelConfig, s
     Raises:
         ValueError: naming the first few tensors that are missing, extra or of another shape.
     """
-    layer, wanted = expected_tensors(model)
+    by_layer, wanted = expected_tensors(model)
     count: Any = model.num_layers
     deep = _stored_layers(names)
-    if deep not in (None, count):
+    if deep not in (None, count) and model.block_configs is None:  # a last layer without parts leaves nothing to count
         raise ValueError(f"{directory} does not fit the model: it holds {deep} layers, num_layers = {count}")
-    for name, shape in layer.items():
-        if stacked:
-            wanted[f"decoder.layers.{name}"] = (count, *shape)
-        else:
-            wanted |= {f"decoder.layers.{i}.{name}": shape for i in range(count)}
+    if stacked:
+        wanted |= {f"decoder.layers.{name}": (count, *shape) for name, shape in by_layer[0].items()}
+    else:
+        wanted |= {f"decoder.layers.{i}.{name}": s for i, layer in enumerate(by_layer) for name, s in layer.items()}
     wanted = {_stored_name(name, names): shape for name, shape in wanted.items()}
     problems = [f"missing: {name} {shape}" for name, shape in wanted.items() if name not in names]
     problems += [f"extra: {name} {names[name]}" for name in names if name not in wanted]

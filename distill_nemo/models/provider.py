@@ -20,6 +20,7 @@ from distill_nemo.models.architecture import gpt_model, resolve, transformer_con
 from distill_nemo.models.distillation import convert_to_distillation_model
 from distill_nemo.models.huggingface import load_hf_weights
 from distill_nemo.models.megatron_weights import load_megatron_weights
+from distill_nemo.models.modelopt_state import restore_modelopt_state
 from distill_nemo.models.sources import CheckpointKind, find_checkpoint
 
 
@@ -104,16 +105,11 @@ def _build(model: ModelConfig, model_kwargs: dict[str, Any], load_weights: bool)
     kwargs = dict(model_kwargs)
     config = transformer_config(model, kwargs.pop("parallelism"), kwargs.pop("dtype"))
     built = gpt_model(model, config, **kwargs)
-    if load_weights and model.checkpoint is not None:
-        load_checkpoint_weights(built, model)
+    if model.checkpoint is not None:
+        found = find_checkpoint(Path(model.checkpoint))
+        restore_modelopt_state(built, found.weights)  # a resumed run needs the same modules for its own weights
+        if load_weights and found.kind is CheckpointKind.HUGGING_FACE:
+            load_hf_weights(built, str(found.weights), model)
+        elif load_weights:
+            load_megatron_weights(found.weights, built, model)
     return built
-
-
-def load_checkpoint_weights(built: GPTModel, model: ModelConfig) -> None:
-    """Fill this stage from `model.checkpoint`, whatever kind it is."""
-    assert model.checkpoint is not None
-    found = find_checkpoint(Path(model.checkpoint))
-    if found.kind is CheckpointKind.HUGGING_FACE:
-        load_hf_weights(built, str(found.weights), model)
-    else:
-        load_megatron_weights(found.weights, built, model)

@@ -152,6 +152,7 @@ def _train(config: RunConfig) -> int | None:
     )
     from distill_nemo.checkpoint.identity import run_record
     from distill_nemo.checkpoint.load import load_checkpoint
+    from distill_nemo.models.huggingface import check_exportable
     from distill_nemo.runtime.device import resolve_dtype, setup_device
     from distill_nemo.runtime.process_groups import rank
     from distill_nemo.runtime.seed import seed_everything
@@ -161,6 +162,8 @@ def _train(config: RunConfig) -> int | None:
 
     device = setup_device()
     check_output_dir(config.output_dir)
+    if config.checkpoint.export:
+        check_exportable(config.student)
     check_run_data(config)
     newest = latest(checkpoint_root(config.output_dir))
     if newest is not None:

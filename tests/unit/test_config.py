@@ -65,6 +65,7 @@ def all_different(cls, odd):
         makers = {int: lambda n=number: n + 7, float: lambda n=number: n / 3 + 1e-9, bool: lambda n=number: not n}
         makers |= {str: lambda: next(odd), list[str]: lambda: [next(odd), next(odd)]}
         makers |= {dict[str, typing.Any]: lambda: {next(odd): [1.5, None, True], "nested": {"x": next(odd)}}}
+        makers[list[dict[str, typing.Any]]] = lambda m=makers: [m[dict[str, typing.Any]](), {}]
         values[name] = all_different(hint, odd) if dataclasses.is_dataclass(hint) else makers[hint]()
         assert values[name] != default, name
     return cls(**values)

@@ -1,0 +1,51 @@
+"""What ModelOpt did to a model before (quantised it, say) is part of the model: kept and restored with its checkpoint.
+
+Megatron's convention: a directory `modelopt_state` beside the tensors, and the quantizers' settings as extra states.
+"""
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import modelopt.torch.opt as mto
+from megatron.core import parallel_state
+from modelopt.torch.opt.plugins import mcore_dist_checkpointing as sharded
+from torch import nn
+
+from distill_nemo.models.megatron_weights import STATE, key_prefix, stored_tensors
+
+
+def is_modified(model: nn.Module) -> bool:
+    """Whether a mode of ModelOpt's is in force that a checkpoint must keep; distillation itself is none."""
+    return mto.ModeloptStateManager.is_converted(model) and bool(mto.modelopt_state(model)["modelopt_state_dict"])
+
+
+def save_modelopt_state(model: nn.Module, directory: Path) -> None:
+    """Write `modelopt_state` into a checkpoint, where there is any; every rank must call it."""
+    if is_modified(model):
+        sharded.save_sharded_modelopt_state([model], directory)
+
+
+def restore_modelopt_state(model: nn.Module, directory: Path) -> None:
+    """Modify a fresh `model` as the one in the checkpoint `directory` was, if it was; every rank must call it.
+
+    Raises:
+        ValueError: under tensor parallelism, and when ModelOpt cannot restore it, with what it says.
+    """
+    if not (directory / STATE).is_dir():
+        return
+    if parallel_state.get_tensor_model_parallel_world_size() > 1:
+        # ModelOpt 0.47 splits linear_fc1's scales by consecutive rows, but its weight into gate and up first.
+        raise ValueError(
+            f"{directory} was modified by ModelOpt: its quantizers' scales cannot be split over tensor parallel ranks; "
+            "set parallelism.tensor_model_parallel_size=1"
+        )
+    prefix = key_prefix(stored_tensors(directory))
+    built: list[Any] = [model]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # versions and counts
+            sharded.restore_sharded_modelopt_state(built, str(directory), prefix)
+    except Exception as error:
+        raise ValueError(f"{directory / STATE} cannot be restored by ModelOpt: {error!r:.300}") from error
+    assert built[0] is model, "ModelOpt restores in place"

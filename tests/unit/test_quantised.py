@@ -1,0 +1,99 @@
+"""A student that ModelOpt has quantised (on CPU: simulated INT8) is distilled as such: restored, trained, resumed."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill_nemo.config import ParallelismConfig, StudentConfig
+from tests.training import metrics, tiny_run
+from tests.unit.test_model_provider import in_one_process, logits, provider
+
+SHAPE = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4, "num_query_groups": 2}
+STATED = {"vocab_size": 507, "rotary_base": 1e4, "norm_epsilon": 1e-6, **SHAPE}
+
+
+def quantise(student, output):
+    """Save a quantised student as ModelOpt's examples for Megatron-LM do; returns its logits and the plain ones."""
+    import modelopt.torch.quantization as mtq
+    from megatron.core import dist_checkpointing
+    from modelopt.torch.opt.plugins.mcore_dist_checkpointing import save_sharded_modelopt_state
+
+    model = provider(student)()
+    plain = logits(model)
+    mtq.quantize(model, mtq.INT8_DEFAULT_CFG, logits)
+    Path(output).mkdir()
+    dist_checkpointing.save(model.sharded_state_dict(metadata={"singleton_local_shards": False}), str(output))
+    save_sharded_modelopt_state([model], str(output))
+    return plain, logits(model)
+
+
+@pytest.fixture(scope="module")
+def quantised(inputs, one, tmp_path_factory):
+    """(directory, logits before, logits after quantising)."""
+    path = tmp_path_factory.mktemp("quantised") / "m"
+    return path, *one.run(in_one_process, quantise, str(inputs / "student"), str(path))[0]
+
+
+def load(path, teacher):
+    from distill_nemo.config import TeacherConfig
+    from distill_nemo.models.provider import finalise, model_provider
+
+    student = StudentConfig(str(path), **STATED)
+    pair = model_provider(student=student, teacher=TeacherConfig(str(teacher)), parallelism=ParallelismConfig())
+    quantizers = sum("Quantizer" in type(module).__name__ for module in pair.teacher_model.modules())
+    return logits(pair), logits(finalise(pair)), quantizers
+
+
+def test_the_students_quantizers_are_restored_and_the_teacher_has_none(quantised, inputs, one):
+    path, plain, expected = quantised
+    pair, finalised, of_teacher = one.run(in_one_process, load, path, inputs / "teacher")[0]
+    assert (plain - expected).abs().max() > 1e-3, "quantising changes nothing: the test would show nothing"
+    assert torch.equal(pair, expected) and torch.equal(finalised, expected)
+    assert of_teacher == 0
+
+
+def train(inputs, path, output, steps, tensor=1, pipeline=1, export=False):
+    from distill_nemo.training.entry import run_config
+
+    run = tiny_run(inputs, output, steps=steps)
+    run.student = StudentConfig(str(path), **STATED)
+    run.optimizer.decay_steps, run.checkpoint.export = 8, export
+    run.parallelism.tensor_model_parallel_size, run.parallelism.pipeline_model_parallel_size = tensor, pipeline
+    run_config(run)
+
+
+def logits_of_run(output):
+    model = provider(str(output))()
+    return logits(model), sum("Quantizer" in type(module).__name__ for module in model.modules())
+
+
+def test_its_runs_resume_bit_for_bit_and_their_checkpoints_are_quantised(quantised, inputs, one, tmp_path):
+    path = quantised[0]
+    one.run(train, inputs, path, tmp_path / "whole", 8)
+    for steps in (4, 8):
+        one.run(train, inputs, path, tmp_path / "parts", steps)
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    whole, parts = (one.run(in_one_process, logits_of_run, tmp_path / name)[0] for name in ("whole", "parts"))
+    assert torch.equal(whole[0], parts[0]) and whole[1] == parts[1] > 0
+
+
+def test_other_layouts(quantised, inputs, one, two, tmp_path):
+    """Data and pipeline parallelism give the same curve; tensor parallelism would give other scales, and is refused."""
+    path = quantised[0]
+    one.run(train, inputs, path, tmp_path / "one", 4)
+    for layout, sizes in {"dp2": (1, 1), "pp2": (1, 2)}.items():
+        two.run(train, inputs, path, tmp_path / layout, 4, *sizes)
+        for line, expected in zip(metrics(tmp_path / layout), metrics(tmp_path / "one"), strict=True):
+            numbers = {key: value for key, value in expected.items() if key != "kind"}
+            assert {key: line[key] for key in numbers} == pytest.approx(numbers, rel=1e-4, abs=1e-6)
+    with pytest.raises(ValueError, match="cannot be split over tensor parallel ranks"):
+        two.run(train, inputs, path, tmp_path / "tp2", 4, 2)
+
+
+def test_an_export_is_refused_at_the_start(quantised, inputs, one, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"was modified by ModelOpt .*cannot be exported yet; train with checkpoint\.export=false"
+    ):
+        one.run(train, inputs, quantised[0], tmp_path / "out", 8, 1, 1, True)
+    assert not (tmp_path / "out").exists()
