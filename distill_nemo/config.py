@@ -1,38 +1,14 @@
-"""Everything a run needs, as plain dataclasses of primitive fields, and the checks that span several of them.
+"""Everything a run needs, as plain dataclasses of primitive fields; what spans several of them is in `checks.py`.
 
 No torch here: the command line reads these in the launcher, which must stay quick.
 """
 
 import difflib
-import math
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
-
-DIVERGENCES = ("forward_kl",)
-HIDDEN_LOSSES = ("cosine", "mse")
-BALANCERS = ("static", "dynamic")
-DTYPES = ("auto", "float32", "bfloat16")
-DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root")
-AT_LEAST_ONE = (
-    "parallelism.tensor_model_parallel_size",
-    "parallelism.pipeline_model_parallel_size",
-    "parallelism.context_parallel_size",
-    "data.sequence_length",
-    "training.steps",
-    "training.micro_batch_size",
-    "training.global_batch_size",
-    "training.eval_interval",
-    "training.eval_batches",
-    "checkpoint.save_interval",
-    "checkpoint.keep_last",
-    "logging.log_interval",
-)
-POSITIVE = ("optimizer.lr", "optimizer.adam_eps", "distillation.temperature", "parallelism.timeout_minutes")
-NOT_NEGATIVE = ("optimizer.min_lr", "optimizer.weight_decay", "optimizer.clip_grad", "data.num_workers")
 
 
 @dataclass
@@ -79,7 +55,9 @@ class DistillationConfig:
     With "dynamic" the distillation loss is scaled to `kd_loss_scale` times the size of the LM loss.
     """
 
-    divergence: str = "forward_kl"
+    divergence: str = "forward_kl"  # forward_kl | reverse_kl | jensen_shannon
+    beta: float = 0.5  # jensen_shannon only: the teacher's share of the mixture
+    top_k: int | None = None  # forward_kl only: the teacher's k most likely tokens, and one bucket for all others
     temperature: float = 1.0
     scale_by_temperature_squared: bool = True
     hidden_loss: str | None = None  # cosine | mse
@@ -108,6 +86,16 @@ class ParallelismConfig:
     def model_parallel_size(self) -> int:
         """Ranks that hold one copy of the model."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def num_stages(self) -> int:
+        """Pieces that the layers are divided into."""
+        return self.pipeline_model_parallel_size * (self.virtual_pipeline_model_parallel_size or 1)
+
+    def stage_sizes(self, num_layers: int) -> list[int]:
+        """Layers of every stage, in the order of the model; the first ones take what does not divide."""
+        size, more = divmod(num_layers, self.num_stages)
+        return [size + (stage < more) for stage in range(self.num_stages)]
 
 
 @dataclass
@@ -156,6 +144,7 @@ class TrainingConfig:
     seed: int = 1234
     data_seed: int | None = None  # None: seed
     dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 on CPU
+    recompute: str | None = None  # full | selective: compute activations again in backward, to save memory
     stop_on_nan: bool = True
 
 
@@ -199,94 +188,8 @@ class RunConfig:
         return self.training.global_batch_size // (self.training.micro_batch_size * data_parallel_size)
 
 
-def check(config: RunConfig, world_size: int) -> None:
-    """Refuse what cannot run, before anything is loaded or written.
-
-    Raises:
-        ValueError: naming the field, what came, what is allowed.
-    """
-    par, train, kd = config.parallelism, config.training, config.distillation
-    _check_ranges(config)
-    _require(
-        world_size % par.model_parallel_size == 0,
-        f"world size {world_size} is not divisible by tensor x pipeline x context parallel size = "
-        f"{par.tensor_model_parallel_size} x {par.pipeline_model_parallel_size} x {par.context_parallel_size} = "
-        f"{par.model_parallel_size}; change the number of processes or parallelism.*",
-    )
-    _require(
-        par.context_parallel_size == 1
-        and par.expert_model_parallel_size == 1
-        and not par.virtual_pipeline_model_parallel_size,
-        "parallelism: context, expert and virtual pipeline parallelism are not supported yet; leave them at 1 / null",
-    )
-    data_parallel_size = world_size // par.model_parallel_size
-    batch = train.micro_batch_size * data_parallel_size
-    _require(
-        train.global_batch_size % batch == 0,
-        f"training.global_batch_size {train.global_batch_size} is not divisible by micro_batch_size "
-        f"{train.micro_batch_size} x data parallel size {data_parallel_size} = {batch}",
-    )
-    decay_steps = config.optimizer.decay_steps or train.steps
-    _require(
-        0 <= config.optimizer.warmup_steps < decay_steps,
-        f"optimizer.warmup_steps must be below the {decay_steps} steps of the schedule, "
-        f"got {config.optimizer.warmup_steps}",
-    )
-    _require(
-        config.optimizer.min_lr <= config.optimizer.lr,
-        f"optimizer.min_lr = {config.optimizer.min_lr} is above optimizer.lr = {config.optimizer.lr}",
-    )
-    _one_of("training.dtype", train.dtype, DTYPES)
-    _one_of("optimizer.decay_style", config.optimizer.decay_style, DECAY_STYLES)
-    _one_of("distillation.divergence", kd.divergence, DIVERGENCES)
-    _one_of("distillation.balancer", kd.balancer, BALANCERS)
-    if kd.hidden_loss is not None:
-        _one_of("distillation.hidden_loss", kd.hidden_loss, HIDDEN_LOSSES)
-    _require(
-        (kd.hidden_loss is None) == (not kd.hidden_layers),
-        "distillation.hidden_loss and distillation.hidden_layers go together: set both or neither",
-    )
-    _require(
-        not par.sequence_parallel or par.tensor_model_parallel_size > 1,
-        "parallelism.sequence_parallel needs parallelism.tensor_model_parallel_size > 1",
-    )
-    for pair in kd.hidden_layers:
-        _require(pair.count(":") == 1, f'distillation.hidden_layers: "{pair}" is not "student_layer:teacher_layer"')
-    _require(
-        not par.sequence_parallel or config.data.sequence_length % par.tensor_model_parallel_size == 0,
-        f"data.sequence_length = {config.data.sequence_length} is not divisible by "
-        f"parallelism.tensor_model_parallel_size = {par.tensor_model_parallel_size}, as sequence_parallel needs",
-    )
-    _require(bool(config.data.train), "data.train is empty: name the token files made by `nemo distill prepare`")
-    _check_model("student", config.student, par)
-    if config.teacher is not None:
-        _check_model("teacher", config.teacher, par)
-
-
-def _check_ranges(config: RunConfig) -> None:
-    for names, ok, allowed in (
-        (AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
-        (POSITIVE, lambda value: 0 < value < math.inf, "positive"),
-        (NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "0 or more"),
-    ):
-        for name in names:
-            value = attrgetter(name)(config)
-            _require(ok(value), f"{name} must be {allowed}, got {value}")
-
-
-def _check_model(role: str, model: ModelConfig, par: ParallelismConfig) -> None:
-    tensor, pipeline = par.tensor_model_parallel_size, par.pipeline_model_parallel_size
-    by_tensor = ("num_attention_heads", "num_query_groups", "ffn_hidden_size")
-    for name, size in (*((name, tensor) for name in by_tensor), ("num_layers", pipeline)):
-        value = getattr(model, name)
-        kind = "pipeline" if name == "num_layers" else "tensor"
-        if value is not None and value % size:
-            raise ValueError(
-                f"{role}.{name} = {value} is not divisible by parallelism.{kind}_model_parallel_size = {size}"
-            )
-
-
-def _require(ok: bool, message: str) -> None:
+def require(ok: bool, message: str) -> None:
+    """Raise `ValueError(message)` unless ok."""
     if not ok:
         raise ValueError(message)
 
@@ -298,10 +201,6 @@ def near(word: str, allowed: typing.Iterable[str]) -> str:
     return f" Did you mean {' or '.join(close)}?" if close else f" Known: {', '.join(allowed)}."
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    _require(value in allowed, f'{name} = "{value}" is not known.{near(str(value), allowed)}')
-
-
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Nested plain values, every field present; the inverse of `from_dict`."""
     return asdict(config)
@@ -309,11 +208,11 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 def from_dict(values: dict[str, Any], cls: type = RunConfig, where: str = "") -> Any:
     """Build a config from nested plain values, refusing unknown fields and wrong types by name."""
-    _require(isinstance(values, dict), f"{where or 'config'} must be a mapping, got {type(values).__name__}")
+    require(isinstance(values, dict), f"{where or 'config'} must be a mapping, got {type(values).__name__}")
     hints = typing.get_type_hints(cls)
     known = {f.name for f in fields(cls)}
     for name in values:
-        _require(name in known, f'unknown field "{where}{name}".{near(str(name), sorted(known))}')
+        require(name in known, f'unknown field "{where}{name}".{near(str(name), sorted(known))}')
     built = {name: _convert(value, hints[name], f"{where}{name}") for name, value in values.items()}
     try:
         return cls(**built)
@@ -335,12 +234,12 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         except ValueError:
             pass
     ok = isinstance(value, plain) and not (plain is int and isinstance(value, bool))
-    _require(ok, f"{where} must be {plain.__name__}, got {value!r}")
+    require(ok, f"{where} must be {plain.__name__}, got {value!r}")
     if plain is list:
         item = typing.get_args(hint)[0]
         item = typing.get_origin(item) or item
         items = typing.cast(list[Any], value)
-        _require(all(isinstance(x, item) for x in items), f"{where} must be a list of {item.__name__}, got {value!r}")
+        require(all(isinstance(x, item) for x in items), f"{where} must be a list of {item.__name__}, got {value!r}")
     return value
 
 

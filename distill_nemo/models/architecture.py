@@ -1,4 +1,4 @@
-"""Hugging Face `config.json` -> Megatron's config and model, and back.
+"""From a checkpoint's own description to Megatron's config and model.
 
 A `ModelConfig` is *resolved* when every field has a value; all but `resolve` take resolved ones.
 """
@@ -17,16 +17,15 @@ from megatron.core.transformer.heterogeneous.heterogeneous_config import Heterog
 from torch import Tensor
 
 from distill_nemo.config import ModelConfig, ParallelismConfig, near
+from distill_nemo.models.hf_config import FAMILIES, check_rope_scaling, from_huggingface
 from distill_nemo.models.layer_specs import block_spec
 from distill_nemo.models.layers import as_megatron, layers
-from distill_nemo.models.nemo_config import LLAMA3_ROPE, read_nemo_config
+from distill_nemo.models.nemo_config import read_nemo_config
 from distill_nemo.models.sources import CheckpointKind, find_checkpoint
 
-FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 REQUIRED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
 NOT_IN_TENSORS = ("rotary_base", "norm_epsilon")  # a wrong default would load, and give other logits
 VOCAB_MULTIPLE = 128  # whatever the tensor parallel size, so that checkpoints reshard
-HF_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
 def resolve[T: ModelConfig](model: T) -> T:
@@ -59,7 +58,7 @@ def resolve[T: ModelConfig](model: T) -> T:
     values |= {name: value for name, value in defaults.items() if values[name] is None}
     if values["family"] not in FAMILIES:
         raise ValueError(f'family "{values["family"]}" is not known.{near(str(values["family"]), FAMILIES)}')
-    _check_rope_scaling(values["rope_scaling"])
+    check_rope_scaling(values["rope_scaling"])
     resolved = type(model)(**values)
     layers(resolved)
     return resolved
@@ -97,107 +96,29 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def from_huggingface(config: dict[str, Any], where: Path) -> dict[str, Any]:
-    """`ModelConfig` fields out of a Hugging Face config.
-
-    Raises:
-        ValueError: for a model type or a feature that is not supported, by name.
-    """
-    family = config.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f'{where}: model_type "{family}" is not supported.{near(str(family), FAMILIES)}')
-    for name in HF_SIZES:
-        if type(config.get(name)) is not int or config[name] < 1:
-            raise ValueError(f"{where}/config.json: {name} must be a positive integer, got {config.get(name)!r}")
-    rope = config.get("rope_parameters") or {}  # where transformers 5 keeps what rope_theta and rope_scaling were
-    named = config.get("architectures") or []
-    refused = {
-        f"architectures {named}": named != [FAMILIES[family]],  # the importer goes by it
-        "attention_bias": config.get("attention_bias") and family != "qwen2",
-        "mlp_bias": config.get("mlp_bias"),
-        "sliding window attention": config.get("use_sliding_window"),
-        f"hidden_act {config.get('hidden_act')}": config.get("hidden_act", "silu") != "silu",
-        "partial_rotary_factor": rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0,
-    }
-    for feature, used in refused.items():
-        if used:
-            raise ValueError(f"{where}: {feature} is not supported")
-    scaling = config.get("rope_scaling") or {k: v for k, v in rope.items() if k != "rope_theta"}
-    if scaling.get("rope_type", scaling.get("type", "default")) == "default":
-        scaling = None
-    heads, width = config["num_attention_heads"], config["hidden_size"]
-    return {
-        "family": family,
-        "num_layers": config["num_hidden_layers"],
-        "hidden_size": width,
-        "ffn_hidden_size": config["intermediate_size"],
-        "num_attention_heads": heads,
-        "num_query_groups": config.get("num_key_value_heads") or heads,
-        "kv_channels": config.get("head_dim") or width // heads,
-        "vocab_size": config["vocab_size"],
-        "max_position_embeddings": config.get("max_position_embeddings", 4096),
-        "rotary_base": float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-        "rope_scaling": scaling,
-        "norm_epsilon": config.get("rms_norm_eps", 1e-6),
-        "tie_word_embeddings": config.get("tie_word_embeddings", False),
-        "block_configs": None,
-    }
-
-
-def _check_rope_scaling(scaling: dict[str, Any] | None) -> None:
-    if scaling is None:
-        return
-    kind = scaling.get("rope_type", scaling.get("type"))
-    if kind != "llama3":
-        raise ValueError(f'rope_scaling type "{kind}" is not supported; "llama3" is')
-    for name, value in LLAMA3_ROPE.items():
-        if scaling.get(name) != value:
-            raise ValueError(f"rope_scaling.{name} = {scaling.get(name)}: Megatron-Core knows {value} only")
-    if not isinstance(scaling.get("factor"), int | float):
-        raise ValueError(f"rope_scaling.factor must be a number, got {scaling.get('factor')!r}")
-
-
-def to_huggingface(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """`config.json` of the exported model."""
-    assert model.family is not None and model.rotary_base is not None, "resolved"
-    rope: dict[str, Any] = {"rope_theta": model.rotary_base, "rope_type": "default", **(model.rope_scaling or {})}
-    return {
-        "architectures": [FAMILIES[model.family]],
-        "model_type": model.family,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.num_query_groups,
-        "head_dim": model.kv_channels,
-        "vocab_size": model.vocab_size,
-        "max_position_embeddings": model.max_position_embeddings,
-        "rms_norm_eps": model.norm_epsilon,
-        "rope_theta": model.rotary_base,
-        "rope_scaling": model.rope_scaling,
-        "rope_parameters": rope,
-        "tie_word_embeddings": model.tie_word_embeddings,
-        "hidden_act": "silu",
-        "bos_token_id": None,  # else LlamaConfig takes 1 and 2, whatever the tokenizer, and generation stops at 2
-        "eos_token_id": None,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-
-
 def padded_vocab_size(vocab_size: int) -> int:
     """The rows that embedding and output layer really have."""
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-def transformer_config(model: ModelConfig, parallelism: ParallelismConfig, dtype: torch.dtype) -> TransformerConfig:
+def transformer_config(
+    model: ModelConfig, parallelism: ParallelismConfig, dtype: torch.dtype, recompute: str | None = None
+) -> TransformerConfig:
     """Megatron's config of a resolved model at a layout.
 
+    Args:
+        model: resolved.
+        parallelism: Megatron's parallel sizes. Layers that do not divide evenly over stages are spread.
+        dtype: of weights and activations.
+        recompute: `full` (every layer), `selective` (the core attention) or None.
+
     Raises:
-        ValueError: when the layout does not divide heads, layers or vocabulary, naming both numbers.
+        ValueError: when the layout does not divide heads, experts or vocabulary, naming both numbers.
     """
     _check_layout(model, parallelism)
     on_cpu = not torch.cuda.is_available()
     resolved: Any = model
+    granularity: Any = recompute
     kind, differing = TransformerConfig, {}
     if model.block_configs is not None:
         kind = HeterogeneousTransformerConfig
@@ -227,7 +148,14 @@ def transformer_config(model: ModelConfig, parallelism: ParallelismConfig, dtype
         calculate_per_token_loss=True,  # before DDP is built: it scales gradients by it
         tensor_model_parallel_size=parallelism.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallelism.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallelism.virtual_pipeline_model_parallel_size,
+        pipeline_model_parallel_layout=_stage_layout(resolved.num_layers, parallelism),
+        context_parallel_size=parallelism.context_parallel_size,
+        expert_model_parallel_size=parallelism.expert_model_parallel_size,
         sequence_parallel=parallelism.sequence_parallel,
+        recompute_granularity=granularity,
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=1 if recompute == "full" else None,
         use_cpu_initialization=True,  # the same weights whatever the layout
         bias_activation_fusion=not on_cpu,
         bias_dropout_fusion=False,
@@ -238,24 +166,35 @@ def transformer_config(model: ModelConfig, parallelism: ParallelismConfig, dtype
     )
 
 
+def _stage_layout(num_layers: int, parallelism: ParallelismConfig) -> list[list[str]] | None:
+    """What each pipeline stage holds, in the order of the model, in Megatron's words."""
+    if parallelism.num_stages == 1:
+        return None
+    if num_layers < parallelism.num_stages:
+        raise ValueError(f"num_layers = {num_layers} cannot fill {parallelism.num_stages} pipeline stages")
+    stages = [["decoder"] * size for size in parallelism.stage_sizes(num_layers)]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
+
+
 def _check_layout(model: ModelConfig, parallelism: ParallelismConfig) -> None:
-    tensor, pipeline = parallelism.tensor_model_parallel_size, parallelism.pipeline_model_parallel_size
+    tensor = parallelism.tensor_model_parallel_size
     assert model.vocab_size is not None, "resolved"
     by_layer = [
-        (f"{name} of layer {i}", getattr(layer, name), "tensor", tensor)
+        (f"{name} of layer {i}", getattr(layer, name))
         for i, layer in enumerate(layers(model))
         for name in ("num_query_groups", "ffn_hidden_size")
     ]
-    for name, value, kind, size in (
-        ("num_attention_heads", model.num_attention_heads, "tensor", tensor),
+    for name, value in (
+        ("num_attention_heads", model.num_attention_heads),
         *by_layer,
-        ("padded vocabulary", padded_vocab_size(model.vocab_size), "tensor", tensor),
-        ("num_layers", model.num_layers, "pipeline", pipeline),
+        ("padded vocabulary", padded_vocab_size(model.vocab_size)),
     ):
-        if value is not None and value % size:
+        if value is not None and value % tensor:
             raise ValueError(
                 f"{model.checkpoint or type(model).__name__}: {name} = {value} is not divisible by "
-                f"parallelism.{kind}_model_parallel_size = {size}"
+                f"parallelism.tensor_model_parallel_size = {tensor}"
             )
 
 

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from distill_nemo.config import ModelConfig
-from distill_nemo.models.architecture import padded_vocab_size, to_huggingface
+from distill_nemo.models.architecture import padded_vocab_size
+from distill_nemo.models.hf_config import to_huggingface
 from distill_nemo.models.megatron_weights import STATE
 from distill_nemo.models.sources import find_checkpoint
 

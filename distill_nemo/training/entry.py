@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from distill_nemo.checks import check
 from distill_nemo.config import (
     CheckpointConfig,
     DataConfig,
@@ -21,7 +22,6 @@ from distill_nemo.config import (
     StudentConfig,
     TeacherConfig,
     TrainingConfig,
-    check,
     from_dict,
     load_yaml,
     save_yaml,

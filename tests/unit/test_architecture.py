@@ -99,7 +99,7 @@ def test_our_own_description_is_read_back_and_checked(tmp_path):
     ("layout", "words"),
     [
         ({"tensor_model_parallel_size": 3}, "num_attention_heads = 4 is not divisible by parallelism.tensor"),
-        ({"pipeline_model_parallel_size": 3}, "num_layers = 4 is not divisible by parallelism.pipeline"),
+        ({"pipeline_model_parallel_size": 5}, "num_layers = 4 cannot fill"),
     ],
 )
 def test_a_layout_that_does_not_divide_a_loaded_architecture_is_refused(tmp_path, layout, words):

@@ -6,12 +6,12 @@ import typing
 
 import pytest
 
+from distill_nemo.checks import check
 from distill_nemo.config import (
     DataConfig,
     RunConfig,
     StudentConfig,
     TeacherConfig,
-    check,
     from_dict,
     load_yaml,
     save_yaml,
@@ -104,7 +104,7 @@ def test_no_teacher_round_trips(tmp_path):
     [
         ({"parallelism__tensor_model_parallel_size": 2}, 3, "world size 3 is not divisible"),
         ({"parallelism__tensor_model_parallel_size": 8}, 8, "student.num_attention_heads = 4 is not divisible"),
-        ({"parallelism__pipeline_model_parallel_size": 3}, 3, "student.num_layers = 4 is not divisible"),
+        ({"parallelism__pipeline_model_parallel_size": 5}, 5, "student.num_layers = 4 cannot fill 5 pipeline stages"),
         ({"training__global_batch_size": 10, "training__micro_batch_size": 4}, 1, "global_batch_size 10 is not"),
         ({"training__dtype": "float8"}, 1, 'training.dtype = "float8" is not known. Did you mean'),
         ({"distillation__divergence": "foward_kl"}, 1, "Did you mean forward_kl"),
@@ -112,7 +112,25 @@ def test_no_teacher_round_trips(tmp_path):
         ({"distillation__hidden_loss": "mse"}, 1, "go together"),
         ({"distillation__hidden_loss": "mse", "distillation__hidden_layers": ["a"]}, 1, "student_layer:teacher_layer"),
         ({"data__train": []}, 1, "data.train is empty"),
-        ({"parallelism__context_parallel_size": 2}, 2, "not supported yet"),
+        ({"parallelism__context_parallel_size": 2, "data__sequence_length": 30}, 2, "30 is not divisible by 4"),
+        ({"parallelism__virtual_pipeline_model_parallel_size": 2}, 1, "number of pieces of a stage: 2 or more"),
+        (
+            {
+                "parallelism__pipeline_model_parallel_size": 2,
+                "parallelism__virtual_pipeline_model_parallel_size": 2,
+                "training__global_batch_size": 3,
+            },
+            2,
+            "micro batches in multiples of pipeline_model_parallel_size = 2, got 3",
+        ),
+        ({"distillation__top_k": 0}, 1, "distillation.top_k must be at least 1"),
+        (
+            {"distillation__top_k": 5, "distillation__divergence": "reverse_kl"},
+            1,
+            'with divergence = "forward_kl"',
+        ),
+        ({"distillation__beta": 1.0}, 1, "distillation.beta must be between 0 and 1"),
+        ({"training__recompute": "ful"}, 1, "Did you mean full"),
         ({"parallelism__sequence_parallel": True}, 1, "needs parallelism.tensor_model_parallel_size"),
         ({"optimizer__warmup_steps": 1000}, 1, "warmup_steps must be below the 1000 steps"),
         ({"training__steps": 0}, 1, "training.steps must be at least 1"),

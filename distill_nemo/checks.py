@@ -1,0 +1,153 @@
+"""Refuse a config that cannot run, before anything is loaded or written. No torch: the launcher checks too."""
+
+import math
+from operator import attrgetter
+
+from distill_nemo.config import DistillationConfig, ModelConfig, ParallelismConfig, RunConfig, near, require
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon")
+HIDDEN_LOSSES = ("cosine", "mse")
+BALANCERS = ("static", "dynamic")
+DTYPES = ("auto", "float32", "bfloat16")
+RECOMPUTE = ("full", "selective")
+DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root")
+AT_LEAST_ONE = (
+    "parallelism.tensor_model_parallel_size",
+    "parallelism.pipeline_model_parallel_size",
+    "parallelism.context_parallel_size",
+    "parallelism.expert_model_parallel_size",
+    "data.sequence_length",
+    "training.steps",
+    "training.micro_batch_size",
+    "training.global_batch_size",
+    "training.eval_interval",
+    "training.eval_batches",
+    "checkpoint.save_interval",
+    "checkpoint.keep_last",
+    "logging.log_interval",
+)
+POSITIVE = ("optimizer.lr", "optimizer.adam_eps", "distillation.temperature", "parallelism.timeout_minutes")
+NOT_NEGATIVE = ("optimizer.min_lr", "optimizer.weight_decay", "optimizer.clip_grad", "data.num_workers")
+
+
+def check(config: RunConfig, world_size: int) -> None:
+    """Refuse what cannot run, before anything is loaded or written.
+
+    Raises:
+        ValueError: naming the field, what came, what is allowed.
+    """
+    par, train, kd = config.parallelism, config.training, config.distillation
+    _check_ranges(config)
+    require(
+        world_size % par.model_parallel_size == 0,
+        f"world size {world_size} is not divisible by tensor x pipeline x context parallel size = "
+        f"{par.tensor_model_parallel_size} x {par.pipeline_model_parallel_size} x {par.context_parallel_size} = "
+        f"{par.model_parallel_size}; change the number of processes or parallelism.*",
+    )
+    data_parallel_size = world_size // par.model_parallel_size
+    batch = train.micro_batch_size * data_parallel_size
+    require(
+        train.global_batch_size % batch == 0,
+        f"training.global_batch_size {train.global_batch_size} is not divisible by micro_batch_size "
+        f"{train.micro_batch_size} x data parallel size {data_parallel_size} = {batch}",
+    )
+    _check_parallelism(config, config.num_microbatches(data_parallel_size))
+    decay_steps = config.optimizer.decay_steps or train.steps
+    require(
+        0 <= config.optimizer.warmup_steps < decay_steps,
+        f"optimizer.warmup_steps must be below the {decay_steps} steps of the schedule, "
+        f"got {config.optimizer.warmup_steps}",
+    )
+    require(
+        config.optimizer.min_lr <= config.optimizer.lr,
+        f"optimizer.min_lr = {config.optimizer.min_lr} is above optimizer.lr = {config.optimizer.lr}",
+    )
+    _one_of("training.dtype", train.dtype, DTYPES)
+    _one_of("optimizer.decay_style", config.optimizer.decay_style, DECAY_STYLES)
+    _one_of("distillation.divergence", kd.divergence, DIVERGENCES)
+    _one_of("distillation.balancer", kd.balancer, BALANCERS)
+    if kd.hidden_loss is not None:
+        _one_of("distillation.hidden_loss", kd.hidden_loss, HIDDEN_LOSSES)
+    require(
+        (kd.hidden_loss is None) == (not kd.hidden_layers),
+        "distillation.hidden_loss and distillation.hidden_layers go together: set both or neither",
+    )
+    _check_divergence(kd)
+    if train.recompute is not None:
+        _one_of("training.recompute", train.recompute, RECOMPUTE)
+    for pair in kd.hidden_layers:
+        require(pair.count(":") == 1, f'distillation.hidden_layers: "{pair}" is not "student_layer:teacher_layer"')
+    require(bool(config.data.train), "data.train is empty: name the token files made by `nemo distill prepare`")
+    _check_model("student", config.student, par)
+    if config.teacher is not None:
+        _check_model("teacher", config.teacher, par)
+
+
+def _check_parallelism(config: RunConfig, num_microbatches: int) -> None:
+    par, length = config.parallelism, config.data.sequence_length
+    tensor, context, virtual = (
+        par.tensor_model_parallel_size,
+        par.context_parallel_size,
+        par.virtual_pipeline_model_parallel_size,
+    )
+    require(
+        not par.sequence_parallel or tensor > 1,
+        "parallelism.sequence_parallel needs parallelism.tensor_model_parallel_size > 1",
+    )
+    pieces = context * 2 if context > 1 else 1  # each context parallel rank has an early and a late piece
+    pieces *= tensor if par.sequence_parallel else 1
+    require(
+        length % pieces == 0,
+        f"data.sequence_length = {length} is not divisible by {pieces}, as parallelism.context_parallel_size = "
+        f"{context} and sequence_parallel = {par.sequence_parallel} need",
+    )
+    if virtual is None:
+        return
+    pipeline = par.pipeline_model_parallel_size
+    require(
+        virtual > 1 and pipeline > 1,
+        "parallelism.virtual_pipeline_model_parallel_size is the number of pieces of a stage: 2 or more, and with "
+        f"pipeline_model_parallel_size > 1; got {virtual} and {pipeline}",
+    )
+    require(
+        num_microbatches % pipeline == 0,
+        f"a virtual pipeline needs micro batches in multiples of pipeline_model_parallel_size = {pipeline}, "
+        f"got {num_microbatches}: change training.global_batch_size or micro_batch_size",
+    )
+
+
+def _check_divergence(kd: DistillationConfig) -> None:
+    require(0 < kd.beta < 1, f"distillation.beta must be between 0 and 1, got {kd.beta}")
+    if kd.top_k is not None:
+        require(kd.top_k >= 1, f"distillation.top_k must be at least 1, got {kd.top_k}")
+        require(
+            kd.divergence == "forward_kl",
+            f'distillation.top_k goes with divergence = "forward_kl", not "{kd.divergence}"',
+        )
+
+
+def _check_ranges(config: RunConfig) -> None:
+    for names, ok, allowed in (
+        (AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
+        (POSITIVE, lambda value: 0 < value < math.inf, "positive"),
+        (NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "0 or more"),
+    ):
+        for name in names:
+            value = attrgetter(name)(config)
+            require(ok(value), f"{name} must be {allowed}, got {value}")
+
+
+def _check_model(role: str, model: ModelConfig, par: ParallelismConfig) -> None:
+    size, stages = par.tensor_model_parallel_size, par.num_stages
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        value = getattr(model, name)
+        if value is not None and value % size:
+            raise ValueError(
+                f"{role}.{name} = {value} is not divisible by parallelism.tensor_model_parallel_size = {size}"
+            )
+    if model.num_layers is not None and model.num_layers < stages:
+        raise ValueError(f"{role}.num_layers = {model.num_layers} cannot fill {stages} pipeline stages (parallelism.*)")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    require(value in allowed, f'{name} = "{value}" is not known.{near(str(value), allowed)}')
