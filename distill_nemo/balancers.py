@@ -5,6 +5,8 @@ number (`LogitsKLLoss_0`, `HiddenStateCosineLoss_1`). Class names that start wit
 intermediate losses. Logits losses are added up, intermediate losses averaged. The dict is left as it is.
 """
 
+from typing import Any
+
 import torch
 from modelopt.torch.distill import DistillationLossBalancer
 from modelopt.torch.distill.loss_balancers import STUDENT_LOSS_KEY as STUDENT_LOSS
@@ -13,8 +15,11 @@ from torch import Tensor
 LOGITS_PREFIX = "Logits"
 
 
+Losses = tuple[Tensor | None, Tensor | None, Tensor | None]  # student, logits, intermediate
+
+
 class LogitsAndIntermediatesLossBalancer(DistillationLossBalancer):
-    """Scales the distillation losses to the size of the student's own loss, anew in every call.
+    """Scales the distillation losses to the size of the student's own loss.
 
     `kd = logits + intermediate * scale(logits / intermediate)`
     `total = student + kd * scale(student / kd) * kd_loss_scale`, or `kd` alone where the student loss is missing or
@@ -22,6 +27,10 @@ class LogitsAndIntermediatesLossBalancer(DistillationLossBalancer):
 
     Scales are constants for autograd, 0 where their denominator is 0 (so a term that vanishes stays zero, with a finite
     gradient), and at most `max_amplification`. No value is read by the host.
+
+    They are taken from the losses of the call (as ModelOpt does), or, after `observe`, from those observed. Training
+    observes the global means of the step before: so every rank and every pipeline stage weighs alike, and within a step
+    the total is linear in the losses, which makes it exact under any layout and micro batch size.
 
     The default limit is 10. A KL divergence vanishes as the square of its gradient, so the gradient of
     `kd * student / kd` grows without bound as the student gets good (2.0 against 1e-4 would be 20,000x); with a limit A
@@ -48,6 +57,12 @@ class LogitsAndIntermediatesLossBalancer(DistillationLossBalancer):
         self.kd_loss_scale = kd_loss_scale
         self.skip_original_loss = skip_original_loss
         self.max_amplification = max_amplification
+        self.observed: dict[str, float] | None = None
+
+    def observe(self, means: dict[str, float]) -> None:
+        """Weigh by these losses from now on: `lm_loss`, `logit_loss` and `hidden_loss` where there are any."""
+        names = ("lm_loss", "logit_loss", "hidden_loss")
+        self.observed = {name: float(means[name]) for name in names if name in means}
 
     def forward(self, loss_dict: dict[str, Tensor]) -> Tensor:
         """Scalars by name -> the scalar to differentiate.
@@ -55,16 +70,28 @@ class LogitsAndIntermediatesLossBalancer(DistillationLossBalancer):
         Raises:
             ValueError: for a loss that is not a scalar.
         """
-        student, logits, intermediate = split_losses(self, loss_dict)
+        losses = split_losses(self, loss_dict)
+        return _weighted_sum(self._weights(losses) if self.observed is None else self.weights(), losses)
+
+    def weights(self) -> Losses:
+        """Of student (None: left out), logits and mean intermediate loss, as observed."""
+        assert self.observed is not None, "observe the losses first"
+        found = (self.observed.get(name) for name in ("lm_loss", "logit_loss", "hidden_loss"))
+        student, logits, intermediate = (None if value is None else torch.tensor(value) for value in found)
+        return self._weights((student, logits, intermediate))
+
+    def _weights(self, losses: Losses) -> Losses:
+        student, logits, intermediate = (None if loss is None else loss.detach() for loss in losses)
+        share = torch.ones(())
         if logits is not None and intermediate is not None:
-            intermediate = intermediate * self._scale(logits, intermediate)
-        kd = _sum(logits, intermediate)
+            share = self._scale(logits, intermediate)
+            intermediate = intermediate * share
         if student is None or self.skip_original_loss:
-            return kd
-        return student + kd * (self._scale(student, kd) * self.kd_loss_scale)
+            return None, torch.ones(()), share
+        scale = self._scale(student, _sum(logits, intermediate)) * self.kd_loss_scale
+        return torch.ones(()), scale, scale * share
 
     def _scale(self, target: Tensor, source: Tensor) -> Tensor:
-        target, source = target.detach(), source.detach()
         positive = torch.where(source > 0, source, 1.0)
         scale = torch.where(source > 0, target / positive, 0.0)
         return scale.clamp(max=self.max_amplification)
@@ -92,7 +119,11 @@ class WeightedLossBalancer(DistillationLossBalancer):
                 raise ValueError(f"{name} must not be negative, got {weight}")
         if not any(weights.values()):
             raise ValueError(f"{', '.join(weights)} are all zero: nothing would be learnt; set one above zero")
-        self.weights = tuple(weights.values())
+        self._weights = (lm_weight, logits_weight, hidden_weight)
+
+    def weights(self) -> tuple[float, float, float]:
+        """Of student, logits and mean intermediate loss."""
+        return self._weights
 
     def forward(self, loss_dict: dict[str, Tensor]) -> Tensor:
         """Scalars by name -> the scalar to differentiate.
@@ -100,13 +131,10 @@ class WeightedLossBalancer(DistillationLossBalancer):
         Raises:
             ValueError: for a loss that is not a scalar.
         """
-        losses = split_losses(self, loss_dict)
-        return _sum(*(x if x is None else w * x for w, x in zip(self.weights, losses, strict=True)))
+        return _weighted_sum(self._weights, split_losses(self, loss_dict))
 
 
-def split_losses(
-    balancer: DistillationLossBalancer, loss_dict: dict[str, Tensor]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def split_losses(balancer: DistillationLossBalancer, loss_dict: dict[str, Tensor]) -> Losses:
     """(student loss, sum of logits losses, mean of intermediate losses), each None where missing."""
     losses = dict(loss_dict)
     student = losses.pop(STUDENT_LOSS, None)
@@ -122,6 +150,11 @@ def split_losses(
         torch.stack(logits).sum() if logits else None,
         torch.stack(intermediate).mean() if intermediate else None,
     )
+
+
+def _weighted_sum(weights: Any, losses: Losses) -> Tensor:
+    pairs = zip(weights, losses, strict=True)
+    return _sum(*(None if weight is None or loss is None else weight * loss for weight, loss in pairs))
 
 
 def _sum(*terms: Tensor | None) -> Tensor:

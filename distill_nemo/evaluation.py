@@ -18,33 +18,52 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from distill_nemo.balancers import LOGITS_PREFIX
+from distill_nemo.losses.reduction import masked_sum
 from distill_nemo.losses.vocab_parallel import (
     vocab_parallel_entropy,
     vocab_parallel_forward_kl,
     vocab_parallel_top1_agreement,
 )
+from distill_nemo.models.context_parallel import split_batch
 
 Report = dict[str, Tensor]
 Batches = Iterator[dict[str, Tensor]]
 LossFunc = Callable[[Tensor], tuple[Tensor, Tensor, Report]]
+StepFunc = Callable[[Batches, nn.Module], tuple[Tensor, LossFunc]]
 
 
 def evaluate(
-    model: nn.Module, batches: Batches, *, num_microbatches: int, sequence_length: int, micro_batch_size: int
+    chunks: list[nn.Module],
+    batches: list[Batches],
+    *,
+    num_microbatches: int,
+    sequence_length: int,
+    micro_batch_size: int,
+    step: StepFunc | None = None,
 ) -> dict[str, float]:
-    """Global token means of the next `num_microbatches` of `batches`. The model is left in eval mode."""
-    model.eval()
+    """Global token means of the next `num_microbatches` of `batches`, without gradients.
+
+    Args:
+        chunks: this pipeline stage's pieces of the model; left in eval mode.
+        batches: the same stream, once for each chunk.
+        num_microbatches: of this data-parallel rank.
+        sequence_length: tokens of a sample, whatever the layout.
+        micro_batch_size: samples.
+        step: what to run on a micro batch; `eval_forward_step` unless told.
+    """
+    for chunk in chunks:
+        chunk.eval()
     with torch.no_grad():
         reports = get_forward_backward_func()(
-            forward_step_func=eval_forward_step,
-            data_iterator=batches,
-            model=[model],
+            forward_step_func=step or eval_forward_step,
+            data_iterator=batches if len(chunks) > 1 else batches[0],
+            model=chunks,
             num_microbatches=num_microbatches,
             seq_length=sequence_length,
             micro_batch_size=micro_batch_size,
             forward_only=True,
         )
-        return reduce_reports(reports, next(model.parameters()).device)
+        return reduce_reports(reports, chunks)
 
 
 def eval_forward_step(batches: Batches, model: nn.Module) -> tuple[Tensor, LossFunc]:
@@ -54,10 +73,11 @@ def eval_forward_step(batches: Batches, model: nn.Module) -> tuple[Tensor, LossF
 
 
 def run_model(batches: Batches, model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
-    """The next micro batch, on the model's device, and the model's output for it."""
+    """This rank's part of the next micro batch, on the model's device, and the model's output for it."""
     device = next(model.parameters()).device
-    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
-    return batch, model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    batch = split_batch({name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()})
+    inputs = (batch["tokens"], batch["position_ids"], None)
+    return batch, model(*inputs, labels=batch["labels"], loss_mask=batch["loss_mask"])
 
 
 def eval_loss_func(
@@ -67,7 +87,7 @@ def eval_loss_func(
     unwrapped: Any = unwrap_model(model)
     num_tokens = loss_mask.sum()
     report = {"lm_loss": masked_sum(output_tensor, loss_mask)}
-    if isinstance(unwrapped, mtd.DistillationModel):
+    if isinstance(unwrapped, mtd.DistillationModel) and unwrapped._layers_to_loss:
         report |= {name: masked_sum(x, loss_mask) for name, x in _against_teacher(unwrapped, labels).items()}
     return report["lm_loss"], num_tokens.int(), counted(report, num_tokens)
 
@@ -90,37 +110,58 @@ def _against_teacher(model: Any, labels: Tensor) -> dict[str, Tensor]:
     return figures
 
 
-def masked_sum(values_BS: Tensor, loss_mask_BS: Tensor) -> Tensor:
-    """Sum over valid tokens, fp32. A masked token cannot leak: not even a NaN times zero."""
-    return torch.where(loss_mask_BS > 0, values_BS.float() * loss_mask_BS, 0.0).sum()
-
-
 def counted(report: dict[str, Tensor], num_tokens: Tensor) -> Report:
     """Pair every sum with the number of tokens it runs over."""
     return {name: torch.stack([value.detach(), num_tokens]) for name, value in report.items()}
 
 
-def reduce_reports(reports: list[Report], device: torch.device) -> dict[str, float]:
-    """Global token means, the same on every rank.
+def reduce_reports(reports: list[Report], chunks: list[nn.Module]) -> dict[str, float]:
+    """Global token means, the same on every rank. A metric over no valid token is NaN.
 
     Sums run over micro batches, data- and context-parallel ranks (one all-reduce); tensor-parallel ranks already
-    agree. The last pipeline stage then tells the others. A metric over no valid token is NaN.
+    agree. The last pipeline stage tells the others. Hidden losses are collected from the stages that have them, and
+    `kd_loss`, where it is reported, gets their share.
     """
-    last_stage = parallel_state.is_pipeline_last_stage()
-    names: list[Any] = [sorted(reports[0]) if last_stage else None]
-    group: Any = parallel_state.get_pipeline_model_parallel_group()
+    device = next(chunks[0].parameters()).device
+    pipeline: Any = parallel_state.get_pipeline_model_parallel_group()
     source = parallel_state.get_pipeline_model_parallel_last_rank()
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        dist.broadcast_object_list(names, src=source, group=group)
+    last_stage, split = dist.get_rank() == source, dist.get_world_size(pipeline) > 1
+    names: list[Any] = [sorted(reports[0]) if last_stage else None]
+    hidden = _hidden_sums(chunks, device)
+    if split:
+        dist.broadcast_object_list(names, src=source, group=pipeline)
+        dist.all_reduce(hidden, group=pipeline)
     sums = torch.zeros(len(names[0]), 2, dtype=torch.float64, device=device)
     if last_stage:
         sums += torch.stack([_total(reports, name) for name in names[0]])
-        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        dist.broadcast(sums, src=source, group=group)
-    values = sums.tolist()
-    means = {n: (total / tokens if tokens else math.nan) for n, (total, tokens) in zip(names[0], values, strict=True)}
-    return means | {"valid_tokens": values[0][1]}
+    everything = torch.cat([sums.flatten(), hidden])
+    dist.all_reduce(everything, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    if split:
+        dist.broadcast(everything, src=source, group=pipeline)
+    values = everything.tolist()
+    tokens = values[1]
+    means = {name: values[2 * i] / tokens if tokens else math.nan for i, name in enumerate(names[0])}
+    return means | _hidden_means(values[2 * len(names[0]) :], tokens, means, chunks) | {"valid_tokens": tokens}
+
+
+def _hidden_sums(chunks: list[nn.Module], device: torch.device) -> Tensor:
+    """[number of hidden losses] masked sums of this stage."""
+    models: list[Any] = [unwrap_model(chunk) for chunk in chunks]
+    sums = [model.hidden_losses.sums(device) for model in models if isinstance(model, mtd.DistillationModel)]
+    return torch.stack(sums).sum(dim=0) if sums else torch.zeros(0, dtype=torch.float64, device=device)
+
+
+def _hidden_means(
+    sums: list[float], tokens: float, means: dict[str, float], chunks: list[nn.Module]
+) -> dict[str, float]:
+    if not sums:
+        return {}
+    each = {f"hidden_loss_{i}": value / tokens if tokens else math.nan for i, value in enumerate(sums)}
+    found = {"hidden_loss": sum(each.values()) / len(sums)}
+    if "kd_loss" in means:
+        model: Any = unwrap_model(chunks[0])
+        found["kd_loss"] = means["kd_loss"] + float(model.loss_balancer.weights()[2]) * found["hidden_loss"]
+    return found | (each if len(sums) > 1 else {})
 
 
 def _total(reports: list[Report], name: str) -> Tensor:

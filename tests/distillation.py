@@ -14,6 +14,7 @@ from torch.nn import functional
 from distill_nemo.config import DistillationConfig, ParallelismConfig, RunConfig, StudentConfig, TeacherConfig
 
 GLOBAL_BATCH, MICRO_BATCH, SEQUENCE, VOCAB = 4, 1, 16, 507
+FP64: dict[str, Any] = {"dtype": torch.float64, "experts_implementation": "eager"}  # torch's grouped_mm has no fp64
 
 
 @dataclass
@@ -21,12 +22,14 @@ class Layout:
     tensor: int = 1
     pipeline: int = 1
     sequence_parallel: bool = False
+    expert: int = 1
 
     def config(self) -> ParallelismConfig:
         return ParallelismConfig(
             tensor_model_parallel_size=self.tensor,
             pipeline_model_parallel_size=self.pipeline,
             sequence_parallel=self.sequence_parallel,
+            expert_model_parallel_size=self.expert,
         )
 
 
@@ -84,17 +87,18 @@ def _step(case: Case, run: RunConfig, output: str) -> dict[str, float]:
 
     seed_everything(0)
     trainee = build_trainee(run, torch.float32, load_weights=True)
-    trainee.model.train()
+    for chunk in trainee.chunks:
+        chunk.train()
     share = GLOBAL_BATCH // ps.get_data_parallel_world_size()
     first = ps.get_data_parallel_rank() * share
     batch = case.batch()
     micro = [{k: v[i : i + MICRO_BATCH] for k, v in batch.items()} for i in range(first, first + share, MICRO_BATCH)]
     reports: Any = get_forward_backward_func()(
-        forward_step_func=forward_step, data_iterator=iter(micro), model=[trainee.model],
+        forward_step_func=forward_step, data_iterator=iter(micro), model=trainee.chunks,
         num_microbatches=len(micro), seq_length=SEQUENCE, micro_batch_size=MICRO_BATCH, forward_only=False,
     )  # fmt: skip
-    means = reduce_reports(reports, torch.device("cpu"))
-    for name, parameter in trainee.unwrapped.named_parameters():
+    means = reduce_reports(reports, trainee.chunks)
+    for name, parameter in [named for chunk in trainee.unwrapped for named in chunk.named_parameters()]:
         if parameter.requires_grad:
             gradient: Any = parameter.main_grad
             assert gradient.isfinite().all(), name
@@ -121,14 +125,14 @@ def reference(case: Case) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     kd = DistillationConfig(**case.distillation)
     batch = case.batch()
     mask = batch["loss_mask"].double()
-    student: Any = AutoModelForCausalLM.from_pretrained(case.student, dtype=torch.float64)
+    student: Any = AutoModelForCausalLM.from_pretrained(case.student, **FP64)
     ours = student(batch["tokens"], output_hidden_states=True)
     log_q = functional.log_softmax(ours.logits / kd.temperature, -1)
     lm = functional.cross_entropy(ours.logits.transpose(1, 2), batch["labels"], reduction="none")
     losses = {"lm_loss": lm}
     weights = {"lm_loss": kd.lm_weight if case.teacher else 1.0}
     if case.teacher:
-        teacher: Any = AutoModelForCausalLM.from_pretrained(case.teacher, dtype=torch.float64)
+        teacher: Any = AutoModelForCausalLM.from_pretrained(case.teacher, **FP64)
         with torch.no_grad():
             theirs = teacher(batch["tokens"], output_hidden_states=True)
         log_p = functional.log_softmax(theirs.logits / kd.temperature, -1)

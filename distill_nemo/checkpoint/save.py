@@ -28,7 +28,7 @@ class CheckpointWriter:
         self._queue: Any = AsyncCallsQueue() if self.async_save else None
         self._partial = root  # what is being written
 
-    def save(self, step: int, model: Any, optimizer: Any, scheduler: Any, state: dict[str, Any]) -> None:
+    def save(self, step: int, chunks: list[Any], optimizer: Any, scheduler: Any, state: dict[str, Any]) -> None:
         """Write one checkpoint; every rank must call it. With `async_save` it is whole only after `finish`.
 
         Raises:
@@ -42,9 +42,9 @@ class CheckpointWriter:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
             dist.barrier()
-            contents = sharded_state(model, optimizer, scheduler, loading=False)
+            contents = sharded_state(chunks, optimizer, scheduler, loading=False)
             contents |= {"rng": rng_state(), "run_state": state, "rng_layout": rng_layout()[0]}
-            save_modelopt_state(model, partial)
+            save_modelopt_state(chunks[0], partial)
             self._write(contents, partial, target)
 
     def _write(self, contents: dict[str, Any], partial: Path, target: Path) -> None:

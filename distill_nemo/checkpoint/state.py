@@ -21,11 +21,11 @@ def _metadata() -> dict[str, Any]:
     return {"dp_cp_group": group, "distrib_optim_sharding_type": "fully_reshardable"}
 
 
-def sharded_state(model: Any, optimizer: Any, scheduler: Any, loading: bool) -> dict[str, Any]:
-    """Model, optimizer, schedule; the model's keys begin with `model.`."""
+def sharded_state(chunks: list[Any], optimizer: Any, scheduler: Any, loading: bool) -> dict[str, Any]:
+    """Model, optimizer, schedule; the model's keys begin with `model.`, whatever the chunk."""
     if loading:
         _allocate_adam_state(optimizer)
-    weights = model_state(model)
+    weights = {f"chunk_{i}": model_state(chunk) for i, chunk in enumerate(chunks)}
     kept = optimizer.sharded_state_dict(dict(weights), is_loading=loading, metadata=_metadata())
     return {"weights": weights, "optimizer": kept, "scheduler": scheduler.state_dict()}
 
@@ -75,9 +75,11 @@ def model_state(model: Any) -> dict[str, Any]:
     return {name: value for name, value in state.items() if keep or not name.endswith("_extra_state")}
 
 
-def load_model_state(model: nn.Module, state: dict[str, Any]) -> None:
+def load_model_state(chunks: list[nn.Module], state: dict[str, Any]) -> None:
     """Put loaded tensors back."""
-    model.load_state_dict({name.removeprefix(PREFIX): value for name, value in state.items()}, strict=False)
+    for i, chunk in enumerate(chunks):
+        loaded = {name.removeprefix(PREFIX): value for name, value in state[f"chunk_{i}"].items()}
+        chunk.load_state_dict(loaded, strict=False)
 
 
 def rng_state() -> ShardedObject:
@@ -94,17 +96,17 @@ def rng_state() -> ShardedObject:
 
 
 def rng_layout() -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Number of ranks along (pipeline, tensor, data), and this one's place."""
+    """Number of ranks along (pipeline, tensor, data and context), and this one's place."""
     p = parallel_state
     sizes = (
         p.get_pipeline_model_parallel_world_size(),
         p.get_tensor_model_parallel_world_size(),
-        p.get_data_parallel_world_size(),
+        p.get_data_parallel_world_size(with_context_parallel=True),
     )
     places = (
         p.get_pipeline_model_parallel_rank(),
         p.get_tensor_model_parallel_rank(),
-        p.get_data_parallel_rank(),
+        p.get_data_parallel_rank(with_context_parallel=True),
     )
     return sizes, places
 

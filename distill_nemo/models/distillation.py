@@ -14,16 +14,18 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import LayerType
 from torch import Tensor, nn
 
 from distill_nemo.balancers import LogitsAndIntermediatesLossBalancer, WeightedLossBalancer
 from distill_nemo.config import DistillationConfig
 from distill_nemo.losses.hidden import HiddenStateCosineLoss, HiddenStateMSELoss
 from distill_nemo.losses.logits import LogitsKLLoss
+from distill_nemo.models.hidden_losses import HiddenLosses
 
 HIDDEN = {"cosine": HiddenStateCosineLoss, "mse": HiddenStateMSELoss}
 FINAL_NORM = "decoder.final_layernorm"
-LAYER = re.compile(r"^decoder\.layers\.(\d+)(\..+)?$")
+LAYER = re.compile(r"^decoder\.layers\.(\d+)(|\.self_attention|\.mlp)$")  # outputs that are whole on every rank
 
 
 def convert_to_distillation_model(
@@ -36,39 +38,50 @@ def convert_to_distillation_model(
         teacher: the same stage of the teacher, frozen.
         distill_cfg: what to learn.
         vocab_size: the true vocabulary; columns beyond it take no probability.
+
+    Raises:
+        ValueError: on every stage, for a hidden layer that does not exist or pairs that lie on different stages.
     """
-    mode = {
-        "teacher_model": teacher,
-        "criterion": build_criterion(student, teacher, distill_cfg, vocab_size),
-        "loss_balancer": build_balancer(distill_cfg),
-    }
+    pairs = hidden_pairs(student, teacher, distill_cfg)
+    if not logits_count(distill_cfg):
+        _drop_output_layer(teacher)
+    balancer: Any = build_balancer(distill_cfg)
+    criterion = build_criterion(student, distill_cfg, vocab_size)
+    mode = {"teacher_model": teacher, "criterion": criterion, "loss_balancer": balancer}
     model: Any = mtd.convert(student, mode=[("kd_loss", mode)])
+    modules = {str(number): loss for number, (_, _, loss) in pairs.items() if loss.projection is not None}
+    model._loss_modules = nn.ModuleDict(modules)  # by the number in the config: the same at every layout
+    losses = HiddenLosses(pairs, len(distill_cfg.hidden_layers), lambda: balancer.weights()[2])
+    object.__setattr__(model, "hidden_losses", losses)
     return adjust_distillation_model_for_mcore(model, distill_cfg)
 
 
 def build_balancer(distill_cfg: DistillationConfig) -> mtd.DistillationLossBalancer:
-    """The static balancer (fixed weights, exact under any layout) or the dynamic one."""
+    """The static balancer (fixed weights) or the dynamic one."""
     if distill_cfg.balancer == "static":
         return WeightedLossBalancer(distill_cfg.lm_weight, distill_cfg.logits_weight, distill_cfg.hidden_weight)
     return LogitsAndIntermediatesLossBalancer(distill_cfg.kd_loss_scale, distill_cfg.skip_lm_loss)
 
 
-def build_criterion(
-    student: GPTModel, teacher: GPTModel, distill_cfg: DistillationConfig, vocab_size: int
-) -> dict[tuple[str, str], nn.Module]:
-    """Which losses this pipeline stage computes, by (student layer, teacher layer), in local numbering.
+def logits_count(distill_cfg: DistillationConfig) -> bool:
+    """Whether the teacher's logits are needed: otherwise its output layer is not there."""
+    return distill_cfg.balancer == "dynamic" or distill_cfg.logits_weight != 0
 
-    Raises:
-        ValueError: on every stage, for a layer that does not exist, or one before the last pipeline stage.
-    """
-    pairs = []
-    for pair in distill_cfg.hidden_layers:
-        names = pair.split(":")
-        pairs.append((last_stage_name(names[0], student), last_stage_name(names[1], teacher)))
-    if not student.post_process:
+
+def _drop_output_layer(teacher: Any) -> None:
+    """The teacher ends with its last norm."""
+    if teacher.post_process:
+        teacher.post_process = False
+        del teacher.output_layer
+
+
+def build_criterion(
+    student: GPTModel, distill_cfg: DistillationConfig, vocab_size: int
+) -> dict[tuple[str, str], nn.Module]:
+    """The logits loss where the logits are, by (student layer, teacher layer)."""
+    if not student.post_process or not logits_count(distill_cfg):
         return {}
-    tp_size = student.config.tensor_model_parallel_size
-    group: Any = parallel_state.get_tensor_model_parallel_group() if tp_size > 1 else None
+    group = _tensor_parallel_group(student)
     width = student.output_layer.output_size_per_partition
     logits = LogitsKLLoss(
         divergence=distill_cfg.divergence,
@@ -77,39 +90,95 @@ def build_criterion(
         true_vocab_size=vocab_size,
         group=group,
         vocab_start=parallel_state.get_tensor_model_parallel_rank() * width,
+        beta=distill_cfg.beta,
+        top_k=distill_cfg.top_k,
     )
-    criterion: dict[tuple[str, str], nn.Module] = {("output_layer", "output_layer"): logits}
-    sequence_group = group if student.config.sequence_parallel else None
-    for pair in pairs:
-        assert distill_cfg.hidden_loss is not None, "config.check lets hidden layers through only with a hidden loss"
+    return {("output_layer", "output_layer"): logits}
+
+
+def _tensor_parallel_group(student: GPTModel) -> Any:
+    alone = student.config.tensor_model_parallel_size == 1
+    return None if alone else parallel_state.get_tensor_model_parallel_group()
+
+
+def hidden_pairs(
+    student: GPTModel, teacher: GPTModel, distill_cfg: DistillationConfig
+) -> dict[int, tuple[nn.Module, nn.Module, nn.Module]]:
+    """(student layer, teacher layer, loss module) of the hidden losses of this stage, by number in the config.
+
+    Raises:
+        ValueError: on every stage alike, for a layer that does not exist or a pair on two stages.
+    """
+    own, pairs = own_stage(student), {}
+    sequence_group = _tensor_parallel_group(student) if student.config.sequence_parallel else None
+    for number, names in enumerate(pair.split(":") for pair in distill_cfg.hidden_layers):
+        (stage, local), (teachers_stage, teachers_local) = (
+            locate_layer(name, model) for name, model in zip(names, (student, teacher), strict=True)
+        )
+        if stage != teachers_stage:
+            raise ValueError(
+                f'distillation.hidden_layers: "{names[0]}" of the student is on pipeline stage {stage}, "{names[1]}" '
+                f"of the teacher on stage {teachers_stage} at this layout: pair layers of the same stage, or change "
+                "parallelism.*"
+            )
+        if stage != own:
+            continue
+        assert distill_cfg.hidden_loss is not None, "the checks let hidden layers through only with a hidden loss"
         loss = HIDDEN[distill_cfg.hidden_loss](student.config.hidden_size, teacher.config.hidden_size, sequence_group)
-        criterion[pair] = loss.to(next(student.parameters()))
-    return criterion
+        if loss.projection is not None:
+            _initialise(loss.projection.weight, number)
+        loss = loss.to(next(student.parameters()))
+        pairs[number] = (student.get_submodule(local), teacher.get_submodule(teachers_local), loss)
+    return pairs
 
 
-def last_stage_name(name: str, model: GPTModel) -> str:
-    """`decoder.layers.<global index>` in the numbering of the last pipeline stage; `decoder.final_layernorm` as it is.
+def _initialise(weight: Tensor, number: int) -> None:
+    """As `nn.Linear`, from a generator of its own: the same projection on every rank and at every layout."""
+    generator = torch.Generator().manual_seed(torch.initial_seed() + number)
+    nn.init.kaiming_uniform_(weight, a=5**0.5, generator=generator)
+
+
+def own_stage(model: GPTModel) -> int:
+    """This chunk's place in the order of the model's stages."""
+    size, virtual = model.config.pipeline_model_parallel_size, getattr(model, "vp_stage", None) or 0
+    return virtual * size + parallel_state.get_pipeline_model_parallel_rank()
+
+
+def locate_layer(name: str, model: GPTModel) -> tuple[int, str]:
+    """(stage, name there) of `decoder.layers.<global index>` or a part of it, and of `decoder.final_layernorm`.
 
     The same on every stage, so that all ranks refuse a name together.
     """
+    sizes = _stage_sizes(model)
     if name == FINAL_NORM:
-        return name
+        return len(sizes) - 1, name
     match = LAYER.match(name)
-    inner = (match.group(2) or "") if match else ""
-    local: Any = model.decoder.layers[0]
-    if not match or (inner and inner[1:] not in dict(local.named_modules())):
-        known = f'known: "decoder.layers.<n>" and modules inside, "{FINAL_NORM}"'
-        raise ValueError(f'distillation.hidden_layers: "{name}" is not a layer of the model; {known}')
-    count, index = model.config.num_layers, int(match.group(1))
-    first = count - count // model.config.pipeline_model_parallel_size
-    if index >= count:
-        raise ValueError(f'distillation.hidden_layers: "{name}" does not exist; the model has layers 0 to {count - 1}')
-    if index < first:
+    if not match:
         raise ValueError(
-            f'distillation.hidden_layers: "{name}" is on an earlier pipeline stage; this release supports hidden '
-            f"losses on the last stage only, layers {first} to {count - 1} at this layout"
+            f'distillation.hidden_layers: "{name}" is not a layer of the model; known: "decoder.layers.<n>", '
+            f'"decoder.layers.<n>.self_attention", "decoder.layers.<n>.mlp", "{FINAL_NORM}"'
         )
-    return f"decoder.layers.{index - first}{inner}"
+    index = int(match.group(1))
+    if index >= sum(sizes):
+        raise ValueError(
+            f'distillation.hidden_layers: "{name}" does not exist; the model has layers 0 to {sum(sizes) - 1}'
+        )
+    stage = 0
+    while index >= sizes[stage]:
+        index -= sizes[stage]
+        stage += 1
+    return stage, f"decoder.layers.{index}{match.group(2)}"
+
+
+def _stage_sizes(model: GPTModel) -> list[int]:
+    """Layers of every stage, in the order of the model."""
+    layout: Any = model.config.pipeline_model_parallel_layout
+    if layout is None:
+        return [model.config.num_layers]
+    chunks = [
+        layout.layout[rank][virtual] for virtual in range(len(layout.layout[0])) for rank in range(len(layout.layout))
+    ]
+    return [chunk.count(LayerType.decoder) for chunk in chunks]
 
 
 def adjust_distillation_model_for_mcore(
@@ -120,13 +189,15 @@ def adjust_distillation_model_for_mcore(
     - the teacher stays out of `sharded_state_dict` (the optimizer skips it: it requires no gradient), and in eval mode;
     - the teacher's LM loss is never computed; the student's is, without a graph where it does not count in the loss;
     - Megatron's vocab-parallel cross entropy writes into fp32 logits, so it gets a copy and the KD loss the original;
-    - between pipeline stages travels student‖teacher, of the summed width (`wire_config`).
+    - between pipeline stages travels student‖teacher, of the summed width (`wire_config`);
+    - the loss mask reaches the hidden losses on every stage.
     """
     overrides = (_train, _sharded_state_dict, _forward, _set_input_tensor)
     for function in overrides:
         object.__setattr__(model, function.__name__[1:], MethodType(function, model))
     lm_counts = distill_cfg.balancer == "dynamic" and not distill_cfg.skip_lm_loss
     lm_counts = lm_counts or (distill_cfg.balancer == "static" and distill_cfg.lm_weight != 0)
+    lm_counts = lm_counts or not logits_count(distill_cfg)  # backward has to begin somewhere, if with weight 0
 
     def student_lm_loss(self: Any, labels: Tensor, logits: Tensor) -> Tensor:
         copied = logits.clone() if logits.dtype == torch.float32 else logits
@@ -154,7 +225,8 @@ def _sharded_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
         return type(self).sharded_state_dict(self, *args, **kwargs)
 
 
-def _forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+def _forward(self: Any, *args: Any, loss_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    self.hidden_losses.loss_mask_BS = loss_mask
     with torch.no_grad():
         teacher_output = self.teacher_model(*args, **kwargs)
     with self.only_student_forward():

@@ -35,6 +35,8 @@ def restore_modelopt_state(model: nn.Module, directory: Path) -> None:
     """
     if not (directory / STATE).is_dir():
         return
+    if parallel_state.get_virtual_pipeline_model_parallel_world_size() is not None:
+        raise ValueError(f"{directory} was modified by ModelOpt, which knows no virtual pipeline; leave it unset")
     if parallel_state.get_tensor_model_parallel_world_size() > 1:
         # ModelOpt 0.47 splits linear_fc1's scales by consecutive rows, but its weight into gate and up first.
         raise ValueError(

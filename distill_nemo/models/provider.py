@@ -18,6 +18,7 @@ from distill_nemo.config import (
 )
 from distill_nemo.models.architecture import gpt_model, resolve, transformer_config
 from distill_nemo.models.distillation import convert_to_distillation_model
+from distill_nemo.models.experts import initialise_experts
 from distill_nemo.models.huggingface import load_hf_weights
 from distill_nemo.models.megatron_weights import load_megatron_weights
 from distill_nemo.models.modelopt_state import restore_modelopt_state
@@ -35,6 +36,7 @@ def model_provider(
     teacher: TeacherConfig | None = None,
     distillation: DistillationConfig | None = None,
     load_weights: bool = True,
+    recompute: str | None = None,
     vp_stage: int | None = None,
 ) -> nn.Module:
     """This pipeline stage of the student, as the mode asks.
@@ -51,6 +53,7 @@ def model_provider(
         teacher: the teacher, or None for training without one.
         distillation: what to learn from the teacher.
         load_weights: False skips the student's weights: a resumed run has its own.
+        recompute: activations of the student to compute again in backward: `full`, `selective` or None.
         vp_stage: virtual pipeline stage.
 
     Raises:
@@ -60,7 +63,7 @@ def model_provider(
     model_kwargs = {**where, "vp_stage": vp_stage, "parallelism": parallelism, "dtype": dtype}
     student = resolve(student)
     if teacher is None:
-        return _build(student, model_kwargs, load_weights)
+        return _build(student, model_kwargs, load_weights, recompute)
     teacher = resolve(teacher)
     if student.vocab_size != teacher.vocab_size:
         raise ValueError(
@@ -68,7 +71,7 @@ def model_provider(
             f"teacher.vocab_size = {teacher.vocab_size}; padding may differ, the true size may not"
         )
     assert student.vocab_size is not None, "resolve fills it"
-    model = _build(student, model_kwargs, load_weights)
+    model = _build(student, model_kwargs, load_weights, recompute)
     frozen = _teacher_provider(teacher, model_kwargs)
     return convert_to_distillation_model(model, frozen, distillation or DistillationConfig(), student.vocab_size)
 
@@ -77,8 +80,9 @@ def finalise(model: nn.Module) -> nn.Module:
     """The clean student out of a distillation model (`mtd.export`); any other model as it is."""
     if not isinstance(model, mtd.DistillationModel):
         return model
+    vars(model).pop("hidden_losses").remove()
     for name in ("train", "sharded_state_dict", "forward", "set_input_tensor", "compute_language_model_loss"):
-        model.__dict__.pop(name, None)
+        vars(model).pop(name, None)
     student = mtd.export(model)
     state = ModeloptStateManager(student).state_dict()
     state[:] = [mode for mode in state if mode[0] not in ("kd_loss", "export_student")]  # they cannot be restored
@@ -101,10 +105,14 @@ def _teacher_provider(config: TeacherConfig, model_kwargs: dict[str, Any]) -> GP
     return _build(resolve(config), model_kwargs, load_weights=True).requires_grad_(False).eval()
 
 
-def _build(model: ModelConfig, model_kwargs: dict[str, Any], load_weights: bool) -> GPTModel:
+def _build(
+    model: ModelConfig, model_kwargs: dict[str, Any], load_weights: bool, recompute: str | None = None
+) -> GPTModel:
     kwargs = dict(model_kwargs)
-    config = transformer_config(model, kwargs.pop("parallelism"), kwargs.pop("dtype"))
+    config = transformer_config(model, kwargs.pop("parallelism"), kwargs.pop("dtype"), recompute)
     built = gpt_model(model, config, **kwargs)
+    if model.checkpoint is None:
+        initialise_experts(built)
     if model.checkpoint is not None:
         found = find_checkpoint(Path(model.checkpoint))
         restore_modelopt_state(built, found.weights)  # a resumed run needs the same modules for its own weights

@@ -66,8 +66,8 @@ def evaluate_student(
             data_parallel_size=1,
         )
         means = evaluate(
-            model,
-            stream,
+            [model],
+            [stream],
             num_microbatches=samples // micro_batch_size,
             sequence_length=sequence_length,
             micro_batch_size=micro_batch_size,

@@ -12,8 +12,9 @@ import torch
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
-from distill_nemo.balancers import LOGITS_PREFIX, STUDENT_LOSS
-from distill_nemo.evaluation import Batches, LossFunc, Report, counted, masked_sum, run_model
+from distill_nemo.balancers import LOGITS_PREFIX
+from distill_nemo.evaluation import Batches, LossFunc, Report, counted, run_model
+from distill_nemo.losses.reduction import masked_sum
 
 
 def forward_step(data_iterator: Batches, model: nn.Module) -> tuple[Tensor, LossFunc]:
@@ -31,7 +32,8 @@ def loss_func(loss_mask: Tensor, model: nn.Module, output_tensor: Tensor) -> tup
         output_tensor: [B, S], the LM loss of each token.
 
     Returns:
-        The loss to differentiate (a sum over tokens), the number of valid tokens (int), and the report.
+        The loss to differentiate (a sum over tokens), the number of valid tokens (int), and the report. Hidden losses
+        are not in it: they are differentiated and counted where their layers are (`models/hidden_losses.py`).
     """
     unwrapped: Any = unwrap_model(model)
     num_tokens = loss_mask.sum()
@@ -50,10 +52,4 @@ def loss_func(loss_mask: Tensor, model: nn.Module, output_tensor: Tensor) -> tup
 
 def _distillation_report(losses: dict[str, Tensor], loss: Tensor) -> dict[str, Tensor]:
     logit = [value for name, value in losses.items() if name.startswith(LOGITS_PREFIX)]
-    hidden = [v for name, v in losses.items() if not name.startswith(LOGITS_PREFIX) and name != STUDENT_LOSS]
-    report = {"kd_loss": loss}
-    if logit:
-        report["logit_loss"] = torch.stack(logit).sum()
-    if hidden:
-        report["hidden_loss"] = torch.stack(hidden).mean()
-    return report
+    return {"kd_loss": loss} | ({"logit_loss": torch.stack(logit).sum()} if logit else {})

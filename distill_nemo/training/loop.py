@@ -11,16 +11,19 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from distill_nemo.balancers import LogitsAndIntermediatesLossBalancer
 from distill_nemo.checkpoint.directory import checkpoint_root
 from distill_nemo.checkpoint.save import CheckpointWriter
 from distill_nemo.config import RunConfig
 from distill_nemo.data.samplers import batches
-from distill_nemo.evaluation import Report, evaluate, reduce_reports
+from distill_nemo.evaluation import Report, StepFunc, evaluate, reduce_reports
 from distill_nemo.runtime.process_groups import rank
 from distill_nemo.runtime.signals import StopSignal
 from distill_nemo.training.forward_step import forward_step
 from distill_nemo.training.metrics import MetricsLog
 from distill_nemo.training.setup import Trainee
+
+OBSERVED = ("lm_loss", "logit_loss", "hidden_loss")
 
 
 class NotFiniteError(RuntimeError):
@@ -42,7 +45,7 @@ class Loop:
     def __init__(self, config: RunConfig, trainee: Trainee, datasets: tuple[Any, Any], device: torch.device) -> None:
         self.config, self.trainee, self.device = config, trainee, device
         self.train_data, self.valid_data = datasets
-        self.state = {"step": 0, "consumed_samples": 0, "tokens": 0}
+        self.state: dict[str, Any] = {"step": 0, "consumed_samples": 0, "tokens": 0}
         self.writer = CheckpointWriter(checkpoint_root(config.output_dir), config)
         self.num_microbatches = config.num_microbatches(parallel_state.get_data_parallel_world_size())
 
@@ -54,14 +57,15 @@ class Loop:
         stopped = None
         try:
             with StopSignal() as stop:
-                iterator = self._batches(self.train_data, self.state["consumed_samples"])
+                self._observe()
+                iterators = self._batches(self.train_data, self.state["consumed_samples"])
                 if resumed == 0 and self.valid_data is not None:
-                    log.evaluation(self._evaluated())
+                    log.evaluation(self._held_out())
                 while self.state["step"] < train.steps and not stopped:
-                    self._log_step(log, self._step(iterator))
+                    self._log_step(log, self._step(iterators))
                     step = self.state["step"]
                     if self.valid_data is not None and (step % train.eval_interval == 0 or step == train.steps):
-                        log.evaluation(self._evaluated())
+                        log.evaluation(self._held_out())
                     stopped = stop.requested(self.device)
                     if step % save.save_interval == 0 or step == train.steps or stopped:
                         self.save()
@@ -76,38 +80,57 @@ class Loop:
         t = self.trainee
         self.writer.save(self.state["step"], t.unwrapped, t.optimizer, t.scheduler, dict(self.state))
 
-    def _batches(self, dataset: Any, consumed: int) -> Iterator[dict[str, Tensor]]:
-        return batches(
-            dataset,
-            consumed_samples=consumed,
-            global_batch_size=self.config.training.global_batch_size,
-            micro_batch_size=self.config.training.micro_batch_size,
-            data_parallel_rank=parallel_state.get_data_parallel_rank(),
-            data_parallel_size=parallel_state.get_data_parallel_world_size(),
-            num_workers=self.config.data.num_workers,
-        )
+    def _batches(self, dataset: Any, consumed: int) -> list[Iterator[dict[str, Tensor]]]:
+        """The same stream, once for each chunk of this stage."""
+        return [
+            batches(
+                dataset,
+                consumed_samples=consumed,
+                global_batch_size=self.config.training.global_batch_size,
+                micro_batch_size=self.config.training.micro_batch_size,
+                data_parallel_rank=parallel_state.get_data_parallel_rank(),
+                data_parallel_size=parallel_state.get_data_parallel_world_size(),
+                num_workers=self.config.data.num_workers,
+            )
+            for _ in self.trainee.chunks
+        ]
 
-    def _step(self, iterator: Iterator[dict[str, Tensor]]) -> dict[str, float]:
+    def _observe(self, means: dict[str, float] | None = None) -> None:
+        """Let a dynamic balancer weigh by the last step's means: at the start by the first batch's, or as saved."""
+        balancers: list[Any] = [getattr(chunk, "loss_balancer", None) for chunk in self.trainee.unwrapped]
+        if not isinstance(balancers[0], LogitsAndIntermediatesLossBalancer):
+            return
+        if means is None and "observed" not in self.state:
+            means = self._evaluated(self.train_data, 1, forward_step)
+        if means is not None:
+            self.state["observed"] = {name: means[name] for name in OBSERVED if name in means}
+        for balancer in balancers:
+            balancer.observe(self.state["observed"])
+
+    def _step(self, iterators: list[Iterator[dict[str, Tensor]]]) -> dict[str, float]:
         """One optimizer step; returns the global token means."""
         start = time.monotonic()
         t: Any = self.trainee
-        t.model.train()
-        t.model.zero_grad_buffer()
+        for chunk in t.chunks:
+            if not chunk.training:
+                chunk.train()
+            chunk.zero_grad_buffer()
         t.optimizer.zero_grad()
         reports = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iterator,
-            model=[t.model],
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=t.chunks,
             num_microbatches=self.num_microbatches,
             seq_length=self.config.data.sequence_length,
             micro_batch_size=self.config.training.micro_batch_size,
             forward_only=False,
         )
-        means = reduce_reports(reports, self.device)
+        means = reduce_reports(reports, t.chunks)
         ok, grad_norm, _ = t.optimizer.step()
         lr = t.optimizer.param_groups[0]["lr"]
         self._check_finite(means, reports, grad_norm, ok)
         t.scheduler.step(increment=1)
+        self._observe(means)
         self.state["step"] += 1
         self.state["consumed_samples"] += self.config.training.global_batch_size
         self.state["tokens"] += int(means["valid_tokens"])
@@ -133,14 +156,19 @@ class Loop:
         line["tokens_per_second"] = tokens / means["seconds"]
         log.train(line, show=step % self.config.logging.log_interval == 0 or step == self.config.training.steps)
 
-    def _evaluated(self) -> dict[str, Any]:
+    def _held_out(self) -> dict[str, Any]:
         """Held-out figures over the first `eval_batches` global batches of the held-out data."""
-        means = evaluate(
-            self.trainee.model,
-            self._batches(self.valid_data, 0),
-            num_microbatches=self.num_microbatches * self.config.training.eval_batches,
-            sequence_length=self.config.data.sequence_length,
-            micro_batch_size=self.config.training.micro_batch_size,
-        )
+        means = self._evaluated(self.valid_data, self.config.training.eval_batches)
         means.pop("valid_tokens")
         return {"step": self.state["step"], **means, "tokens": self.state["tokens"]}
+
+    def _evaluated(self, dataset: Any, num_batches: int, step: StepFunc | None = None) -> dict[str, float]:
+        """Token means over the first global batches of `dataset`."""
+        return evaluate(
+            self.trainee.chunks,
+            self._batches(dataset, 0),
+            num_microbatches=self.num_microbatches * num_batches,
+            sequence_length=self.config.data.sequence_length,
+            micro_batch_size=self.config.training.micro_batch_size,
+            step=step,
+        )

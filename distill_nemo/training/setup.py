@@ -24,24 +24,32 @@ from distill_nemo.models.provider import model_provider
 class Trainee:
     """What one rank trains."""
 
-    model: nn.Module  # this stage, wrapped in Megatron's DDP
-    unwrapped: nn.Module
+    chunks: list[nn.Module]  # this stage, wrapped in Megatron's DDP; several of them in a virtual pipeline
+    unwrapped: list[nn.Module]
     optimizer: Any
     scheduler: OptimizerParamScheduler
 
 
-def build_model(config: RunConfig, dtype: torch.dtype, load_weights: bool) -> Any:
-    """This rank's stage of the run's model, on its device."""
-    return model_provider(
-        parallel_state.is_pipeline_first_stage(),
-        parallel_state.is_pipeline_last_stage(),
-        student=config.student,
-        teacher=config.teacher,
-        distillation=config.distillation,
-        parallelism=config.parallelism,
-        dtype=dtype,
-        load_weights=load_weights,
-    ).cuda()
+def build_chunks(config: RunConfig, dtype: torch.dtype, load_weights: bool) -> list[Any]:
+    """This rank's stage of the run's model, on its device: one chunk, or those of its virtual pipeline stages."""
+    virtual = config.parallelism.virtual_pipeline_model_parallel_size
+    chunks = []
+    for vp_stage in range(virtual) if virtual else [None]:
+        where: dict[str, Any] = {} if vp_stage is None else {"ignore_virtual": False, "vp_stage": vp_stage}
+        chunk = model_provider(
+            parallel_state.is_pipeline_first_stage(**where),
+            parallel_state.is_pipeline_last_stage(**where),
+            student=config.student,
+            teacher=config.teacher,
+            distillation=config.distillation,
+            parallelism=config.parallelism,
+            dtype=dtype,
+            load_weights=load_weights,
+            recompute=config.training.recompute,
+            vp_stage=vp_stage,
+        )
+        chunks.append(chunk.cuda())
+    return chunks
 
 
 def build_trainee(config: RunConfig, dtype: torch.dtype, load_weights: bool) -> Trainee:
@@ -52,17 +60,19 @@ def build_trainee(config: RunConfig, dtype: torch.dtype, load_weights: bool) -> 
         dtype: of the weights; below fp32, gradients are reduced and the optimizer keeps masters in fp32.
         load_weights: False when a checkpoint of this run follows.
     """
-    model = build_model(config, dtype, load_weights)
+    unwrapped = build_chunks(config, dtype, load_weights)
     distributed = config.optimizer.use_distributed_optimizer
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True)
-    wrapped = DistributedDataParallel(model.config, ddp, model)
-    if load_weights:
-        wrapped.broadcast_params()
-    wrapped.config = wire_config(model)
-    wrapped.config.finalize_model_grads_func = finalize_model_grads
-    optimizer = get_megatron_optimizer(_optimizer_config(config.optimizer, dtype), [wrapped])
-    wrapped.config.grad_scale_func = optimizer.scale_loss
-    return Trainee(wrapped, model, optimizer, _scheduler(optimizer, config.optimizer, config.training.steps))
+    chunks: list[Any] = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in unwrapped]
+    for chunk, inner in zip(chunks, unwrapped, strict=True):
+        if load_weights:
+            chunk.broadcast_params()
+        chunk.config = wire_config(inner)
+        chunk.config.finalize_model_grads_func = finalize_model_grads
+    optimizer = get_megatron_optimizer(_optimizer_config(config.optimizer, dtype), chunks)
+    for chunk in chunks:
+        chunk.config.grad_scale_func = optimizer.scale_loss
+    return Trainee(chunks, unwrapped, optimizer, _scheduler(optimizer, config.optimizer, config.training.steps))
 
 
 def _optimizer_config(config: OptimizerConfig, dtype: torch.dtype) -> MegatronOptimizerConfig:

@@ -31,10 +31,10 @@ def call(case, output, num_rows=GLOBAL_BATCH):
 def _call(case, run, num_rows):
     from distill_nemo.runtime.seed import seed_everything
     from distill_nemo.training.forward_step import loss_func
-    from distill_nemo.training.setup import build_model
+    from distill_nemo.training.setup import build_chunks
 
     seed_everything(0)
-    model = build_model(run, torch.float32, load_weights=True)
+    (model,) = build_chunks(run, torch.float32, load_weights=True)
     model.train()
     batch = {name: tensor[:num_rows] for name, tensor in case.batch().items()}
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])

@@ -90,11 +90,11 @@ def _structure(run, output):
 
     seed_everything(0)
     trainee = build_trainee(run, torch.float32, load_weights=True)
-    model = trainee.unwrapped
-    trainee.model.train()
+    (model,) = trainee.unwrapped
+    trainee.chunks[0].train()
     in_training = [module.training for module in model.teacher_model.modules()]
     trained = {id(p) for group in trainee.optimizer.param_groups for p in group["params"]}
-    CheckpointWriter(Path(output), run).save(1, model, trainee.optimizer, trainee.scheduler, {"step": 1})
+    CheckpointWriter(Path(output), run).save(1, trainee.unwrapped, trainee.optimizer, trainee.scheduler, {"step": 1})
     stored = load_tensors_metadata(f"{output}/step_00000001")
     labels = torch.zeros(1, 4, dtype=torch.long)
     lm_of_teacher = 0.0
@@ -110,7 +110,10 @@ def _structure(run, output):
         "number_trained": len(trained),
         "number_of_student": sum(p.requires_grad for p in model.parameters()),
         "lm_of_teacher": lm_of_teacher,
-        "criterion": sorted(type(loss).__name__ for loss in model._layers_to_loss.values()),
+        "criterion": sorted(
+            type(loss).__name__
+            for loss in (*model._layers_to_loss.values(), *(p.loss for p in model.hidden_losses._pairs))
+        ),
     }
 
 
@@ -125,18 +128,18 @@ def test_the_teacher_is_in_no_optimizer_and_no_checkpoint(models, one, two, tmp_
         assert seen["lm_of_teacher"] == 0
 
 
-def test_losses_sit_on_the_last_stage_in_its_own_numbering(models, two, tmp_path):
-    pairs = ["decoder.layers.1:decoder.layers.3"]
+def test_losses_sit_where_their_layers_are(models, two, tmp_path):
+    pairs = ["decoder.layers.1:decoder.layers.3", "decoder.layers.0:decoder.layers.1"]
     case = Case(models["same_width"], models["teacher"], {"hidden_loss": "mse", "hidden_layers": pairs})
     first, last = two.run(structure, case, Layout(pipeline=2), str(tmp_path))
-    assert first["criterion"] == []
+    assert first["criterion"] == ["HiddenStateMSELoss"]
     assert last["criterion"] == ["HiddenStateMSELoss", "LogitsKLLoss"]
 
 
 @pytest.mark.parametrize(
     ("pair", "message"),
     [
-        ("decoder.layers.0:decoder.layers.3", "earlier pipeline stage.*layers 1 to 1"),
+        ("decoder.layers.0:decoder.layers.3", "of the student is on pipeline stage 0, .* of the teacher on stage 1"),
         ("decoder.layers.1:decoder.layers.9", "does not exist; the model has layers 0 to 3"),
         ("decoder.layer.1:decoder.layers.3", "not a layer of the model"),
         ("decoder.layers.1.mlpp:decoder.layers.3", "not a layer of the model"),
