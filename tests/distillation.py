@@ -1,7 +1,8 @@
 """One global batch of a distillation, in Megatron on any layout and in transformers on fp64; tests compare the two.
 
-The reference shares nothing with the package but the weight files. Megatron's gradients travel as a checkpoint: they
-take the place of the weights, are saved at the layout, and the exporter gives them Hugging Face's names and shapes.
+The reference (`tests/distillation_reference.py`) shares nothing with the package but the weight files. Megatron's
+gradients travel as a checkpoint: they take the place of the weights, are saved at the layout, and the exporter gives
+them Hugging Face's names and shapes.
 """
 
 from dataclasses import dataclass, field
@@ -9,25 +10,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional
+import torch.distributed as dist
 
 from distill_nemo.config import DistillationConfig, ParallelismConfig, RunConfig, StudentConfig, TeacherConfig
 
-GLOBAL_BATCH, MICRO_BATCH, SEQUENCE, VOCAB = 4, 1, 16, 507
-FP64: dict[str, Any] = {"dtype": torch.float64, "experts_implementation": "eager"}  # torch's grouped_mm has no fp64
+GLOBAL_BATCH, SEQUENCE, VOCAB = 8, 16, 507
+PROJECTION = "projection of hidden pair "
 
 
-@dataclass
+@dataclass(frozen=True)
 class Layout:
+    """How the batch is computed: parallel sizes, and what must not change the result either."""
+
     tensor: int = 1
     pipeline: int = 1
     sequence_parallel: bool = False
     expert: int = 1
+    virtual: int | None = None
+    context: int = 1
+    micro_batch: int = 1
+    distributed_optimizer: bool = False
+    recompute: str | None = None
 
     def config(self) -> ParallelismConfig:
         return ParallelismConfig(
             tensor_model_parallel_size=self.tensor,
             pipeline_model_parallel_size=self.pipeline,
+            virtual_pipeline_model_parallel_size=self.virtual,
+            context_parallel_size=self.context,
             sequence_parallel=self.sequence_parallel,
             expert_model_parallel_size=self.expert,
         )
@@ -40,14 +50,18 @@ class Case:
     student: str
     teacher: str | None
     distillation: dict[str, Any] = field(default_factory=dict)
-    masked: str = "some"  # some | first (every token of the first sample) | all
+    masked: str = "some"  # some | first (every token of the first two samples) | all
 
     def batch(self) -> dict[str, torch.Tensor]:
-        """The global batch: tokens, labels, loss_mask and position_ids, each [GLOBAL_BATCH, SEQUENCE]."""
+        """The global batch: tokens, labels, loss_mask and position_ids, each [GLOBAL_BATCH, SEQUENCE].
+
+        The later a sample, the fewer tokens count, so that no two ranks have equally many.
+        """
         generator = torch.Generator().manual_seed(5)
         text = torch.randint(VOCAB, (GLOBAL_BATCH, SEQUENCE + 1), generator=generator)
-        mask = (torch.rand(GLOBAL_BATCH, SEQUENCE, generator=generator) > 0.3).float()
-        mask[0] *= self.masked != "first"
+        threshold = torch.linspace(0.1, 0.8, GLOBAL_BATCH)[:, None]
+        mask = (torch.rand(GLOBAL_BATCH, SEQUENCE, generator=generator) > threshold).float()
+        mask[:2] *= self.masked != "first"
         mask *= self.masked != "all"
         positions = torch.arange(SEQUENCE).expand(GLOBAL_BATCH, -1)
         return {"tokens": text[:, :-1], "labels": text[:, 1:], "loss_mask": mask, "position_ids": positions}
@@ -57,55 +71,101 @@ class Case:
         kd, parallelism = DistillationConfig(**self.distillation), layout.config()
         run = RunConfig(output, StudentConfig(checkpoint=self.student), teacher, kd, parallelism)
         run.data.sequence_length = SEQUENCE
-        run.optimizer.use_distributed_optimizer = False  # it keeps a slice of the gradients only
+        run.training.micro_batch_size, run.training.global_batch_size = layout.micro_batch, GLOBAL_BATCH
+        run.training.recompute = layout.recompute
+        run.optimizer.use_distributed_optimizer = layout.distributed_optimizer
         run.optimizer.warmup_steps, run.training.steps = 0, 2
         return run
 
 
-def megatron_step(case: Case, layout: Layout, output: str) -> dict[str, float]:
-    """Forward and backward of the global batch on this rank; the gradients saved as a checkpoint below `output`."""
+def megatron_step(case: Case, layout: Layout, output: str) -> dict[str, Any]:
+    """Forward and backward of the global batch on this rank; the gradients saved as a checkpoint below `output`.
+
+    Returns:
+        The global token means, and the gradients of this rank's projections.
+    """
+    return megatron_steps([(case, layout, output)])[0]
+
+
+def megatron_steps(cells: list[tuple[Case, Layout, str]]) -> list[dict[str, Any]]:
+    """`megatron_step` of several cells whose parallel sizes are the same."""
     from distill_nemo.runtime.device import setup_device
     from distill_nemo.runtime.process_groups import process_groups
 
     setup_device()
     from distill_nemo.training.entry import resolve_models
 
-    run = resolve_models(case.run_config(output, layout))
-    with process_groups(run.parallelism):
-        return _step(case, run, output)
+    runs = [(case, resolve_models(case.run_config(output, layout)), output) for case, layout, output in cells]
+    with process_groups(runs[0][1].parallelism):
+        return [_step(case, run, output) for case, run, output in runs]
 
 
-def _step(case: Case, run: RunConfig, output: str) -> dict[str, float]:
-    from megatron.core import parallel_state as ps
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
+def _step(case: Case, run: RunConfig, output: str) -> dict[str, Any]:
     from distill_nemo.checkpoint.save import CheckpointWriter
-    from distill_nemo.evaluation import reduce_reports
+    from distill_nemo.evaluation import evaluate
     from distill_nemo.runtime.seed import seed_everything
     from distill_nemo.training.forward_step import forward_step
     from distill_nemo.training.setup import build_trainee
 
     seed_everything(0)
     trainee = build_trainee(run, torch.float32, load_weights=True)
-    for chunk in trainee.chunks:
-        chunk.train()
-    share = GLOBAL_BATCH // ps.get_data_parallel_world_size()
-    first = ps.get_data_parallel_rank() * share
-    batch = case.batch()
-    micro = [{k: v[i : i + MICRO_BATCH] for k, v in batch.items()} for i in range(first, first + share, MICRO_BATCH)]
-    reports: Any = get_forward_backward_func()(
-        forward_step_func=forward_step, data_iterator=iter(micro), model=trainee.chunks,
-        num_microbatches=len(micro), seq_length=SEQUENCE, micro_batch_size=MICRO_BATCH, forward_only=False,
-    )  # fmt: skip
-    means = reduce_reports(reports, trainee.chunks)
+    if case.distillation.get("balancer") == "dynamic":
+        sizes = {"sequence_length": SEQUENCE, "micro_batch_size": run.training.micro_batch_size}
+        micro = _micro_batches(case, run)
+        streams = [iter(micro) for _ in trainee.chunks]
+        first = evaluate(trainee.chunks, streams, num_microbatches=len(micro), step=forward_step, **sizes)
+        for chunk in trainee.unwrapped:
+            chunk.loss_balancer.observe(first)  # pyright: ignore
+    means: dict[str, Any] = _forward_backward(case, run, trainee)
     for name, parameter in [named for chunk in trainee.unwrapped for named in chunk.named_parameters()]:
         if parameter.requires_grad:
-            gradient: Any = parameter.main_grad
+            gradient: Any = parameter.main_grad  # pyright: ignore
             assert gradient.isfinite().all(), name
             parameter.data.copy_(gradient)
+            if name.startswith("_loss_modules."):
+                means[PROJECTION + name.split(".")[1]] = gradient.clone()
     writer = CheckpointWriter(Path(output) / "checkpoints", run)
     writer.save(1, trainee.unwrapped, trainee.optimizer, trainee.scheduler, {"step": 1})
     return means
+
+
+def _micro_batches(case: Case, run: RunConfig) -> list[dict[str, torch.Tensor]]:
+    """This data-parallel rank's share."""
+    from megatron.core import parallel_state as ps
+
+    size = run.training.micro_batch_size
+    share = GLOBAL_BATCH // ps.get_data_parallel_world_size()
+    first = ps.get_data_parallel_rank() * share
+    return [{k: v[i : i + size] for k, v in case.batch().items()} for i in range(first, first + share, size)]
+
+
+def _forward_backward(case: Case, run: RunConfig, trainee: Any) -> dict[str, float]:
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from distill_nemo.evaluation import reduce_reports
+    from distill_nemo.training.forward_step import forward_step
+
+    for chunk in trainee.chunks:
+        chunk.train()
+    micro = _micro_batches(case, run)
+    streams = [iter(micro) for _ in trainee.chunks]
+    reports: Any = get_forward_backward_func()(
+        forward_step_func=forward_step, data_iterator=streams if len(streams) > 1 else streams[0],
+        model=trainee.chunks, num_microbatches=len(micro), seq_length=SEQUENCE,
+        micro_batch_size=run.training.micro_batch_size, forward_only=False,
+    )  # fmt: skip
+    if run.optimizer.use_distributed_optimizer:  # each rank has reduced a slice only
+        for chunk in trainee.chunks:
+            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+                _gather_slices(buffer)
+    return reduce_reports(reports, trainee.chunks)
+
+
+def _gather_slices(buffer: Any) -> None:
+    group = buffer.data_parallel_group
+    for bucket in buffer.buckets:
+        slices = bucket.grad_data.chunk(dist.get_world_size(group))
+        dist.all_gather_into_tensor(bucket.grad_data, slices[dist.get_rank(group)].clone(), group=group)
 
 
 def gradients(output: str) -> dict[str, torch.Tensor]:
@@ -118,31 +178,22 @@ def gradients(output: str) -> dict[str, torch.Tensor]:
     return load_file(f"{output}/hf/model.safetensors")
 
 
-def reference(case: Case) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """(global token means, gradients) by transformers and torch in fp64. Sums over valid tokens, divided by them."""
-    from transformers import AutoModelForCausalLM
+def gradients_of(outputs: list[str]) -> list[dict[str, torch.Tensor]]:
+    """`gradients` of several."""
+    return [gradients(output) for output in outputs]
 
-    kd = DistillationConfig(**case.distillation)
-    batch = case.batch()
-    mask = batch["loss_mask"].double()
-    student: Any = AutoModelForCausalLM.from_pretrained(case.student, **FP64)
-    ours = student(batch["tokens"], output_hidden_states=True)
-    log_q = functional.log_softmax(ours.logits / kd.temperature, -1)
-    lm = functional.cross_entropy(ours.logits.transpose(1, 2), batch["labels"], reduction="none")
-    losses = {"lm_loss": lm}
-    weights = {"lm_loss": kd.lm_weight if case.teacher else 1.0}
-    if case.teacher:
-        teacher: Any = AutoModelForCausalLM.from_pretrained(case.teacher, **FP64)
-        with torch.no_grad():
-            theirs = teacher(batch["tokens"], output_hidden_states=True)
-        log_p = functional.log_softmax(theirs.logits / kd.temperature, -1)
-        losses["logit_loss"] = (log_p.exp() * (log_p - log_q)).sum(-1) * kd.temperature**2
-        weights["logit_loss"] = kd.logits_weight
-        if kd.hidden_loss:
-            a, b = ours.hidden_states[-1], theirs.hidden_states[-1]  # transformers gives them after the final norm
-            mse, cosine = (a - b).square().mean(-1), 1 - functional.cosine_similarity(a, b, dim=-1)
-            losses["hidden_loss"] = mse if kd.hidden_loss == "mse" else cosine
-            weights["hidden_loss"] = kd.hidden_weight
-    means = {name: (loss * mask).sum() / mask.sum().clamp(min=1) for name, loss in losses.items()}
-    torch.stack([weights[name] * mean for name, mean in means.items()]).sum().backward()
-    return {n: m.item() for n, m in means.items()}, {n: p.grad for n, p in student.named_parameters()}
+
+def worst_errors(
+    ranks: list[dict[str, Any]],
+    got: dict[str, torch.Tensor],
+    expected: tuple[dict[str, float], dict[str, torch.Tensor]],
+) -> tuple[float, float]:
+    """(of every metric on every rank, relative; of every gradient, relative to the largest entry of its tensor)."""
+    means, wanted = expected
+    metric = max(abs(rank[name] - value) / max(abs(value), 1e-12) for rank in ranks for name, value in means.items())
+    found = dict(got)
+    for rank in ranks:
+        found |= {name: value for name, value in rank.items() if name.startswith(PROJECTION)}
+    assert found.keys() == wanted.keys(), found.keys() ^ wanted.keys()
+    errors = {n: (found[n].double() - w).abs().max() / w.abs().max().clamp(min=1e-30) for n, w in wanted.items()}
+    return metric, float(max(errors.values()))

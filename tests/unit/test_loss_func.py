@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.distillation import GLOBAL_BATCH, SEQUENCE, VOCAB, Case, Layout, gradients, megatron_step, reference
+from tests.distillation import GLOBAL_BATCH, SEQUENCE, VOCAB, Case, Layout, gradients, megatron_step
+from tests.distillation_reference import reference
 from tests.tiny_models import write_hf
 
 KD = {"lm_weight": 0.5, "temperature": 3.0}

@@ -1,0 +1,109 @@
+"""What a distillation should give: transformers and torch in fp64, one process, sharing no code with the package."""
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from tests.distillation import PROJECTION, Case
+
+FP64: dict[str, Any] = {"dtype": torch.float64, "experts_implementation": "eager"}  # torch's grouped_mm has no fp64
+MAX_AMPLIFICATION = 10.0
+
+
+def reference(case: Case) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """(global token means, gradients of the total loss). Sums over valid tokens, divided by their number."""
+    kd = {"temperature": 1.0, "scale_by_temperature_squared": True, "hidden_layers": []} | case.distillation
+    batch = case.batch()
+    mask = batch["loss_mask"].double()
+
+    def mean(values: torch.Tensor) -> torch.Tensor:
+        return (values * mask).sum() / mask.sum().clamp(min=1)
+
+    student, ours = _forward(case.student, batch["tokens"], kd["hidden_layers"], 0)
+    lm = functional.cross_entropy(ours["logits"].transpose(1, 2), batch["labels"], reduction="none")
+    losses = {"lm_loss": mean(lm)}
+    projections = {}
+    if case.teacher is None:
+        total = losses["lm_loss"]
+    else:
+        with torch.no_grad():
+            _, theirs = _forward(case.teacher, batch["tokens"], kd["hidden_layers"], 1)
+        if kd.get("balancer") == "dynamic" or kd.get("logits_weight", 1.0):
+            t = kd["temperature"]
+            divergence = _divergence(ours["logits"] / t, theirs["logits"] / t, kd)
+            losses["logit_loss"] = mean(divergence) * (t**2 if kd["scale_by_temperature_squared"] else 1.0)
+        if kd["hidden_layers"]:
+            each = []
+            for number in range(len(kd["hidden_layers"])):
+                a, b = ours[number], theirs[number]
+                if a.shape[-1] != b.shape[-1]:
+                    projections[f"{PROJECTION}{number}"] = weight = _projection(a.shape[-1], b.shape[-1], number)
+                    a = a @ weight.T
+                mse, cosine = (a - b).square().mean(-1), 1 - functional.cosine_similarity(a, b, dim=-1)
+                each.append(mean(mse if kd["hidden_loss"] == "mse" else cosine))
+            losses["hidden_loss"] = torch.stack(each).mean()
+            losses |= {f"hidden_loss_{i}": x for i, x in enumerate(each) if len(each) > 1}
+        total = losses["kd_loss"] = _total(losses, kd)
+    total.backward()
+    found = {n: p.grad for n, p in student.named_parameters()} | {n: w.grad for n, w in projections.items()}
+    return {n: x.item() for n, x in losses.items()}, {n: g for n, g in found.items() if g is not None}
+
+
+def _forward(path: str, tokens: torch.Tensor, pairs: list[str], side: int) -> tuple[Any, dict[Any, torch.Tensor]]:
+    """The model, and its logits and hidden states, these by number of the pair."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(path, **FP64)
+    outputs: dict[Any, torch.Tensor] = {}
+    for number, pair in enumerate(pairs):
+        parts = pair.split(":")[side].split(".")
+        layer = model.model.norm if parts[1] == "final_layernorm" else model.model.layers[int(parts[2])]
+        if len(parts) > 3:
+            layer = {"self_attention": layer.self_attn, "mlp": layer.mlp}[parts[3]] if hasattr(layer, "mlp") else layer
+
+        def keep(_: Any, __: Any, output: Any, number: int = number) -> None:
+            outputs[number] = output[0] if isinstance(output, tuple) else output
+
+        layer.register_forward_hook(keep)
+    outputs["logits"] = model(tokens).logits
+    return model, outputs
+
+
+def _divergence(a: torch.Tensor, b: torch.Tensor, kd: dict[str, Any]) -> torch.Tensor:
+    """Of student logits a and teacher logits b, by the definition, through autograd."""
+    log_q, log_p = a.log_softmax(-1), b.log_softmax(-1)
+    q, p = log_q.exp(), log_p.exp()
+    kind = kd.get("divergence", "forward_kl")
+    if kind == "reverse_kl":
+        return (q * (log_q - log_p)).sum(-1)
+    if kind == "jensen_shannon":
+        beta = kd.get("beta", 0.5)
+        log_m = (beta * p + (1 - beta) * q).log()
+        return beta * (p * (log_p - log_m)).sum(-1) + (1 - beta) * (q * (log_q - log_m)).sum(-1)
+    if kd.get("top_k"):
+        best = b.topk(kd["top_k"], -1).indices
+        inside = torch.zeros_like(b, dtype=torch.bool).scatter(-1, best, True)
+        p_tail, q_tail = ((x * ~inside).sum(-1) for x in (p, q))
+        return (p * (log_p - log_q) * inside).sum(-1) + p_tail * (p_tail.log() - q_tail.log())
+    return (p * (log_p - log_q)).sum(-1)
+
+
+def _projection(width: int, to: int, number: int) -> torch.Tensor:
+    """The weights that the package begins with: seeded, so that every layout has the same."""
+    weight = torch.empty(to, width)
+    torch.nn.init.kaiming_uniform_(weight, a=5**0.5, generator=torch.Generator().manual_seed(number))
+    return weight.double().requires_grad_()
+
+
+def _total(losses: dict[str, torch.Tensor], kd: dict[str, Any]) -> torch.Tensor:
+    lm, logit, hidden = (losses.get(name, torch.zeros(())) for name in ("lm_loss", "logit_loss", "hidden_loss"))
+    if kd.get("balancer") != "dynamic":
+        weights = (kd.get("lm_weight", 0.0), kd.get("logits_weight", 1.0), kd.get("hidden_weight", 0.0))
+        return weights[0] * lm + weights[1] * logit + weights[2] * hidden
+    share = min(float(logit / hidden), MAX_AMPLIFICATION) if hidden else 0.0
+    distillation = logit + share * hidden
+    if kd.get("skip_lm_loss", True):
+        return distillation
+    scale = min(float(lm / distillation), MAX_AMPLIFICATION) * kd.get("kd_loss_scale", 1.0)
+    return lm + scale * distillation
