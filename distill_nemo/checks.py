@@ -44,6 +44,7 @@ def check(config: RunConfig, world_size: int) -> None:
         f"{par.tensor_model_parallel_size} x {par.pipeline_model_parallel_size} x {par.context_parallel_size} = "
         f"{par.model_parallel_size}; change the number of processes or parallelism.*",
     )
+    _check_expert_parallelism(config, world_size)
     data_parallel_size = world_size // par.model_parallel_size
     batch = train.micro_batch_size * data_parallel_size
     require(
@@ -79,6 +80,12 @@ def check(config: RunConfig, world_size: int) -> None:
         require(pair.count(":") == 1, f'distillation.hidden_layers: "{pair}" is not "student_layer:teacher_layer"')
     require(bool(config.data.train), "data.train is empty: name the token files made by `nemo distill prepare`")
     _check_model("student", config.student, par)
+    require(
+        config.student.num_experts is None or par.tensor_model_parallel_size == 1 or par.sequence_parallel,
+        f"a student with experts (student.num_experts = {config.student.num_experts}) trains under "
+        f"parallelism.tensor_model_parallel_size = {par.tensor_model_parallel_size} with "
+        "parallelism.sequence_parallel=true only: without it, every rank would send the same tokens to the experts",
+    )
     if config.teacher is not None:
         _check_model("teacher", config.teacher, par)
 
@@ -116,6 +123,31 @@ def _check_parallelism(config: RunConfig, num_microbatches: int) -> None:
     )
 
 
+def _check_expert_parallelism(config: RunConfig, world_size: int) -> None:
+    """Experts are spread over the ranks that share tensor and pipeline parallel rank: data and context parallel."""
+    par = config.parallelism
+    if par.expert_model_parallel_size == 1:
+        return
+    peers = world_size // (par.tensor_model_parallel_size * par.pipeline_model_parallel_size)
+    require(
+        peers % par.expert_model_parallel_size == 0,
+        f"parallelism.expert_model_parallel_size = {par.expert_model_parallel_size} does not divide {peers}: "
+        f"world size {world_size} / (tensor x pipeline parallel size = {par.tensor_model_parallel_size} x "
+        f"{par.pipeline_model_parallel_size}), the data and context parallel ranks that experts are spread over",
+    )
+    models = [model for model in (config.student, config.teacher) if model is not None]
+    require(
+        any(model.num_experts is not None or _unread(model) for model in models),
+        f"parallelism.expert_model_parallel_size = {par.expert_model_parallel_size} needs a student or a teacher with "
+        "experts (num_experts); set it to 1",
+    )
+
+
+def _unread(model: ModelConfig) -> bool:
+    """Fields that are not set may still be read from the checkpoint."""
+    return model.checkpoint is not None and model.family is None
+
+
 def _check_divergence(kd: DistillationConfig) -> None:
     require(0 < kd.beta < 1, f"distillation.beta must be between 0 and 1, got {kd.beta}")
     if kd.top_k is not None:
@@ -139,12 +171,18 @@ def _check_ranges(config: RunConfig) -> None:
 
 def _check_model(role: str, model: ModelConfig, par: ParallelismConfig) -> None:
     size, stages = par.tensor_model_parallel_size, par.num_stages
-    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+    ffn = "ffn_hidden_size" if model.num_experts is None else "moe_ffn_hidden_size"
+    for name in ("num_attention_heads", "num_query_groups", ffn):
         value = getattr(model, name)
         if value is not None and value % size:
             raise ValueError(
                 f"{role}.{name} = {value} is not divisible by parallelism.tensor_model_parallel_size = {size}"
             )
+    if model.num_experts is not None and model.num_experts % par.expert_model_parallel_size:
+        raise ValueError(
+            f"{role}.num_experts = {model.num_experts} is not divisible by "
+            f"parallelism.expert_model_parallel_size = {par.expert_model_parallel_size}"
+        )
     if model.num_layers is not None and model.num_layers < stages:
         raise ValueError(f"{role}.num_layers = {model.num_layers} cannot fill {stages} pipeline stages (parallelism.*)")
 

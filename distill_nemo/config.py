@@ -20,7 +20,7 @@ class ModelConfig:
     """
 
     checkpoint: str | None = None
-    family: str | None = None  # llama | qwen2 | qwen3
+    family: str | None = None  # llama | qwen2 | qwen3 | qwen3_moe
     num_layers: int | None = None
     hidden_size: int | None = None
     ffn_hidden_size: int | None = None
@@ -34,6 +34,10 @@ class ModelConfig:
     norm_epsilon: float | None = None
     tie_word_embeddings: bool | None = None
     block_configs: list[dict[str, Any]] | None = None  # layers that differ, as in Nemotron's config.json
+    num_experts: int | None = None  # of every layer; this and the next three for mixtures of experts only
+    num_experts_per_tok: int | None = None
+    moe_ffn_hidden_size: int | None = None  # of one expert
+    norm_topk_prob: bool | None = None  # the weights of a token's experts sum to 1
     init_std: float = 0.02
 
 

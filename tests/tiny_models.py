@@ -19,15 +19,21 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-FAMILIES = ("llama", "llama_tied", "llama3_rope", "qwen2", "qwen3")
+FAMILIES = ("llama", "llama_tied", "llama3_rope", "qwen2", "qwen3", "qwen3_moe")
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 
 
 def write_hf(path, family="llama", *, seed=1, layers=4, width=64, vocab=507, heads=4, groups=2):
     """Save a random fp32 model with grouped-query attention and a vocabulary that needs padding; returns its path."""
     import transformers as hf
 
-    extra = {"llama_tied": {"tie_word_embeddings": True}, "llama3_rope": {"rope_parameters": LLAMA3_ROPE}}
-    name = {"qwen2": "Qwen2", "qwen3": "Qwen3"}.get(family, "Llama")
+    extra = {
+        "llama_tied": {"tie_word_embeddings": True},
+        "llama3_rope": {"rope_parameters": LLAMA3_ROPE},
+        "qwen3_moe": {**EXPERTS, "norm_topk_prob": True},
+        "qwen3_moe_not_normalised": {**EXPERTS, "norm_topk_prob": False},
+    }
+    name = {"qwen2": "Qwen2", "qwen3": "Qwen3"}.get(family, "Qwen3Moe" if "moe" in family else "Llama")
     config = getattr(hf, f"{name}Config")(
         hidden_size=width,
         intermediate_size=width * 3 // 2,
@@ -37,7 +43,7 @@ def write_hf(path, family="llama", *, seed=1, layers=4, width=64, vocab=507, hea
         vocab_size=vocab,
         max_position_embeddings=128,
         initializer_range=0.1,
-        **({"head_dim": 24} if family == "qwen3" else {}),
+        **({"head_dim": 24} if family.startswith("qwen3") else {}),
         **extra.get(family, {}),
     )
     torch.manual_seed(seed)
@@ -68,10 +74,15 @@ def megatron_layers(path):
         layer = {
             "self_attention.linear_qkv.layer_norm_weight": one["input_layernorm.weight"],
             "self_attention.linear_proj.weight": one["self_attn.o_proj.weight"],
-            "mlp.linear_fc1.layer_norm_weight": one["post_attention_layernorm.weight"],
-            "mlp.linear_fc1.weight": torch.cat([one["mlp.gate_proj.weight"], one["mlp.up_proj.weight"]]),
-            "mlp.linear_fc2.weight": one["mlp.down_proj.weight"],
         }
+        norm = one["post_attention_layernorm.weight"]
+        if "num_experts_per_tok" in config:
+            layer |= {"pre_mlp_layernorm.weight": norm, "mlp.router.weight": one["mlp.gate.weight"]}
+            experts = [_mlp(one, f"mlp.experts.{e}.") for e in range(len(one["mlp.gate.weight"]))]
+            layer |= {f"mlp.experts.experts.{n}": torch.stack([e[n] for e in experts]) for n in experts[0]}
+        else:
+            layer |= {"mlp.linear_fc1.layer_norm_weight": norm}
+            layer |= {f"mlp.{n}": weight for n, weight in _mlp(one, "mlp.").items()}
         for kind in ("weight", "bias"):
             parts = [one.get(f"self_attn.{n}_proj.{kind}") for n in "qkv"]
             if parts[0] is not None:
@@ -82,6 +93,12 @@ def megatron_layers(path):
                 layer[f"self_attention.{n}_layernorm.weight"] = one[f"self_attn.{n}_norm.weight"]
         layers.append(layer)
     return layers
+
+
+def _mlp(one, prefix):
+    """`linear_fc1` and `linear_fc2` of a layer, or of one of its experts."""
+    gate, up, down = (one[f"{prefix}{n}_proj.weight"] for n in ("gate", "up", "down"))
+    return {"linear_fc1.weight": torch.cat([gate, up]), "linear_fc2.weight": down}
 
 
 def megatron_tensors(path, *, local=False, stacked=True, prefix="", rows=512):

@@ -17,7 +17,8 @@ from megatron.core.transformer.heterogeneous.heterogeneous_config import Heterog
 from torch import Tensor
 
 from distill_nemo.config import ModelConfig, ParallelismConfig, near
-from distill_nemo.models.hf_config import FAMILIES, check_rope_scaling, from_huggingface
+from distill_nemo.models.experts import MOE_FAMILIES, MOE_SIZES, check_experts, expert_settings
+from distill_nemo.models.hf_config import FAMILIES, QK_NORM_FAMILIES, check_rope_scaling, from_huggingface
 from distill_nemo.models.layer_specs import block_spec
 from distill_nemo.models.layers import as_megatron, layers
 from distill_nemo.models.nemo_config import read_nemo_config
@@ -46,8 +47,11 @@ def resolve[T: ModelConfig](model: T) -> T:
         if given is None:
             values[name] = value
     _check_complete(model.checkpoint, values, described)
+    moe = values["family"] in MOE_FAMILIES
     defaults = {
         "family": "llama",
+        "ffn_hidden_size": values["moe_ffn_hidden_size"],  # no layer of a mixture of experts has it
+        "norm_topk_prob": True if moe else None,
         "num_query_groups": values["num_attention_heads"],
         "kv_channels": values["hidden_size"] // values["num_attention_heads"],
         "max_position_embeddings": 4096,
@@ -59,6 +63,7 @@ def resolve[T: ModelConfig](model: T) -> T:
     if values["family"] not in FAMILIES:
         raise ValueError(f'family "{values["family"]}" is not known.{near(str(values["family"]), FAMILIES)}')
     check_rope_scaling(values["rope_scaling"])
+    check_experts(values)
     resolved = type(model)(**values)
     layers(resolved)
     return resolved
@@ -66,7 +71,11 @@ def resolve[T: ModelConfig](model: T) -> T:
 
 def _check_complete(checkpoint: str | None, values: dict[str, Any], described: dict[str, Any]) -> None:
     silent = checkpoint is not None and not described
-    missing = [name for name in REQUIRED + (NOT_IN_TENSORS if silent else ()) if values[name] is None]
+    moe = values["family"] in MOE_FAMILIES
+    required = [name for name in REQUIRED if not (moe and name == "ffn_hidden_size")] + [*(MOE_SIZES if moe else ())]
+    if silent:
+        required += [*NOT_IN_TENSORS, *(["norm_topk_prob"] if moe else [])]
+    missing = [name for name in required if values[name] is None]
     if missing and checkpoint is None:
         raise ValueError(f"the model needs {', '.join(missing)}: set them, or checkpoint to read them from")
     if missing:
@@ -125,6 +134,7 @@ def transformer_config(
         differing["heterogeneous_layers_config_encoded_json"] = json.dumps({"block_configs": as_megatron(model)})
     return kind(
         **differing,
+        **expert_settings(resolved, parallelism),
         num_layers=resolved.num_layers,
         hidden_size=resolved.hidden_size,
         ffn_hidden_size=resolved.ffn_hidden_size,
@@ -137,7 +147,7 @@ def transformer_config(
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
         add_qkv_bias=resolved.family == "qwen2",
-        qk_layernorm=resolved.family == "qwen3",
+        qk_layernorm=resolved.family in QK_NORM_FAMILIES,
         init_method_std=resolved.init_std,
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -151,7 +161,6 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=parallelism.virtual_pipeline_model_parallel_size,
         pipeline_model_parallel_layout=_stage_layout(resolved.num_layers, parallelism),
         context_parallel_size=parallelism.context_parallel_size,
-        expert_model_parallel_size=parallelism.expert_model_parallel_size,
         sequence_parallel=parallelism.sequence_parallel,
         recompute_granularity=granularity,
         recompute_method="uniform" if recompute == "full" else None,
@@ -179,10 +188,19 @@ def _stage_layout(num_layers: int, parallelism: ParallelismConfig) -> list[list[
 
 
 def _check_layout(model: ModelConfig, parallelism: ParallelismConfig) -> None:
-    tensor = parallelism.tensor_model_parallel_size
+    tensor, expert = parallelism.tensor_model_parallel_size, parallelism.expert_model_parallel_size
     assert model.vocab_size is not None, "resolved"
+    who = model.checkpoint or type(model).__name__
+    if model.num_experts is not None and model.num_experts % expert:
+        raise ValueError(
+            f"{who}: num_experts = {model.num_experts} is not divisible by "
+            f"parallelism.expert_model_parallel_size = {expert}"
+        )
     by_layer = [
-        (f"{name} of layer {i}", getattr(layer, name))
+        (
+            f"{'moe_' if model.num_experts and name == 'ffn_hidden_size' else ''}{name} of layer {i}",
+            getattr(layer, name),
+        )
         for i, layer in enumerate(layers(model))
         for name in ("num_query_groups", "ffn_hidden_size")
     ]
@@ -193,8 +211,7 @@ def _check_layout(model: ModelConfig, parallelism: ParallelismConfig) -> None:
     ):
         if value is not None and value % tensor:
             raise ValueError(
-                f"{model.checkpoint or type(model).__name__}: {name} = {value} is not divisible by "
-                f"parallelism.tensor_model_parallel_size = {tensor}"
+                f"{who}: {name} = {value} is not divisible by parallelism.tensor_model_parallel_size = {tensor}"
             )
 
 

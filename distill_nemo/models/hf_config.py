@@ -6,9 +6,16 @@ from typing import Any
 import torch
 
 from distill_nemo.config import ModelConfig, near
+from distill_nemo.models.experts import MOE_FAMILIES, MOE_FIELDS
 from distill_nemo.models.nemo_config import LLAMA3_ROPE
 
-FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+QK_NORM_FAMILIES = ("qwen3", "qwen3_moe")
 HF_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
@@ -21,9 +28,7 @@ def from_huggingface(config: dict[str, Any], where: Path) -> dict[str, Any]:
     family = config.get("model_type")
     if family not in FAMILIES:
         raise ValueError(f'{where}: model_type "{family}" is not supported.{near(str(family), FAMILIES)}')
-    for name in HF_SIZES:
-        if type(config.get(name)) is not int or config[name] < 1:
-            raise ValueError(f"{where}/config.json: {name} must be a positive integer, got {config.get(name)!r}")
+    _check_sizes(config, HF_SIZES, where)
     rope = config.get("rope_parameters") or {}  # where transformers 5 keeps what rope_theta and rope_scaling were
     named = config.get("architectures") or []
     refused = {
@@ -56,6 +61,32 @@ def from_huggingface(config: dict[str, Any], where: Path) -> dict[str, Any]:
         "norm_epsilon": config.get("rms_norm_eps", 1e-6),
         "tie_word_embeddings": config.get("tie_word_embeddings", False),
         "block_configs": None,
+        **_experts_from(config, where),
+    }
+
+
+def _check_sizes(config: dict[str, Any], names: tuple[str, ...], where: Path) -> None:
+    for name in names:
+        if type(config.get(name)) is not int or config[name] < 1:
+            raise ValueError(f"{where}/config.json: {name} must be a positive integer, got {config.get(name)!r}")
+
+
+def _experts_from(config: dict[str, Any], where: Path) -> dict[str, Any]:
+    """The experts, which transformers counts under `num_experts` up to 4 and `num_local_experts` from 5 on."""
+    if config["model_type"] not in MOE_FAMILIES:
+        return dict.fromkeys(MOE_FIELDS)
+    config = config | {"num_experts": config.get("num_experts", config.get("num_local_experts"))}
+    _check_sizes(config, ("num_experts", "num_experts_per_tok", "moe_intermediate_size"), where)
+    for name, every in (("decoder_sparse_step", 1), ("mlp_only_layers", [])):
+        if (config.get(name) or every) != every:
+            raise ValueError(
+                f"{where}: {name} = {config[name]} is not supported: every layer must have experts ({name} = {every})"
+            )
+    return {
+        "num_experts": config["num_experts"],
+        "num_experts_per_tok": config["num_experts_per_tok"],
+        "moe_ffn_hidden_size": config["moe_intermediate_size"],
+        "norm_topk_prob": bool(config.get("norm_topk_prob", False)),
     }
 
 
@@ -97,4 +128,18 @@ def to_huggingface(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "bos_token_id": None,  # else LlamaConfig takes 1 and 2, whatever the tokenizer, and generation stops at 2
         "eos_token_id": None,
         "dtype": str(dtype).removeprefix("torch."),
+        **_experts_to(model),
+    }
+
+
+def _experts_to(model: ModelConfig) -> dict[str, Any]:
+    if model.num_experts is None:
+        return {}
+    return {
+        "num_experts": model.num_experts,  # transformers 5 reads it as num_local_experts
+        "num_experts_per_tok": model.num_experts_per_tok,
+        "moe_intermediate_size": model.moe_ffn_hidden_size,
+        "norm_topk_prob": model.norm_topk_prob,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
     }

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from distill_nemo.config import ModelConfig
 from distill_nemo.models.architecture import padded_vocab_size
-from distill_nemo.models.hf_config import to_huggingface
+from distill_nemo.models.experts import one_expert
+from distill_nemo.models.hf_config import QK_NORM_FAMILIES, to_huggingface
 from distill_nemo.models.megatron_weights import STATE
 from distill_nemo.models.sources import find_checkpoint
 
@@ -50,6 +51,7 @@ class _Importer(GPTModelImporter):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.disable_tqdm = True
+        self.rules |= grouped_rules(self.rules)
 
     def _get_safetensor(self, key: str, parallel_config: Any = None) -> Tensor:
         if key not in VOCAB_TENSORS:
@@ -59,6 +61,28 @@ class _Importer(GPTModelImporter):
         padded[: rows.shape[0]] = rows
         size, rank = (f() for f in (_tensor_parallel_size, parallel_state.get_tensor_model_parallel_rank))
         return padded.chunk(size)[rank]
+
+
+class _Exporter(GPTModelExporter):
+    """ModelOpt's, which has no rule for Qwen3's experts where they are one grouped module."""
+
+    def _populate_rule_book(self) -> dict[str, Any]:
+        books: Any = super()._populate_rule_book()
+        return {name: rules | grouped_rules(rules) for name, rules in books.items()}
+
+
+def grouped_rules(rules: dict[str, Any]) -> dict[str, Any]:
+    """Rules for Transformer Engine's grouped experts: those for single experts, one after another."""
+
+    def rule(single: Any) -> Any:
+        def apply(grouped: Any, layer: int, init_expert_id: int = 0, num_local_experts: int = 0, **more: Any) -> None:
+            for i in range(num_local_experts or grouped.num_gemms):
+                single(one_expert(grouped, i), layer, init_expert_id + i, **more)
+
+        return apply
+
+    names = ("linear_fc1", "linear_fc2")
+    return {f"experts.{n}": rule(rules[f"local_experts.{n}"]) for n in names if f"local_experts.{n}" in rules}
 
 
 def _tensor_parallel_size() -> int:
@@ -120,13 +144,18 @@ def expected_tensors(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         "self_attn.k_proj.weight": (kv, h),
         "self_attn.v_proj.weight": (kv, h),
         "self_attn.o_proj.weight": (h, q),
-        "mlp.gate_proj.weight": (m.ffn_hidden_size, h),
-        "mlp.up_proj.weight": (m.ffn_hidden_size, h),
-        "mlp.down_proj.weight": (h, m.ffn_hidden_size),
     }
+    ffn, mlps = m.ffn_hidden_size, ["mlp"]
+    if m.num_experts is not None:
+        layer["mlp.gate.weight"] = (m.num_experts, h)
+        ffn, mlps = m.moe_ffn_hidden_size, [f"mlp.experts.{i}" for i in range(m.num_experts)]
+    for mlp in mlps:
+        layer |= {
+            f"{mlp}.{n}_proj.weight": shape for n, shape in (("gate", (ffn, h)), ("up", (ffn, h)), ("down", (h, ffn)))
+        }
     if m.family == "qwen2":
         layer |= {f"self_attn.{n}_proj.bias": (size,) for n, size in (("q", q), ("k", kv), ("v", kv))}
-    if m.family == "qwen3":
+    if m.family in QK_NORM_FAMILIES:
         layer |= {f"self_attn.{n}_norm.weight": (m.kv_channels,) for n in ("q", "k")}
     tensors = {f"model.layers.{i}.{name}": shape for i in range(m.num_layers) for name, shape in layer.items()}
     tensors |= {"model.embed_tokens.weight": (m.vocab_size, h), "model.norm.weight": (h,)}
@@ -220,7 +249,7 @@ def _hf_tensors(built: GPTModel, config: Path, model: ModelConfig, dtype: torch.
     with tempfile.TemporaryDirectory() as empty:
         shutil.copy2(config / "config.json", empty)
         with contextlib.redirect_stdout(io.StringIO()):  # ModelOpt prints its MoE settings
-            exporter = GPTModelExporter(built, empty, dtype=dtype)
+            exporter = _Exporter(built, empty, dtype=dtype)
         merged = {name: t for part in exporter.layer_state_dicts.values() for name, t in part.items()}
     for name in VOCAB_TENSORS:
         if name in merged:

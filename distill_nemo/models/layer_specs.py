@@ -54,9 +54,21 @@ def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Transf
     if transformer_engine_usable():
         from megatron.core.extensions.transformer_engine import TENorm
 
-        submodules, norm = get_gpt_layer_with_transformer_engine_submodules(qk_layernorm=config.qk_layernorm), TENorm
+        submodules, norm = (
+            get_gpt_layer_with_transformer_engine_submodules(
+                num_experts=config.num_moe_experts,
+                moe_grouped_gemm=config.moe_grouped_gemm,
+                qk_layernorm=config.qk_layernorm,
+            ),
+            TENorm,
+        )
     else:
-        submodules, norm = get_gpt_layer_local_submodules(normalization="RMSNorm"), RMSNorm
+        submodules, norm = (
+            get_gpt_layer_local_submodules(num_experts=config.num_moe_experts, normalization="RMSNorm"),
+            RMSNorm,
+        )
+        if config.num_moe_experts is not None:  # stored under Transformer Engine's names: this norm is not fused there
+            submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
         submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
         if config.qk_layernorm:
             attention: Any = submodules.self_attention.submodules

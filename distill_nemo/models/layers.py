@@ -18,7 +18,7 @@ EXAMPLE = '{"attention": {"num_query_groups": 8}, "mlp": {"ffn_hidden_size": 143
 
 @dataclass(frozen=True)
 class Layer:
-    """Sizes of one layer; None where it has no attention, or no MLP."""
+    """Sizes of one layer, of one expert where it has experts; None where it has no attention, or no MLP."""
 
     num_query_groups: int | None
     ffn_hidden_size: int | None
@@ -32,7 +32,7 @@ def layers(model: ModelConfig) -> list[Layer]:
     """
     m: Any = model
     if m.block_configs is None:
-        return [Layer(m.num_query_groups, m.ffn_hidden_size)] * m.num_layers
+        return [Layer(m.num_query_groups, m.moe_ffn_hidden_size or m.ffn_hidden_size)] * m.num_layers
     if len(m.block_configs) != m.num_layers:
         raise ValueError(f"block_configs has {len(m.block_configs)} entries, num_layers = {m.num_layers}")
     return [_layer(i, block, m) for i, block in enumerate(m.block_configs)]

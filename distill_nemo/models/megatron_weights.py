@@ -18,6 +18,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from distill_nemo.config import ModelConfig
+from distill_nemo.models.hf_config import QK_NORM_FAMILIES
 from distill_nemo.models.layers import Layer, layers
 
 Shapes = dict[str, tuple[int, ...]]
@@ -121,9 +122,16 @@ def _layer_tensors(layer: Layer, m: Any) -> Shapes:
         }
         if m.family == "qwen2":
             tensors["self_attention.linear_qkv.bias"] = (q + 2 * kv,)
-        if m.family == "qwen3":
+        if m.family in QK_NORM_FAMILIES:
             tensors |= {f"self_attention.{n}_layernorm.weight": (m.kv_channels,) for n in ("q", "k")}
-    if layer.ffn_hidden_size is not None:
+    if m.num_experts is not None:
+        tensors |= {
+            "pre_mlp_layernorm.weight": (h,),
+            "mlp.router.weight": (m.num_experts, h),
+            "mlp.experts.experts.linear_fc1.weight": (m.num_experts, 2 * m.moe_ffn_hidden_size, h),
+            "mlp.experts.experts.linear_fc2.weight": (m.num_experts, h, m.moe_ffn_hidden_size),
+        }
+    elif layer.ffn_hidden_size is not None:
         tensors |= {
             "mlp.linear_fc1.layer_norm_weight": (h,),
             "mlp.linear_fc1.weight": (2 * layer.ffn_hidden_size, h),
@@ -179,8 +187,10 @@ def _stored_layers(names: Shapes) -> int | None:
 
 def _stored_name(name: str, names: Shapes) -> str:
     """`name`, or what the local layers call it where the checkpoint has only that."""
-    for fused, local in LOCAL_NAMES.items():
-        own = name.replace(fused, local)
+    # The norm before experts is not fused, but Megatron's local layers call it so.
+    reverse = {local: fused for fused, local in LOCAL_NAMES.items()}
+    for ours, theirs in (LOCAL_NAMES | reverse).items():
+        own = name.replace(ours, theirs)
         if own != name and name not in names and own in names:
             return own
     return name

@@ -13,10 +13,14 @@ from tests.spawn import Gloo
 from tests.tiny_models import FAMILIES, write_hf
 
 
-def logits_of(path, tensor=1, pipeline=1):
+def logits_of(path, tensor=1, pipeline=1, expert=1):
     """Megatron's logits of a fixed batch at a layout; from the last pipeline stage."""
     setup_device()
-    par = ParallelismConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    par = ParallelismConfig(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        expert_model_parallel_size=expert,
+    )
     with process_groups(par):
         return _logits(path, par)
 
