@@ -1,14 +1,25 @@
 """Context parallelism where Transformer Engine does not run: every rank holds two pieces of the sequence.
 
-The sequence is cut in 2*cp pieces; context-parallel rank r holds pieces r and 2*cp-1-r (Megatron's zig-zag: the causal
-mask then gives every rank the same work).
+The sequence is cut in 2*cp pieces; context-parallel rank r holds pieces r and 2*cp-1-r (Megatron's zig-zag: under the
+causal mask every rank then has the same work).
+
+Shapes: S tokens of the whole sequence, s = S/cp on this rank, B samples, n query heads and g key heads of this
+tensor-parallel rank, d channels of a head.
 """
 
+import math
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
+from torch.nn import functional
 
 
 def split_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -18,7 +29,7 @@ def split_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         batch: tensors [B, S]; every context-parallel rank has the same. It is left as it is.
 
     Returns:
-        tensors [B, S/cp]; the batch itself without context parallelism.
+        tensors [B, s]; the batch itself without context parallelism.
 
     Raises:
         ValueError: when 2*cp does not divide S.
@@ -34,3 +45,115 @@ def split_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             )
     group: Any = parallel_state.get_context_parallel_group()
     return get_batch_on_this_cp_rank(dict(batch), is_hybrid_cp=False, cp_group=group)
+
+
+def give_own_positions(rotary: RotaryEmbedding) -> None:
+    """Let a model's rotary embedding give this rank's positions on a CPU too; a second call changes nothing.
+
+    Megatron's own selection (`get_pos_emb_on_this_cp_rank`, 0.19) asks for pinned memory, which needs a GPU.
+    """
+    group: Any = rotary.cp_group
+    if torch.cuda.is_available() or group is None or group.size() == 1:
+        return
+    rotary.cp_group = None  # no selection by Megatron
+    rotary.register_forward_hook(_select_own_positions)
+
+
+def _select_own_positions(rotary: Any, args: Any, angles_S11d: Tensor) -> Tensor:
+    return split_batch({"angles": angles_S11d.transpose(0, 1)})["angles"].transpose(0, 1)
+
+
+class ContextParallelAttention(MegatronModule):
+    """Causal core attention over the whole sequence, for the queries of this rank.
+
+    ```
+    softmax(q_i @ k[: i + 1].T * softmax_scale) @ v[: i + 1]  # for every position i of this rank
+    ```
+
+    Takes the place of Megatron's DotProductAttention, which refuses context parallelism. Keys and values are
+    all-gathered over the context-parallel group; their gradients are reduce-scattered. The softmax is in fp32 or better
+    whatever `attention_softmax_in_fp32` says. Without context parallelism it gives what DotProductAttention gives.
+
+    Raises:
+        ValueError: for attention dropout, of which the ranks' random numbers would have to be kept apart.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__(config=config)
+        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        if dropout:
+            raise ValueError(
+                f"attention_dropout = {dropout} with context_parallel_size = {config.context_parallel_size}: "
+                "only 0 is supported without Transformer Engine"
+            )
+        assert attn_mask_type is AttnMaskType.causal, attn_mask_type
+        assert config.window_size is None and config.softmax_type == "vanilla", "no config of ours asks for these"
+        assert config.kv_channels is not None, "Megatron fills it"
+        self.softmax_scale = 1 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
+        self.group: Any = parallel_state.get_context_parallel_group()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """Attend; collective over the context-parallel group, forward and backward.
+
+        Args:
+            query: [s, B, n, d], this rank's two pieces, in order.
+            key: [s, B, g, d], g divides n.
+            value: [s, B, g, d].
+            attention_mask: None; the mask is the causal one.
+            attn_mask_type: causal or None.
+            attention_bias: None.
+            packed_seq_params: None.
+
+        Returns:
+            [s, B, n*d], in the dtype of the query.
+        """
+        assert attention_mask is None and attention_bias is None and packed_seq_params is None, "causal, unpacked only"
+        assert attn_mask_type in (None, AttnMaskType.causal), attn_mask_type
+        rank, size = self.group.rank(), self.group.size()
+        both = gather_from_sequence_parallel_region(torch.stack([key, value], dim=1), group=self.group)
+        key_SBgd, value_SBgd = in_sequence_order(both, size).unbind(1)
+        length = query.shape[0] // 2
+        outputs = []
+        for piece, query_pBnd in zip((rank, 2 * size - 1 - rank), query.split(length), strict=True):
+            end = (piece + 1) * length  # no query of this piece sees a later key
+            outputs.append(self._attend(query_pBnd, key_SBgd[:end], value_SBgd[:end]))
+        return torch.cat(outputs)
+
+    def _attend(self, query_pBnd: Tensor, key_tBgd: Tensor, value_tBgd: Tensor) -> Tensor:
+        """[p, B, n*d]; the p queries are the last of the t positions."""
+        queries, keys = query_pBnd.shape[0], key_tBgd.shape[0]
+        mask_pt = torch.ones(queries, keys, dtype=torch.bool, device=query_pBnd.device).tril(keys - queries)
+        repeats = query_pBnd.shape[2] // key_tBgd.shape[2]
+        out_Bnpd = functional.scaled_dot_product_attention(
+            query_pBnd.permute(1, 2, 0, 3),
+            key_tBgd.repeat_interleave(repeats, dim=2).permute(1, 2, 0, 3),
+            value_tBgd.repeat_interleave(repeats, dim=2).permute(1, 2, 0, 3),
+            attn_mask=mask_pt,
+            scale=self.softmax_scale,
+        )
+        return out_Bnpd.permute(2, 0, 1, 3).flatten(2)
+
+
+def in_sequence_order(gathered: Tensor, size: int) -> Tensor:
+    """The rows [S, ...] that `size` ranks' rows [s, ...], one after the other, make when put back in order."""
+    pieces = gathered.chunk(2 * size)
+    return torch.cat(pieces[::2] + pieces[1::2][::-1])
