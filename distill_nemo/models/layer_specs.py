@@ -9,11 +9,14 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import get_gpt_heterogeneous_layer_spec
 from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
+
+from distill_nemo.models.context_parallel import ContextParallelAttention
 
 
 class RMSNorm(nn.Module):
@@ -70,16 +73,22 @@ def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Transf
         if config.num_moe_experts is not None:  # stored under Transformer Engine's names: this norm is not fused there
             submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
         submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
+        attention: Any = submodules.self_attention.submodules
+        attention.core_attention = _core_attention(config)
         if config.qk_layernorm:
-            attention: Any = submodules.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = RMSNorm
     layer = ModuleSpec(module=TransformerLayer, submodules=submodules)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
 
 
+def _core_attention(config: TransformerConfig) -> type[DotProductAttention] | type[ContextParallelAttention]:
+    """What the local layers attend with; Megatron's refuses context parallelism."""
+    return ContextParallelAttention if config.context_parallel_size > 1 else DotProductAttention
+
+
 def _heterogeneous_spec(config: HeterogeneousTransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """Megatron's spec of layers that differ, with our norm where it would take torch's."""
+    """Megatron's spec of layers that differ, with our norm and attention where it would take its local ones."""
     block: Any = get_gpt_heterogeneous_layer_spec(config, use_te=transformer_engine_usable(), vp_stage=vp_stage)
     for layer in block.layer_specs:
         attention = getattr(layer.submodules.self_attention, "submodules", None)
@@ -87,5 +96,7 @@ def _heterogeneous_spec(config: HeterogeneousTransformerConfig, vp_stage: int | 
             for name, module in list(vars(part).items()) if part else ():
                 if module is WrappedTorchNorm:
                     setattr(part, name, RMSNorm)
+                elif module is DotProductAttention:
+                    setattr(part, name, _core_attention(config))
     block.layer_norm = RMSNorm if block.layer_norm is WrappedTorchNorm else block.layer_norm
     return block
