@@ -158,9 +158,10 @@ def _hidden_means(
         return {}
     each = {f"hidden_loss_{i}": value / tokens if tokens else math.nan for i, value in enumerate(sums)}
     found = {"hidden_loss": sum(each.values()) / len(sums)}
-    if "kd_loss" in means:
-        model: Any = unwrap_model(chunks[0])
-        found["kd_loss"] = means["kd_loss"] + float(model.loss_balancer.weights()[2]) * found["hidden_loss"]
+    model: Any = unwrap_model(chunks[0])
+    balancer = model.loss_balancer
+    if "kd_loss" in means and getattr(balancer, "observed", {}) is not None:
+        found["kd_loss"] = means["kd_loss"] + float(balancer.weights()[2]) * found["hidden_loss"]
     return found | (each if len(sums) > 1 else {})
 
 

@@ -5,6 +5,8 @@ gradients travel as a checkpoint: they take the place of the weights, are saved 
 them Hugging Face's names and shapes.
 """
 
+import contextlib
+import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,7 @@ def megatron_steps(cells: list[tuple[Case, Layout, str]]) -> list[dict[str, Any]
 
 def _step(case: Case, run: RunConfig, output: str) -> dict[str, Any]:
     from distill_nemo.checkpoint.save import CheckpointWriter
+    from distill_nemo.checkpoint.state import _allocate_adam_state
     from distill_nemo.evaluation import evaluate
     from distill_nemo.runtime.seed import seed_everything
     from distill_nemo.training.forward_step import forward_step
@@ -124,6 +127,7 @@ def _step(case: Case, run: RunConfig, output: str) -> dict[str, Any]:
             parameter.data.copy_(gradient)
             if name.startswith("_loss_modules."):
                 means[PROJECTION + name.split(".")[1]] = gradient.clone()
+    _allocate_adam_state(trainee.optimizer)  # no step was taken
     writer = CheckpointWriter(Path(output) / "checkpoints", run)
     writer.save(1, trainee.unwrapped, trainee.optimizer, trainee.scheduler, {"step": 1})
     return means
@@ -174,7 +178,8 @@ def gradients(output: str) -> dict[str, torch.Tensor]:
 
     from distill_nemo.checkpoint.export import export
 
-    export(output, f"{output}/hf", None)
+    with contextlib.redirect_stdout(io.StringIO()):
+        export(output, f"{output}/hf", None)
     return load_file(f"{output}/hf/model.safetensors")
 
 

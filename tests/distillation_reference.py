@@ -46,8 +46,23 @@ def reference(case: Case) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
             losses |= {f"hidden_loss_{i}": x for i, x in enumerate(each) if len(each) > 1}
         total = losses["kd_loss"] = _total(losses, kd)
     total.backward()
-    found = {n: p.grad for n, p in student.named_parameters()} | {n: w.grad for n, w in projections.items()}
-    return {n: x.item() for n, x in losses.items()}, {n: g for n, g in found.items() if g is not None}
+    found: dict[str, Any] = {n: w.grad for n, w in projections.items()}
+    for name, parameter in student.named_parameters():
+        found |= _as_on_disk(name, torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    return {n: x.item() for n, x in losses.items()}, found
+
+
+def _as_on_disk(name: str, gradient: torch.Tensor) -> dict[str, torch.Tensor]:
+    """transformers 5 holds the experts of a layer as one tensor, and saves them one by one."""
+    if ".mlp.experts." not in name:
+        return {name: gradient}
+    around, part = name.rsplit(".", 1)
+    if part == "down_proj":
+        return {f"{around}.{i}.down_proj.weight": expert for i, expert in enumerate(gradient)}
+    halves = [(i, *expert.chunk(2)) for i, expert in enumerate(gradient)]
+    return {f"{around}.{i}.gate_proj.weight": gate for i, gate, _ in halves} | {
+        f"{around}.{i}.up_proj.weight": up for i, _, up in halves
+    }
 
 
 def _forward(path: str, tokens: torch.Tensor, pairs: list[str], side: int) -> tuple[Any, dict[Any, torch.Tensor]]:

@@ -95,7 +95,7 @@ class CheckpointWriter:
         """
         try:
             yield
-        except (Exception, CheckpointException) as error:
+        except (OSError, RuntimeError, CheckpointException) as error:  # torch.save says a full disk by RuntimeError
             if dist.get_rank() == 0:
                 shutil.rmtree(self._partial, ignore_errors=True)
             said = str(error).strip().splitlines() or [type(error).__name__]

@@ -98,10 +98,13 @@ class _CudaMeansCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+_CUDA_MEANS_CPU = _CudaMeansCpu()
+
+
 def _replace_cuda_by_cpu() -> None:
     for owner, name, value in cpu_replacements():
         setattr(owner, name, value)
-    _CudaMeansCpu().__enter__()
+    _CUDA_MEANS_CPU.__enter__()
 
 
 def cpu_replacements() -> list[tuple[Any, str, Any]]:
@@ -116,7 +119,18 @@ def cpu_replacements() -> list[tuple[Any, str, Any]]:
         (torch.Tensor, "cuda", lambda self, *a, **k: self),
         (torch.Tensor, "type", _type_as_on_cuda(torch.Tensor.type)),
         (random, "_get_cuda_rng_state", lambda *a, **k: torch.get_rng_state()),
+        (random.CheckpointFunction, "backward", _under_the_mode(random.CheckpointFunction.backward)),
     ]
+
+
+def _under_the_mode(backward: Any) -> Any:
+    """Torch leaves its function modes for a backward pass, in which recomputed layers run anew."""
+
+    def backward_(ctx: Any, *grads: Any) -> Any:
+        with _CUDA_MEANS_CPU:
+            return backward(ctx, *grads)
+
+    return staticmethod(backward_)
 
 
 def _type_as_on_cuda(plain_type: Any) -> Any:

@@ -13,7 +13,7 @@ def train(inputs, output, steps=2):
     from distill_nemo.training.entry import run_config
 
     run = tiny_run(inputs, output, steps=steps, eval_interval=1)
-    run.checkpoint.save_interval = 1
+    run.checkpoint.save_interval, run.training.recompute = 1, "full"
     run.optimizer.decay_steps, run.optimizer.warmup_steps = 4, 1
     run_config(run)
 

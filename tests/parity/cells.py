@@ -1,0 +1,172 @@
+"""The matrix: layouts, models, losses and ways to compute them; each cell is one global batch, compared with fp64.
+
+Legend of a cell's errors: see `tests.distillation.worst_errors`.
+"""
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tests.distillation import Case, Layout, gradients_of, megatron_steps, worst_errors
+from tests.distillation_reference import reference
+from tests.spawn import Gloo
+from tests.tiny_models import write_hf
+
+# Sums run in another order: in fp32 the last of 7 digits differ. Measured worst values are in docs/parity.md.
+TOLERANCE = 1e-5
+
+LAYOUTS: dict[str, tuple[int, Layout]] = {  # processes, sizes
+    "one process": (1, Layout()),
+    "DP=2": (2, Layout()),
+    "DP=4": (4, Layout()),
+    "TP=2": (2, Layout(tensor=2)),
+    "TP=4": (4, Layout(tensor=4)),
+    "TP=2, SP": (2, Layout(tensor=2, sequence_parallel=True)),
+    "PP=2": (2, Layout(pipeline=2)),
+    "PP=4": (4, Layout(pipeline=4)),
+    "PP=4, VPP=2": (4, Layout(pipeline=4, virtual=2)),
+    "CP=2": (2, Layout(context=2)),
+    "TP=2, PP=2": (4, Layout(tensor=2, pipeline=2)),
+    "TP=2, CP=2": (4, Layout(tensor=2, context=2)),
+    "TP=2, PP=2, DP=2": (8, Layout(tensor=2, pipeline=2)),
+    "EP=2, DP=2": (2, Layout(expert=2)),
+}
+
+WIDE = {"width": 64, "heads": 8, "groups": 4}
+NARROW = {"width": 32, "heads": 8, "groups": 4}
+MODELS: dict[str, dict[str, Any]] = {  # arguments of write_hf; the student's name begins its pair's
+    "teacher": {"layers": 10, **WIDE},
+    "llama": {"seed": 2, "layers": 8, **NARROW},
+    "llama of the same width": {"seed": 3, "layers": 8, **WIDE},
+    "llama, 9 layers": {"seed": 4, "layers": 9, **NARROW},
+    "tied llama": {"family": "llama_tied", "seed": 5, "layers": 8, **NARROW},
+    "llama3 rope": {"family": "llama3_rope", "seed": 9, "layers": 8, **NARROW},
+    "qwen2 (biases)": {"family": "qwen2", "seed": 6, "layers": 8, **NARROW},
+    "qwen3 (qk norm)": {"family": "qwen3", "seed": 7, "layers": 8, **NARROW},
+    "MoE teacher": {"family": "qwen3_moe", "seed": 10, "layers": 8, **WIDE},
+    "MoE": {"family": "qwen3_moe", "seed": 8, "layers": 8, **NARROW},
+}
+FINAL = "decoder.final_layernorm:decoder.final_layernorm"
+PARTS = ["decoder.layers.0.mlp:decoder.layers.0.mlp", "decoder.layers.5.self_attention:decoder.layers.7"]
+LAYERS = ["decoder.layers.0:decoder.layers.0", "decoder.layers.5:decoder.layers.7"]  # on one stage in every layout
+LOSSES: dict[str, dict[str, Any]] = {
+    "forward KL": {},
+    "forward KL, T=2, and LM": {"temperature": 2.0, "logits_weight": 0.7, "lm_weight": 0.3},
+    "forward KL, T=2, no T²": {"temperature": 2.0, "scale_by_temperature_squared": False},
+    "reverse KL, T=2": {"divergence": "reverse_kl", "temperature": 2.0},
+    "Jensen-Shannon, beta=0.3": {"divergence": "jensen_shannon", "beta": 0.3},
+    "top-8 and tail, T=2": {"top_k": 8, "temperature": 2.0},
+    "cosine, projected, after the last norm": {"hidden_loss": "cosine", "hidden_layers": [FINAL], "hidden_weight": 2.0},
+    "MSE, projected, on early and late layers": {
+        "hidden_loss": "mse", "hidden_layers": [*LAYERS, FINAL], "hidden_weight": 0.5, "lm_weight": 0.2,
+    },
+    "MSE alone, inside layers": {
+        "hidden_loss": "mse", "hidden_weight": 1.0, "logits_weight": 0.0,
+        "hidden_layers": PARTS,
+    },
+    "dynamic, LM, KL and cosine": {
+        "balancer": "dynamic", "skip_lm_loss": False, "kd_loss_scale": 0.8,
+        "hidden_loss": "cosine", "hidden_layers": LAYERS,
+    },
+    "dynamic, KL and MSE": {"balancer": "dynamic", "hidden_loss": "mse", "hidden_layers": [LAYERS[1]]},
+}  # fmt: skip
+HIDDEN = "MSE, projected, on early and late layers"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row."""
+
+    layout: str
+    models: tuple[str, str]  # student, teacher
+    loss: str
+    way: str = ""  # what else differs, in words
+    masked: str = "some"
+    changes: tuple[tuple[str, Any], ...] = ()  # of the layout
+
+    @property
+    def sizes(self) -> Layout:
+        return replace(LAYOUTS[self.layout][1], **dict(self.changes))
+
+
+DENSE = ("llama", "teacher")
+WAYS: dict[str, dict[str, Any]] = {
+    "micro batch 2": {"changes": (("micro_batch", 2),)},
+    "micro batch 4": {"changes": (("micro_batch", 4),)},
+    "distributed optimizer": {"changes": (("distributed_optimizer", True),)},
+    "full recomputation": {"changes": (("recompute", "full"),)},
+    "selective recomputation": {"changes": (("recompute", "selective"),)},
+    "an all-masked micro batch": {"masked": "first"},
+}
+
+
+def cells() -> list[Cell]:
+    """All of them: every layout with every loss, with every pair of models, and in every way."""
+    return [cell for layout in LAYOUTS for cell in _of_layout(layout)]
+
+
+def _of_layout(layout: str) -> Iterator[Cell]:
+    if layout == "EP=2, DP=2":
+        pairs = [("MoE", "MoE teacher"), ("llama", "MoE teacher"), ("MoE", "teacher")]
+        yield from (Cell(layout, pair, loss) for pair in pairs for loss in ("forward KL", HIDDEN))
+        yield Cell(layout, pairs[0], "forward KL", "distributed optimizer", changes=(("distributed_optimizer", True),))
+        yield Cell(layout, pairs[0], HIDDEN, "full recomputation", changes=(("recompute", "full"),))
+        return
+    yield from (Cell(layout, DENSE, loss) for loss in LOSSES)
+    yield Cell(layout, ("llama of the same width", "teacher"), HIDDEN)
+    for student in ("llama, 9 layers", "tied llama", "llama3 rope", "qwen2 (biases)", "qwen3 (qk norm)"):
+        loss = "cosine, projected, after the last norm" if student == "llama, 9 layers" else HIDDEN
+        yield Cell(layout, (student, "teacher"), loss)
+    if LAYOUTS[layout][1].tensor < 4:
+        yield Cell(layout, ("llama", "MoE teacher"), "forward KL")
+        yield Cell(layout, ("MoE", "MoE teacher"), "forward KL")
+    for way, differs in WAYS.items():
+        if _possible(layout, differs):
+            yield Cell(layout, DENSE, HIDDEN, way, **differs)
+
+
+def _possible(layout: str, differs: dict[str, Any]) -> bool:
+    """Whether the 8 samples make enough micro batches: one a rank, and with a virtual pipeline one a stage."""
+    processes, sizes = LAYOUTS[layout]
+    data_parallel = processes // (sizes.tensor * sizes.pipeline * sizes.context)
+    size = dict(differs.get("changes", ())).get("micro_batch", 1)
+    return 8 % (data_parallel * size) == 0 and (not sizes.virtual or 8 // size % sizes.pipeline == 0)
+
+
+@dataclass(frozen=True)
+class Errors:
+    """The worst relative errors of a cell."""
+
+    metric: float
+    gradient: float
+
+
+def write_models(root: Path) -> dict[str, str]:
+    """Every model of the matrix, by name."""
+    return {name: write_hf(root / str(i), **how) for i, (name, how) in enumerate(MODELS.items())}
+
+
+def measure(wanted: Iterable[Cell], models: dict[str, str], group: Gloo, one: Gloo) -> Iterator[tuple[Cell, Errors]]:
+    """Compute cells of one layout in the processes of `group`, and their references."""
+    wanted = list(wanted)
+    cases = [Case(*(models[name] for name in c.models), LOSSES[c.loss], masked=c.masked) for c in wanted]
+    with tempfile.TemporaryDirectory() as root:
+        outputs = [f"{root}/{i}" for i in range(len(wanted))]
+        work = [(case, cell.sizes, output) for case, cell, output in zip(cases, wanted, outputs, strict=True)]
+        ranks = group.run(megatron_steps, work)
+        found = one.run(gradients_of, outputs)[0]
+    for i, (cell, case) in enumerate(zip(wanted, cases, strict=True)):
+        yield cell, Errors(*worst_errors([rank[i] for rank in ranks], found[i], _reference(case)))
+
+
+_REFERENCES: dict[str, Any] = {}
+
+
+def _reference(case: Case) -> Any:
+    """The same for every layout."""
+    key = repr(case)
+    if key not in _REFERENCES:
+        _REFERENCES[key] = reference(case)
+    return _REFERENCES[key]
