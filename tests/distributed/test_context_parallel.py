@@ -200,7 +200,7 @@ def test_the_rotary_embedding_gives_this_ranks_positions(groups, times):
 
 
 def test_megatrons_selection_of_positions_still_needs_a_gpu(groups):
-    with pytest.raises(RuntimeError, match="NVIDIA|CUDA|pin"):
+    with pytest.raises(RuntimeError, match=r"NVIDIA|CUDA|pin"):
         groups[2].run(rotate, 0)
 
 
