@@ -58,6 +58,7 @@ def write_hf(path, family="llama", *, seed=1, layers=4, width=64, vocab=507, hea
 LOCAL_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",  # before experts it is the other way round
 }
 
 

@@ -4,6 +4,7 @@ Every layer is a router and `num_experts` MLPs, of which a token takes `num_expe
 each data (and context) parallel rank holds some of the experts, and tokens travel to them.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -79,9 +80,22 @@ def expert_settings(model: Any, parallelism: ParallelismConfig) -> dict[str, Any
 
 def one_expert(grouped: nn.Module, number: int) -> nn.Module:
     """A module whose `weight` is that of local expert `number` inside Transformer Engine's grouped linear layer."""
-    one = nn.Module()
+    one: Any = nn.Module()
     one.weight = getattr(grouped, f"weight{number}")
+    one.config = SimpleNamespace(ffn_hidden_size=len(one.weight) // 2)  # where ModelOpt parts linear_fc1's gate and up
     return one
+
+
+def keep_experts_apart(built: GPTModel) -> None:
+    """Give the experts gradient buffers and an optimizer of their own, as Megatron does under expert parallelism only.
+
+    Then their optimizer state has the same place at every expert parallel size, and a checkpoint can be resharded.
+    """
+    for layer in built.modules():
+        if isinstance(layer, MoELayer):
+            experts: Any = layer.experts
+            for parameter in experts.parameters():
+                parameter.allreduce = False
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from distill_nemo.config import (
 )
 from distill_nemo.models.architecture import gpt_model, resolve, transformer_config
 from distill_nemo.models.distillation import convert_to_distillation_model
-from distill_nemo.models.experts import initialise_experts
+from distill_nemo.models.experts import initialise_experts, keep_experts_apart
 from distill_nemo.models.huggingface import load_hf_weights
 from distill_nemo.models.megatron_weights import load_megatron_weights
 from distill_nemo.models.modelopt_state import restore_modelopt_state
@@ -111,6 +111,7 @@ def _build(
     kwargs = dict(model_kwargs)
     config = transformer_config(model, kwargs.pop("parallelism"), kwargs.pop("dtype"), recompute)
     built = gpt_model(model, config, **kwargs)
+    keep_experts_apart(built)
     if model.checkpoint is None:
         initialise_experts(built)
     if model.checkpoint is not None:

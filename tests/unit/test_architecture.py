@@ -22,6 +22,18 @@ SCALING = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "ori
 LLAMA3 = {"rope_type": "llama3", **SCALING}
 SHAPE = {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "vocab_size": 507}
 
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_ffn_hidden_size": 48}
+QWEN3_MOE = {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+
 
 def resolve_json(path, **change):
     from distill_nemo.models.architecture import resolve
@@ -115,9 +127,84 @@ def test_megatron_config_by_family():
     from distill_nemo.models.architecture import padded_vocab_size, resolve, transformer_config
 
     flags = {}
-    for family in ("llama", "qwen2", "qwen3"):
-        config = transformer_config(resolve(StudentConfig(family=family, **SHAPE)), ParallelismConfig(), torch.float32)
+    for family in ("llama", "qwen2", "qwen3", "qwen3_moe"):
+        shape = SHAPE | (EXPERTS if family == "qwen3_moe" else {})
+        config = transformer_config(resolve(StudentConfig(family=family, **shape)), ParallelismConfig(), torch.float32)
         assert config.calculate_per_token_loss and not config.add_bias_linear and config.gated_linear_unit
         flags[family] = (config.add_qkv_bias, config.qk_layernorm)
-    assert flags == {"llama": (False, False), "qwen2": (True, False), "qwen3": (False, True)}
+    qwen3 = (False, True)
+    assert flags == {"llama": (False, False), "qwen2": (True, False), "qwen3": qwen3, "qwen3_moe": qwen3}
     assert [padded_vocab_size(size) for size in (1, 128, 507, 512, 513)] == [128, 128, 512, 512, 640]
+
+
+@pytest.mark.parametrize(
+    ("change", "normalised"),
+    [({}, True), ({"num_experts": "absent", "num_local_experts": 4, "norm_topk_prob": "absent"}, False)],
+    ids=["transformers 4", "transformers 5, by default"],
+)
+def test_experts_are_read_and_written(tmp_path, change, normalised):
+    setup_device()
+    from distill_nemo.models.architecture import transformer_config
+    from distill_nemo.models.hf_config import from_huggingface, to_huggingface
+
+    resolved = resolve_json(tmp_path, **(QWEN3_MOE | change))
+    assert {name: getattr(resolved, name) for name in EXPERTS} == EXPERTS
+    assert (resolved.ffn_hidden_size, resolved.norm_topk_prob) == (96, normalised)
+    written = to_huggingface(resolved, torch.float32)
+    again = from_huggingface(written, tmp_path)
+    assert {name: value for name, value in vars(resolved).items() if name in again} == again
+    config = transformer_config(resolved, ParallelismConfig(), torch.float32)
+    assert (config.num_moe_experts, config.moe_router_topk, config.moe_ffn_hidden_size) == (4, 2, 48)
+    assert config.moe_router_pre_softmax is not normalised
+    assert config.moe_router_load_balancing_type == "none" and config.moe_aux_loss_coeff == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_experts": "absent"}, "num_experts must be a positive integer, got None"),
+        ({"moe_intermediate_size": 0}, "moe_intermediate_size must be a positive integer, got 0"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok = 5 is above num_experts = 4"),
+        ({"num_experts_per_tok": 1}, "norm_topk_prob = True with num_experts_per_tok = 1"),
+        ({"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported: every layer must have experts"),
+        ({"mlp_only_layers": [0]}, "mlp_only_layers = [0] is not supported: every layer must have experts"),
+        ({"model_type": "qwen2_moe"}, "Did you mean qwen3_moe"),
+    ],
+)
+def test_experts_that_are_not_supported_are_refused_by_name(tmp_path, change, words):
+    with pytest.raises(ValueError) as raised:
+        resolve_json(tmp_path, **(QWEN3_MOE | change))
+    assert words in str(raised.value)
+
+
+def test_fields_of_experts_go_with_a_family_that_has_them():
+    from distill_nemo.models.architecture import resolve
+
+    random = resolve(StudentConfig(family="qwen3_moe", **(SHAPE | EXPERTS | {"ffn_hidden_size": None})))
+    assert (random.ffn_hidden_size, random.norm_topk_prob) == (48, True)
+    with pytest.raises(ValueError, match="the model needs num_experts_per_tok: set them"):
+        resolve(StudentConfig(family="qwen3_moe", **(SHAPE | EXPERTS | {"num_experts_per_tok": None})))
+    with pytest.raises(ValueError, match='num_experts = 4: family "qwen3" has no experts; qwen3_moe has'):
+        resolve(StudentConfig(family="qwen3", num_experts=4, **SHAPE))
+    blocks = [{"attention": {"num_query_groups": 4}, "mlp": {"ffn_hidden_size": 96}}] * 4
+    with pytest.raises(ValueError, match="block_configs: layers that differ are not supported with experts"):
+        resolve(StudentConfig(family="qwen3_moe", block_configs=blocks, **(SHAPE | EXPERTS)))
+
+
+def test_a_layout_that_does_not_divide_experts_is_refused(tmp_path):
+    setup_device()
+    from distill_nemo.models.architecture import transformer_config
+
+    layout = ParallelismConfig(expert_model_parallel_size=3)
+    with pytest.raises(ValueError, match=r"num_experts = 4 is not divisible by parallelism\.expert"):
+        transformer_config(resolve_json(tmp_path, **QWEN3_MOE), layout, torch.float32)
+
+
+def test_a_dense_model_beside_one_with_experts_is_not_split_over_expert_parallel_ranks():
+    setup_device()
+    from distill_nemo.models.architecture import resolve, transformer_config
+
+    parallelism = ParallelismConfig(expert_model_parallel_size=2)
+    dense, sparse = StudentConfig(**SHAPE), StudentConfig(family="qwen3_moe", **(SHAPE | EXPERTS))
+    sizes = [transformer_config(resolve(m), parallelism, torch.float32) for m in (dense, sparse)]
+    assert [config.expert_model_parallel_size for config in sizes] == [1, 2]
