@@ -4,17 +4,11 @@ A recipe is a `run.Partial(distill, ...)`. `train` launches one through NeMo-Run
 commands, exits non-zero when a rank fails.
 """
 
-import contextlib
-import re
-import signal
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import fiddle as fdl
 import nemo_run as run
-import psutil
 import typer
 from nemo_run.cli.api import Entrypoint, list_factories
 from nemo_run.config import get_type_namespace
@@ -23,61 +17,17 @@ from distill_nemo.cli_arguments import (
     check_complete,
     check_factory,
     check_launch,
+    check_run_arguments,
     override,
     parse_arguments,
     run_config_of,
     split_executor,
 )
 from distill_nemo.cli_help import Group, command_class, command_help, summary, train_help
-from distill_nemo.executors import local
+from distill_nemo.executors import Stages, local, passing_on_signals
 from distill_nemo.training.entry import distill, errors_in_one_screen
 
 NAMESPACE = "distill"
-
-
-@contextlib.contextmanager
-def passing_on_signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM reach the ranks, which write a checkpoint and end.
-
-    NeMo-Run starts local jobs in sessions of their own, where a terminal's Ctrl-C does not come, and when it is itself
-    terminated it leaves them running.
-    """
-
-    def stop(signum: int, frame: Any) -> None:
-        children = psutil.Process().children()
-        if children:
-            print("stopping: waiting for the checkpoint; the same command resumes", file=sys.stderr)
-        for child in children:
-            child.terminate()
-        raise SystemExit(128 + signum)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class Stages(run.Experiment):
-    """An experiment that exits 1 at the first task that fails (NeMo-Run would go on, and exit 0)."""
-
-    def _wait_for_jobs(self, jobs: list[Any]) -> None:
-        super()._wait_for_jobs(jobs)
-        for job in jobs:
-            if str(job.state) != "SUCCEEDED":
-                print(f"{job.id}: {job.state}; logs: {job.executor.job_dir}", file=sys.stderr)
-                print(_ranks_error(Path(job.executor.job_dir)), end="", file=sys.stderr)
-                sys.exit(1)
-
-
-def _ranks_error(job_dir: Path) -> str:
-    """What a rank said of its end, once more: torchrun's own words have pushed it off the screen."""
-    for log in sorted(job_dir.rglob("stderr.log")):
-        said = re.search(r"^error( on rank \d+)?: .*", log.read_text(errors="replace"), re.M | re.S)
-        if said:
-            return said.group()
-    return ""
 
 
 class TrainContext(run.cli.RunContext):
@@ -92,6 +42,7 @@ class TrainContext(run.cli.RunContext):
                         f"--{option.replace('_', '-')} is not supported. Every run writes its complete config to "
                         "<output_dir>/config.yaml; `torchrun --nproc-per-node N -m distill_nemo CONFIG.yaml` runs that"
                     )
+            check_run_arguments(args)
             super().cli_execute(fn, args, entrypoint_type)
 
     def parse_args(self, args: list[str], lazy: bool = False) -> list[str]:
@@ -105,6 +56,13 @@ class TrainContext(run.cli.RunContext):
         """`run.executor=local run.executor.processes=8`: arguments of the factory first, then the executor's fields."""
         name, fields = split_executor(name, args)
         return super().parse_executor(name, *fields)
+
+    def parse_plugin(self, name: str, *args: str) -> Any:
+        """`run.plugins=NAME`: a factory that the user's own code has registered."""
+        try:
+            return super().parse_plugin(name, *args)
+        except ValueError as error:
+            raise ValueError(f"run.plugins: {error}") from None
 
     def parse_fn(self, fn: Any, args: list[str], **default_kwargs: Any) -> Any:
         """The recipe that `--factory` names, or an experiment, with the overrides applied."""
@@ -128,9 +86,12 @@ class TrainContext(run.cli.RunContext):
             run.dryrun_fn(task, executor=executor)
             return
         self.executor = executor
-        with Stages(self.name, enable_goodbye_message=False, log_level="WARNING") as experiment:
+        with Stages.titled(self.name) as experiment:
             experiment.add(task, executor=executor, name=self.name, tail_logs=True, plugins=self.plugins or None)
             self.launch(experiment)
+
+    def _execute_experiment(self, fn: Callable[..., Any], experiment_args: list[str]) -> None:
+        fdl.build(self.parse_fn(fn, experiment_args, ctx=self))()
 
     def launch(self, experiment: run.Experiment, sequential: bool = False) -> None:
         """As NeMo-Run's, but without `run.executor=` too the tasks run in processes of their own."""
@@ -229,7 +190,7 @@ def export(checkpoint: str, output: str, tokenizer: str = "") -> None:
 
 
 @run.cli.entrypoint(namespace=NAMESPACE, enable_executor=False, entrypoint_cls=Command)
-def evaluate(student: str, data: str, teacher: str = "", sequence_length: int = 1024, batches: int = 64) -> None:
+def evaluate(student: str, data: str, teacher: str = "", sequence_length: int = 1024, samples: int = 64) -> None:
     r"""Held-out LM loss of a checkpoint and, with a teacher, forward KL, top-1 agreement and teacher entropy.
 
     Token means in nats, in one process, on the GPU where there is one.
@@ -239,22 +200,25 @@ def evaluate(student: str, data: str, teacher: str = "", sequence_length: int = 
             teacher=runs/quickstart/teacher/student sequence_length=128
 
     Args:
-        student: checkpoint directory, ours or Hugging Face.
+        student: checkpoint directory, of any kind that `train` reads.
         data: prefix of the held-out .bin/.idx files.
         teacher: checkpoint directory; empty for none.
         sequence_length: tokens per sample.
-        batches: how many samples.
+        samples: how many; more than the data holds repeats it.
     """
     from distill_nemo.config import StudentConfig, TeacherConfig
     from distill_nemo.runtime.device import setup_device
 
+    for name, value in (("sequence_length", sequence_length), ("samples", samples)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     setup_device()  # before Megatron is imported
     from distill_nemo.training.evaluate import evaluate_student
 
     reference = TeacherConfig(checkpoint=teacher) if teacher else None
-    means = evaluate_student(StudentConfig(checkpoint=student), data, reference, sequence_length, batches)
+    means = evaluate_student(StudentConfig(checkpoint=student), data, reference, sequence_length, samples)
     for name, value in means.items():
-        print(f"{name:18} {value:.4f}")
+        print(f"{name:18} {value:,.0f}" if name == "tokens" else f"{name:18} {value:.4f}")
 
 
 @run.cli.entrypoint(namespace=NAMESPACE, enable_executor=False, entrypoint_cls=Command)

@@ -15,8 +15,9 @@ import fiddle as fdl
 import nemo_run as run
 from nemo_run.cli.cli_parser import parse_value
 
+from distill_nemo.checks import check
 from distill_nemo.cli_help import plain_type, sections, type_name
-from distill_nemo.config import RunConfig, check, from_dict, near, to_dict
+from distill_nemo.config import RunConfig, from_dict, near, to_dict
 from distill_nemo.executors import EXECUTORS
 from distill_nemo.models.sources import find_checkpoint
 
@@ -37,7 +38,8 @@ def parse_arguments(function: Callable[..., Any], arguments: Iterable[str], comm
             raise ValueError(f'"{argument}" is not FIELD=VALUE; see `nemo distill {command} --help`')
         path, value = match.groups()
         if path not in known:
-            raise ValueError(f'unknown field "{path}".{_near(path, known)} See `nemo distill {command} --help`')
+            names = _near(path, known) if known else " There are none."
+            raise ValueError(f'unknown field "{path}".{names} See `nemo distill {command} --help`')
         parsed[path] = _parse(path, value, known[path])
     return parsed
 
@@ -81,30 +83,57 @@ def check_factory(factory: Any, recipes: Iterable[Callable[..., Any]]) -> None:
         raise ValueError(f'unknown recipe "{name}".{near(name, known)}')
     with contextlib.suppress(SyntaxError):  # NeMo-Run's grammar is wider than Python's
         call = ast.parse(str(factory), mode="eval").body
-        own = inspect.signature(known[name]).parameters if name in known else {}
+        own = typing.get_type_hints(known[name]) if name in known else {}
+        own.pop("return", None)
         for keyword in call.keywords if isinstance(call, ast.Call) and own else []:
             if keyword.arg not in own:
                 raise ValueError(f'recipe {name} has no argument "{keyword.arg}".{near(str(keyword.arg), own)}')
+            value = ast.get_source_segment(str(factory), keyword.value) or ""
+            _parse(f"recipe {name}: {keyword.arg}", value, own[keyword.arg])
+
+
+def check_run_arguments(arguments: Iterable[str]) -> None:
+    """Refuse `run.X=` that means nothing here.
+
+    Raises:
+        ValueError: saying what there is.
+    """
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if name.startswith("run") and not re.fullmatch(r"run\.(executor|plugins)(\..+)?", name):
+            raise ValueError(f'unknown field "{name}". Known: run.executor, run.executor.FIELD, run.plugins.')
 
 
 def split_executor(name: str, arguments: Iterable[str]) -> tuple[str, list[str]]:
     """`local`, `["processes=8", "retries=1"]` -> `local(processes=8)`, `["retries=1"]`: what the factory takes itself.
 
     Raises:
-        ValueError: for an executor or a field of it that is not known, with the near names.
+        ValueError: for an executor or a field of it that is not known, with the near names, or a value of it that is
+            not allowed.
     """
-    base = name.partition("(")[0]
-    if base not in EXECUTORS:
-        raise ValueError(f'run.executor: unknown executor "{base}".{near(base, EXECUTORS)}')
-    own = list(inspect.signature(EXECUTORS[base]).parameters)
-    known = [*own, *inspect.signature(EXECUTORS[base]().__fn_or_cls__).parameters]
-    call, others = [], []
+    if name not in EXECUTORS:
+        base, called, _ = name.partition("(")
+        advice = f" Write run.executor={base} run.executor.FIELD=VALUE." if called else near(base, EXECUTORS)
+        raise ValueError(f'run.executor: unknown executor "{name}".{advice}')
+    factory = EXECUTORS[name]
+    own = typing.get_type_hints(factory)
+    own.pop("return")
+    cls = factory().__fn_or_cls__
+    hints = typing.get_type_hints(cls)
+    known = {**{field: hints.get(field) for field in inspect.signature(cls).parameters}, **own}
+    call, others = {}, []
     for argument in arguments:
-        field = argument.partition("=")[0]
+        field, _, value = argument.partition("=")
         if field.partition(".")[0] not in known:
             raise ValueError(f'unknown field "run.executor.{field}".{near(field, known)}')
-        (call if field in own else others).append(argument)
-    return f"{name}({', '.join(call)})" if call else name, others
+        if known.get(field) in (int, float, bool):
+            parsed = _parse(f"run.executor.{field}", value, known[field])
+            if field in own:
+                call[field] = parsed
+        if field not in own:
+            others.append(argument)
+    factory(**call)  # says itself what it does not allow; NeMo-Run would say that there is no such executor
+    return f"{name}({', '.join(f'{field}={value}' for field, value in call.items())})" if call else name, others
 
 
 def run_config_of(recipe: fdl.Buildable) -> RunConfig:

@@ -1,7 +1,9 @@
 """What `--help` says, as plain text made from signatures, docstrings and config fields: so it cannot fall behind."""
 
+import contextlib
 import inspect
 import re
+import sys
 import textwrap
 import types
 import typing
@@ -73,7 +75,29 @@ def command_class(text: Callable[[], str]) -> type[TyperCommand]:
         def format_help(self, ctx: Any, formatter: Any) -> None:
             formatter.write(text())
 
+        def invoke(self, ctx: Any) -> Any:
+            out: Any = _Skipping(sys.stdout, "Configuring global options\n")
+            with contextlib.redirect_stdout(out):
+                return super().invoke(ctx)
+
     return Command
+
+
+class _Skipping:
+    """`out` without the text it begins with: NeMo-Run announces that it reads its own options."""
+
+    def __init__(self, out: Any, text: str) -> None:
+        self._out, self._text = out, text
+
+    def write(self, text: str) -> int:
+        if text and self._text.startswith(text):
+            self._text = self._text[len(text) :]
+            return len(text)
+        self._text = ""
+        return self._out.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._out, name)
 
 
 def summary(function: Callable[..., Any]) -> str:

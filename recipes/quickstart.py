@@ -9,9 +9,11 @@ from pathlib import Path
 
 import nemo_run as run
 
-from distill_nemo.cli import NAMESPACE, Command, Stages, TrainContext
+from distill_nemo.checks import check
+from distill_nemo.cli import NAMESPACE, Command, TrainContext
+from distill_nemo.cli_arguments import run_config_of
 from distill_nemo.data.stdlib_corpus import write_stdlib_corpus
-from distill_nemo.executors import local, num_gpus
+from distill_nemo.executors import Stages, local, num_gpus
 from distill_nemo.training.compare import compare_quickstart
 from distill_nemo.training.entry import distill
 from recipes.base import base
@@ -89,8 +91,8 @@ def run_quickstart(
         processes: data-parallel ranks; 0 takes two, or one where there is one GPU.
         seed: of the initial weights.
     """
-    single = run.LocalExecutor(ntasks_per_node=1)
     many = local(processes or (1 if num_gpus() == 1 else 2))
+    single = run.LocalExecutor(env_vars=many.env_vars)
     stages = (
         ("corpus", run.Partial(write_stdlib_corpus, output=f"{root}/data", vocab_size=VOCAB_SIZE), single),
         ("teacher", quickstart_teacher(teacher_steps, root, seed), many),
@@ -98,13 +100,19 @@ def run_quickstart(
         ("alone", quickstart_alone(steps, root, seed), many),
         ("report", run.Partial(compare_quickstart, root=root), single),
     )
+    for _, task, executor in stages:
+        if task.__fn_or_cls__ is distill:
+            check(run_config_of(task), executor.nproc_per_node())
+        if ctx.dryrun:
+            run.dryrun_fn(task, executor=executor)
+    if ctx.dryrun:
+        return
     Path(root).mkdir(parents=True, exist_ok=True)
-    with Stages("quickstart", clean_mode=True, enable_goodbye_message=False, log_level="WARNING") as experiment:
+    with Stages.titled("quickstart") as experiment:
         for name, task, executor in stages:
             experiment.add(task, executor=executor, name=name, tail_logs=True)
         ctx.launch(experiment, sequential=True)
-    if not ctx.dryrun:
-        _conclude(Path(root))
+    _conclude(Path(root))
 
 
 def _conclude(root: Path) -> None:
