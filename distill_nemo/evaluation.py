@@ -146,8 +146,8 @@ def reduce_reports(reports: list[Report], chunks: list[nn.Module]) -> dict[str, 
 
 def _hidden_sums(chunks: list[nn.Module], device: torch.device) -> Tensor:
     """[number of hidden losses] masked sums of this stage."""
-    models: list[Any] = [unwrap_model(chunk) for chunk in chunks]
-    sums = [model.hidden_losses.sums(device) for model in models if isinstance(model, mtd.DistillationModel)]
+    found: list[Any] = [getattr(unwrap_model(chunk), "hidden_losses", None) for chunk in chunks]
+    sums = [losses.sums(device) for losses in found if losses is not None]
     return torch.stack(sums).sum(dim=0) if sums else torch.zeros(0, dtype=torch.float64, device=device)
 
 

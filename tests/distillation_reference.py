@@ -53,7 +53,7 @@ def reference(case: Case) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
 
 
 def _as_on_disk(name: str, gradient: torch.Tensor) -> dict[str, torch.Tensor]:
-    """transformers 5 holds the experts of a layer as one tensor, and saves them one by one."""
+    """Transformers 5 holds the experts of a layer as one tensor, and saves them one by one."""
     if ".mlp.experts." not in name:
         return {name: gradient}
     around, part = name.rsplit(".", 1)
@@ -116,9 +116,10 @@ def _total(losses: dict[str, torch.Tensor], kd: dict[str, Any]) -> torch.Tensor:
     if kd.get("balancer") != "dynamic":
         weights = (kd.get("lm_weight", 0.0), kd.get("logits_weight", 1.0), kd.get("hidden_weight", 0.0))
         return weights[0] * lm + weights[1] * logit + weights[2] * hidden
-    share = min(float(logit / hidden), MAX_AMPLIFICATION) if hidden else 0.0
+    lm_, logit_, hidden_ = lm.item(), logit.item(), hidden.item()
+    share = min(logit_ / hidden_, MAX_AMPLIFICATION) if hidden_ else 0.0
     distillation = logit + share * hidden
     if kd.get("skip_lm_loss", True):
         return distillation
-    scale = min(float(lm / distillation), MAX_AMPLIFICATION) * kd.get("kd_loss_scale", 1.0)
+    scale = min(lm_ / (logit_ + share * hidden_), MAX_AMPLIFICATION) * kd.get("kd_loss_scale", 1.0)
     return lm + scale * distillation

@@ -17,6 +17,7 @@ from megatron.core.transformer.heterogeneous.heterogeneous_config import Heterog
 from torch import Tensor
 
 from distill_nemo.config import ModelConfig, ParallelismConfig, near
+from distill_nemo.models.context_parallel import give_own_positions
 from distill_nemo.models.experts import MOE_FAMILIES, MOE_SIZES, check_experts, expert_settings
 from distill_nemo.models.hf_config import FAMILIES, QK_NORM_FAMILIES, check_rope_scaling, from_huggingface
 from distill_nemo.models.layer_specs import block_spec
@@ -245,6 +246,8 @@ def gpt_model(
         rope_scaling_factor=scaling.get("factor", 8.0),
         vp_stage=vp_stage,
     )
+    rotary: Any = built.rotary_pos_emb
+    give_own_positions(rotary)
     if post_process:
         built.output_layer.register_forward_hook(_MaskPadding(model.vocab_size))
     return built

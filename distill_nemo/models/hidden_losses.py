@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from distill_nemo.losses.reduction import masked_sum
@@ -88,7 +89,9 @@ class _Capture:
         self.pair = pair
 
     def __call__(self, layer: nn.Module, args: Any, output: Any) -> None:
-        self.pair.teacher_output = output
+        states = output[0] if isinstance(output, tuple) else output
+        # In eval mode Megatron adds the residual into the output of attention and MLP in place (fused_bias_dropout.py).
+        self.pair.teacher_output = states if isinstance(layer, TransformerLayer) else states.clone()
 
 
 class _AttachHook:

@@ -5,6 +5,7 @@ import platform
 import re
 import tempfile
 import time
+from importlib.metadata import version
 from itertools import batched
 from pathlib import Path
 
@@ -68,20 +69,14 @@ def _row(cell: Cell, errors: Errors) -> str:
 
 
 def _page(rows: list[tuple[Cell, Errors]]) -> str:
-    import megatron.core
-    import modelopt
-    import torch
-
-    versions = {"torch": torch, "megatron-core": megatron.core, "nvidia-modelopt": modelopt}
+    packages = [f"{name} {version(name)}" for name in ("torch", "megatron-core", "nvidia-modelopt", "transformers")]
     head = HEAD.format(
         tolerance=TOLERANCE,
         count=len(rows),
         bad=sum(_bad(errors) for _, errors in rows),
         metric=max(errors.metric for _, errors in rows),
         gradient=max(errors.gradient for _, errors in rows),
-        versions=", ".join(
-            [*(f"{n} {m.__version__}" for n, m in versions.items()), f"Python {platform.python_version()}"]
-        ),
+        versions=", ".join([*packages, f"Python {platform.python_version()}"]),
     )
     return head + "\n".join(_row(cell, errors) for cell, errors in rows) + "\n"
 
