@@ -19,10 +19,13 @@ quickstart: .venv/installed ## the main job: distil a small model on this machin
 test: .venv/installed ## the whole test suite
 	@$(BIN)/python -m pytest $(ARGS)
 
+parity: .venv/installed ## every layout, model and loss against fp64; writes docs/parity.md in half an hour
+	@$(BIN)/python -W ignore -m tests.parity $(ARGS)
+
 lint: .venv/installed ## ruff, pyright, import layers
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/lint-imports
 
 clean: ## remove what runs and tests left, keep .venv
 	@rm -rf runs build .pytest_cache .ruff_cache
 
-.PHONY: help quickstart test lint clean
+.PHONY: help quickstart test parity lint clean

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from distill_nemo.config import ParallelismConfig
+from distill_nemo.config import ParallelismConfig, require
 from distill_nemo.runtime.device import backend, setup_device
 
 
@@ -23,6 +23,13 @@ def process_groups(parallelism: ParallelismConfig) -> Iterator[None]:
 
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(key, value)
+    if backend() == "gloo" and parallelism.virtual_pipeline_model_parallel_size:
+        # Of two stages the one before and the one after are the same peer, and gloo pairs their messages wrongly.
+        require(
+            parallelism.pipeline_model_parallel_size > 2,
+            "on CPU a virtual pipeline needs parallelism.pipeline_model_parallel_size of 3 or more, got "
+            f"{parallelism.pipeline_model_parallel_size}",
+        )
     mine = not dist.is_initialized()
     timeout = timedelta(minutes=parallelism.timeout_minutes)
     if mine:

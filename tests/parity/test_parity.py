@@ -1,0 +1,47 @@
+"""A representative part of the matrix of docs/parity.md (`make parity` computes all of it): a test is a layout."""
+
+import pytest
+
+from tests.parity.cells import HIDDEN, LAYOUTS, TOLERANCE, Cell, cells, measure, write_models
+from tests.spawn import Gloo
+
+EVERYWHERE = ("forward KL, T=2, and LM", HIDDEN)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return write_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def groups(one, two):
+    """Processes by number, started when first asked for."""
+    with Gloo(4, init=False, timeout=600) as four, Gloo(8, init=False, timeout=600) as eight:
+        yield {1: one, 2: two, 4: four, 8: eight}
+
+
+def chosen(layout: str) -> list[Cell]:
+    """Of a layout: every loss under TP=2, every pair of models under TP=2 x PP=2, every way in the virtual pipeline."""
+    of_layout = [cell for cell in cells() if cell.layout == layout]
+    dense = [cell for cell in of_layout if cell.models == ("llama", "teacher")]
+    usual = [cell for cell in dense if cell.loss in EVERYWHERE and not cell.way]
+    more = {
+        "TP=2": [cell for cell in dense if not cell.way],
+        "TP=2, PP=2": [cell for cell in of_layout if not cell.way and cell.models[0] != "llama"],
+        "PP=4, VPP=2": [cell for cell in of_layout if cell.way],
+        "DP=4": [cell for cell in of_layout if cell.way in ("distributed optimizer", "an all-masked micro batch")],
+        "EP=2, DP=2": of_layout,
+    }
+    return list(dict.fromkeys(usual + more.get(layout, [])))
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one process"])
+def test_metrics_and_every_gradient_are_those_of_one_process_in_fp64(models, groups, one, layout):
+    wanted = chosen(layout)
+    assert wanted
+    beyond = {
+        cell: errors
+        for cell, errors in measure(wanted, models, groups[LAYOUTS[layout][0]], one)
+        if not max(errors.metric, errors.gradient) < TOLERANCE
+    }
+    assert not beyond
