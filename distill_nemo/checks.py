@@ -151,7 +151,7 @@ def _unread(model: ModelConfig) -> bool:
 def _check_divergence(kd: DistillationConfig) -> None:
     require(
         kd.balancer != "static" or not kd.hidden_weight or bool(kd.hidden_layers),
-        f"distillation.hidden_weight = {kd.hidden_weight} weighs nothing: set distillation.hidden_loss and hidden_layers",
+        f"distillation.hidden_weight = {kd.hidden_weight} weighs nothing: set hidden_loss and hidden_layers",
     )
     require(0 < kd.beta < 1, f"distillation.beta must be between 0 and 1, got {kd.beta}")
     if kd.top_k is not None:

@@ -63,7 +63,7 @@ def test_every_layout(four, layout):
 
 def test_gloo_cannot_interleave_two_stages(four):
     layout = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
-    with pytest.raises(ValueError, match="on CPU a virtual pipeline needs .* of 3 or more, got 2"):
+    with pytest.raises(ValueError, match=r"on CPU a virtual pipeline needs .* of 3 or more, got 2"):
         four.run(sizes_of, layout)
 
 
