@@ -121,7 +121,9 @@ def _of_layout(layout: str) -> Iterator[Cell]:
         yield Cell(layout, (student, "teacher"), loss)
     if LAYOUTS[layout][1].tensor < 4:
         yield Cell(layout, ("llama", "MoE teacher"), "forward KL")
-        yield Cell(layout, ("MoE", "MoE teacher"), "forward KL")
+        needs = LAYOUTS[layout][1].tensor > 1 and not LAYOUTS[layout][1].sequence_parallel  # Megatron-Core for experts
+        sp = {"way": "SP", "changes": (("sequence_parallel", True),)} if needs else {}
+        yield Cell(layout, ("MoE", "MoE teacher"), "forward KL", **sp)
     for way, differs in WAYS.items():
         if _possible(layout, differs):
             yield Cell(layout, DENSE, HIDDEN, way, **differs)
