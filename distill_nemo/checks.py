@@ -187,12 +187,6 @@ def _check_model(role: str, model: ModelConfig, par: ParallelismConfig) -> None:
             f"{role}.num_experts = {model.num_experts} is not divisible by "
             f"parallelism.expert_model_parallel_size = {par.expert_model_parallel_size}"
         )
-    if role == "student" and model.num_experts is not None and size > 1:
-        require(
-            par.sequence_parallel,
-            f"a student with experts (num_experts = {model.num_experts}) under parallelism.tensor_model_parallel_size = "
-            f"{size} needs parallelism.sequence_parallel: Megatron-Core trains no other",
-        )
     if model.num_layers is not None and model.num_layers < stages:
         raise ValueError(f"{role}.num_layers = {model.num_layers} cannot fill {stages} pipeline stages (parallelism.*)")
 

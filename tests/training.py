@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from distill_nemo.config import (
     CheckpointConfig,
@@ -53,3 +54,33 @@ def metrics(output: Path) -> list[dict]:
     """`metrics.jsonl` without what a clock wrote."""
     lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
+
+
+def write_deep_models(root: Path, layers: int = 8) -> None:
+    """`student`, `teacher` and, with experts, `moe_student`, `moe_teacher` below `root`, deep enough for 8 stages."""
+    shape = {"layers": layers, "heads": 4, "groups": 4}
+    write_hf(root / "teacher", "llama", width=64, **shape)
+    write_hf(root / "student", "llama", seed=2, width=32, **shape)
+    write_hf(root / "moe_teacher", "qwen3_moe", seed=3, width=64, layers=2, heads=4, groups=4)
+    write_hf(root / "moe_student", "qwen3_moe", seed=4, width=32, layers=2, heads=4, groups=4)
+
+
+def changed(run: RunConfig, changes: dict[str, Any]) -> RunConfig:
+    """`run` with `{"section.field": value}` set."""
+    for path, value in changes.items():
+        section, field = path.split(".")
+        assert hasattr(getattr(run, section), field), path
+        setattr(getattr(run, section), field, value)
+    return run
+
+
+def differences(lines: list[dict], expected: list[dict]) -> dict[str, float]:
+    """The worst relative difference of every metric of two runs; they must have the same lines and metrics."""
+    assert [(line["kind"], line["step"]) for line in lines] == [(line["kind"], line["step"]) for line in expected]
+    worst: dict[str, float] = {}
+    for line, other in zip(lines, expected, strict=True):
+        assert line.keys() == other.keys()
+        for name in line.keys() - {"kind"}:
+            apart = abs(line[name] - other[name]) / max(abs(line[name]), abs(other[name]), 1e-30)
+            worst[name] = max(worst.get(name, 0.0), apart)
+    return worst

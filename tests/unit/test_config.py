@@ -128,11 +128,6 @@ def test_no_teacher_round_trips(tmp_path):
             "micro batches in multiples of pipeline_model_parallel_size = 2, got 3",
         ),
         ({"distillation__hidden_weight": 0.5}, 1, "hidden_weight = 0.5 weighs nothing"),
-        (
-            {"parallelism__tensor_model_parallel_size": 2, "student__num_experts": 4},
-            2,
-            "needs parallelism.sequence_parallel",
-        ),
         ({"distillation__top_k": 0}, 1, "distillation.top_k must be at least 1"),
         (
             {"distillation__top_k": 5, "distillation__divergence": "reverse_kl"},
