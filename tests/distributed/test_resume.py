@@ -7,14 +7,14 @@ import time
 
 import pytest
 
-from tests.training import metrics, tiny_run
+from tests.training import changed, metrics, tiny_run
 
 
-def train(inputs, output, tensor, pipeline=1, stop_at=None):
+def train(inputs, output, tensor, pipeline=1, stop_at=None, changes=None):
     """One run on this rank; SIGTERM comes to rank 0 when the metrics reach step `stop_at`."""
     from distill_nemo.training.entry import run_config
 
-    run = tiny_run(inputs, output)
+    run = changed(tiny_run(inputs, output), changes or {})
     run.parallelism.tensor_model_parallel_size = tensor
     run.parallelism.pipeline_model_parallel_size = pipeline
     if stop_at is not None and os.environ.get("RANK", "0") == "0":
@@ -49,6 +49,27 @@ def test_resumed_equals_uninterrupted_bit_for_bit(inputs, one, two, tmp_path, la
     assert group.run(train, inputs, parts, *sizes, 2) == [128 + signal.SIGTERM] * processes
     assert metrics(parts)[-1]["step"] < 8, "the signal came too late to show anything"
     assert group.run(train, inputs, parts, *sizes) == [0] * processes
+    assert metrics(parts) == metrics(whole)
+
+
+DYNAMIC = {
+    "distillation.balancer": "dynamic",
+    "distillation.skip_lm_loss": False,
+    "distillation.hidden_loss": "cosine",
+    "distillation.hidden_layers": ["decoder.layers.0:decoder.layers.1"],  # of the first stage
+}
+
+
+@pytest.mark.parametrize("layout", ["one", "pp2"])
+def test_a_dynamic_balancer_weighs_on_as_it_did(inputs, one, two, tmp_path, layout):
+    """Its weights come from the means of the step before, which are in the checkpoint: bit for bit."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    processes, *sizes = LAYOUTS[layout]
+    group = (one, two)[processes - 1]
+    assert group.run(train, inputs, whole, *sizes, None, DYNAMIC) == [0] * processes
+    assert group.run(train, inputs, parts, *sizes, 2, DYNAMIC) == [128 + signal.SIGTERM] * processes
+    assert metrics(parts)[-1]["step"] < 8, "the signal came too late to show anything"
+    assert group.run(train, inputs, parts, *sizes, None, DYNAMIC) == [0] * processes
     assert metrics(parts) == metrics(whole)
 
 
