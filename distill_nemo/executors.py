@@ -20,7 +20,9 @@ _ENVIRONMENT = {
     "LOGLEVEL": os.environ.get("LOGLEVEL", "ERROR"),  # NeMo-Run would have torchrun tell its own every step
 }
 _ERROR = re.compile(r"^error( on rank \d+)?: .*", re.M | re.S)
-_ENDED = re.compile(r"rank +: (\d+) \(local_rank: (\d+)\)\s+exitcode +: (-?\d+)")  # in torchrun's own words
+# torchrun's own words: how each rank ended, and which ones it ended itself because of that
+_ENDED = re.compile(r"rank +: (\d+) \(local_rank: (\d+)\)\s+exitcode +: (-?\d+) +\(pid: (\d+)\)")
+_CLOSED = re.compile(r"Sending process (\d+) closing signal")
 _EXCEPTION = re.compile(r"^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception|Interrupt)\b.*)", re.M)
 
 
@@ -119,21 +121,26 @@ class _RankLines:
 
 
 def why_it_ended(job_dir: Path) -> str:
-    """`error: ...` of a task that failed: what a rank said of it or, where none could, how the first one ended."""
+    """`error: ...` of a task that failed: a rank was killed, or what a rank said, or at least its last words.
+
+    The ranks beside one that was killed lose their connections and say so, which is true but not the reason.
+    """
     logs = {path: path.read_text(errors="replace") for path in sorted(job_dir.rglob("stderr.log"))}
-    for text in logs.values():
-        if said := _ERROR.search(text):
-            return said.group().rstrip()
-    ended = [tuple(map(int, groups)) for text in logs.values() for groups in _ENDED.findall(text)]
-    # A rank that was killed comes first, then one that raised; torchrun itself ends the others, by SIGTERM.
-    for rank, local_rank, code in sorted(ended, key=lambda end: (end[2] == -signal.SIGTERM, end[2])):
+    everything = "\n".join(logs.values())
+    closed = _CLOSED.findall(everything)
+    ended = [(rank, local, int(code)) for rank, local, code, pid in _ENDED.findall(everything) if pid not in closed]
+    for rank, _, code in ended:
         if code < 0:
             name = signal.Signals(-code).name
             memory = " (perhaps because memory ran out)" if code == -signal.SIGKILL else ""
             return f"error: rank {rank} was killed by {name}{memory}; the same command goes on from the last checkpoint"
+    for text in logs.values():
+        if said := _ERROR.search(text):
+            return said.group().rstrip()
+    for rank, local_rank, code in ended:
         own = "".join(text for path, text in logs.items() if path.match(f"attempt_*/{local_rank}/stderr.log"))
         return f"error: rank {rank} ended with exit code {code}: {_last_words(own)}"
-    return f"error: {_last_words(''.join(logs.values()))}"
+    return f"error: {_last_words(everything)}"
 
 
 def _last_words(text: str) -> str:
