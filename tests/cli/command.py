@@ -1,0 +1,129 @@
+"""The venv's own `nemo`, in a process of its own, as a user starts it: by its path, with nothing set up around it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+BIN = Path(sys.executable).parent
+STEPS = 16
+PATIENCE = 500.0  # seconds; seen: 25 on two idle cores
+KEPT = ("PATH", "PYTHONPATH", "LANG", "TMPDIR", "LD_LIBRARY_PATH")
+
+
+@dataclass
+class Ended:
+    """What is left of a command."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Command:
+    """A command that runs in `cwd`, with its home there too."""
+
+    def __init__(self, words, cwd):
+        cwd.mkdir(parents=True, exist_ok=True)
+        environment = {name: os.environ[name] for name in KEPT if name in os.environ}
+        without_venv = [path for path in environment["PATH"].split(os.pathsep) if Path(path) != BIN]
+        environment |= {"HOME": f"{cwd}/home", "NEMORUN_HOME": f"{cwd}/home/nemo", "CUDA_VISIBLE_DEVICES": ""}
+        environment |= {"PATH": os.pathsep.join(without_venv)}
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        options = {"cwd": cwd, "env": environment, "start_new_session": True}
+        self.began = time.time()
+        self.process = subprocess.Popen(list(map(str, words)), **pipes, **options)
+
+    def ended(self):
+        """Wait for its end; after `PATIENCE`, kill it and all that it started."""
+        try:
+            out, err = self.process.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            for process in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
+                process.kill()
+            raise
+        return Ended(self.process.returncode, out, err)
+
+    def ranks(self):
+        """The processes of its ranks, by rank."""
+        below = psutil.Process(self.process.pid).children(recursive=True)
+        return {int(process.environ()["RANK"]): process for process in below if "RANK" in process.environ()}
+
+    def at_step(self, output, step):
+        """Wait until this command, and no earlier one, has written `step` to `metrics.jsonl` in `output`."""
+        while (last_step(output, self.began) or 0) < step:
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.time() < self.began + PATIENCE
+            time.sleep(0.02)
+        return self
+
+    def signal(self, number=signal.SIGTERM):
+        self.process.send_signal(number)
+
+
+def nemo(*words, cwd):
+    """`nemo distill WORDS` from its start to its end."""
+    return start(*words, cwd=cwd).ended()
+
+
+def start(*words, cwd):
+    """`nemo distill WORDS`, running."""
+    return Command([BIN / "nemo", "distill", *words], cwd)
+
+
+def together(*calls):
+    """The results of `calls`, two at a time: a command is mostly one process."""
+    with ThreadPoolExecutor(2) as pool:
+        return [future.result() for future in [pool.submit(call) for call in calls]]
+
+
+def last_step(output, since=0.0):
+    """The last step in `metrics.jsonl`; None without one, or where it was not written after `since`."""
+    path = Path(output) / "metrics.jsonl"
+    try:
+        return json.loads(path.read_text().splitlines()[-1])["step"] if path.stat().st_mtime > since else None
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def shrunk(inputs, **others):
+    """Overrides that shrink a full-size recipe onto the tiny models and token files in `inputs`, and no other value.
+
+    `others` are further ones, `section__field=value`.
+    """
+    fields = {
+        "teacher.checkpoint": inputs / "teacher",
+        "student.checkpoint": inputs / "student",
+        "data.train": json.dumps([str(inputs / "train")]),
+        "data.valid": json.dumps([str(inputs / "valid")]),
+        "data.tokenizer": inputs / "tokenizer",
+        "data.sequence_length": 32,
+        "optimizer.warmup_steps": 2,
+        "training.steps": STEPS,
+        "training.global_batch_size": 4,
+        "training.eval_interval": 4,
+        "training.eval_batches": 1,
+        "checkpoint.save_interval": 4,
+        "logging.log_interval": 1,
+    }
+    fields |= {name.replace("__", "."): value for name, value in others.items()}
+    return [f"{name}={value}" for name, value in fields.items()]
+
+
+TWO_RANKS = ("run.executor=local", "run.executor.processes=2")
+
+
+def the_recipes():
+    """The package `recipes`, without the warnings of what NeMo-Run imports."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import recipes
+    return recipes

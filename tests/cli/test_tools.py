@@ -1,0 +1,69 @@
+"""`nemo distill prepare`, `export` and `evaluate`, and the figures that they print."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from tests.cli.command import nemo, together
+
+RUN = "runs/llama32_3b_to_1b"
+
+
+@pytest.fixture(scope="module")
+def tools(inputs, finished, tmp_path_factory):
+    """By name: what each command left. Text for `prepare` lies beside its output."""
+    ran_in, _ = finished
+    cwd = tmp_path_factory.mktemp("tools")
+    (cwd / "text").mkdir()
+    (cwd / "text" / "a.txt").write_text("def f(x):\n    return x\n")
+    (cwd / "text" / "b.jsonl").write_text('{"text": "import re"}\n{"text": 3}\n{"text": "x = 1"}\n')
+    held_out = [f"data={inputs}/valid", f"teacher={inputs}/teacher", "sequence_length=32", "samples=8"]
+    prepare = ["prepare", "inputs=text", "output=out/corpus", f"tokenizer={inputs}/tokenizer", "max_bad_records=1"]
+    step = f"{ran_in}/{RUN}/checkpoints/step_00000012"
+    calls = {
+        "export": lambda: nemo("export", f"checkpoint={step}", "output=exported", cwd=cwd),
+        "prepare": lambda: [nemo(*prepare, cwd=cwd), nemo(*prepare, cwd=cwd)],
+        "of ours": lambda: nemo("evaluate", f"student={ran_in}/{RUN}", *held_out, cwd=cwd),
+        "of Hugging Face's": lambda: nemo("evaluate", f"student={ran_in}/{RUN}/student", *held_out, cwd=cwd),
+    }
+    return cwd, dict(zip(calls, together(*calls.values()), strict=True))
+
+
+def test_export_writes_any_saved_step(finished, tools):
+    cwd, ended = tools
+    assert (ended["export"].code, ended["export"].err) == (0, "")
+    assert ended["export"].out == "exported step_00000012 to exported: the reloaded model gives the same logits\n"
+    earlier = transformers.AutoModelForCausalLM.from_pretrained(cwd / "exported").state_dict()
+    last = transformers.AutoModelForCausalLM.from_pretrained(finished[0] / RUN / "student").state_dict()
+    assert earlier.keys() == last.keys()
+    assert not torch.equal(earlier["lm_head.weight"], last["lm_head.weight"])
+
+
+def test_evaluate_gives_the_same_figures_for_a_run_and_for_its_export(inputs, tools):
+    ours, exported = tools[1]["of ours"], tools[1]["of Hugging Face's"]
+    assert (ours.code, ours.err, exported.code, exported.err) == (0, "", 0, "")
+    assert ours.out == exported.out
+    figures = dict(line.split() for line in ours.out.splitlines())
+    assert figures.keys() == {"lm_loss", "forward_kl", "top1_agreement", "teacher_entropy", "teacher_lm_loss", "tokens"}
+    assert figures["tokens"] == "256"
+    assert 0.2 < float(figures["forward_kl"]) < 0.8, "0.47 at the start"
+    assert abs(float(figures["lm_loss"]) - np.log(507)) < 0.5, "about uniform"
+
+
+def test_prepare_tells_documents_tokens_and_bad_records(inputs, tools):
+    cwd, ended = tools
+    first, second = ended["prepare"]
+    assert (first.code, second.code, second.err) == (0, 0, "")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(inputs / "tokenizer")
+    texts = ["def f(x):\n    return x\n", "import re", "x = 1"]
+    ids = [i for text in texts for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    assert np.fromfile(cwd / "out" / "corpus.bin", dtype=np.uint16).tolist() == ids
+    assert re.search(rf"^out/corpus.bin: 3 documents, {len(ids)} tokens, [\d,]+ tokens/s, [\d.]+ s$", first.out, re.M)
+    assert "skipped 1 bad record (max_bad_records = 1):\n  text/b.jsonl:2 " in first.out
+    assert re.fullmatch(rf"tokenising 100%: 3 documents, {len(ids)} tokens, [\d,]+ tokens/s\n", first.err)
+    assert second.out == f"out/corpus.bin is complete: 3 documents, {len(ids)} tokens; nothing to do\n"
+    assert json.loads((cwd / "out" / "corpus.json").read_text())["bad_records"] == 1
