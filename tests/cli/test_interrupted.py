@@ -8,6 +8,7 @@ import pytest
 from tests.cli.command import STEPS, TWO_RANKS, last_step, nemo, shrunk, start
 from tests.training import metrics
 
+pytestmark = pytest.mark.timeout(1800)  # for a machine that does much else; seen: under two minutes
 OUTPUT = "runs/llama32_3b_to_1b"
 
 

@@ -17,6 +17,7 @@ from tests.cli.command import BIN, STEPS, TWO_RANKS, Command, nemo, shrunk, the_
 from tests.tiny_models import write_hf
 from tests.training import metrics
 
+pytestmark = pytest.mark.timeout(1800)  # for a machine that does much else; seen: under two minutes
 NUMBER = r"[\d.,]+"
 TRAINED = (
     rf"step (\d+)/{STEPS}  lm loss {NUMBER}  kd loss {NUMBER}  logit loss {NUMBER}  {NUMBER} tokens/s  ETA \d+:\d\d"
