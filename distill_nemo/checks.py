@@ -175,6 +175,9 @@ def _check_ranges(config: RunConfig) -> None:
 
 def _check_model(role: str, model: ModelConfig, par: ParallelismConfig) -> None:
     size, stages = par.tensor_model_parallel_size, par.num_stages
+    heads, groups = model.num_attention_heads, model.num_query_groups
+    if heads is not None and groups is not None and heads % groups:
+        raise ValueError(f"{role}.num_attention_heads = {heads} is not divisible by {role}.num_query_groups = {groups}")
     ffn = "ffn_hidden_size" if model.num_experts is None else "moe_ffn_hidden_size"
     for name in ("num_attention_heads", "num_query_groups", ffn):
         value = getattr(model, name)

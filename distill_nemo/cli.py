@@ -68,6 +68,9 @@ class TrainContext(run.cli.RunContext):
         """The recipe that `--factory` names, or an experiment, with the overrides applied."""
         if fn is not distill:
             parse_arguments(fn, args, fn.cli_entrypoint.name)
+            empty = [argument for argument in args if argument.endswith("=")]
+            if empty:  # NeMo-Run knows no empty value
+                raise ValueError(f"{empty[0]} has no value")
             return super().parse_fn(fn, args, **default_kwargs)
         check_factory(self.factory, registered_recipes())
         values = parse_arguments(fn, args, "train")

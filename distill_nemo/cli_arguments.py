@@ -155,9 +155,12 @@ def check_launch(config: RunConfig, executor: run.Executor) -> None:
     Raises:
         ValueError: as `config.check`; on this machine also for checkpoints and token files that are not there.
     """
+    if isinstance(executor, run.LocalExecutor):
+        _check_files(config)
     check(config, executor.nnodes() * executor.nproc_per_node())
-    if not isinstance(executor, run.LocalExecutor):
-        return
+
+
+def _check_files(config: RunConfig) -> None:
     for role, model in (("student", config.student), ("teacher", config.teacher)):
         if model is not None and model.checkpoint is not None:
             try:

@@ -6,7 +6,7 @@ No torch here: the command line reads these in the launcher, which must stay qui
 import difflib
 import types
 import typing
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -212,16 +212,17 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 def from_dict(values: dict[str, Any], cls: type = RunConfig, where: str = "") -> Any:
     """Build a config from nested plain values, refusing unknown fields and wrong types by name."""
-    require(isinstance(values, dict), f"{where or 'config'} must be a mapping, got {type(values).__name__}")
+    name_of_it = where.rstrip(".") or "config"
+    require(isinstance(values, dict), f"{name_of_it} must be a mapping of fields, got {type(values).__name__}")
     hints = typing.get_type_hints(cls)
     known = {f.name for f in fields(cls)}
     for name in values:
         require(name in known, f'unknown field "{where}{name}".{near(str(name), sorted(known))}')
     built = {name: _convert(value, hints[name], f"{where}{name}") for name, value in values.items()}
-    try:
-        return cls(**built)
-    except TypeError as error:
-        raise ValueError(f"{where or 'config'}: {error}") from None
+    needed = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+    missing = [name for name in needed if name not in values]
+    require(not missing, f"{name_of_it} leaves out {', '.join(missing)}, which must be set")
+    return cls(**built)
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:

@@ -164,7 +164,7 @@ def passing_on_signals() -> Iterator[None]:
             child.terminate()
         raise SystemExit(128 + signum)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:

@@ -107,7 +107,10 @@ def run_quickstart(
             run.dryrun_fn(task, executor=executor)
     if ctx.dryrun:
         return
-    Path(root).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(root).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"root = {root} cannot be made: {error.strerror}; choose another directory") from None
     with Stages.titled("quickstart") as experiment:
         for name, task, executor in stages:
             experiment.add(task, executor=executor, name=name, tail_logs=True)

@@ -43,7 +43,7 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None) -> None:
     Args:
         checkpoint: a run's output directory, or one `step_*` directory.
         output: directory to write; it appears only when whole and checked.
-        tokenizer: tokenizer directory to copy beside the weights.
+        tokenizer: tokenizer directory to copy beside the weights; by default the run's, or the checkpoint's own.
 
     Raises:
         ValueError: when `checkpoint` is no checkpoint.
@@ -53,18 +53,24 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None) -> None:
 
     setup_device()  # before Megatron is imported
     from distill_nemo.models.architecture import resolve
-    from distill_nemo.models.huggingface import check_exportable, export_hf
+    from distill_nemo.models.huggingface import check_exportable, check_target, export_hf, has_tokenizer
     from distill_nemo.models.provider import model_provider
-    from distill_nemo.models.sources import find_checkpoint
+    from distill_nemo.models.sources import CheckpointKind, find_checkpoint
     from distill_nemo.runtime.process_groups import process_groups
     from distill_nemo.runtime.seed import seed_everything
 
-    where = find_checkpoint(Path(checkpoint)).weights
+    found = find_checkpoint(Path(checkpoint))
+    where = found.weights
+    check_target(Path(output))
     student = resolve(StudentConfig(checkpoint=str(where)))
     check_exportable(student)
     dtype = "auto"
     if (where / "run.json").is_file():
-        dtype = json.loads((where / "run.json").read_text())["training"]["dtype"]
+        record = json.loads((where / "run.json").read_text())
+        dtype, of_run = record["training"]["dtype"], record["data"]["tokenizer"]
+        tokenizer = tokenizer or (of_run if of_run and Path(of_run).is_dir() else None)
+    elif tokenizer is None and found.kind is CheckpointKind.HUGGING_FACE and has_tokenizer(where):
+        tokenizer = str(where)
     with process_groups(ParallelismConfig()):
         seed_everything(0)
         model: Any = model_provider(student=student, parallelism=ParallelismConfig(), dtype=resolve_dtype(dtype)).cuda()

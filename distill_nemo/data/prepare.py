@@ -80,6 +80,8 @@ def prepare(
     """
     began = time.monotonic()
     parts_dir, manifest_path = Path(f"{output}.parts"), Path(f"{output}.json")
+    if not all(inputs):
+        raise ValueError("an input is empty; name files, directories or globs of text, JSONL or parquet")
     tok, snapshot = open_tokenizer(tokenizer, append_eod)
     parts = _plan(find_files(inputs), parts_dir, tok, text_key)
     key = digest([part.key for part in parts])
@@ -87,7 +89,8 @@ def prepare(
     if done:
         print(f"{output}.bin is complete: {done['documents']:,} documents, {done['tokens']:,} tokens; nothing to do")
         return PrepareResult(done["documents"], done["tokens"], done["bad_records"], time.monotonic() - began)
-    _refuse_foreign(output, parts_dir)
+    sources = [os.path.abspath(source) for source in inputs]
+    _refuse_foreign(output, parts_dir, sources)
     parts_dir.mkdir(parents=True, exist_ok=True)
     snapshot(parts_dir / "tokenizer.json")
     made, fresh = _make_parts(parts, num_workers, max_bad_records, progress)
@@ -97,7 +100,7 @@ def prepare(
     _join(parts, output, np.dtype(parts[0].dtype))
     listed = {"bad": bad[:MAX_LISTED], "append_eod": append_eod, "text_key": text_key, "dtype": parts[0].dtype}
     about = {"tokenizer": tok.path, "tokenizer_sha256": tok.sha256, "vocab_size": tok.vocab_size, "eod_id": tok.eod}
-    write_json(manifest_path, {"key": key, **about, **totals, **listed})
+    write_json(manifest_path, {"key": key, "inputs": sources, **about, **totals, **listed})
     shutil.rmtree(parts_dir)
     seconds = time.monotonic() - began
     resumed = f" ({totals['tokens'] - fresh:,} from an earlier, interrupted run)" if fresh < totals["tokens"] else ""
@@ -216,8 +219,15 @@ def _finished(output: str, key: str) -> dict[str, Any] | None:
     return manifest if file_size(f"{output}.bin") == manifest["tokens"] * np.dtype(manifest["dtype"]).itemsize else None
 
 
-def _refuse_foreign(output: str, parts_dir: Path) -> None:
-    ours = "key" in (read_json(Path(f"{output}.json")) or {}) or parts_dir.exists()
+def _refuse_foreign(output: str, parts_dir: Path, sources: list[str]) -> None:
+    """Only token files of the same inputs are made anew: those of others are somebody's corpus."""
+    manifest: dict[str, Any] = read_json(Path(f"{output}.json")) or {}
+    ours = "key" in manifest or parts_dir.exists()
+    if manifest.get("inputs", sources) != sources:
+        raise ValueError(
+            f"{output}.bin holds {manifest.get('documents')} documents of other inputs ({manifest['inputs'][0]}, ...): "
+            "move it, or choose another output"
+        )
     for suffix in (".bin", ".idx", ".json"):
         if Path(output + suffix).exists() and not ours:
             raise ValueError(f"{output}{suffix} exists and was not made by prepare: move it, or choose another output")

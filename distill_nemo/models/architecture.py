@@ -64,6 +64,9 @@ def resolve[T: ModelConfig](model: T) -> T:
     if values["family"] not in FAMILIES:
         raise ValueError(f'family "{values["family"]}" is not known.{near(str(values["family"]), FAMILIES)}')
     check_rope_scaling(values["rope_scaling"])
+    heads, groups = values["num_attention_heads"], values["num_query_groups"]
+    if heads % groups:
+        raise ValueError(f"num_attention_heads = {heads} is not divisible by num_query_groups = {groups}")
     check_experts(values)
     resolved = type(model)(**values)
     layers(resolved)

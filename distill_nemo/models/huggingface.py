@@ -7,6 +7,7 @@ safetensors are read, and an export appears only when whole.
 import contextlib
 import io
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -193,7 +194,7 @@ def export_hf(built: GPTModel, path: str, model: ModelConfig, tokenizer: str | N
     """
     assert _tensor_parallel_size() == 1 and built.pre_process and built.post_process, "export needs the whole model"
     files = _tokenizer_files(tokenizer)
-    _refuse_foreign(Path(path))
+    check_target(Path(path))
     dtype = next(built.parameters()).dtype
     target = Path(path)
     partial = target.with_name(target.name + ".partial")
@@ -232,8 +233,20 @@ def _special_tokens(tokenizer: str | None) -> dict[str, int | None]:
     return {"bos_token_id": loaded.bos_token_id, "eos_token_id": loaded.eos_token_id}
 
 
-def _refuse_foreign(target: Path) -> None:
-    """An export replaces a directory: only an empty one, or an earlier export."""
+def has_tokenizer(path: Path) -> bool:
+    """Whether a directory holds tokenizer files."""
+    return any(True for pattern in TOKENIZER_FILES for _ in path.glob(pattern))
+
+
+def check_target(target: Path) -> None:
+    """Refuse a place for an export: it replaces only an empty directory or an earlier export.
+
+    Raises:
+        ValueError: for anything else that is there, and for a place that cannot be written to.
+    """
+    there = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"{target} cannot be written: {there} is no directory that may be written to; choose another")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     try:

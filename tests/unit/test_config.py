@@ -128,6 +128,11 @@ def test_no_teacher_round_trips(tmp_path):
             "micro batches in multiples of pipeline_model_parallel_size = 2, got 3",
         ),
         ({"distillation__hidden_weight": 0.5}, 1, "hidden_weight = 0.5 weighs nothing"),
+        (
+            {"student__num_query_groups": 3},
+            1,
+            "num_attention_heads = 4 is not divisible by student.num_query_groups = 3",
+        ),
         ({"distillation__top_k": 0}, 1, "distillation.top_k must be at least 1"),
         (
             {"distillation__top_k": 5, "distillation__divergence": "reverse_kl"},
@@ -199,7 +204,8 @@ def test_what_can_run_is_let_through():
         ({"student": {"num_layers": "x"}}, "student.num_layers must be int, got 'x'"),
         ({"student": {"num_layers": True}}, "student.num_layers must be int"),
         ({"student": []}, "must be a mapping"),
-        ({"student": {}}, "output_dir"),
+        ({"student": {}}, "config leaves out output_dir, which must be set"),
+        ({"output_dir": "out", "student": {}, "training": 5}, "training must be a mapping of fields, got int"),
         ({"data": {"train": [1]}}, "data.train must be a list of str, got [1]"),
         ({"data": {"train": "corpus"}}, "data.train must be list, got 'corpus'"),
         ({"optimizer": {"lr": "fast"}}, "optimizer.lr must be float, got 'fast'"),

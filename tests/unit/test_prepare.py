@@ -177,6 +177,19 @@ BAD = [
 ]
 
 
+def test_the_corpus_of_other_inputs_is_not_replaced(tmp_path: Path, tokenizer: str):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"text of {name}")
+    output = str(tmp_path / "corpus")
+    prepare([str(tmp_path / "a.txt")], output, tokenizer, num_workers=1)
+    before = Path(f"{output}.bin").read_bytes()
+    with pytest.raises(ValueError, match=r"holds 1 documents of other inputs \(.*a\.txt, \.\.\.\): move it, or choose"):
+        prepare([str(tmp_path / "b.txt")], output, tokenizer, num_workers=1)
+    assert Path(f"{output}.bin").read_bytes() == before
+    with pytest.raises(ValueError, match="an input is empty"):
+        prepare([""], output, tokenizer)
+
+
 def test_bad_records_are_named_and_stop_the_job_past_the_limit(tmp_path: Path, tokenizer: str, monkeypatch, capsys):
     monkeypatch.setattr(module, "PART_BYTES", 30)  # so that line numbers must count what other parts hold
     source = tmp_path / "in.jsonl"
