@@ -4,6 +4,7 @@ A recipe is a `run.Partial(distill, ...)`. `train` launches one through NeMo-Run
 commands, exits non-zero when a rank fails.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,10 @@ class TrainContext(run.cli.RunContext):
                         f"--{option.replace('_', '-')} is not supported. Every run writes its complete config to "
                         "<output_dir>/config.yaml; `torchrun --nproc-per-node N -m distill_nemo CONFIG.yaml` runs that"
                     )
+            if self.direct:
+                raise ValueError("--direct is not supported: without run.executor= a run is one process of its own")
+            if not re.fullmatch(r"[\w.-]+", self.name):  # NeMo-Run makes a directory of it, and part of an address
+                raise ValueError(f'--name must be letters, digits, ".", "_" or "-", got "{self.name}"')
             check_run_arguments(args)
             super().cli_execute(fn, args, entrypoint_type)
 

@@ -97,6 +97,24 @@ def test_more_of_them_in_this_process(capfd, words, said):
     assert err.startswith("error: ") and said in err and len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"direct": True}, "--direct is not supported"),
+        ({"yaml": "x"}, "--yaml is not supported. Every run writes its complete config to <output_dir>/config.yaml"),
+        ({"name": "a/b"}, '--name must be letters, digits, ".", "_" or "-", got "a/b"'),
+    ],
+)
+def test_options_of_nemo_run_that_no_run_of_ours_can_have(capfd, options, said):
+    the_recipes()
+    from distill_nemo.cli import TrainContext
+    from distill_nemo.training.entry import distill
+
+    with pytest.raises(SystemExit):
+        TrainContext(**{"name": "train", "factory": "quickstart"} | options).cli_execute(distill, [])
+    assert capfd.readouterr().err.startswith(f"error: {said}")
+
+
 def test_quickstart_refuses_before_it_makes_a_corpus(capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     the_recipes()
