@@ -5,13 +5,11 @@ Only the command line. What is wrong with a run: tests/unit/test_bad_input.py.
 
 import pytest
 
-from tests.cli.command import TWO_RANKS, nemo, shrunk, the_recipes, together
+from tests.cli.command import TWO_RANKS, nemo, nemo_here, shrunk, together
 
 LLAMA = ("train", "--factory", "llama32_3b_to_1b")
 CASES = {
-    "recipe": (["train", "--factory", "lama32_3b_to_1b"], ["lama32_3b_to_1b", "mean llama32_3b_to_1b"]),
     "field": ([*LLAMA, "distillation.temprature=2"], ["distillation.temprature", "distillation.temperature"]),
-    "executor": ([*LLAMA, "run.executor.processes=two"], ["run.executor.processes must be int", '"two"']),
     "no such teacher": (
         [*LLAMA, "SHRUNK", *TWO_RANKS, "teacher.checkpoint=/no/such"],
         ["teacher.checkpoint: checkpoint directory not found: /no/such"],
@@ -21,10 +19,7 @@ CASES = {
         ["world size 3 is not divisible by", "2 x 1 x 1", "change the number of processes or parallelism"],
     ),
     "command": (["trian"], ["trian", "mean 'train'?"]),
-    "prepare": (["prepare", "inputs=text"], ["missing: output=, tokenizer=;", "nemo distill prepare --help"]),
-    "export": (["export", "output=student"], ["missing: checkpoint=;", "nemo distill export --help"]),
-    "evaluate": (["evaluate", "teacher=x"], ["missing: student=, data=;", "nemo distill evaluate --help"]),
-    "evaluate nothing": (["evaluate", "student=x", "data=y", "samples=0"], ["samples must be at least 1, got 0"]),
+    "missing": (["evaluate", "teacher=x"], ["missing: student=, data=;", "nemo distill evaluate --help"]),
 }
 
 
@@ -70,58 +65,45 @@ def test_dryrun_shows_what_would_run_and_leaves_nothing_behind(inputs, tmp_path)
     ("words", "said"),
     [
         ([], "name a recipe: --factory NAME. Known: llama32_3b_to_1b, quickstart"),
+        (["--factory", "lama32_3b_to_1b"], 'unknown recipe "lama32_3b_to_1b". Did you mean llama32_3b_to_1b'),
         (["--factory", "quickstart(stepz=3)"], 'recipe quickstart has no argument "stepz". Did you mean steps?'),
         (["--factory", "quickstart(steps=few)"], 'recipe quickstart: steps must be int, got "few"'),
-        (["training.steps=many"], 'training.steps must be int, got "many"'),
-        (["data.train=corpus"], """data.train must be list[str], such as '["a", "b"]', got "corpus\""""),
-        (["corpus"], '"corpus" is not FIELD=VALUE; see `nemo distill train --help`'),
-        (["teacher=/models/Llama"], "teacher is a section"),
-        (["run.executor=locl"], 'run.executor: unknown executor "locl". Did you mean local?'),
-        (["run.executor.proceses=2"], 'unknown field "run.executor.proceses". Did you mean processes?'),
-        (["run.executor.processes=0"], "run.executor.processes must be at least 1, got 0"),
-        (["run.executor=local(processes=2)"], "Write run.executor=local run.executor.FIELD=VALUE."),
-        (["run.excutor=local"], 'unknown field "run.excutor". Known: run.executor, run.executor.FIELD'),
-        (["run.plugins=pluggin"], "run.plugins: Plugin pluggin not found"),
+        ([*LLAMA[1:], "training.steps=many"], 'training.steps must be int, got "many"'),
+        ([*LLAMA[1:], "data.train=corpus"], """data.train must be list[str], such as '["a", "b"]', got "corpus\""""),
+        ([*LLAMA[1:], "corpus"], '"corpus" is not FIELD=VALUE; see `nemo distill train --help`'),
+        ([*LLAMA[1:], "teacher=/models/Llama"], "teacher is a section"),
+        ([*LLAMA[1:], "run.executor=locl"], 'run.executor: unknown executor "locl". Did you mean local?'),
+        ([*LLAMA[1:], "run.executor.proceses=2"], 'unknown field "run.executor.proceses". Did you mean processes?'),
+        ([*LLAMA[1:], "run.executor.processes=two"], 'run.executor.processes must be int, got "two"'),
+        ([*LLAMA[1:], "run.executor.processes=0"], "run.executor.processes must be at least 1, got 0"),
+        ([*LLAMA[1:], "run.executor=local(processes=2)"], "Write run.executor=local run.executor.FIELD=VALUE."),
+        ([*LLAMA[1:], "run.excutor=local"], 'unknown field "run.excutor". Known: run.executor, run.executor.FIELD'),
+        ([*LLAMA[1:], "run.plugins=pluggin"], "run.plugins: Plugin pluggin not found"),
+        ([*LLAMA[1:], "--direct"], "--direct is not supported"),
+        ([*LLAMA[1:], "--yaml", "x.yaml"], "--yaml is not supported. Every run writes its complete config to"),
+        ([*LLAMA[1:], "--name", "a/b"], '--name must be letters, digits, ".", "_" or "-", got "a/b"'),
     ],
 )
 def test_more_of_them_in_this_process(capfd, words, said):
-    the_recipes()
-    from distill_nemo.cli import TrainContext
-    from distill_nemo.training.entry import distill
-
-    factory, *others = words[1:] if words[:1] == ["--factory"] else ("quickstart", *words)
-    with pytest.raises(SystemExit) as ended:
-        TrainContext(name="train", factory=factory if words else None).cli_execute(distill, others)
-    out, err = capfd.readouterr()
-    assert ended.value.code == 1 and out == ""
-    assert err.startswith("error: ") and said in err and len(err.splitlines()) == 1
+    result = nemo_here(capfd, "train", *words)
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("error: ") and said in result.err and len(result.err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("words", "said"),
     [
-        ({"direct": True}, "--direct is not supported"),
-        ({"yaml": "x"}, "--yaml is not supported. Every run writes its complete config to <output_dir>/config.yaml"),
-        ({"name": "a/b"}, '--name must be letters, digits, ".", "_" or "-", got "a/b"'),
+        (["prepare", "inputs=text"], "missing: output=, tokenizer=; see `nemo distill prepare --help`"),
+        (["export", "output=student"], "missing: checkpoint=; see `nemo distill export --help`"),
+        (["evaluate", "student=x", "data=y", "samples=0"], "samples must be at least 1, got 0"),
+        (["recipes", "all=1"], 'unknown field "all". There are none. See `nemo distill recipes --help`'),
+        (["quickstart", "steps=0"], "training.steps must be at least 1, got 0"),
+        (["quickstart", "stepz=3"], 'unknown field "stepz". Did you mean steps?'),
     ],
 )
-def test_options_of_nemo_run_that_no_run_of_ours_can_have(capfd, options, said):
-    the_recipes()
-    from distill_nemo.cli import TrainContext
-    from distill_nemo.training.entry import distill
-
-    with pytest.raises(SystemExit):
-        TrainContext(**{"name": "train", "factory": "quickstart"} | options).cli_execute(distill, [])
-    assert capfd.readouterr().err.startswith(f"error: {said}")
-
-
-def test_quickstart_refuses_before_it_makes_a_corpus(capfd, tmp_path, monkeypatch):
+def test_the_other_commands(capfd, tmp_path, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)
-    the_recipes()
-    from distill_nemo.cli import TrainContext
-    from recipes.quickstart import run_quickstart
-
-    with pytest.raises(SystemExit):
-        TrainContext(name="quickstart").cli_execute(run_quickstart, ["steps=0"], "experiment")
-    assert capfd.readouterr() == ("", "error: training.steps must be at least 1, got 0\n")
+    result = nemo_here(capfd, *words)
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith(f"error: {said}") and len(result.err.splitlines()) == 1
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""What the commands teach: each answers in a process that has imported nothing heavy."""
+"""What the commands teach, in a process that has imported nothing heavy."""
 
 import re
 import sys
@@ -8,7 +8,7 @@ import pytest
 
 from distill_nemo.cli_help import sections
 from distill_nemo.training.entry import distill
-from tests.cli.command import BIN, Command, nemo, the_recipes, together
+from tests.cli.command import BIN, Command, nemo, nemo_here, the_recipes, together
 
 FIELDS = {
     "train": ["output_dir", *(f"{name}.{f.name}" for name, part in sections(distill).items() for f in fields(part))],
@@ -21,17 +21,9 @@ FIELDS = {
 HEAVY = {"megatron", "modelopt", "transformers", "matplotlib", "pyarrow", "tensorboard", "tokenizers", "safetensors"}
 
 
-@pytest.fixture(scope="module")
-def pages(tmp_path_factory):
-    """What each command's `--help` leaves."""
-    cwd = tmp_path_factory.mktemp("help")
-    calls = [lambda words=words: nemo(*words, "--help", cwd=cwd) for words in [(), *((name,) for name in FIELDS)]]
-    return dict(zip(["", *FIELDS], together(*calls), strict=True))
-
-
 @pytest.mark.parametrize("name", FIELDS)
-def test_a_commands_help_names_every_field_and_gives_an_example_that_uses_them(pages, name):
-    page = pages[name]
+def test_a_commands_help_names_every_field_and_gives_an_example_that_uses_them(capfd, name):
+    page = nemo_here(capfd, name, "--help")
     assert (page.code, page.err) == (0, "")
     assert page.out.startswith(f"Usage: nemo distill {name}")
     assert re.findall(r"^  ([\w.]+): ", page.out, re.M) == FIELDS[name]
@@ -39,14 +31,6 @@ def test_a_commands_help_names_every_field_and_gives_an_example_that_uses_them(p
     assert example, page.out
     used = {field for field in re.findall(r"\s([\w.]+)=", example[1]) if not field.startswith("run.")}
     assert used <= set(FIELDS[name])
-
-
-def test_the_groups_help_names_every_command_and_the_way_from_text_to_figures(pages):
-    page = pages[""]
-    assert (page.code, page.err) == (0, "")
-    assert re.findall(r"^  (\w+)  +[A-Z]", page.out, re.M) == list(FIELDS)
-    assert re.findall(r"^  nemo distill (\w+)", page.out, re.M) == ["quickstart", "prepare", "train", "evaluate"]
-    assert max(map(len, page.out.splitlines())) <= 120
 
 
 TELL = """\
@@ -57,17 +41,20 @@ runpy.run_path(nemo, run_name="__main__") if nemo else __import__("nemo_run.__ma
 """
 
 
-def test_help_imports_nothing_heavy(tmp_path):
+def test_the_groups_help_names_every_command_and_imports_nothing_heavy(tmp_path):
     """Beyond what NeMo-Run itself imports: that is the time it takes."""
-    ours, bare = together(
+    page, bare = together(
         lambda: Command([sys.executable, "-c", TELL, BIN / "nemo", "distill", "--help"], tmp_path).ended(),
         lambda: Command([sys.executable, "-c", TELL, ""], tmp_path).ended(),
     )
-    assert "Distil large language models" in ours.out and bare.out == ""
-    ours, bare = set(ours.err.split()), set(bare.err.split())
+    assert page.code == 0
+    assert re.findall(r"^  (\w+)  +[A-Z]", page.out, re.M) == list(FIELDS)
+    assert re.findall(r"^  nemo distill (\w+)", page.out, re.M) == ["quickstart", "prepare", "train", "evaluate"]
+    assert max(map(len, page.out.splitlines())) <= 120
+    ours, theirs = set(page.err.split()), set(bare.err.split())
     assert {"recipes", "distill_nemo.cli", "nemo_run.cli.api"} <= ours, "the measurement itself"
-    assert "nemo_run.cli.api" in bare and "recipes" not in bare
-    assert {name for name in ours - bare if name.partition(".")[0] in HEAVY | {"torch"}} == set()
+    assert "nemo_run.cli.api" in theirs and "recipes" not in theirs
+    assert {name for name in ours - theirs if name.partition(".")[0] in HEAVY | {"torch"}} == set()
 
 
 def test_recipes_are_listed_a_line_each(tmp_path):
