@@ -23,13 +23,16 @@ DIVERGENCES: dict[str, Divergence] = {
 }
 
 
-def choose(name: str, beta: float = 0.5, top_k: int | None = None) -> Divergence:
+def choose(
+    name: str, beta: float = 0.5, top_k: int | None = None, overwrite_student_logits: bool = False
+) -> Divergence:
     """The divergence of this name, to be called with the four arguments above.
 
     Args:
         name: a key of `DIVERGENCES`.
         beta: the teacher's share of the mixture m, for jensen_shannon; the others do not look at it.
         top_k: with forward_kl, the number of tokens known of the teacher, all others being one bucket; None: all.
+        overwrite_student_logits: see `vocab_parallel_forward_kl`; with top_k nothing is overwritten.
 
     Raises:
         ValueError: for an unknown name, a beta that jensen_shannon cannot take, or a top_k that is no positive int or
@@ -46,5 +49,5 @@ def choose(name: str, beta: float = 0.5, top_k: int | None = None) -> Divergence
     if name == "jensen_shannon":
         if not 0 < beta < 1:
             raise ValueError(f"beta must lie between 0 and 1, both excluded, got {beta}: use forward_kl or reverse_kl")
-        return partial(vocab_parallel_jensen_shannon, beta=beta)
-    return DIVERGENCES[name]
+        return partial(vocab_parallel_jensen_shannon, beta=beta, overwrite_student_logits=overwrite_student_logits)
+    return partial(DIVERGENCES[name], overwrite_student_logits=overwrite_student_logits)

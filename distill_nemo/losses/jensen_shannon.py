@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distill_nemo.losses.vocab_parallel import chunks, gather, weigh
+from distill_nemo.losses.local import gradient_buffer, implementation
+from distill_nemo.losses.vocab_parallel import gather
 
 
 def vocab_parallel_jensen_shannon(
@@ -16,6 +17,8 @@ def vocab_parallel_jensen_shannon(
     temperature: float = 1.0,
     group: dist.ProcessGroup | None = None,
     beta: float = 0.5,
+    *,
+    overwrite_student_logits: bool = False,
 ) -> Tensor:
     """`beta KL(p || m) + (1 - beta) KL(q || m)` of every token, `m = beta p + (1 - beta) q`; p teacher, q student.
 
@@ -36,16 +39,17 @@ def vocab_parallel_jensen_shannon(
     GKDTrainer and Liger take beta = 0 and 1 for the undivided KLs; here those have names of their own.
 
     Args:
-        student_logits_SBv: [S, B, v], any float dtype; left unchanged.
+        student_logits_SBv: [S, B, v], any float dtype.
         teacher_logits_SBv: the same shape; left unchanged.
         temperature: T > 0.
         group: the ranks that share the vocabulary.
         beta: the teacher's share of m, 0 < beta < 1.
+        overwrite_student_logits: as in `vocab_parallel_forward_kl`.
 
     Returns:
         [S, B] fp32, the same on every rank.
     """
-    args = student_logits_SBv, teacher_logits_SBv, temperature, group, beta
+    args = student_logits_SBv, teacher_logits_SBv, temperature, group, beta, overwrite_student_logits
     return _JensenShannon.apply(*args)  # pyright: ignore
 
 
@@ -58,40 +62,24 @@ class _JensenShannon(torch.autograd.Function):
         temperature: float,
         group: dist.ProcessGroup | None,
         beta: float,
+        overwrite: bool,
     ) -> Tensor:
         pair = student_SBv, teacher_SBv
-        lse = [torch.stack([a.logsumexp(-1), b.logsumexp(-1)]) for _, (a, b) in chunks(temperature, *pair)]
-        student_lse_SB, teacher_lse_SB = gather(torch.cat(lse, dim=1), group).logsumexp(0)
-        kl = []
-        for rows, (a, b) in chunks(temperature, *pair):
-            log_q, log_p = a.sub_(student_lse_SB[rows, :, None]), b.sub_(teacher_lse_SB[rows, :, None])
-            ratios = _log_ratios(log_p - log_q, beta)
-            kl.append(torch.stack([weigh(x.exp(), r).sum(-1) for x, r in zip((log_p, log_q), ratios, strict=True)]))
-        teacher_kl_SB, student_kl_SB = gather(torch.cat(kl, dim=1), group).sum(0)
+        local = implementation(*pair)
+        student_lse_SB, _, teacher_lse_SB = local.kl_statistics(*pair, temperature)
+        lse = torch.stack([student_lse_SB, teacher_lse_SB])
+        student_lse_SB, teacher_lse_SB = gather(lse, group).logsumexp(0)
+        kls = local.jensen_shannon_kls(*pair, student_lse_SB, teacher_lse_SB, temperature, beta)
+        teacher_kl_SB, student_kl_SB = gather(kls, group).sum(0)
         ctx.save_for_backward(*pair, student_lse_SB, teacher_lse_SB, student_kl_SB)
-        ctx.temperature, ctx.beta = temperature, beta
+        ctx.temperature, ctx.beta, ctx.overwrite = temperature, beta, overwrite
         return beta * teacher_kl_SB + (1 - beta) * student_kl_SB
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_SB: Tensor) -> tuple[Tensor, None, None, None, None]:
-        student_SBv, teacher_SBv, student_lse_SB, teacher_lse_SB, student_kl_SB = ctx.saved_tensors
-        grad_SBv = torch.empty_like(student_SBv)
-        scale_SB = grad_SB * ((1 - ctx.beta) / ctx.temperature)
-        for rows, (a, b) in chunks(ctx.temperature, student_SBv, teacher_SBv):
-            log_q, log_p = a.sub_(student_lse_SB[rows, :, None]), b.sub_(teacher_lse_SB[rows, :, None])
-            _, log_q_m = _log_ratios(log_p - log_q, ctx.beta)
-            slope = weigh(log_q.exp_(), log_q_m.sub_(student_kl_SB[rows, :, None]))
-            grad_SBv[rows] = slope.mul_(scale_SB[rows, :, None])
-        return grad_SBv, None, None, None, None
-
-
-def _log_ratios(log_p_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """log(p / m) and log(q / m) from log(p / q).
-
-    `log(q / m) = -log(1 - beta + beta p / q)` where p <= q, and `log(p / m) = -log(beta + (1 - beta) q / p)` elsewhere,
-    the other of the two being log(p / q) away. So nothing overflows, and p = q gives 0 exactly.
-    """
-    share = torch.full_like(log_p_q, beta).masked_fill_(log_p_q > 0, 1 - beta)
-    larger = share.mul_(log_p_q.abs().neg_().expm1_()).log1p_().neg_()
-    return larger + log_p_q.clamp(max=0), larger - log_p_q.clamp(min=0)
+    def backward(ctx: Any, grad_SB: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        student_SBv, teacher_SBv, *numbers = ctx.saved_tensors
+        out_SBv = gradient_buffer(student_SBv, ctx.overwrite)
+        pair = student_SBv, teacher_SBv
+        implementation(*pair).jensen_shannon_gradient(*pair, *numbers, grad_SB, ctx.temperature, ctx.beta, out_SBv)
+        return out_SBv, None, None, None, None, None

@@ -25,6 +25,8 @@ class LogitsKLLoss(_Loss):
         beta: with jensen_shannon, the teacher's share of the mixture, 0 < beta < 1; the others do not look at it.
         top_k: with forward_kl, how many of the teacher's most likely tokens to match one by one, the rest being one
             bucket; None: the whole vocabulary.
+        overwrite_student_logits: let backward put the gradient where the student's logits were: one tensor of logits
+            less. For those who read them nowhere else; see `vocab_parallel_forward_kl`.
 
     Raises:
         ValueError: for an unknown divergence, a temperature that is not positive, or a beta or top_k that does not fit.
@@ -41,11 +43,12 @@ class LogitsKLLoss(_Loss):
         *,
         beta: float = 0.5,
         top_k: int | None = None,
+        overwrite_student_logits: bool = False,
     ) -> None:
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
-        self.divergence = choose(divergence, beta, top_k)
+        self.divergence = choose(divergence, beta, top_k, overwrite_student_logits)
         self.temperature = temperature
         self.factor = temperature**2 if scale_by_temperature_squared else 1.0
         self.true_vocab_size = true_vocab_size
@@ -78,10 +81,10 @@ class LogitsKLLoss(_Loss):
         if self.true_vocab_size is None:
             return student, teacher
         num_true = self.true_vocab_size - self.vocab_start
+        if num_true >= max(student.shape[-1], teacher.shape[-1]):
+            return student, teacher  # a slice of everything would cost a copy of the gradient
         if not sharded:
             return student[..., :num_true], teacher[..., :num_true]
-        if num_true >= student.shape[-1]:
-            return student, teacher
         padding_v = torch.arange(student.shape[-1], device=student.device) >= num_true
         return student.masked_fill(padding_v, -torch.inf), teacher.masked_fill(padding_v, -torch.inf)
 

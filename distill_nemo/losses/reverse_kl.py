@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distill_nemo.losses.vocab_parallel import chunks, kl_parts
+from distill_nemo.losses.local import gradient_buffer, implementation
+from distill_nemo.losses.vocab_parallel import kl_parts
 
 
 def vocab_parallel_reverse_kl(
@@ -15,6 +16,8 @@ def vocab_parallel_reverse_kl(
     teacher_logits_SBv: Tensor,
     temperature: float = 1.0,
     group: dist.ProcessGroup | None = None,
+    *,
+    overwrite_student_logits: bool = False,
 ) -> Tensor:
     """KL(student || teacher) of every token.
 
@@ -28,35 +31,39 @@ def vocab_parallel_reverse_kl(
     Saved for backward: the inputs and two fp32 numbers per token.
 
     Args:
-        student_logits_SBv: [S, B, v], any float dtype; left unchanged.
+        student_logits_SBv: [S, B, v], any float dtype.
         teacher_logits_SBv: the same shape; left unchanged.
         temperature: T > 0.
         group: the ranks that share the vocabulary.
+        overwrite_student_logits: as in `vocab_parallel_forward_kl`.
 
     Returns:
         [S, B] fp32, the same on every rank.
     """
-    return _ReverseKL.apply(student_logits_SBv, teacher_logits_SBv, temperature, group)  # pyright: ignore
+    args = student_logits_SBv, teacher_logits_SBv, temperature, group, overwrite_student_logits
+    return _ReverseKL.apply(*args)  # pyright: ignore
 
 
 class _ReverseKL(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, student_SBv: Tensor, teacher_SBv: Tensor, temperature: float, group: dist.ProcessGroup | None
+        ctx: Any,
+        student_SBv: Tensor,
+        teacher_SBv: Tensor,
+        temperature: float,
+        group: dist.ProcessGroup | None,
+        overwrite: bool,
     ) -> Tensor:
         student_lse_SB, mean_SB, teacher_lse_SB = kl_parts(student_SBv, teacher_SBv, temperature, group)
         ctx.save_for_backward(student_SBv, teacher_SBv, student_lse_SB, mean_SB)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.overwrite = temperature, overwrite
         return mean_SB - student_lse_SB + teacher_lse_SB
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_SB: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_SB: Tensor) -> tuple[Tensor, None, None, None, None]:
         student_SBv, teacher_SBv, student_lse_SB, mean_SB = ctx.saved_tensors
-        grad_SBv = torch.empty_like(student_SBv)
-        for rows, (a, b) in chunks(ctx.temperature, student_SBv, teacher_SBv):
-            surplus = torch.sub(a, b, out=b).sub_(mean_SB[rows, :, None])
-            q = a.sub_(student_lse_SB[rows, :, None]).exp_()
-            slope = surplus.mul_(q).masked_fill_(q == 0, 0.0)  # padding: 0 * nan
-            grad_SBv[rows] = slope.mul_(grad_SB[rows, :, None] / ctx.temperature)
-        return grad_SBv, None, None, None
+        out_SBv = gradient_buffer(student_SBv, ctx.overwrite)
+        pair, numbers = (student_SBv, teacher_SBv), (student_lse_SB, mean_SB, grad_SB)
+        implementation(*pair).reverse_kl_gradient(*pair, *numbers, ctx.temperature, out_SBv)
+        return out_SBv, None, None, None, None

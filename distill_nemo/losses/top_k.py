@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distill_nemo.losses.vocab_parallel import chunks, gather, lse_and_mean
+from distill_nemo.losses.eager import chunks, lse_and_mean, write_gradient
+from distill_nemo.losses.vocab_parallel import gather
 
 
 def vocab_parallel_top_k_forward_kl(
@@ -66,7 +67,7 @@ class _TopKForwardKL(torch.autograd.Function):
         for _, (a, b) in chunks(temperature, student_SBv, teacher_SBv):
             columns.append(_largest(b, min(top_k, b.shape[-1])))
             parts.append(torch.stack([_split(x, columns[-1]) for x in (a, b)]))
-        ranks_R2SBc = gather(torch.cat(parts, dim=1), group)
+        ranks_R2SBc = gather(torch.cat(parts, dim=1).unflatten(1, student_SBv.shape[:-1]), group)
         order_SBn, (a_SBm, b_SBm) = _buckets(ranks_R2SBc, top_k)
         teacher_lse_SB, mean_SB = lse_and_mean(b_SBm, b_SBm - a_SBm)
         student_lse_SB = a_SBm.logsumexp(-1)
@@ -86,13 +87,14 @@ class _TopKForwardKL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_SB: Tensor) -> tuple[Tensor, None, None, None, None]:
-        student_SBv, columns_SBc, r_SBc, student_lse_SB, pull_SB = ctx.saved_tensors
-        grad_SBv = torch.empty_like(student_SBv)
+        student_SBv, columns_Nc, *numbers_SB = ctx.saved_tensors
+        r_Nc, student_lse_N, pull_N = (x.flatten(0, 1) for x in numbers_SB)
+        out_SBv = student_SBv.new_empty(student_SBv.shape)
         for rows, (a,) in chunks(ctx.temperature, student_SBv):
-            r = (a + pull_SB[rows, :, None]).exp_().scatter_(-1, columns_SBc[rows].long(), r_SBc[rows])
-            q = a.sub_(student_lse_SB[rows, :, None]).exp_()
-            grad_SBv[rows] = q.sub_(r).mul_(grad_SB[rows, :, None] / ctx.temperature)
-        return grad_SBv, None, None, None, None
+            r = (a + pull_N[rows, None]).exp_().scatter_(-1, columns_Nc[rows].long(), r_Nc[rows])
+            q = a.sub_(student_lse_N[rows, None]).exp_()
+            write_gradient(out_SBv, rows, q.sub_(r), grad_SB, 1 / ctx.temperature)
+        return out_SBv, None, None, None, None
 
 
 def _largest(logits: Tensor, num: int) -> Tensor:

@@ -1,6 +1,7 @@
 """What losses of vocabulary-sharded logits are made of; all collectives of the losses live here.
 
-Forward KL is here as the pattern of the others, each in a file of its own: `reverse_kl`, `jensen_shannon`, `top_k`.
+What a rank computes by itself is in `eager.py`, and as kernels beside it; `local.py` chooses. Forward KL is here as the
+pattern of the others, each in a file of its own: `reverse_kl`, `jensen_shannon`, `top_k`.
 
 Legend: S sequence (s: this rank's slice of it), B batch, v this rank's vocabulary shard, R ranks of the group.
 With temperature T: a = student/T, b = teacher/T, q = softmax(a), p = softmax(b) over the whole vocabulary.
@@ -8,7 +9,6 @@ With temperature T: a = student/T, b = teacher/T, q = softmax(a), p = softmax(b)
 Padded columns hold -inf on both sides and count for nothing, even where they fill a rank's shard.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Elements worked on at once, so that fp32 temporaries stay small beside the logits: 16 MiB each.
-CHUNK = 2**22
+from distill_nemo.losses.eager import chunks, lse_and_mean
+from distill_nemo.losses.local import gradient_buffer, implementation
 
 
 def vocab_parallel_forward_kl(
@@ -25,6 +25,8 @@ def vocab_parallel_forward_kl(
     teacher_logits_SBv: Tensor,
     temperature: float = 1.0,
     group: dist.ProcessGroup | None = None,
+    *,
+    overwrite_student_logits: bool = False,
 ) -> Tensor:
     """KL(teacher || student) of every token.
 
@@ -38,37 +40,43 @@ def vocab_parallel_forward_kl(
     Saved for backward: the inputs and two fp32 numbers per token.
 
     Args:
-        student_logits_SBv: [S, B, v], any float dtype; left unchanged.
+        student_logits_SBv: [S, B, v], any float dtype.
         teacher_logits_SBv: the same shape; left unchanged.
         temperature: T > 0.
         group: the ranks that share the vocabulary.
+        overwrite_student_logits: let backward put the gradient where the student's logits were, if they are contiguous.
+            Nothing may read them afterwards; an autograd function that saved them raises. Else they are unchanged.
 
     Returns:
         [S, B] fp32, the same on every rank.
     """
-    return _ForwardKL.apply(student_logits_SBv, teacher_logits_SBv, temperature, group)  # pyright: ignore
+    args = student_logits_SBv, teacher_logits_SBv, temperature, group, overwrite_student_logits
+    return _ForwardKL.apply(*args)  # pyright: ignore
 
 
 class _ForwardKL(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, student_SBv: Tensor, teacher_SBv: Tensor, temperature: float, group: dist.ProcessGroup | None
+        ctx: Any,
+        student_SBv: Tensor,
+        teacher_SBv: Tensor,
+        temperature: float,
+        group: dist.ProcessGroup | None,
+        overwrite: bool,
     ) -> Tensor:
         teacher_lse_SB, mean_SB, student_lse_SB = kl_parts(teacher_SBv, student_SBv, temperature, group)
         ctx.save_for_backward(student_SBv, teacher_SBv, student_lse_SB, teacher_lse_SB)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.overwrite = temperature, overwrite
         return mean_SB - teacher_lse_SB + student_lse_SB
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_SB: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_SB: Tensor) -> tuple[Tensor, None, None, None, None]:
         student_SBv, teacher_SBv, student_lse_SB, teacher_lse_SB = ctx.saved_tensors
-        grad_SBv = torch.empty_like(student_SBv)
-        for rows, (a, b) in chunks(ctx.temperature, student_SBv, teacher_SBv):
-            q = a.sub_(student_lse_SB[rows, :, None]).exp_()
-            p = b.sub_(teacher_lse_SB[rows, :, None]).exp_()
-            grad_SBv[rows] = q.sub_(p).mul_(grad_SB[rows, :, None] / ctx.temperature)
-        return grad_SBv, None, None, None
+        out_SBv = gradient_buffer(student_SBv, ctx.overwrite)
+        pair, numbers = (student_SBv, teacher_SBv), (student_lse_SB, teacher_lse_SB, grad_SB)
+        implementation(*pair).forward_kl_gradient(*pair, *numbers, ctx.temperature, out_SBv)
+        return out_SBv, None, None, None, None
 
 
 @torch.no_grad()
@@ -102,7 +110,7 @@ def vocab_parallel_entropy(logits_SBv: Tensor, group: dist.ProcessGroup | None =
         [S, B] fp32, the same on every rank.
     """
     stats = torch.cat([torch.stack(lse_and_mean(b, b)) for _, (b,) in chunks(1.0, logits_SBv)], dim=1)
-    stats_R2SB = gather(stats, group)
+    stats_R2SB = gather(stats.unflatten(1, logits_SBv.shape[:-1]), group)
     lse_SB, mean_SB = merge(stats_R2SB[:, 0], stats_R2SB[:, 1])
     return lse_SB - mean_SB
 
@@ -128,14 +136,6 @@ class _GatherSequence(torch.autograd.Function):
         return grad_SB.narrow(0, ctx.start, ctx.length), None
 
 
-def chunks(temperature: float, *logits_SBv: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
-    """Successive rows of each, as fp32 copies divided by the temperature, free to be overwritten; and which rows."""
-    num_rows, start = max(1, CHUNK // max(1, logits_SBv[0][0].numel())), 0
-    for parts in zip(*(x.split(num_rows) for x in logits_SBv), strict=True):
-        rows = slice(start, start := start + parts[0].shape[0])
-        yield rows, tuple(x.to(torch.float32, copy=True).div_(temperature) for x in parts)
-
-
 def kl_parts(
     p_logits_SBv: Tensor, q_logits_SBv: Tensor, temperature: float, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -143,27 +143,9 @@ def kl_parts(
 
     Collectives: one all-gather of the shards' three numbers, 12 bytes per token and rank.
     """
-    stats = []
-    for _, (x, y) in chunks(temperature, p_logits_SBv, q_logits_SBv):
-        y_lse = y.logsumexp(-1)
-        stats.append(torch.stack([*lse_and_mean(x, torch.sub(x, y, out=y)), y_lse]))
-    stats_R3SB = gather(torch.cat(stats, dim=1), group)
+    pair = p_logits_SBv, q_logits_SBv
+    stats_R3SB = gather(implementation(*pair).kl_statistics(*pair, temperature), group)
     return *merge(stats_R3SB[:, 0], stats_R3SB[:, 1]), stats_R3SB[:, 2].logsumexp(0)
-
-
-def lse_and_mean(logits: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp over the shard, and the mean of `values` under its softmax, where weight 0 counts for nothing."""
-    peak = logits.amax(-1)
-    # A shard of nothing but -inf would give -inf - -inf; its weights are 0 whatever is subtracted, and so is its mean.
-    weights = (logits - peak.masked_fill(peak == -torch.inf, 0.0).unsqueeze(-1)).exp_()
-    total = weights.sum(-1).clamp(min=1.0)
-    # Divided by the sum of these very weights: subtracting a rounded log-sum-exp instead costs a digit.
-    return peak + total.log(), weigh(weights, values).sum(-1) / total
-
-
-def weigh(weights: Tensor, values: Tensor) -> Tensor:
-    """`weights * values`, where weight 0 counts for nothing: padding has inf - inf, so nan, for a value."""
-    return torch.where(weights == 0, 0.0, weights * values)
 
 
 def merge(lse_RSB: Tensor, mean_RSB: Tensor) -> tuple[Tensor, Tensor]:

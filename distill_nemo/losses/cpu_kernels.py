@@ -1,0 +1,149 @@
+"""The functions of `eager.py` in C (`cpu_kernels.c`), for bf16 and fp32 on CPU: about three times as fast.
+
+Compiled by the machine's own C compiler ($CC, cc, gcc or clang) at first use, in about a second, and kept in
+~/.cache/distill_nemo (or $XDG_CACHE_HOME). Without a compiler, or a place to write, `eager.py` does the work.
+Tokens are shared out among `torch.get_num_threads()` threads; a token's bits do not depend on how many.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# What C does not have yet.
+from distill_nemo.losses.eager import jensen_shannon_gradient, jensen_shannon_kls
+
+__all__ = [
+    "forward_kl_gradient",
+    "jensen_shannon_gradient",
+    "jensen_shannon_kls",
+    "kl_statistics",
+    "reverse_kl_gradient",
+]
+
+SOURCE = Path(__file__).with_suffix(".c")
+# Strict floating point but for fused multiply-adds: infinities and NaN mean what they say.
+FLAGS = ["-O3", "-march=native", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
+
+
+def can_take(*logits_SBv: Tensor) -> bool:
+    """Whether these can be handed over: one dtype, columns side by side, and a compiled library."""
+    dtypes = {x.dtype for x in logits_SBv}
+    fits = len(dtypes) == 1 and dtypes <= SUFFIXES.keys() and all(x.stride(-1) == 1 for x in logits_SBv)
+    return fits and library() is not None
+
+
+def kl_statistics(p_logits_SBv: Tensor, q_logits_SBv: Tensor, temperature: float) -> Tensor:
+    """See `eager.kl_statistics`."""
+    out = torch.empty(3, *p_logits_SBv.shape[:-1])
+    numbers = (out.view(3, -1)[i] for i in range(3))
+    _call("kl_statistics", (p_logits_SBv, q_logits_SBv), temperature, tuple(numbers))
+    return out
+
+
+def forward_kl_gradient(
+    student_SBv: Tensor,
+    teacher_SBv: Tensor,
+    student_lse_SB: Tensor,
+    teacher_lse_SB: Tensor,
+    grad_SB: Tensor,
+    temperature: float,
+    out_SBv: Tensor,
+) -> None:
+    """See `eager.forward_kl_gradient`."""
+    numbers = _flat(student_lse_SB, teacher_lse_SB, grad_SB)
+    _call("forward_kl_gradient", (student_SBv, teacher_SBv), temperature, numbers, out_SBv)
+
+
+def reverse_kl_gradient(
+    student_SBv: Tensor,
+    teacher_SBv: Tensor,
+    student_lse_SB: Tensor,
+    mean_SB: Tensor,
+    grad_SB: Tensor,
+    temperature: float,
+    out_SBv: Tensor,
+) -> None:
+    """See `eager.reverse_kl_gradient`."""
+    numbers = _flat(student_lse_SB, mean_SB, grad_SB)
+    _call("reverse_kl_gradient", (student_SBv, teacher_SBv), temperature, numbers, out_SBv)
+
+
+def _flat(*numbers_SB: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.float().flatten().contiguous() for x in numbers_SB)
+
+
+def _call(
+    name: str, logits_SBv: tuple[Tensor, Tensor], temperature: float, numbers_N: tuple[Tensor, ...], *out_SBv: Tensor
+) -> None:
+    """`name(logits and their strides, rows, width, T, numbers, out and its stride)` on each thread's tokens."""
+    loaded = library()
+    assert loaded is not None, "ask can_take first"
+    function = getattr(loaded, f"{name}_{SUFFIXES[logits_SBv[0].dtype]}")
+    logits_Nv, out_Nv = ([x.detach().flatten(0, -2) for x in tensors] for tensors in (logits_SBv, out_SBv))
+    num_tokens, width = logits_Nv[0].shape
+
+    def run(start: int, stop: int) -> None:
+        at = [(_address(x, start), ctypes.c_long(x.stride(0))) for x in (*logits_Nv, *out_Nv)]
+        size = ctypes.c_long(stop - start), ctypes.c_long(width), ctypes.c_float(temperature)
+        numbers = [_address(x, start) for x in numbers_N]
+        function(*at[0], *at[1], *size, *numbers, *(argument for pair in at[2:] for argument in pair))
+
+    num_threads = min(torch.get_num_threads(), num_tokens)
+    if num_threads <= 1:
+        run(0, num_tokens)
+        return
+    bounds = [num_tokens * i // num_threads for i in range(num_threads + 1)]
+    with ThreadPoolExecutor(num_threads) as pool:  # ctypes lets go of the interpreter
+        list(pool.map(lambda pair: run(*pair), pairwise(bounds)))
+
+
+def _address(x: Tensor, row: int) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr() + row * x.stride(0) * x.element_size())
+
+
+@cache
+def library() -> Any:
+    """The compiled functions, or None where they cannot be had."""
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
+    if compiler is None:
+        return None
+    try:
+        return ctypes.CDLL(str(_compiled(compiler)))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _compiled(compiler: str) -> Path:
+    """The library of this source, compiler and processor; built beside its place and renamed, as ranks may race."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill_nemo"
+    target = folder / f"cpu_kernels_{_fingerprint(compiler)}.so"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            built = Path(scratch) / "kernels.so"
+            command = [compiler, *FLAGS, "-shared", "-fPIC", "-o", str(built), str(SOURCE), "-lm"]
+            subprocess.run(command, check=True, capture_output=True, timeout=120)
+            built.replace(target)
+    return target
+
+
+def _fingerprint(compiler: str) -> str:
+    """A home directory may be shared by machines with other processors, for which `-march=native` is another thing."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    processor = sorted({line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))})
+    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=60).stdout
+    text = SOURCE.read_bytes() + version + "\n".join([*FLAGS, *processor]).encode()
+    return hashlib.sha256(text).hexdigest()[:16]

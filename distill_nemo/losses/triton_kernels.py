@@ -1,0 +1,200 @@
+"""The functions of `eager.py` as Triton kernels, for CUDA; on CPU only through the interpreter (TRITON_INTERPRET=1).
+
+Forward reads every logit once (online log-sum-exp; twice for Jensen-Shannon), one program to a token. Backward reads
+once and writes once, one program to a token and block of columns; a token without a gradient is not read. All sums run
+in fp32 and one order, without atomics: the same bits every time.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 4096
+WARPS = 8
+
+
+@triton.jit
+def _load(logits, columns, width, temperature):
+    x = tl.load(logits + columns, mask=columns < width, other=-float("inf")).to(tl.float32)
+    return tl.math.div_rn(x, temperature)
+
+
+@triton.jit
+def _shift(peak):
+    """What to subtract: -inf - -inf would be NaN, and weights are 0 whatever is subtracted."""
+    return tl.where(peak == -float("inf"), 0.0, peak)
+
+
+@triton.jit
+def _statistics(P, Q, OUT, p_stride, q_stride, num_tokens, width, temperature, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    x_peak, y_peak = tl.full((), -float("inf"), tl.float32), tl.full((), -float("inf"), tl.float32)
+    x_sum, y_sum, weighed = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = _load(P + token * p_stride, columns, width, temperature)
+        y = _load(Q + token * q_stride, columns, width, temperature)
+        x_new, y_new = tl.maximum(x_peak, tl.max(x, 0)), tl.maximum(y_peak, tl.max(y, 0))
+        x_scale, y_scale = tl.exp(x_peak - _shift(x_new)), tl.exp(y_peak - _shift(y_new))
+        weights = tl.exp(x - _shift(x_new))
+        x_sum = x_sum * x_scale + tl.sum(weights, 0)
+        y_sum = y_sum * y_scale + tl.sum(tl.exp(y - _shift(y_new)), 0)
+        weighed = weighed * x_scale + tl.sum(tl.where(weights == 0, 0.0, weights * (x - y)), 0)
+        x_peak, y_peak = x_new, y_new
+    tl.store(OUT + token, _shift(x_peak) + tl.log(x_sum))
+    tl.store(OUT + num_tokens + token, tl.where(x_sum == 0, 0.0, weighed / x_sum))
+    tl.store(OUT + 2 * num_tokens + token, _shift(y_peak) + tl.log(y_sum))
+
+
+@triton.jit
+def _log_ratios(log_p_q, beta):
+    """See `eager._log_ratios`; exp(-|x|) - 1 in place of expm1."""
+    share = tl.where(log_p_q > 0, 1 - beta, beta)
+    larger = -tl.log(1 + share * (tl.exp(-tl.abs(log_p_q)) - 1))
+    return larger + tl.minimum(log_p_q, 0.0), larger - tl.maximum(log_p_q, 0.0)
+
+
+@triton.jit
+def _jensen_shannon_kls(
+    Z, T, Z_LSE, T_LSE, OUT, z_stride, t_stride, num_tokens, width, temperature, beta, BLOCK: tl.constexpr
+):
+    token = tl.program_id(0).to(tl.int64)
+    z_lse, t_lse = tl.load(Z_LSE + token), tl.load(T_LSE + token)
+    p_m, q_m = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        log_q = _load(Z + token * z_stride, columns, width, temperature) - z_lse
+        log_p = _load(T + token * t_stride, columns, width, temperature) - t_lse
+        log_p_m, log_q_m = _log_ratios(log_p - log_q, beta)
+        p, q = tl.exp(log_p), tl.exp(log_q)
+        p_m += tl.sum(tl.where(p == 0, 0.0, p * log_p_m), 0)
+        q_m += tl.sum(tl.where(q == 0, 0.0, q * log_q_m), 0)
+    tl.store(OUT + token, p_m)
+    tl.store(OUT + num_tokens + token, q_m)
+
+
+@triton.jit
+def _gradient(
+    Z, T, Z_LSE, OTHER, KL, GRAD, OUT, z_stride, t_stride, width, temperature, beta,
+    DIVERGENCE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """OTHER is the teacher's log-sum-exp, for reverse KL the mean; KL is read for Jensen-Shannon only."""
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    grad, z_lse, other = tl.load(GRAD + token), tl.load(Z_LSE + token), tl.load(OTHER + token)
+    slope = tl.zeros((BLOCK,), tl.float32)
+    if grad != 0:
+        a = _load(Z + token * z_stride, columns, width, temperature)
+        b = _load(T + token * t_stride, columns, width, temperature)
+        q = tl.exp(a - z_lse)
+        if DIVERGENCE == "forward_kl":
+            slope = q - tl.exp(b - other)
+        elif DIVERGENCE == "reverse_kl":
+            slope = tl.where(q == 0, 0.0, q * (a - b - other))
+        else:
+            _, log_q_m = _log_ratios(b - other - (a - z_lse), beta)
+            slope = tl.where(q == 0, 0.0, (1 - beta) * q * (log_q_m - tl.load(KL + token)))
+        slope = slope * (grad / temperature)
+    tl.store(OUT + token * width + columns, slope.to(OUT.dtype.element_ty), mask=columns < width)
+
+
+def kl_statistics(p_logits_SBv: Tensor, q_logits_SBv: Tensor, temperature: float) -> Tensor:
+    """See `eager.kl_statistics`."""
+    p_Nv, q_Nv = _rows(p_logits_SBv), _rows(q_logits_SBv)
+    out = p_Nv.new_empty(3, *p_logits_SBv.shape[:-1], dtype=torch.float32)
+    num_tokens, width = p_Nv.shape
+    sizes = p_Nv.stride(0), q_Nv.stride(0), num_tokens, width, float(temperature)
+    _statistics[(num_tokens,)](p_Nv, q_Nv, out, *sizes, BLOCK=_block(width), num_warps=WARPS)  # pyright: ignore
+    return out
+
+
+def forward_kl_gradient(
+    student_SBv: Tensor,
+    teacher_SBv: Tensor,
+    student_lse_SB: Tensor,
+    teacher_lse_SB: Tensor,
+    grad_SB: Tensor,
+    temperature: float,
+    out_SBv: Tensor,
+) -> None:
+    """See `eager.forward_kl_gradient`."""
+    numbers = student_lse_SB, teacher_lse_SB, teacher_lse_SB, grad_SB
+    _launch_gradient("forward_kl", student_SBv, teacher_SBv, numbers, temperature, 0.0, out_SBv)
+
+
+def reverse_kl_gradient(
+    student_SBv: Tensor,
+    teacher_SBv: Tensor,
+    student_lse_SB: Tensor,
+    mean_SB: Tensor,
+    grad_SB: Tensor,
+    temperature: float,
+    out_SBv: Tensor,
+) -> None:
+    """See `eager.reverse_kl_gradient`."""
+    numbers = student_lse_SB, mean_SB, mean_SB, grad_SB
+    _launch_gradient("reverse_kl", student_SBv, teacher_SBv, numbers, temperature, 0.0, out_SBv)
+
+
+def jensen_shannon_kls(
+    student_SBv: Tensor,
+    teacher_SBv: Tensor,
+    student_lse_SB: Tensor,
+    teacher_lse_SB: Tensor,
+    temperature: float,
+    beta: float,
+) -> Tensor:
+    """See `eager.jensen_shannon_kls`."""
+    z_Nv, t_Nv = _rows(student_SBv), _rows(teacher_SBv)
+    out = z_Nv.new_empty(2, *student_SBv.shape[:-1], dtype=torch.float32)
+    num_tokens, width = z_Nv.shape
+    sizes = z_Nv.stride(0), t_Nv.stride(0), num_tokens, width, float(temperature), float(beta)
+    lse = student_lse_SB.contiguous(), teacher_lse_SB.contiguous()
+    _jensen_shannon_kls[(num_tokens,)](z_Nv, t_Nv, *lse, out, *sizes, BLOCK=_block(width), num_warps=WARPS)  # pyright: ignore
+    return out
+
+
+def jensen_shannon_gradient(
+    student_SBv: Tensor,
+    teacher_SBv: Tensor,
+    student_lse_SB: Tensor,
+    teacher_lse_SB: Tensor,
+    student_kl_SB: Tensor,
+    grad_SB: Tensor,
+    temperature: float,
+    beta: float,
+    out_SBv: Tensor,
+) -> None:
+    """See `eager.jensen_shannon_gradient`."""
+    numbers = student_lse_SB, teacher_lse_SB, student_kl_SB, grad_SB
+    _launch_gradient("jensen_shannon", student_SBv, teacher_SBv, numbers, temperature, beta, out_SBv)
+
+
+def _launch_gradient(
+    divergence: str,
+    student_SBv: Tensor,
+    teacher_SBv: Tensor,
+    numbers_SB: tuple[Tensor, ...],
+    temperature: float,
+    beta: float,
+    out_SBv: Tensor,
+) -> None:
+    z_Nv, t_Nv = _rows(student_SBv), _rows(teacher_SBv)
+    assert out_SBv.is_contiguous(), "gradient_buffer gives contiguous memory"
+    num_tokens, width = z_Nv.shape
+    block = _block(width)
+    sizes = z_Nv.stride(0), t_Nv.stride(0), width, float(temperature), float(beta)
+    numbers = [x.contiguous() for x in numbers_SB]
+    grid, constants = (num_tokens, triton.cdiv(width, block)), {"DIVERGENCE": divergence, "BLOCK": block}
+    _gradient[grid](z_Nv, t_Nv, *numbers, out_SBv, *sizes, **constants, num_warps=WARPS)  # pyright: ignore
+
+
+def _block(width: int) -> int:
+    return min(BLOCK, 1 << (width - 1).bit_length())
+
+
+def _rows(logits_SBv: Tensor) -> Tensor:
+    """[S, B, v] -> [N, v], columns side by side."""
+    logits_Nv = logits_SBv.detach().flatten(0, -2)
+    return logits_Nv if logits_Nv.stride(-1) == 1 else logits_Nv.contiguous()

@@ -1,0 +1,150 @@
+"""The kernels of the losses: the tests of the divergences run for each, and what each has of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill_nemo.losses import cpu_kernels, eager
+from distill_nemo.losses.divergences import DIVERGENCES
+from distill_nemo.losses.local import VARIABLE, implementation
+from distill_nemo.losses.vocab_parallel import vocab_parallel_forward_kl
+from tests import reference
+from tests.unit.test_losses import error, make_logits
+
+FILES = ["tests/unit/test_divergences.py", "tests/unit/test_top_k.py"]
+ROOT = Path(__file__).parents[2]
+
+
+LOW = "not (low_precision and dtype0)"  # Triton's interpreter does not round to bf16, it cuts off; kernels round
+TWO_RANKS = ["tests/distributed/test_vocab_parallel.py", "-k", "test_logits_loss and tp2 and 2.0 and not top"]
+
+
+@pytest.mark.parametrize(
+    ("name", "tests"),
+    [("eager", FILES), ("eager", TWO_RANKS), ("triton", [*FILES, "-k", LOW]), ("triton", TWO_RANKS)],
+    ids=["eager", "eager, two ranks", "triton", "triton, two ranks"],
+)
+def test_every_test_of_the_divergences_passes(name: str, tests: list[str]) -> None:
+    """Where they run by themselves they try the compiled C."""
+    environment = os.environ | {VARIABLE: name, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:]
+
+
+@pytest.mark.skipif(cpu_kernels.library() is None, reason="no C compiler")
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_c_is_as_exact_as_torch_over_many_blocks(
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype
+) -> None:
+    """Peaks that rise from block to block, blocks of -inf only, and logits of which most weights are 0."""
+    columns, found = torch.arange(9001.0) / 1000, {}
+    for kernels in ("c", "eager"):
+        monkeypatch.setenv(VARIABLE, kernels)
+        student, teacher = make_logits(seed=6, width=9001, dtype=dtype)
+        with torch.no_grad():
+            student[1:4].add_(4 * columns)
+            teacher[2:5].sub_(40 * columns)
+            student[..., 3000:6000] = teacher[..., 3000:6000] = -torch.inf
+        loss = DIVERGENCES[name](student, teacher, 2.0)
+        loss.sum().backward()
+        finite = student.detach().isfinite()[0, 0].numpy()
+        pair = (x.detach().double().numpy()[..., finite] for x in (student, teacher))
+        value, gradient = getattr(reference, name)(*pair, 2.0)
+        assert student.grad is not None and student.grad[..., 3000:6000].abs().max() == 0
+        found[kernels] = error(loss, value), error(student.grad[..., torch.from_numpy(finite)], gradient)
+    tolerance = 1e-5, 1e-6
+    assert all(c <= torchs + slack for c, torchs, slack in zip(found["c"], found["eager"], tolerance, strict=True))
+
+
+@pytest.mark.skipif(cpu_kernels.library() is None, reason="no C compiler")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_c_is_chosen_and_gives_the_same_bits_on_any_number_of_threads(dtype: torch.dtype) -> None:
+    found = []
+    for num_threads in (1, 2, 3):
+        student, teacher = make_logits(dtype=dtype)
+        assert implementation(student, teacher) is cpu_kernels
+        torch.set_num_threads(num_threads)
+        try:
+            loss = vocab_parallel_forward_kl(student, teacher)
+            loss.sum().backward()
+        finally:
+            torch.set_num_threads(1)
+        found.append((loss, student.grad))
+    for loss, grad in found[1:]:
+        assert torch.equal(loss, found[0][0]) and torch.equal(grad, found[0][1])
+
+
+def test_what_c_cannot_take_goes_to_torch() -> None:
+    student, teacher = make_logits()
+    assert implementation(student.half(), teacher.half()) is eager
+    assert implementation(student.half(), teacher) is eager
+    assert implementation(student.transpose(0, 2), teacher.transpose(0, 2)) is eager
+
+
+@pytest.mark.parametrize("missing", ["compiler", "place to write"])
+def test_without_c_torch_does_it(tmp_path: Path, missing: str) -> None:
+    """A process whose PATH holds no compiler, or whose cache is a file."""
+    (tmp_path / "file").touch()
+    changes = {"XDG_CACHE_HOME": str(tmp_path)} | (
+        {"PATH": str(tmp_path), "CC": "nothing"}
+        if missing == "compiler"
+        else {"XDG_CACHE_HOME": str(tmp_path / "file")}
+    )
+    code = (
+        "import torch; from distill_nemo.losses import eager, local; x = torch.zeros(2, 3, 8);"
+        "assert local.implementation(x, x) is eager; print('torch')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | changes, capture_output=True, text=True
+    )
+    assert result.stdout == "torch\n", result.stderr
+
+
+def test_a_misspelt_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "fast")
+    with pytest.raises(ValueError, match='DISTILL_NEMO_KERNELS is "fast"; leave it unset, or say eager, c or triton'):
+        implementation(torch.zeros(1, 1, 8))
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from distill_nemo.losses import triton_kernels as kernels
+
+POINTERS = {"P", "Q", "Z", "T"}
+for kernel, divergences in (
+    (kernels._statistics, [None]), (kernels._jensen_shannon_kls, [None]),
+    (kernels._gradient, ["forward_kl", "reverse_kl", "jensen_shannon"]),
+):
+    for logits in ("bf16", "fp32", "fp16"):
+        for divergence in divergences:
+            constants = {"BLOCK": kernels.BLOCK} | ({"DIVERGENCE": divergence} if divergence else {})
+            signature = {}
+            for name in kernel.arg_names:
+                if name in constants: kind = "constexpr"
+                elif name in POINTERS or (name == "OUT" and divergence): kind = "*" + logits
+                elif name.isupper(): kind = "*fp32"
+                else: kind = "fp32" if name in ("temperature", "beta") else "i32"
+                signature[name] = kind
+            source = ASTSource(kernel, signature, constexprs=constants)
+            compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": kernels.WARPS})
+            assert "spill" not in compiled.asm["ptx"] and len(compiled.asm["cubin"]) > 0
+print("compiled")
+"""
+
+
+def test_triton_compiles_for_hopper_without_a_gpu(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    (tmp_path / "compile_kernels.py").write_text(COMPILE)
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, str(tmp_path / "compile_kernels.py")], env=environment, capture_output=True, text=True
+    )
+    assert result.stdout == "compiled\n", result.stderr[-3000:]
