@@ -22,10 +22,14 @@ test: .venv/installed ## the whole test suite
 parity: .venv/installed ## every layout, model and loss against fp64; writes docs/parity.md in half an hour
 	@$(BIN)/python -W ignore -m tests.parity $(ARGS)
 
+bench: .venv/installed ## what the losses cost beside others, on this machine; writes docs/performance.md
+	@$(BIN)/python -W ignore -m benchmarks.kl $(ARGS)
+	@$(BIN)/python -m benchmarks.report
+
 lint: .venv/installed ## ruff, pyright, import layers
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/lint-imports
 
 clean: ## remove what runs and tests left, keep .venv
 	@rm -rf runs build .pytest_cache .ruff_cache
 
-.PHONY: help quickstart test parity lint clean
+.PHONY: help quickstart test parity bench lint clean

@@ -58,8 +58,8 @@ def test_c_is_as_exact_as_torch_over_many_blocks(
         value, gradient = getattr(reference, name)(*pair, 2.0)
         assert student.grad is not None and student.grad[..., 3000:6000].abs().max() == 0
         found[kernels] = error(loss, value), error(student.grad[..., torch.from_numpy(finite)], gradient)
-    tolerance = 1e-5, 1e-6
-    assert all(c <= torchs + slack for c, torchs, slack in zip(found["c"], found["eager"], tolerance, strict=True))
+        few_last_places = 3e-7 * value.max()  # of losses of some 100; reverse KL's gradient has the mean's error
+    assert all(c <= torchs + few_last_places for c, torchs in zip(found["c"], found["eager"], strict=True))
 
 
 @pytest.mark.skipif(cpu_kernels.library() is None, reason="no C compiler")

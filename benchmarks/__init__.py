@@ -1,0 +1,1 @@
+"""What the losses cost beside others, measured in one process with interleaved repeats; `make bench`."""

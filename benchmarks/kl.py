@@ -1,0 +1,164 @@
+"""KL forward and backward of logits that are given: `python -m benchmarks.kl` writes benchmarks/results/kl_*.json.
+
+On a machine with a GPU the row for GPUs is measured, elsewhere those for CPU: one process, and two over gloo.
+"""
+
+import argparse
+import functools
+import gc
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from benchmarks.measure import interleaved, machine, peak_bytes
+from distill_nemo.config import ParallelismConfig
+from distill_nemo.losses.local import implementation
+from distill_nemo.losses.vocab_parallel import vocab_parallel_forward_kl
+from distill_nemo.runtime.device import setup_device
+
+RESULTS = Path(__file__).parent / "results"
+GPU_SHAPE = (8192, 128256)
+SHAPES = [(1024, 32000), (512, 32000), (1024, 64000), (1024, 151936)]  # N and V: the goals' and one doubling of each
+
+
+def main() -> None:
+    """Measure what this machine can, and write it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1, help="a run has one thread in each process")
+    parser.add_argument("--only", choices=["cpu", "two_ranks", "gpu"])
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    kinds = ["gpu"] if torch.cuda.is_available() else ["cpu", "two_ranks"]
+    for kind in [arguments.only] if arguments.only else kinds:
+        rows = {"cpu": on_cpu, "two_ranks": on_two_ranks, "gpu": on_gpu}[kind](arguments.repeats)
+        RESULTS.mkdir(exist_ok=True)
+        text = json.dumps({"machine": machine(), "repeats": arguments.repeats, "rows": rows}, indent=1)
+        (RESULTS / f"kl_{kind}.json").write_text(text + "\n")
+        print(text)
+
+
+def on_cpu(repeats: int) -> list[dict[str, Any]]:
+    """Every shape in this process; the slow ways at the goals' shapes only."""
+    setup_device()
+    goals = {SHAPES[0], SHAPES[-1]}
+    return [compare(*shape, repeats, ways() if shape in goals else {"distill-nemo": ours}) for shape in SHAPES]
+
+
+def on_gpu(repeats: int) -> list[dict[str, Any]]:
+    """The same with Liger's losses and a copy of as many bytes as one tensor of logits has."""
+    setup_device()
+    others = ways() | liger()
+    row = compare(*GPU_SHAPE, max(repeats, 20), others)
+    logits = torch.empty(*GPU_SHAPE, dtype=torch.bfloat16, device="cuda")
+    target = torch.empty_like(logits)
+    seconds = interleaved({"copy": lambda: target.copy_(logits)}, 20)["copy"]["seconds"]
+    row["copy_bytes_per_second"] = 2 * logits.numel() * 2 / seconds
+    return [row]
+
+
+def compare(num_tokens: int, width: int, repeats: int, losses: dict[str, Callable[..., Tensor]]) -> dict[str, Any]:
+    """Seconds of each, and peak memory beyond inputs and gradient in units of an fp32 tensor of the logits."""
+    student, teacher = logits(num_tokens, width)
+    gradient_bytes, fp32_bytes = student.numel() * 2, student.numel() * 4
+
+    def step(loss: Callable[..., Tensor]) -> None:
+        student.grad = None
+        loss(student, teacher).sum().backward()
+
+    runs = {name: functools.partial(step, loss) for name, loss in losses.items()}
+    found = interleaved(runs, repeats)
+    for name, run in runs.items():
+        student.grad = None
+        gc.collect()
+        found[name]["extra_memory"] = (peak_bytes(run) - gradient_bytes) / fp32_bytes
+    kernels = implementation(student, teacher).__name__.rsplit(".", 1)[-1]
+    return {"tokens": num_tokens, "vocabulary": width, "dtype": "bfloat16", "kernels": kernels, "ways": found}
+
+
+def logits(num_tokens: int, width: int) -> tuple[Tensor, Tensor]:
+    """[N, 1, V] bf16, student and teacher."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pair = [torch.randn(num_tokens, 1, width, device=device).bfloat16().mul_(4) for _ in range(2)]
+    return pair[0].requires_grad_(), pair[1]
+
+
+def ways() -> dict[str, Callable[..., Tensor]]:
+    """Ours first."""
+    compiled: Any = torch.compile(plain)
+    return {"distill-nemo": ours, "ModelOpt": modelopt(), "torch": plain, "torch.compile": compiled}
+
+
+def ours(student: Tensor, teacher: Tensor) -> Tensor:
+    """As the training loop calls it."""
+    return vocab_parallel_forward_kl(student, teacher)
+
+
+def plain(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL as its formula says."""
+    log_q, log_p = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
+    return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+
+
+def modelopt(tensor_parallel: int = 1) -> Callable[..., Tensor]:
+    """ModelOpt's LogitsKLLoss of its Megatron plugin."""
+    from megatron.core.transformer import TransformerConfig
+    from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
+
+    config = TransformerConfig(
+        num_layers=1, hidden_size=64, num_attention_heads=4, tensor_model_parallel_size=tensor_parallel
+    )
+    loss = LogitsKLLoss(config)
+    return lambda student, teacher: loss(student, teacher)[0]
+
+
+def liger() -> dict[str, Callable[..., Tensor]]:
+    """Liger's losses of given logits, where it is installed (`pip install liger-kernel`)."""
+    from liger_kernel.transformers import LigerJSD, LigerKLDIVLoss
+
+    kl, jsd = LigerKLDIVLoss(reduction="none", log_target=True), LigerJSD(beta=0.0)
+
+    def pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        log_q, log_p = (x.flatten(0, 1).float().log_softmax(-1) for x in (student, teacher))
+        return log_q, log_p
+
+    return {"Liger KL": lambda s, t: kl(*pair(s, t)).sum(-1), "Liger JSD": lambda s, t: jsd(*pair(s, t))}
+
+
+def on_two_ranks(repeats: int) -> list[dict[str, Any]]:
+    """ModelOpt's and ours with the vocabulary on two gloo processes; the slower rank counts."""
+    from tests.spawn import Gloo
+
+    rows = []
+    with Gloo(2, init=False, timeout=900) as group:
+        for num_tokens, width in (SHAPES[0], SHAPES[-1]):
+            ranks = group.run(_rank, num_tokens, width, repeats)
+            slower = {
+                name: {key: max(rank[name][key] for rank in ranks) for key in ranks[0][name]} for name in ranks[0]
+            }
+            rows.append({"tokens": num_tokens, "vocabulary": width, "dtype": "bfloat16", "ways": slower})
+    return rows
+
+
+def _rank(num_tokens: int, width: int, repeats: int) -> dict[str, Any]:
+    setup_device()
+    from megatron.core import parallel_state
+
+    from distill_nemo.runtime.process_groups import process_groups
+
+    with process_groups(ParallelismConfig(tensor_model_parallel_size=2)):
+        group = parallel_state.get_tensor_model_parallel_group()
+        losses = {
+            "distill-nemo": lambda student, teacher: vocab_parallel_forward_kl(student, teacher, 1.0, group),
+            "ModelOpt": modelopt(2),
+        }
+        return compare(num_tokens, width // 2, repeats, losses)["ways"]
+
+
+if __name__ == "__main__":
+    main()

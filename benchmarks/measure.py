@@ -1,0 +1,75 @@
+"""Time and memory of several ways to do the same, in turns, so that a busy machine is busy for all of them."""
+
+import ctypes
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def interleaved(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
+    """Medians over `repeats` rounds, each of which runs every way once: seconds, and seconds of processor time."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    processor: dict[str, list[float]] = {name: [] for name in ways}
+    for way in ways.values():
+        way()  # compiles, allocates, warms up
+    for _ in range(repeats):
+        for name, way in ways.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            way()
+            _wait()
+            seconds[name].append(time.perf_counter() - wall)
+            processor[name].append(time.process_time() - cpu)
+    return {
+        name: {
+            "seconds": statistics.median(seconds[name]),
+            "fastest_seconds": min(seconds[name]),
+            "processor_seconds": statistics.median(processor[name]),
+            "fastest_processor_seconds": min(processor[name]),
+        }
+        for name in ways
+    }
+
+
+def peak_bytes(way: Callable[[], Any]) -> int:
+    """The most memory that was in use during a call, beyond what was before it."""
+    _wait()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        way()
+        _wait()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)  # memory freed before, but kept, would be used and not be seen
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew
+    before = _status("VmRSS")
+    way()
+    return _status("VmHWM") - before
+
+
+def machine() -> dict[str, Any]:
+    """Where this was measured."""
+    model = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpu": model[0].split(": ")[1] if model else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "torch": torch.__version__,
+    }
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _status(field: str) -> int:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field + ":"))
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,136 @@
+"""docs/performance.md and its plot from benchmarks/results/*.json: nothing in it is written by hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PAGE, PLOT = (
+    ROOT / "benchmarks" / "results",
+    ROOT / "docs" / "performance.md",
+    ROOT / "docs" / "performance.png",
+)
+OURS, NOT_MEASURED = "distill-nemo", "not measured"
+HEAD = """# Performance
+
+Written by `make bench` from benchmarks/results/*.json. Forward and backward of KL(teacher‖student) of given bf16
+logits. Ways to do it take turns in one process; figures are medians. Wall time is what a busy machine gives; processor
+time is what the work took. Memory is the peak beyond inputs and gradient, in units of one fp32 tensor of the logits.
+"""
+
+
+def main() -> None:
+    """Write both."""
+    parts = [HEAD, _cpu(), _two_ranks(), _gpu(), _scaling()]
+    PAGE.write_text("\n".join(parts))
+    _plot()
+    print(f"wrote {PAGE.relative_to(ROOT)} and {PLOT.relative_to(ROOT)}")
+
+
+def _load(kind: str) -> dict[str, Any] | None:
+    path = RESULTS / f"kl_{kind}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| N | V | | wall time, s | processor time, s | ours / this, wall | ours / this, processor | memory |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ours = row["ways"][OURS]
+        for name, way in row["ways"].items():
+            times = [way["seconds"], way["processor_seconds"]]
+            ratios = [ours["seconds"] / times[0], ours["processor_seconds"] / times[1]]
+            cells = [row["tokens"], f"{row['vocabulary']:,}", name, *(f"{x:.4f}" for x in times)]
+            cells += [*(f"{x:.2f}" for x in ratios), f"{max(0.0, way['extra_memory']):.2f}"]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _where(found: dict[str, Any]) -> str:
+    machine = found["machine"]
+    device = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
+    return (
+        f"{device}; torch {machine['torch']}; {machine['threads']} thread(s) a process; medians of {found['repeats']}; "
+        f"load average {machine['load_average']:.0f}.\n"
+    )
+
+
+def _cpu() -> str:
+    found = _load("cpu")
+    title = (
+        "## CPU, one process\nGoal: at most 0.12 of ModelOpt's time and 1.0 of torch.compile's, memory at most 0.1.\n"
+    )
+    if found is None:
+        return f"{title}\n{NOT_MEASURED}\n"
+    rows = [row for row in found["rows"] if len(row["ways"]) > 1]
+    return f"{title}\n{_where(found)}\n{_table(rows)}\n![Time of each way](performance.png)\n"
+
+
+def _two_ranks() -> str:
+    found = _load("two_ranks")
+    title = (
+        "## CPU, vocabulary over two gloo ranks\nGoal: at most 0.20 of ModelOpt's time. One all-gather in ours "
+        "(tests/distributed/test_vocab_parallel.py counts it). The slower rank's figures; memory in its shards.\n"
+    )
+    return f"{title}\n{NOT_MEASURED}\n" if found is None else f"{title}\n{_where(found)}\n{_table(found['rows'])}"
+
+
+def _gpu() -> str:
+    found = _load("gpu")
+    title = (
+        "## GPU, N = 8192, V = 128,256\nGoal on an H200: 85 % of the bandwidth of a copy for 10 bytes per element; "
+        "5 times ModelOpt; twice Liger's best.\n"
+    )
+    if found is None:
+        return (
+            f"{title}\n| | |\n|---|---|\n| time, share of copy bandwidth, memory; ModelOpt, Liger, torch.compile | "
+            f"{NOT_MEASURED} |\n\n"
+            "`python -m benchmarks.kl` measures it on a machine with a GPU (`pip install liger-kernel`).\n"
+        )
+    row = found["rows"][0]
+    achieved = 10 * row["tokens"] * row["vocabulary"] / row["ways"][OURS]["seconds"]
+    share = achieved / row["copy_bytes_per_second"]
+    return f"{title}\n{_where(found)}\n{_table([row])}\nShare of a copy's bandwidth: {share:.0%}.\n"
+
+
+def _scaling() -> str:
+    found = _load("cpu")
+    title = "## Scaling of ours\n"
+    if found is None:
+        return f"{title}\n{NOT_MEASURED}\n"
+    times = {(r["tokens"], r["vocabulary"]): r["ways"][OURS]["processor_seconds"] for r in found["rows"]}
+    per_element = {shape: 1e9 * seconds / (shape[0] * shape[1]) for shape, seconds in times.items()}
+    lines = ["| N | V | processor time, s | ns per element |", "|---|---|---|---|"]
+    lines += [f"| {n} | {v:,} | {times[n, v]:.4f} | {per_element[n, v]:.2f} |" for n, v in sorted(times)]
+    (base, more_n), more_v = ((512, 32000), (1024, 32000)), (1024, 64000)
+    by_n, by_v = times[more_n] / times[base], times[more_v] / times[more_n]
+    return f"{title}\n" + "\n".join(lines) + f"\n\nTime when N doubles: x {by_n:.2f}; when V doubles: x {by_v:.2f}.\n"
+
+
+def _plot() -> None:
+    panels = [
+        (title, row)
+        for title, kind in (("one process", "cpu"), ("two ranks", "two_ranks"), ("GPU", "gpu"))
+        for row in (_load(kind) or {"rows": []})["rows"]
+        if len(row["ways"]) > 1
+    ]
+    figure, axes = plt.subplots(1, max(1, len(panels)), figsize=(3 * max(1, len(panels)), 3), squeeze=False)
+    for axis, (title, row) in zip(axes[0], panels, strict=False):
+        ways = row["ways"]
+        axis.bar(range(len(ways)), [1e3 * way["processor_seconds"] for way in ways.values()], color="#4477aa")
+        axis.set_xticks(range(len(ways)), list(ways), rotation=40, ha="right")
+        axis.set_title(f"{title}, V = {row['vocabulary']:,}", fontsize=9)
+    axes[0][0].set_ylabel("processor time, ms")
+    figure.tight_layout()
+    figure.savefig(PLOT, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
