@@ -45,7 +45,7 @@ class StopSignal:
 
 @contextlib.contextmanager
 def deaf_children() -> Iterator[None]:
-    """Programs started within never get SIGTERM; one that comes for this process meanwhile is kept for afterwards.
+    """Programs started within never get SIGTERM; one that comes for this process meanwhile is not lost.
 
     A scheduler sends it to every process of a job, helpers included, which then are missed when the ranks save.
     """
