@@ -57,7 +57,9 @@ class Command:
     def ranks(self):
         """The processes of its ranks, by rank."""
         below = psutil.Process(self.process.pid).children(recursive=True)
-        return {int(process.environ()["RANK"]): process for process in below if "RANK" in process.environ()}
+        of_ranks = [process for process in below if "RANK" in process.environ()]
+        helpers = [process for process in of_ranks if process.parent() in of_ranks]
+        return {int(process.environ()["RANK"]): process for process in of_ranks if process not in helpers}
 
     def at_step(self, output, step):
         """Wait until this command, and no earlier one, has written `step` to `metrics.jsonl` in `output`."""
