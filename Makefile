@@ -16,8 +16,11 @@ help: ## list the targets
 quickstart: .venv/installed ## the main job: distil a small model on this machine, under ten minutes
 	@PATH="$(CURDIR)/$(BIN):$$PATH" nemo distill quickstart --yes $(ARGS)
 
-test: .venv/installed ## the whole test suite
+test: .venv/installed ## the test suite, without tests/launch
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-launch: .venv/installed ## SLURM on this machine (apt, root), and runs on it: a few minutes
+	@$(BIN)/python -m pytest tests/launch $(ARGS)
 
 parity: .venv/installed ## every layout, model and loss against fp64; writes docs/parity.md in half an hour
 	@$(BIN)/python -W ignore -m tests.parity $(ARGS)
@@ -32,4 +35,4 @@ lint: .venv/installed ## ruff, pyright, import layers
 clean: ## remove what runs and tests left, keep .venv
 	@rm -rf runs build .pytest_cache .ruff_cache
 
-.PHONY: help quickstart test parity bench lint clean
+.PHONY: help quickstart test test-launch parity bench lint clean

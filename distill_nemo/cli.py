@@ -17,15 +17,13 @@ from nemo_run.config import get_type_namespace
 from distill_nemo.cli_arguments import (
     check_complete,
     check_factory,
-    check_launch,
     check_run_arguments,
     override,
     parse_arguments,
-    run_config_of,
-    split_executor,
 )
 from distill_nemo.cli_help import Group, command_class, command_help, summary, train_help
-from distill_nemo.executors import Stages, local, passing_on_signals
+from distill_nemo.cli_launch import check_launch, parse_executor, run_config_of
+from distill_nemo.executors import EXECUTORS, Stages, experiments, local, passing_on_signals
 from distill_nemo.training.entry import distill, errors_in_one_screen
 
 NAMESPACE = "distill"
@@ -58,9 +56,8 @@ class TrainContext(run.cli.RunContext):
         return super().parse_args(args, lazy)
 
     def parse_executor(self, name: str, *args: str) -> Any:
-        """`run.executor=local run.executor.processes=8`: arguments of the factory first, then the executor's fields."""
-        name, fields = split_executor(name, args)
-        return super().parse_executor(name, *fields)
+        """`run.executor=local run.executor.processes=8`: arguments of the factory and the executor's own fields."""
+        return parse_executor(name, args)
 
     def parse_plugin(self, name: str, *args: str) -> Any:
         """`run.plugins=NAME`: a factory that the user's own code has registered."""
@@ -89,14 +86,19 @@ class TrainContext(run.cli.RunContext):
     def _execute_task(self, fn: Callable[..., Any], task_args: list[str]) -> None:
         task = self.parse_fn(fn, task_args)
         executor = fdl.build(self.executor) if isinstance(self.executor, fdl.Buildable) else self.executor or local()
-        check_launch(run_config_of(task), executor)
-        if self.dryrun:
+        check_launch(run_config_of(task), executor, self.dryrun)
+        if self.dryrun and isinstance(executor, run.LocalExecutor):
             run.dryrun_fn(task, executor=executor)
             return
         self.executor = executor
         with Stages.titled(self.name) as experiment:
             experiment.add(task, executor=executor, name=self.name, tail_logs=True, plugins=self.plugins or None)
+            if self.dryrun:
+                experiment.show()
+                return
             self.launch(experiment)
+            if self.detach:
+                experiments.tell_detached(experiment)
 
     def _execute_experiment(self, fn: Callable[..., Any], experiment_args: list[str]) -> None:
         fdl.build(self.parse_fn(fn, experiment_args, ctx=self))()
@@ -134,7 +136,7 @@ class Command(Entrypoint):
 
     def page(self) -> str:
         """What `--help` shows."""
-        return train_help(self.fn) if self.fn is distill else command_help(self.name, self.fn)
+        return train_help(self.fn, EXECUTORS) if self.fn is distill else command_help(self.name, self.fn)
 
 
 def registered_recipes() -> list[Callable[..., Any]]:
@@ -238,3 +240,45 @@ def recipes() -> None:
     """
     for recipe in registered_recipes():
         print(f"{recipe.__name__:22} {summary(recipe)}")
+
+
+@run.cli.entrypoint(namespace=NAMESPACE, enable_executor=False, entrypoint_cls=Command)
+def status(experiment: str) -> None:
+    """How the jobs of a run on SLURM are: a line each.
+
+    Exit code: 0 while they wait or run, and when they completed; 1 when one ended otherwise, with the reason.
+
+    Example:
+        nemo distill status experiment=train_1764030000000000000
+
+    Args:
+        experiment: the id that `train` printed.
+    """
+    experiments.status(experiment)
+
+
+@run.cli.entrypoint(namespace=NAMESPACE, enable_executor=False, entrypoint_cls=Command)
+def logs(experiment: str, follow: bool = False) -> None:
+    """What the ranks of a run on SLURM have said, of every attempt.
+
+    Example:
+        nemo distill logs experiment=train_1764030000000000000 follow=true
+
+    Args:
+        experiment: the id that `train` printed.
+        follow: go on until the jobs have ended, and exit as `train` does.
+    """
+    experiments.logs(experiment, follow)
+
+
+@run.cli.entrypoint(namespace=NAMESPACE, enable_executor=False, entrypoint_cls=Command)
+def cancel(experiment: str) -> None:
+    """End the jobs of a run on SLURM. The same `train` command goes on from the last checkpoint.
+
+    Example:
+        nemo distill cancel experiment=train_1764030000000000000
+
+    Args:
+        experiment: the id that `train` printed.
+    """
+    experiments.cancel(experiment)

@@ -8,18 +8,13 @@ import re
 import typing
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
-import fiddle as fdl
 import nemo_run as run
 from nemo_run.cli.cli_parser import parse_value
 
-from distill_nemo.checks import check
 from distill_nemo.cli_help import plain_type, sections, type_name
-from distill_nemo.config import RunConfig, from_dict, near, to_dict
-from distill_nemo.executors import EXECUTORS
-from distill_nemo.models.sources import find_checkpoint
+from distill_nemo.config import near
 
 OVERRIDE = re.compile(r"([\w.]+)=(.*)", re.S)
 
@@ -40,7 +35,7 @@ def parse_arguments(function: Callable[..., Any], arguments: Iterable[str], comm
         if path not in known:
             names = _near(path, known) if known else " There are none."
             raise ValueError(f'unknown field "{path}".{names} See `nemo distill {command} --help`')
-        parsed[path] = _parse(path, value, known[path])
+        parsed[path] = parse(path, value, known[path])
     return parsed
 
 
@@ -89,7 +84,7 @@ def check_factory(factory: Any, recipes: Iterable[Callable[..., Any]]) -> None:
             if keyword.arg not in own:
                 raise ValueError(f'recipe {name} has no argument "{keyword.arg}".{near(str(keyword.arg), own)}')
             value = ast.get_source_segment(str(factory), keyword.value) or ""
-            _parse(f"recipe {name}: {keyword.arg}", value, own[keyword.arg])
+            parse(f"recipe {name}: {keyword.arg}", value, own[keyword.arg])
 
 
 def check_run_arguments(arguments: Iterable[str]) -> None:
@@ -104,76 +99,12 @@ def check_run_arguments(arguments: Iterable[str]) -> None:
             raise ValueError(f'unknown field "{name}". Known: run.executor, run.executor.FIELD, run.plugins.')
 
 
-def split_executor(name: str, arguments: Iterable[str]) -> tuple[str, list[str]]:
-    """`local`, `["processes=8", "retries=1"]` -> `local(processes=8)`, `["retries=1"]`: what the factory takes itself.
+def parse(path: str, value: str, hint: Any) -> Any:
+    """`value` as a `hint`.
 
     Raises:
-        ValueError: for an executor or a field of it that is not known, with the near names, or a value of it that is
-            not allowed.
+        ValueError: naming the field `path`, when it is none.
     """
-    if name not in EXECUTORS:
-        base, called, _ = name.partition("(")
-        advice = f" Write run.executor={base} run.executor.FIELD=VALUE." if called else near(base, EXECUTORS)
-        raise ValueError(f'run.executor: unknown executor "{name}".{advice}')
-    factory = EXECUTORS[name]
-    own = typing.get_type_hints(factory)
-    own.pop("return")
-    cls = factory().__fn_or_cls__
-    hints = typing.get_type_hints(cls)
-    known = {**{field: hints.get(field) for field in inspect.signature(cls).parameters}, **own}
-    call, others = {}, []
-    for argument in arguments:
-        field, _, value = argument.partition("=")
-        if field.partition(".")[0] not in known:
-            raise ValueError(f'unknown field "run.executor.{field}".{near(field, known)}')
-        if known.get(field) in (int, float, bool):
-            parsed = _parse(f"run.executor.{field}", value, known[field])
-            if field in own:
-                call[field] = parsed
-        if field not in own:
-            others.append(argument)
-    factory(**call)  # says itself what it does not allow; NeMo-Run would say that there is no such executor
-    return f"{name}({', '.join(f'{field}={value}' for field, value in call.items())})" if call else name, others
-
-
-def run_config_of(recipe: fdl.Buildable) -> RunConfig:
-    """What the workers will get, with every type checked.
-
-    Raises:
-        ValueError: for a field of the wrong type, or a recipe without a student.
-    """
-    given = {name: value for name, value in fdl.build(recipe).keywords.items() if value is not None}
-    for name in ("output_dir", "student"):
-        if name not in given:
-            raise ValueError(f"{name} is not set, and a run needs it")
-    return from_dict(to_dict(RunConfig(**given)))
-
-
-def check_launch(config: RunConfig, executor: run.Executor) -> None:
-    """Refuse what the workers would refuse, as far as it can be known without Megatron: before any process starts.
-
-    Raises:
-        ValueError: as `config.check`; on this machine also for checkpoints and token files that are not there.
-    """
-    if isinstance(executor, run.LocalExecutor):
-        _check_files(config)
-    check(config, executor.nnodes() * executor.nproc_per_node())
-
-
-def _check_files(config: RunConfig) -> None:
-    for role, model in (("student", config.student), ("teacher", config.teacher)):
-        if model is not None and model.checkpoint is not None:
-            try:
-                find_checkpoint(Path(model.checkpoint))
-            except ValueError as error:
-                raise ValueError(f"{role}.checkpoint: {error}") from None
-    for name, values in (("data.train", config.data.train), ("data.valid", config.data.valid)):
-        for prefix in values:
-            if not _is_number(prefix) and not Path(f"{prefix}.idx").is_file():
-                raise ValueError(f"{name}: no file {prefix}.idx; make it with `nemo distill prepare`")
-
-
-def _parse(path: str, value: str, hint: Any) -> Any:
     plain, optional = plain_type(hint), type(None) in typing.get_args(hint)
     if optional and value in ("None", "null"):
         return None
@@ -207,11 +138,3 @@ def _near(path: str, known: Iterable[str]) -> str:
     return near(
         path, [name for name in known if name.startswith(section)] or [name for name in known if "." not in name]
     )
-
-
-def _is_number(value: str) -> bool:
-    try:
-        float(value)
-    except ValueError:
-        return False
-    return True

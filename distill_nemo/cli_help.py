@@ -48,10 +48,12 @@ Overrides:
 
 Executor:
   run.executor=local [run.executor.processes=N]   this machine, N ranks under torchrun; without it, one
+  run.executor=slurm run.executor.nodes=2 run.executor.devices=8 ...   a cluster; fields below, docs/launching.md
 
 Options:
-  --dryrun       show the resolved recipe and executor; start nothing
-  --detach       return at once, where a scheduler keeps the run; a local one is waited for
+  --dryrun       show what would run, or the script that would be submitted; start nothing, need no cluster
+  --detach       return when a scheduler has the job; `nemo distill status|logs|cancel` see to it. A local run is
+                 waited for
   --name NAME    of the run in NeMo-Run's experiments
   --yes          accepted, so that scripts may always pass it: nothing is asked
 
@@ -108,19 +110,25 @@ def summary(function: Callable[..., Any]) -> str:
 def command_help(name: str, function: Callable[..., Any], options: str = "") -> str:
     """The page of a command whose fields are the arguments of `function`."""
     parts = _sections(function)
-    about = dict(re.findall(r"^    (\w+): (.*?)(?=\n    \w|\Z)", parts.get("Args", ""), re.M | re.S))
-    hints = typing.get_type_hints(function)
-    rows = [
-        _row(parameter.name, hints[parameter.name], parameter.default, about.get(parameter.name, ""))
-        for parameter in inspect.signature(function).parameters.values()
-        if parameter.name != "ctx"
-    ]
+    rows = _rows(function)
     usage = f"Usage: nemo distill {name}{' FIELD=VALUE ...' if rows else ''}{' [OPTIONS]' if options else ''}"
     page = [usage, parts[""], _example(parts), options, "Fields:\n" + "\n".join(rows) if rows else ""]
     return "\n\n".join(part for part in page if part) + "\n"
 
 
-def train_help(function: Callable[..., Any]) -> str:
+def _rows(function: Callable[..., Any], prefix: str = "") -> list[str]:
+    """A row for every argument."""
+    listed = _sections(function).get("Args", "")
+    about = dict(re.findall(r"^    (\w+): (.*?)(?=\n    \w|\Z)", listed, re.M | re.S))
+    hints = typing.get_type_hints(function)
+    return [
+        _row(f"{prefix}{parameter.name}", hints[parameter.name], parameter.default, about.get(parameter.name, ""))
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.name != "ctx"
+    ]
+
+
+def train_help(function: Callable[..., Any], executors: dict[str, Callable[..., Any]]) -> str:
     """The page of `train`: every dotted field, with the default it has where a recipe does not set it."""
     parts = _sections(function)
     usage = "Usage: nemo distill train --factory RECIPE [FIELD=VALUE ...] [run.executor=EXECUTOR] [OPTIONS]"
@@ -129,6 +137,8 @@ def train_help(function: Callable[..., Any]) -> str:
     for name, section in sections(function).items():
         about = [inspect.cleandoc(cls.__doc__ or "") for cls in section.__mro__[:-1]]
         page.append("\n".join([f"{name}: " + "\n".join(about).replace("`", ""), *_section_rows(name, section)]))
+    for name, factory in executors.items():
+        page.append("\n".join([f"run.executor={name}: {summary(factory)}", *_rows(factory, "run.executor.")]))
     return "\n\n".join(page) + "\n"
 
 
@@ -140,7 +150,7 @@ def sections(function: Callable[..., Any]) -> dict[str, Any]:
 
 def plain_type(hint: Any) -> Any:
     """`X` of `X | None`."""
-    if isinstance(hint, types.UnionType):
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return next(arg for arg in typing.get_args(hint) if arg is not type(None))
     return hint
 

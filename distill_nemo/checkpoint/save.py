@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 from torch.distributed.checkpoint import CheckpointException
 
 from distill_nemo.checkpoint.directory import latest, point_latest_at, prune, step_directory
@@ -17,6 +18,7 @@ from distill_nemo.checkpoint.identity import run_record
 from distill_nemo.checkpoint.state import rng_layout, rng_state, sharded_state
 from distill_nemo.config import RunConfig
 from distill_nemo.models.modelopt_state import save_modelopt_state
+from distill_nemo.runtime.signals import deaf_children
 
 
 class CheckpointWriter:
@@ -27,6 +29,8 @@ class CheckpointWriter:
         self.keep_last, self.async_save = config.checkpoint.keep_last, config.checkpoint.async_save
         self._queue: Any = AsyncCallsQueue() if self.async_save else None
         self._partial = root  # what is being written
+        with deaf_children():
+            get_write_results_queue()  # Megatron's helper process, started at the first save otherwise
 
     def save(self, step: int, chunks: list[Any], optimizer: Any, scheduler: Any, state: dict[str, Any]) -> None:
         """Write one checkpoint; every rank must call it. With `async_save` it is whole only after `finish`.

@@ -1,6 +1,9 @@
-"""SIGTERM and SIGINT ask for a stop at the end of the step; all ranks agree on it."""
+"""SIGTERM, SIGINT and SIGURG ask for a stop at the end of the step; all ranks agree on it."""
 
+import contextlib
 import signal
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from types import FrameType, TracebackType
 
 import torch
@@ -10,7 +13,9 @@ import torch.distributed as dist
 class StopSignal:
     """`with StopSignal() as stop:` then `stop.requested()` once a step, on every rank.
 
-    A second signal ends the process at once, as the user expects of a second Ctrl-C.
+    A second SIGINT ends the process at once, as the user expects of a second Ctrl-C. More SIGTERMs are the same
+    request: a scheduler sends it to torchrun and to the ranks, and torchrun sends it to its ranks again. SIGURG is what
+    SLURM is asked to send before a time limit, because whoever does not know it, torchrun included, is left alone.
     """
 
     def __init__(self) -> None:
@@ -18,7 +23,7 @@ class StopSignal:
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGURG):
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -27,12 +32,26 @@ class StopSignal:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if number == self.received == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = number
+        self.received = self.received or number
 
     def requested(self, device: torch.device) -> int | None:
         """The signal that any rank received, or None. One small all-reduce: every rank must call it."""
         flag = torch.tensor([self.received or 0], dtype=torch.int32, device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return int(flag) or None
+
+
+@contextlib.contextmanager
+def deaf_children() -> Iterator[None]:
+    """Programs started within never get SIGTERM; one that comes for this process meanwhile is not lost.
+
+    A scheduler sends it to every process of a job, helpers included, which then are missed when the ranks save.
+    """
+    resource_tracker.ensure_running()  # or its own start, within, would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

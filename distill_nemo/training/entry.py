@@ -117,9 +117,9 @@ def run_config(config: RunConfig) -> None:
     check(config, world_size())
     with process_groups(config.parallelism):
         stopped = _train(config)
-    if stopped:
-        if rank() == 0:
+        if stopped and rank() == 0:  # at once: when another rank ends first, torchrun ends this one
             print(f"stopped by signal {stopped}; checkpoint written; the same command resumes", flush=True)
+    if stopped:
         sys.exit(128 + stopped)
 
 

@@ -31,14 +31,14 @@ class Ended:
 
 
 class Command:
-    """A command that runs in `cwd`, with its home there too."""
+    """A command that runs in `cwd`, with its home there too, and `more` in its environment."""
 
-    def __init__(self, words, cwd):
+    def __init__(self, words, cwd, **more):
         cwd.mkdir(parents=True, exist_ok=True)
         environment = {name: os.environ[name] for name in KEPT if name in os.environ}
         without_venv = [path for path in environment["PATH"].split(os.pathsep) if Path(path) != BIN]
         environment |= {"HOME": f"{cwd}/home", "NEMORUN_HOME": f"{cwd}/home/nemo", "CUDA_VISIBLE_DEVICES": ""}
-        environment |= {"PATH": os.pathsep.join(without_venv)}
+        environment |= {"PATH": os.pathsep.join(without_venv), **more}
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         options = {"cwd": cwd, "env": environment, "start_new_session": True}
         self.began = time.time()
@@ -57,7 +57,9 @@ class Command:
     def ranks(self):
         """The processes of its ranks, by rank."""
         below = psutil.Process(self.process.pid).children(recursive=True)
-        return {int(process.environ()["RANK"]): process for process in below if "RANK" in process.environ()}
+        of_ranks = [process for process in below if "RANK" in process.environ()]
+        helpers = [process for process in of_ranks if process.parent() in of_ranks]
+        return {int(process.environ()["RANK"]): process for process in of_ranks if process not in helpers}
 
     def at_step(self, output, step):
         """Wait until this command, and no earlier one, has written `step` to `metrics.jsonl` in `output`."""
@@ -71,14 +73,14 @@ class Command:
         self.process.send_signal(number)
 
 
-def nemo(*words, cwd):
+def nemo(*words, cwd, **more):
     """`nemo distill WORDS` from its start to its end."""
-    return start(*words, cwd=cwd).ended()
+    return start(*words, cwd=cwd, **more).ended()
 
 
-def start(*words, cwd):
+def start(*words, cwd, **more):
     """`nemo distill WORDS`, running."""
-    return Command([BIN / "nemo", "distill", *words], cwd)
+    return Command([BIN / "nemo", "distill", *words], cwd, **more)
 
 
 def together(*calls):

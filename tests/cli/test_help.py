@@ -10,12 +10,24 @@ from distill_nemo.cli_help import sections
 from distill_nemo.training.entry import distill
 from tests.cli.command import BIN, Command, nemo, nemo_here, the_recipes, together
 
+EXECUTORS = {
+    "local": ["processes"],
+    "slurm": "account partition nodes devices gpus cpus_per_device exclusive time stop_seconds retries container_image "
+    "container_mounts workdir env setup packager host user job_dir identity port".split(),
+}
 FIELDS = {
-    "train": ["output_dir", *(f"{name}.{f.name}" for name, part in sections(distill).items() for f in fields(part))],
+    "train": [
+        "output_dir",
+        *(f"{name}.{f.name}" for name, part in sections(distill).items() for f in fields(part)),
+        *(f"run.executor.{name}" for names in EXECUTORS.values() for name in names),
+    ],
     "prepare": ["inputs", "output", "tokenizer", "text_key", "num_workers", "max_bad_records"],
     "export": ["checkpoint", "output", "tokenizer"],
     "evaluate": ["student", "data", "teacher", "sequence_length", "samples"],
     "recipes": [],
+    "status": ["experiment"],
+    "logs": ["experiment", "follow"],
+    "cancel": ["experiment"],
     "quickstart": ["steps", "teacher_steps", "root", "processes", "seed"],
 }
 HEAVY = {"megatron", "modelopt", "transformers", "matplotlib", "pyarrow", "tensorboard", "tokenizers", "safetensors"}

@@ -1,0 +1,159 @@
+"""From `run.executor=NAME run.executor.FIELD=VALUE` to an executor; what is checked before anything is submitted."""
+
+import inspect
+import shutil
+import typing
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import fiddle as fdl
+import nemo_run as run
+from nemo_run.cli.cli_parser import parse_cli_args
+
+from distill_nemo.checks import check
+from distill_nemo.cli_arguments import parse
+from distill_nemo.config import RunConfig, from_dict, near, to_dict
+from distill_nemo.executors import EXECUTORS
+from distill_nemo.models.sources import find_checkpoint
+
+
+def parse_executor(name: str, arguments: Iterable[str]) -> run.Config:
+    """`slurm`, `["nodes=2", "qos=high"]`: arguments of the factory, and fields of NeMo-Run's executor.
+
+    Raises:
+        ValueError: for an executor or a field of it that is not known, with the near names, or a value of it that is
+            not allowed.
+    """
+    if name not in EXECUTORS:
+        base, called, _ = name.partition("(")
+        advice = f" Write run.executor={base} run.executor.FIELD=VALUE." if called else near(base, EXECUTORS)
+        raise ValueError(f'run.executor: unknown executor "{name}".{advice}')
+    factory = EXECUTORS[name]
+    own = typing.get_type_hints(factory)
+    cls = typing.get_args(own.pop("return"))[0]
+    hints = typing.get_type_hints(cls)
+    known = {**{field: hints.get(field) for field in inspect.signature(cls).parameters}, **own}
+    call, fields, others = {}, {}, []
+    for argument in arguments:
+        field, _, value = argument.partition("=")
+        if field.partition(".")[0] not in known:
+            raise ValueError(f'unknown field "run.executor.{field}".{near(field, known)}')
+        if field in own:
+            call[field] = parse(f"run.executor.{field}", value, own[field])
+        elif known.get(field) in (int, float, bool, str, str | None, int | None):
+            fields[field] = parse(f"run.executor.{field}", value, known[field])
+        else:
+            others.append(argument)
+    config = factory(**call)
+    for field, value in fields.items():
+        setattr(config, field, value)
+    return parse_cli_args(config, others)
+
+
+def run_config_of(recipe: fdl.Buildable) -> RunConfig:
+    """What the workers will get, with every type checked.
+
+    Raises:
+        ValueError: for a field of the wrong type, or a recipe without a student.
+    """
+    given = {name: value for name, value in fdl.build(recipe).keywords.items() if value is not None}
+    for name in ("output_dir", "student"):
+        if name not in given:
+            raise ValueError(f"{name} is not set, and a run needs it")
+    return from_dict(to_dict(RunConfig(**given)))
+
+
+def check_launch(config: RunConfig, executor: run.Executor, dryrun: bool = False) -> None:
+    """Refuse what the workers would refuse, as far as it can be known without Megatron: before any process starts.
+
+    Raises:
+        ValueError: as `config.check`, with the node counts that would do; for checkpoints and token files that are not
+            there; for relative paths that would mean another place in the job; without `sbatch`.
+    """
+    workdir = _workdir(executor)
+    if workdir is None:
+        _check_absolute(config, isinstance(executor, run.SlurmExecutor) and executor.container_image is not None)
+    elif workdir != "":
+        _check_files(config, Path(workdir))
+    try:
+        check(config, executor.nnodes() * executor.nproc_per_node())
+    except ValueError as error:
+        raise ValueError(f"{error}{_that_fit(config, executor)}") from None
+    if isinstance(executor, run.SlurmExecutor) and isinstance(executor.tunnel, run.LocalTunnel) and not dryrun:
+        if shutil.which("sbatch") is None:
+            raise ValueError(
+                "`sbatch` is not on PATH: type this on a login node of the cluster, or name one with "
+                "run.executor.host=, user= and job_dir=; --dryrun shows what would be submitted"
+            )
+
+
+def _workdir(executor: run.Executor) -> str | None:
+    """Where the ranks run, if they see this machine's files; "" on another machine, None where it changes each time."""
+    if isinstance(executor, run.LocalExecutor):
+        return "."
+    assert isinstance(executor, run.SlurmExecutor), f"no rule for {executor}"
+    given = [value.partition("=")[2] for value in executor.srun_args or [] if value.startswith("--chdir=")]
+    if executor.container_image is not None or not given:
+        return None
+    return given[-1] if isinstance(executor.tunnel, run.LocalTunnel) else ""
+
+
+def _that_fit(config: RunConfig, executor: run.Executor) -> str:
+    """Node counts that would pass; nothing when it is not the number of nodes that is wrong."""
+    if not isinstance(executor, run.SlurmExecutor):
+        return ""
+    nodes, devices, fitting = executor.nnodes(), executor.nproc_per_node(), []
+    most = max(2 * nodes, config.parallelism.model_parallel_size)
+    for count in range(1, most + 1):
+        try:
+            check(config, count * devices)
+            fitting.append(count)
+        except ValueError:
+            continue
+    ours = f". You asked for {nodes} nodes x {devices} devices"
+    if fitting:
+        nearest = sorted(sorted(fitting, key=lambda count: abs(count - nodes))[:5])
+        return f"{ours}; with {devices} devices a node, run.executor.nodes = {', '.join(map(str, nearest))} fit"
+    return ""
+
+
+def _paths(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Every path of the config, with its field."""
+    yield "output_dir", config.output_dir
+    for role, model in (("student", config.student), ("teacher", config.teacher)):
+        if model is not None and model.checkpoint is not None:
+            yield f"{role}.checkpoint", model.checkpoint
+    for name, values in (("data.train", config.data.train), ("data.valid", config.data.valid)):
+        yield from ((name, value) for value in values if not _is_number(value))
+    if config.data.tokenizer is not None:
+        yield "data.tokenizer", config.data.tokenizer
+
+
+def _check_absolute(config: RunConfig, in_container: bool) -> None:
+    where = "in a container" if in_container else "on another machine"
+    advice = "" if in_container else ", or name the directory that it is relative to: run.executor.workdir="
+    for name, path in _paths(config):
+        if not Path(path).is_absolute():
+            raise ValueError(
+                f'{name} = "{path}" is relative, and the job runs {where}, in a directory that is new each time: '
+                f"write the absolute path that it has there{advice}"
+            )
+
+
+def _check_files(config: RunConfig, workdir: Path) -> None:
+    for name, path in _paths(config):
+        if name.endswith(".checkpoint"):
+            try:
+                find_checkpoint(workdir / path)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        elif name in ("data.train", "data.valid") and not Path(workdir, f"{path}.idx").is_file():
+            raise ValueError(f"{name}: no file {Path(workdir, path)}.idx; make it with `nemo distill prepare`")
+
+
+def _is_number(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,61 @@
+"""Why a task ended: one `error:` line out of its logs."""
+
+import re
+import signal
+from pathlib import Path
+
+from distill_nemo.executors.screen import ERROR
+
+# torchrun's own words: how each rank ended, and which ones it ended itself because of that
+_ENDED = re.compile(r"rank +: (\d+) \(local_rank: (\d+)\)\s+exitcode +: (-?\d+) +\(pid: (\d+)\)")
+_CLOSED = re.compile(r"Sending process (\d+) closing signal")
+_EXCEPTION = re.compile(r"^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception|Interrupt)\b.*)", re.M)
+_MARK = re.compile(r"^\[default(\d+)\]:", re.M)
+
+
+def why_it_ended(job_dir: Path) -> str:
+    """`error: ...` of a local task that failed, out of the log of each rank."""
+    logs = {path: path.read_text(errors="replace") for path in sorted(job_dir.rglob("stderr.log"))}
+    of_ranks: dict[int, str] = {}
+    for path, text in logs.items():
+        if path.parent.name.isdigit() and path.match("attempt_*/*/stderr.log"):
+            of_ranks[int(path.parent.name)] = of_ranks.get(int(path.parent.name), "") + text
+    return _why("\n".join(logs.values()), list(logs.values()), of_ranks)
+
+
+def why_a_log_ended(log: str) -> str:
+    """`error: ...` of a task whose nodes write to one log, where torchrun marks each line with the node's own rank."""
+    of_ranks: dict[int, str] = {}
+    rest = []
+    for line in log.splitlines():
+        if mark := _MARK.match(line):
+            said = re.sub(r"^\[rank\d+\]: ?", "", line[mark.end() :])
+            of_ranks[int(mark[1])] = of_ranks.get(int(mark[1]), "") + said + "\n"
+        else:
+            rest.append(line)
+    return _why("\n".join([*of_ranks.values(), *rest]), list(of_ranks.values()), of_ranks)
+
+
+def _why(everything: str, logs: list[str], of_ranks: dict[int, str]) -> str:
+    """A rank was killed, or what a rank said, or at least its last words.
+
+    The ranks beside one that was killed lose their connections and say so, which is true but not the reason.
+    """
+    closed = _CLOSED.findall(everything)
+    ended = [(rank, local, int(code)) for rank, local, code, pid in _ENDED.findall(everything) if pid not in closed]
+    for rank, _, code in ended:
+        if code < 0:
+            name = signal.Signals(-code).name
+            memory = " (perhaps because memory ran out)" if code == -signal.SIGKILL else ""
+            return f"error: rank {rank} was killed by {name}{memory}; the same command goes on from the last checkpoint"
+    for text in logs:
+        if said := ERROR.search(text):
+            return said.group().rstrip()
+    for rank, local_rank, code in ended:
+        return f"error: rank {rank} ended with exit code {code}: {_last_words(of_ranks.get(int(local_rank), ''))}"
+    return f"error: {_last_words(everything)}"
+
+
+def _last_words(text: str) -> str:
+    lines = _EXCEPTION.findall(text) or text.split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it left no message")

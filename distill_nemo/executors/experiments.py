@@ -1,0 +1,74 @@
+"""Runs on SLURM after the command that submitted them has returned: seen and ended by their experiment's id."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import nemo_run as run
+from nemo_run.config import get_nemorun_home
+
+from distill_nemo.config import near
+from distill_nemo.executors.slurm_jobs import SlurmJob
+from distill_nemo.executors.stages import Stages, submitted, watch
+
+
+def tell_detached(experiment: Stages) -> None:
+    """What was submitted, and what to type about it; nothing of a local run, which was waited for."""
+    for job in _slurm_jobs(experiment):
+        print(submitted(job, experiment._id))
+        print(f"see to it with `nemo distill status|logs|cancel experiment={experiment._id}`")
+
+
+def status(experiment: str) -> None:
+    """A line for each job; exits 1 when one has ended and did not complete."""
+    failed = False
+    for job in _jobs(experiment):
+        state = job.state()
+        print(f"{job.name}: job {job.id} {state}; logs in {job.folder}")
+        if state.ended and state.name != "COMPLETED":
+            failed = True
+            print(job.why(state), file=sys.stderr)
+    if failed:
+        sys.exit(1)
+
+
+def logs(experiment: str, follow: bool = False) -> None:
+    """What the ranks said; with `follow` until the end, and then as the run itself would exit."""
+    for job in _jobs(experiment):
+        if follow:
+            watch(job, experiment)
+        else:
+            for text in job.new_text():
+                print(text, end="")
+
+
+def cancel(experiment: str) -> None:
+    """End the jobs that have not ended."""
+    for job in _jobs(experiment):
+        state = job.state()
+        if state.ended:
+            print(f"{job.name}: job {job.id} had ended: {state}")
+        else:
+            job.cancel()
+            print(f"{job.name}: job {job.id} cancelled; it was {state}")
+
+
+def _jobs(experiment: str) -> list[SlurmJob]:
+    jobs = _slurm_jobs(_open(experiment))
+    if not jobs:
+        raise ValueError(f"experiment {experiment} has no jobs on SLURM: a local run ends with its command")
+    return jobs
+
+
+def _open(experiment: str) -> run.Experiment:
+    root = Path(get_nemorun_home(), "experiments")
+    directory = root / experiment.rpartition("_")[0] / experiment
+    if not (directory / "_CONFIG").is_file():
+        newest = sorted(root.glob("*/*/_TASKS"), key=lambda path: path.stat().st_mtime, reverse=True)
+        known = near(experiment, [path.parent.name for path in newest[:5]]) if newest else " There are none."
+        raise ValueError(f'no experiment "{experiment}" in {root}.{known}')
+    return run.Experiment.from_id(experiment)
+
+
+def _slurm_jobs(experiment: Any) -> list[SlurmJob]:
+    return [SlurmJob.of(job) for job in experiment.jobs if isinstance(job.executor, run.SlurmExecutor) and job.handle]

@@ -1,0 +1,47 @@
+"""This machine."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import fiddle as fdl
+import nemo_run as run
+
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),  # torchrun sets 1 too, and warns about it
+    "LOGLEVEL": os.environ.get("LOGLEVEL", "ERROR"),  # NeMo-Run would have torchrun tell its own every step
+}
+
+
+@run.cli.factory(name="local", target=run.Executor)
+def local_config(processes: int = 1) -> run.Config[run.LocalExecutor]:
+    """This machine, `processes` ranks under torchrun: one per GPU, where there are GPUs.
+
+    Args:
+        processes: how many ranks.
+    """
+    if processes < 1:
+        raise ValueError(f"run.executor.processes must be at least 1, got {processes}")
+    # torchrun is looked up on PATH, where it need not be: a venv can be used without being activated.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return run.Config(
+        run.LocalExecutor, ntasks_per_node=processes, launcher="torchrun", env_vars={"PATH": path, **ENVIRONMENT}
+    )
+
+
+def local(processes: int = 1) -> run.Executor:
+    """The executor that `run.executor=local` names on the command line, for Python."""
+    return fdl.build(local_config(processes))
+
+
+def num_gpus() -> int:
+    """NVIDIA GPUs that this process may use, without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())

@@ -1,0 +1,58 @@
+"""What is shown of a job's ranks while it runs."""
+
+import re
+from typing import Any
+
+import nemo_run as run
+
+ERROR = re.compile(r"^error( on rank \d+)?: .*", re.M | re.S)
+_OF_RANK = re.compile(r"\[default(\d+)\]:(?:\[rank\d+\]: ?)?(.*)", re.S)  # torchrun's mark, torch's own
+
+
+class RankLines:
+    """The lines of one job, as its ranks said them.
+
+    Tracebacks stay in the logs (torchrun adds one about itself to every failure), and so does a rank's own error, which
+    `Stages` repeats on stderr.
+    """
+
+    def __init__(self, torchrun: bool, one_node: bool = True) -> None:
+        self._torchrun, self._one_node = torchrun, one_node
+        self._hiding: dict[int, str] = {}  # rank -> what of its is not shown now
+
+    def shown(self, line: str) -> str:
+        """`line` of the log as it is shown; empty when it is not."""
+        if not self._torchrun:
+            return self._said(0, line)
+        said = _OF_RANK.fullmatch(line)
+        return self._said(int(said[1]), said[2]) if said else ""
+
+    def _said(self, rank: int, line: str) -> str:
+        if ERROR.match(line):
+            self._hiding[rank] = "error"
+        elif line.startswith("Traceback (most recent call last):"):
+            self._hiding.setdefault(rank, "traceback")
+        elif self._hiding.get(rank) == "traceback" and line.strip() and not line[0].isspace():
+            del self._hiding[rank]  # the exception itself
+        if rank in self._hiding:
+            return ""
+        return f"rank {rank}: {line}" if rank and self._one_node else line  # torchrun numbers a node's own ranks
+
+
+class JobOutput:
+    """Standard output while NeMo-Run prints the logs of local `jobs` to it."""
+
+    def __init__(self, out: Any, jobs: list[Any]) -> None:
+        self._out = out
+        self._lines = {job.id[-10:]: RankLines(isinstance(job.executor.get_launcher(), run.Torchrun)) for job in jobs}
+        names = "|".join(map(re.escape, self._lines))
+        self._of_job = re.compile(rf"(?:\x1b\[\d+m)?({names})/\d+(?:\x1b\[0?m)? ")
+
+    def write(self, text: str) -> int:
+        """Write `text`, or what is shown of it."""
+        job = self._of_job.match(text)
+        self._out.write(self._lines[job[1]].shown(self._of_job.sub("", text)) if job else text)
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._out, name)

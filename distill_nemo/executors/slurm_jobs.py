@@ -1,0 +1,186 @@
+"""Jobs on a SLURM cluster: how they are, what they say, and their end.
+
+Asked of `scontrol`, which is never behind, and of accounting when SLURM has forgotten the job. NeMo-Run asks accounting
+only, shows the first attempt's log only, and leaves a job that it cannot see.
+"""
+
+import contextlib
+import re
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distill_nemo.executors.endings import why_a_log_ended
+from distill_nemo.executors.screen import RankLines
+
+INTERVAL = 2.0  # seconds between two looks
+UNSEEN = 30  # looks without an answer after which it is given up
+ENDED = (
+    "COMPLETED FAILED CANCELLED TIMEOUT NODE_FAIL OUT_OF_MEMORY PREEMPTED BOOT_FAIL DEADLINE REVOKED LAUNCH_FAILED"
+).split()
+_ACCOUNTED = "State,ExitCode,Elapsed,Timelimit,NodeList,Reason,Restarts"
+
+
+class UnseenError(RuntimeError):
+    """SLURM does not answer, or does not know the job."""
+
+
+@dataclass
+class State:
+    """A job now."""
+
+    name: str  # SLURM's, such as RUNNING
+    reason: str
+    elapsed: str
+    limit: str
+    nodes: str
+    exit_code: str  # CODE:SIGNAL of the batch script
+    restarts: str
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will come of it."""
+        return self.name in ENDED
+
+    def __str__(self) -> str:
+        where = f" on {self.nodes}" if self.nodes not in ("", "(null)", "None assigned") else ""
+        why = f" ({self.reason})" if self.name == "PENDING" and self.reason not in ("", "None") else ""
+        again = f", started again {self.restarts} times" if self.restarts not in ("", "0") else ""
+        return f"{self.name}{why}{where}, {self.elapsed} of {self.limit}{again}"
+
+
+@dataclass
+class SlurmJob:
+    """One submitted job, seen through NeMo-Run's tunnel: this machine or a login node."""
+
+    name: str
+    id: str
+    tunnel: Any
+    folder: str  # of its logs, on the cluster
+    one_node: bool = True
+    _read: dict[str, int] = field(default_factory=dict)  # log -> lines shown
+
+    @classmethod
+    def of(cls, job: Any) -> "SlurmJob":
+        """The one behind a NeMo-Run job."""
+        executor = job.executor
+        folder = f"{executor.tunnel.job_dir}/{Path(executor.job_dir).name}"
+        return cls(job.id, job.handle.rpartition("/")[2], executor.tunnel, folder, executor.nnodes() == 1)
+
+    def state(self) -> State:
+        """How it is.
+
+        Raises:
+            UnseenError: when neither SLURM nor its accounting knows.
+        """
+        told = self._run(f"scontrol show job --oneliner {self.id}")
+        if told.ok and told.stdout.startswith("JobId="):
+            fields = dict(re.findall(r"(\S+?)=(\S*)", told.stdout))
+            names = ("JobState", "Reason", "RunTime", "TimeLimit", "NodeList", "ExitCode", "Restarts")
+            return State(*(fields.get(name, "") for name in names))
+        accounted = self._run(f"sacct -X -n -P -j {self.id} -o {_ACCOUNTED}")
+        lines = accounted.stdout.splitlines() if accounted.ok else []
+        if not lines:
+            said = (told.stderr.strip() or accounted.stderr.strip() or "no such job").splitlines()[-1]
+            raise UnseenError(f"SLURM does not show job {self.id}: {said}")
+        state, exit_code, elapsed, limit, nodes, reason, restarts = lines[-1].split("|")
+        return State(state.split()[0], reason, elapsed, limit, nodes, exit_code, restarts)
+
+    def logs(self) -> list[str]:
+        """Its log files, one for each attempt."""
+        listed = self._run(f"ls -1 {shlex.quote(self.folder)}/log-*_{self.id}_*.out")
+        return sorted(listed.stdout.split("\n")[:-1] if listed.ok else [], key=lambda path: (len(path), path))
+
+    def new_text(self) -> Iterator[str]:
+        """What the logs have got since the last call, whole lines only."""
+        for path in self.logs():
+            begin = self._read.get(path, 0)
+            text = self._run(f"tail -n +{begin + 1} {shlex.quote(path)}").stdout
+            whole = text[: text.rfind("\n") + 1]
+            self._read[path] = begin + whole.count("\n")
+            yield whole
+
+    def follow(self, out: Any) -> State:
+        """Write what the ranks say to `out` until the job has ended; returns how it ended.
+
+        Raises:
+            UnseenError: when SLURM has not shown it for a minute. The job goes on.
+        """
+        lines, unseen, before, told = RankLines(torchrun=True, one_node=self.one_node), 0, "", ""
+        while True:
+            try:
+                state, unseen = self.state(), 0
+            except UnseenError:
+                unseen += 1
+                if unseen == UNSEEN:
+                    raise
+                time.sleep(INTERVAL)
+                continue
+            waits = state.reason if state.name == "PENDING" else ""
+            if waits == before and waits not in ("", "None", told):  # some reasons last for a moment only
+                print(f"{self.name}: job {self.id} {state}", file=out, flush=True)
+                told = waits
+            before = waits
+            for text in self.new_text():
+                for line in re.findall(r".*\n", text):
+                    out.write(lines.shown(line))
+            out.flush()
+            if state.ended:
+                return state
+            time.sleep(INTERVAL)
+
+    def why(self, state: State) -> str:
+        """`error: ...` of a job that did not complete."""
+        logs = self.logs()
+        log = self._run(f"cat {shlex.quote(logs[-1])}").stdout if logs else ""
+        if state.name == "TIMEOUT":
+            return f"error: it ran into its time limit of {state.limit}; {self._goes_on(log)}"
+        if state.name in ("CANCELLED", "PREEMPTED", "DEADLINE"):
+            return f"error: SLURM ended it ({state.name}) after {state.elapsed}; {self._goes_on(log)}"
+        if state.name in ("OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL"):
+            return f"error: {state.name} on {state.nodes} after {state.elapsed}; {self._goes_on(log)}"
+        if not log.strip():
+            batch = f"{self.folder}/sbatch_*_{self.id}.out"
+            said = self._run(f"tail -n 20 {batch}").stdout.strip()
+            return f"error: no rank started, exit code {state.exit_code}: {said.splitlines()[-1] if said else ''}"
+        if "checkpoint written; the same command resumes" in log:
+            return f"error: it was told to stop, by the time limit or for another job; {self._goes_on(log)}"
+        return why_a_log_ended(log)
+
+    def _goes_on(self, log: str) -> str:
+        saved = "checkpoint written" in log
+        return f"{'its ranks had saved; ' if saved else ''}the same command goes on from the last checkpoint"
+
+    def _run(self, command: str) -> Any:
+        return self.tunnel.run(command, warn=True, in_stream=False)  # the terminal's input is not for `command`
+
+    def cancel(self) -> None:
+        """End it.
+
+        Raises:
+            RuntimeError: in SLURM's words, when it does not.
+        """
+        told = self._run(f"scancel {self.id}")
+        if not told.ok:
+            raise RuntimeError(f"job {self.id} could not be cancelled: {told.stderr.strip()}")
+
+
+@contextlib.contextmanager
+def left_running(told: str) -> Iterator[None]:
+    """Ctrl-C ends the watching, not the job; `told` says what to type."""
+
+    def stop(signum: int, frame: Any) -> None:
+        print(told, file=sys.stderr)
+        raise SystemExit(128 + signum)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,39 @@
+"""Eight nodes of eight GPUs, from Python: prints the batch script, offline; `--submit` hands it to SLURM.
+
+Put your account, partition, paths and set-up lines in; docs/launching.md explains each.
+"""
+
+import sys
+
+import nemo_run as run
+
+from distill_nemo.cli_launch import check_launch, run_config_of
+from distill_nemo.executors import Stages, slurm
+from recipes import llama32_3b_to_1b
+
+if __name__ == "__main__":
+    recipe = llama32_3b_to_1b(teacher="/lustre/models/Llama-3.2-3B", student="/lustre/models/Llama-3.2-1B")
+    recipe.data.train = ["/lustre/data/corpus"]
+    recipe.output_dir = "/lustre/runs/llama32_3b_to_1b"
+    executor = slurm(
+        account="nlp",
+        partition="batch",
+        nodes=8,
+        devices=8,
+        exclusive=True,
+        time="04:00:00",
+        stop_seconds=600,  # ten minutes to finish the step and save
+        retries=10,  # then SLURM queues the job again, and it goes on
+        container_image="nvcr.io#nvidia/pytorch:25.09-py3",
+        container_mounts=["/lustre:/lustre"],
+        env={"NCCL_DEBUG": "WARN"},
+        setup=["ulimit -n 65536"],
+    )
+    submit = "--submit" in sys.argv
+    check_launch(run_config_of(recipe), executor, dryrun=not submit)
+    if submit:
+        run.run(recipe, executor=executor, name="llama32_3b_to_1b", detach=True)
+    else:
+        with Stages.titled("llama32_3b_to_1b") as experiment:
+            experiment.add(recipe, executor=executor, name="llama32_3b_to_1b")
+            experiment.show()

@@ -1,0 +1,210 @@
+"""`run.executor=slurm`: the batch script that a dry run prints, without a cluster; and what is refused.
+
+On a real SLURM: tests/launch/slurm.
+"""
+
+import itertools
+import os
+import re
+import shlex
+import shutil
+import subprocess
+
+import nemo_run as run
+import pytest
+
+from distill_nemo.config import ParallelismConfig, RunConfig, StudentConfig
+from distill_nemo.executors import slurm
+from distill_nemo.executors.slurm import seconds_of
+from tests.cli.command import nemo_here, shrunk
+
+LLAMA = ("train", "--factory", "llama32_3b_to_1b")
+
+
+@pytest.fixture(autouse=True)
+def no_input(monkeypatch):
+    """NeMo-Run's commands would read what pytest forbids."""
+    with open(os.devnull) as nothing:
+        monkeypatch.setattr("sys.stdin", nothing)
+        yield
+
+
+@pytest.fixture
+def dry(inputs, tmp_path, monkeypatch, capfd):
+    """The script of `run.executor=slurm` with further fields; in a directory of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NEMORUN_HOME", str(tmp_path / "nemo"))
+
+    def script(*fields, **overrides):
+        words = [*shrunk(inputs, **overrides), "run.executor=slurm", *(f"run.executor.{field}" for field in fields)]
+        ended = nemo_here(capfd, *LLAMA, "--dryrun", *words)
+        assert ended.code == 0, ended.err
+        assert not list(tmp_path.glob("nemo/experiments/*/*"))
+        return ended
+
+    return script
+
+
+def flags(script):
+    """`#SBATCH` lines, as a dictionary."""
+    return dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", script, re.M))
+
+
+def srun(script):
+    """The words of the line that starts the ranks, as the shell splits them."""
+    lines = [line for line in script.splitlines() if line.startswith("srun --output")]
+    assert len(lines) == 1
+    return shlex.split(lines[0])
+
+
+def test_every_argument_is_in_the_script(dry, tmp_path):
+    script = dry(
+        "account=nlp",
+        "partition=batch",
+        "nodes=2",
+        "devices=4",
+        "cpus_per_device=3",
+        "exclusive=true",
+        "time=1-02:30",
+        "stop_seconds=90",
+        "retries=5",
+        "qos=high",
+        'env={"WORDS": "two words", "NCCL_DEBUG": "INFO"}',
+        'setup=["module load cuda", "ulimit -n 4096"]',
+        parallelism__tensor_model_parallel_size=4,
+    ).out
+    found = flags(script)
+    for name, value in {
+        "account": "nlp",
+        "partition": "batch",
+        "nodes": "2",
+        "ntasks-per-node": "1",
+        "gpus-per-node": "4",
+        "cpus-per-task": "12",
+        "exclusive": "",
+        "time": "1-02:30",
+        "signal": "URG@90",
+        "qos": "high",
+        "job-name": "distill.train",
+    }.items():
+        assert found[name] == value, name
+    assert "export TORCHX_MAX_RETRIES=5\n" in script
+    assert "export WORDS='two words'\n" in script and "export NCCL_DEBUG=INFO\n" in script
+    assert "export SRUN_CPUS_PER_TASK=12\n" in script and "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=90\n" in script
+    assert "\nmodule load cuda\nulimit -n 4096\n" in script
+    words = srun(script)
+    assert [word for word in words if word.startswith("--chdir")][-1] == f"--chdir={tmp_path}", "the last one counts"
+    after = dict(itertools.pairwise(words))
+    assert (after["--nnodes"], after["--nproc-per-node"], after["--node-rank"]) == ("2", "4", "$SLURM_NODEID")
+    assert re.match(r"# sbatch --requeue --parsable /\S+/train_sbatch.sh\n#!/bin/bash\n", script)
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+
+
+def test_the_least_a_user_says(dry):
+    found = flags(dry("devices=2").out)
+    assert not {"account", "partition", "exclusive", "cpus-per-task"} & set(found)
+    assert (found["nodes"], found["gpus-per-node"], found["signal"]) == ("1", "2", "URG@300")
+    assert "gpus-per-node" not in flags(dry("devices=2", "gpus=false").out)
+
+
+def test_a_container(dry, inputs, tmp_path):
+    script = dry(
+        "devices=2",
+        "container_image=nvcr.io#nvidia/pytorch:25.09-py3",
+        'container_mounts=["/models:/models", "/runs:/runs"]',
+        output_dir="/runs/one",
+    ).out
+    words = srun(script)
+    after = dict(itertools.pairwise(words))
+    assert after["--container-image"] == "nvcr.io#nvidia/pytorch:25.09-py3"
+    assert after["--container-mounts"].startswith("/models:/models,/runs:/runs,")
+    assert "--chdir" not in " ".join(words) and "export PATH" not in script, "the image's own"
+    assert words[-1] == "/nemo_run/configs/train_fn_or_script"
+
+
+def test_over_ssh_nothing_connects_and_paths_are_the_clusters(dry):
+    ssh = ["devices=2", "host=login.example", "user=me", "job_dir=/lustre/me/jobs"]
+    script = dry(*ssh, output_dir="/lustre/me/one").out
+    assert re.search(
+        r"^#SBATCH --output=/lustre/me/jobs/train/train_\d+/train/sbatch_distill.train_%j.out$", script, re.M
+    )
+    assert "export PATH" not in script
+    assert "--chdir=/lustre/me/work" in srun(dry(*ssh, "workdir=/lustre/me/work").out)
+
+
+def test_shipped_code_comes_first_and_what_is_not_shipped_is_said(dry, tmp_path):
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first", "--allow-empty"]):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *command], check=True, cwd=tmp_path)
+    (tmp_path / "mine.py").write_text("changed = True\n")
+    ended = dry("devices=2", "packager=git")
+    assert re.search(r"^export PYTHONPATH=/\S+/train/code:\$PYTHONPATH$", ended.out, re.M)
+    assert ended.err == "warning: not shipped, because not committed: mine.py (1 in all)\n"
+    subprocess.run(["git", "add", "."], check=True, cwd=tmp_path)
+    subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x"], check=True, cwd=tmp_path)
+    assert dry("devices=2", "packager=git").err == ""
+
+
+@pytest.mark.parametrize(
+    ("fields", "overrides", "said"),
+    [
+        (["nodes=3"], {}, "You asked for 3 nodes x 1 devices; with 1 devices a node, run.executor.nodes = 2, 4 fit"),
+        (["nodes=1"], {}, "world size 1 is not divisible by tensor x pipeline x context parallel size = 2 x 1 x 1"),
+        (["devices=0"], {}, "run.executor.devices must be at least 1, got 0"),
+        (["nodes=two"], {}, 'run.executor.nodes must be int, got "two"'),
+        (["time=soon"], {}, 'run.executor.time must be MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS, got "soon"'),
+        (["time=3"], {}, "run.executor.stop_seconds = 300 must be less than time = 3, 180 s"),
+        (["packager=zip"], {}, 'run.executor.packager = "zip" is not known. Known: none, git.'),
+        (["devises=2"], {}, 'unknown field "run.executor.devises". Did you mean devices'),
+        (["host=login"], {}, "run.executor.host needs user too"),
+        (["user=me"], {}, "run.executor.user goes with host"),
+        (['env={"http_proxy": "x"}'], {}, '"http_proxy" is not in capitals; export it in run.executor.setup'),
+        (['container_mounts=["a:b"]'], {}, "run.executor.container_mounts needs container_image"),
+        (
+            ["devices=2", "container_image=x"],
+            {},
+            'output_dir = "runs/llama32_3b_to_1b" is relative, and the job runs in',
+        ),
+        (["devices=2", "host=a", "user=b", "job_dir=/c"], {}, "run.executor.workdir="),
+        (["devices=2"], {"data__train": '["no/such"]'}, "data.train: no file /"),
+        (["devices=2"], {}, "`sbatch` is not on PATH: type this on a login node"),
+    ],
+)
+def test_refused_before_anything_is_submitted(inputs, tmp_path, monkeypatch, capfd, fields, overrides, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NEMORUN_HOME", str(tmp_path / "nemo"))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    words = [*shrunk(inputs, **overrides), "run.executor=slurm", *(f"run.executor.{field}" for field in fields)]
+    ended = nemo_here(capfd, *LLAMA, *words)
+    assert (ended.code, ended.out) == (1, "")
+    assert ended.err.startswith("error: ") and said in ended.err and len(ended.err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_in_python_it_is_nemo_runs_executor():
+    executor = slurm(account="nlp", nodes=4, devices=8, time="04:00:00", retries=2)
+    assert isinstance(executor, run.SlurmExecutor) and isinstance(executor, run.Executor)
+    assert (executor.nnodes(), executor.nproc_per_node(), executor.retries) == (4, 8, 2)
+    assert executor.clone() == executor
+    with pytest.raises(ValueError, match="nodes must be at least 1, got 0"):
+        slurm(nodes=0)
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("90", 5400), ("1:30", 90), ("01:00:00", 3600), ("2-0", 172800), ("1-02:30", 95400), ("1-02:30:15", 95415)],
+)
+def test_the_formats_of_a_time_limit(time, seconds):
+    assert seconds_of(time) == seconds
+
+
+def test_node_counts_that_fit_are_those_that_check_accepts():
+    from distill_nemo.cli_launch import check_launch
+
+    config = RunConfig("/runs/x", StudentConfig(), None)
+    config.data.train, config.training.global_batch_size = ["1"], 64
+    config.parallelism = ParallelismConfig(tensor_model_parallel_size=8, pipeline_model_parallel_size=4)
+    with pytest.raises(
+        ValueError, match=r"3 nodes x 8 devices; with 8 devices a node, run.executor.nodes = 4, 8, 16, 32 fit$"
+    ):
+        check_launch(config, slurm(nodes=3, devices=8), dryrun=True)
+    check_launch(config, slurm(nodes=4, devices=8), dryrun=True)
