@@ -20,6 +20,7 @@ from distill_nemo.data.samplers import batches
 from distill_nemo.evaluation import Report, StepFunc, evaluate, reduce_reports
 from distill_nemo.runtime.process_groups import rank
 from distill_nemo.runtime.signals import StopSignal
+from distill_nemo.runtime.watchdog import Watchdog, beat
 from distill_nemo.training.forward_step import forward_step
 from distill_nemo.training.metrics import MetricsLog
 from distill_nemo.training.setup import Trainee
@@ -59,7 +60,7 @@ class Loop:
         log = MetricsLog(Path(self.config.output_dir), self.config.logging, train.steps, resumed, rank() == 0)
         stopped = None
         try:
-            with StopSignal() as stop:
+            with StopSignal() as stop, Watchdog(self.config.parallelism.timeout_minutes * 60):
                 self._observe()
                 iterators = self._batches(self.train_data, self.state["consumed_samples"])
                 if resumed == 0 and self.valid_data is not None:
@@ -80,6 +81,7 @@ class Loop:
 
     def save(self) -> None:
         """Write a checkpoint of this step."""
+        beat(f"saving step {self.state['step']}", watched=False)
         t = self.trainee
         self.writer.save(self.state["step"], t.unwrapped, t.optimizer, t.scheduler, dict(self.state))
 
@@ -112,6 +114,7 @@ class Loop:
 
     def _step(self, iterators: list[Iterator[dict[str, Tensor]]]) -> dict[str, float]:
         """One optimizer step; returns the global token means."""
+        beat(f"step {self.state['step'] + 1}")
         start = time.monotonic()
         t: Any = self.trainee
         for chunk in t.chunks:

@@ -210,3 +210,37 @@ def test_two_runs_in_one_directory(inputs, one, two, whole, tmp_path):
     thread.join()
     assert len(refused) == 1 and f"output_dir = {tmp_path}: another run works there (process " in refused[0]
     assert not (tmp_path / "run.lock").exists()
+
+
+def stopped():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def asleep():
+    time.sleep(1000)
+
+
+def hanging(inputs, output, fault):
+    """Rank 1 does not come out of its third micro batch."""
+    from distill_nemo.training import loop
+    from distill_nemo.training.entry import run_config
+
+    os.dup2(os.open(f"{output}/stderr", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
+    forward_step, calls = loop.forward_step, itertools.count(1)
+
+    def faulty(*args):
+        if next(calls) == 3 and os.environ["RANK"] == "1":
+            fault()
+        return forward_step(*args)
+
+    loop.forward_step = faulty
+    run_config(changed(tiny_run(inputs, output), {"parallelism.timeout_minutes": 0.1}))
+
+
+@pytest.mark.parametrize(("fault", "said"), [(stopped, "gives no sign of life"), (asleep, "is in: step 3, asleep (")])
+def test_a_rank_that_hangs_is_named(inputs, two, tmp_path, fault, said):
+    with pytest.raises(ProcessEndedError):
+        two.run(hanging, inputs, tmp_path, fault)
+    lines = (tmp_path / "stderr").read_text().splitlines()
+    error = next(line for line in lines if line.startswith("error: no progress for 5 s"))
+    assert f"rank 1 {said}" in error and "rank 0 is in: forward and backward passes, " in error
