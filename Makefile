@@ -22,10 +22,13 @@ test: .venv/installed ## the whole test suite
 parity: .venv/installed ## every layout, model and loss against fp64; writes docs/parity.md in half an hour
 	@$(BIN)/python -W ignore -m tests.parity $(ARGS)
 
+soak: .venv/installed ## a run struck by twenty faults must end as one left alone; writes docs/reliability.md
+	@$(BIN)/python -W ignore -m tests.soak $(ARGS)
+
 lint: .venv/installed ## ruff, pyright, import layers
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/lint-imports
 
 clean: ## remove what runs and tests left, keep .venv
 	@rm -rf runs build .pytest_cache .ruff_cache
 
-.PHONY: help quickstart test parity lint clean
+.PHONY: help quickstart test parity soak lint clean

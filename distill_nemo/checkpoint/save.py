@@ -1,14 +1,19 @@
 """Write checkpoints so that a crash at any point leaves the last one good."""
 
 import contextlib
+import ctypes
 import json
+import multiprocessing
 import shutil
+import signal
 from collections.abc import Iterator
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint import CheckpointException
 
@@ -19,6 +24,8 @@ from distill_nemo.config import RunConfig
 from distill_nemo.models.modelopt_state import save_modelopt_state
 from distill_nemo.runtime.checksums import join_sums, sum_own_files, then_sum_own_files
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
 
 class CheckpointWriter:
     """Writes `step_*` directories: into `.partial`, then renamed, then named by the tracker."""
@@ -27,6 +34,8 @@ class CheckpointWriter:
         self.root, self.record = root, run_record(config) if dist.get_rank() == 0 else {}
         self.keep_last, self.async_save = config.checkpoint.keep_last, config.checkpoint.async_save
         self._queue: Any = AsyncCallsQueue() if self.async_save else None
+        if self.async_save:
+            _start_results_queue()
         self._partial = root  # what is being written
 
     def save(self, step: int, chunks: list[Any], optimizer: Any, scheduler: Any, state: dict[str, Any]) -> None:
@@ -111,3 +120,19 @@ class CheckpointWriter:
                 f"checkpoint {self._partial} could not be written ({free:.2f} GiB free): {said[-1]}. "
                 f"The last good one: {good}; free space and run the same command again"
             ) from error
+
+
+def _start_results_queue() -> None:
+    """Start the process through which Megatron's writers answer so that it ends when this one is killed.
+
+    Megatron-Core 0.19's own would live on for ever, and whatever waits for the end of its output with it.
+    """
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(_end_with_parent)
+        filesystem_async._results_queue = manager.Queue()
+
+
+def _end_with_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as SyncManager's own: a Ctrl-C is for the ranks
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

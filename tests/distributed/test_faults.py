@@ -80,6 +80,13 @@ def test_kill_9(inputs, two, whole, tmp_path, fault, asynchronous):
     assert not list(tmp_path.rglob("*.partial")) and not (tmp_path / "run.lock").exists()
 
 
+def test_kill_9_before_anything_was_saved(inputs, two, whole, tmp_path):
+    with pytest.raises((ProcessEndedError, RuntimeError, OSError)):
+        two.run(train, inputs, tmp_path, {"checkpoint.save_interval": 8}, killed_in_a_step)
+    two.run(train, inputs, tmp_path, {"checkpoint.save_interval": 8})
+    assert metrics(tmp_path) == whole
+
+
 @pytest.fixture(scope="module")
 def at_six(inputs, two, tmp_path_factory):
     """A run that has saved steps 4 and 6, of 8."""
