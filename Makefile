@@ -29,10 +29,13 @@ bench: .venv/installed ## what the losses cost beside others, on this machine; w
 	@$(BIN)/python -W ignore -m benchmarks.kl $(ARGS)
 	@$(BIN)/python -m benchmarks.report
 
+soak: .venv/installed ## a run struck by twenty faults must end as one left alone; writes docs/reliability.md
+	@$(BIN)/python -W ignore -m tests.soak $(ARGS)
+
 lint: .venv/installed ## ruff, pyright, import layers
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/lint-imports
 
 clean: ## remove what runs and tests left, keep .venv
 	@rm -rf runs build .pytest_cache .ruff_cache
 
-.PHONY: help quickstart test test-launch parity bench lint clean
+.PHONY: help quickstart test test-launch parity soak bench lint clean

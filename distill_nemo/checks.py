@@ -10,6 +10,7 @@ HIDDEN_LOSSES = ("cosine", "mse")
 BALANCERS = ("static", "dynamic")
 DTYPES = ("auto", "float32", "bfloat16")
 RECOMPUTE = ("full", "selective")
+ON_NAN = ("stop", "skip")
 DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root")
 AT_LEAST_ONE = (
     "parallelism.tensor_model_parallel_size",
@@ -64,6 +65,7 @@ def check(config: RunConfig, world_size: int) -> None:
         f"optimizer.min_lr = {config.optimizer.min_lr} is above optimizer.lr = {config.optimizer.lr}",
     )
     _one_of("training.dtype", train.dtype, DTYPES)
+    _one_of("training.on_nan", train.on_nan, ON_NAN)
     _one_of("optimizer.decay_style", config.optimizer.decay_style, DECAY_STYLES)
     _one_of("distillation.divergence", kd.divergence, DIVERGENCES)
     _one_of("distillation.balancer", kd.balancer, BALANCERS)

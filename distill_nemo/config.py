@@ -149,7 +149,7 @@ class TrainingConfig:
     data_seed: int | None = None  # None: seed
     dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 on CPU
     recompute: str | None = None  # full | selective: compute activations again in backward, to save memory
-    stop_on_nan: bool = True
+    on_nan: str = "stop"  # stop | skip: leave out the update of a step whose loss or gradient is not finite
 
 
 @dataclass

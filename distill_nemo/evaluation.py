@@ -25,6 +25,7 @@ from distill_nemo.losses.vocab_parallel import (
     vocab_parallel_top1_agreement,
 )
 from distill_nemo.models.context_parallel import split_batch
+from distill_nemo.runtime.watchdog import beat
 
 Report = dict[str, Tensor]
 Batches = Iterator[dict[str, Tensor]]
@@ -74,6 +75,7 @@ def eval_forward_step(batches: Batches, model: nn.Module) -> tuple[Tensor, LossF
 
 def run_model(batches: Batches, model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
     """This rank's part of the next micro batch, on the model's device, and the model's output for it."""
+    beat("forward and backward passes" if torch.is_grad_enabled() else "an evaluation")
     device = next(model.parameters()).device
     batch = split_batch({name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()})
     inputs = (batch["tokens"], batch["position_ids"], None)

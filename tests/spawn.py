@@ -33,16 +33,18 @@ class Gloo:
 
     Functions, arguments and results are pickled, so a function must be at a module's top level. Each process sees
     `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR` and `MASTER_PORT` as under torchrun, has one thread and no GPU.
-    It starts at the first `run` and, if some ranks failed or hung while others did not, afresh at the next.
+    It starts at the first `run` and, if some ranks failed or hung while others did not, afresh at the next. All are
+    forked from one process that has set up the device and imported Megatron (`tests/preloaded.py`).
 
     Args:
         world_size: number of processes.
         init: join them in a gloo group; False leaves `init_process_group` to the function (a new port every run).
         timeout: seconds that one `run`, or one collective, may take.
+        fresh: start processes that have imported nothing.
     """
 
-    def __init__(self, world_size: int, init: bool = True, timeout: float = 120.0) -> None:
-        self.world_size, self.init, self.timeout = world_size, init, timeout
+    def __init__(self, world_size: int, init: bool = True, timeout: float = 120.0, fresh: bool = False) -> None:
+        self.world_size, self.init, self.timeout, self.fresh = world_size, init, timeout, fresh
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
 
@@ -80,7 +82,8 @@ class Gloo:
         self.close()
 
     def _start(self) -> None:
-        context, port = multiprocessing.get_context("spawn"), free_port()
+        context, port = multiprocessing.get_context("spawn" if self.fresh else "forkserver"), free_port()
+        multiprocessing.set_forkserver_preload(["tests.preloaded"])
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             args = (theirs, rank, self.world_size, port, self.init, self.timeout)

@@ -1,8 +1,8 @@
 """Where checkpoints lie, which is the newest whole one, and whether a run may go on from it. No torch.
 
 `<output_dir>/checkpoints/step_00000120/` holds Megatron's distributed checkpoint, `run.json` (the whole config and what
-the run was made of) and `architecture.json` (the student's). `latest` names the newest; it is written last, so what it
-names is whole.
+the run was made of), `architecture.json` (the student's) and `SHA256SUMS`. `latest` names the newest; it is written
+last, so what it names was whole then.
 """
 
 import json
@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-MAY_CHANGE = ("steps", "eval_interval", "eval_batches", "micro_batch_size", "stop_on_nan", "num_workers", "cache")
+MAY_CHANGE = ("steps", "eval_interval", "eval_batches", "micro_batch_size", "on_nan", "num_workers", "cache")
 SECTIONS = ("student", "teacher", "data")
 OURS = ("step_*", "latest", "latest.partial")
 FOREIGN = ("*.safetensors", ".metadata", "latest_checkpointed_iteration.txt", "iter_*", "model_weights", "latest")
@@ -27,23 +27,14 @@ def step_directory(root: Path, step: int) -> Path:
     return root / f"step_{step:08d}"
 
 
-def latest(root: Path) -> Path | None:
-    """The newest whole checkpoint, or None when there is none.
-
-    Raises:
-        ValueError: when the tracker names a directory that is not there, and what to do.
-    """
+def candidates(root: Path) -> list[Path]:
+    """What a run may go on from: the checkpoint that the tracker names, whether it is there or not, then older ones."""
+    steps = sorted(root.glob("step_????????"), reverse=True)
     tracker = root / "latest"
     if not tracker.is_file():
-        return None
-    directory = root / tracker.read_text().strip()
-    if not (directory / "run.json").is_file():
-        whole = sorted(path.parent.name for path in root.glob("step_*/run.json"))
-        raise ValueError(
-            f"{tracker} names {directory.name}, which is missing or incomplete. Whole checkpoints there: "
-            f"{', '.join(whole) or 'none'}. Write one of these names into {tracker}, or choose another output_dir"
-        )
-    return directory
+        return steps
+    named = root / tracker.read_text().strip()
+    return [named, *(path for path in steps if path.name < named.name)]
 
 
 def read_record(directory: Path) -> dict[str, Any]:
@@ -70,11 +61,15 @@ def point_latest_at(directory: Path) -> None:
     os.replace(partial, tracker)
 
 
-def prune(root: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` steps, and what interrupted saves left."""
-    for old in sorted(root.glob("step_????????"))[: -max(keep_last, 1)]:
+def prune(newest: Path, keep_last: int) -> None:
+    """Of `newest` and what is older keep `keep_last` steps; delete what interrupted saves left.
+
+    Later steps, of a run that then went on from an earlier one, stay until this one comes there.
+    """
+    steps = sorted(path for path in newest.parent.glob("step_????????") if path.name <= newest.name)
+    for old in steps[: -max(keep_last, 1)]:
         shutil.rmtree(old, ignore_errors=True)
-    for partial in root.glob("step_*.partial"):
+    for partial in newest.parent.glob("step_*.partial"):
         shutil.rmtree(partial, ignore_errors=True)
 
 

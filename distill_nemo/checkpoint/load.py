@@ -1,10 +1,12 @@
 """Go on from a checkpoint, at the layout it was saved at or another."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
 
+from distill_nemo.checkpoint.directory import candidates
 from distill_nemo.checkpoint.state import (
     load_model_state,
     load_optimizer_state,
@@ -13,7 +15,33 @@ from distill_nemo.checkpoint.state import (
     rng_state,
     sharded_state,
 )
+from distill_nemo.runtime.checksums import damages
+from distill_nemo.runtime.pickles import check_contents
 from distill_nemo.runtime.process_groups import rank
+
+MAX_LISTED = 3
+
+
+def newest_whole(root: Path) -> Path | None:
+    """The newest checkpoint whose files are what was written, or None where no run has saved; every rank must call it.
+
+    One that is damaged is named on stderr, and the one before it taken.
+
+    Raises:
+        ValueError: when all are damaged.
+    """
+    found = candidates(root)
+    for directory in found:
+        wrong = damages(directory)
+        if not wrong:
+            return directory
+        if rank() == 0:
+            more = [f"and {len(wrong) - MAX_LISTED} more"] if len(wrong) > MAX_LISTED else []
+            said = "; ".join([*wrong[:MAX_LISTED], *more])
+            print(f"warning: {directory} is damaged: {said}", file=sys.stderr, flush=True)
+    if found:
+        raise ValueError(f"no checkpoint in {root} is whole: choose another output_dir, or restore one of them")
+    return None
 
 
 def load_checkpoint(directory: Path, chunks: list[Any], optimizer: Any, scheduler: Any) -> dict[str, Any]:
@@ -25,6 +53,7 @@ def load_checkpoint(directory: Path, chunks: list[Any], optimizer: Any, schedule
     Returns:
         The run's state: step, consumed samples, tokens.
     """
+    check_contents(directory / ".metadata")
     wanted = sharded_state(chunks, optimizer, scheduler, loading=True)
     same_layout = tuple(dist_checkpointing.load_common_state_dict(str(directory))["rng_layout"]) == rng_layout()[0]
     if same_layout:

@@ -9,16 +9,17 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from megatron.core.dist_checkpointing.strategies.filesystem_async import get_write_results_queue
 from torch.distributed.checkpoint import CheckpointException
 
-from distill_nemo.checkpoint.directory import latest, point_latest_at, prune, step_directory
+from distill_nemo.checkpoint.directory import candidates, point_latest_at, prune, step_directory
 from distill_nemo.checkpoint.identity import run_record
 from distill_nemo.checkpoint.state import rng_layout, rng_state, sharded_state
 from distill_nemo.config import RunConfig
 from distill_nemo.models.modelopt_state import save_modelopt_state
-from distill_nemo.runtime.signals import deaf_children
+from distill_nemo.runtime.checksums import join_sums, sum_own_files, then_sum_own_files
+from distill_nemo.runtime.helper_process import queue_of_helper
 
 
 class CheckpointWriter:
@@ -29,8 +30,8 @@ class CheckpointWriter:
         self.keep_last, self.async_save = config.checkpoint.keep_last, config.checkpoint.async_save
         self._queue: Any = AsyncCallsQueue() if self.async_save else None
         self._partial = root  # what is being written
-        with deaf_children():
-            get_write_results_queue()  # Megatron's helper process, started at the first save otherwise
+        if filesystem_async._results_queue is None:
+            filesystem_async._results_queue = queue_of_helper()  # in place of Megatron's own, which has other ends
 
     def save(self, step: int, chunks: list[Any], optimizer: Any, scheduler: Any, state: dict[str, Any]) -> None:
         """Write one checkpoint; every rank must call it. With `async_save` it is whole only after `finish`.
@@ -59,8 +60,12 @@ class CheckpointWriter:
             async_strategy="mcore",  # the default needs nvidia-resiliency-ext
         )
         if request is None:
+            sum_own_files(partial, dist.get_rank())
+            dist.barrier()
             self._publish(partial, target)
             return
+        if request.async_fn is not None:
+            request = request._replace(async_fn=then_sum_own_files(request.async_fn, partial, dist.get_rank()))
         request.add_finalize_fn(lambda: self._publish(partial, target))
         self._queue.schedule_async_request(request)
 
@@ -85,10 +90,11 @@ class CheckpointWriter:
             architecture = {**self.record["student"], "checkpoint": None}
             (partial / "architecture.json").write_text(json.dumps(architecture, indent=2))
             (partial / "run.json").write_text(json.dumps(self.record, indent=2))
+            join_sums(partial)
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
             point_latest_at(target)
-            prune(self.root, self.keep_last)
+            prune(target, self.keep_last)
         dist.barrier()
 
     @contextlib.contextmanager
@@ -104,8 +110,8 @@ class CheckpointWriter:
                 shutil.rmtree(self._partial, ignore_errors=True)
             said = str(error).strip().splitlines() or [type(error).__name__]
             there = next(path for path in self._partial.absolute().parents if path.exists())
-            free = shutil.disk_usage(there).free / 2**30
+            free, good = shutil.disk_usage(there).free / 2**30, next(iter(candidates(self.root)), "none")
             raise OSError(
                 f"checkpoint {self._partial} could not be written ({free:.2f} GiB free): {said[-1]}. "
-                f"The last good one: {latest(self.root) or 'none'}; free space and run the same command again"
+                f"The last good one: {good}; free space and run the same command again"
             ) from error

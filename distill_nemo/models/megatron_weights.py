@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from distill_nemo.config import ModelConfig
 from distill_nemo.models.hf_config import QK_NORM_FAMILIES
 from distill_nemo.models.layers import Layer, layers
+from distill_nemo.runtime.pickles import check_contents
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -76,12 +77,16 @@ def stored_tensors(directory: Path) -> Shapes:
     """Name and global shape of every tensor that the model of this checkpoint consists of, quantizers left out.
 
     Raises:
-        ValueError: when the table of contents cannot be read, or names files that are missing or too short.
+        ValueError: when the table of contents cannot be read, could run code, or names files that are missing or too
+            short.
     """
     try:
+        check_contents(directory / ".metadata")
         contents: Any = FileSystemReader(directory).read_metadata()
         parts = [(s.relative_path, s.offset + s.length) for s in contents.storage_data.values()]
         tensors = {k: v for k, v in contents.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
+    except ValueError:
+        raise
     except Exception as error:  # a cut pickle raises anything
         raise ValueError(f"{directory}/.metadata is missing, corrupt or truncated: {error!r:.200}") from None
     ends: dict[str, int] = {}

@@ -24,8 +24,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Drop what comes after `step`, atomically: the resumed run writes it anew."""
-    kept = [line for line in read(path) if line["step"] <= step]
+    """Drop what comes after `step`, atomically: the resumed run writes it anew; from step 0 on, its evaluation too."""
+    kept = [line for line in read(path) if line["step"] <= step] if step else []
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
     os.replace(partial, path)

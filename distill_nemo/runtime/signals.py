@@ -1,9 +1,6 @@
 """SIGTERM, SIGINT and SIGURG ask for a stop at the end of the step; all ranks agree on it."""
 
-import contextlib
 import signal
-from collections.abc import Iterator
-from multiprocessing import resource_tracker
 from types import FrameType, TracebackType
 
 import torch
@@ -41,17 +38,3 @@ class StopSignal:
         flag = torch.tensor([self.received or 0], dtype=torch.int32, device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return int(flag) or None
-
-
-@contextlib.contextmanager
-def deaf_children() -> Iterator[None]:
-    """Programs started within never get SIGTERM; one that comes for this process meanwhile is not lost.
-
-    A scheduler sends it to every process of a job, helpers included, which then are missed when the ranks save.
-    """
-    resource_tracker.ensure_running()  # or its own start, within, would unblock the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -141,17 +141,20 @@ def resolve_models(config: RunConfig) -> RunConfig:
 
 
 def _train(config: RunConfig) -> int | None:
+    from distill_nemo.checkpoint.directory import check_output_dir
+    from distill_nemo.runtime.output_lock import OutputLock
+
+    check_output_dir(config.output_dir)
+    with OutputLock(Path(config.output_dir)):
+        return _train_alone(config)
+
+
+def _train_alone(config: RunConfig) -> int | None:
     import torch
 
-    from distill_nemo.checkpoint.directory import (
-        check_output_dir,
-        check_resumable,
-        checkpoint_root,
-        latest,
-        read_record,
-    )
+    from distill_nemo.checkpoint.directory import check_resumable, checkpoint_root, read_record
     from distill_nemo.checkpoint.identity import run_record
-    from distill_nemo.checkpoint.load import load_checkpoint
+    from distill_nemo.checkpoint.load import load_checkpoint, newest_whole
     from distill_nemo.models.huggingface import check_exportable
     from distill_nemo.runtime.device import resolve_dtype, setup_device
     from distill_nemo.runtime.process_groups import rank
@@ -161,11 +164,10 @@ def _train(config: RunConfig) -> int | None:
     from distill_nemo.training.setup import build_trainee
 
     device = setup_device()
-    check_output_dir(config.output_dir)
     if config.checkpoint.export:
         check_exportable(config.student)
     check_run_data(config)
-    newest = latest(checkpoint_root(config.output_dir))
+    newest = newest_whole(checkpoint_root(config.output_dir))
     if newest is not None:
         check_resumable(read_record(newest), run_record(config), config.checkpoint.resume)
     seed_everything(config.training.seed)
@@ -177,7 +179,6 @@ def _train(config: RunConfig) -> int | None:
         if rank() == 0:
             print(f"resumed from {newest} at step {state['step']} of {config.training.steps}", flush=True)
     if rank() == 0:
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         save_yaml(config, Path(config.output_dir) / "config.yaml")
     torch.distributed.barrier()
     stopped = loop.run()

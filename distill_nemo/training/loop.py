@@ -1,6 +1,7 @@
 """The lean loop: step, evaluate, save, stop when told."""
 
 import math
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +20,12 @@ from distill_nemo.data.samplers import batches
 from distill_nemo.evaluation import Report, StepFunc, evaluate, reduce_reports
 from distill_nemo.runtime.process_groups import rank
 from distill_nemo.runtime.signals import StopSignal
+from distill_nemo.runtime.watchdog import Watchdog, beat
 from distill_nemo.training.forward_step import forward_step
 from distill_nemo.training.metrics import MetricsLog
 from distill_nemo.training.setup import Trainee
 
+MAX_SKIPPED = 10
 OBSERVED = ("lm_loss", "logit_loss", "hidden_loss")
 
 
@@ -47,6 +50,7 @@ class Loop:
         self.train_data, self.valid_data = datasets
         self.state: dict[str, Any] = {"step": 0, "consumed_samples": 0, "tokens": 0}
         self.writer = CheckpointWriter(checkpoint_root(config.output_dir), config)
+        self.skipped = 0  # steps in a row
         self.num_microbatches = config.num_microbatches(parallel_state.get_data_parallel_world_size())
 
     def run(self) -> int | None:
@@ -56,7 +60,7 @@ class Loop:
         log = MetricsLog(Path(self.config.output_dir), self.config.logging, train.steps, resumed, rank() == 0)
         stopped = None
         try:
-            with StopSignal() as stop:
+            with StopSignal() as stop, Watchdog(self.config.parallelism.timeout_minutes * 60):
                 self._observe()
                 iterators = self._batches(self.train_data, self.state["consumed_samples"])
                 if resumed == 0 and self.valid_data is not None:
@@ -77,6 +81,7 @@ class Loop:
 
     def save(self) -> None:
         """Write a checkpoint of this step."""
+        beat(f"saving step {self.state['step']}", watched=False)
         t = self.trainee
         self.writer.save(self.state["step"], t.unwrapped, t.optimizer, t.scheduler, dict(self.state))
 
@@ -109,6 +114,7 @@ class Loop:
 
     def _step(self, iterators: list[Iterator[dict[str, Tensor]]]) -> dict[str, float]:
         """One optimizer step; returns the global token means."""
+        beat(f"step {self.state['step'] + 1}")
         start = time.monotonic()
         t: Any = self.trainee
         for chunk in t.chunks:
@@ -126,29 +132,39 @@ class Loop:
             forward_only=False,
         )
         means = reduce_reports(reports, t.chunks)
-        ok, grad_norm, _ = t.optimizer.step()
+        updated, grad_norm, _ = t.optimizer.step()
         lr = t.optimizer.param_groups[0]["lr"]
-        self._check_finite(means, reports, grad_norm, ok)
+        grad_norm = math.nan if grad_norm is None else float(grad_norm)
+        if self._finite(means, reports, grad_norm, updated):
+            self._observe(means)
         t.scheduler.step(increment=1)
-        self._observe(means)
         self.state["step"] += 1
         self.state["consumed_samples"] += self.config.training.global_batch_size
         self.state["tokens"] += int(means["valid_tokens"])
-        return means | {"lr": lr, "grad_norm": float(grad_norm), "seconds": time.monotonic() - start}
+        return means | {"lr": lr, "grad_norm": grad_norm, "seconds": time.monotonic() - start}
 
-    def _check_finite(self, means: dict[str, float], reports: list[Report], grad_norm: Any, ok: bool) -> None:
-        if not self.config.training.stop_on_nan:
-            return
+    def _finite(self, means: dict[str, float], reports: list[Report], grad_norm: float, updated: bool) -> bool:
+        """Whether the step was good; a bad one stops the run, or was left out and is told. The same on all ranks."""
         bad = [name for name, value in means.items() if not math.isfinite(value)]
-        if not math.isfinite(float(grad_norm)):
+        if not math.isfinite(grad_norm):
             bad.append("gradient norm")
-        if bad or not ok:  # all ranks have the same figures, so all come here
-            first = self.state["consumed_samples"]
+        if updated and not bad:
+            self.skipped = 0
+            return True
+        first = self.state["consumed_samples"]
+        samples = f"samples {first} to {first + self.config.training.global_batch_size - 1}"
+        what = f"step {self.state['step'] + 1}: {', '.join(bad) or 'update'} not finite{_where(reports)} ({samples})"
+        self.skipped += 1
+        if self.config.training.on_nan == "stop":
             raise NotFiniteError(
-                f"step {self.state['step'] + 1}: {', '.join(bad) or 'update'} not finite{_where(reports)} (samples "
-                f"{first} to {first + self.config.training.global_batch_size - 1}). The last checkpoint is good; lower "
-                "optimizer.lr, or set training.stop_on_nan=false to go on"
+                f"{what}. The last checkpoint is good; lower optimizer.lr, or set training.on_nan=skip to go on"
             )
+        if self.skipped == MAX_SKIPPED:
+            raise NotFiniteError(f"{what}, the {MAX_SKIPPED}th step in a row; lower optimizer.lr, or look at the data")
+        if rank() == 0:
+            then = "learnt from, as the gradient is finite" if updated else "not learnt from"
+            print(f"warning: {what}: {then}", file=sys.stderr, flush=True)
+        return False
 
     def _log_step(self, log: MetricsLog, means: dict[str, float]) -> None:
         step, tokens = self.state["step"], means.pop("valid_tokens")

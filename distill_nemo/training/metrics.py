@@ -1,5 +1,6 @@
 """Where figures go: `metrics.jsonl`, TensorBoard, W&B, and one line for the person."""
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -38,6 +39,9 @@ class MetricsLog:
     def _write(self, line: dict[str, Any], show: bool) -> None:
         if not self.enabled:
             return
+        line = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()
+        }  # as JSON has it
         metrics_file.append(self.path, line)
         numbers = {k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"}
         for writer in self.writers:

@@ -1,5 +1,6 @@
 """From a run's config to what the loop steps: wrapped model, optimizer, schedule."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,9 +71,24 @@ def build_trainee(config: RunConfig, dtype: torch.dtype, load_weights: bool) -> 
         chunk.config = wire_config(inner)
         chunk.config.finalize_model_grads_func = finalize_model_grads
     optimizer = get_megatron_optimizer(_optimizer_config(config.optimizer, dtype), chunks)
+    if config.training.on_nan == "skip":
+        _skip_not_finite(optimizer)
     for chunk in chunks:
         chunk.config.grad_scale_func = optimizer.scale_loss
     return Trainee(chunks, unwrapped, optimizer, _scheduler(optimizer, config.optimizer, config.training.steps))
+
+
+def _skip_not_finite(optimizer: Any) -> None:
+    """Let `optimizer.step` update nothing, and return False, when the gradient's norm is not finite, on all ranks.
+
+    Megatron looks only where it scales losses, as for fp16; this costs one more norm a step.
+    """
+    prepare_grads = optimizer.prepare_grads
+
+    def prepare_and_look() -> bool:
+        return prepare_grads() or not math.isfinite(float(optimizer.get_grad_norm()))
+
+    optimizer.prepare_grads = prepare_and_look
 
 
 def _optimizer_config(config: OptimizerConfig, dtype: torch.dtype) -> MegatronOptimizerConfig:

@@ -51,7 +51,7 @@ def _failure(run):
 
 
 def test_every_replacement_on_cpu_is_still_needed(inputs, tmp_path):
-    with Gloo(1, init=False, timeout=300) as untouched:
+    with Gloo(1, init=False, timeout=300, fresh=True) as untouched:
         failures = untouched.run(failures_without_each_replacement, inputs, tmp_path)[0]
     assert [where for where, failure in failures.items() if failure is None] == []
 

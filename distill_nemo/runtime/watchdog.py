@@ -1,0 +1,127 @@
+"""A rank that hangs is named and the run ends, instead of everybody waiting in a collective that never comes.
+
+A thread of every rank tells, through a store, how far its rank has come and where in the code it is. It lives in C++
+calls that hang, too; a rank whose thread falls silent was stopped, or its machine is gone.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+SILENT = 5  # intervals without a word
+GRACE_SECONDS = 5.0  # for the rank that speaks
+MAX_LISTED = 8
+
+
+class _Progress:
+    """What the rank does now, and since when; None: it may take as long as it likes."""
+
+    doing: str = "starting"
+    at: float | None = None
+
+
+def beat(doing: str, watched: bool = True) -> None:
+    """Say that this rank has come to something new; unless `watched`, it may last (collectives keep their timeout)."""
+    _Progress.doing, _Progress.at = doing, time.monotonic() if watched else None
+
+
+class Watchdog:
+    """`with Watchdog(seconds):` around code that calls `beat`: ends this process when none came for so long."""
+
+    def __init__(self, seconds: float) -> None:
+        self.interval = max(0.1, min(5.0, seconds / 20))
+        self.seconds = seconds - 2 * self.interval  # before the collectives' own timeout, which names nobody
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._watched, self._ended = threading.get_ident(), threading.Event()
+        self._store: Any = None
+
+    def __enter__(self) -> "Watchdog":
+        if self.world_size > 1:
+            self._store = dist.TCPStore(
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                is_master=False,
+                timeout=timedelta(seconds=10),
+            )
+        beat("starting")
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self.interval):
+            since = _Progress.at
+            late = since is not None and time.monotonic() - since > self.seconds
+            try:
+                self._tell()
+                if late:
+                    self._end()
+            except (RuntimeError, OSError):  # the store's process is gone, or stopped: that of rank 0, or torchrun's
+                if late:
+                    self._exit("the store on rank 0's machine does not answer")
+
+    def _said(self) -> dict[str, Any]:
+        return {"clock": time.time(), "doing": _Progress.doing, "where": _place(sys._current_frames()[self._watched])}
+
+    def _tell(self) -> None:
+        if self._store is not None:
+            self._store.set(f"watchdog/{self.rank}", json.dumps(self._said()))
+
+    def _end(self) -> None:
+        heard = {rank: self._heard(rank) for rank in range(self.world_size)}
+        now = time.time()
+        silent = [rank for rank, said in heard.items() if said is None or now - said["clock"] > SILENT * self.interval]
+        alive = [rank for rank in heard if rank not in silent]
+        if self.rank != min(alive, default=self.rank):
+            time.sleep(GRACE_SECONDS)
+            os._exit(1)
+        lines = [f"rank {rank} gives no sign of life, last in: {_words(heard[rank])}" for rank in silent]
+        lines += [f"rank {rank} is in: {_words(heard[rank])}" for rank in alive]
+        more = [f"and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
+        self._exit("; ".join(lines[:MAX_LISTED] + more))
+
+    def _heard(self, rank: int) -> dict[str, Any] | None:
+        if self._store is None:
+            return self._said()
+        key = f"watchdog/{rank}"
+        return json.loads(self._store.get(key)) if self._store.check([key]) else None
+
+    def _exit(self, words: str) -> None:
+        print(
+            f"error: no progress for {self.seconds:.0f} s (parallelism.timeout_minutes): {words}. The same command "
+            "goes on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+
+def _words(said: dict[str, Any] | None) -> str:
+    return f"{said['doing']}, {said['where']}" if said else "nothing it told"
+
+
+def _place(frame: FrameType | None) -> str:
+    """The call that is waiting, and the line of ours that it came from."""
+    waiting = "no Python code"
+    inner = frame
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        place = f"{frame.f_code.co_name} ({path.name}:{frame.f_lineno})"
+        if "distributed_c10d" in path.name or frame is inner:
+            waiting = place  # the collective itself, rather than what it consists of
+        if "distill_nemo" in path.parts:
+            return waiting if frame is inner else f"{waiting} from {place}"
+        frame = frame.f_back
+    return waiting

@@ -1,0 +1,253 @@
+"""Real faults in real runs of two processes: what is resumed is, bit for bit, what an uninterrupted run gives.
+
+A full disk: tests/distributed/test_no_space.py. SIGTERM: tests/distributed/test_resume.py.
+"""
+
+import contextlib
+import io
+import itertools
+import math
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.spawn import ProcessEndedError
+from tests.training import changed, metrics, tiny_run
+
+SAVED = "step_00000006"
+
+
+def train(inputs, output, changes=None, fault=None):
+    """One run on this rank, and what it said on stdout and stderr; `fault(output, rank)` is called beside it."""
+    from distill_nemo.training.entry import run_config
+
+    run = changed(
+        tiny_run(inputs, output), {"checkpoint.save_interval": 2, "optimizer.decay_steps": 8, **(changes or {})}
+    )
+    run.parallelism.tensor_model_parallel_size = int(os.environ["WORLD_SIZE"])
+    if fault is not None:
+        threading.Thread(target=fault, args=(Path(output), int(os.environ["RANK"])), daemon=True).start()
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        run_config(run)
+    return said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, two, tmp_path_factory):
+    """Metrics of a run to its end."""
+    output = tmp_path_factory.mktemp("whole")
+    two.run(train, inputs, output)
+    return metrics(output)
+
+
+def waiting(condition):
+    while not condition():
+        time.sleep(0.0005)
+
+
+def killed_in_a_step(output, rank):
+    lines = output / "metrics.jsonl"
+    waiting(lambda: lines.is_file() and lines.read_bytes().count(b"\n") >= 4)  # an evaluation and three steps
+    os.kill(os.getpid(), signal.SIGKILL if rank == 0 else 0)
+
+
+def killed_in_a_save(output, rank):
+    waiting((output / "checkpoints" / "step_00000004.partial").is_dir)
+    os.kill(os.getpid(), signal.SIGKILL if rank == 1 else 0)
+
+
+@pytest.mark.parametrize(
+    ("fault", "asynchronous"), [(killed_in_a_step, False), (killed_in_a_save, False), (killed_in_a_save, True)]
+)
+def test_kill_9(inputs, two, whole, tmp_path, fault, asynchronous):
+    changes = {"checkpoint.async_save": asynchronous}
+    with pytest.raises((ProcessEndedError, RuntimeError, OSError)):  # what a rank says of the other's death, or nothing
+        two.run(train, inputs, tmp_path, changes, fault)
+    assert metrics(tmp_path)[-1]["step"] < 8, "the kill came too late to show anything"
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000002"
+    said = two.run(train, inputs, tmp_path, changes)[0]
+    assert "step_00000002 at step 2 of 8" in said
+    assert ("ended without freeing" in said) == (fault is killed_in_a_step), "rank 0 holds the lock"
+    assert metrics(tmp_path) == whole
+    assert not list(tmp_path.rglob("*.partial")) and not (tmp_path / "run.lock").exists()
+
+
+def test_kill_9_before_anything_was_saved(inputs, two, whole, tmp_path):
+    with pytest.raises((ProcessEndedError, RuntimeError, OSError)):
+        two.run(train, inputs, tmp_path, {"checkpoint.save_interval": 8}, killed_in_a_step)
+    two.run(train, inputs, tmp_path, {"checkpoint.save_interval": 8})
+    assert metrics(tmp_path) == whole
+
+
+@pytest.fixture(scope="module")
+def at_six(inputs, two, tmp_path_factory):
+    """A run that has saved steps 4 and 6, of 8."""
+    output = tmp_path_factory.mktemp("at_six")
+    two.run(train, inputs, output, {"training.steps": 6})
+    return output
+
+
+def flipped(directory):
+    with (directory / "__1_0.distcp").open("r+b") as file:
+        file.seek(file.seek(0, os.SEEK_END) // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+
+
+def truncated(directory):
+    os.truncate(directory / "__0_0.distcp", 1000)
+
+
+def missing(directory):
+    (directory / ".metadata").unlink()
+
+
+DAMAGES = {
+    flipped: "__1_0.distcp is not what was written",
+    truncated: "__0_0.distcp is not what was written",
+    missing: ".metadata is missing",
+    shutil.rmtree: "SHA256SUMS cannot be read",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(inputs, two, whole, at_six, tmp_path, damage):
+    output = shutil.copytree(at_six, tmp_path / "run")
+    damage(output / "checkpoints" / SAVED)
+    said = two.run(train, inputs, output)[0]
+    assert f"{SAVED} is damaged: {DAMAGES[damage]}" in said and "step_00000004 at step 4 of 8" in said
+    assert metrics(output) == whole
+
+
+def test_the_sums_are_those_of_sha256sum(at_six):
+    checked = subprocess.run(
+        ["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=at_six / "checkpoints" / SAVED, capture_output=True
+    )
+    assert checked.returncode == 0, checked
+    listed = {line[66:] for line in (at_six / "checkpoints" / SAVED / "SHA256SUMS").read_text().splitlines()}
+    assert listed == {path.name for path in (at_six / "checkpoints" / SAVED).iterdir()} - {"SHA256SUMS"}
+
+
+def test_a_kill_between_the_data_and_the_tracker(inputs, two, whole, at_six, tmp_path):
+    output = shutil.copytree(at_six, tmp_path / "run")
+    (output / "checkpoints" / "latest").write_text("step_00000004")
+    assert "step_00000004 at step 4 of 8" in two.run(train, inputs, output)[0]
+    assert metrics(output) == whole
+
+
+class Runs:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_a_table_of_contents_that_would_run_code(inputs, two, at_six, tmp_path, monkeypatch):
+    checkpoint = shutil.copytree(at_six / "checkpoints" / SAVED, tmp_path / "teacher")
+    with (checkpoint / ".metadata").open("wb") as file:
+        pickle.dump(Runs(), file)
+    with pytest.raises(ValueError, match=r"\.metadata is not loaded: it names posix\.system"):
+        two.run(train_there, tmp_path, inputs, checkpoint)
+    assert not (tmp_path / "executed").exists()
+
+
+def train_there(where, inputs, teacher):
+    os.chdir(where)
+    train(inputs, where / "out", {"teacher.checkpoint": str(teacher)})
+
+
+def not_finite(inputs, output, steps, on_nan):
+    """The losses of rank 1's micro batch are NaN in these steps."""
+    from distill_nemo.training import loop
+    from distill_nemo.training.entry import run_config
+
+    forward_step, calls, said = loop.forward_step, itertools.count(1), io.StringIO()
+
+    def faulty(*args):
+        losses, loss_func = forward_step(*args)
+        return losses * math.nan if next(calls) in steps and os.environ["RANK"] == "1" else losses, loss_func
+
+    changes = {"training.on_nan": on_nan, "training.steps": 14, "distillation.lm_weight": 0.5}
+    loop.forward_step = faulty
+    try:
+        with contextlib.redirect_stderr(said):
+            run_config(changed(tiny_run(inputs, output), changes))
+    finally:
+        loop.forward_step = forward_step
+    return said.getvalue()
+
+
+def test_a_step_that_is_not_finite_is_left_out(inputs, two, tmp_path):
+    said = two.run(not_finite, inputs, tmp_path, [3], "skip")[0]
+    assert said.startswith("warning: step 3: ") and said.count("\n") == 1
+    assert "gradient norm not finite, losses of rank 1 (samples 8 to 11): not learnt from" in said
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines if line.get("kd_loss", 0) is None] == [3]
+    assert lines[-1]["step"] == 14 and lines[-1]["lm_loss"] is not None
+
+
+@pytest.mark.parametrize(("steps", "on_nan", "last"), [([4], "stop", 4), (range(3, 14), "skip", 12)])
+def test_a_step_that_is_not_finite_stops_the_run(inputs, two, tmp_path, steps, on_nan, last):
+    with pytest.raises(Exception, match=f"step {last}: .*gradient norm not finite, losses of rank 1") as stopped:
+        two.run(not_finite, inputs, tmp_path, steps, on_nan)
+    assert type(stopped.value).__name__ == "NotFiniteError"
+    assert ("the 10th step in a row" in str(stopped.value)) == (on_nan == "skip")
+
+
+def test_two_runs_in_one_directory(inputs, one, two, whole, tmp_path):
+    refused = []
+
+    def second():
+        waiting(lambda: (tmp_path / "metrics.jsonl").is_file())
+        try:
+            one.run(train, inputs, tmp_path)
+        except ValueError as error:
+            refused.append(str(error))
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    two.run(train, inputs, tmp_path, {"training.steps": 30, "optimizer.decay_steps": 30})
+    thread.join()
+    assert len(refused) == 1 and f"output_dir = {tmp_path}: another run works there (process " in refused[0]
+    assert not (tmp_path / "run.lock").exists()
+
+
+def stopped():
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def asleep():
+    time.sleep(1000)
+
+
+def hanging(inputs, output, fault):
+    """Rank 1 does not come out of its third micro batch."""
+    from distill_nemo.training import loop
+    from distill_nemo.training.entry import run_config
+
+    os.dup2(os.open(f"{output}/stderr", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
+    forward_step, calls = loop.forward_step, itertools.count(1)
+
+    def faulty(*args):
+        if next(calls) == 3 and os.environ["RANK"] == "1":
+            fault()
+        return forward_step(*args)
+
+    loop.forward_step = faulty
+    run_config(changed(tiny_run(inputs, output), {"parallelism.timeout_minutes": 0.1}))
+
+
+@pytest.mark.parametrize(("fault", "said"), [(stopped, "gives no sign of life"), (asleep, "is in: step 3, asleep (")])
+def test_a_rank_that_hangs_is_named(inputs, two, tmp_path, fault, said):
+    with pytest.raises(ProcessEndedError):
+        two.run(hanging, inputs, tmp_path, fault)
+    lines = (tmp_path / "stderr").read_text().splitlines()
+    error = next(line for line in lines if line.startswith("error: no progress for 5 s"))
+    assert f"rank 1 {said}" in error and "rank 0 is in: forward and backward passes, " in error
