@@ -8,6 +8,8 @@ ever, and with it whatever waits for the end of its output.
 import ctypes
 import multiprocessing
 import signal
+import sys
+import types
 from multiprocessing import resource_tracker
 from multiprocessing.managers import SyncManager
 from typing import Any
@@ -19,11 +21,13 @@ def queue_of_helper() -> Any:
     """Start the process; a SIGTERM that comes for this one meanwhile is not lost."""
     resource_tracker.ensure_running()  # or its own start, below, would unblock the signal
     manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # which the process inherits
+    main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")  # which it would import
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # which it inherits
     try:
         manager.start(_end_with_parent)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        sys.modules["__main__"] = main
     return manager.Queue()
 
 

@@ -27,9 +27,16 @@ CLASSES = {
 
 
 class _Contents(pickle.Unpickler):
+    def __init__(self, path: Path, file: Any) -> None:
+        super().__init__(file)
+        self.path = path
+
     def find_class(self, module_name: str, global_name: str) -> Any:
         if global_name not in CLASSES.get(module_name, ()):
-            raise pickle.UnpicklingError(f"it names {module_name}.{global_name}, which no table of contents needs")
+            raise ValueError(
+                f"{self.path} is not loaded: it names {module_name}.{global_name}, which no table of contents needs "
+                "and which could run code of its author's choice"
+            )
         return super().find_class(module_name, global_name)
 
 
@@ -37,10 +44,7 @@ def check_contents(path: Path) -> None:
     """Raise unless the pickle `path` holds nothing but a table of contents.
 
     Raises:
-        ValueError: naming the file and the class.
+        ValueError: naming the file and the class. A pickle that is cut or damaged raises whatever it raises.
     """
-    try:
-        with path.open("rb") as file:
-            _Contents(file).load()
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} is not loaded: {error}. It could run code of its author's choice") from None
+    with path.open("rb") as file:
+        _Contents(path, file).load()
