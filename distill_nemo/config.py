@@ -205,6 +205,11 @@ def near(word: str, allowed: typing.Iterable[str]) -> str:
     return f" Did you mean {' or '.join(close)}?" if close else f" Known: {', '.join(allowed)}."
 
 
+def first_few(words: list[str], most: int) -> list[str]:
+    """The first `most` of them and, where there are more, how many."""
+    return words[:most] + ([f"and {len(words) - most} more"] if len(words) > most else [])
+
+
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Nested plain values, every field present; the inverse of `from_dict`."""
     return asdict(config)

@@ -15,6 +15,7 @@ from distill_nemo.checkpoint.state import (
     rng_state,
     sharded_state,
 )
+from distill_nemo.config import first_few
 from distill_nemo.runtime.checksums import damages
 from distill_nemo.runtime.pickles import check_contents
 from distill_nemo.runtime.process_groups import rank
@@ -36,8 +37,7 @@ def newest_whole(root: Path) -> Path | None:
         if not wrong:
             return directory
         if rank() == 0:
-            more = [f"and {len(wrong) - MAX_LISTED} more"] if len(wrong) > MAX_LISTED else []
-            said = "; ".join([*wrong[:MAX_LISTED], *more])
+            said = "; ".join(first_few(wrong, MAX_LISTED))
             print(f"warning: {directory} is damaged: {said}", file=sys.stderr, flush=True)
     if found:
         raise ValueError(f"no checkpoint in {root} is whole: choose another output_dir, or restore one of them")

@@ -4,11 +4,8 @@ Asked of `scontrol`, which is never behind, and of accounting when SLURM has for
 only, shows the first attempt's log only, and leaves a job that it cannot see.
 """
 
-import contextlib
 import re
 import shlex
-import signal
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -168,19 +165,3 @@ class SlurmJob:
         told = self._run(f"scancel {self.id}")
         if not told.ok:
             raise RuntimeError(f"job {self.id} could not be cancelled: {told.stderr.strip()}")
-
-
-@contextlib.contextmanager
-def left_running(told: str) -> Iterator[None]:
-    """Ctrl-C ends the watching, not the job; `told` says what to type."""
-
-    def stop(signum: int, frame: Any) -> None:
-        print(told, file=sys.stderr)
-        raise SystemExit(128 + signum)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -2,20 +2,18 @@
 
 import contextlib
 import shutil
-import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import nemo_run as run
-import psutil
 from invoke.exceptions import UnexpectedExit
 from nemo_run.core.frontend.console.api import CONSOLE
 
 from distill_nemo.executors.endings import why_it_ended
+from distill_nemo.executors.interrupts import left_running
 from distill_nemo.executors.screen import JobOutput
-from distill_nemo.executors.slurm_jobs import SlurmJob, left_running
+from distill_nemo.executors.slurm_jobs import SlurmJob
 
 
 class Stages(run.Experiment):
@@ -102,27 +100,3 @@ def watch(job: SlurmJob, experiment: str) -> None:
         print(f"{job.name}: job {job.id} {state}; logs in {job.folder}", file=sys.stderr)
         print(job.why(state), file=sys.stderr)
         sys.exit(1)
-
-
-@contextlib.contextmanager
-def passing_on_signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM reach the ranks, which write a checkpoint and end.
-
-    NeMo-Run starts local jobs in sessions of their own, where a terminal's Ctrl-C does not come, and when it is itself
-    terminated it leaves them running.
-    """
-
-    def stop(signum: int, frame: Any) -> None:
-        children = psutil.Process().children()
-        if children:
-            print("stopping: waiting for the checkpoint; the same command resumes", file=sys.stderr)
-        for child in children:
-            child.terminate()
-        raise SystemExit(128 + signum)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

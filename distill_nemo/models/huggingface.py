@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distill_nemo.config import ModelConfig
+from distill_nemo.config import ModelConfig, first_few
 from distill_nemo.models.architecture import padded_vocab_size
 from distill_nemo.models.experts import one_expert
 from distill_nemo.models.hf_config import QK_NORM_FAMILIES, to_huggingface
@@ -111,8 +111,7 @@ def check_hf_tensors(path: Path, model: ModelConfig) -> None:
         if name in found and found[name] != shape
     ]
     if problems:
-        more = f"\n  and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
-        raise ValueError(f"{path} does not fit its architecture:\n  " + "\n  ".join(problems[:MAX_LISTED]) + more)
+        raise ValueError(f"{path} does not fit its architecture:\n  " + "\n  ".join(first_few(problems, MAX_LISTED)))
 
 
 def _weight_files(path: Path) -> list[Path]:

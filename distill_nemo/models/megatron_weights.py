@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from distill_nemo.config import ModelConfig
+from distill_nemo.config import ModelConfig, first_few
 from distill_nemo.models.hf_config import QK_NORM_FAMILIES
 from distill_nemo.models.layers import Layer, layers
 from distill_nemo.runtime.pickles import check_contents
@@ -177,8 +177,7 @@ def check_megatron_tensors(directory: Path, names: Shapes, model: ModelConfig, s
         if name in names and not _fits(name, names[name], shape)
     ]
     if problems:
-        more = f"\n  and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
-        raise ValueError(f"{directory} does not fit the model:\n  " + "\n  ".join(problems[:MAX_LISTED]) + more)
+        raise ValueError(f"{directory} does not fit the model:\n  " + "\n  ".join(first_few(problems, MAX_LISTED)))
 
 
 def _stored_layers(names: Shapes) -> int | None:

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from distill_nemo.config import first_few
+
 SILENT = 5  # intervals without a word
 GRACE_SECONDS = 5.0  # for the rank that speaks
 MAX_LISTED = 8
@@ -89,8 +91,7 @@ class Watchdog:
             os._exit(1)
         lines = [f"rank {rank} gives no sign of life, last in: {_words(heard[rank])}" for rank in silent]
         lines += [f"rank {rank} is in: {_words(heard[rank])}" for rank in alive]
-        more = [f"and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
-        self._exit("; ".join(lines[:MAX_LISTED] + more))
+        self._exit("; ".join(first_few(lines, MAX_LISTED)))
 
     def _heard(self, rank: int) -> dict[str, Any] | None:
         if self._store is None:

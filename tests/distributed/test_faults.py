@@ -149,7 +149,7 @@ class Runs:
         return os.system, ("touch executed",)
 
 
-def test_a_table_of_contents_that_would_run_code(inputs, two, at_six, tmp_path, monkeypatch):
+def test_a_table_of_contents_that_would_run_code(inputs, two, at_six, tmp_path):
     checkpoint = shutil.copytree(at_six / "checkpoints" / SAVED, tmp_path / "teacher")
     with (checkpoint / ".metadata").open("wb") as file:
         pickle.dump(Runs(), file)
