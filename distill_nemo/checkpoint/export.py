@@ -1,31 +1,47 @@
 """From any saved step to a Hugging Face directory: the student is loaded at TP=1, PP=1, written, reloaded, compared."""
 
+import gc
+import itertools
 import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from distill_nemo.config import ParallelismConfig, RunConfig, StudentConfig
+from distill_nemo.runtime.process_groups import open_store, process_groups
+
+_exports = itertools.count()  # the same on every rank
 
 
 def export_from_run(config: RunConfig) -> None:
     """Rank 0 exports the newest checkpoint in a process of its own (which is one rank, whatever this run's layout).
 
+    The others wait in no collective, which would time out before a large student is written. Call it when the trained
+    model is gone: the process needs memory, on rank 0's GPU where there are some.
+
     Raises:
         RuntimeError: when the export failed; the checkpoint is whole, and the message says how to try again.
     """
-    import torch.distributed as dist
-
-    failed = [None]
+    gc.collect()
+    torch.cuda.empty_cache()
+    failed = 0
     if dist.get_rank() == 0:
         command = [sys.executable, "-m", "distill_nemo.checkpoint.export", config.output_dir]
         command += [str(Path(config.output_dir) / "student"), config.data.tokenizer or ""]
-        done = subprocess.run(command, env=_single_process_environment(), check=False)
-        failed = [done.returncode or None]
-    dist.broadcast_object_list(failed, src=0)
-    if failed[0]:
+        failed = subprocess.run(command, env=_single_process_environment(), check=False).returncode
+    if dist.get_world_size() > 1:
+        store, key = open_store(), f"exported/{next(_exports)}"
+        if dist.get_rank() == 0:
+            store.set(key, str(failed))
+        store.wait([key], timedelta(days=1))
+        failed = int(store.get(key))
+    if failed:
         raise RuntimeError(
             f"export failed; the checkpoint is whole. Try again: nemo distill export checkpoint={config.output_dir} "
             f"output={config.output_dir}/student"
@@ -56,7 +72,6 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None) -> None:
     from distill_nemo.models.huggingface import check_exportable, check_target, export_hf, has_tokenizer
     from distill_nemo.models.provider import model_provider
     from distill_nemo.models.sources import CheckpointKind, find_checkpoint
-    from distill_nemo.runtime.process_groups import process_groups
     from distill_nemo.runtime.seed import seed_everything
 
     found = find_checkpoint(Path(checkpoint))

@@ -6,6 +6,7 @@ import math
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch.distributed
@@ -13,6 +14,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import DType
 from megatron.core.datasets.utils import Split
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from distill_nemo.config import DataConfig, TrainingConfig
@@ -21,6 +23,30 @@ INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences
 MAGIC = b"MMIDIDX\x00\x00"
 ADVICE = "make the token files again with `nemo distill prepare`"
 Blend = tuple[list[str], list[float] | None]
+
+
+class WatchedGPTDataset(GPTDataset):
+    """Megatron's, which would die of SIGBUS where a file was cut short after it was mapped."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        prefix = self.dataset.path_prefix
+        self._sizes = {path: os.stat(path).st_size for path in (f"{prefix}.bin", f"{prefix}.idx")}
+
+    def __getitem__(self, idx: int | None) -> dict[str, Tensor]:
+        """One sample.
+
+        Raises:
+            ValueError: when a token file of it is shorter than when the run began.
+            FileNotFoundError: when one is gone.
+        """
+        for path, size in self._sizes.items():
+            if (now := os.stat(path).st_size) < size:
+                raise ValueError(
+                    f"{path} has {now} bytes now, and had {size} when this run began: put it back as it was, and the "
+                    "same command goes on from the last checkpoint"
+                )
+        return super().__getitem__(idx)
 
 
 class _NoTokenizer:
@@ -167,7 +193,7 @@ def build_datasets(
         if num_valid_samples:
             _check_not_empty(data, "validation", valid_bounds)
         config.split_matrix = [train_bounds, valid_bounds if num_valid_samples else None, None]  # pyright: ignore
-    built = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
+    built = BlendedMegatronDatasetBuilder(WatchedGPTDataset, sizes, lambda: True, config).build()
     _publish(path, final)
     train, valid = built[Split.train.value], built[Split.valid.value]
     assert train is not None and (valid is not None or not num_valid_samples), "Megatron built no dataset"

@@ -57,6 +57,12 @@ def process_groups(parallelism: ParallelismConfig) -> Iterator[None]:
             dist.destroy_process_group()
 
 
+def open_store() -> dist.TCPStore:
+    """A connection of its own to the store of this run, which has several ranks: who waits there keeps nobody else."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
+
+
 def rank() -> int:
     """This process's rank, 0 outside a process group."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))

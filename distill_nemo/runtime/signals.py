@@ -2,9 +2,17 @@
 
 import signal
 from types import FrameType, TracebackType
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
+if TYPE_CHECKING:
+    import torch
+
+_early: list[int] = []
+
+
+def heed_early_warnings() -> None:
+    """From here on a SIGURG is not lost that comes while models load: `StopSignal` begins with it."""
+    signal.signal(signal.SIGURG, lambda number, frame: _early.append(number))
 
 
 class StopSignal:
@@ -16,7 +24,7 @@ class StopSignal:
     """
 
     def __init__(self) -> None:
-        self.received: int | None = None
+        self.received: int | None = _early.pop() if _early else None
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -33,8 +41,11 @@ class StopSignal:
             raise KeyboardInterrupt
         self.received = self.received or number
 
-    def requested(self, device: torch.device) -> int | None:
+    def requested(self, device: "torch.device") -> int | None:
         """The signal that any rank received, or None. One small all-reduce: every rank must call it."""
+        import torch
+        import torch.distributed as dist
+
         flag = torch.tensor([self.received or 0], dtype=torch.int32, device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return int(flag) or None

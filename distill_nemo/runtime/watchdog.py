@@ -9,7 +9,6 @@ import os
 import sys
 import threading
 import time
-from datetime import timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from distill_nemo.config import first_few
+from distill_nemo.runtime.process_groups import open_store
 
 SILENT = 5  # intervals without a word
 GRACE_SECONDS = 5.0  # for the rank that speaks
@@ -48,12 +48,7 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self.world_size > 1:
-            self._store = dist.TCPStore(
-                os.environ["MASTER_ADDR"],
-                int(os.environ["MASTER_PORT"]),
-                is_master=False,
-                timeout=timedelta(seconds=10),
-            )
+            self._store = open_store()
         beat("starting")
         self._thread.start()
         return self

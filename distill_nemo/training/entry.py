@@ -106,6 +106,9 @@ def errors_in_one_screen() -> Iterator[None]:
 
 def run_config(config: RunConfig) -> None:
     """Run a whole config on this rank; exits with 128 + the signal's number when a signal stopped it."""
+    from distill_nemo.runtime.signals import heed_early_warnings
+
+    heed_early_warnings()
     from distill_nemo.runtime.process_groups import process_groups, rank, world_size
 
     config = from_dict(to_dict(config))  # a copy, and the one place where types are checked
@@ -146,7 +149,12 @@ def _train(config: RunConfig) -> int | None:
 
     check_output_dir(config.output_dir)
     with OutputLock(Path(config.output_dir)):
-        return _train_alone(config)
+        stopped = _train_alone(config)
+        if stopped is None and config.checkpoint.export:
+            from distill_nemo.checkpoint.export import export_from_run
+
+            export_from_run(config)
+        return stopped
 
 
 def _train_alone(config: RunConfig) -> int | None:
@@ -181,12 +189,7 @@ def _train_alone(config: RunConfig) -> int | None:
     if rank() == 0:
         save_yaml(config, Path(config.output_dir) / "config.yaml")
     torch.distributed.barrier()
-    stopped = loop.run()
-    if stopped is None and config.checkpoint.export:
-        from distill_nemo.checkpoint.export import export_from_run
-
-        export_from_run(config)
-    return stopped
+    return loop.run()
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -72,6 +72,7 @@ class Loop:
                         log.evaluation(self._held_out())
                     stopped = stop.requested(self.device)
                     if step % save.save_interval == 0 or step == train.steps or stopped:
+                        log.flush()  # what a resumed run will not write again
                         self.save()
                     self.writer.finish(blocking=False)
         finally:

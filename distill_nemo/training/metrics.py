@@ -73,6 +73,11 @@ class MetricsLog:
         left = (time.monotonic() - self._start) / done * (self.steps - line["step"])
         return f"  ETA {int(left // 60)}:{int(left % 60):02d}"
 
+    def flush(self) -> None:
+        """TensorBoard's files are whole up to here, whatever happens next."""
+        for writer in self.writers:
+            writer.flush()
+
     def close(self) -> None:
         """Flush everything."""
         if self._progress:

@@ -68,7 +68,7 @@ def killed_in_a_save(output, rank):
     ("fault", "asynchronous"), [(killed_in_a_step, False), (killed_in_a_save, False), (killed_in_a_save, True)]
 )
 def test_kill_9(inputs, two, whole, tmp_path, fault, asynchronous):
-    changes = {"checkpoint.async_save": asynchronous}
+    changes = {"checkpoint.async_save": asynchronous, "logging.tensorboard": True}
     with pytest.raises((ProcessEndedError, RuntimeError, OSError)):  # what a rank says of the other's death, or nothing
         two.run(train, inputs, tmp_path, changes, fault)
     assert metrics(tmp_path)[-1]["step"] < 8, "the kill came too late to show anything"
@@ -77,7 +77,66 @@ def test_kill_9(inputs, two, whole, tmp_path, fault, asynchronous):
     assert "step_00000002 at step 2 of 8" in said
     assert ("ended without freeing" in said) == (fault is killed_in_a_step), "rank 0 holds the lock"
     assert metrics(tmp_path) == whole
+    assert in_tensorboard(tmp_path) == [(line["step"], line["lm_loss"]) for line in whole if line["kind"] == "train"]
     assert not list(tmp_path.rglob("*.partial")) and not (tmp_path / "run.lock").exists()
+
+
+def in_tensorboard(output):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(output / "tensorboard"))
+    events.Reload()
+    return [(event.step, pytest.approx(event.value)) for event in events.Scalars("train/lm_loss")]
+
+
+def cut_short(output, rank):
+    lines = output / "metrics.jsonl"
+    waiting(lambda: lines.is_file() and lines.read_bytes().count(b"\n") >= 4)
+    if rank == 0:
+        os.truncate(output / "train.bin", 100)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_data_file_that_shrinks(inputs, two, tmp_path, workers):
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(f"{inputs}/train{suffix}", tmp_path)
+    changes = {"data.train": [f"{tmp_path}/train"], "data.num_workers": workers, "training.steps": 40}
+    with pytest.raises(ValueError, match=r"train\.bin has 100 bytes now, and had \d{5,} when this run began"):
+        two.run(train, inputs, tmp_path, changes, cut_short)
+    last = metrics(tmp_path)[-1]["step"]
+    assert last < 40
+    shutil.copy(f"{inputs}/train.bin", tmp_path)
+    said = two.run(train, inputs, tmp_path, changes)[0]
+    assert "resumed from" in said and f"at step {last // 2 * 2} of 40" in said
+    resumed, once = metrics(tmp_path), tmp_path / "once"
+    two.run(train, inputs, once, changes)
+    assert metrics(once) == resumed
+
+
+def warned_while_loading(output, rank):
+    waiting((output / "run.lock").exists)
+    os.kill(os.getpid(), signal.SIGURG)
+
+
+def code_of_train(*args):
+    try:
+        train(*args)
+    except SystemExit as stopped:
+        return stopped.code
+
+
+def test_a_warning_that_comes_before_the_first_step(inputs, two, whole, tmp_path):
+    assert two.run(code_of_train, inputs, tmp_path, None, warned_while_loading) == [128 + signal.SIGURG] * 2
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000001"
+    two.run(train, inputs, tmp_path)
+    assert metrics(tmp_path) == whole
+
+
+def test_an_export_may_take_longer_than_a_collective(inputs, two, tmp_path):
+    began = time.monotonic()
+    two.run(train, inputs, tmp_path, {"checkpoint.export": True, "parallelism.timeout_minutes": 0.1})
+    assert time.monotonic() - began > 6, "too fast to show anything"
+    assert (tmp_path / "student" / "model.safetensors").is_file()
 
 
 def test_kill_9_before_anything_was_saved(inputs, two, whole, tmp_path):
