@@ -30,7 +30,8 @@ class WatchedGPTDataset(GPTDataset):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        prefix = self.dataset.path_prefix
+        tokens: Any = self.dataset
+        prefix = tokens.path_prefix
         self._sizes = {path: os.stat(path).st_size for path in (f"{prefix}.bin", f"{prefix}.idx")}
 
     def __getitem__(self, idx: int | None) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from distill_nemo.executors.screen import ERROR
 _ENDED = re.compile(r"rank +: (\d+) \(local_rank: (\d+)\)\s+exitcode +: (-?\d+) +\(pid: (\d+)\)")
 _CLOSED = re.compile(r"Sending process (\d+) closing signal")
 _EXCEPTION = re.compile(r"^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception|Interrupt)\b.*)", re.M)
-_PERHAPS = {signal.SIGKILL: "memory ran out", signal.SIGBUS: "a file was cut short while it was read"}
+_PERHAPS = {"SIGKILL": "memory ran out", "SIGBUS": "a file was cut short while it was read"}
 _MARK = re.compile(r"^\[default(\d+)\]:", re.M)
 
 
@@ -47,7 +47,7 @@ def _why(everything: str, logs: list[str], of_ranks: dict[int, str]) -> str:
     for rank, _, code in ended:
         if code < 0:
             name = signal.Signals(-code).name
-            why = f" (perhaps because {_PERHAPS[-code]})" if -code in _PERHAPS else ""
+            why = f" (perhaps because {_PERHAPS[name]})" if name in _PERHAPS else ""
             return f"error: rank {rank} was killed by {name}{why}; the same command goes on from the last checkpoint"
     for text in logs:
         if said := ERROR.search(text):

@@ -17,12 +17,18 @@ import nemo_run as run
 
 from distill_nemo.config import near
 from distill_nemo.executors.local import ENVIRONMENT
+from distill_nemo.executors.secrets import refuse_secrets
 
 PACKAGERS = ("none", "git")
 JOB_NAME_PREFIX = "distill."  # accounting's name of a job is read back up to its last dot
 SHIPPED = "/nemo_run/code"  # NeMo-Run's name for the shipped code; without a container it puts the real path there
 # Jobs that share a node must not meet at one port. NeMo-Run writes it into the script, where the shell computes it.
 PORT = "$((20000+SLURM_JOB_ID%10000))"
+QUIET = "{ set +vx; } 2>/dev/null"  # NeMo-Run's script has the shell write every line to the log, values and all
+ADVICE_ON_SECRETS = (
+    "export it before this command, as sbatch passes the environment on; or, with host, in a file on the cluster that "
+    "run.executor.setup sources"
+)
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 
@@ -110,6 +116,7 @@ def slurm_config(
         raise ValueError("run.executor.container_mounts needs container_image: without one, every path is the node's")
     if container_image is not None and workdir is not None:
         raise ValueError("run.executor.workdir goes without container_image: in a container, write absolute paths")
+    refuse_secrets(env or {}, setup or [], ADVICE_ON_SECRETS)
     tunnel = _tunnel(host=host, user=user, job_dir=job_dir, identity=identity, port=port)
     here = host is None and container_image is None
     if here:
@@ -137,7 +144,7 @@ def slurm_config(
         container_mounts=list(container_mounts or []),
         srun_args=[f"--chdir={workdir}"] if workdir else [],
         env_vars=_environment(env or {}, stop_seconds, cpus_per_device, devices, here, packager == "git"),
-        setup_lines="\n".join(setup) if setup else None,
+        setup_lines="\n".join([QUIET, *setup, "set -vx"]) if setup else None,
         packager=run.Config(CommittedCode if packager == "git" else run.Packager),
         launcher=run.Config(run.Torchrun, rdzv_port=PORT),
         tunnel=tunnel,

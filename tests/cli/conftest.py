@@ -11,6 +11,7 @@ from distill_nemo.config import load_yaml, save_yaml
 from tests.cli.command import BIN, STEPS, TWO_RANKS, Command, Ended, last_step, nemo, shrunk, start, together
 from tests.tiny_models import write_hf
 
+SECRET = "hf_in-the-environment"
 ONE_RANK = ("parallelism.tensor_model_parallel_size=1", "parallelism.sequence_parallel=false")
 
 
@@ -18,7 +19,8 @@ ONE_RANK = ("parallelism.tensor_model_parallel_size=1", "parallelism.sequence_pa
 def finished(inputs, tmp_path_factory):
     """`llama32_3b_to_1b` on two ranks, to its end: the directory it ran in, and what it printed."""
     cwd = tmp_path_factory.mktemp("finished")
-    return cwd, nemo("train", "--factory", "llama32_3b_to_1b", "--yes", *shrunk(inputs), *TWO_RANKS, cwd=cwd)
+    words = ("train", "--factory", "llama32_3b_to_1b", "--yes", *shrunk(inputs), *TWO_RANKS)
+    return cwd, nemo(*words, cwd=cwd, HF_TOKEN=SECRET)
 
 
 @dataclass

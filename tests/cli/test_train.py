@@ -13,6 +13,7 @@ import transformers
 
 from distill_nemo.config import StudentConfig, TeacherConfig, load_yaml
 from tests.cli.command import STEPS, shrunk, the_recipes
+from tests.cli.conftest import SECRET
 from tests.training import metrics
 
 pytestmark = pytest.mark.timeout(1800)  # for a machine that does much else; seen: under two minutes
@@ -77,6 +78,14 @@ def test_llama_at_tensor_parallel_2(inputs, finished):
     check_output(output, inputs / "student")
     config = check_snapshot(output, the_recipes().llama32_3b_to_1b(), shrunk(inputs))
     assert config.parallelism.tensor_model_parallel_size == 2 and config.parallelism.sequence_parallel
+
+
+def test_secrets_of_the_environment_are_in_no_file(finished):
+    cwd, ended = finished
+    files = [path for path in cwd.rglob("*") if path.is_file()]
+    assert len(files) > 20
+    assert not [path for path in files if SECRET.encode() in path.read_bytes()]
+    assert SECRET not in ended.out + ended.err
 
 
 def test_qwen3_stopped_and_typed_again(others):

@@ -15,6 +15,7 @@ import pytest
 
 from distill_nemo.config import ParallelismConfig, RunConfig, StudentConfig
 from distill_nemo.executors import slurm
+from distill_nemo.executors.secrets import refuse_secrets
 from distill_nemo.executors.slurm import seconds_of
 from tests.cli.command import nemo_here, shrunk
 
@@ -158,6 +159,8 @@ def test_shipped_code_comes_first_and_what_is_not_shipped_is_said(dry, tmp_path)
         (["host=login"], {}, "run.executor.host needs user too"),
         (["user=me"], {}, "run.executor.user goes with host"),
         (['env={"http_proxy": "x"}'], {}, '"http_proxy" is not in capitals; export it in run.executor.setup'),
+        (['env={"HF_TOKEN": "hunter2"}'], {}, "run.executor.env: the value of HF_TOKEN would be written down in clear"),
+        (['setup=["export WANDB_API_KEY=hunter2"]'], {}, "run.executor.setup: the value of WANDB_API_KEY would be"),
         (['container_mounts=["a:b"]'], {}, "run.executor.container_mounts needs container_image"),
         (
             ["devices=2", "container_image=x"],
@@ -177,7 +180,19 @@ def test_refused_before_anything_is_submitted(inputs, tmp_path, monkeypatch, cap
     ended = nemo_here(capfd, *LLAMA, *words)
     assert (ended.code, ended.out) == (1, "")
     assert ended.err.startswith("error: ") and said in ended.err and len(ended.err.splitlines()) == 1
+    assert "hunter2" not in ended.err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "line", ["export HF_TOKEN=$(cat ~/.hf)", 'HF_TOKEN="$TOKEN"', "TOKENIZERS_PARALLELISM=false", "source ~/.secrets"]
+)
+def test_what_is_no_secret_may_be_set_up_and_is_not_traced(tmp_path, line):
+    refuse_secrets({"TOKENIZERS_PARALLELISM": "false", "NCCL_DEBUG": "INFO"}, [line], "")
+    script = tmp_path / "script"
+    script.write_text("set -evx\n" + slurm(setup=["X=hunter2", "echo said"]).setup_lines + "\necho traced\n")
+    ended = subprocess.run(["bash", script], capture_output=True, text=True, check=True)
+    assert ended.stdout == "said\ntraced\n" and "hunter2" not in ended.stderr and "+ echo traced" in ended.stderr
 
 
 def test_in_python_it_is_nemo_runs_executor():
