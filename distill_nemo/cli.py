@@ -200,6 +200,26 @@ def export(checkpoint: str, output: str, tokenizer: str = "") -> None:
 
 
 @run.cli.entrypoint(namespace=NAMESPACE, enable_executor=False, entrypoint_cls=Command)
+def convert(checkpoint: str, output: str, allow_pickle: bool = False) -> None:
+    """Make safetensors, which training reads, of an old Hugging Face checkpoint, whose weights are pickles.
+
+    Example:
+        nemo distill convert checkpoint=/models/old output=/models/new allow_pickle=true
+
+    Args:
+        checkpoint: directory with config.json and pytorch_model*.bin.
+        output: the directory to write.
+        allow_pickle: you trust these weights; a pickle can run code when it is opened.
+    """
+    from distill_nemo.runtime.device import setup_device
+
+    setup_device()  # before Megatron is imported
+    from distill_nemo.models.pickled import convert as convert_weights
+
+    convert_weights(checkpoint, output, allow_pickle)
+
+
+@run.cli.entrypoint(namespace=NAMESPACE, enable_executor=False, entrypoint_cls=Command)
 def evaluate(student: str, data: str, teacher: str = "", sequence_length: int = 1024, samples: int = 64) -> None:
     r"""Held-out LM loss of a checkpoint and, with a teacher, forward KL, top-1 agreement and teacher entropy.
 

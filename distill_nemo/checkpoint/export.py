@@ -69,7 +69,7 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None) -> None:
 
     setup_device()  # before Megatron is imported
     from distill_nemo.models.architecture import resolve
-    from distill_nemo.models.huggingface import check_exportable, check_target, export_hf, has_tokenizer
+    from distill_nemo.models.huggingface import check_exportable, check_target, export_hf, tokenizer_files
     from distill_nemo.models.provider import model_provider
     from distill_nemo.models.sources import CheckpointKind, find_checkpoint
     from distill_nemo.runtime.seed import seed_everything
@@ -84,7 +84,7 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None) -> None:
         record = json.loads((where / "run.json").read_text())
         dtype, of_run = record["training"]["dtype"], record["data"]["tokenizer"]
         tokenizer = tokenizer or (of_run if of_run and Path(of_run).is_dir() else None)
-    elif tokenizer is None and found.kind is CheckpointKind.HUGGING_FACE and has_tokenizer(where):
+    elif tokenizer is None and found.kind is CheckpointKind.HUGGING_FACE and tokenizer_files(where):
         tokenizer = str(where)
     with process_groups(ParallelismConfig()):
         seed_everything(0)

@@ -117,7 +117,10 @@ def check_hf_tensors(path: Path, model: ModelConfig) -> None:
 def _weight_files(path: Path) -> list[Path]:
     """The files that the importer will read: those of the index, else `model.safetensors`."""
     if not any(path.glob("*.safetensors")):
-        raise ValueError(f"{path} holds no *.safetensors files; other formats can execute code and are not read")
+        raise ValueError(
+            f"{path} holds no *.safetensors files, and pickles (*.bin) can run code when they are opened: they are not "
+            f"read here. If you trust them: nemo distill convert checkpoint={path} output=NEW allow_pickle=true"
+        )
     index = path / INDEX
     if not index.is_file():
         if (path / "model.safetensors").is_file():
@@ -192,7 +195,7 @@ def export_hf(built: GPTModel, path: str, model: ModelConfig, tokenizer: str | N
         RuntimeError: when the reloaded model's logits differ.
     """
     assert _tensor_parallel_size() == 1 and built.pre_process and built.post_process, "export needs the whole model"
-    files = _tokenizer_files(tokenizer)
+    files = _needed_tokenizer_files(tokenizer)
     check_target(Path(path))
     dtype = next(built.parameters()).dtype
     target = Path(path)
@@ -213,10 +216,10 @@ def export_hf(built: GPTModel, path: str, model: ModelConfig, tokenizer: str | N
         raise
 
 
-def _tokenizer_files(tokenizer: str | None) -> list[Path]:
+def _needed_tokenizer_files(tokenizer: str | None) -> list[Path]:
     if not tokenizer:
         return []
-    files = [file for pattern in TOKENIZER_FILES for file in Path(tokenizer).glob(pattern) if file.is_file()]
+    files = tokenizer_files(Path(tokenizer))
     if not files:
         raise ValueError(f"{tokenizer} holds no tokenizer files ({', '.join(TOKENIZER_FILES)})")
     return files
@@ -232,9 +235,9 @@ def _special_tokens(tokenizer: str | None) -> dict[str, int | None]:
     return {"bos_token_id": loaded.bos_token_id, "eos_token_id": loaded.eos_token_id}
 
 
-def has_tokenizer(path: Path) -> bool:
-    """Whether a directory holds tokenizer files."""
-    return any(True for pattern in TOKENIZER_FILES for _ in path.glob(pattern))
+def tokenizer_files(path: Path) -> list[Path]:
+    """The tokenizer's files in a directory; none where it holds no tokenizer."""
+    return [file for pattern in TOKENIZER_FILES for file in path.glob(pattern) if file.is_file()]
 
 
 def check_target(target: Path) -> None:

@@ -23,6 +23,7 @@ FIELDS = {
     ],
     "prepare": ["inputs", "output", "tokenizer", "text_key", "num_workers", "max_bad_records"],
     "export": ["checkpoint", "output", "tokenizer"],
+    "convert": ["checkpoint", "output", "allow_pickle"],
     "evaluate": ["student", "data", "teacher", "sequence_length", "samples"],
     "recipes": [],
     "status": ["experiment"],

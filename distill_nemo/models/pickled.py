@@ -1,0 +1,60 @@
+"""Old Hugging Face checkpoints, whose weights are pickles, made into safetensors, which is all that training reads."""
+
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+from distill_nemo.models.huggingface import check_target, tokenizer_files
+
+
+def convert(checkpoint: str, output: str, allow_pickle: bool = False) -> None:
+    """Write the pickled weights of `checkpoint`, with its configuration and tokenizer, as safetensors.
+
+    torch opens them with its restricted unpickler, which knows tensors only. It has had holes, hence `allow_pickle`.
+
+    Raises:
+        ValueError: without `allow_pickle`; where there is nothing to convert; for weights that do not fit the
+            configuration, or a pickle that names anything else than tensors.
+    """
+    source, target = Path(checkpoint), Path(output)
+    if any(source.glob("*.safetensors")):
+        raise ValueError(f"{source} holds safetensors, which training reads as they are")
+    if not any(source.glob("pytorch_model*.bin")) or not (source / "config.json").is_file():
+        raise ValueError(f"{source} holds no config.json and pytorch_model*.bin: there is nothing to convert")
+    if not allow_pickle:
+        raise ValueError(
+            f"the weights in {source} are pickles, which can run code when they are opened: add allow_pickle=true if "
+            "you trust where they come from"
+        )
+    check_target(target)
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _opened(source).save_pretrained(partial)
+        for file in tokenizer_files(source):
+            shutil.copy2(file, partial)
+        if target.is_dir():
+            target.rmdir()
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"converted {source} to {target}")
+
+
+def _opened(source: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": "auto", "use_safetensors": False, "weights_only": True}
+    options |= {"trust_remote_code": False, "local_files_only": True, "output_loading_info": True}
+    try:
+        opened: Any = AutoModelForCausalLM.from_pretrained(source, **options)
+    except (pickle.UnpicklingError, RuntimeError, OSError) as error:
+        raise ValueError(f"{source} was not opened: {error}") from None
+    model, info = opened
+    wrong = [
+        f"{kind.replace('_', ' ')}: {', '.join(sorted(map(str, keys))[:3])}" for kind, keys in info.items() if keys
+    ]
+    if wrong:
+        raise ValueError(f"{source} does not fit its config.json: {'; '.join(wrong)}")
+    return model
