@@ -28,7 +28,20 @@ AT_LEAST_ONE = (
     "logging.log_interval",
 )
 POSITIVE = ("optimizer.lr", "optimizer.adam_eps", "distillation.temperature", "parallelism.timeout_minutes")
-NOT_NEGATIVE = ("optimizer.min_lr", "optimizer.weight_decay", "optimizer.clip_grad", "data.num_workers")
+NOT_NEGATIVE = (
+    "optimizer.min_lr",
+    "optimizer.weight_decay",
+    "optimizer.clip_grad",
+    "data.num_workers",
+    "distillation.lm_weight",
+    "distillation.logits_weight",
+    "distillation.hidden_weight",
+    "distillation.kd_loss_scale",
+)
+FIELDS_OF_BALANCERS = {
+    "static": ("lm_weight", "logits_weight", "hidden_weight"),
+    "dynamic": ("kd_loss_scale", "skip_lm_loss"),
+}
 
 
 def check(config: RunConfig, world_size: int) -> None:
@@ -69,6 +82,7 @@ def check(config: RunConfig, world_size: int) -> None:
     _one_of("optimizer.decay_style", config.optimizer.decay_style, DECAY_STYLES)
     _one_of("distillation.divergence", kd.divergence, DIVERGENCES)
     _one_of("distillation.balancer", kd.balancer, BALANCERS)
+    _check_balancer(kd)
     if kd.hidden_loss is not None:
         _one_of("distillation.hidden_loss", kd.hidden_loss, HIDDEN_LOSSES)
     require(
@@ -150,9 +164,21 @@ def _unread(model: ModelConfig) -> bool:
     return model.checkpoint is not None and model.family is None
 
 
+def _check_balancer(kd: DistillationConfig) -> None:
+    """Refuse values of the other balancer's fields, which would be ignored without a word."""
+    for balancer, names in FIELDS_OF_BALANCERS.items():
+        changed = [name for name in names if getattr(kd, name) != getattr(DistillationConfig, name)]
+        given = ", ".join(f"{name} = {getattr(kd, name)}" for name in changed)
+        require(
+            kd.balancer == balancer or not changed,
+            f'distillation.balancer = "{kd.balancer}" does not look at {given}: leave that out, or set balancer to '
+            f'"{balancer}"',
+        )
+
+
 def _check_divergence(kd: DistillationConfig) -> None:
     require(
-        kd.balancer != "static" or not kd.hidden_weight or bool(kd.hidden_layers),
+        not kd.hidden_weight or bool(kd.hidden_layers),
         f"distillation.hidden_weight = {kd.hidden_weight} weighs nothing: set hidden_loss and hidden_layers",
     )
     require(0 < kd.beta < 1, f"distillation.beta must be between 0 and 1, got {kd.beta}")

@@ -18,6 +18,7 @@ from distill_nemo.config import DistillationConfig, ParallelismConfig, RunConfig
 
 GLOBAL_BATCH, SEQUENCE, VOCAB = 8, 16, 507
 PROJECTION = "projection of hidden pair "
+HELD_OUT = "held-out "
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ def megatron_step(case: Case, layout: Layout, output: str) -> dict[str, Any]:
     """Forward and backward of the global batch on this rank; the gradients saved as a checkpoint below `output`.
 
     Returns:
-        The global token means, and the gradients of this rank's projections.
+        The global token means of training and, `HELD_OUT` before their names, of an evaluation of the same batch; and
+        the gradients of this rank's projections.
     """
     return megatron_steps([(case, layout, output)])[0]
 
@@ -105,21 +107,19 @@ def megatron_steps(cells: list[tuple[Case, Layout, str]]) -> list[dict[str, Any]
 def _step(case: Case, run: RunConfig, output: str) -> dict[str, Any]:
     from distill_nemo.checkpoint.save import CheckpointWriter
     from distill_nemo.checkpoint.state import _allocate_adam_state
-    from distill_nemo.evaluation import evaluate
     from distill_nemo.runtime.seed import seed_everything
     from distill_nemo.training.forward_step import forward_step
     from distill_nemo.training.setup import build_trainee
 
     seed_everything(0)
     trainee = build_trainee(run, torch.float32, load_weights=True)
+    held_out = _evaluated(case, run, trainee)
     if case.distillation.get("balancer") == "dynamic":
-        sizes = {"sequence_length": SEQUENCE, "micro_batch_size": run.training.micro_batch_size}
-        micro = _micro_batches(case, run)
-        streams = [iter(micro) for _ in trainee.chunks]
-        first = evaluate(trainee.chunks, streams, num_microbatches=len(micro), step=forward_step, **sizes)
+        first = _evaluated(case, run, trainee, forward_step)
         for chunk in trainee.unwrapped:
             chunk.loss_balancer.observe(first)  # pyright: ignore
     means: dict[str, Any] = _forward_backward(case, run, trainee)
+    means |= {HELD_OUT + name: value for name, value in held_out.items()}
     for name, parameter in [named for chunk in trainee.unwrapped for named in chunk.named_parameters()]:
         if parameter.requires_grad:
             gradient: Any = parameter.main_grad  # pyright: ignore
@@ -141,6 +141,16 @@ def _micro_batches(case: Case, run: RunConfig) -> list[dict[str, torch.Tensor]]:
     share = GLOBAL_BATCH // ps.get_data_parallel_world_size()
     first = ps.get_data_parallel_rank() * share
     return [{k: v[i : i + size] for k, v in case.batch().items()} for i in range(first, first + share, size)]
+
+
+def _evaluated(case: Case, run: RunConfig, trainee: Any, step: Any = None) -> dict[str, float]:
+    """Token means of the global batch, by training's evaluation or, without gradients, by a training step."""
+    from distill_nemo.evaluation import evaluate
+
+    micro = _micro_batches(case, run)
+    streams = [iter(micro) for _ in trainee.chunks]
+    sizes = {"sequence_length": SEQUENCE, "micro_batch_size": run.training.micro_batch_size}
+    return evaluate(trainee.chunks, streams, num_microbatches=len(micro), step=step, **sizes)
 
 
 def _forward_backward(case: Case, run: RunConfig, trainee: Any) -> dict[str, float]:

@@ -5,14 +5,17 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from tests.distillation import PROJECTION, Case
+from tests.distillation import HELD_OUT, PROJECTION, Case
 
 FP64: dict[str, Any] = {"dtype": torch.float64, "experts_implementation": "eager"}  # torch's grouped_mm has no fp64
 MAX_AMPLIFICATION = 10.0
 
 
 def reference(case: Case) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """(global token means, gradients of the total loss). Sums over valid tokens, divided by their number."""
+    """(global token means, gradients of the total loss). Sums over valid tokens, divided by their number.
+
+    The means are those of training, and with `HELD_OUT` before their names those of an evaluation of the same batch.
+    """
     kd = {"temperature": 1.0, "scale_by_temperature_squared": True, "hidden_layers": []} | case.distillation
     batch = case.batch()
     mask = batch["loss_mask"].double()
@@ -23,7 +26,7 @@ def reference(case: Case) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     student, ours = _forward(case.student, batch["tokens"], kd["hidden_layers"], 0)
     lm = functional.cross_entropy(ours["logits"].transpose(1, 2), batch["labels"], reduction="none")
     losses = {"lm_loss": mean(lm)}
-    projections = {}
+    held_out, projections = {}, {}
     if case.teacher is None:
         total = losses["lm_loss"]
     else:
@@ -33,6 +36,8 @@ def reference(case: Case) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
             t = kd["temperature"]
             divergence = _divergence(ours["logits"] / t, theirs["logits"] / t, kd)
             losses["logit_loss"] = mean(divergence) * (t**2 if kd["scale_by_temperature_squared"] else 1.0)
+            with torch.no_grad():
+                held_out = _against_teacher(ours["logits"], theirs["logits"], batch["labels"])
         if kd["hidden_layers"]:
             each = []
             for number in range(len(kd["hidden_layers"])):
@@ -46,6 +51,9 @@ def reference(case: Case) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
             losses |= {f"hidden_loss_{i}": x for i, x in enumerate(each) if len(each) > 1}
         total = losses["kd_loss"] = _total(losses, kd)
     total.backward()
+    seen_in_both = {name: loss for name, loss in losses.items() if name not in ("logit_loss", "kd_loss")}
+    held_out = {name: mean(values) for name, values in held_out.items()} | seen_in_both
+    losses |= {HELD_OUT + name: value for name, value in held_out.items()}
     found: dict[str, Any] = {n: w.grad for n, w in projections.items()}
     for name, parameter in student.named_parameters():
         found |= _as_on_disk(name, torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
@@ -102,6 +110,17 @@ def _divergence(a: torch.Tensor, b: torch.Tensor, kd: dict[str, Any]) -> torch.T
         p_tail, q_tail = ((x * ~inside).sum(-1) for x in (p, q))
         return (p * (log_p - log_q) * inside).sum(-1) + p_tail * (p_tail.log() - q_tail.log())
     return (p * (log_p - log_q)).sum(-1)
+
+
+def _against_teacher(z: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What an evaluation says of every token of student logits z and teacher logits t, whatever is trained."""
+    log_p = t.log_softmax(-1)
+    return {
+        "forward_kl": _divergence(z, t, {}),
+        "top1_agreement": (z.argmax(-1) == t.argmax(-1)).double(),
+        "teacher_entropy": -(log_p.exp() * log_p).sum(-1),
+        "teacher_lm_loss": -log_p.gather(-1, labels[..., None])[..., 0],
+    }
 
 
 def _projection(width: int, to: int, number: int) -> torch.Tensor:

@@ -24,6 +24,7 @@ from distill_nemo.config import (
     TrainingConfig,
     from_dict,
     load_yaml,
+    require,
     save_yaml,
     to_dict,
 )
@@ -171,7 +172,11 @@ def _train_alone(config: RunConfig) -> int | None:
     from distill_nemo.training.loop import Loop
     from distill_nemo.training.setup import build_trainee
 
-    device = setup_device()
+    device, dtype = setup_device(), resolve_dtype(config.training.dtype)
+    require(
+        device.type == "cuda" or dtype == torch.float32,
+        f'training.dtype = "{config.training.dtype}" needs a GPU, and there is none; set it to "float32" or "auto"',
+    )
     if config.checkpoint.export:
         check_exportable(config.student)
     check_run_data(config)
@@ -179,7 +184,7 @@ def _train_alone(config: RunConfig) -> int | None:
     if newest is not None:
         check_resumable(read_record(newest), run_record(config), config.checkpoint.resume)
     seed_everything(config.training.seed)
-    trainee = build_trainee(config, resolve_dtype(config.training.dtype), load_weights=newest is None)
+    trainee = build_trainee(config, dtype, load_weights=newest is None)
     loop = Loop(config, trainee, build_run_datasets(config), device)  # the first to write: models are refused before
     if newest is not None:
         state = load_checkpoint(newest, trainee.unwrapped, trainee.optimizer, trainee.scheduler)

@@ -114,6 +114,17 @@ def test_ten_steps_stay_together(inputs, models, eight, expected, tmp_path, loss
     assert_the_same(metrics(tmp_path), expected(loss))
 
 
+def test_a_dynamic_balancer_weighs_by_the_means_of_the_step_before(expected):
+    """By the formula of docs/semantics.md, from what the run reports; the first step by its own means."""
+    steps = [line for line in expected("dynamic") if line["kind"] == "train"]
+    for before, now in zip([steps[0], *steps], steps, strict=False):
+        lm, logits, hidden = (before[name] for name in ("lm_loss", "logit_loss", "hidden_loss"))
+        share = min(logits / hidden, 10.0)
+        scale = min(lm / (logits + share * hidden), 10.0)
+        total = now["lm_loss"] + scale * (now["logit_loss"] + share * now["hidden_loss"])
+        assert now["kd_loss"] == pytest.approx(total, rel=1e-6)
+
+
 def test_ten_steps_stay_together_whoever_holds_the_optimizer(inputs, models, eight, expected, tmp_path):
     """The static loss by the plain optimizer, the dynamic one by the distributed: the other way round than above."""
     for loss, distributed in (("static", False), ("dynamic", True)):

@@ -57,6 +57,7 @@ def refused(group, inputs, output, changes=(), world_size=1):
         ({"parallelism.pipeline_model_parallel_size": 4}, 4, "student.num_layers = 2 cannot fill 4 pipeline stages"),
         ({"training.global_batch_size": 5}, 1, "global_batch_size 5 is not divisible by micro_batch_size 2"),
         ({"training.global_batch_size": 4}, 4, "micro_batch_size 2 x data parallel size 4 = 8"),
+        ({"training.dtype": "bfloat16"}, 1, 'training.dtype = "bfloat16" needs a GPU, and there is none'),
         ({"data.sequence_length": 129}, 1, "data.sequence_length = 129 is longer than the student's max_position_emb"),
         ({"teacher.checkpoint": "/no/such"}, 1, "checkpoint directory not found: /no/such"),
         ({"student.num_layers": 3}, 1, "num_layers = 3 contradicts"),

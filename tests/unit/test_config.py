@@ -128,6 +128,14 @@ def test_no_teacher_round_trips(tmp_path):
             "micro batches in multiples of pipeline_model_parallel_size = 2, got 3",
         ),
         ({"distillation__hidden_weight": 0.5}, 1, "hidden_weight = 0.5 weighs nothing"),
+        ({"distillation__lm_weight": float("inf")}, 1, "distillation.lm_weight must be 0 or more, got inf"),
+        ({"distillation__kd_loss_scale": -1.0}, 1, "distillation.kd_loss_scale must be 0 or more, got -1"),
+        (
+            {"distillation__balancer": "dynamic", "distillation__lm_weight": 0.5, "distillation__logits_weight": 0.0},
+            1,
+            'balancer = "dynamic" does not look at lm_weight = 0.5, logits_weight = 0.0: leave that out',
+        ),
+        ({"distillation__skip_lm_loss": False}, 1, 'balancer = "static" does not look at skip_lm_loss = False'),
         (
             {"student__num_query_groups": 3},
             1,
