@@ -38,6 +38,7 @@ NOT_NEGATIVE = (
     "distillation.hidden_weight",
     "distillation.kd_loss_scale",
 )
+MAX_TEMPERATURE = 100.0
 FIELDS_OF_BALANCERS = {
     "static": ("lm_weight", "logits_weight", "hidden_weight"),
     "dynamic": ("kd_loss_scale", "skip_lm_loss"),
@@ -180,6 +181,11 @@ def _check_divergence(kd: DistillationConfig) -> None:
     require(
         not kd.hidden_weight or bool(kd.hidden_layers),
         f"distillation.hidden_weight = {kd.hidden_weight} weighs nothing: set hidden_loss and hidden_layers",
+    )
+    require(
+        kd.temperature <= MAX_TEMPERATURE,
+        f"distillation.temperature must be at most {MAX_TEMPERATURE:g}, got {kd.temperature:g}: beyond, fp32's "
+        "rounding hides the loss",
     )
     require(0 < kd.beta < 1, f"distillation.beta must be between 0 and 1, got {kd.beta}")
     if kd.top_k is not None:

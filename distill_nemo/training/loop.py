@@ -158,7 +158,7 @@ class Loop:
         self.skipped += 1
         if self.config.training.on_nan == "stop":
             raise NotFiniteError(
-                f"{what}. The last checkpoint is good; lower optimizer.lr, or set training.on_nan=skip to go on"
+                f"{what}. Nothing of it was saved; lower optimizer.lr, or set training.on_nan=skip to go on"
             )
         if self.skipped == MAX_SKIPPED:
             raise NotFiniteError(f"{what}, the {MAX_SKIPPED}th step in a row; lower optimizer.lr, or look at the data")

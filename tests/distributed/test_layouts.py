@@ -23,6 +23,8 @@ LAYOUTS = {  # processes, parallel sizes
     "TP=2, SP": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     "TP=2": (2, {"tensor_model_parallel_size": 2}),
     "PP=2": (2, {"pipeline_model_parallel_size": 2}),
+    "TP=4": (4, {"tensor_model_parallel_size": 4}),
+    "PP=4": (4, {"pipeline_model_parallel_size": 4}),
     "PP=4, VPP=2": (4, {"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": 2}),
     "CP=2": (2, {"context_parallel_size": 2}),
     "TP=2, PP=2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
@@ -30,7 +32,7 @@ LAYOUTS = {  # processes, parallel sizes
     "TP=2, PP=2, DP=2": (8, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
     "EP=2": (2, {"expert_model_parallel_size": 2}),
 }
-TEN_STEPS = ("DP=2", "TP=2, SP", "PP=4, VPP=2", "CP=2", "TP=2, PP=2", "TP=2, CP=2", "TP=2, PP=2, DP=2")
+TEN_STEPS = [layout for layout in LAYOUTS if layout not in ("one", "EP=2")]  # EP=2: a test of its own
 HIDDEN = {  # of different widths, so with projections
     "distillation.hidden_loss": "mse",
     "distillation.hidden_layers": ["decoder.layers.0:decoder.layers.0", "decoder.layers.6:decoder.layers.6"],

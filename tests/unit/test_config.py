@@ -128,6 +128,7 @@ def test_no_teacher_round_trips(tmp_path):
             "micro batches in multiples of pipeline_model_parallel_size = 2, got 3",
         ),
         ({"distillation__hidden_weight": 0.5}, 1, "hidden_weight = 0.5 weighs nothing"),
+        ({"distillation__temperature": 200.0}, 1, "distillation.temperature must be at most 100, got 200"),
         ({"distillation__lm_weight": float("inf")}, 1, "distillation.lm_weight must be 0 or more, got inf"),
         ({"distillation__kd_loss_scale": -1.0}, 1, "distillation.kd_loss_scale must be 0 or more, got -1"),
         (
