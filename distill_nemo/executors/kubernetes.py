@@ -78,7 +78,10 @@ def kubernetes_config(
             raise ValueError(f"run.executor.{name} must be at least 1, got {value}")
     if stop_seconds is None and trainer_version >= SINCE["stop_seconds"]:
         stop_seconds = STOP_SECONDS
-    shutdown = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(stop_seconds or STOP_SECONDS)}  # or torchrun kills who saves
+    torchrun = {
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(stop_seconds or STOP_SECONDS),  # or it kills ranks that still save
+        "PYTHONUNBUFFERED": "1",  # or the log gets their words at the end
+    }
     fields: dict[str, Any] = {
         "image": image,
         "namespace": namespace,
@@ -93,7 +96,7 @@ def kubernetes_config(
         "mount": mount.rstrip("/"),
         "pvc_size": pvc_size,
         "storage_class": storage_class,
-        "env_vars": {**ENVIRONMENT, **shutdown, **{name: str(value) for name, value in (env or {}).items()}},
+        "env_vars": {**ENVIRONMENT, **torchrun, **{name: str(value) for name, value in (env or {}).items()}},
         "env_list": [_secret(name, value) for name, value in (secrets or {}).items()],
         "time": None if time is None else seconds_of(time),
         "stop_seconds": stop_seconds,
