@@ -144,8 +144,9 @@ def _check_mounted(config: RunConfig, executor: KubernetesExecutor) -> None:
             f'output_dir = "{config.output_dir}" would be lost with the pods: it must be below {where}'
             + ("" if executor.mounts else f", mounted at {executor.mount}")
         )
-    for name, path in outside.items():
-        print(f"warning: {name} = {path} is not below {where}, so it must be in the image", file=sys.stderr)
+    if outside:
+        said = ", ".join(f"{name} = {path}" for name, path in outside.items())
+        print(f"warning: not below {where}, so they must be in the image: {said}", file=sys.stderr)
 
 
 def _check_files(config: RunConfig, workdir: Path) -> None:

@@ -106,7 +106,7 @@ def _manifests(job: Any) -> str:
     request = job._dryrun_info.request
     objects = job.executor.manifests(job.executor._trainjob_name(request.name), request.cmd)
     owned = "# Submitted after the TrainJob, as its property: it is deleted with it.\n"
-    return "---\n".join((owned if each["kind"] == "ConfigMap" else "") + _yaml(each) for each in objects)
+    return "".join(f"---\n{owned if each['kind'] == 'ConfigMap' else ''}{_yaml(each)}" for each in objects).rstrip()
 
 
 def _yaml(manifest: dict[str, Any]) -> str:

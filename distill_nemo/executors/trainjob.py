@@ -119,12 +119,10 @@ class KubernetesExecutor(KubeflowExecutor):
                 raise ValueError(f"run.executor.{name} goes with pvc, the name of the claim to make")
         if self.storage_class is not None and self.pvc_size is None:
             raise ValueError("run.executor.storage_class goes with pvc_size: without one, no claim is made")
-        taken = (FILES, "/dev/shm")
-        if not re.fullmatch(r"(/[^/]+)+", self.mount) or f"{self.mount}/".startswith(
-            tuple(f"{path}/" for path in taken)
-        ):
+        ours = (f"{FILES}/", "/dev/shm/")
+        if not re.fullmatch(r"(/[^/]+)+", self.mount) or f"{self.mount}/".startswith(ours):
             raise ValueError(
-                f'run.executor.mount must be an absolute path, not {" or ".join(taken)}, got "{self.mount}"'
+                f'run.executor.mount must be an absolute path, not below {FILES} or /dev/shm, got "{self.mount}"'
             )
 
     @property

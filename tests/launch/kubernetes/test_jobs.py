@@ -5,11 +5,23 @@ import re
 
 import pytest
 
-from tests.cli.command import STEPS
-from tests.launch.kubernetes.conftest import FOREVER, TOKEN
+from tests.cli.command import STEPS, nemo_here
+from tests.launch.kubernetes.conftest import TOKEN
 from tests.training import metrics
 
 pytestmark = pytest.mark.timeout(2400)  # for a machine that does much else
+
+
+@pytest.fixture
+def told(monkeypatch, capfd):
+    """`nemo distill COMMAND experiment=...` of a story, afterwards."""
+
+    def command(story, *words):
+        monkeypatch.setenv("NEMORUN_HOME", str(story.cwd / "home/nemo"))
+        monkeypatch.setenv("KUBECONFIG", story.cluster.environment["KUBECONFIG"])
+        return nemo_here(capfd, words[0], f"experiment={story.experiment}", *words[1:])
+
+    return command
 
 
 def check_failed(ended, state, said):
@@ -47,11 +59,12 @@ def test_one_node_and_two_train_alike(stories):
     assert one == two and one[-1]["step"] == STEPS
 
 
-def test_a_detached_run_is_seen_and_followed_to_its_end(stories):
+def test_a_detached_run_is_seen_and_followed_to_its_end(stories, told):
     story = stories["detached"]
     assert (story.ended.code, story.ended.err) == (0, "")
     assert re.search(r"see to it with `nemo distill status\|logs\|cancel experiment=train_\d+`", story.ended.out)
-    early, late, follow, logs = (story.typed[name] for name in ("status", "late", "follow", "logs"))
+    early, follow = story.typed["status"], story.typed["follow"]
+    late, logs = told(story, "status"), told(story, "logs")
     assert [(each.code, each.err) for each in (early, late, follow, logs)] == [(0, "")] * 4
     assert re.match(r"train: job train-\w+ (Pending|Running|Complete), \d pods", early.out)
     assert re.match(r"train: job train-\w+ Complete, 1 pods, \d\d:\d\d:\d\d; logs in /", late.out)
@@ -64,7 +77,7 @@ def test_a_rank_that_fails_is_the_commands_failure(stories):
     check_failed(stories["not_finite"].ended, r"Failed \(JobsFailed\)", "step 2: .* not finite.*lower optimizer.lr")
 
 
-def test_a_killed_rank_is_named_and_its_pod_goes_on_and_a_cancelled_job_saves(stories):
+def test_a_killed_rank_is_named_and_its_pod_goes_on_and_a_cancelled_job_saves(stories, told):
     story = stories["started_again"]
     again = r"train: node 0 is started again, because of error: rank 1 was killed by SIGKILL"
     assert re.search(again, story.ended.out)
@@ -72,7 +85,7 @@ def test_a_killed_rank_is_named_and_its_pod_goes_on_and_a_cancelled_job_saves(st
     assert resumed >= 4 and resumed % 4 == 0, "the last checkpoint of an interval"
     assert re.match(r"train: job train-\w+ cancelled; it was Running.*started again 1 times", story.typed["cancel"].out)
     check_failed(story.ended, "Deleted", "the TrainJob was deleted")
-    status = story.typed["status"]
+    status = told(story, "status")
     assert status.code == 1 and "Deleted" in status.out and "the TrainJob was deleted" in status.err
     last = metrics(story.output)[-1]["step"]
     assert (story.output / "checkpoints" / "latest").read_text().strip() == f"step_{last:08d}", "SIGTERM had it saved"
@@ -80,26 +93,25 @@ def test_a_killed_rank_is_named_and_its_pod_goes_on_and_a_cancelled_job_saves(st
     assert steps == list(range(1, last + 1)), "no step is lost or done twice"
 
 
-def test_a_deadline_is_named_and_the_ranks_had_saved(stories):
-    story = stories["out_of_time"]
-    check_failed(story.ended, r"Failed \(DeadlineExceeded\)", "it ran into its time limit")
-    assert list(story.output.glob("checkpoints/step_*")) and f"/{FOREVER}" in story.ended.out
-
-
-def test_an_image_that_is_not_there(stories):
+def test_an_image_that_is_not_there(stories, told):
     story = stories["no_image"]
     said = 'node-0-0-\\w+: (ErrImagePull|ImagePullBackOff): failed to pull image "registry.local/no-such:1"'
     (hint,) = check_failed(story.ended, "Pending", f"it does not start: train-\\w+-{said}")
     assert re.fullmatch(r"it still waits; `nemo distill cancel experiment=train_\d+` ends it", hint)
-    assert story.typed["status"].code == 0 and re.search(said, story.typed["status"].out)
-    assert story.typed["cancel"].code == 0 and "cancelled; it was Pending" in story.typed["cancel"].out
+    status, cancel = told(story, "status"), told(story, "cancel")
+    assert status.code == 0 and re.search(said, status.out)
+    assert cancel.code == 0 and "cancelled; it was Pending" in cancel.out
 
 
-def test_from_python(stories):
+def test_from_python_and_a_deadline_is_named(stories, told):
     story = stories["in_python"]
-    assert story.ended.code == 0, story.ended
-    assert metrics(story.output)[-1]["step"] == 2
-    assert re.search(r"step 2/2  lm loss", story.ended.out + story.ended.err), "NeMo-Run shows what the ranks say"
+    assert story.ended.code == 0, "NeMo-Run's own"
+    assert "step 5/100000  lm loss" in story.ended.out + story.ended.err, "NeMo-Run shows what the ranks say"
+    status = told(story, "status")
+    assert status.code == 1 and re.search(r"scripted: job scripted-\w+ Failed \(DeadlineExceeded\), ", status.out)
+    assert re.match(r"error: it ran into its time limit after \S+; its ranks had saved; the same command", status.err)
+    last = metrics(story.output)[-1]["step"]
+    assert (story.output / "checkpoints" / "latest").read_text().strip() == f"step_{last:08d}"
 
 
 def test_scripts_and_functions_run_on_every_rank(stories):
