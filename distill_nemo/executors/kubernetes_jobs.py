@@ -1,20 +1,18 @@
-"""TrainJobs on a Kubernetes cluster: submitted, how they are, what their pods say, and their end."""
+"""TrainJobs on a Kubernetes cluster: how they are, what their pods say, and their end."""
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from urllib3.exceptions import HTTPError
-
 from distill_nemo.executors.cluster_jobs import INTERVAL, ClusterJob, UnseenError
 from distill_nemo.executors.endings import why_a_log_ended, why_nodes_ended
+from distill_nemo.executors.kubernetes_api import TRAIN_JOBS, asked
 from distill_nemo.executors.screen import RankLines
 
-TRAIN_JOBS = {"group": "trainer.kubeflow.org", "version": "v1alpha1", "plural": "trainjobs"}
 OF_JOB = "jobset.sigs.k8s.io/jobset-name"  # label of its pods
 NODE = "batch.kubernetes.io/job-completion-index"  # label of a pod: which node it is
 STUCK = (  # reasons for which a container does not start, and that seldom pass
@@ -26,82 +24,11 @@ OVERLAP = 30  # seconds of a log that are asked for again: clocks differ
 COMES_BACK = "the same command goes on from the last checkpoint"
 
 
-class Refused(ValueError):  # noqa: N818
-    """What Kubernetes does not take."""
-
-
-def connected(context: str | None) -> tuple[Any, Any]:
-    """Clients of custom objects and of core ones, as the kubeconfig says, or a pod's service account.
-
-    Raises:
-        ValueError: when there is neither, or no client.
-    """
-    try:
-        from kubernetes import client, config
-    except ImportError:
-        raise ValueError("the Kubernetes client is not installed: pip install 'distill-nemo[kubernetes]'") from None
-    try:
-        api = config.new_client_from_config(context=context)
-    except config.ConfigException as error:
-        try:
-            config.load_incluster_config()
-        except config.ConfigException:
-            raise ValueError(
-                f"no Kubernetes cluster: {error} Set KUBECONFIG, or run.executor.context; --dryrun shows what would "
-                "be submitted"
-            ) from None
-        api = client.ApiClient()
-    return client.CustomObjectsApi(api), client.CoreV1Api(api)
-
-
-def created(executor: Any, manifest: dict[str, Any], exist_ok: bool = False) -> dict[str, Any]:
-    """Create an object, with every field of it or not at all; returns it as the cluster has it.
-
-    Raises:
-        Refused: in Kubernetes' words.
-    """
-    kind, where = manifest["kind"], {"namespace": executor.namespace, "body": manifest, "field_validation": "Strict"}
-    core = executor._core_v1_api
-    calls: dict[str, Callable[..., Any]] = {
-        "TrainJob": lambda **given: executor._custom_objects_api.create_namespaced_custom_object(**TRAIN_JOBS, **given),
-        "ConfigMap": core.create_namespaced_config_map,
-        "PersistentVolumeClaim": core.create_namespaced_persistent_volume_claim,
-    }
-    try:
-        made = calls[kind](**where)
-        return made if isinstance(made, dict) else made.to_dict()
-    except HTTPError as error:
-        raise Refused(f"Kubernetes does not answer: {error}") from None
-    except Exception as error:
-        status = getattr(error, "status", None)
-        if status == 409 and exist_ok:
-            return manifest
-        if status is None:
-            raise
-        raise Refused(f"Kubernetes refused the {kind}: {_said(error)}{_advice(error, kind, executor)}") from None
-
-
-def _advice(error: Any, kind: str, executor: Any) -> str:
-    if kind == "TrainJob" and "unknown field" in _said(error):
-        return f"; is its Trainer {executor.trainer_version}, as run.executor.trainer_version says?"
-    if kind == "TrainJob" and error.status == 404 and "page not found" in _said(error):
-        return "; is Kubeflow Trainer installed on it?"
-    return ""
-
-
-def _said(error: Any) -> str:
-    """The API's own message."""
-    try:
-        return str(json.loads(error.body)["message"])
-    except (TypeError, ValueError, KeyError):
-        return f"{error.status} {(error.body or error.reason or '').strip()}"
-
-
 @dataclass
 class State:
     """A job now."""
 
-    name: str  # Pending, Running, Suspended, Complete, Failed, Deleted
+    name: str  # Pending, Running, Suspended, Complete, Failed, Deleting, Deleted
     reason: str = ""  # why it waits, or Kubernetes' word for its end
     elapsed: str = "00:00:00"
     num_pods: int = 0
@@ -159,10 +86,10 @@ class KubernetesJob(ClusterJob):
             UnseenError: when Kubernetes does not answer.
         """
         api, where = self.executor._custom_objects_api, {"namespace": self.executor.namespace, "name": self.id}
-        job = self._ask(lambda: api.get_namespaced_custom_object(**TRAIN_JOBS, **where))
-        if job is None:
-            return State("Deleted")
+        job = asked(lambda: api.get_namespaced_custom_object(**TRAIN_JOBS, **where))
         pods = self._pods()
+        if job is None:
+            return State("Deleting" if pods else "Deleted", num_pods=len(pods))
         true = {each["type"]: each for each in job.get("status", {}).get("conditions", []) if each["status"] == "True"}
         last = true.get("Complete") or true.get("Failed")
         elapsed = _elapsed(job["metadata"].get("creationTimestamp"), last and last.get("lastTransitionTime"))
@@ -239,7 +166,7 @@ class KubernetesJob(ClusterJob):
         """
         api, where = self.executor._custom_objects_api, {"namespace": self.executor.namespace, "name": self.id}
         try:
-            self._ask(lambda: api.delete_namespaced_custom_object(**TRAIN_JOBS, **where))
+            asked(lambda: api.delete_namespaced_custom_object(**TRAIN_JOBS, **where))
         except UnseenError as error:
             raise RuntimeError(f"job {self.id} could not be deleted: {error}") from None
 
@@ -247,7 +174,7 @@ class KubernetesJob(ClusterJob):
         """Those of its ranks, by node and age."""
         api, label = self.executor._core_v1_api, f"{OF_JOB}={self.id}"
         where = {"namespace": self.executor.namespace, "label_selector": label, "_preload_content": False}
-        listed = self._ask(lambda: json.loads(api.list_namespaced_pod(**where).data)) or {"items": []}
+        listed = asked(lambda: json.loads(api.list_namespaced_pod(**where).data)) or {"items": []}
         return sorted(listed["items"], key=lambda pod: (_node(pod), pod["metadata"].get("creationTimestamp", "")))
 
     def _new(self, pod: dict[str, Any], previous: bool = False) -> Iterator[str]:
@@ -271,29 +198,12 @@ class KubernetesJob(ClusterJob):
             options["since_seconds"] = int(time.monotonic() - self._asked[name]) + OVERLAP
         asked, api = time.monotonic(), self.executor._core_v1_api
         call = {"name": name, "namespace": self.executor.namespace, "_preload_content": False, **options}
-        data = self._ask(lambda: api.read_namespaced_pod_log(**call).data)
+        data = asked(lambda: api.read_namespaced_pod_log(**call).data)
         if data is None:
             return []
         self._asked[name] = asked
         stamped = (line.partition(" ") for line in data.decode(errors="replace").splitlines())
         return [(_sortable(stamp), f"{line}\n") for stamp, _, line in stamped]
-
-    def _ask(self, call: Callable[[], Any]) -> Any:
-        """What Kubernetes answers; None for what is not there (any more, or yet).
-
-        Raises:
-            UnseenError: for another answer, or none.
-        """
-        from kubernetes.client.rest import ApiException
-
-        try:
-            return call()
-        except ApiException as error:
-            if error.status in (400, 404):  # 400: a log of a container that does not run yet
-                return None
-            raise UnseenError(f"Kubernetes does not show job {self.id}: {_said(error)}") from None
-        except HTTPError as error:
-            raise UnseenError(f"Kubernetes does not answer about job {self.id}: {error}") from None
 
 
 def _node(pod: dict[str, Any]) -> int:

@@ -15,7 +15,8 @@ from nemo_run.core.frontend.console.api import CONSOLE
 from distill_nemo.executors.cluster_jobs import ClusterJob
 from distill_nemo.executors.endings import why_it_ended
 from distill_nemo.executors.interrupts import left_running
-from distill_nemo.executors.kubernetes_jobs import KubernetesJob, Refused
+from distill_nemo.executors.kubernetes_api import Refused
+from distill_nemo.executors.kubernetes_jobs import KubernetesJob
 from distill_nemo.executors.screen import JobOutput
 from distill_nemo.executors.slurm_jobs import SlurmJob
 from distill_nemo.executors.trainjob import KubernetesExecutor

@@ -14,7 +14,8 @@ from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 from nemo_run.run.torchx_backend.schedulers.api import EXECUTOR_MAPPING
 
 from distill_nemo.config import near, save_yaml
-from distill_nemo.executors.kubernetes_jobs import KubernetesJob, Refused, connected, created
+from distill_nemo.executors.kubernetes_api import Refused, connected, created
+from distill_nemo.executors.kubernetes_jobs import KubernetesJob
 from distill_nemo.executors.worker_config import run_config_of
 from distill_nemo.training.entry import distill
 

@@ -14,7 +14,7 @@ import yaml
 from distill_nemo.config import RunConfig, StudentConfig, from_dict, load_yaml
 from distill_nemo.executors import Stages, kubernetes, run_config_of
 from distill_nemo.executors.trainjob import PATCHES, under_torchrun
-from tests.cli.command import nemo_here, shrunk, the_recipes
+from tests.cli.command import nemo_here, nemo_home, shrunk, the_recipes
 
 LLAMA = ("train", "--factory", "llama32_3b_to_1b")
 LEAST = ("image=registry.io/distill:1", "devices=2", "pvc=work")
@@ -25,7 +25,7 @@ OUTPUT = {"output_dir": "/workspace/runs/one"}
 def no_cluster(tmp_path, monkeypatch):
     """Neither a kubeconfig nor a service account, and a directory of its own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("NEMORUN_HOME", str(tmp_path / "nemo"))
+    nemo_home(monkeypatch, tmp_path / "nemo")
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "nothing"))
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
 

@@ -9,7 +9,7 @@ from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
 from distill_nemo.cli_launch import check_launch
 from distill_nemo.executors import run_config_of
-from tests.cli.command import the_recipes
+from tests.cli.command import nemo_home, the_recipes
 
 COMMON = {"container_image": "registry.io/distill:1", "launcher": "torchrun"}
 SIZES = {"nodes": 2, "gpus_per_node": 8, "nprocs_per_node": 8}
@@ -33,7 +33,7 @@ def dgx_cloud():
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
-    monkeypatch.setenv("NEMORUN_HOME", str(tmp_path / "nemo"))
+    nemo_home(monkeypatch, tmp_path / "nemo")
     found = the_recipes().llama32_3b_to_1b(teacher="/work/teacher", student="/work/student")
     found.data.train, found.output_dir = ["/work/corpus"], "/work/run"
     return found

@@ -16,7 +16,7 @@ import pytest
 from distill_nemo.config import ParallelismConfig, RunConfig, StudentConfig
 from distill_nemo.executors import slurm
 from distill_nemo.executors.slurm import seconds_of
-from tests.cli.command import nemo_here, shrunk
+from tests.cli.command import nemo_here, nemo_home, shrunk
 
 LLAMA = ("train", "--factory", "llama32_3b_to_1b")
 
@@ -33,7 +33,7 @@ def no_input(monkeypatch):
 def dry(inputs, tmp_path, monkeypatch, capfd):
     """The script of `run.executor=slurm` with further fields; in a directory of its own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("NEMORUN_HOME", str(tmp_path / "nemo"))
+    nemo_home(monkeypatch, tmp_path / "nemo")
 
     def script(*fields, **overrides):
         words = [*shrunk(inputs, **overrides), "run.executor=slurm", *(f"run.executor.{field}" for field in fields)]
@@ -171,7 +171,7 @@ def test_shipped_code_comes_first_and_what_is_not_shipped_is_said(dry, tmp_path)
 )
 def test_refused_before_anything_is_submitted(inputs, tmp_path, monkeypatch, capfd, fields, overrides, said):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("NEMORUN_HOME", str(tmp_path / "nemo"))
+    nemo_home(monkeypatch, tmp_path / "nemo")
     monkeypatch.setattr(shutil, "which", lambda name: None)
     words = [*shrunk(inputs, **overrides), "run.executor=slurm", *(f"run.executor.{field}" for field in fields)]
     ended = nemo_here(capfd, *LLAMA, *words)

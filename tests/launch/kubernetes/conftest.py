@@ -79,11 +79,15 @@ class Stage:
         fields["trainer_version"] = self.cluster.trainer
         return ["run.executor=kubernetes", *(f"run.executor.{name}={value}" for name, value in fields.items()), *words]
 
-    def train(self, *words, **overrides):
-        """`nemo distill train` on the cluster, running."""
+    def words(self, *words, **overrides):
+        """Of `nemo distill train` on the cluster."""
         overrides = {"checkpoint__export": "false", "output_dir": self.mount / self.name, **overrides}
         recipe = ["train", "--factory", "llama32_3b_to_1b", *shrunk(self.mount / "inputs", **overrides)]
-        return start(*recipe, *self.executor(*words), cwd=self.cwd, **self.cluster.environment)
+        return [*recipe, *self.executor(*words)]
+
+    def train(self, *words, **overrides):
+        """`nemo distill train` on the cluster, running."""
+        return start(*self.words(*words, **overrides), cwd=self.cwd, **self.cluster.environment)
 
     def told(self, command, *words):
         """`nemo distill COMMAND experiment=...` of what was submitted from this story's directory."""
@@ -146,11 +150,10 @@ def not_finite(stage):
 def started_again(stage):
     """A rank is killed, and its pod started again; then the job is cancelled: the ranks save."""
     forever = {"training__steps": FOREVER, "training__eval_interval": FOREVER}
-    command = stage.train(*ONE_NODE, "run.executor.runtime=again", **forever)
+    command = stage.train(*TWO_NODES, "run.executor.runtime=again", **forever)
     stage.at_step(5)
     rank(stage.output, 1).kill()
-    (pod,) = stage.until(lambda: [pod for pod in stage.cluster.pods.values() if pod.restarts and pod.process])
-    log = pod.root / "log.1"
+    log = next(pod for pod in stage.cluster.pods.values() if _is_of(pod.job, stage)).root / "log.1"
     resumed = stage.until(lambda: log.exists() and re.search(r"resumed from \S+ at step (\d+)", log.read_text()))
     stage.at_step(int(resumed[1]) + 6)
     cancel = stage.told("cancel")
@@ -166,7 +169,8 @@ def in_python(stage):
     """`run.run(recipe, executor=kubernetes(...))`, watched by NeMo-Run; then its deadline comes, and the ranks save."""
     command = _script(stage, RECIPE)
     stage.at_step(5)
-    job = next(each for (kind, *_), each in stage.cluster.objects.items() if kind == "TrainJob" and _is_of(each, stage))
+    jobs = [each for (kind, *_), each in stage.cluster.objects.items() if kind == "TrainJob"]
+    job = next(each for each in jobs if _is_of(each["metadata"]["name"], stage))
     job["spec"]["activeDeadlineSeconds"] = 1
     return stage.story(command.ended())
 
@@ -187,7 +191,7 @@ def _script(stage, text):
 
 def _is_of(job, stage):
     """Whether a TrainJob was submitted from this story: its config says so."""
-    files = stage.cluster.objects.get(("ConfigMap", "default", job["metadata"]["name"]), {"data": {}})["data"]
+    files = stage.cluster.objects.get(("ConfigMap", "default", job), {"data": {}})["data"]
     return any(f"output_dir: {stage.mount / stage.name}\n" in text for text in files.values())
 
 
@@ -233,6 +237,7 @@ if __name__ == "__main__":
 
 SCRIPT = """\
 import json
+import os
 import sys
 
 import nemo_run as run

@@ -31,6 +31,7 @@ class Pod:
         self.manifest, self.cluster, self.port = manifest, cluster, port
         self.name, self.namespace = manifest["metadata"]["name"], manifest["metadata"]["namespace"]
         self.container = manifest["spec"]["containers"][0]
+        self.job = manifest["metadata"]["labels"]["jobset.sigs.k8s.io/jobset-name"]
         self.root = cluster.root / "pods" / self.name
         self.root.mkdir(parents=True)
         self.process, self.killed_at, self.environment = None, None, None

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from tests.cli.command import STEPS, nemo_here
+from tests.cli.command import STEPS, nemo_here, nemo_home
 from tests.launch.kubernetes.conftest import TOKEN
 from tests.training import metrics
 
@@ -17,7 +17,7 @@ def told(monkeypatch, capfd):
     """`nemo distill COMMAND experiment=...` of a story, afterwards."""
 
     def command(story, *words):
-        monkeypatch.setenv("NEMORUN_HOME", str(story.cwd / "home/nemo"))
+        nemo_home(monkeypatch, story.cwd / "home/nemo")
         monkeypatch.setenv("KUBECONFIG", story.cluster.environment["KUBECONFIG"])
         return nemo_here(capfd, words[0], f"experiment={story.experiment}", *words[1:])
 
@@ -79,11 +79,13 @@ def test_a_rank_that_fails_is_the_commands_failure(stories):
 
 def test_a_killed_rank_is_named_and_its_pod_goes_on_and_a_cancelled_job_saves(stories, told):
     story = stories["started_again"]
-    again = r"train: node 0 is started again, because of error: rank 1 was killed by SIGKILL"
+    again = r"train: node 1 is started again, because of error: rank 1 was killed by SIGKILL"
     assert re.search(again, story.ended.out)
     resumed = int(re.search(r"resumed from \S+ at step (\d+)", story.ended.out)[1])
     assert resumed >= 4 and resumed % 4 == 0, "the last checkpoint of an interval"
-    assert re.match(r"train: job train-\w+ cancelled; it was Running.*started again 1 times", story.typed["cancel"].out)
+    assert re.match(
+        r"train: job train-\w+ cancelled; it was Running, 2 pods.*started again 2 times", story.typed["cancel"].out
+    )
     check_failed(story.ended, "Deleted", "the TrainJob was deleted")
     status = told(story, "status")
     assert status.code == 1 and "Deleted" in status.out and "the TrainJob was deleted" in status.err
