@@ -84,10 +84,10 @@ class ClusterJob(abc.ABC):
         while True:
             try:
                 state, unseen = self.state(), 0
-            except UnseenError:
+            except UnseenError as error:
                 unseen += 1
                 if unseen == UNSEEN:
-                    raise
+                    raise UnseenError(f"job {self.id} is not seen any more, and perhaps goes on: {error}") from None
                 time.sleep(INTERVAL)
                 continue
             if state.waits == before and state.waits not in ("", told):  # some reasons last for a moment only

@@ -196,12 +196,12 @@ class KubernetesJob(ClusterJob):
         options: dict[str, Any] = {"container": container, "timestamps": True, "previous": previous}
         if name in self._last and not previous:
             options["since_seconds"] = int(time.monotonic() - self._asked[name]) + OVERLAP
-        asked, api = time.monotonic(), self.executor._core_v1_api
+        now, api = time.monotonic(), self.executor._core_v1_api
         call = {"name": name, "namespace": self.executor.namespace, "_preload_content": False, **options}
         data = asked(lambda: api.read_namespaced_pod_log(**call).data)
         if data is None:
             return []
-        self._asked[name] = asked
+        self._asked[name] = now
         stamped = (line.partition(" ") for line in data.decode(errors="replace").splitlines())
         return [(_sortable(stamp), f"{line}\n") for stamp, _, line in stamped]
 

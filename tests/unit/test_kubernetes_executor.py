@@ -199,6 +199,17 @@ def test_refused_before_anything_is_submitted(tmp_path, capfd, fields, overrides
     assert not list(tmp_path.iterdir())
 
 
+def test_a_cluster_that_does_not_answer(tmp_path, monkeypatch, capfd):
+    user, cluster = {"name": "me", "user": {}}, {"name": "here", "cluster": {"server": "http://127.0.0.1:9"}}
+    context = {"name": "here", "context": {"cluster": "here", "user": "me"}}
+    config = {"clusters": [cluster], "users": [user], "contexts": [context], "current-context": "here"}
+    (tmp_path / "config").write_text(yaml.dump({"apiVersion": "v1", "kind": "Config", **config}))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
+    ended = nemo_here(capfd, *given(tmp_path, *LEAST))
+    assert ended.code == 1 and ended.err.startswith("error: Kubernetes does not answer: "), ended
+    assert not list(tmp_path.glob("nemo/experiments/*/*"))
+
+
 def test_what_must_be_in_the_image_is_said(tmp_path, capfd):
     ended = nemo_here(capfd, *given(tmp_path, *LEAST, teacher__checkpoint="/models/big"), "--dryrun")
     said = "warning: not below /workspace, so they must be in the image: teacher.checkpoint = /models/big\n"
