@@ -1,6 +1,7 @@
 """Calls of the Kubernetes API: through the package `kubernetes`, which is needed when something is submitted only."""
 
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,8 @@ def connected(context: str | None) -> tuple[Any, Any]:
     except ImportError:
         raise ValueError("the Kubernetes client is not installed: pip install -e '.[kubernetes]'") from None
     try:
-        api = config.new_client_from_config(context=context)
+        # The package itself reads KUBECONFIG when it is imported, which NeMo-Run does.
+        api = config.new_client_from_config(config_file=os.environ.get("KUBECONFIG") or None, context=context)
     except config.ConfigException as error:
         try:
             config.load_incluster_config()
