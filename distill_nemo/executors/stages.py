@@ -78,8 +78,7 @@ class Stages(run.Experiment):
     def _wait_for_jobs(self, jobs: list[Any]) -> None:
         self._wait_here([job for job in jobs if cluster_job(job) is None])
         for job in filter(None, map(cluster_job, jobs)):
-            print(submitted(job, self._id), flush=True)
-            watch(job, self._id)
+            watch(job, self._id, submitted(job, self._id) + "\n")
 
     def _wait_here(self, jobs: list[Any]) -> None:
         if not jobs:
@@ -130,9 +129,10 @@ def submitted(job: ClusterJob, experiment: str) -> str:
     return f"{job.name}: submitted as job {job.id}, experiment {experiment}; logs in {job.folder}"
 
 
-def watch(job: ClusterJob, experiment: str) -> None:
-    """Show a job until its end; exits 1 when it did not complete, or cannot start."""
+def watch(job: ClusterJob, experiment: str, first: str = "") -> None:
+    """Say `first`, and show a job until its end; exits 1 when it did not complete, or cannot start."""
     with left_running(f"job {job.id} goes on; `nemo distill cancel experiment={experiment}` ends it"):
+        print(first, end="", flush=True)
         state = job.follow(sys.stdout)
     if not state.completed:
         print(f"{job.name}: job {job.id} {state}; logs in {job.folder}", file=sys.stderr)

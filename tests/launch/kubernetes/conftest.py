@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -113,7 +114,7 @@ class Stage:
 def stories(clusters, tmp_path_factory):
     """By name, every run on the clusters."""
     root = tmp_path_factory.mktemp("stories")
-    lanes = ([two_nodes, not_finite, scripts], [detached, started_again], [no_image, in_python])
+    lanes = ([two_nodes, not_finite, scripts], [detached, started_again], [no_image, left_alone, in_python])
     trainers = {"not_finite": "2.0", "detached": "2.1"}
 
     def play(lane):
@@ -163,6 +164,15 @@ def started_again(stage):
 def no_image(stage):
     """Nothing ever starts; the command says so and gives up."""
     return stage.story(stage.train(*ONE_NODE, "run.executor.image=registry.local/no-such:1").ended())
+
+
+def left_alone(stage):
+    """Ctrl-C while the job waits."""
+    command = stage.train(*ONE_NODE, "run.executor.gpus=true")
+    said = command.process.stdout.readline()
+    command.signal(signal.SIGINT)
+    ended = command.ended()
+    return stage.story(Ended(ended.code, said + ended.out, ended.err))
 
 
 def in_python(stage):

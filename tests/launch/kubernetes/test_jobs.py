@@ -105,6 +105,15 @@ def test_an_image_that_is_not_there(stories, told):
     assert cancel.code == 0 and "cancelled; it was Pending" in cancel.out
 
 
+def test_ctrl_c_ends_the_watching_and_not_the_job(stories, told):
+    story = stories["left_alone"]
+    job = re.match(r"train: submitted as job (train-\w+), ", story.ended.out)[1]
+    assert story.ended.code == 130
+    assert re.fullmatch(rf"job {job} goes on; `nemo distill cancel experiment=train_\d+` ends it\n", story.ended.err)
+    assert ("TrainJob", "default", job) in story.cluster.objects
+    assert re.match(rf"train: job {job} cancelled; it was Pending", told(story, "cancel").out)
+
+
 def test_from_python_and_a_deadline_is_named(stories, told):
     story = stories["in_python"]
     assert story.ended.code == 0, "NeMo-Run's own"
