@@ -19,7 +19,7 @@ quickstart: .venv/installed ## the main job: distil a small model on this machin
 test: .venv/installed ## the test suite, without tests/launch
 	@$(BIN)/python -m pytest $(ARGS)
 
-test-launch: .venv/installed ## SLURM on this machine (apt, root), and runs on it: a few minutes
+test-launch: .venv/installed ## SLURM (apt, root) and a Kubernetes on this machine, and runs on them: a few minutes
 	@$(BIN)/python -m pytest tests/launch $(ARGS)
 
 parity: .venv/installed ## every layout, model and loss against fp64; writes docs/parity.md in half an hour

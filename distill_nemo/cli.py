@@ -22,8 +22,8 @@ from distill_nemo.cli_arguments import (
     parse_arguments,
 )
 from distill_nemo.cli_help import Group, command_class, command_help, summary, train_help
-from distill_nemo.cli_launch import check_launch, parse_executor, run_config_of
-from distill_nemo.executors import EXECUTORS, Stages, experiments, local, passing_on_signals
+from distill_nemo.cli_launch import check_launch, parse_executor
+from distill_nemo.executors import EXECUTORS, Stages, experiments, local, passing_on_signals, run_config_of
 from distill_nemo.training.entry import distill, errors_in_one_screen
 
 NAMESPACE = "distill"
@@ -264,7 +264,7 @@ def recipes() -> None:
 
 @run.cli.entrypoint(namespace=NAMESPACE, enable_executor=False, entrypoint_cls=Command)
 def status(experiment: str) -> None:
-    """How the jobs of a run on SLURM are: a line each.
+    """How the jobs of a run on a cluster are: a line each.
 
     Exit code: 0 while they wait or run, and when they completed; 1 when one ended otherwise, with the reason.
 
@@ -279,7 +279,7 @@ def status(experiment: str) -> None:
 
 @run.cli.entrypoint(namespace=NAMESPACE, enable_executor=False, entrypoint_cls=Command)
 def logs(experiment: str, follow: bool = False) -> None:
-    """What the ranks of a run on SLURM have said, of every attempt.
+    """What the ranks of a run on a cluster have said, of every attempt.
 
     Example:
         nemo distill logs experiment=train_1764030000000000000 follow=true
@@ -293,7 +293,7 @@ def logs(experiment: str, follow: bool = False) -> None:
 
 @run.cli.entrypoint(namespace=NAMESPACE, enable_executor=False, entrypoint_cls=Command)
 def cancel(experiment: str) -> None:
-    """End the jobs of a run on SLURM. The same `train` command goes on from the last checkpoint.
+    """End the jobs of a run on a cluster. The same `train` command goes on from the last checkpoint.
 
     Example:
         nemo distill cancel experiment=train_1764030000000000000

@@ -2,18 +2,18 @@
 
 import inspect
 import shutil
+import sys
 import typing
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import fiddle as fdl
 import nemo_run as run
 from nemo_run.cli.cli_parser import parse_cli_args
 
 from distill_nemo.checks import check
 from distill_nemo.cli_arguments import parse
-from distill_nemo.config import RunConfig, from_dict, near, to_dict
-from distill_nemo.executors import EXECUTORS
+from distill_nemo.config import RunConfig, near
+from distill_nemo.executors import EXECUTORS, KubernetesExecutor
 from distill_nemo.models.sources import find_checkpoint
 
 
@@ -50,35 +50,29 @@ def parse_executor(name: str, arguments: Iterable[str]) -> run.Config:
     return parse_cli_args(config, others)
 
 
-def run_config_of(recipe: fdl.Buildable) -> RunConfig:
-    """What the workers will get, with every type checked.
-
-    Raises:
-        ValueError: for a field of the wrong type, or a recipe without a student.
-    """
-    given = {name: value for name, value in fdl.build(recipe).keywords.items() if value is not None}
-    for name in ("output_dir", "student"):
-        if name not in given:
-            raise ValueError(f"{name} is not set, and a run needs it")
-    return from_dict(to_dict(RunConfig(**given)))
-
-
 def check_launch(config: RunConfig, executor: run.Executor, dryrun: bool = False) -> None:
     """Refuse what the workers would refuse, as far as it can be known without Megatron: before any process starts.
 
     Raises:
         ValueError: as `config.check`, with the node counts that would do; for checkpoints and token files that are not
-            there; for relative paths that would mean another place in the job; without `sbatch`.
+            there; for paths that would mean another place in the job; without `sbatch`, or a cluster in the kubeconfig.
     """
+    if isinstance(executor, KubernetesExecutor):
+        executor.check()
     workdir = _workdir(executor)
     if workdir is None:
-        _check_absolute(config, isinstance(executor, run.SlurmExecutor) and executor.container_image is not None)
+        slurm = isinstance(executor, run.SlurmExecutor)
+        _check_absolute(config, not slurm or executor.container_image is not None)
     elif workdir != "":
         _check_files(config, Path(workdir))
     try:
         check(config, executor.nnodes() * executor.nproc_per_node())
     except ValueError as error:
         raise ValueError(f"{error}{_that_fit(config, executor)}") from None
+    if isinstance(executor, KubernetesExecutor):
+        _check_mounted(config, executor)
+        if not dryrun:
+            executor._load_kube_clients()
     if isinstance(executor, run.SlurmExecutor) and isinstance(executor.tunnel, run.LocalTunnel) and not dryrun:
         if shutil.which("sbatch") is None:
             raise ValueError(
@@ -91,7 +85,8 @@ def _workdir(executor: run.Executor) -> str | None:
     """Where the ranks run, if they see this machine's files; "" on another machine, None where it changes each time."""
     if isinstance(executor, run.LocalExecutor):
         return "."
-    assert isinstance(executor, run.SlurmExecutor), f"no rule for {executor}"
+    if not isinstance(executor, run.SlurmExecutor):  # all others are containers
+        return None
     given = [value.partition("=")[2] for value in executor.srun_args or [] if value.startswith("--chdir=")]
     if executor.container_image is not None or not given:
         return None
@@ -100,7 +95,7 @@ def _workdir(executor: run.Executor) -> str | None:
 
 def _that_fit(config: RunConfig, executor: run.Executor) -> str:
     """Node counts that would pass; nothing when it is not the number of nodes that is wrong."""
-    if not isinstance(executor, run.SlurmExecutor):
+    if isinstance(executor, run.LocalExecutor):
         return ""
     nodes, devices, fitting = executor.nnodes(), executor.nproc_per_node(), []
     most = max(2 * nodes, config.parallelism.model_parallel_size)
@@ -138,6 +133,20 @@ def _check_absolute(config: RunConfig, in_container: bool) -> None:
                 f'{name} = "{path}" is relative, and the job runs {where}, in a directory that is new each time: '
                 f"write the absolute path that it has there{advice}"
             )
+
+
+def _check_mounted(config: RunConfig, executor: KubernetesExecutor) -> None:
+    where = " or ".join(executor.mounts) or "a volume: run.executor.pvc="
+    mounts = tuple(f"{path}/" for path in executor.mounts)
+    outside = {name: path for name, path in _paths(config) if not f"{path}/".startswith(mounts)}
+    if "output_dir" in outside:
+        raise ValueError(
+            f'output_dir = "{config.output_dir}" would be lost with the pods: it must be below {where}'
+            + ("" if executor.mounts else f", mounted at {executor.mount}")
+        )
+    if outside:
+        said = ", ".join(f"{name} = {path}" for name, path in outside.items())
+        print(f"warning: not below {where}, so they must be in the image: {said}", file=sys.stderr)
 
 
 def _check_files(config: RunConfig, workdir: Path) -> None:

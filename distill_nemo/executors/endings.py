@@ -21,29 +21,46 @@ def why_it_ended(job_dir: Path) -> str:
     for path, text in logs.items():
         if path.parent.name.isdigit() and path.match("attempt_*/*/stderr.log"):
             of_ranks[int(path.parent.name)] = of_ranks.get(int(path.parent.name), "") + text
-    return _why("\n".join(logs.values()), list(logs.values()), of_ranks)
+    everything = "\n".join(logs.values())
+    return _why(everything, _ended(everything), list(logs.values()), of_ranks)
 
 
-def why_a_log_ended(log: str) -> str:
+def why_a_log_ended(log: str, first_rank: int = 0) -> str:
     """`error: ...` of a task whose nodes write to one log, where torchrun marks each line with the node's own rank."""
+    return why_nodes_ended([(first_rank, log)])
+
+
+def why_nodes_ended(logs: list[tuple[int, str]]) -> str:
+    """`error: ...` of a task out of the log of each node, which begins at this rank."""
     of_ranks: dict[int, str] = {}
-    rest = []
-    for line in log.splitlines():
-        if mark := _MARK.match(line):
-            said = re.sub(r"^\[rank\d+\]: ?", "", line[mark.end() :])
-            of_ranks[int(mark[1])] = of_ranks.get(int(mark[1]), "") + said + "\n"
-        else:
-            rest.append(line)
-    return _why("\n".join([*of_ranks.values(), *rest]), list(of_ranks.values()), of_ranks)
+    rest, ended = [], []
+    for first_rank, log in logs:
+        ended += _ended(log, first_rank)
+        for line in log.splitlines():
+            if mark := _MARK.match(line):
+                said = re.sub(r"^\[rank\d+\]: ?", "", line[mark.end() :])
+                rank = first_rank + int(mark[1])
+                of_ranks[rank] = of_ranks.get(rank, "") + said + "\n"
+            else:
+                rest.append(line)
+    return _why("\n".join([*of_ranks.values(), *rest]), ended, list(of_ranks.values()), of_ranks)
 
 
-def _why(everything: str, logs: list[str], of_ranks: dict[int, str]) -> str:
+def _ended(text: str, first_rank: int = 0) -> list[tuple[str, int, int]]:
+    """Ranks that ended by themselves, in torchrun's words: the rank, the one its output has, its exit code."""
+    closed = _CLOSED.findall(text)
+    return [
+        (rank, first_rank + int(local), int(code))
+        for rank, local, code, pid in _ENDED.findall(text)
+        if pid not in closed
+    ]
+
+
+def _why(everything: str, ended: list[tuple[str, int, int]], logs: list[str], of_ranks: dict[int, str]) -> str:
     """A rank was killed, or what a rank said, or at least its last words.
 
     The ranks beside one that was killed lose their connections and say so, which is true but not the reason.
     """
-    closed = _CLOSED.findall(everything)
-    ended = [(rank, local, int(code)) for rank, local, code, pid in _ENDED.findall(everything) if pid not in closed]
     for rank, _, code in ended:
         if code < 0:
             name = signal.Signals(-code).name
@@ -53,7 +70,7 @@ def _why(everything: str, logs: list[str], of_ranks: dict[int, str]) -> str:
         if said := ERROR.search(text):
             return said.group().rstrip()
     for rank, local_rank, code in ended:
-        return f"error: rank {rank} ended with exit code {code}: {_last_words(of_ranks.get(int(local_rank), ''))}"
+        return f"error: rank {rank} ended with exit code {code}: {_last_words(of_ranks.get(local_rank, ''))}"
     return f"error: {_last_words(everything)}"
 
 

@@ -1,4 +1,4 @@
-"""Runs on SLURM after the command that submitted them has returned: seen and ended by their experiment's id."""
+"""Runs on a cluster after the command that submitted them has returned: seen and ended by their experiment's id."""
 
 import sys
 from pathlib import Path
@@ -8,13 +8,13 @@ import nemo_run as run
 from nemo_run.config import get_nemorun_home
 
 from distill_nemo.config import near
-from distill_nemo.executors.slurm_jobs import SlurmJob
-from distill_nemo.executors.stages import Stages, submitted, watch
+from distill_nemo.executors.cluster_jobs import ClusterJob
+from distill_nemo.executors.stages import Stages, cluster_job, submitted, watch
 
 
 def tell_detached(experiment: Stages) -> None:
     """What was submitted, and what to type about it; nothing of a local run, which was waited for."""
-    for job in _slurm_jobs(experiment):
+    for job in _cluster_jobs(experiment):
         print(submitted(job, experiment._id))
         print(f"see to it with `nemo distill status|logs|cancel experiment={experiment._id}`")
 
@@ -25,7 +25,7 @@ def status(experiment: str) -> None:
     for job in _jobs(experiment):
         state = job.state()
         print(f"{job.name}: job {job.id} {state}; logs in {job.folder}")
-        if state.ended and state.name != "COMPLETED":
+        if state.ended and not state.completed:
             failed = True
             print(job.why(state), file=sys.stderr)
     if failed:
@@ -53,10 +53,10 @@ def cancel(experiment: str) -> None:
             print(f"{job.name}: job {job.id} cancelled; it was {state}")
 
 
-def _jobs(experiment: str) -> list[SlurmJob]:
-    jobs = _slurm_jobs(_open(experiment))
+def _jobs(experiment: str) -> list[ClusterJob]:
+    jobs = _cluster_jobs(_open(experiment))
     if not jobs:
-        raise ValueError(f"experiment {experiment} has no jobs on SLURM: a local run ends with its command")
+        raise ValueError(f"experiment {experiment} has no jobs on a cluster: a local run ends with its command")
     return jobs
 
 
@@ -70,5 +70,5 @@ def _open(experiment: str) -> run.Experiment:
     return run.Experiment.from_id(experiment)
 
 
-def _slurm_jobs(experiment: Any) -> list[SlurmJob]:
-    return [SlurmJob.of(job) for job in experiment.jobs if isinstance(job.executor, run.SlurmExecutor) and job.handle]
+def _cluster_jobs(experiment: Any) -> list[ClusterJob]:
+    return [job for job in map(cluster_job, experiment.jobs) if job is not None]

@@ -16,8 +16,8 @@ class RankLines:
     `Stages` repeats on stderr.
     """
 
-    def __init__(self, torchrun: bool, one_node: bool = True) -> None:
-        self._torchrun, self._one_node = torchrun, one_node
+    def __init__(self, torchrun: bool, one_node: bool = True, first_rank: int = 0) -> None:
+        self._torchrun, self._one_node, self._first_rank = torchrun, one_node, first_rank
         self._hiding: dict[int, str] = {}  # rank -> what of its is not shown now
 
     def shown(self, line: str) -> str:
@@ -36,6 +36,7 @@ class RankLines:
             del self._hiding[rank]  # the exception itself
         if rank in self._hiding:
             return ""
+        rank += self._first_rank
         return f"rank {rank}: {line}" if rank and self._one_node else line  # torchrun numbers a node's own ranks
 
 

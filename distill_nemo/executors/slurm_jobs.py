@@ -6,25 +6,19 @@ only, shows the first attempt's log only, and leaves a job that it cannot see.
 
 import re
 import shlex
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distill_nemo.executors.cluster_jobs import ClusterJob, UnseenError
 from distill_nemo.executors.endings import why_a_log_ended
 from distill_nemo.executors.screen import RankLines
 
-INTERVAL = 2.0  # seconds between two looks
-UNSEEN = 30  # looks without an answer after which it is given up
 ENDED = (
     "COMPLETED FAILED CANCELLED TIMEOUT NODE_FAIL OUT_OF_MEMORY PREEMPTED BOOT_FAIL DEADLINE REVOKED LAUNCH_FAILED"
 ).split()
 _ACCOUNTED = "State,ExitCode,Elapsed,Timelimit,NodeList,Reason,Restarts"
-
-
-class UnseenError(RuntimeError):
-    """SLURM does not answer, or does not know the job."""
 
 
 @dataclass
@@ -44,15 +38,30 @@ class State:
         """Whether nothing more will come of it."""
         return self.name in ENDED
 
+    @property
+    def completed(self) -> bool:
+        """Whether it ended well."""
+        return self.name == "COMPLETED"
+
+    @property
+    def waits(self) -> str:
+        """Why it does not run yet."""
+        return self.reason if self.name == "PENDING" and self.reason != "None" else ""
+
+    @property
+    def stuck(self) -> bool:
+        """SLURM does not say so: limits and reservations change."""
+        return False
+
     def __str__(self) -> str:
         where = f" on {self.nodes}" if self.nodes not in ("", "(null)", "None assigned") else ""
-        why = f" ({self.reason})" if self.name == "PENDING" and self.reason not in ("", "None") else ""
+        why = f" ({self.waits})" if self.waits else ""
         again = f", started again {self.restarts} times" if self.restarts not in ("", "0") else ""
         return f"{self.name}{why}{where}, {self.elapsed} of {self.limit}{again}"
 
 
 @dataclass
-class SlurmJob:
+class SlurmJob(ClusterJob):
     """One submitted job, seen through NeMo-Run's tunnel: this machine or a login node."""
 
     name: str
@@ -61,6 +70,9 @@ class SlurmJob:
     folder: str  # of its logs, on the cluster
     one_node: bool = True
     _read: dict[str, int] = field(default_factory=dict)  # log -> lines shown
+
+    def __post_init__(self) -> None:
+        self._lines = RankLines(torchrun=True, one_node=self.one_node)
 
     @classmethod
     def of(cls, job: Any) -> "SlurmJob":
@@ -102,34 +114,10 @@ class SlurmJob:
             self._read[path] = begin + whole.count("\n")
             yield whole
 
-    def follow(self, out: Any) -> State:
-        """Write what the ranks say to `out` until the job has ended; returns how it ended.
-
-        Raises:
-            UnseenError: when SLURM has not shown it for a minute. The job goes on.
-        """
-        lines, unseen, before, told = RankLines(torchrun=True, one_node=self.one_node), 0, "", ""
-        while True:
-            try:
-                state, unseen = self.state(), 0
-            except UnseenError:
-                unseen += 1
-                if unseen == UNSEEN:
-                    raise
-                time.sleep(INTERVAL)
-                continue
-            waits = state.reason if state.name == "PENDING" else ""
-            if waits == before and waits not in ("", "None", told):  # some reasons last for a moment only
-                print(f"{self.name}: job {self.id} {state}", file=out, flush=True)
-                told = waits
-            before = waits
-            for text in self.new_text():
-                for line in re.findall(r".*\n", text):
-                    out.write(lines.shown(line))
-            out.flush()
-            if state.ended:
-                return state
-            time.sleep(INTERVAL)
+    def new_shown(self) -> Iterator[str]:
+        """What the ranks have said since the last call, as it is shown."""
+        for text in self.new_text():
+            yield from map(self._lines.shown, re.findall(r".*\n", text))
 
     def why(self, state: State) -> str:
         """`error: ...` of a job that did not complete."""

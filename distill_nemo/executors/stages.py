@@ -3,17 +3,23 @@
 import contextlib
 import shutil
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
 import nemo_run as run
+import yaml
 from invoke.exceptions import UnexpectedExit
 from nemo_run.core.frontend.console.api import CONSOLE
 
+from distill_nemo.executors.cluster_jobs import ClusterJob
 from distill_nemo.executors.endings import why_it_ended
 from distill_nemo.executors.interrupts import left_running
+from distill_nemo.executors.kubernetes_api import Refused
+from distill_nemo.executors.kubernetes_jobs import KubernetesJob
 from distill_nemo.executors.screen import JobOutput
 from distill_nemo.executors.slurm_jobs import SlurmJob
+from distill_nemo.executors.trainjob import KubernetesExecutor
 
 
 class Stages(run.Experiment):
@@ -35,7 +41,7 @@ class Stages(run.Experiment):
         """As NeMo-Run's.
 
         Raises:
-            ValueError: in the scheduler's words, when it refuses a job.
+            ValueError: in its words, when a cluster refuses a job.
         """
         try:
             super().run(**options)
@@ -43,6 +49,9 @@ class Stages(run.Experiment):
             shutil.rmtree(self._exp_dir)
             said = (error.result.stderr or error.result.stdout).strip().splitlines()
             raise ValueError(f"`{error.result.command.split()[0]}` failed: {'; '.join(said[-2:])}") from None
+        except Refused:
+            shutil.rmtree(self._exp_dir)
+            raise
 
     def _prepare(self, exist_ok: bool = False) -> None:
         CONSOLE.quiet, before = True, CONSOLE.quiet  # NeMo-Run tells how it sets its launcher
@@ -52,25 +61,24 @@ class Stages(run.Experiment):
             CONSOLE.quiet = before
 
     def show(self) -> None:
-        """Print the command and the batch script that would submit each task; nothing is left of it."""
+        """Print what would submit each task, a command and its batch script or objects of Kubernetes; leave nothing."""
         with contextlib.redirect_stdout(sys.stderr):
             self.dryrun(log=False, delete_exp_dir=False)
         try:
-            jobs: list[Any] = list(self.jobs)
-            for job in jobs:
-                path = Path(self._exp_dir, f"{job.executor.job_name}_sbatch.sh")
-                command = " ".join(job._dryrun_info.request.launch_cmd)
-                print(f"# {command} {job.executor.tunnel.job_dir}/{path.name}")
-                print(path.read_text())
+            for job in typing.cast(list[Any], self.jobs):
+                print(_manifests(job) if isinstance(job.executor, KubernetesExecutor) else self._script(job))
         finally:
             shutil.rmtree(self._exp_dir)
 
+    def _script(self, job: Any) -> str:
+        path = Path(self._exp_dir, f"{job.executor.job_name}_sbatch.sh")
+        command = " ".join(job._dryrun_info.request.launch_cmd)
+        return f"# {command} {job.executor.tunnel.job_dir}/{path.name}\n{path.read_text()}"
+
     def _wait_for_jobs(self, jobs: list[Any]) -> None:
-        on_slurm = [job for job in jobs if isinstance(job.executor, run.SlurmExecutor)]
-        self._wait_here([job for job in jobs if job not in on_slurm])
-        for job in on_slurm:
-            print(submitted(SlurmJob.of(job), self._id), flush=True)
-            watch(SlurmJob.of(job), self._id)
+        self._wait_here([job for job in jobs if cluster_job(job) is None])
+        for job in filter(None, map(cluster_job, jobs)):
+            watch(job, self._id, submitted(job, self._id) + "\n")
 
     def _wait_here(self, jobs: list[Any]) -> None:
         if not jobs:
@@ -87,16 +95,48 @@ class Stages(run.Experiment):
                 sys.exit(1)
 
 
-def submitted(job: SlurmJob, experiment: str) -> str:
-    """The first line of a run on SLURM."""
+def cluster_job(job: Any) -> ClusterJob | None:
+    """What NeMo-Run has submitted of `job`; None when it is not on a cluster."""
+    kinds = {run.SlurmExecutor: SlurmJob, KubernetesExecutor: KubernetesJob}
+    return kinds[type(job.executor)].of(job) if type(job.executor) in kinds and job.handle else None
+
+
+def _manifests(job: Any) -> str:
+    """YAML that `kubectl create -f` takes."""
+    request = job._dryrun_info.request
+    objects = job.executor.manifests(job.executor._trainjob_name(request.name), request.cmd)
+    owned = "# Submitted after the TrainJob, as its property: it is deleted with it.\n"
+    return "".join(f"---\n{owned if each['kind'] == 'ConfigMap' else ''}{_yaml(each)}" for each in objects).rstrip()
+
+
+def _yaml(manifest: dict[str, Any]) -> str:
+    """With files as a user would write them."""
+
+    class Dumper(yaml.SafeDumper):
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    def text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+        style = "|" if "\n" in value else None
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+    Dumper.add_representer(str, text)
+    return yaml.dump(manifest, Dumper=Dumper, sort_keys=False, width=10_000)
+
+
+def submitted(job: ClusterJob, experiment: str) -> str:
+    """The first line of a run on a cluster."""
     return f"{job.name}: submitted as job {job.id}, experiment {experiment}; logs in {job.folder}"
 
 
-def watch(job: SlurmJob, experiment: str) -> None:
-    """Show a job on SLURM until its end; exits 1 when it did not complete."""
+def watch(job: ClusterJob, experiment: str, first: str = "") -> None:
+    """Say `first`, and show a job until its end; exits 1 when it did not complete, or cannot start."""
     with left_running(f"job {job.id} goes on; `nemo distill cancel experiment={experiment}` ends it"):
+        print(first, end="", flush=True)
         state = job.follow(sys.stdout)
-    if state.name != "COMPLETED":
+    if not state.completed:
         print(f"{job.name}: job {job.id} {state}; logs in {job.folder}", file=sys.stderr)
         print(job.why(state), file=sys.stderr)
+        if not state.ended:
+            print(f"it still waits; `nemo distill cancel experiment={experiment}` ends it", file=sys.stderr)
         sys.exit(1)

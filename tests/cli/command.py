@@ -133,6 +133,12 @@ def the_recipes():
     return recipes
 
 
+def nemo_home(monkeypatch, path):
+    """NeMo-Run's home for `nemo_here`: it reads NEMORUN_HOME once, when it is imported."""
+    the_recipes()
+    monkeypatch.setattr("nemo_run.config._NEMORUN_HOME", str(path))
+
+
 def nemo_here(capfd, *words):
     """`nemo distill WORDS` without the four seconds of a process: for what starts nothing."""
     the_recipes()

@@ -17,7 +17,7 @@ from distill_nemo.config import ParallelismConfig, RunConfig, StudentConfig
 from distill_nemo.executors import slurm
 from distill_nemo.executors.secrets import refuse_secrets
 from distill_nemo.executors.slurm import seconds_of
-from tests.cli.command import nemo_here, shrunk
+from tests.cli.command import nemo_here, nemo_home, shrunk
 
 LLAMA = ("train", "--factory", "llama32_3b_to_1b")
 
@@ -34,7 +34,7 @@ def no_input(monkeypatch):
 def dry(inputs, tmp_path, monkeypatch, capfd):
     """The script of `run.executor=slurm` with further fields; in a directory of its own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("NEMORUN_HOME", str(tmp_path / "nemo"))
+    nemo_home(monkeypatch, tmp_path / "nemo")
 
     def script(*fields, **overrides):
         words = [*shrunk(inputs, **overrides), "run.executor=slurm", *(f"run.executor.{field}" for field in fields)]
@@ -136,6 +136,7 @@ def test_over_ssh_nothing_connects_and_paths_are_the_clusters(dry):
 def test_shipped_code_comes_first_and_what_is_not_shipped_is_said(dry, tmp_path):
     for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first", "--allow-empty"]):
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *command], check=True, cwd=tmp_path)
+    (tmp_path / ".git" / "info" / "exclude").write_text("nemo/\n")  # NeMo-Run's home, which the fixture puts here
     (tmp_path / "mine.py").write_text("changed = True\n")
     ended = dry("devices=2", "packager=git")
     assert re.search(r"^export PYTHONPATH=/\S+/train/code:\$PYTHONPATH$", ended.out, re.M)
@@ -174,7 +175,7 @@ def test_shipped_code_comes_first_and_what_is_not_shipped_is_said(dry, tmp_path)
 )
 def test_refused_before_anything_is_submitted(inputs, tmp_path, monkeypatch, capfd, fields, overrides, said):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("NEMORUN_HOME", str(tmp_path / "nemo"))
+    nemo_home(monkeypatch, tmp_path / "nemo")
     monkeypatch.setattr(shutil, "which", lambda name: None)
     words = [*shrunk(inputs, **overrides), "run.executor=slurm", *(f"run.executor.{field}" for field in fields)]
     ended = nemo_here(capfd, *LLAMA, *words)

@@ -1,0 +1,139 @@
+"""Kubernetes with Kubeflow Trainer, from arguments that a user of a cluster knows. `--dryrun` prints the objects."""
+
+import inspect
+import re
+from typing import Any
+
+import fiddle as fdl
+import nemo_run as run
+
+from distill_nemo.executors.local import ENVIRONMENT
+from distill_nemo.executors.slurm import seconds_of
+from distill_nemo.executors.trainjob import NAME, SINCE, KubernetesExecutor
+
+STOP_SECONDS = 300  # to finish a step and save, where a TrainJob can say so
+_TAINT = re.compile(r"([\w./-]+)(?:=([\w.-]*))?(?::(NoSchedule|PreferNoSchedule|NoExecute))?")
+
+
+@run.cli.factory(name="kubernetes", target=run.Executor)
+def kubernetes_config(
+    image: str = "",
+    namespace: str = "default",
+    nodes: int = 1,
+    devices: int = 1,
+    gpus: bool = True,
+    cpus: int | None = None,
+    memory: str | None = None,
+    shared_memory: str | None = "8Gi",
+    pvc: str | None = None,
+    mount: str = "/workspace",
+    pvc_size: str | None = None,
+    storage_class: str | None = None,
+    env: dict[str, str] | None = None,
+    secrets: dict[str, str] | None = None,
+    time: str | None = None,
+    stop_seconds: int | None = None,
+    node_selector: dict[str, str] | None = None,
+    tolerations: list[str] | None = None,
+    image_pull_secrets: list[str] | None = None,
+    service_account: str | None = None,
+    labels: dict[str, str] | None = None,
+    runtime: str = "torch-distributed",
+    trainer_version: str = "2.3",
+    context: str | None = None,
+) -> run.Config[KubernetesExecutor]:
+    """Kubernetes with Kubeflow Trainer: a TrainJob, one pod a node, `devices` ranks each.
+
+    Args:
+        image: container image that has distill-nemo.
+        namespace: where the job lives, and its secrets and volume claims.
+        nodes: how many pods.
+        devices: ranks a node, one for each GPU.
+        gpus: ask for `devices` GPUs a node (nvidia.com/gpu); false on CPU nodes.
+        cpus: CPU cores of a node that are asked for.
+        memory: of a node, asked for and at most, such as 200Gi.
+        shared_memory: at most in /dev/shm, counted as memory; None leaves the 64 MiB of a container.
+        pvc: claim of a volume that all nodes see: models, data and what the run writes.
+        mount: where the ranks see it; output_dir must be below.
+        pvc_size: make the claim, if it is not there, of this size, such as 500Gi. It is never deleted.
+        storage_class: of the claim that is made; None is the cluster's default.
+        env: environment of the ranks.
+        secrets: more of it, from Kubernetes Secrets: NAME to SECRET/KEY. Values are never seen here.
+        time: limit, in one of SLURM's formats: MINUTES, HOURS:MINUTES:SECONDS, DAYS-HOURS. Trainer 2.2 or later.
+        stop_seconds: how long ranks may save once they are told to stop: 300 with Trainer 2.3; before, the runtime's.
+        node_selector: labels that nodes must have.
+        tolerations: taints, as kubectl writes them: KEY=VALUE:EFFECT, KEY:EFFECT, KEY.
+        image_pull_secrets: names of Secrets for the image's registry. Trainer 2.1 or later.
+        service_account: the pods'.
+        labels: of all that is made, such as Kueue's queue name.
+        runtime: ClusterTrainingRuntime, which also says how often a pod is started again.
+        trainer_version: the cluster's Kubeflow Trainer: 2.0, 2.1, 2.2 or 2.3.
+        context: of the kubeconfig; None is the current one.
+
+    Raises:
+        ValueError: naming the field, what came, what is allowed.
+    """
+    for name, value in (("nodes", nodes), ("devices", devices), ("cpus", cpus), ("stop_seconds", stop_seconds)):
+        if value is not None and value < 1:
+            raise ValueError(f"run.executor.{name} must be at least 1, got {value}")
+    if stop_seconds is None and trainer_version >= SINCE["stop_seconds"]:
+        stop_seconds = STOP_SECONDS
+    torchrun = {
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(stop_seconds or STOP_SECONDS),  # or it kills ranks that still save
+        "PYTHONUNBUFFERED": "1",  # or the log gets their words at the end
+    }
+    fields: dict[str, Any] = {
+        "image": image,
+        "namespace": namespace,
+        "num_nodes": nodes,
+        "nprocs_per_node": devices,
+        "gpus_per_node": devices if gpus else None,
+        "cpu_requests": str(cpus) if cpus else None,
+        "memory_requests": memory,
+        "memory_limits": memory,
+        "shared_memory": shared_memory,
+        "pvc": pvc,
+        "mount": mount.rstrip("/"),
+        "pvc_size": pvc_size,
+        "storage_class": storage_class,
+        "env_vars": {**ENVIRONMENT, **torchrun, **{name: str(value) for name, value in (env or {}).items()}},
+        "env_list": [_secret(name, value) for name, value in (secrets or {}).items()],
+        "time": None if time is None else seconds_of(time),
+        "stop_seconds": stop_seconds,
+        "node_selector": dict(node_selector or {}),
+        "tolerations": [_toleration(taint) for taint in tolerations or []],
+        "image_pull_secrets": list(image_pull_secrets or []),
+        "service_account": service_account,
+        "labels": dict(labels or {}),
+        "runtime_ref": runtime,
+        "trainer_version": trainer_version,
+        "context": context,
+    }
+    KubernetesExecutor(**fields).check()
+    return run.Config(KubernetesExecutor, **fields)
+
+
+def kubernetes(*args: Any, **kwargs: Any) -> run.Executor:
+    """The executor that `run.executor=kubernetes` names on the command line, for Python: the same arguments."""
+    return fdl.build(kubernetes_config(*args, **kwargs))
+
+
+kubernetes.__signature__ = inspect.signature(kubernetes_config).replace(  # type: ignore
+    return_annotation=run.Executor
+)
+
+
+def _secret(name: str, value: str) -> dict[str, Any]:
+    secret, _, key = value.partition("/")
+    if not NAME.fullmatch(secret) or not re.fullmatch(r"[-._a-zA-Z0-9]+", key):
+        raise ValueError(f"run.executor.secrets: {name} must name a Kubernetes Secret and its key, SECRET/KEY")
+    return {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}}
+
+
+def _toleration(taint: str) -> dict[str, str]:
+    match = _TAINT.fullmatch(taint)
+    if match is None:
+        raise ValueError(f'run.executor.tolerations must be KEY=VALUE:EFFECT, KEY:EFFECT or KEY, got "{taint}"')
+    key, value, effect = match.groups()
+    found = {"key": key, "operator": "Exists" if value is None else "Equal"}
+    return {**found, **({} if value is None else {"value": value}), **({"effect": effect} if effect else {})}

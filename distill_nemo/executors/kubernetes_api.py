@@ -1,0 +1,102 @@
+"""Calls of the Kubernetes API: through the package `kubernetes`, which is needed when something is submitted only."""
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+from urllib3.exceptions import HTTPError
+
+from distill_nemo.executors.cluster_jobs import UnseenError
+
+TRAIN_JOBS = {"group": "trainer.kubeflow.org", "version": "v1alpha1", "plural": "trainjobs"}
+
+
+class Refused(ValueError):  # noqa: N818
+    """What Kubernetes does not take."""
+
+
+def connected(context: str | None) -> tuple[Any, Any]:
+    """Clients of custom objects and of core ones, as the kubeconfig says, or a pod's service account.
+
+    Raises:
+        ValueError: when there is neither, or no client.
+    """
+    try:
+        from kubernetes import client, config
+    except ImportError:
+        raise ValueError("the Kubernetes client is not installed: pip install -e '.[kubernetes]'") from None
+    try:
+        # The package itself reads KUBECONFIG when it is imported, which NeMo-Run does.
+        api = config.new_client_from_config(config_file=os.environ.get("KUBECONFIG") or None, context=context)
+    except config.ConfigException as error:
+        try:
+            config.load_incluster_config()
+        except config.ConfigException:
+            raise ValueError(
+                f"no Kubernetes cluster: {error} Set KUBECONFIG, or run.executor.context; --dryrun shows what would "
+                "be submitted"
+            ) from None
+        api = client.ApiClient()
+    return client.CustomObjectsApi(api), client.CoreV1Api(api)
+
+
+def created(executor: Any, manifest: dict[str, Any], exist_ok: bool = False) -> dict[str, Any]:
+    """Create an object, with every field of it or not at all; returns it as the cluster has it.
+
+    Raises:
+        Refused: in Kubernetes' words.
+    """
+    kind, where = manifest["kind"], {"namespace": executor.namespace, "body": manifest, "field_validation": "Strict"}
+    core = executor._core_v1_api
+    calls: dict[str, Callable[..., Any]] = {
+        "TrainJob": lambda **given: executor._custom_objects_api.create_namespaced_custom_object(**TRAIN_JOBS, **given),
+        "ConfigMap": core.create_namespaced_config_map,
+        "PersistentVolumeClaim": core.create_namespaced_persistent_volume_claim,
+    }
+    try:
+        made = calls[kind](**where)
+        return made if isinstance(made, dict) else made.to_dict()
+    except HTTPError as error:
+        raise Refused(f"Kubernetes does not answer: {error}") from None
+    except Exception as error:
+        status = getattr(error, "status", None)
+        if status == 409 and exist_ok:
+            return manifest
+        if status is None:
+            raise
+        raise Refused(f"Kubernetes refused the {kind}: {said_by(error)}{_advice(error, kind, executor)}") from None
+
+
+def _advice(error: Any, kind: str, executor: Any) -> str:
+    if kind == "TrainJob" and "unknown field" in said_by(error):
+        return f"; is its Trainer {executor.trainer_version}, as run.executor.trainer_version says?"
+    if kind == "TrainJob" and error.status == 404 and "namespaces" not in said_by(error):
+        return "; is Kubeflow Trainer installed on it?"
+    return ""
+
+
+def said_by(error: Any) -> str:
+    """The API's own message."""
+    try:
+        return str(json.loads(error.body)["message"])
+    except (TypeError, ValueError, KeyError):
+        return f"{error.status} {(error.body or error.reason or '').strip()}"
+
+
+def asked(call: Callable[[], Any]) -> Any:
+    """What Kubernetes answers; None for what is not there (any more, or yet).
+
+    Raises:
+        UnseenError: for another answer, or none.
+    """
+    from kubernetes.client.rest import ApiException
+
+    try:
+        return call()
+    except ApiException as error:
+        if error.status in (400, 404):  # 400: a log of a container that does not run yet
+            return None
+        raise UnseenError(f"Kubernetes does not show it: {said_by(error)}") from None
+    except HTTPError as error:
+        raise UnseenError(f"Kubernetes does not answer: {error}") from None

@@ -1,0 +1,288 @@
+"""Kubernetes objects of a run: a TrainJob of Kubeflow Trainer, the files that its pods read, a volume claim."""
+
+import json
+import re
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import fiddle as fdl
+import nemo_run as run
+from nemo_run.core.execution.kubeflow import KubeflowExecutor, KubeflowJobState
+from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
+from nemo_run.run.torchx_backend.schedulers.api import EXECUTOR_MAPPING
+
+from distill_nemo.config import near, save_yaml
+from distill_nemo.executors.kubernetes_api import Refused, connected, created
+from distill_nemo.executors.kubernetes_jobs import KubernetesJob
+from distill_nemo.executors.worker_config import run_config_of
+from distill_nemo.training.entry import distill
+
+FILES = "/nemo_run"  # where the pods find what is shipped: NeMo-Run's name
+MOST = 1_000_000  # bytes of a ConfigMap
+CONTAINER = "node"  # of Trainer's runtimes, and the name of their replicated job
+MANAGER = "distill-nemo/launcher"  # who patches, as Trainer 2.2 wants to know
+PATCHES = {
+    "2.0": "podSpecOverrides",
+    "2.1": "podTemplateOverrides",
+    "2.2": "runtimePatches",
+    "2.3": "runtimePatches",
+}
+SINCE = {  # the first Trainer whose TrainJob can say it; before, only its runtime can
+    "image_pull_secrets": "2.1",
+    "affinity": "2.1",
+    "pod_labels": "2.1",
+    "pod_annotations": "2.1",
+    "time": "2.2",
+    "stop_seconds": "2.3",
+}
+NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
+QUANTITY = re.compile(r"\d+(\.\d+)?(m|k|[KMGTPE]i?)?")
+SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|(API|ACCESS|PRIVATE)_?KEY)$")
+RESERVED = {f"PET_{name}" for name in ("NNODES", "NPROC_PER_NODE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")}
+RUNNER = "nemo_run.core.runners.fdl_runner"
+
+
+@dataclass(kw_only=True)
+class KubernetesExecutor(KubeflowExecutor):
+    """NeMo-Run's executor, without a cluster until something is submitted, and for every version of Trainer.
+
+    NeMo-Run's connects when it is made, copies files with kubectl, and patches pods as Trainer 2.1 does only.
+    """
+
+    trainer_version: str = "2.3"
+    pvc: str | None = None
+    mount: str = "/workspace"
+    pvc_size: str | None = None
+    storage_class: str | None = None
+    shared_memory: str | None = None
+    node_selector: dict[str, str] = field(default_factory=dict)
+    service_account: str | None = None
+    time: int | None = None  # seconds
+    stop_seconds: int | None = None
+    context: str | None = None
+
+    def __post_init__(self) -> None:
+        """Connect to nothing."""
+        self._kube_clients_loaded_at = float("-inf")  # NeMo-Run loads them when they are old
+
+    def check(self) -> None:
+        """Refuse what cannot run.
+
+        Raises:
+            ValueError: naming the field, what came, what is allowed.
+        """
+        if self.trainer_version not in PATCHES:
+            known = near(self.trainer_version, PATCHES)
+            raise ValueError(f'run.executor.trainer_version = "{self.trainer_version}" is not known.{known}')
+        for name, first in SINCE.items():
+            if getattr(self, name) and self.trainer_version < first:
+                raise ValueError(
+                    f"run.executor.{name} needs Trainer {first}, and run.executor.trainer_version is "
+                    f"{self.trainer_version}: there, set it in the runtime ({self.runtime_ref})"
+                )
+        for name, instead in (
+            ("retries", "the runtime's backoffLimit decides how often a pod is started again"),
+            ("workdir_pvc", "use pvc"),
+            ("workdir_local_path", "files must be in the image or on the pvc"),
+        ):
+            if getattr(self, name):
+                raise ValueError(f"run.executor.{name} is not supported on Kubernetes: {instead}")
+        self._check_names()
+        self._check_volumes()
+        for name in self.env_vars:
+            if name in RESERVED:
+                raise ValueError(f'run.executor.env: "{name}" is set by Trainer')
+            if SECRET.search(name.upper()):
+                raise ValueError(
+                    f'run.executor.env: "{name}" would be readable in the TrainJob; put it into a Kubernetes Secret '
+                    f"and write run.executor.secrets='{json.dumps({name: 'SECRET/KEY'})}'"
+                )
+
+    def _check_names(self) -> None:
+        if not self.image or " " in self.image:
+            raise ValueError(
+                f'run.executor.image must name a container image with distill-nemo in it, got "{self.image}"'
+            )
+        claims = {"namespace": self.namespace, "runtime": self.runtime_ref, "pvc": self.pvc}
+        for name, value in {**claims, "service_account": self.service_account}.items():
+            if value is not None and not NAME.fullmatch(value):
+                raise ValueError(f'run.executor.{name} must be a Kubernetes name (a-z, 0-9, "-", "."), got "{value}"')
+        sizes = {"memory": self.memory_requests, "shared_memory": self.shared_memory, "pvc_size": self.pvc_size}
+        for name, value in sizes.items():
+            if value is not None and not QUANTITY.fullmatch(value):
+                raise ValueError(f'run.executor.{name} must be a quantity such as 64Gi, got "{value}"')
+
+    def _check_volumes(self) -> None:
+        for name in ("pvc_size", "storage_class"):
+            if getattr(self, name) is not None and self.pvc is None:
+                raise ValueError(f"run.executor.{name} goes with pvc, the name of the claim to make")
+        if self.storage_class is not None and self.pvc_size is None:
+            raise ValueError("run.executor.storage_class goes with pvc_size: without one, no claim is made")
+        ours = (f"{FILES}/", "/dev/shm/")
+        if not re.fullmatch(r"(/[^/]+)+", self.mount) or f"{self.mount}/".startswith(ours):
+            raise ValueError(
+                f'run.executor.mount must be an absolute path, not below {FILES} or /dev/shm, got "{self.mount}"'
+            )
+
+    @property
+    def mounts(self) -> list[str]:
+        """Where the pods see volumes that outlive them."""
+        return [self.mount] * (self.pvc is not None) + [mount["mountPath"] for mount in self.volume_mounts]
+
+    def package_configs(self, *cfgs: tuple[str, str]) -> list[str]:
+        """As NeMo-Run's, but returns the pods' paths; a recipe of ours goes as the plain config that it is."""
+        paths = []
+        for name, text in cfgs:
+            recipe = ZlibJSONSerializer().deserialize(text) if name.endswith("_fn_or_script") else None
+            if isinstance(recipe, fdl.Partial) and recipe.__fn_or_cls__ is distill:
+                name = f"{name.removesuffix('_fn_or_script')}.yaml"
+                save_yaml(run_config_of(recipe), Path(self.job_dir, "configs", name))
+            else:
+                super().package_configs((name, text))
+            paths.append(f"{FILES}/configs/{name}")
+        return paths
+
+    def get_job_body(self, name: str, command: list[str]) -> dict[str, Any]:
+        """The TrainJob."""
+        body = super().get_job_body(name, under_torchrun(command))
+        spec = body["spec"]
+        patch = spec.pop("podTemplateOverrides", [{}])[0]
+        pod = {**patch.get("spec", {})}
+        volumes, mounts = self._volumes(name, command)
+        if volumes:
+            pod["volumes"] = [*self.volumes, *volumes]
+            pod["containers"] = [{"name": CONTAINER, "volumeMounts": [*self.volume_mounts, *mounts]}]
+        for field_name, value in (
+            ("nodeSelector", self.node_selector),
+            ("serviceAccountName", self.service_account),
+            ("terminationGracePeriodSeconds", self.stop_seconds),
+        ):
+            if value:
+                pod[field_name] = value
+        if self.time:
+            spec["activeDeadlineSeconds"] = self.time
+        template = {name: value for name, value in (("metadata", patch.get("metadata")), ("spec", pod)) if value}
+        if template:
+            spec[PATCHES[self.trainer_version]] = [_patch(self.trainer_version, template)]
+        return body
+
+    def _volumes(self, name: str, command: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Those of a pod, and where its container sees them."""
+        volumes, mounts = [], []
+        if files := self._shipped(command):
+            items = [{"key": Path(path).name, "path": path} for path in files]
+            volumes.append({"name": "files", "configMap": {"name": name, "items": items}})
+            mounts.append({"name": "files", "mountPath": FILES, "readOnly": True})
+        if self.pvc is not None:
+            volumes.append({"name": "work", "persistentVolumeClaim": {"claimName": self.pvc}})
+            mounts.append({"name": "work", "mountPath": self.mount})
+        if self.shared_memory is not None:
+            volumes.append({"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": self.shared_memory}})
+            mounts.append({"name": "shm", "mountPath": "/dev/shm"})
+        return volumes, mounts
+
+    def _shipped(self, command: list[str]) -> dict[str, str]:
+        """The files that `command` names: their text, by their path below `FILES`."""
+        paths = [word.removeprefix(f"{FILES}/") for word in command if word.startswith(f"{FILES}/")]
+        files = {path: Path(self.job_dir, path).read_text() for path in paths if Path(self.job_dir, path).is_file()}
+        if (size := sum(map(len, files.values()))) > MOST:
+            raise ValueError(f"a ConfigMap holds {MOST} bytes, and {', '.join(files)} have {size}: put them on the pvc")
+        return files
+
+    def manifests(self, name: str, command: list[str]) -> list[dict[str, Any]]:
+        """All that is submitted: the claim, if one is to be made; the files, if there are any; the TrainJob."""
+        self.check()
+        about: dict[str, Any] = {"namespace": self.namespace}
+        if self.labels:
+            about["labels"] = self.labels
+        objects: list[dict[str, Any]] = []
+        if self.pvc_size is not None:
+            spec = {
+                "accessModes": ["ReadWriteMany" if self.num_nodes > 1 else "ReadWriteOnce"],
+                "resources": {"requests": {"storage": self.pvc_size}},
+            }
+            if self.storage_class is not None:
+                spec["storageClassName"] = self.storage_class
+            metadata = {"name": self.pvc, **about}
+            objects.append({"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": metadata, "spec": spec})
+        if files := self._shipped(command):
+            data = {Path(path).name: text for path, text in files.items()}
+            objects.append({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name, **about}, "data": data})
+        return [*objects, self.get_job_body(name, command)]
+
+    # What NeMo-Run asks of an executor
+
+    def _load_kube_clients(self) -> None:
+        self._co_api, self._cv_api = connected(self.context)
+        self._kube_clients_loaded_at = time.monotonic()
+
+    def _trainjob_name(self, fallback: str) -> str:
+        """A DNS label must begin with a letter."""
+        return super()._trainjob_name(fallback if fallback[:1].isalpha() else f"run-{fallback}")
+
+    def launch(self, name: str, cmd: list[str], **_: Any) -> tuple[str, KubeflowJobState]:
+        """Submit; returns the TrainJob's name.
+
+        Raises:
+            ValueError: in Kubernetes' words, when it refuses.
+        """
+        name = self._trainjob_name(name)
+        *before, job = self.manifests(name, cmd)
+        claims = [each for each in before if each["kind"] == "PersistentVolumeClaim"]
+        for claim in claims:
+            created(self, claim, exist_ok=True)
+        owner = created(self, job)
+        reference = {key: owner[key] for key in ("apiVersion", "kind")}
+        reference |= {key: owner["metadata"][key] for key in ("name", "uid")}
+        try:  # pods wait for their files; these are deleted with the job
+            for each in before[len(claims) :]:
+                each["metadata"]["ownerReferences"] = [reference]
+                created(self, each)
+        except Refused:
+            self.cancel(name)
+            raise
+        return name, KubeflowJobState.CREATED
+
+    def status(self, job_name: str) -> KubeflowJobState | None:
+        """A job that was deleted has failed: NeMo-Run's own takes it for one that waits."""
+        state = KubernetesJob.named(self, job_name).state()
+        if state.completed:
+            return KubeflowJobState.SUCCEEDED
+        if state.ended:
+            return KubeflowJobState.FAILED
+        return KubeflowJobState.RUNNING if state.name == "Running" else KubeflowJobState.CREATED
+
+    def fetch_logs(self, job_name: str, stream: bool = False, lines: int = 100, timeout: int = 60) -> Any:
+        """What the ranks say, without kubectl."""
+        job = KubernetesJob.named(self, job_name)
+        yield from job.until_the_end() if stream else job.new_lines()
+
+
+# NeMo-Run looks executors up by their exact class; and it would wait where it is told to detach.
+EXECUTOR_MAPPING[KubernetesExecutor] = EXECUTOR_MAPPING[KubeflowExecutor]
+run.Experiment._DETACH_SUPPORTED_EXECUTORS += (KubernetesExecutor,)  # type: ignore
+run.Experiment._PARALLEL_SUPPORTED_EXECUTORS += (KubernetesExecutor,)  # type: ignore
+
+
+def under_torchrun(command: list[str]) -> list[str]:
+    """A command, once for every rank. torchrun takes the layout from what Trainer sets: PET_*."""
+    if command[0] == "torchrun":  # NeMo-Run's launcher; it leaves variables to a shell, and here is none
+        return [re.sub(r"\$(\w+)", r"$(\1)", word) for word in command]
+    if command[0] != "python":
+        command = ["--no-python", *command]
+    elif command[1:3] == ["-m", RUNNER] and command[-1].endswith(".yaml"):
+        command = ["-m", "distill_nemo", command[-1]]
+    else:
+        command = command[1:]
+    return ["torchrun", "--tee", "3", *command]
+
+
+def _patch(version: str, template: dict[str, Any]) -> dict[str, Any]:
+    """A pod template, as this Trainer's TrainJob says it."""
+    if PATCHES[version] == "runtimePatches":
+        job = {"name": CONTAINER, "template": {"spec": {"template": template}}}
+        return {"manager": MANAGER, "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [job]}}}}
+    target = {"targetJobs": [{"name": CONTAINER}]}
+    return {**target, **(template.get("spec", {}) if version == "2.0" else template)}

@@ -1,0 +1,265 @@
+"""A cluster for each version of Trainer, and the runs on them: three lanes side by side, since most of a run waits."""
+
+import base64
+import json
+import re
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.cli.command import PATIENCE, Command, Ended, last_step, nemo, shrunk, start
+from tests.launch.kubernetes.cluster import clusters as all_clusters
+from tests.launch.kubernetes.pods import IMAGES
+from tests.launch.kubernetes.schemas import fetch
+
+ONE_NODE = ("run.executor.nodes=1", "run.executor.devices=2")
+TWO_NODES = ("run.executor.nodes=2", "run.executor.devices=1")
+FOREVER = 100_000  # steps
+TOKEN = "not-to-be-seen-4711"
+
+
+@pytest.fixture(scope="session")
+def clusters(inputs, tmp_path_factory):
+    """By version; each with the volume `work`, and the inputs on it."""
+    fetch()
+    with all_clusters(tmp_path_factory.mktemp("clusters")) as running:
+        for cluster in running.values():
+            (cluster.claim("default", "work") / "inputs").symlink_to(inputs)
+            data = {"token": base64.b64encode(TOKEN.encode()).decode()}
+            secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "hub"}, "type": "Opaque", "data": data}
+            cluster.create("default", secret)
+        yield running
+
+
+@dataclass
+class Story:
+    """A run: its cluster, where it wrote, what its command printed, and what was typed about it afterwards."""
+
+    cluster: object
+    output: Path
+    ended: Ended
+    cwd: Path
+    typed: dict[str, Ended] = field(default_factory=dict)
+
+    @property
+    def experiment(self):
+        """The id of what was submitted."""
+        (found,) = (path.name for path in (self.cwd / "home/nemo/experiments").glob("*/*_*"))
+        return found
+
+
+@dataclass
+class Stage:
+    """Where a story plays: one cluster, and a directory for its commands."""
+
+    cluster: object
+    name: str
+    root: Path
+
+    @property
+    def mount(self):
+        """Where the pods see the volume: a path that exists here too."""
+        return self.cluster.root / "mounted" / "work"
+
+    @property
+    def output(self):
+        return self.cluster.claim("default", "work") / self.name
+
+    @property
+    def cwd(self):
+        return self.root / self.name
+
+    def executor(self, *words):
+        fields = {"image": IMAGES[0], "gpus": "false", "pvc": "work", "mount": self.mount, "pvc_size": "1Gi"}
+        fields["trainer_version"] = self.cluster.trainer
+        return ["run.executor=kubernetes", *(f"run.executor.{name}={value}" for name, value in fields.items()), *words]
+
+    def words(self, *words, **overrides):
+        """Of `nemo distill train` on the cluster."""
+        overrides = {"checkpoint__export": "false", "output_dir": self.mount / self.name, **overrides}
+        recipe = ["train", "--factory", "llama32_3b_to_1b", *shrunk(self.mount / "inputs", **overrides)]
+        return [*recipe, *self.executor(*words)]
+
+    def train(self, *words, **overrides):
+        """`nemo distill train` on the cluster, running."""
+        return start(*self.words(*words, **overrides), cwd=self.cwd, **self.cluster.environment)
+
+    def told(self, command, *words):
+        """`nemo distill COMMAND experiment=...` of what was submitted from this story's directory."""
+        (experiment,) = (path.name for path in (self.cwd / "home/nemo/experiments").glob("*/*_*"))
+        return nemo(command, f"experiment={experiment}", *words, cwd=self.cwd, **self.cluster.environment)
+
+    def until(self, ready):
+        """Wait for `ready()`; returns what it says."""
+        end = time.time() + PATIENCE
+        while not (found := ready()):
+            assert time.time() < end, self.cluster.objects
+            time.sleep(0.1)
+        return found
+
+    def at_step(self, step):
+        self.until(lambda: (last_step(self.output) or 0) >= step)
+
+    def story(self, ended, **typed):
+        return Story(self.cluster, self.output, ended, self.cwd, typed)
+
+
+@pytest.fixture(scope="session")
+def stories(clusters, tmp_path_factory):
+    """By name, every run on the clusters."""
+    root = tmp_path_factory.mktemp("stories")
+    lanes = ([two_nodes, not_finite, scripts], [detached, started_again], [no_image, left_alone, in_python])
+    trainers = {"not_finite": "2.0", "detached": "2.1"}
+
+    def play(lane):
+        return {
+            each.__name__: each(Stage(clusters[trainers.get(each.__name__, "2.3")], each.__name__, root))
+            for each in lane
+        }
+
+    with ThreadPoolExecutor(len(lanes)) as pool:
+        return {
+            name: story
+            for played in [pool.submit(play, lane) for lane in lanes]
+            for name, story in played.result().items()
+        }
+
+
+def two_nodes(stage):
+    secrets = json.dumps({"HF_TOKEN": "hub/token"})
+    return stage.story(stage.train(*TWO_NODES, f"run.executor.secrets={secrets}").ended())
+
+
+def detached(stage):
+    """Submitted; seen while it is there; followed to its end."""
+    ended = stage.train(*ONE_NODE, "--detach", checkpoint__export="true").ended()
+    return stage.story(ended, status=stage.told("status"), follow=stage.told("logs", "follow=true"))
+
+
+def not_finite(stage):
+    """A rank says why it ends."""
+    wild = {"optimizer__lr": 1e30, "optimizer__min_lr": 0, "optimizer__warmup_steps": 0}
+    return stage.story(stage.train(*TWO_NODES, **wild).ended())
+
+
+def started_again(stage):
+    """A rank is killed, and its pod started again; then the job is cancelled: the ranks save."""
+    forever = {"training__steps": FOREVER, "training__eval_interval": FOREVER}
+    command = stage.train(*TWO_NODES, "run.executor.runtime=again", **forever)
+    stage.at_step(5)
+    rank(stage.output, 1).kill()
+    log = next(pod for pod in stage.cluster.pods.values() if _is_of(pod.job, stage)).root / "log.1"
+    resumed = stage.until(lambda: log.exists() and re.search(r"resumed from \S+ at step (\d+)", log.read_text()))
+    stage.at_step(int(resumed[1]) + 6)
+    cancel = stage.told("cancel")
+    return stage.story(command.ended(), cancel=cancel)
+
+
+def no_image(stage):
+    """Nothing ever starts; the command says so and gives up."""
+    return stage.story(stage.train(*ONE_NODE, "run.executor.image=registry.local/no-such:1").ended())
+
+
+def left_alone(stage):
+    """Ctrl-C while the job waits."""
+    command = stage.train(*ONE_NODE, "run.executor.gpus=true")
+    said = command.process.stdout.readline()
+    command.signal(signal.SIGINT)
+    ended = command.ended()
+    return stage.story(Ended(ended.code, said + ended.out, ended.err))
+
+
+def in_python(stage):
+    """`run.run(recipe, executor=kubernetes(...))`, watched by NeMo-Run; then its deadline comes, and the ranks save."""
+    command = _script(stage, RECIPE)
+    stage.at_step(5)
+    jobs = [each for (kind, *_), each in stage.cluster.objects.items() if kind == "TrainJob"]
+    job = next(each for each in jobs if _is_of(each["metadata"]["name"], stage))
+    job["spec"]["activeDeadlineSeconds"] = 1
+    return stage.story(command.ended())
+
+
+def scripts(stage):
+    """`run.Script` in a shell, and a `run.Partial` that is no recipe of ours, on two nodes."""
+    return stage.story(_script(stage, SCRIPT).ended())
+
+
+def _script(stage, text):
+    stage.cwd.mkdir()
+    (stage.cwd / "script.py").write_text(text)
+    about = {"image": IMAGES[0], "pvc": "work", "mount": str(stage.mount), "gpus": False}
+    about["trainer_version"] = stage.cluster.trainer
+    words = [sys.executable, "script.py", json.dumps(about), stage.mount / stage.name]
+    return Command(words, stage.cwd, **stage.cluster.environment)
+
+
+def _is_of(job, stage):
+    """Whether a TrainJob was submitted from this story: its config says so."""
+    files = stage.cluster.objects.get(("ConfigMap", "default", job), {"data": {}})["data"]
+    return any(f"output_dir: {stage.mount / stage.name}\n" in text for text in files.values())
+
+
+def rank(output, number):
+    """The process of a rank of the run that writes to `output`; its helpers are not torchrun's children."""
+    for process in psutil.process_iter():
+        try:
+            line, environment, parent = process.cmdline(), process.environ(), process.parent()
+            ours = "distill_nemo" in line and environment.get("RANK") == str(number)
+            if (
+                ours
+                and any("torchrun" in word for word in parent.cmdline())
+                and output.name in Path(line[-1]).read_text()
+            ):
+                return process
+        except (psutil.Error, OSError, AttributeError):
+            continue
+    raise AssertionError(f"no rank {number} of {output}")
+
+
+RECIPE = """\
+import json
+import sys
+
+import nemo_run as run
+
+from distill_nemo.executors import kubernetes
+from recipes import llama32_3b_to_1b
+
+if __name__ == "__main__":
+    about, output = json.loads(sys.argv[1]), sys.argv[2]
+    inputs = f"{about['mount']}/inputs"
+    recipe = llama32_3b_to_1b(teacher=f"{inputs}/teacher", student=f"{inputs}/student")
+    recipe.output_dir = output
+    recipe.data.train, recipe.data.valid = [f"{inputs}/train"], [f"{inputs}/valid"]
+    recipe.data.tokenizer, recipe.data.sequence_length = f"{inputs}/tokenizer", 32
+    recipe.optimizer.warmup_steps = 1
+    recipe.parallelism.tensor_model_parallel_size, recipe.parallelism.sequence_parallel = 1, False
+    recipe.training.steps, recipe.training.eval_interval, recipe.training.global_batch_size = 100_000, 100_000, 2
+    recipe.logging.log_interval = 1
+    run.run(recipe, executor=kubernetes(time="01:00:00", **about), name="scripted")
+"""
+
+SCRIPT = """\
+import json
+import os
+import sys
+
+import nemo_run as run
+
+from distill_nemo.executors import Stages, kubernetes
+
+if __name__ == "__main__":
+    about, output = json.loads(sys.argv[1]), sys.argv[2]
+    shell = "mkdir -p " + output + "; echo $RANK of $WORLD_SIZE > " + output + "/rank_$RANK"
+    partial = run.Partial(os.makedirs, name=output + "/made", exist_ok=True)
+    with Stages.titled("scripts") as experiment:
+        for task, name in ((run.Script(inline=shell), "shell"), (partial, "partial")):
+            experiment.add(task, executor=kubernetes(nodes=2, **about), name=name)
+        experiment.run()
+"""
