@@ -1,4 +1,4 @@
-"""Cross entropy of vocabulary-sharded logits that are at hand for a moment. Legend: `vocab_parallel.py`; n some tokens."""
+"""Cross entropy of vocabulary-sharded logits, at temperature 1. Legend: `vocab_parallel.py`; n some tokens."""
 
 import torch
 import torch.distributed as dist

@@ -99,4 +99,5 @@ def _jensen_shannon_gradient(
 def _top_k_gradient(
     z: Tensor, t: Tensor, numbers: tuple[Tensor, ...], grad: Tensor, temperature: float, out: Tensor
 ) -> None:
-    top_k_gradient(z, *numbers, grad, temperature, out)
+    student_lse, columns, r, pull = numbers
+    top_k_gradient(z, student_lse, columns, r, pull, grad, temperature, out)

@@ -78,8 +78,8 @@ class CountedTokens(NamedTuple):
         index_M = (loss_mask_N > 0).nonzero().flatten()
         if len(index_M) == len(loss_mask_N):
             return CountedTokens(student, teacher, labels_N, loss_mask_N, None)
-        heads = (head._replace(hidden_NH=head.hidden_NH[index_M]) for head in (student, teacher))
-        return CountedTokens(*heads, labels_N[index_M], loss_mask_N[index_M], index_M)
+        student, teacher = (head._replace(hidden_NH=head.hidden_NH[index_M]) for head in (student, teacher))
+        return CountedTokens(student, teacher, labels_N[index_M], loss_mask_N[index_M], index_M)
 
 
 class Gradients(NamedTuple):

@@ -51,7 +51,8 @@ def fused_linear_losses(student: Head, teacher: Head, labels_N: Tensor, loss_mas
     widths = student.weight_vH.shape[0], teacher.weight_vH.shape[0]
     if widths[0] != widths[1]:
         raise ValueError(f"student logits would have {widths[0]} columns on this rank, teacher logits {widths[1]}")
-    teacher = Head(*(x if x is None else x.detach() for x in teacher))
+    bias_v = None if teacher.bias_v is None else teacher.bias_v.detach()
+    teacher = Head(teacher.hidden_NH.detach(), teacher.weight_vH.detach(), bias_v)
     differentiate = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in student)
     return Losses(*_FusedLinear.apply(*student, teacher, labels_N, loss_mask_N, loss, differentiate))  # pyright: ignore
 

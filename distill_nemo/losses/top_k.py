@@ -72,8 +72,8 @@ class _TopKForwardKL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_SB: Tensor) -> tuple[Tensor, None, None, None, None]:
-        student_SBv, *numbers = ctx.saved_tensors
-        out_SBv = student_SBv.new_empty(student_SBv.shape)
+        student_SBv, student_lse_SB, columns_Nc, r_SBc, pull_SB = ctx.saved_tensors
+        out_SBv, numbers = student_SBv.new_empty(student_SBv.shape), (student_lse_SB, columns_Nc, r_SBc, pull_SB)
         top_k_gradient(student_SBv, *numbers, grad_SB, ctx.temperature, out_SBv)
         return out_SBv, None, None, None, None
 

@@ -191,12 +191,12 @@ def start_gather(parts: list[Tensor], group: dist.ProcessGroup | None) -> Callab
         return lambda: [x[None] for x in parts]
     flat = torch.cat([x.flatten() for x in parts])
     num_ranks = dist.get_world_size(group)
-    gathered = flat.new_empty(num_ranks * len(flat))
-    work = dist.all_gather_single(gathered, flat, group=group, async_op=True)
+    everyone = flat.new_empty(num_ranks * len(flat))
+    work: Any = dist.all_gather_single(everyone, flat, group=group, async_op=True)
 
     def wait() -> list[Tensor]:
         work.wait()
-        pieces = gathered.view(num_ranks, -1).split([x.numel() for x in parts], dim=1)
+        pieces = everyone.view(num_ranks, -1).split([x.numel() for x in parts], dim=1)
         return [piece.unflatten(1, x.shape) for piece, x in zip(pieces, parts, strict=True)]
 
     return wait

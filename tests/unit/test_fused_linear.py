@@ -45,7 +45,7 @@ def of(name: str, group: Any = None, **changes: Any) -> FusedLoss:
 
 
 def oracle(
-    name: str, student: Head, teacher: Head, labels: Tensor, mask: Tensor, loss: FusedLoss
+    name: str, student: Head, teacher: Head, labels: Tensor, mask: Tensor, loss: FusedLoss, num_true: int = V
 ) -> dict[str, NDArray[np.float64]]:
     """In fp64: both sums, and the gradients of the weighted total."""
 
@@ -53,15 +53,15 @@ def oracle(
         return np.zeros(PADDED) if x is None else x.detach().double().numpy()
 
     (h, w, b), (g, u, c) = ([numpy(x) for x in head] for head in (student, teacher))
-    z, t = h @ w[:V].T + b[:V], g @ u[:V].T + c[:V]
+    z, t = h @ w[:num_true].T + b[:num_true], g @ u[:num_true].T + c[:num_true]
     kd, kd_slope = (loss.factor * x for x in reference.DIVERGENCES[name][1](z, t, loss.temperature))
-    target, weight = np.eye(V)[labels], numpy(mask)
+    target, weight = np.eye(num_true)[labels], numpy(mask)
     q = reference.softmax(z)
     lm, lm_slope = -np.log((q * target).sum(-1)), q - target
     slope = weight[:, None] * (float(loss.lm_weight) * lm_slope + float(loss.logits_weight) * kd_slope)
-    padded = np.pad(slope, ((0, 0), (0, PADDED - V)))
+    padded = np.pad(slope, ((0, 0), (0, PADDED - num_true)))
     sums = {"lm": (lm * weight).sum(), "logits": (kd * weight).sum()}
-    return sums | {"hidden": slope @ w[:V], "weight": padded.T @ h, "bias": padded.sum(0)}
+    return sums | {"hidden": slope @ w[:num_true], "weight": padded.T @ h, "bias": padded.sum(0)}
 
 
 def relative(found: Tensor | None, expected: NDArray[np.float64]) -> float:
