@@ -19,7 +19,7 @@ class GradientSum:
         self.parameter: Any = parameter
         main_grad: Any = getattr(parameter, "main_grad", None)
         self.direct = main_grad is not None and main_grad.dtype == torch.float32
-        self.sum: Tensor = main_grad if self.direct else torch.zeros_like(parameter, dtype=torch.float32)
+        self.sum: Any = main_grad if self.direct else torch.zeros_like(parameter, dtype=torch.float32)
 
     def finish(self, scale: Tensor) -> Tensor | None:
         """In backward: what to give autograd, `scale * sum` in the parameter's dtype, or None after adding directly.
