@@ -1,4 +1,7 @@
-"""Fused linear losses with the vocabulary on 2 and 4 gloo processes, against fp64, and what each rank sends."""
+"""Fused linear losses with the vocabulary on 2 and 4 gloo processes, against fp64, and what each rank sends.
+
+Whole runs with and without them; every layout's gradients against fp64 are in `tests/parity`.
+"""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +16,7 @@ from distill_nemo.losses.fused_linear import fused_linear_losses
 from tests import reference
 from tests.distributed.test_vocab_parallel import Collectives, shard, world
 from tests.spawn import Gloo
+from tests.training import changed, differences, metrics, tiny_run
 from tests.unit.test_fused_linear import PADDED, V, make_heads, make_targets, of, oracle, relative
 
 WEIGHTS = {"lm_weight": 0.3, "logits_weight": 0.7}
@@ -97,3 +101,45 @@ def test_a_chunks_collective_is_under_way_while_the_next_ones_logits_are_compute
     for events in group.run(order_of_events):
         one = ["logits", "logits", "gather begins"]  # student's and teacher's
         assert events == [*one, *one, "gather is awaited", *one, "gather is awaited", "gather is awaited"]
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "DP=2": {},
+    "TP=2": {"parallelism.tensor_model_parallel_size": 2},
+    "TP=2, SP": {"parallelism.tensor_model_parallel_size": 2, "parallelism.sequence_parallel": True},
+    "PP=2": {"parallelism.pipeline_model_parallel_size": 2},
+    "CP=2": {"parallelism.context_parallel_size": 2},
+}
+
+
+def train(inputs: Any, output: Any, changes: dict[str, Any]) -> list[str]:
+    """A run in chunks of 6 tokens; the shapes of what its last stage hands to the loss function."""
+    from distill_nemo.losses import fused_chunks
+    from distill_nemo.training import forward_step
+    from distill_nemo.training.entry import run_config
+
+    fused_chunks.CHUNK_BYTES = 6 * 4 * PADDED
+    shapes, fused = [], forward_step._fused
+
+    def watching(model: Any, hidden: Any, *args: Any) -> Any:
+        shapes.append(hidden.shape[-1])
+        return fused(model, hidden, *args)
+
+    forward_step._fused = watching
+    try:
+        run_config(changed(tiny_run(inputs, output, steps=3, eval_interval=3), changes))
+    finally:
+        forward_step._fused = fused
+    return shapes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_runs_are_those_of_whole_logits(inputs: Any, two: Gloo, tmp_path: Any, layout: str) -> None:
+    """Losses, gradient norms and held-out figures of three steps; fused is what a run does when nothing is said."""
+    weighed = {"distillation.lm_weight": 0.3, "distillation.temperature": 2.0, **LAYOUTS[layout]}
+    fused = two.run(train, inputs, tmp_path / "fused", weighed)
+    whole = two.run(train, inputs, tmp_path / "whole", weighed | {"distillation.fused_linear": False})
+    assert set(fused[1]) == {32 + 64} and whole == [[], []]
+    worst = differences(metrics(tmp_path / "fused"), metrics(tmp_path / "whole"))
+    assert {"lm_loss", "logit_loss", "kd_loss", "grad_norm", "forward_kl", "top1_agreement"} <= worst.keys()
+    assert max(worst.values()) < 1e-5, worst
