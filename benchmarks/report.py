@@ -18,10 +18,10 @@ RESULTS, PAGE, PLOT = (
 OURS, NOT_MEASURED = "distill-nemo", "not measured"
 HEAD = """# Performance
 
-Written by `make bench` from benchmarks/results/*.json. Forward and backward of KL(teacher‖student): of given bf16 logits,
-and of hidden states (fused linear). Ways to do it take turns in one process; figures are medians. Wall time is what a
-busy machine gives; processor time is what the work took. Memory of the rows with given logits is the peak beyond inputs
-and gradient, in units of one fp32 tensor of the logits.
+Written by `make bench` from benchmarks/results/*.json. Forward and backward of KL(teacher‖student), of bf16 logits that
+are given, or of hidden states (fused linear). Ways take turns in one process; figures are medians. Wall time is
+what a busy machine gives; processor time is what the work took. Memory of the rows with given logits is the peak beyond
+inputs and gradient, in units of one fp32 tensor of the logits.
 """
 
 
