@@ -27,6 +27,7 @@ parity: .venv/installed ## every layout, model and loss against fp64; writes doc
 
 bench: .venv/installed ## what the losses cost beside others, on this machine; writes docs/performance.md
 	@$(BIN)/python -W ignore -m benchmarks.kl $(ARGS)
+	@$(BIN)/python -W ignore -m benchmarks.fused_linear
 	@$(BIN)/python -m benchmarks.report
 
 soak: .venv/installed ## a run struck by twenty faults must end as one left alone; writes docs/reliability.md

@@ -12,11 +12,14 @@ from typing import Any
 import torch
 
 
-def interleaved(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
-    """Medians over `repeats` rounds, each of which runs every way once: seconds, and seconds of processor time."""
+def interleaved(ways: dict[str, Callable[[], Any]], repeats: int, warm: bool = False) -> dict[str, dict[str, float]]:
+    """Medians over `repeats` rounds, each of which runs every way once: seconds, and seconds of processor time.
+
+    `warm` says that every way has run already; otherwise each does before it is measured.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     processor: dict[str, list[float]] = {name: [] for name in ways}
-    for way in ways.values():
+    for way in () if warm else ways.values():
         way()  # compiles, allocates, warms up
     for _ in range(repeats):
         for name, way in ways.items():

@@ -91,6 +91,10 @@ def check(config: RunConfig, world_size: int) -> None:
         "distillation.hidden_loss and distillation.hidden_layers go together: set both or neither",
     )
     _check_divergence(kd)
+    require(
+        not (kd.fused_linear and kd.balancer == "static" and kd.logits_weight == 0),
+        "distillation.fused_linear = true needs a logits loss, but distillation.logits_weight = 0; leave it unset",
+    )
     if train.recompute is not None:
         _one_of("training.recompute", train.recompute, RECOMPUTE)
     for pair in kd.hidden_layers:

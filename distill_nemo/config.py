@@ -72,6 +72,7 @@ class DistillationConfig:
     hidden_weight: float = 0.0
     kd_loss_scale: float = 1.0
     skip_lm_loss: bool = True  # dynamic balancer only: train on the distillation loss alone
+    fused_linear: bool | None = None  # output layers as part of the loss, logits never whole; None: where possible
 
 
 @dataclass

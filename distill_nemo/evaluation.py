@@ -18,12 +18,8 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from distill_nemo.balancers import LOGITS_PREFIX
+from distill_nemo.losses.figures import figures_against_teacher
 from distill_nemo.losses.reduction import masked_sum
-from distill_nemo.losses.vocab_parallel import (
-    vocab_parallel_entropy,
-    vocab_parallel_forward_kl,
-    vocab_parallel_top1_agreement,
-)
 from distill_nemo.models.context_parallel import split_batch
 from distill_nemo.runtime.watchdog import beat
 
@@ -88,6 +84,9 @@ def eval_loss_func(
     """As `loss_func`, without a gradient, with what a teacher lets one measure: forward KL, agreement, entropy."""
     unwrapped: Any = unwrap_model(model)
     num_tokens = loss_mask.sum()
+    if getattr(unwrapped, "fused_output", None) is not None:
+        report = unwrapped.fused_output.figures(output_tensor, labels, loss_mask)
+        return report["lm_loss"], num_tokens.int(), counted(report, num_tokens)
     report = {"lm_loss": masked_sum(output_tensor, loss_mask)}
     if isinstance(unwrapped, mtd.DistillationModel) and unwrapped._layers_to_loss:
         report |= {name: masked_sum(x, loss_mask) for name, x in _against_teacher(unwrapped, labels).items()}
@@ -99,17 +98,10 @@ def _against_teacher(model: Any, labels: Tensor) -> dict[str, Tensor]:
     student, teacher = model.output_layer._intermediate_output, model.teacher_model.output_layer._intermediate_output
     kl: Any = next(f for f in model._layers_to_loss.values() if type(f).__name__.startswith(LOGITS_PREFIX))
     pair: tuple[Tensor, Tensor] = kl.prepare(student, teacher)
-    figures = {
-        "forward_kl": vocab_parallel_forward_kl(*pair, 1.0, kl.group).transpose(0, 1),
-        "top1_agreement": vocab_parallel_top1_agreement(*pair, kl.group).transpose(0, 1),
-        "teacher_entropy": vocab_parallel_entropy(pair[1], kl.group).transpose(0, 1),
-        "teacher_lm_loss": type(model.teacher_model).compute_language_model_loss(
-            model.teacher_model, labels, pair[1].float().clone()
-        ),
-    }
+    found_SB = figures_against_teacher(*pair, labels.transpose(0, 1), kl.group, kl.vocab_start)
     for student_layer, teacher_layer in model._layers_to_loss:
         student_layer._intermediate_output = teacher_layer._intermediate_output = None
-    return figures
+    return {name: values_SB.transpose(0, 1) for name, values_SB in found_SB.items()}
 
 
 def counted(report: dict[str, Tensor], num_tokens: Tensor) -> Report:

@@ -34,6 +34,7 @@ class Layout:
     micro_batch: int = 1
     distributed_optimizer: bool = False
     recompute: str | None = None
+    fused_linear: bool | None = None
 
     def config(self) -> ParallelismConfig:
         return ParallelismConfig(
@@ -72,6 +73,7 @@ class Case:
     def run_config(self, output: str, layout: Layout) -> RunConfig:
         teacher = TeacherConfig(checkpoint=self.teacher) if self.teacher else None
         kd, parallelism = DistillationConfig(**self.distillation), layout.config()
+        kd.fused_linear = layout.fused_linear
         run = RunConfig(output, StudentConfig(checkpoint=self.student), teacher, kd, parallelism)
         run.data.sequence_length = SEQUENCE
         run.training.micro_batch_size, run.training.global_batch_size = layout.micro_batch, GLOBAL_BATCH

@@ -6,15 +6,28 @@ some take besides. A new one is one file with function and gradient, one line he
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
+import torch.distributed as dist
 from torch import Tensor
 
-from distill_nemo.losses.jensen_shannon import vocab_parallel_jensen_shannon
-from distill_nemo.losses.reverse_kl import vocab_parallel_reverse_kl
-from distill_nemo.losses.top_k import vocab_parallel_top_k_forward_kl
-from distill_nemo.losses.vocab_parallel import vocab_parallel_forward_kl
+from distill_nemo.losses.jensen_shannon import jensen_shannon_steps, vocab_parallel_jensen_shannon
+from distill_nemo.losses.local import implementation
+from distill_nemo.losses.reverse_kl import reverse_kl_steps, vocab_parallel_reverse_kl
+from distill_nemo.losses.top_k import top_k_gradient, top_k_steps, vocab_parallel_top_k_forward_kl
+from distill_nemo.losses.vocab_parallel import Steps, forward_kl_steps, vocab_parallel_forward_kl
 
 Divergence = Callable[..., Tensor]
+
+
+class Parts(NamedTuple):
+    """A divergence in two halves, for who has the logits of a few tokens at a time (`fused_linear.py`)."""
+
+    steps: Callable[[Tensor, Tensor, float], Steps]  # of student and teacher logits, and temperature
+    # Of student and teacher logits, the numbers of `steps`, the gradient of each token's loss, temperature, and out,
+    # which may be either of the logits.
+    gradient: Callable[[Tensor, Tensor, tuple[Tensor, ...], Tensor, float, Tensor], None]
+
 
 DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": vocab_parallel_forward_kl,  # KL(teacher || student)
@@ -51,3 +64,40 @@ def choose(
             raise ValueError(f"beta must lie between 0 and 1, both excluded, got {beta}: use forward_kl or reverse_kl")
         return partial(vocab_parallel_jensen_shannon, beta=beta, overwrite_student_logits=overwrite_student_logits)
     return partial(DIVERGENCES[name], overwrite_student_logits=overwrite_student_logits)
+
+
+def choose_parts(
+    name: str, beta: float = 0.5, top_k: int | None = None, group: dist.ProcessGroup | None = None
+) -> Parts:
+    """The divergence that `choose` would give for these, in its halves.
+
+    Raises:
+        ValueError: as `choose`.
+    """
+    choose(name, beta, top_k)
+    if top_k is not None:
+        rank = 0 if group is None else dist.get_rank(group)
+        return Parts(partial(top_k_steps, top_k=top_k, rank=rank), _top_k_gradient)
+    if name == "jensen_shannon":
+        return Parts(partial(jensen_shannon_steps, beta=beta), partial(_jensen_shannon_gradient, beta))
+    steps = {"forward_kl": forward_kl_steps, "reverse_kl": reverse_kl_steps}[name]
+    return Parts(steps, partial(_kl_gradient, f"{name}_gradient"))
+
+
+def _kl_gradient(
+    function: str, z: Tensor, t: Tensor, numbers: tuple[Tensor, ...], grad: Tensor, temperature: float, out: Tensor
+) -> None:
+    getattr(implementation(z, t), function)(z, t, *numbers, grad, temperature, out)
+
+
+def _jensen_shannon_gradient(
+    beta: float, z: Tensor, t: Tensor, numbers: tuple[Tensor, ...], grad: Tensor, temperature: float, out: Tensor
+) -> None:
+    implementation(z, t).jensen_shannon_gradient(z, t, *numbers, grad, temperature, beta, out)
+
+
+def _top_k_gradient(
+    z: Tensor, t: Tensor, numbers: tuple[Tensor, ...], grad: Tensor, temperature: float, out: Tensor
+) -> None:
+    student_lse, columns, r, pull = numbers
+    top_k_gradient(z, student_lse, columns, r, pull, grad, temperature, out)

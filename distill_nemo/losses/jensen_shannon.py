@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distill_nemo.losses.local import gradient_buffer, implementation
-from distill_nemo.losses.vocab_parallel import gather
+from distill_nemo.losses.vocab_parallel import Steps, gathered
 
 
 def vocab_parallel_jensen_shannon(
@@ -53,6 +53,19 @@ def vocab_parallel_jensen_shannon(
     return _JensenShannon.apply(*args)  # pyright: ignore
 
 
+def jensen_shannon_steps(student_SBv: Tensor, teacher_SBv: Tensor, temperature: float, beta: float) -> Steps:
+    """Two gathers; numbers: the log-sum-exps of student and teacher, and KL(q || m)."""
+    pair = student_SBv, teacher_SBv
+    local = implementation(*pair)
+    student_lse_SB, _, teacher_lse_SB = local.kl_statistics(*pair, temperature)
+    lse_R2SB = yield torch.stack([student_lse_SB, teacher_lse_SB])
+    student_lse_SB, teacher_lse_SB = lse_R2SB.logsumexp(0)
+    kls_R2SB = yield local.jensen_shannon_kls(*pair, student_lse_SB, teacher_lse_SB, temperature, beta)
+    teacher_kl_SB, student_kl_SB = kls_R2SB.sum(0)
+    loss_SB = beta * teacher_kl_SB + (1 - beta) * student_kl_SB
+    return loss_SB, (student_lse_SB, teacher_lse_SB, student_kl_SB)
+
+
 class _JensenShannon(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -64,16 +77,10 @@ class _JensenShannon(torch.autograd.Function):
         beta: float,
         overwrite: bool,
     ) -> Tensor:
-        pair = student_SBv, teacher_SBv
-        local = implementation(*pair)
-        student_lse_SB, _, teacher_lse_SB = local.kl_statistics(*pair, temperature)
-        lse = torch.stack([student_lse_SB, teacher_lse_SB])
-        student_lse_SB, teacher_lse_SB = gather(lse, group).logsumexp(0)
-        kls = local.jensen_shannon_kls(*pair, student_lse_SB, teacher_lse_SB, temperature, beta)
-        teacher_kl_SB, student_kl_SB = gather(kls, group).sum(0)
-        ctx.save_for_backward(*pair, student_lse_SB, teacher_lse_SB, student_kl_SB)
+        loss_SB, numbers_SB = gathered(jensen_shannon_steps(student_SBv, teacher_SBv, temperature, beta), group)
+        ctx.save_for_backward(student_SBv, teacher_SBv, *numbers_SB)
         ctx.temperature, ctx.beta, ctx.overwrite = temperature, beta, overwrite
-        return beta * teacher_kl_SB + (1 - beta) * student_kl_SB
+        return loss_SB
 
     @staticmethod
     @once_differentiable

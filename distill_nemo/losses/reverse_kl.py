@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distill_nemo.losses.local import gradient_buffer, implementation
-from distill_nemo.losses.vocab_parallel import kl_parts
+from distill_nemo.losses.vocab_parallel import Steps, gathered, kl_steps
 
 
 def vocab_parallel_reverse_kl(
@@ -44,6 +44,12 @@ def vocab_parallel_reverse_kl(
     return _ReverseKL.apply(*args)  # pyright: ignore
 
 
+def reverse_kl_steps(student_SBv: Tensor, teacher_SBv: Tensor, temperature: float) -> Steps:
+    """One gather; numbers: the student's log-sum-exp and the mean of a - b."""
+    student_lse_SB, mean_SB, teacher_lse_SB = yield from kl_steps(student_SBv, teacher_SBv, temperature)
+    return mean_SB - student_lse_SB + teacher_lse_SB, (student_lse_SB, mean_SB)
+
+
 class _ReverseKL(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -54,10 +60,10 @@ class _ReverseKL(torch.autograd.Function):
         group: dist.ProcessGroup | None,
         overwrite: bool,
     ) -> Tensor:
-        student_lse_SB, mean_SB, teacher_lse_SB = kl_parts(student_SBv, teacher_SBv, temperature, group)
-        ctx.save_for_backward(student_SBv, teacher_SBv, student_lse_SB, mean_SB)
+        loss_SB, numbers_SB = gathered(reverse_kl_steps(student_SBv, teacher_SBv, temperature), group)
+        ctx.save_for_backward(student_SBv, teacher_SBv, *numbers_SB)
         ctx.temperature, ctx.overwrite = temperature, overwrite
-        return mean_SB - student_lse_SB + teacher_lse_SB
+        return loss_SB
 
     @staticmethod
     @once_differentiable

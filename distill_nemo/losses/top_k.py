@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distill_nemo.losses.eager import chunks, lse_and_mean, write_gradient
-from distill_nemo.losses.vocab_parallel import gather
+from distill_nemo.losses.vocab_parallel import Steps, gathered
 
 
 def vocab_parallel_top_k_forward_kl(
@@ -63,38 +63,62 @@ class _TopKForwardKL(torch.autograd.Function):
         group: dist.ProcessGroup | None,
         top_k: int,
     ) -> Tensor:
-        columns, parts = [], []
-        for _, (a, b) in chunks(temperature, student_SBv, teacher_SBv):
-            columns.append(_largest(b, min(top_k, b.shape[-1])))
-            parts.append(torch.stack([_split(x, columns[-1]) for x in (a, b)]))
-        ranks_R2SBc = gather(torch.cat(parts, dim=1).unflatten(1, student_SBv.shape[:-1]), group)
-        order_SBn, (a_SBm, b_SBm) = _buckets(ranks_R2SBc, top_k)
-        teacher_lse_SB, mean_SB = lse_and_mean(b_SBm, b_SBm - a_SBm)
-        student_lse_SB = a_SBm.logsumexp(-1)
-
-        # log r_j - a_j of the tail's tokens: -inf where the teacher has no mass there, even if the student has none.
-        pull_SB = b_SBm[..., -1] - teacher_lse_SB - a_SBm[..., -1]
-        pull_SB = pull_SB.masked_fill(b_SBm[..., -1] == -torch.inf, -torch.inf)
         rank = 0 if group is None else dist.get_rank(group)
-        a_SBc, b_SBc = ranks_R2SBc[rank, ..., :-1]
-        kept_SBn = torch.zeros_like(order_SBn, dtype=torch.bool).scatter_(-1, order_SBn[..., :top_k], True)
-        kept_SBc = kept_SBn.unflatten(-1, (len(ranks_R2SBc), -1))[..., rank, :]
-        log_r_SBc = torch.where(kept_SBc, b_SBc - teacher_lse_SB[..., None], a_SBc + pull_SB[..., None])
-        ctx.save_for_backward(student_SBv, torch.cat(columns).int(), log_r_SBc.exp_(), student_lse_SB, pull_SB)
+        loss_SB, numbers = gathered(top_k_steps(student_SBv, teacher_SBv, temperature, top_k, rank), group)
+        ctx.save_for_backward(student_SBv, *numbers)
         ctx.temperature = temperature
-        return mean_SB - teacher_lse_SB + student_lse_SB
+        return loss_SB
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_SB: Tensor) -> tuple[Tensor, None, None, None, None]:
-        student_SBv, columns_Nc, *numbers_SB = ctx.saved_tensors
-        r_Nc, student_lse_N, pull_N = (x.flatten(0, 1) for x in numbers_SB)
-        out_SBv = student_SBv.new_empty(student_SBv.shape)
-        for rows, (a,) in chunks(ctx.temperature, student_SBv):
-            r = (a + pull_N[rows, None]).exp_().scatter_(-1, columns_Nc[rows].long(), r_Nc[rows])
-            q = a.sub_(student_lse_N[rows, None]).exp_()
-            write_gradient(out_SBv, rows, q.sub_(r), grad_SB, 1 / ctx.temperature)
+        student_SBv, student_lse_SB, columns_Nc, r_SBc, pull_SB = ctx.saved_tensors
+        out_SBv, numbers = student_SBv.new_empty(student_SBv.shape), (student_lse_SB, columns_Nc, r_SBc, pull_SB)
+        top_k_gradient(student_SBv, *numbers, grad_SB, ctx.temperature, out_SBv)
         return out_SBv, None, None, None, None
+
+
+def top_k_steps(student_SBv: Tensor, teacher_SBv: Tensor, temperature: float, top_k: int, rank: int) -> Steps:
+    """One gather; numbers: the student's log-sum-exp, columns and r of the candidates, and `log r_j - a_j` of the tail.
+
+    `rank` is this one's place among those that share the vocabulary.
+    """
+    columns, parts = [], []
+    for _, (a, b) in chunks(temperature, student_SBv, teacher_SBv):
+        columns.append(_largest(b, min(top_k, b.shape[-1])))
+        parts.append(torch.stack([_split(x, columns[-1]) for x in (a, b)]))
+    ranks_R2SBc = yield torch.cat(parts, dim=1).unflatten(1, student_SBv.shape[:-1])
+    order_SBn, (a_SBm, b_SBm) = _buckets(ranks_R2SBc, top_k)
+    teacher_lse_SB, mean_SB = lse_and_mean(b_SBm, b_SBm - a_SBm)
+    student_lse_SB = a_SBm.logsumexp(-1)
+
+    # log r_j - a_j of the tail's tokens: -inf where the teacher has no mass there, even if the student has none.
+    pull_SB = b_SBm[..., -1] - teacher_lse_SB - a_SBm[..., -1]
+    pull_SB = pull_SB.masked_fill(b_SBm[..., -1] == -torch.inf, -torch.inf)
+    a_SBc, b_SBc = ranks_R2SBc[rank, ..., :-1]
+    kept_SBn = torch.zeros_like(order_SBn, dtype=torch.bool).scatter_(-1, order_SBn[..., :top_k], True)
+    kept_SBc = kept_SBn.unflatten(-1, (len(ranks_R2SBc), -1))[..., rank, :]
+    log_r_SBc = torch.where(kept_SBc, b_SBc - teacher_lse_SB[..., None], a_SBc + pull_SB[..., None])
+    numbers = student_lse_SB, torch.cat(columns).int(), log_r_SBc.exp_(), pull_SB
+    return mean_SB - teacher_lse_SB + student_lse_SB, numbers
+
+
+def top_k_gradient(
+    student_SBv: Tensor,
+    student_lse_SB: Tensor,
+    columns_Nc: Tensor,
+    r_SBc: Tensor,
+    pull_SB: Tensor,
+    grad_SB: Tensor,
+    temperature: float,
+    out_SBv: Tensor,
+) -> None:
+    """`grad (q - r) / T` into `out_SBv`."""
+    r_Nc, student_lse_N, pull_N = r_SBc.flatten(0, -2), student_lse_SB.flatten(), pull_SB.flatten()
+    for rows, (a,) in chunks(temperature, student_SBv):
+        r = (a + pull_N[rows, None]).exp_().scatter_(-1, columns_Nc[rows].long(), r_Nc[rows])
+        q = a.sub_(student_lse_N[rows, None]).exp_()
+        write_gradient(out_SBv, rows, q.sub_(r), grad_SB, 1 / temperature)
 
 
 def _largest(logits: Tensor, num: int) -> Tensor:

@@ -9,6 +9,7 @@ With temperature T: a = student/T, b = teacher/T, q = softmax(a), p = softmax(b)
 Padded columns hold -inf on both sides and count for nothing, even where they fill a rank's shard.
 """
 
+from collections.abc import Callable, Generator
 from typing import Any
 
 import torch
@@ -18,6 +19,11 @@ from torch.autograd.function import once_differentiable
 
 from distill_nemo.losses.eager import chunks, lse_and_mean
 from distill_nemo.losses.local import gradient_buffer, implementation
+
+# What one rank does for a divergence: it yields what to gather, is sent [R, ...], and returns the loss of every token
+# and the numbers that its gradient needs, the student's log-sum-exp first. `gathered` runs it for logits that are
+# given; `fused_linear.py` computes other tokens while the collective is under way.
+Steps = Generator[Tensor, Tensor, tuple[Tensor, tuple[Tensor, ...]]]
 
 
 def vocab_parallel_forward_kl(
@@ -64,10 +70,10 @@ class _ForwardKL(torch.autograd.Function):
         group: dist.ProcessGroup | None,
         overwrite: bool,
     ) -> Tensor:
-        teacher_lse_SB, mean_SB, student_lse_SB = kl_parts(teacher_SBv, student_SBv, temperature, group)
-        ctx.save_for_backward(student_SBv, teacher_SBv, student_lse_SB, teacher_lse_SB)
+        loss_SB, numbers_SB = gathered(forward_kl_steps(student_SBv, teacher_SBv, temperature), group)
+        ctx.save_for_backward(student_SBv, teacher_SBv, *numbers_SB)
         ctx.temperature, ctx.overwrite = temperature, overwrite
-        return mean_SB - teacher_lse_SB + student_lse_SB
+        return loss_SB
 
     @staticmethod
     @once_differentiable
@@ -136,16 +142,32 @@ class _GatherSequence(torch.autograd.Function):
         return grad_SB.narrow(0, ctx.start, ctx.length), None
 
 
-def kl_parts(
-    p_logits_SBv: Tensor, q_logits_SBv: Tensor, temperature: float, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward_kl_steps(student_SBv: Tensor, teacher_SBv: Tensor, temperature: float) -> Steps:
+    """One gather; numbers: the log-sum-exps of student and teacher."""
+    teacher_lse_SB, mean_SB, student_lse_SB = yield from kl_steps(teacher_SBv, student_SBv, temperature)
+    return mean_SB - teacher_lse_SB + student_lse_SB, (student_lse_SB, teacher_lse_SB)
+
+
+def kl_steps(
+    p_logits_SBv: Tensor, q_logits_SBv: Tensor, temperature: float
+) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
     """`KL(p || q) = mean - p_lse + q_lse` as (p_lse, mean, q_lse), [S, B] fp32 each; mean is E_p[p logits - q logits].
 
-    Collectives: one all-gather of the shards' three numbers, 12 bytes per token and rank.
+    One gather of the shards' three numbers, 12 bytes per token and rank.
     """
     pair = p_logits_SBv, q_logits_SBv
-    stats_R3SB = gather(implementation(*pair).kl_statistics(*pair, temperature), group)
+    stats_R3SB = yield implementation(*pair).kl_statistics(*pair, temperature)
     return *merge(stats_R3SB[:, 0], stats_R3SB[:, 1]), stats_R3SB[:, 2].logsumexp(0)
+
+
+def gathered(steps: Steps, group: dist.ProcessGroup | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Run `steps` to their end, one all-gather for each time they ask."""
+    local = next(steps)
+    while True:
+        try:
+            local = steps.send(gather(local, group))
+        except StopIteration as end:
+            return end.value
 
 
 def merge(lse_RSB: Tensor, mean_RSB: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,3 +183,20 @@ def gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     gathered = x.new_empty(num_ranks * x.shape[0], *x.shape[1:])  # gloo wants them one after the other
     dist.all_gather_single(gathered, x.contiguous(), group=group)
     return gathered.unflatten(0, (num_ranks, -1))
+
+
+def start_gather(parts: list[Tensor], group: dist.ProcessGroup | None) -> Callable[[], list[Tensor]]:
+    """Begin to gather several at once, in one collective: call what is returned for [R, ...] of each."""
+    if group is None or dist.get_world_size(group) == 1:
+        return lambda: [x[None] for x in parts]
+    flat = torch.cat([x.flatten() for x in parts])
+    num_ranks = dist.get_world_size(group)
+    everyone = flat.new_empty(num_ranks * len(flat))
+    work: Any = dist.all_gather_single(everyone, flat, group=group, async_op=True)
+
+    def wait() -> list[Tensor]:
+        work.wait()
+        pieces = everyone.view(num_ranks, -1).split([x.numel() for x in parts], dim=1)
+        return [piece.unflatten(1, x.shape) for piece, x in zip(pieces, parts, strict=True)]
+
+    return wait

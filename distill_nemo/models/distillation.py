@@ -6,6 +6,7 @@ and ModelOpt's own plugin lacks or gets wrong (docs/semantics of each in the fun
 
 import copy
 import re
+import sys
 from types import MethodType
 from typing import Any
 
@@ -21,6 +22,7 @@ from distill_nemo.balancers import LogitsAndIntermediatesLossBalancer, WeightedL
 from distill_nemo.config import DistillationConfig
 from distill_nemo.losses.hidden import HiddenStateCosineLoss, HiddenStateMSELoss
 from distill_nemo.losses.logits import LogitsKLLoss
+from distill_nemo.models.fused_output import FusedOutput, hand_on_hidden_states, why_not_fused
 from distill_nemo.models.hidden_losses import HiddenLosses
 
 HIDDEN = {"cosine": HiddenStateCosineLoss, "mse": HiddenStateMSELoss}
@@ -40,9 +42,11 @@ def convert_to_distillation_model(
         vocab_size: the true vocabulary; columns beyond it take no probability.
 
     Raises:
-        ValueError: on every stage, for a hidden layer that does not exist or pairs that lie on different stages.
+        ValueError: on every stage, for a hidden layer that does not exist or pairs that lie on different stages; on the
+            last one for an output layer that cannot be part of the loss, if it must.
     """
     pairs = hidden_pairs(student, teacher, distill_cfg)
+    fused = build_fused_output(student, teacher, distill_cfg, vocab_size)
     if not logits_count(distill_cfg):
         _drop_output_layer(teacher)
     balancer: Any = build_balancer(distill_cfg)
@@ -53,6 +57,7 @@ def convert_to_distillation_model(
     model._loss_modules = nn.ModuleDict(modules)  # by the number in the config: the same at every layout
     losses = HiddenLosses(pairs, len(distill_cfg.hidden_layers), lambda: balancer.weights()[2])
     object.__setattr__(model, "hidden_losses", losses)
+    object.__setattr__(model, "fused_output", fused)
     return adjust_distillation_model_for_mcore(model, distill_cfg)
 
 
@@ -94,6 +99,30 @@ def build_criterion(
         top_k=distill_cfg.top_k,
     )
     return {("output_layer", "output_layer"): logits}
+
+
+def build_fused_output(
+    student: GPTModel, teacher: GPTModel, distill_cfg: DistillationConfig, vocab_size: int
+) -> FusedOutput | None:
+    """The losses of hidden states on the last stage, unless they are off or cannot be.
+
+    Raises:
+        ValueError: where `fused_linear` is true, but cannot be.
+    """
+    if not student.post_process or not logits_count(distill_cfg) or distill_cfg.fused_linear is False:
+        return None
+    reason = why_not_fused(student, teacher)
+    if reason is not None and distill_cfg.fused_linear:
+        raise ValueError(f"distillation.fused_linear = true is not possible: {reason}; leave it unset")
+    if reason is not None:
+        if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0 == _tensor_parallel_rank():
+            print(f"note: losses are computed from whole logits: {reason}", file=sys.stderr, flush=True)
+        return None
+    return FusedOutput(student, teacher, distill_cfg, vocab_size, _tensor_parallel_group(student))
+
+
+def _tensor_parallel_rank() -> int:
+    return parallel_state.get_tensor_model_parallel_rank()
 
 
 def _tensor_parallel_group(student: GPTModel) -> Any:
@@ -190,7 +219,8 @@ def adjust_distillation_model_for_mcore(
     - the teacher's LM loss is never computed; the student's is, without a graph where it does not count in the loss;
     - Megatron's vocab-parallel cross entropy writes into fp32 logits, so it gets a copy and the KD loss the original;
     - between pipeline stages travels student‖teacher, of the summed width (`wire_config`);
-    - the loss mask reaches the hidden losses on every stage.
+    - the loss mask reaches the hidden losses on every stage;
+    - with a fused output, the last stage hands on hidden states too (`models/fused_output.py`).
     """
     overrides = (_train, _sharded_state_dict, _forward, _set_input_tensor)
     for function in overrides:
@@ -227,11 +257,14 @@ def _sharded_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _forward(self: Any, *args: Any, loss_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
     self.hidden_losses.loss_mask_BS = loss_mask
+    fused = self.fused_output is not None and kwargs.get("labels") is not None
+    if fused:
+        kwargs["output_processor"] = hand_on_hidden_states
     with torch.no_grad():
         teacher_output = self.teacher_model(*args, **kwargs)
     with self.only_student_forward():
         student_output = type(self).forward(self, *args, **kwargs)
-    if self.post_process:
+    if self.post_process and not fused:
         return student_output
     return torch.cat([student_output, teacher_output.to(student_output.dtype)], dim=-1)
 

@@ -81,7 +81,14 @@ def finalise(model: nn.Module) -> nn.Module:
     if not isinstance(model, mtd.DistillationModel):
         return model
     vars(model).pop("hidden_losses").remove()
-    for name in ("train", "sharded_state_dict", "forward", "set_input_tensor", "compute_language_model_loss"):
+    for name in (
+        "fused_output",
+        "train",
+        "sharded_state_dict",
+        "forward",
+        "set_input_tensor",
+        "compute_language_model_loss",
+    ):
         vars(model).pop(name, None)
     student = mtd.export(model)
     state = ModeloptStateManager(student).state_dict()

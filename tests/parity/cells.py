@@ -99,6 +99,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "full recomputation": {"changes": (("recompute", "full"),)},
     "selective recomputation": {"changes": (("recompute", "selective"),)},
     "an all-masked micro batch": {"masked": "first"},
+    "whole logits": {"changes": (("fused_linear", False),)},
 }
 
 

@@ -21,7 +21,10 @@ def groups(one, two):
 
 
 def chosen(layout: str) -> list[Cell]:
-    """Of a layout: every loss under TP=2, every pair of models under TP=2 x PP=2, every way in the virtual pipeline."""
+    """Of a layout: every loss under TP=2, every pair of models under TP=2 x PP=2, every way in the virtual pipeline.
+
+    Where nothing is said the losses are fused with the output layers; "whole logits" is without that.
+    """
     of_layout = [cell for cell in cells() if cell.layout == layout]
     dense = [cell for cell in of_layout if cell.models == ("llama", "teacher")]
     usual = [cell for cell in dense if cell.loss in EVERYWHERE and not cell.way]
@@ -31,6 +34,7 @@ def chosen(layout: str) -> list[Cell]:
         "PP=4, VPP=2": [cell for cell in of_layout if cell.way],
         "DP=4": [cell for cell in of_layout if cell.way in ("distributed optimizer", "an all-masked micro batch")],
         "EP=2, DP=2": of_layout,
+        "TP=2, SP": [cell for cell in of_layout if cell.way == "whole logits"],
     }
     return list(dict.fromkeys(usual + more.get(layout, [])))
 

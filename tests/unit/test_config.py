@@ -148,6 +148,7 @@ def test_no_teacher_round_trips(tmp_path):
             1,
             'with divergence = "forward_kl"',
         ),
+        ({"distillation__fused_linear": True, "distillation__logits_weight": 0.0}, 1, "fused_linear = true needs a"),
         ({"distillation__beta": 1.0}, 1, "distillation.beta must be between 0 and 1"),
         ({"training__recompute": "ful"}, 1, "Did you mean full"),
         ({"parallelism__sequence_parallel": True}, 1, "needs parallelism.tensor_model_parallel_size"),

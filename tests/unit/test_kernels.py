@@ -21,12 +21,20 @@ ROOT = Path(__file__).parents[2]
 
 LOW = "not (low_precision and dtype0)"  # Triton's interpreter does not round to bf16, it cuts off; kernels round
 TWO_RANKS = ["tests/distributed/test_vocab_parallel.py", "-k", "test_logits_loss and tp2 and 2.0 and not top"]
+FUSED = ["tests/unit/test_fused_linear.py", "-k", "values and weights2 and some and not top"]
 
 
 @pytest.mark.parametrize(
     ("name", "tests"),
-    [("eager", FILES), ("eager", TWO_RANKS), ("triton", [*FILES, "-k", LOW]), ("triton", TWO_RANKS)],
-    ids=["eager", "eager, two ranks", "triton", "triton, two ranks"],
+    [
+        ("eager", FILES),
+        ("eager", TWO_RANKS),
+        ("eager", FUSED),
+        ("triton", [*FILES, "-k", LOW]),
+        ("triton", TWO_RANKS),
+        ("triton", FUSED),
+    ],
+    ids=["eager", "eager, two ranks", "eager, fused", "triton", "triton, two ranks", "triton, fused"],
 )
 def test_every_test_of_the_divergences_passes(name: str, tests: list[str]) -> None:
     """Where they run by themselves they try the compiled C."""

@@ -39,8 +39,9 @@ def _call(case, run, num_rows):
     model.train()
     batch = {name: tensor[:num_rows] for name, tensor in case.batch().items()}
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-    assert output.shape == (num_rows, SEQUENCE)
-    loss, num_tokens, report = loss_func(batch["loss_mask"], model, output)
+    fused = getattr(model, "fused_output", None) is not None
+    assert output.shape == ((SEQUENCE, num_rows, 2 * 64) if fused else (num_rows, SEQUENCE))
+    loss, num_tokens, report = loss_func(batch["loss_mask"], model, output, batch["labels"])
     loss.backward()
     largest = max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None)
     return loss.item(), num_tokens, {name: value.tolist() for name, value in report.items()}, largest

@@ -35,12 +35,17 @@ def quantised(inputs, one, tmp_path_factory):
     return path, *one.run(in_one_process, quantise, str(inputs / "student"), str(path))[0]
 
 
-def load(path, teacher):
-    from distill_nemo.config import TeacherConfig
+def load(path, teacher, fused_linear=None):
+    from distill_nemo.config import DistillationConfig, TeacherConfig
     from distill_nemo.models.provider import finalise, model_provider
 
-    student = StudentConfig(str(path), **STATED)
-    pair = model_provider(student=student, teacher=TeacherConfig(str(teacher)), parallelism=ParallelismConfig())
+    pair = model_provider(
+        student=StudentConfig(str(path), **STATED),
+        teacher=TeacherConfig(str(teacher)),
+        distillation=DistillationConfig(fused_linear=fused_linear),
+        parallelism=ParallelismConfig(),
+    )
+    assert pair.fused_output is None
     quantizers = sum("Quantizer" in type(module).__name__ for module in pair.teacher_model.modules())
     return logits(pair), logits(finalise(pair)), quantizers
 
@@ -51,6 +56,12 @@ def test_the_students_quantizers_are_restored_and_the_teacher_has_none(quantised
     assert (plain - expected).abs().max() > 1e-3, "quantising changes nothing: the test would show nothing"
     assert torch.equal(pair, expected) and torch.equal(finalised, expected)
     assert of_teacher == 0
+
+
+def test_its_output_layer_cannot_be_part_of_the_loss(quantised, inputs, one):
+    """Left alone the run takes whole logits (every run here does)."""
+    with pytest.raises(ValueError, match="fused_linear = true is not possible: the student's output layer is a Quant"):
+        one.run(in_one_process, load, quantised[0], inputs / "teacher", True)
 
 
 def train(inputs, path, output, steps, tensor=1, pipeline=1, export=False):

@@ -1,0 +1,172 @@
+"""KL from hidden states, forward and backward: `python -m benchmarks.fused_linear` writes results/fused_linear_*.json.
+
+Bf16 hidden states and output weights of student and teacher in; gradients of the student's hidden states and, added to
+an fp32 `main_grad` as Megatron's DDP does, of its weight out. On a machine with a GPU the row for GPUs is measured,
+elsewhere the one for CPU.
+"""
+
+import argparse
+import functools
+import gc
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.kl import RESULTS, modelopt, ours
+from benchmarks.measure import interleaved, machine, peak_bytes
+from distill_nemo.losses.divergences import choose_parts
+from distill_nemo.losses.fused_chunks import FusedLoss, Head
+from distill_nemo.losses.fused_linear import fused_linear_losses
+from distill_nemo.runtime.device import setup_device
+
+Way = Callable[["Inputs"], None]
+OURS, UNFUSED, MODELOPT, PRODUCTS = "distill-nemo", "matmuls + our KL", "matmuls + ModelOpt's KL", "matmuls"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """N, widths of student and teacher, V."""
+
+    tokens: int
+    student_width: int
+    teacher_width: int
+    vocabulary: int
+
+    @property
+    def flops(self) -> int:
+        """Of logits on both sides, and of the student's two gradients."""
+        return 2 * self.tokens * self.vocabulary * (3 * self.student_width + self.teacher_width)
+
+
+CPU_SHAPE = Shape(2048, 1024, 2048, 128256)
+GPU_SHAPE = Shape(8192, 4096, 4096, 128256)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Leaves of the student, and the teacher's."""
+
+    student: Head
+    teacher: Head
+    labels_N: Tensor
+    main_grad_vH: Tensor
+
+
+def main() -> None:
+    """Measure what this machine can, and write it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=1, help="a pass of the CPU row takes 20 to 50 s on an idle core")
+    parser.add_argument("--threads", type=int, default=1, help="a run has one thread in each process")
+    parser.add_argument("--shape", type=int, nargs=4, metavar=("N", "HS", "HT", "V"), help="another shape")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    setup_device()
+    gpu = torch.cuda.is_available()
+    shape = Shape(*arguments.shape) if arguments.shape else GPU_SHAPE if gpu else CPU_SHAPE
+    ways = {OURS: fused, UNFUSED: functools.partial(unfused, ours), MODELOPT: functools.partial(unfused, modelopt())}
+    others = {PRODUCTS: products} | liger() if gpu else {}
+    row = compare(shape, max(arguments.repeats, 10 if gpu else 1), ways | others)
+    text = json.dumps({"machine": machine(), "repeats": arguments.repeats, "rows": [row]}, indent=1)
+    if not arguments.shape:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"fused_linear_{'gpu' if gpu else 'cpu'}.json").write_text(text + "\n")
+    print(text)
+
+
+def compare(shape: Shape, repeats: int, ways: dict[str, Way]) -> dict[str, Any]:
+    """Seconds, and peak memory beyond inputs, `main_grad` and the hidden states' gradient, in bytes."""
+    inputs, memory = make_inputs(shape), {}
+    runs = {name: functools.partial(step, way, inputs) for name, way in ways.items()}
+    for name, run in runs.items():  # warms up too
+        inputs.student.hidden_NH.grad = None
+        gc.collect()
+        memory[name] = peak_bytes(run) - inputs.student.hidden_NH.numel() * 2
+    found = interleaved(runs, repeats, warm=True)
+    for name in ways:
+        found[name]["extra_bytes"] = memory[name]
+    sizes = {"tokens": shape.tokens, "widths": [shape.student_width, shape.teacher_width]}
+    return sizes | {"vocabulary": shape.vocabulary, "dtype": "bfloat16", "flops": shape.flops, "ways": found}
+
+
+def make_inputs(shape: Shape) -> Inputs:
+    """Logits of about 4."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def head(width: int) -> Head:
+        sizes = (shape.tokens, width), (shape.vocabulary, width)
+        hidden, weight = (torch.randn(size, device=device, dtype=torch.bfloat16) for size in sizes)
+        return Head(hidden, weight.mul_(4 / width**0.5))
+
+    student, teacher = head(shape.student_width), head(shape.teacher_width)
+    leaf = Head(student.hidden_NH.requires_grad_(), student.weight_vH.requires_grad_())
+    labels = torch.randint(shape.vocabulary, (shape.tokens,), device=device)
+    return Inputs(leaf, teacher, labels, torch.zeros_like(leaf.weight_vH, dtype=torch.float32))
+
+
+def step(way: Way, inputs: Inputs) -> None:
+    """One forward and backward pass."""
+    inputs.student.hidden_NH.grad = inputs.student.weight_vH.grad = None
+    way(inputs)
+
+
+def fused(inputs: Inputs) -> None:
+    """As the training loop does it; the LM loss comes with it."""
+    weight: Any = inputs.student.weight_vH
+    weight.main_grad = inputs.main_grad_vH
+    mask_N = torch.ones(len(inputs.labels_N), device=weight.device)
+    loss = FusedLoss(choose_parts("forward_kl"))
+    fused_linear_losses(inputs.student, inputs.teacher, inputs.labels_N, mask_N, loss).total.backward()
+
+
+def unfused(loss: Callable[[Tensor, Tensor], Tensor], inputs: Inputs) -> None:
+    """Whole logits, then a loss of them."""
+    teacher = inputs.teacher.hidden_NH[:, None] @ inputs.teacher.weight_vH.T
+    student = inputs.student.hidden_NH[:, None] @ inputs.student.weight_vH.T
+    total = loss(student, teacher).sum()
+    del student, teacher
+    total.backward()
+    _as_ddp(inputs)
+
+
+def products(inputs: Inputs) -> None:
+    """The matrix products alone."""
+    student, weight = (x.detach() for x in inputs.student[:2])
+    logits = student @ weight.T
+    inputs.teacher.hidden_NH @ inputs.teacher.weight_vH.T
+    inputs.student.hidden_NH.grad, inputs.student.weight_vH.grad = logits @ weight, logits.T @ student
+
+
+def liger() -> dict[str, Way]:
+    """Liger's fused losses (`pip install liger-kernel`); beta 0 is KL(teacher || student)."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    chunked: Any = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0)
+    jsd = LigerFusedLinearJSD(jsd_beta=0.0)
+
+    def fused_jsd(inputs: Inputs) -> None:
+        (s, w, _), (t, u, _) = inputs.student, inputs.teacher
+        jsd(s, w, t, u, None).backward()
+        _as_ddp(inputs)
+
+    def chunked_distillation(inputs: Inputs) -> None:
+        (s, w, _), (t, u, _) = inputs.student, inputs.teacher
+        chunked(s, w, t, u, inputs.labels_N).backward()
+        _as_ddp(inputs)
+
+    return {"Liger fused_linear_jsd": fused_jsd, "Liger chunked distillation": chunked_distillation}
+
+
+def _as_ddp(inputs: Inputs) -> None:
+    """What the hook of Megatron's DDP does."""
+    assert inputs.student.weight_vH.grad is not None
+    inputs.main_grad_vH.add_(inputs.student.weight_vH.grad)
+    inputs.student.weight_vH.grad = None
+
+
+if __name__ == "__main__":
+    main()

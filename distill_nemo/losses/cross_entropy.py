@@ -1,0 +1,52 @@
+"""Cross entropy of vocabulary-sharded logits, at temperature 1. Legend: `vocab_parallel.py`; n some tokens."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distill_nemo.losses.local import implementation
+from distill_nemo.losses.vocab_parallel import gather
+
+
+@torch.no_grad()
+def vocab_parallel_cross_entropy(
+    logits_SBv: Tensor, labels_SB: Tensor, group: dist.ProcessGroup | None = None, vocab_start: int = 0
+) -> Tensor:
+    """`F.cross_entropy(logits, labels, reduction="none")` of every token, at temperature 1. No gradient.
+
+    Collectives: one all-gather, 8 bytes per token and rank.
+
+    Returns:
+        [S, B] fp32, the same on every rank.
+    """
+    local = torch.stack([local_lse(logits_SBv), label_logits(logits_SBv, labels_SB, vocab_start)])
+    lse_R_SB, label_R_SB = gather(local, group).unbind(1)
+    return lse_R_SB.logsumexp(0) - label_R_SB.sum(0)
+
+
+def local_lse(logits_SBv: Tensor) -> Tensor:
+    """Log-sum-exp over the shard: [S, B] fp32."""
+    return implementation(logits_SBv, logits_SBv).kl_statistics(logits_SBv, logits_SBv, 1.0)[0]
+
+
+def label_logits(logits_SBv: Tensor, labels_SB: Tensor, vocab_start: int) -> Tensor:
+    """The label's logit where it is in this shard, else 0: [S, B] fp32. Summed over ranks it is the label's logit."""
+    inside_SB, column_SB = _columns(labels_SB, vocab_start, logits_SBv.shape[-1])
+    found_SB = logits_SBv.gather(-1, column_SB[..., None])[..., 0].float()
+    return torch.where(inside_SB, found_SB, 0.0)
+
+
+def add_cross_entropy_gradient(
+    logits_nv: Tensor, labels_n: Tensor, vocab_start: int, lse_n: Tensor, grad_n: Tensor, out_nv: Tensor
+) -> None:
+    """`out += grad (softmax(logits) - [j = label])`, `lse` over the whole vocabulary. Overwrites fp32 `logits`."""
+    inside_n, column_n = _columns(labels_n, vocab_start, logits_nv.shape[-1])
+    out_nv.add_(logits_nv.sub_(lse_n[:, None]).exp_().mul_(grad_n[:, None]))
+    out_nv.scatter_add_(-1, column_n[:, None], torch.where(inside_n, -grad_n, 0.0)[:, None])
+
+
+def _columns(labels: Tensor, vocab_start: int, width: int) -> tuple[Tensor, Tensor]:
+    """Whether each label is in this shard, and its column there (0 where it is not)."""
+    column = labels - vocab_start
+    inside = (column >= 0) & (column < width)
+    return inside, torch.where(inside, column, 0)

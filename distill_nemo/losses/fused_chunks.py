@@ -1,0 +1,131 @@
+"""What a fused linear loss is made of: its inputs, the tokens that count, their logits chunk by chunk, gradient sums.
+
+Legend: `fused_linear.py`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distill_nemo.losses import gemm
+from distill_nemo.losses.divergences import Parts
+from distill_nemo.losses.main_grad import GradientSum
+
+# Of one side's fp32 logits of a chunk; there are two sides, and under tensor parallelism two chunks.
+CHUNK_BYTES, CUDA_CHUNK_BYTES = 64 * 2**20, 512 * 2**20
+
+
+class Head(NamedTuple):
+    """The last hidden states, and the output layer that would make logits of them."""
+
+    hidden_NH: Tensor
+    weight_vH: Tensor
+    bias_v: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class FusedLoss:
+    """What to compute.
+
+    Args:
+        divergence: from `divergences.choose_parts`.
+        temperature: T > 0, divides the logits of both sides in the divergence.
+        factor: of the divergence; T^2 where gradients should keep their size.
+        lm_weight: of the LM loss in the total; a tensor is not read by the host. 0.0: it has no gradient.
+        logits_weight: of the divergence in the total.
+        group: the ranks that share the vocabulary; None: v is the whole vocabulary.
+        vocab_start: global index of this rank's first column.
+        num_true: columns of this shard that are tokens; those after them are padding, without probability.
+        upstream: the upstream gradient to expect. Any other is right too, unless a parameter has Megatron's
+            `main_grad`: its gradient is added there in forward, before the upstream gradient is known.
+        chunk_tokens: n; None: by the memory that a chunk's logits take.
+    """
+
+    divergence: Parts
+    temperature: float = 1.0
+    factor: float = 1.0
+    lm_weight: float | Tensor = 0.0
+    logits_weight: float | Tensor = 1.0
+    group: dist.ProcessGroup | None = None
+    vocab_start: int = 0
+    num_true: int | None = None  # None: all
+    upstream: float = 1.0
+    chunk_tokens: int | None = None
+
+    @property
+    def lm_counts(self) -> bool:
+        """Whether the LM loss is differentiated."""
+        return isinstance(self.lm_weight, Tensor) or self.lm_weight != 0
+
+
+class CountedTokens(NamedTuple):
+    """Both heads with the hidden states of the tokens that count, their labels and masks."""
+
+    student: Head
+    teacher: Head
+    labels_M: Tensor
+    weight_M: Tensor
+    index_M: Tensor | None  # among all tokens; None: all count
+
+    @staticmethod
+    def of(student: Head, teacher: Head, labels_N: Tensor, loss_mask_N: Tensor) -> "CountedTokens":
+        """Leave the masked tokens out. On CUDA the host waits here for the mask, whose sum it must know."""
+        loss_mask_N = loss_mask_N.float()
+        index_M = (loss_mask_N > 0).nonzero().flatten()
+        if len(index_M) == len(loss_mask_N):
+            return CountedTokens(student, teacher, labels_N, loss_mask_N, None)
+        student, teacher = (head._replace(hidden_NH=head.hidden_NH[index_M]) for head in (student, teacher))
+        return CountedTokens(student, teacher, labels_N[index_M], loss_mask_N[index_M], index_M)
+
+
+class Gradients(NamedTuple):
+    """What is added up in forward; None where nothing is wanted."""
+
+    hidden_MH: Tensor | None
+    weight: GradientSum | None
+    bias: GradientSum | None
+
+    @staticmethod
+    def of(student: Head, wanted: Any, counted: CountedTokens) -> "Gradients":
+        """Zeros, or Megatron's sums so far."""
+        hidden_MH = counted.student.hidden_NH.new_empty(counted.student.hidden_NH.shape, dtype=torch.float32)
+        pairs = zip(student[1:], wanted[1:], strict=True)
+        parameters = (GradientSum(x) if x is not None and needed else None for x, needed in pairs)
+        return Gradients(hidden_MH if wanted[0] else None, *parameters)
+
+    def add(self, counted: CountedTokens, rows: slice, grad_nv: Tensor) -> None:
+        """What the gradient of some tokens' logits gives."""
+        if self.hidden_MH is not None:
+            gemm.hidden_gradient(grad_nv, counted.student.weight_vH, self.hidden_MH[rows])
+        if self.weight is not None:
+            gemm.add_weight_gradient(grad_nv, counted.student.hidden_NH[rows], self.weight.sum)
+        if self.bias is not None:
+            self.bias.sum.add_(grad_nv.sum(0))
+
+
+def chunk_logits(
+    counted: CountedTokens, loss: FusedLoss, num_buffers: int = 1
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Successive tokens and their logits, student's and teacher's [n, v] fp32, padding -inf, free to be overwritten.
+
+    A chunk's logits stay until `num_buffers` more are asked for.
+    """
+    num_tokens, width = len(counted.labels_M), counted.student.weight_vH.shape[0]
+    if num_tokens == 0:
+        return
+    most = (CUDA_CHUNK_BYTES if counted.labels_M.is_cuda else CHUNK_BYTES) // (4 * width)
+    num_chunks = -(-num_tokens // max(1, loss.chunk_tokens or most))
+    size = -(-num_tokens // num_chunks)
+    pair = 2, size, width
+    buffers = [counted.weight_M.new_empty(pair, dtype=torch.float32) for _ in range(min(num_buffers, num_chunks))]
+    for number, start in enumerate(range(0, num_tokens, size)):
+        rows = slice(start, min(start + size, num_tokens))
+        outs = buffers[number % len(buffers)][:, : rows.stop - start]
+        for head, out_nv in zip((counted.student, counted.teacher), outs, strict=True):
+            gemm.logits(head.hidden_NH[rows], head.weight_vH, head.bias_v, out_nv)
+            out_nv[:, width if loss.num_true is None else loss.num_true :] = -torch.inf
+        yield rows, outs[0], outs[1]

@@ -1,0 +1,145 @@
+"""Fused linear losses with the vocabulary on 2 and 4 gloo processes, against fp64, and what each rank sends.
+
+Whole runs with and without them; every layout's gradients against fp64 are in `tests/parity`.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from distill_nemo.losses.fused_chunks import Head
+from distill_nemo.losses.fused_linear import fused_linear_losses
+from tests import reference
+from tests.distributed.test_vocab_parallel import Collectives, shard, world
+from tests.spawn import Gloo
+from tests.training import changed, differences, metrics, tiny_run
+from tests.unit.test_fused_linear import PADDED, V, make_heads, make_targets, of, oracle, relative
+
+WEIGHTS = {"lm_weight": 0.3, "logits_weight": 0.7}
+NUM_CHUNKS = 4  # the 18 tokens that count, 5 at a time
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=["tp2", "tp4"])
+def group(request: pytest.FixtureRequest) -> Iterator[Gloo]:
+    with Gloo(request.param) as gloo:
+        yield gloo
+
+
+def fused(name: str, temperature: float, num_true: int) -> dict[str, Any]:
+    student, teacher = (
+        Head(h.detach(), *(shard(x.detach(), 0) for x in parameters)) for h, *parameters in make_heads()
+    )
+    student = Head(*(x if x is None else x.requires_grad_() for x in student))
+    start = dist.get_rank() * student.weight_vH.shape[0]
+    here = max(0, min(num_true - start, student.weight_vH.shape[0]))
+    changes = {"temperature": temperature, "factor": temperature**2, "vocab_start": start, "num_true": here}
+    labels, mask = make_targets()
+    with Collectives() as forward:
+        found = fused_linear_losses(student, teacher, labels % num_true, mask, of(name, world(), **WEIGHTS, **changes))
+    with Collectives() as backward:
+        (found.total * 3).backward()
+    gradients = {n: x.grad for x, n in zip(student, ("hidden", "weight", "bias"), strict=True) if x is not None}
+    return {"losses": [x.detach() for x in found], "collectives": (forward, backward), **gradients}
+
+
+@pytest.mark.parametrize("name", reference.DIVERGENCES)
+@pytest.mark.parametrize(
+    ("temperature", "num_true"), [(1.0, V), (2.0, V), (1.0, 250)], ids=["", "T=2", "a shard of padding"]
+)
+def test_fused_linear(group: Gloo, name: str, temperature: float, num_true: int) -> None:
+    """The hidden states' gradient is a sum over ranks, which the caller makes; all else is complete."""
+    ranks = group.run(fused, name, temperature, num_true)
+    (student, teacher), (labels, mask) = make_heads(), make_targets()
+    loss = of(name, temperature=temperature, factor=temperature**2, **WEIGHTS)
+    expected = oracle(name, student, teacher, labels % num_true, mask, loss, num_true)
+    num_gathers = NUM_CHUNKS * (2 if "jensen" in name else 1)
+    for rank in ranks:
+        assert all(torch.equal(x, y) for x, y in zip(rank["losses"], ranks[0]["losses"], strict=True))
+        assert rank["collectives"] == (Counter(all_gather_single=num_gathers), Counter())
+    _, lm, kd = ranks[0]["losses"]
+    assert relative(lm, expected["lm"]) < 1e-6 and relative(kd, expected["logits"]) < 1e-5
+    assert relative(sum(rank["hidden"] for rank in ranks), 3 * expected["hidden"]) < 1e-5
+    for which in ("weight", "bias"):
+        whole = torch.cat([rank[which] for rank in ranks])
+        assert len(whole) == PADDED and relative(whole, 3 * expected[which]) < 1e-5
+
+
+def order_of_events() -> list[str]:
+    """What rank 0 does when, of three chunks."""
+    from distill_nemo.losses import fused_linear, gemm
+
+    events, start, logits = [], fused_linear.start_gather, gemm.logits
+
+    def starting(*args: Any) -> Any:
+        events.append("gather begins")
+        wait = start(*args)
+
+        def waiting() -> Any:
+            events.append("gather is awaited")
+            return wait()
+
+        return waiting
+
+    def multiplying(*args: Any) -> Any:
+        events.append("logits")
+        return logits(*args)
+
+    fused_linear.start_gather, gemm.logits = starting, multiplying
+    try:
+        student, teacher = (Head(h.detach(), shard(w.detach(), 0)) for h, w, _ in make_heads())
+        fused_linear_losses(student, teacher, *make_targets("none"), of("forward_kl", world(), chunk_tokens=8))
+    finally:
+        fused_linear.start_gather, gemm.logits = start, logits
+    return events
+
+
+def test_a_chunks_collective_is_under_way_while_the_next_ones_logits_are_computed(group: Gloo) -> None:
+    for events in group.run(order_of_events):
+        one = ["logits", "logits", "gather begins"]  # student's and teacher's
+        assert events == [*one, *one, "gather is awaited", *one, "gather is awaited", "gather is awaited"]
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "DP=2": {},
+    "TP=2": {"parallelism.tensor_model_parallel_size": 2},
+    "TP=2, SP": {"parallelism.tensor_model_parallel_size": 2, "parallelism.sequence_parallel": True},
+    "PP=2": {"parallelism.pipeline_model_parallel_size": 2},
+    "CP=2": {"parallelism.context_parallel_size": 2},
+}
+
+
+def train(inputs: Any, output: Any, changes: dict[str, Any]) -> list[str]:
+    """A run in chunks of 6 tokens; the shapes of what its last stage hands to the loss function."""
+    from distill_nemo.losses import fused_chunks
+    from distill_nemo.training import forward_step
+    from distill_nemo.training.entry import run_config
+
+    fused_chunks.CHUNK_BYTES = 6 * 4 * PADDED
+    shapes, fused = [], forward_step._fused
+
+    def watching(model: Any, hidden: Any, *args: Any) -> Any:
+        shapes.append(hidden.shape[-1])
+        return fused(model, hidden, *args)
+
+    forward_step._fused = watching
+    try:
+        run_config(changed(tiny_run(inputs, output, steps=3, eval_interval=3), changes))
+    finally:
+        forward_step._fused = fused
+    return shapes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_runs_are_those_of_whole_logits(inputs: Any, two: Gloo, tmp_path: Any, layout: str) -> None:
+    """Losses, gradient norms and held-out figures of three steps; fused is what a run does when nothing is said."""
+    weighed = {"distillation.lm_weight": 0.3, "distillation.temperature": 2.0, **LAYOUTS[layout]}
+    fused = two.run(train, inputs, tmp_path / "fused", weighed)
+    whole = two.run(train, inputs, tmp_path / "whole", weighed | {"distillation.fused_linear": False})
+    assert set(fused[1]) == {32 + 64} and whole == [[], []]
+    worst = differences(metrics(tmp_path / "fused"), metrics(tmp_path / "whole"))
+    assert {"lm_loss", "logit_loss", "kd_loss", "grad_norm", "forward_kl", "top1_agreement"} <= worst.keys()
+    assert max(worst.values()) < 1e-5, worst
