@@ -1,20 +1,19 @@
 """Tokens and passwords stay out of what is written down: batch scripts, manifests, logs, NeMo-Run's records."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
-_WORDS = {"TOKEN", "SECRET", "PASSWORD", "PASSWD", "APIKEY"}
+_SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|(API|ACCESS|PRIVATE)_?KEY)$")
 _ASSIGNED = re.compile(r"\b(\w+)=(?=[^\s$`])(?![\"'][$`])")  # in a line of shell, to something other than a variable
 
 
 def is_secret(name: str) -> bool:
     """Whether an environment variable of this name holds one: HF_TOKEN, WANDB_API_KEY."""
-    words = name.upper().split("_")
-    return bool(_WORDS.intersection(words)) or (len(words) > 1 and words[-1] == "KEY")
+    return bool(_SECRET.search(name.upper()))
 
 
-def refuse_secrets(env: Mapping[str, str], setup: Iterable[str], advice: str) -> None:
-    """Refuse a secret's value in `run.executor.env` or in a line of `run.executor.setup`.
+def refuse_secrets(env: Iterable[str], setup: Iterable[str], advice: str) -> None:
+    """Refuse a secret among the names in `run.executor.env`, or its value in a line of `run.executor.setup`.
 
     Raises:
         ValueError: naming the variable, never its value, with the `advice`.

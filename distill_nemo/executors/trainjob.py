@@ -16,6 +16,7 @@ from nemo_run.run.torchx_backend.schedulers.api import EXECUTOR_MAPPING
 from distill_nemo.config import near, save_yaml
 from distill_nemo.executors.kubernetes_api import Refused, connected, created
 from distill_nemo.executors.kubernetes_jobs import KubernetesJob
+from distill_nemo.executors.secrets import refuse_secrets
 from distill_nemo.executors.worker_config import run_config_of
 from distill_nemo.training.entry import distill
 
@@ -39,7 +40,6 @@ SINCE = {  # the first Trainer whose TrainJob can say it; before, only its runti
 }
 NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
 QUANTITY = re.compile(r"\d+(\.\d+)?(m|k|[KMGTPE]i?)?")
-SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|(API|ACCESS|PRIVATE)_?KEY)$")
 RESERVED = {f"PET_{name}" for name in ("NNODES", "NPROC_PER_NODE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")}
 RUNNER = "nemo_run.core.runners.fdl_runner"
 
@@ -94,11 +94,8 @@ class KubernetesExecutor(KubeflowExecutor):
         for name in self.env_vars:
             if name in RESERVED:
                 raise ValueError(f'run.executor.env: "{name}" is set by Trainer')
-            if SECRET.search(name.upper()):
-                raise ValueError(
-                    f'run.executor.env: "{name}" would be readable in the TrainJob; put it into a Kubernetes Secret '
-                    f"and write run.executor.secrets='{json.dumps({name: 'SECRET/KEY'})}'"
-                )
+            advice = f"put it into a Kubernetes Secret: run.executor.secrets='{json.dumps({name: 'SECRET/KEY'})}'"
+            refuse_secrets([name], [], advice)
 
     def _check_names(self) -> None:
         if not self.image or " " in self.image:

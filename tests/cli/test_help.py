@@ -14,9 +14,9 @@ EXECUTORS = {
     "local": ["processes"],
     "slurm": "account partition nodes devices gpus cpus_per_device exclusive time stop_seconds retries container_image "
     "container_mounts workdir env setup packager host user job_dir identity port".split(),
-    "kubernetes": "image namespace nodes devices gpus cpus memory shared_memory pvc mount pvc_size storage_class env secrets "
-    "time stop_seconds node_selector tolerations image_pull_secrets service_account labels runtime trainer_version "
-    "context".split(),
+    "kubernetes": "image namespace nodes devices gpus cpus memory shared_memory pvc mount pvc_size storage_class env "
+    "secrets time stop_seconds node_selector tolerations image_pull_secrets service_account labels runtime "
+    "trainer_version context".split(),
 }
 FIELDS = {
     "train": [

@@ -181,11 +181,15 @@ def test_the_least_a_user_says(dry):
         (["image=x", "devices=2", "pvc_size=1Ti"], {}, "run.executor.pvc_size goes with pvc"),
         ([*LEAST, "storage_class=fast"], {}, "run.executor.storage_class goes with pvc_size"),
         ([*LEAST, 'secrets={"HF_TOKEN": "hub"}'], {}, "HF_TOKEN must name a Kubernetes Secret and its key, SECRET/KEY"),
-        ([*LEAST, 'env={"HF_TOKEN": "x"}'], {}, """write run.executor.secrets='{"HF_TOKEN": "SECRET/KEY"}'"""),
+        (
+            [*LEAST, 'env={"HF_TOKEN": "x"}'],
+            {},
+            """a Kubernetes Secret: run.executor.secrets='{"HF_TOKEN": "SECRET/KEY"}'""",
+        ),
         (
             [*LEAST, 'env={"AWS_SECRET_ACCESS_KEY": "x"}'],
             {},
-            '"AWS_SECRET_ACCESS_KEY" would be readable in the TrainJob',
+            "the value of AWS_SECRET_ACCESS_KEY would be written down in clear",
         ),
         ([*LEAST, 'env={"PET_NNODES": "2"}'], {}, '"PET_NNODES" is set by Trainer'),
         ([*LEAST, 'tolerations=["a b"]'], {}, "run.executor.tolerations must be KEY=VALUE:EFFECT"),
