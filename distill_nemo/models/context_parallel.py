@@ -1,4 +1,4 @@
-"""Context parallelism where Transformer Engine does not run: every rank holds two pieces of the sequence.
+"""Attention, and context parallelism, where Transformer Engine does not run.
 
 The sequence is cut in 2*cp pieces; context-parallel rank r holds pieces r and 2*cp-1-r (Megatron's zig-zag: under the
 causal mask every rank then has the same work).
@@ -63,16 +63,16 @@ def _select_own_positions(rotary: Any, args: Any, angles_S11d: Tensor) -> Tensor
     return split_batch({"angles": angles_S11d.transpose(0, 1)})["angles"].transpose(0, 1)
 
 
-class ContextParallelAttention(MegatronModule):
+class CausalAttention(MegatronModule):
     """Causal core attention over the whole sequence, for the queries of this rank.
 
     ```
     softmax(q_i @ k[: i + 1].T * softmax_scale) @ v[: i + 1]  # for every position i of this rank
     ```
 
-    Takes the place of Megatron's DotProductAttention, which refuses context parallelism. Keys and values are
-    all-gathered over the context-parallel group; their gradients are reduce-scattered. The softmax is in fp32 or better
-    whatever `attention_softmax_in_fp32` says. Without context parallelism it gives what DotProductAttention gives.
+    Takes the place of Megatron's DotProductAttention, which refuses context parallelism and keeps all S x S scores for
+    backward. Keys and values are all-gathered over the context-parallel group; their gradients are reduce-scattered.
+    The softmax is in fp32 or better whatever `attention_softmax_in_fp32` says.
 
     Raises:
         ValueError: for attention dropout, of which the ranks' random numbers would have to be kept apart.
@@ -92,10 +92,7 @@ class ContextParallelAttention(MegatronModule):
         super().__init__(config=config)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         if dropout:
-            raise ValueError(
-                f"attention_dropout = {dropout} with context_parallel_size = {config.context_parallel_size}: "
-                "only 0 is supported without Transformer Engine"
-            )
+            raise ValueError(f"attention_dropout = {dropout}: only 0 is supported without Transformer Engine")
         assert attn_mask_type is AttnMaskType.causal, attn_mask_type
         assert config.window_size is None and config.softmax_type == "vanilla", "no config of ours asks for these"
         assert config.kv_channels is not None, "Megatron fills it"
@@ -129,6 +126,8 @@ class ContextParallelAttention(MegatronModule):
         assert attention_mask is None and attention_bias is None and packed_seq_params is None, "causal, unpacked only"
         assert attn_mask_type in (None, AttnMaskType.causal), attn_mask_type
         rank, size = self.group.rank(), self.group.size()
+        if size == 1:
+            return self._attend(query, key, value)
         both = gather_from_sequence_parallel_region(torch.stack([key, value], dim=1), group=self.group)
         key_SBgd, value_SBgd = in_sequence_order(both, size).unbind(1)
         length = query.shape[0] // 2
@@ -141,13 +140,16 @@ class ContextParallelAttention(MegatronModule):
     def _attend(self, query_pBnd: Tensor, key_tBgd: Tensor, value_tBgd: Tensor) -> Tensor:
         """[p, B, n*d]; the p queries are the last of the t positions."""
         queries, keys = query_pBnd.shape[0], key_tBgd.shape[0]
-        mask_pt = torch.ones(queries, keys, dtype=torch.bool, device=query_pBnd.device).tril(keys - queries)
+        whole, mask_pt = queries == keys, None
+        if not whole:
+            mask_pt = torch.ones(queries, keys, dtype=torch.bool, device=query_pBnd.device).tril(keys - queries)
         repeats = query_pBnd.shape[2] // key_tBgd.shape[2]
         out_Bnpd = functional.scaled_dot_product_attention(
             query_pBnd.permute(1, 2, 0, 3),
             key_tBgd.repeat_interleave(repeats, dim=2).permute(1, 2, 0, 3),
             value_tBgd.repeat_interleave(repeats, dim=2).permute(1, 2, 0, 3),
             attn_mask=mask_pt,
+            is_causal=whole,
             scale=self.softmax_scale,
         )
         return out_Bnpd.permute(2, 0, 1, 3).flatten(2)

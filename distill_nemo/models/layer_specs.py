@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
-from distill_nemo.models.context_parallel import ContextParallelAttention
+from distill_nemo.models.context_parallel import CausalAttention
 
 
 class RMSNorm(nn.Module):
@@ -74,17 +74,12 @@ def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Transf
             submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
         submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
         attention: Any = submodules.self_attention.submodules
-        attention.core_attention = _core_attention(config)
+        attention.core_attention = CausalAttention
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
     layer = ModuleSpec(module=TransformerLayer, submodules=submodules)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
-
-
-def _core_attention(config: TransformerConfig) -> type[DotProductAttention] | type[ContextParallelAttention]:
-    """What the local layers attend with; Megatron's refuses context parallelism."""
-    return ContextParallelAttention if config.context_parallel_size > 1 else DotProductAttention
 
 
 def _heterogeneous_spec(config: HeterogeneousTransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
@@ -97,6 +92,6 @@ def _heterogeneous_spec(config: HeterogeneousTransformerConfig, vp_stage: int | 
                 if module is WrappedTorchNorm:
                     setattr(part, name, RMSNorm)
                 elif module is DotProductAttention:
-                    setattr(part, name, _core_attention(config))
+                    setattr(part, name, CausalAttention)
     block.layer_norm = RMSNorm if block.layer_norm is WrappedTorchNorm else block.layer_norm
     return block

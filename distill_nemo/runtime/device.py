@@ -29,6 +29,7 @@ def setup_device() -> torch.device:
         return device
     _replace_cuda_by_cpu()
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # 4 % of a step, and nothing reads such memory
     return torch.device("cpu")
 
 
@@ -121,18 +122,7 @@ def cpu_replacements() -> list[tuple[Any, str, Any]]:
         (random, "_get_cuda_rng_state", lambda *a, **k: torch.get_rng_state()),
         # Torch would keep every call for the day CUDA starts: 270 kB a step. Nothing here draws from those states.
         (random, "_set_cuda_rng_state", lambda *a, **k: None),
-        (random.CheckpointFunction, "backward", _under_the_mode(random.CheckpointFunction.backward)),
     ]
-
-
-def _under_the_mode(backward: Any) -> Any:
-    """Torch leaves its function modes for a backward pass, in which recomputed layers run anew."""
-
-    def backward_(ctx: Any, *grads: Any) -> Any:
-        with _CUDA_MEANS_CPU:
-            return backward(ctx, *grads)
-
-    return staticmethod(backward_)
 
 
 def _type_as_on_cuda(plain_type: Any) -> Any:

@@ -119,7 +119,7 @@ def attend(size, dtype, scale=None, plain=False, **fields):
         from megatron.core.transformer.dot_product_attention import DotProductAttention
         from megatron.core.transformer.enums import AttnMaskType
 
-        from distill_nemo.models.context_parallel import ContextParallelAttention
+        from distill_nemo.models.context_parallel import CausalAttention
         from distill_nemo.runtime.seed import seed_everything
 
         seed_everything(0)  # DotProductAttention forks Megatron's random state, dropout or not
@@ -127,7 +127,7 @@ def attend(size, dtype, scale=None, plain=False, **fields):
             num_layers=1, hidden_size=32, num_attention_heads=4, num_query_groups=2, context_parallel_size=size,
             masked_softmax_fusion=False, **{"attention_dropout": 0.0, **fields},
         )  # fmt: skip
-        kind = DotProductAttention if plain else ContextParallelAttention
+        kind = DotProductAttention if plain else CausalAttention
         attention = kind(config, 1, AttnMaskType.causal, "self", softmax_scale=scale)
         rank = parallel_state.get_context_parallel_rank()
         *inputs, upstream = (x[pieces(rank, size)] for x in attention_inputs(dtype))
@@ -163,11 +163,11 @@ def test_the_softmax_scale_given_is_the_one_used(groups):
 def test_one_rank_attends_as_megatron_does(groups):
     ours, megatrons = (groups[1].run(attend, 1, torch.float32, None, plain)[0][1] for plain in (False, True))
     for got, expected in zip(ours, megatrons, strict=True):
-        assert relative_error(got, expected) < 1e-6
+        assert relative_error(got, expected) < 2e-6
 
 
 def test_dropout_is_refused(groups):
-    with pytest.raises(ValueError, match=r"attention_dropout = 0\.1 .* only 0 is supported"):
+    with pytest.raises(ValueError, match=r"attention_dropout = 0\.1: only 0 is supported"):
         groups[2].run(functools.partial(attend, attention_dropout=0.1), 2, torch.float32)
 
 
