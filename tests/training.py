@@ -47,7 +47,7 @@ def tiny_run(inputs: Path, output: Path, **training) -> RunConfig:
     return run
 
 
-TIMINGS = ("seconds", "tokens_per_second")
+TIMINGS = ("seconds", "tokens_per_second", "data_seconds", "save_seconds")
 
 
 def metrics(output: Path) -> list[dict]:

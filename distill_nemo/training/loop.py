@@ -42,8 +42,37 @@ def _where(reports: list[Report]) -> str:
     return f", losses of rank {', '.join(ranks)}" if ranks else ", losses of every rank finite"
 
 
+class Clock:
+    """Seconds spent in `with clock:`, since they were last taken."""
+
+    def __init__(self) -> None:
+        self._seconds, self._began = 0.0, 0.0
+
+    def __enter__(self) -> None:
+        self._began = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds += time.monotonic() - self._began
+
+    def take(self) -> float:
+        """Begin anew."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def waiting(self, items: Iterator[Any]) -> Iterator[Any]:
+        """The same items; counts the waits for them."""
+        while True:
+            with self:
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
+
+
 class Loop:
     """One run of one rank. `run` returns the signal that stopped it, or None when all steps are done."""
+
+    step_func: StepFunc = staticmethod(forward_step)
 
     def __init__(self, config: RunConfig, trainee: Trainee, datasets: tuple[Any, Any], device: torch.device) -> None:
         self.config, self.trainee, self.device = config, trainee, device
@@ -51,6 +80,7 @@ class Loop:
         self.state: dict[str, Any] = {"step": 0, "consumed_samples": 0, "tokens": 0}
         self.writer = CheckpointWriter(checkpoint_root(config.output_dir), config)
         self.skipped = 0  # steps in a row
+        self.data_clock, self.save_clock = Clock(), Clock()
         self.num_microbatches = config.num_microbatches(parallel_state.get_data_parallel_world_size())
 
     def run(self) -> int | None:
@@ -62,11 +92,11 @@ class Loop:
         try:
             with StopSignal() as stop, Watchdog(self.config.parallelism.timeout_minutes * 60):
                 self._observe()
-                iterators = self._batches(self.train_data, self.state["consumed_samples"])
+                iterators = self.batches(self.train_data, self.state["consumed_samples"])
                 if resumed == 0 and self.valid_data is not None:
                     log.evaluation(self._held_out())
                 while self.state["step"] < train.steps and not stopped:
-                    self._log_step(log, self._step(iterators))
+                    self._log_step(log, self.step(iterators))
                     step = self.state["step"]
                     if self.valid_data is not None and (step % train.eval_interval == 0 or step == train.steps):
                         log.evaluation(self._held_out())
@@ -74,7 +104,8 @@ class Loop:
                     if step % save.save_interval == 0 or step == train.steps or stopped:
                         log.flush()  # what a resumed run will not write again
                         self.save()
-                    self.writer.finish(blocking=False)
+                    with self.save_clock:
+                        self.writer.finish(blocking=False)
         finally:
             log.close()
         self.writer.close()
@@ -84,11 +115,12 @@ class Loop:
         """Write a checkpoint of this step."""
         beat(f"saving step {self.state['step']}", watched=False)
         t = self.trainee
-        self.writer.save(self.state["step"], t.unwrapped, t.optimizer, t.scheduler, dict(self.state))
+        with self.save_clock:
+            self.writer.save(self.state["step"], t.unwrapped, t.optimizer, t.scheduler, dict(self.state))
 
-    def _batches(self, dataset: Any, consumed: int) -> list[Iterator[dict[str, Tensor]]]:
+    def batches(self, dataset: Any, consumed: int) -> list[Iterator[dict[str, Tensor]]]:
         """The same stream, once for each chunk of this stage."""
-        return [
+        streams = [
             batches(
                 dataset,
                 consumed_samples=consumed,
@@ -100,6 +132,7 @@ class Loop:
             )
             for _ in self.trainee.chunks
         ]
+        return [self.data_clock.waiting(stream) for stream in streams]
 
     def _observe(self, means: dict[str, float] | None = None) -> None:
         """Let a dynamic balancer weigh by the last step's means: at the start by the first batch's, or as saved."""
@@ -113,10 +146,10 @@ class Loop:
         for balancer in balancers:
             balancer.observe(self.state["observed"])
 
-    def _step(self, iterators: list[Iterator[dict[str, Tensor]]]) -> dict[str, float]:
+    def step(self, iterators: list[Iterator[dict[str, Tensor]]]) -> dict[str, float]:
         """One optimizer step; returns the global token means."""
         beat(f"step {self.state['step'] + 1}")
-        start = time.monotonic()
+        start, _ = time.monotonic(), self.data_clock.take()
         t: Any = self.trainee
         for chunk in t.chunks:
             if not chunk.training:
@@ -124,7 +157,7 @@ class Loop:
             chunk.zero_grad_buffer()
         t.optimizer.zero_grad()
         reports = get_forward_backward_func()(
-            forward_step_func=forward_step,
+            forward_step_func=self.step_func,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=t.chunks,
             num_microbatches=self.num_microbatches,
@@ -142,7 +175,8 @@ class Loop:
         self.state["step"] += 1
         self.state["consumed_samples"] += self.config.training.global_batch_size
         self.state["tokens"] += int(means["valid_tokens"])
-        return means | {"lr": lr, "grad_norm": grad_norm, "seconds": time.monotonic() - start}
+        seconds = {"seconds": time.monotonic() - start, "data_seconds": self.data_clock.take()}
+        return means | {"lr": lr, "grad_norm": grad_norm, **seconds, "save_seconds": self.save_clock.take()}
 
     def _finite(self, means: dict[str, float], reports: list[Report], grad_norm: float, updated: bool) -> bool:
         """Whether the step was good; a bad one stops the run, or was left out and is told. The same on all ranks."""
@@ -183,7 +217,7 @@ class Loop:
         """Token means over the first global batches of `dataset`."""
         return evaluate(
             self.trainee.chunks,
-            self._batches(dataset, 0),
+            self.batches(dataset, 0),
             num_microbatches=self.num_microbatches * num_batches,
             sequence_length=self.config.data.sequence_length,
             micro_batch_size=self.config.training.micro_batch_size,

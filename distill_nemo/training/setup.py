@@ -61,7 +61,11 @@ def build_trainee(config: RunConfig, dtype: torch.dtype, load_weights: bool) -> 
         dtype: of the weights; below fp32, gradients are reduced and the optimizer keeps masters in fp32.
         load_weights: False when a checkpoint of this run follows.
     """
-    unwrapped = build_chunks(config, dtype, load_weights)
+    return wrap(build_chunks(config, dtype, load_weights), config, dtype, load_weights)
+
+
+def wrap(unwrapped: list[Any], config: RunConfig, dtype: torch.dtype, load_weights: bool) -> Trainee:
+    """The rest of `build_trainee`, of chunks that are built."""
     distributed = config.optimizer.use_distributed_optimizer
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True)
     chunks: list[Any] = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in unwrapped]

@@ -1,0 +1,199 @@
+"""A distillation step beside its parts and ModelOpt's: `python -m benchmarks.step` writes results/step_*.json.
+
+Every way is a step of the same loop (zero gradients, Megatron's schedule, report, optimizer) on the same random tokens,
+by forward KL alone. On a machine with a GPU the shape for GPUs is measured, elsewhere the one for CPU.
+"""
+
+import argparse
+import functools
+import gc
+import json
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from benchmarks.kl import RESULTS
+from benchmarks.measure import interleaved, machine, peak_bytes
+from distill_nemo.config import DataConfig, ParallelismConfig, RunConfig, StudentConfig, TeacherConfig, TrainingConfig
+from distill_nemo.runtime.device import setup_device
+
+OURS, WHOLE, MODELOPT = "distill-nemo", "distill-nemo, whole logits", "ModelOpt"
+TEACHER, STUDENT = "teacher forward", "student step"
+# (layers, width, heads) of teacher and student, vocabulary, sequence length, samples of a step
+CPU_SHAPE = (8, 512, 8), (4, 256, 4), 32000, 512, 2
+GPU_SHAPE = (16, 1024, 16), (12, 512, 8), 128256, 4096, 2  # 470M and 180M with embeddings
+
+
+def main() -> None:
+    """Measure what this machine can, and write it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1, help="a run has one thread in each process")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    setup_device()
+    from distill_nemo.runtime.process_groups import process_groups
+    from distill_nemo.runtime.seed import seed_everything
+
+    gpu = torch.cuda.is_available()
+    with process_groups(ParallelismConfig()), tempfile.TemporaryDirectory() as root:
+        seed_everything(0)
+        found = compare(GPU_SHAPE if gpu else CPU_SHAPE, max(arguments.repeats, 20 if gpu else 1), root)
+    text = json.dumps({"machine": machine(), "repeats": arguments.repeats, "rows": [found]}, indent=1)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"step_{'gpu' if gpu else 'cpu'}.json").write_text(text + "\n")
+    print(text)
+
+
+def compare(shape: tuple[Any, ...], repeats: int, root: str) -> dict[str, Any]:
+    """Seconds of each way, and the peak of memory beyond what lies there between steps, in bytes."""
+    teacher, student, vocabulary, length, samples = shape
+    config = run_config(shape, root)
+    runs: dict[str, Callable[[], Any]] = {
+        OURS: stepper(config),
+        WHOLE: stepper(config, fused=False),
+        MODELOPT: stepper(config, modelopt=True),
+        STUDENT: stepper(config, teacher=False),
+    }
+    runs[TEACHER] = teacher_forward(config)
+    for run in runs.values():
+        run()
+        run()  # Adam's moments are there
+    memory = {}
+    for name, run in runs.items():
+        gc.collect()
+        memory[name] = peak_bytes(run)
+    found = interleaved(runs, repeats, warm=True)
+    for name in runs:
+        found[name]["extra_bytes"] = memory[name]
+    sizes = {"teacher": teacher, "student": student, "vocabulary": vocabulary, "tokens": length * samples}
+    return sizes | {"dtype": config.training.dtype, "ways": found}
+
+
+def run_config(shape: tuple[Any, ...], root: str) -> RunConfig:
+    """One micro batch a step, no evaluation, no files."""
+    teacher, student, vocabulary, length, samples = shape
+    models = [
+        dict(
+            family="llama",
+            num_layers=layers,
+            hidden_size=width,
+            ffn_hidden_size=3 * width,
+            num_attention_heads=heads,
+            num_query_groups=heads // 2,
+            vocab_size=vocabulary,
+            tie_word_embeddings=False,
+            max_position_embeddings=length,
+        )
+        for layers, width, heads in (teacher, student)
+    ]
+    config = RunConfig(root, StudentConfig(**models[1]), TeacherConfig(**models[0]))
+    config.data = DataConfig(sequence_length=length)
+    config.training = TrainingConfig(steps=10**6, micro_batch_size=samples, global_batch_size=samples)
+    config.training.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    from distill_nemo.training.entry import resolve_models
+
+    return resolve_models(config)
+
+
+class RandomTokens(Dataset):
+    """Tokens of no meaning; every one counts."""
+
+    def __init__(self, length: int, vocabulary: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.rows = torch.randint(vocabulary, (64, length + 1), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        row = self.rows[number]
+        length = len(row) - 1
+        return {
+            "tokens": row[:-1],
+            "labels": row[1:],
+            "loss_mask": torch.ones(length),
+            "position_ids": torch.arange(length),
+        }
+
+
+def stepper(
+    config: RunConfig, teacher: bool = True, fused: bool = True, modelopt: bool = False
+) -> Callable[[], dict[str, float]]:
+    """A run's next step, each time it is called."""
+    import copy
+
+    from distill_nemo.training.loop import Loop
+    from distill_nemo.training.setup import build_chunks, wrap
+
+    config = copy.deepcopy(config)
+    config.distillation.fused_linear = fused
+    if not teacher:
+        config.teacher = None
+    dtype = getattr(torch, config.training.dtype)
+    chunks = [modelopt_model(config, dtype)] if modelopt else build_chunks(config, dtype, load_weights=True)
+    data = RandomTokens(config.data.sequence_length, config.student.vocab_size or 0)
+    loop = Loop(config, wrap(chunks, config, dtype, load_weights=True), (data, None), setup_device())
+    if modelopt:
+        loop.step_func = modelopt_forward_step
+    return functools.partial(loop.step, loop.batches(data, 0))
+
+
+def teacher_forward(config: RunConfig) -> Callable[[], Tensor]:
+    """The teacher's logits of one micro batch."""
+    from distill_nemo.models.provider import model_provider
+
+    dtype, data = getattr(torch, config.training.dtype), RandomTokens(config.data.sequence_length, 32000)
+    teacher: Any = model_provider(student=config.teacher, parallelism=config.parallelism, dtype=dtype)  # type: ignore
+    teacher = teacher.cuda().requires_grad_(False).eval()
+    rows = [data[number] for number in range(config.training.micro_batch_size)]
+    inputs = [torch.stack([row[name] for row in rows]).cuda() for name in ("tokens", "position_ids")]
+    return torch.no_grad()(lambda: teacher(*inputs, None))
+
+
+def modelopt_model(config: RunConfig, dtype: torch.dtype) -> Any:
+    """The pair as ModelOpt's Megatron plugin joins it, logits only."""
+    import modelopt.torch.distill as mtd
+    from modelopt.torch.distill.plugins import megatron as plugin
+
+    from distill_nemo.models.provider import model_provider
+
+    assert config.teacher is not None
+    student: Any = model_provider(student=config.student, parallelism=config.parallelism, dtype=dtype)
+    teacher: Any = model_provider(student=config.teacher, parallelism=config.parallelism, dtype=dtype)  # type: ignore
+    teacher.requires_grad_(False)
+    settings = plugin.setup_distillation_config(plugin.DistillationConfig(), student.config, teacher.config)
+    mode = {"teacher_model": teacher, "criterion": settings.criterion, "loss_balancer": settings.loss_balancer}
+    model: Any = mtd.convert(student, mode=[("kd_loss", mode)])
+    plugin.adjust_distillation_model_for_mcore(model, settings)
+    return model.cuda()
+
+
+def modelopt_forward_step(batches: Any, model: Any) -> Any:
+    """As Megatron-LM's pretraining script for ModelOpt calls it (megatron/post_training/loss_func.py)."""
+    from megatron.core.utils import unwrap_model
+
+    from distill_nemo.evaluation import counted
+
+    batch = {name: tensor.cuda(non_blocking=True) for name, tensor in next(batches).items()}
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+
+    def masked(losses: Any) -> Tensor:
+        losses = losses[0] if isinstance(losses, tuple) else losses  # with two flags about reductions
+        return (losses.float() * batch["loss_mask"]).sum()
+
+    def loss_func(output_tensor: Tensor) -> Any:
+        lm_sum, num_tokens = masked(output_tensor), batch["loss_mask"].sum()
+        losses = unwrap_model(model).compute_kd_loss(student_loss=lm_sum, loss_reduction_fn=masked)
+        loss = losses["kd_loss"]
+        return loss, num_tokens.int(), counted({"lm_loss": lm_sum, "kd_loss": loss}, num_tokens)
+
+    return output, loss_func
+
+
+if __name__ == "__main__":
+    main()
