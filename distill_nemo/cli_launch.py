@@ -14,6 +14,8 @@ from distill_nemo.checks import check
 from distill_nemo.cli_arguments import parse
 from distill_nemo.config import RunConfig, near
 from distill_nemo.executors import EXECUTORS, KubernetesExecutor
+from distill_nemo.executors.secrets import refuse_secrets
+from distill_nemo.executors.slurm import ADVICE_ON_SECRETS
 from distill_nemo.models.sources import find_checkpoint
 
 
@@ -54,11 +56,16 @@ def check_launch(config: RunConfig, executor: run.Executor, dryrun: bool = False
     """Refuse what the workers would refuse, as far as it can be known without Megatron: before any process starts.
 
     Raises:
-        ValueError: as `config.check`, with the node counts that would do; for checkpoints and token files that are not
-            there; for paths that would mean another place in the job; without `sbatch`, or a cluster in the kubeconfig.
+        ValueError: as `config.check`, with the node counts that would do; for secrets in clear; for checkpoints and
+            token files that are not there; for paths that would mean another place in the job; without `sbatch`, or a
+            cluster in the kubeconfig.
     """
     if isinstance(executor, KubernetesExecutor):
         executor.check()
+    elif isinstance(executor, run.SlurmExecutor):
+        refuse_secrets(vars(executor), ADVICE_ON_SECRETS)
+    elif isinstance(executor, run.LocalExecutor):
+        refuse_secrets(vars(executor), "export it before this command")
     workdir = _workdir(executor)
     if workdir is None:
         slurm = isinstance(executor, run.SlurmExecutor)

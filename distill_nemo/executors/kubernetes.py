@@ -8,8 +8,9 @@ import fiddle as fdl
 import nemo_run as run
 
 from distill_nemo.executors.local import ENVIRONMENT
+from distill_nemo.executors.secrets import refuse_secrets
 from distill_nemo.executors.slurm import seconds_of
-from distill_nemo.executors.trainjob import NAME, SINCE, KubernetesExecutor
+from distill_nemo.executors.trainjob import ADVICE_ON_SECRETS, NAME, SINCE, KubernetesExecutor
 
 STOP_SECONDS = 300  # to finish a step and save, where a TrainJob can say so
 _TAINT = re.compile(r"([\w./-]+)(?:=([\w.-]*))?(?::(NoSchedule|PreferNoSchedule|NoExecute))?")
@@ -76,6 +77,7 @@ def kubernetes_config(
     for name, value in (("nodes", nodes), ("devices", devices), ("cpus", cpus), ("stop_seconds", stop_seconds)):
         if value is not None and value < 1:
             raise ValueError(f"run.executor.{name} must be at least 1, got {value}")
+    refuse_secrets({"env": env}, ADVICE_ON_SECRETS)
     if stop_seconds is None and trainer_version >= SINCE["stop_seconds"]:
         stop_seconds = STOP_SECONDS
     torchrun = {

@@ -116,7 +116,7 @@ def slurm_config(
         raise ValueError("run.executor.container_mounts needs container_image: without one, every path is the node's")
     if container_image is not None and workdir is not None:
         raise ValueError("run.executor.workdir goes without container_image: in a container, write absolute paths")
-    refuse_secrets(env or {}, setup or [], ADVICE_ON_SECRETS)
+    refuse_secrets({"env": env, "setup": setup}, ADVICE_ON_SECRETS)
     tunnel = _tunnel(host=host, user=user, job_dir=job_dir, identity=identity, port=port)
     here = host is None and container_image is None
     if here:

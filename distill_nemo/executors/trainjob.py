@@ -1,6 +1,5 @@
 """Kubernetes objects of a run: a TrainJob of Kubeflow Trainer, the files that its pods read, a volume claim."""
 
-import json
 import re
 import time
 from dataclasses import dataclass, field
@@ -41,6 +40,7 @@ SINCE = {  # the first Trainer whose TrainJob can say it; before, only its runti
 NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
 QUANTITY = re.compile(r"\d+(\.\d+)?(m|k|[KMGTPE]i?)?")
 RESERVED = {f"PET_{name}" for name in ("NNODES", "NPROC_PER_NODE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")}
+ADVICE_ON_SECRETS = """put it into a Kubernetes Secret: run.executor.secrets='{"NAME": "SECRET/KEY"}'"""
 RUNNER = "nemo_run.core.runners.fdl_runner"
 
 
@@ -73,6 +73,7 @@ class KubernetesExecutor(KubeflowExecutor):
         Raises:
             ValueError: naming the field, what came, what is allowed.
         """
+        refuse_secrets(vars(self), ADVICE_ON_SECRETS)
         if self.trainer_version not in PATCHES:
             known = near(self.trainer_version, PATCHES)
             raise ValueError(f'run.executor.trainer_version = "{self.trainer_version}" is not known.{known}')
@@ -94,8 +95,6 @@ class KubernetesExecutor(KubeflowExecutor):
         for name in self.env_vars:
             if name in RESERVED:
                 raise ValueError(f'run.executor.env: "{name}" is set by Trainer')
-            advice = f"put it into a Kubernetes Secret: run.executor.secrets='{json.dumps({name: 'SECRET/KEY'})}'"
-            refuse_secrets([name], [], advice)
 
     def _check_names(self) -> None:
         if not self.image or " " in self.image:

@@ -189,7 +189,7 @@ def test_refused_before_anything_is_submitted(inputs, tmp_path, monkeypatch, cap
     "line", ["export HF_TOKEN=$(cat ~/.hf)", 'HF_TOKEN="$TOKEN"', "TOKENIZERS_PARALLELISM=false", "source ~/.secrets"]
 )
 def test_what_is_no_secret_may_be_set_up_and_is_not_traced(tmp_path, line):
-    refuse_secrets({"TOKENIZERS_PARALLELISM": "false", "NCCL_DEBUG": "INFO"}, [line], "")
+    refuse_secrets({"setup": [line]}, "")
     script = tmp_path / "script"
     script.write_text("set -evx\n" + slurm(setup=["X=hunter2", "echo said"]).setup_lines + "\necho traced\n")
     ended = subprocess.run(["bash", script], capture_output=True, text=True, check=True)
