@@ -29,7 +29,7 @@ ADVICE_ON_SECRETS = (
     "export it before this command, as sbatch passes the environment on; or, with host, in a file on the cluster that "
     "run.executor.setup sources"
 )
-_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", re.ASCII)
 
 
 class CommittedCode(run.GitArchivePackager):
@@ -164,14 +164,17 @@ def seconds_of(time: str) -> int:
     """Seconds of a limit in SLURM's formats.
 
     Raises:
-        ValueError: for another format.
+        ValueError: for another format; for 0, which to SLURM is no limit.
     """
     match = _TIME.fullmatch(str(time))
     if match is None:
         raise ValueError(f'run.executor.time must be MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS, got "{time}"')
     days, parts = match[1], [int(part) for part in match.groups()[1:] if part is not None]
     units = (3600, 60, 1) if days or len(parts) == 3 else (60, 1)  # a single number is minutes
-    return int(days or 0) * 86400 + sum(part * unit for part, unit in zip(parts, units, strict=False))
+    seconds = int(days or 0) * 86400 + sum(part * unit for part, unit in zip(parts, units, strict=False))
+    if not seconds:
+        raise ValueError(f'run.executor.time must be more than nothing, got "{time}"')
+    return seconds
 
 
 def _tunnel(**given: Any) -> run.Config:

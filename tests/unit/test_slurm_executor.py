@@ -155,6 +155,8 @@ def test_shipped_code_comes_first_and_what_is_not_shipped_is_said(dry, tmp_path)
         (["nodes=two"], {}, 'run.executor.nodes must be int, got "two"'),
         (["time=soon"], {}, 'run.executor.time must be MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS, got "soon"'),
         (["time=3"], {}, "run.executor.stop_seconds = 300 must be less than time = 3, 180 s"),
+        (["time=0-0", "stop_seconds=0"], {}, 'run.executor.time must be more than nothing, got "0-0"'),
+        (["time=٣٠"], {}, "run.executor.time must be MINUTES"),
         (["packager=zip"], {}, 'run.executor.packager = "zip" is not known. Known: none, git.'),
         (["devises=2"], {}, 'unknown field "run.executor.devises". Did you mean devices'),
         (["host=login"], {}, "run.executor.host needs user too"),
