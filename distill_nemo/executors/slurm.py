@@ -114,6 +114,9 @@ def slurm_config(
         raise ValueError(f'run.executor.packager = "{packager}" is not known.{near(packager, PACKAGERS)}')
     if container_mounts and container_image is None:
         raise ValueError("run.executor.container_mounts needs container_image: without one, every path is the node's")
+    for mount in container_mounts or []:
+        if not re.fullmatch(r"[^:,]+(:[^:,]+){1,2}", mount):
+            raise ValueError(f'run.executor.container_mounts must be SOURCE:TARGET each, got "{mount}"')
     if container_image is not None and workdir is not None:
         raise ValueError("run.executor.workdir goes without container_image: in a container, write absolute paths")
     refuse_secrets({"env": env, "setup": setup}, ADVICE_ON_SECRETS)
