@@ -41,7 +41,7 @@ def parse_executor(name: str, arguments: Iterable[str]) -> run.Config:
     factory = EXECUTORS[name]
     own = typing.get_type_hints(factory)
     cls = typing.get_args(own.pop("return"))[0]
-    known = {**_fields(cls), **own}
+    known = {**own, **_fields(cls)}
     call, others = {}, {}
     for argument in arguments:
         field, _, value = argument.partition("=")
@@ -57,7 +57,7 @@ def parse_executor(name: str, arguments: Iterable[str]) -> run.Config:
     return config
 
 
-def _fields(cls: type) -> dict[str, Any]:
+def _fields(cls: Any) -> dict[str, Any]:
     """Those of NeMo-Run's that may be set, with their types."""
     hints = typing.get_type_hints(cls)
     return {field: hints.get(field) for field in inspect.signature(cls).parameters if field not in LEFT_OUT}
