@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import shlex
 import shutil
 import sys
 import typing
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import nemo_run as run
+from nemo_run.config import get_nemorun_home
 
 from distill_nemo.checks import check
 from distill_nemo.cli_arguments import parse
@@ -86,7 +88,7 @@ def check_launch(config: RunConfig, executor: run.Executor, dryrun: bool = False
         executor.check()
     elif isinstance(executor, run.SlurmExecutor):
         refuse_secrets(vars(executor), ADVICE_ON_SECRETS)
-        _check_flags(executor)
+        _check_script(executor)
     elif isinstance(executor, run.LocalExecutor):
         refuse_secrets(vars(executor), "export it before this command")
         if executor.nodes != 1:
@@ -115,7 +117,12 @@ def check_launch(config: RunConfig, executor: run.Executor, dryrun: bool = False
             )
 
 
-def _check_flags(executor: run.SlurmExecutor) -> None:
+def _check_script(executor: run.SlurmExecutor) -> None:
+    """What NeMo-Run would put into the batch script so that the shell reads something else."""
+    folder = executor.tunnel.job_dir or get_nemorun_home()
+    if shlex.quote(folder) != folder:
+        name = "run.executor.job_dir" if executor.tunnel.job_dir else "NEMORUN_HOME"
+        raise ValueError(f'{name} = "{folder}" has characters that NeMo-Run does not quote in its scripts')
     given = [(name, getattr(executor, name, None)) for name in executor.SBATCH_FLAGS]
     given += [("additional_parameters", value) for value in (executor.additional_parameters or {}).values()]
     for name, value in given:

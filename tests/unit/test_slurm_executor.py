@@ -164,6 +164,7 @@ def test_shipped_code_comes_first_and_what_is_not_shipped_is_said(dry, tmp_path)
         (['env={"http_proxy": "x"}'], {}, '"http_proxy" is not in capitals; export it in run.executor.setup'),
         (['env={"HF_TOKEN": "hunter2"}'], {}, "run.executor.env: the value of HF_TOKEN would be written down in clear"),
         (['setup=["export WANDB_API_KEY=hunter2"]'], {}, "run.executor.setup: the value of WANDB_API_KEY would be"),
+        (["host=a", "user=b", "job_dir=/c d"], {}, 'run.executor.job_dir = "/c d" has characters that NeMo-Run'),
         (["partition=a\nb"], {}, "run.executor.partition has two lines"),
         (["container_image="], {}, "run.executor.container_image has no value"),
         (["container_image=x", 'container_mounts=["a"]'], {}, "container_mounts must be SOURCE:TARGET each"),
