@@ -53,6 +53,7 @@ def check(config: RunConfig, world_size: int) -> None:
     """
     par, train, kd = config.parallelism, config.training, config.distillation
     _check_ranges(config)
+    require(bool(config.output_dir), "output_dir is empty, and must name a directory")
     require(
         world_size % par.model_parallel_size == 0,
         f"world size {world_size} is not divisible by tensor x pipeline x context parallel size = "

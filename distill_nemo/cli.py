@@ -43,7 +43,7 @@ class TrainContext(run.cli.RunContext):
                     )
             if self.direct:
                 raise ValueError("--direct is not supported: without run.executor= a run is one process of its own")
-            if not re.fullmatch(r"[\w.-]+", self.name):  # NeMo-Run makes a directory of it, and part of an address
+            if not re.fullmatch(r"[\w.-]+", self.name, re.ASCII):  # NeMo-Run makes a directory and an address of it
                 raise ValueError(f'--name must be letters, digits, ".", "_" or "-", got "{self.name}"')
             check_run_arguments(args)
             super().cli_execute(fn, args, entrypoint_type)

@@ -88,13 +88,15 @@ def check_factory(factory: Any, recipes: Iterable[Callable[..., Any]]) -> None:
 
 
 def check_run_arguments(arguments: Iterable[str]) -> None:
-    """Refuse `run.X=` that means nothing here.
+    """Refuse `run.X=VALUE` that means nothing here.
 
     Raises:
         ValueError: saying what there is.
     """
     for argument in arguments:
-        name = argument.partition("=")[0]
+        name, _, value = argument.partition("=")
+        if name.startswith("run.") and not value:
+            raise ValueError(f"{name} has no value")
         if name.startswith("run") and not re.fullmatch(r"run\.(executor|plugins)(\..+)?", name):
             raise ValueError(f'unknown field "{name}". Known: run.executor, run.executor.FIELD, run.plugins.')
 
@@ -113,7 +115,7 @@ def parse(path: str, value: str, hint: Any) -> Any:
     try:
         return parse_value(value, plain)
     except Exception:  # NeMo-Run raises many kinds, and all say that the value does not fit
-        example = """, such as '["a", "b"]'""" if "list" in str(hint) else ""
+        example = """, such as '["a", "b"]'""" if "list[str]" in str(hint) else ""
         raise ValueError(f'{path} must be {type_name(hint)}{example}, got "{value}"') from None
 
 

@@ -1,20 +1,32 @@
 """From `run.executor=NAME run.executor.FIELD=VALUE` to an executor; what is checked before anything is submitted."""
 
 import inspect
+import os
+import shlex
 import shutil
 import sys
 import typing
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import nemo_run as run
-from nemo_run.cli.cli_parser import parse_cli_args
+from nemo_run.config import get_nemorun_home
 
 from distill_nemo.checks import check
 from distill_nemo.cli_arguments import parse
 from distill_nemo.config import RunConfig, near
 from distill_nemo.executors import EXECUTORS, KubernetesExecutor
+from distill_nemo.executors.secrets import refuse_secrets
+from distill_nemo.executors.slurm import ADVICE_ON_SECRETS
 from distill_nemo.models.sources import find_checkpoint
+
+LEFT_OUT = (
+    "setup_lines",  # the shell would write them to the log, values and all; `setup` does not
+    "array",  # a run is one job
+    "heterogeneous",
+    "dependencies",  # handles of NeMo-Run's; additional_parameters='{"dependency": "afterany:1"}' takes job ids
+)
 
 
 def parse_executor(name: str, arguments: Iterable[str]) -> run.Config:
@@ -31,34 +43,58 @@ def parse_executor(name: str, arguments: Iterable[str]) -> run.Config:
     factory = EXECUTORS[name]
     own = typing.get_type_hints(factory)
     cls = typing.get_args(own.pop("return"))[0]
-    hints = typing.get_type_hints(cls)
-    known = {**{field: hints.get(field) for field in inspect.signature(cls).parameters}, **own}
-    call, fields, others = {}, {}, []
+    known = {**own, **_fields(cls)}
+    call, others = {}, {}
     for argument in arguments:
         field, _, value = argument.partition("=")
         if field.partition(".")[0] not in known:
             raise ValueError(f'unknown field "run.executor.{field}".{near(field, known)}')
         if field in own:
             call[field] = parse(f"run.executor.{field}", value, own[field])
-        elif known.get(field) in (int, float, bool, str, str | None, int | None):
-            fields[field] = parse(f"run.executor.{field}", value, known[field])
         else:
-            others.append(argument)
+            others[field] = value
     config = factory(**call)
-    for field, value in fields.items():
-        setattr(config, field, value)
-    return parse_cli_args(config, others)
+    for field, value in others.items():
+        _set(config, field, value)
+    return config
+
+
+def _fields(cls: Any) -> dict[str, Any]:
+    """Those of NeMo-Run's that may be set, with their types."""
+    hints = typing.get_type_hints(cls)
+    return {field: hints.get(field) for field in inspect.signature(cls).parameters if field not in LEFT_OUT}
+
+
+def _set(config: Any, path: str, value: str) -> None:
+    """Not by NeMo-Run, whose messages print the whole executor, environment included."""
+    *sections, field = path.split(".")
+    for section in sections:
+        config = config.__arguments__.get(section) if isinstance(config, run.Config) else None
+    known = _fields(config.__fn_or_cls__) if isinstance(config, run.Config) else {}
+    if field not in known:
+        raise ValueError(f'unknown field "run.executor.{path}".{near(field, known) if known else " It has no fields."}')
+    setattr(config, field, parse(f"run.executor.{path}", value, known[field]))
 
 
 def check_launch(config: RunConfig, executor: run.Executor, dryrun: bool = False) -> None:
     """Refuse what the workers would refuse, as far as it can be known without Megatron: before any process starts.
 
     Raises:
-        ValueError: as `config.check`, with the node counts that would do; for checkpoints and token files that are not
-            there; for paths that would mean another place in the job; without `sbatch`, or a cluster in the kubeconfig.
+        ValueError: as `config.check`, with the node counts that would do; for secrets in clear; for checkpoints and
+            token files that are not there; for paths that would mean another place in the job; without `sbatch`, or a
+            cluster in the kubeconfig.
     """
     if isinstance(executor, KubernetesExecutor):
         executor.check()
+    elif isinstance(executor, run.SlurmExecutor):
+        refuse_secrets(vars(executor), ADVICE_ON_SECRETS)
+        _check_script(executor)
+    elif isinstance(executor, run.LocalExecutor):
+        refuse_secrets(vars(executor), "export it before this command")
+        if executor.nodes != 1:
+            raise ValueError(f"run.executor.nodes = {executor.nodes}: this machine is one; processes= are its ranks")
+    if executor.nnodes() < 1 or executor.nproc_per_node() < 1:
+        raise ValueError(f"run.executor: {executor.nnodes()} nodes x {executor.nproc_per_node()} ranks are none")
     workdir = _workdir(executor)
     if workdir is None:
         slurm = isinstance(executor, run.SlurmExecutor)
@@ -79,6 +115,19 @@ def check_launch(config: RunConfig, executor: run.Executor, dryrun: bool = False
                 "`sbatch` is not on PATH: type this on a login node of the cluster, or name one with "
                 "run.executor.host=, user= and job_dir=; --dryrun shows what would be submitted"
             )
+
+
+def _check_script(executor: run.SlurmExecutor) -> None:
+    """What NeMo-Run would put into the batch script so that the shell reads something else."""
+    folder = executor.tunnel.job_dir or get_nemorun_home()
+    if shlex.quote(folder) != folder:
+        name = "run.executor.job_dir" if executor.tunnel.job_dir else "NEMORUN_HOME"
+        raise ValueError(f'{name} = "{folder}" has characters that NeMo-Run does not quote in its scripts')
+    given = [(name, getattr(executor, name, None)) for name in executor.SBATCH_FLAGS]
+    given += [("additional_parameters", value) for value in (executor.additional_parameters or {}).values()]
+    for name, value in given:
+        if "\n" in str(value):
+            raise ValueError(f"run.executor.{name} has two lines, and in a batch script the second is a command")
 
 
 def _workdir(executor: run.Executor) -> str | None:
@@ -138,7 +187,7 @@ def _check_absolute(config: RunConfig, in_container: bool) -> None:
 def _check_mounted(config: RunConfig, executor: KubernetesExecutor) -> None:
     where = " or ".join(executor.mounts) or "a volume: run.executor.pvc="
     mounts = tuple(f"{path}/" for path in executor.mounts)
-    outside = {name: path for name, path in _paths(config) if not f"{path}/".startswith(mounts)}
+    outside = {name: path for name, path in _paths(config) if not f"{os.path.normpath(path)}/".startswith(mounts)}
     if "output_dir" in outside:
         raise ValueError(
             f'output_dir = "{config.output_dir}" would be lost with the pods: it must be below {where}'

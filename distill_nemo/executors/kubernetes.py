@@ -7,12 +7,14 @@ from typing import Any
 import fiddle as fdl
 import nemo_run as run
 
+from distill_nemo.executors.kubernetes_names import LABEL, LABEL_VALUE, NAME, SECRET_KEY
 from distill_nemo.executors.local import ENVIRONMENT
+from distill_nemo.executors.secrets import refuse_secrets
 from distill_nemo.executors.slurm import seconds_of
-from distill_nemo.executors.trainjob import NAME, SINCE, KubernetesExecutor
+from distill_nemo.executors.trainjob import ADVICE_ON_SECRETS, SINCE, KubernetesExecutor
 
 STOP_SECONDS = 300  # to finish a step and save, where a TrainJob can say so
-_TAINT = re.compile(r"([\w./-]+)(?:=([\w.-]*))?(?::(NoSchedule|PreferNoSchedule|NoExecute))?")
+_TAINT = re.compile(r"([^=:]+)(?:=([^:]*))?(?::(NoSchedule|PreferNoSchedule|NoExecute))?")
 
 
 @run.cli.factory(name="kubernetes", target=run.Executor)
@@ -76,6 +78,7 @@ def kubernetes_config(
     for name, value in (("nodes", nodes), ("devices", devices), ("cpus", cpus), ("stop_seconds", stop_seconds)):
         if value is not None and value < 1:
             raise ValueError(f"run.executor.{name} must be at least 1, got {value}")
+    refuse_secrets({"env": env}, ADVICE_ON_SECRETS)
     if stop_seconds is None and trainer_version >= SINCE["stop_seconds"]:
         stop_seconds = STOP_SECONDS
     torchrun = {
@@ -125,14 +128,14 @@ kubernetes.__signature__ = inspect.signature(kubernetes_config).replace(  # type
 
 def _secret(name: str, value: str) -> dict[str, Any]:
     secret, _, key = value.partition("/")
-    if not NAME.fullmatch(secret) or not re.fullmatch(r"[-._a-zA-Z0-9]+", key):
+    if not NAME.fullmatch(secret) or not SECRET_KEY.fullmatch(key):
         raise ValueError(f"run.executor.secrets: {name} must name a Kubernetes Secret and its key, SECRET/KEY")
     return {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}}
 
 
 def _toleration(taint: str) -> dict[str, str]:
     match = _TAINT.fullmatch(taint)
-    if match is None:
+    if match is None or not LABEL.fullmatch(match[1]) or not LABEL_VALUE.fullmatch(match[2] or ""):
         raise ValueError(f'run.executor.tolerations must be KEY=VALUE:EFFECT, KEY:EFFECT or KEY, got "{taint}"')
     key, value, effect = match.groups()
     found = {"key": key, "operator": "Exists" if value is None else "Equal"}

@@ -29,7 +29,7 @@ ADVICE_ON_SECRETS = (
     "export it before this command, as sbatch passes the environment on; or, with host, in a file on the cluster that "
     "run.executor.setup sources"
 )
-_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+_TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", re.ASCII)
 
 
 class CommittedCode(run.GitArchivePackager):
@@ -114,9 +114,12 @@ def slurm_config(
         raise ValueError(f'run.executor.packager = "{packager}" is not known.{near(packager, PACKAGERS)}')
     if container_mounts and container_image is None:
         raise ValueError("run.executor.container_mounts needs container_image: without one, every path is the node's")
+    for mount in container_mounts or []:
+        if not re.fullmatch(r"[^:,]+(:[^:,]+){1,2}", mount):
+            raise ValueError(f'run.executor.container_mounts must be SOURCE:TARGET each, got "{mount}"')
     if container_image is not None and workdir is not None:
         raise ValueError("run.executor.workdir goes without container_image: in a container, write absolute paths")
-    refuse_secrets(env or {}, setup or [], ADVICE_ON_SECRETS)
+    refuse_secrets({"env": env, "setup": setup}, ADVICE_ON_SECRETS)
     tunnel = _tunnel(host=host, user=user, job_dir=job_dir, identity=identity, port=port)
     here = host is None and container_image is None
     if here:
@@ -164,14 +167,17 @@ def seconds_of(time: str) -> int:
     """Seconds of a limit in SLURM's formats.
 
     Raises:
-        ValueError: for another format.
+        ValueError: for another format; for 0, which to SLURM is no limit.
     """
     match = _TIME.fullmatch(str(time))
     if match is None:
         raise ValueError(f'run.executor.time must be MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS, got "{time}"')
     days, parts = match[1], [int(part) for part in match.groups()[1:] if part is not None]
     units = (3600, 60, 1) if days or len(parts) == 3 else (60, 1)  # a single number is minutes
-    return int(days or 0) * 86400 + sum(part * unit for part, unit in zip(parts, units, strict=False))
+    seconds = int(days or 0) * 86400 + sum(part * unit for part, unit in zip(parts, units, strict=False))
+    if not seconds:
+        raise ValueError(f'run.executor.time must be more than nothing, got "{time}"')
+    return seconds
 
 
 def _tunnel(**given: Any) -> run.Config:

@@ -130,8 +130,7 @@ class SlurmJob(ClusterJob):
         if state.name in ("OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL"):
             return f"error: {state.name} on {state.nodes} after {state.elapsed}; {self._goes_on(log)}"
         if not log.strip():
-            batch = f"{self.folder}/sbatch_*_{self.id}.out"
-            said = self._run(f"tail -n 20 {batch}").stdout.strip()
+            said = self._run(f"tail -n 20 {shlex.quote(self.folder)}/sbatch_*_{self.id}.out").stdout.strip()
             return f"error: no rank started, exit code {state.exit_code}: {said.splitlines()[-1] if said else ''}"
         if "checkpoint written; the same command resumes" in log:
             return f"error: it was told to stop, by the time limit or for another job; {self._goes_on(log)}"

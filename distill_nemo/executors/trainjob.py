@@ -1,6 +1,5 @@
 """Kubernetes objects of a run: a TrainJob of Kubeflow Trainer, the files that its pods read, a volume claim."""
 
-import json
 import re
 import time
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from nemo_run.run.torchx_backend.schedulers.api import EXECUTOR_MAPPING
 from distill_nemo.config import near, save_yaml
 from distill_nemo.executors.kubernetes_api import Refused, connected, created
 from distill_nemo.executors.kubernetes_jobs import KubernetesJob
+from distill_nemo.executors.kubernetes_names import check_labels, check_names, check_variables
 from distill_nemo.executors.secrets import refuse_secrets
 from distill_nemo.executors.worker_config import run_config_of
 from distill_nemo.training.entry import distill
@@ -38,9 +38,7 @@ SINCE = {  # the first Trainer whose TrainJob can say it; before, only its runti
     "time": "2.2",
     "stop_seconds": "2.3",
 }
-NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
-QUANTITY = re.compile(r"\d+(\.\d+)?(m|k|[KMGTPE]i?)?")
-RESERVED = {f"PET_{name}" for name in ("NNODES", "NPROC_PER_NODE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")}
+ADVICE_ON_SECRETS = """put it into a Kubernetes Secret: run.executor.secrets='{"NAME": "SECRET/KEY"}'"""
 RUNNER = "nemo_run.core.runners.fdl_runner"
 
 
@@ -73,6 +71,7 @@ class KubernetesExecutor(KubeflowExecutor):
         Raises:
             ValueError: naming the field, what came, what is allowed.
         """
+        refuse_secrets(vars(self), ADVICE_ON_SECRETS)
         if self.trainer_version not in PATCHES:
             known = near(self.trainer_version, PATCHES)
             raise ValueError(f'run.executor.trainer_version = "{self.trainer_version}" is not known.{known}')
@@ -89,27 +88,10 @@ class KubernetesExecutor(KubeflowExecutor):
         ):
             if getattr(self, name):
                 raise ValueError(f"run.executor.{name} is not supported on Kubernetes: {instead}")
-        self._check_names()
+        check_names(self)
+        check_variables(self)
+        check_labels(self)
         self._check_volumes()
-        for name in self.env_vars:
-            if name in RESERVED:
-                raise ValueError(f'run.executor.env: "{name}" is set by Trainer')
-            advice = f"put it into a Kubernetes Secret: run.executor.secrets='{json.dumps({name: 'SECRET/KEY'})}'"
-            refuse_secrets([name], [], advice)
-
-    def _check_names(self) -> None:
-        if not self.image or " " in self.image:
-            raise ValueError(
-                f'run.executor.image must name a container image with distill-nemo in it, got "{self.image}"'
-            )
-        claims = {"namespace": self.namespace, "runtime": self.runtime_ref, "pvc": self.pvc}
-        for name, value in {**claims, "service_account": self.service_account}.items():
-            if value is not None and not NAME.fullmatch(value):
-                raise ValueError(f'run.executor.{name} must be a Kubernetes name (a-z, 0-9, "-", "."), got "{value}"')
-        sizes = {"memory": self.memory_requests, "shared_memory": self.shared_memory, "pvc_size": self.pvc_size}
-        for name, value in sizes.items():
-            if value is not None and not QUANTITY.fullmatch(value):
-                raise ValueError(f'run.executor.{name} must be a quantity such as 64Gi, got "{value}"')
 
     def _check_volumes(self) -> None:
         for name in ("pvc_size", "storage_class"):
@@ -118,10 +100,13 @@ class KubernetesExecutor(KubeflowExecutor):
         if self.storage_class is not None and self.pvc_size is None:
             raise ValueError("run.executor.storage_class goes with pvc_size: without one, no claim is made")
         ours = (f"{FILES}/", "/dev/shm/")
-        if not re.fullmatch(r"(/[^/]+)+", self.mount) or f"{self.mount}/".startswith(ours):
+        if not re.fullmatch(r"(/[^/:]+)+", self.mount) or f"{self.mount}/".startswith(ours):
             raise ValueError(
                 f'run.executor.mount must be an absolute path, not below {FILES} or /dev/shm, got "{self.mount}"'
             )
+        for each in self.volume_mounts:
+            if not {"name", "mountPath"} <= each.keys():
+                raise ValueError(f"run.executor.volume_mounts: each needs name and mountPath, got {each}")
 
     @property
     def mounts(self) -> list[str]:

@@ -78,10 +78,13 @@ def test_dryrun_shows_what_would_run_and_leaves_nothing_behind(inputs, tmp_path)
         ([*LLAMA[1:], "run.executor.processes=0"], "run.executor.processes must be at least 1, got 0"),
         ([*LLAMA[1:], "run.executor=local(processes=2)"], "Write run.executor=local run.executor.FIELD=VALUE."),
         ([*LLAMA[1:], "run.excutor=local"], 'unknown field "run.excutor". Known: run.executor, run.executor.FIELD'),
+        ([*LLAMA[1:], "run.executor.nodes=2"], "run.executor.nodes = 2: this machine is one; processes= are its ranks"),
+        ([*LLAMA[1:], "run.executor="], "run.executor has no value"),
         ([*LLAMA[1:], "run.plugins=pluggin"], "run.plugins: Plugin pluggin not found"),
         ([*LLAMA[1:], "--direct"], "--direct is not supported"),
         ([*LLAMA[1:], "--yaml", "x.yaml"], "--yaml is not supported. Every run writes its complete config to"),
         ([*LLAMA[1:], "--name", "a/b"], '--name must be letters, digits, ".", "_" or "-", got "a/b"'),
+        ([*LLAMA[1:], "--name", "ü1"], '--name must be letters, digits, ".", "_" or "-", got "ü1"'),
     ],
 )
 def test_more_of_them_in_this_process(capfd, words, said):

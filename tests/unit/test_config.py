@@ -199,6 +199,11 @@ def test_what_cannot_run_is_refused_by_name(changes, world_size, words):
         check(config(**changes), world_size)
 
 
+def test_an_output_directory_must_be_named():
+    with pytest.raises(ValueError, match="output_dir is empty, and must name a directory"):
+        check(RunConfig("", StudentConfig()), 1)
+
+
 def test_what_can_run_is_let_through():
     check(config(parallelism__tensor_model_parallel_size=2, parallelism__pipeline_model_parallel_size=2), 8)
     check(config(**EP2, **MOE_TEACHER), 4)

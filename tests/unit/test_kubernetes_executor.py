@@ -191,8 +191,29 @@ def test_the_least_a_user_says(dry):
             {},
             "the value of AWS_SECRET_ACCESS_KEY would be written down in clear",
         ),
+        ([*LEAST, "nprocs_per_node=0"], {}, "run.executor: 1 nodes x 0 ranks are none"),
+        ([*LEAST, "env_list=[1]"], {}, 'run.executor.env_list must be list[dict[str, Any]], got "[1]"'),
+        (LEAST, {"output_dir": "/workspace/../x"}, "would be lost with the pods: it must be below /workspace"),
         ([*LEAST, 'env={"PET_NNODES": "2"}'], {}, '"PET_NNODES" is set by Trainer'),
         ([*LEAST, 'tolerations=["a b"]'], {}, "run.executor.tolerations must be KEY=VALUE:EFFECT"),
+        ([*LEAST, 'tolerations=["a/b/c"]'], {}, "run.executor.tolerations must be KEY=VALUE:EFFECT"),
+        ([*LEAST, "time=0"], {}, 'run.executor.time must be more than nothing, got "0"'),
+        ([*LEAST, "pvc_size=0Gi"], {}, "run.executor.pvc_size must be a quantity such as 64Gi"),
+        ([*LEAST, "mount=/a:b"], {}, "run.executor.mount must be an absolute path"),
+        ([*LEAST, "namespace=my.space"], {}, "run.executor.namespace must be a Kubernetes name of at most 63 letters"),
+        ([*LEAST, f"namespace={'a' * 64}"], {}, "run.executor.namespace must be a Kubernetes name of at most 63"),
+        ([*LEAST, "pvc=a..b"], {}, "run.executor.pvc must be a Kubernetes name"),
+        ([*LEAST, f"pvc={'a' * 254}"], {}, "run.executor.pvc must be a Kubernetes name"),
+        ([*LEAST, "pvc_size=1Ti", "storage_class=Fast"], {}, "run.executor.storage_class must be a Kubernetes name"),
+        ([*LEAST, 'image_pull_secrets=["A b"]'], {}, "run.executor.image_pull_secrets must be a Kubernetes name"),
+        ([*LEAST, 'secrets={"A": "a..b/c"}'], {}, "A must name a Kubernetes Secret and its key"),
+        ([*LEAST, 'env={"1A": "x"}'], {}, 'run.executor.env: "1A" is not the name of an environment variable'),
+        ([*LEAST, 'env={"A": "x"}', 'secrets={"A": "a/b"}'], {}, 'run.executor.secrets: "A" is set twice'),
+        ([*LEAST, 'secrets={"PET_NNODES": "a/b"}'], {}, 'run.executor.secrets: "PET_NNODES" is set by Trainer'),
+        ([*LEAST, 'labels={"a b": "x"}'], {}, 'run.executor.labels: "a b" is not the key of a label'),
+        ([*LEAST, 'labels={"a": "x y"}'], {}, "run.executor.labels: a must be at most 63 letters"),
+        ([*LEAST, f'node_selector={{"a": "{"x" * 64}"}}'], {}, "run.executor.node_selector: a must be at most 63"),
+        ([*LEAST, "volume_mounts=[{'name': 'a'}]"], {}, "run.executor.volume_mounts: each needs name and mountPath"),
         ([*LEAST, "retries=3"], {}, "run.executor.retries is not supported on Kubernetes: the runtime's backoffLimit"),
         ([*LEAST, "nodes=3", "devices=1"], {}, "with 1 devices a node, run.executor.nodes = 2, 4 fit"),
         (LEAST, {"output_dir": "runs/x"}, 'output_dir = "runs/x" is relative, and the job runs in a container'),
@@ -259,3 +280,12 @@ def test_a_recipe_that_is_no_run_is_refused():
         run_config_of(fdl.Partial(RunConfig, output_dir="/x"))
     assert run_config_of(fdl.Partial(RunConfig, output_dir="/x", student=StudentConfig())).output_dir == "/x"
     assert the_recipes()
+
+
+def test_names_that_kubernetes_takes():
+    long = f"{'a' * 126}.{'b' * 126}"
+    labels = {f"{long}/{'c' * 63}": "x_Y.1", "a": ""}
+    made = kubernetes(
+        image="x", namespace="n" * 63, pvc=long, secrets={"A": f"{long}/.k"}, env={".a-b": ""}, labels=labels
+    )
+    assert (made.pvc, made.labels) == (long, labels)

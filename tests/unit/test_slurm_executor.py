@@ -155,6 +155,8 @@ def test_shipped_code_comes_first_and_what_is_not_shipped_is_said(dry, tmp_path)
         (["nodes=two"], {}, 'run.executor.nodes must be int, got "two"'),
         (["time=soon"], {}, 'run.executor.time must be MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS, got "soon"'),
         (["time=3"], {}, "run.executor.stop_seconds = 300 must be less than time = 3, 180 s"),
+        (["time=0-0", "stop_seconds=0"], {}, 'run.executor.time must be more than nothing, got "0-0"'),
+        (["time=٣٠"], {}, "run.executor.time must be MINUTES"),
         (["packager=zip"], {}, 'run.executor.packager = "zip" is not known. Known: none, git.'),
         (["devises=2"], {}, 'unknown field "run.executor.devises". Did you mean devices'),
         (["host=login"], {}, "run.executor.host needs user too"),
@@ -162,6 +164,16 @@ def test_shipped_code_comes_first_and_what_is_not_shipped_is_said(dry, tmp_path)
         (['env={"http_proxy": "x"}'], {}, '"http_proxy" is not in capitals; export it in run.executor.setup'),
         (['env={"HF_TOKEN": "hunter2"}'], {}, "run.executor.env: the value of HF_TOKEN would be written down in clear"),
         (['setup=["export WANDB_API_KEY=hunter2"]'], {}, "run.executor.setup: the value of WANDB_API_KEY would be"),
+        (["host=a", "user=b", "job_dir=/c d"], {}, 'run.executor.job_dir = "/c d" has characters that NeMo-Run'),
+        (["partition=a\nb"], {}, "run.executor.partition has two lines"),
+        (["container_image="], {}, "run.executor.container_image has no value"),
+        (["container_image=x", 'container_mounts=["a"]'], {}, "container_mounts must be SOURCE:TARGET each"),
+        (["setup_lines=source secrets"], {}, 'unknown field "run.executor.setup_lines". Did you mean'),
+        (["env.A=x"], {}, 'unknown field "run.executor.env.A". It has no fields.'),
+        (["job_details.folder=x"], {}, 'unknown field "run.executor.job_details.folder". It has no fields.'),
+        (["launcher.nsys=true"], {}, 'unknown field "run.executor.launcher.nsys". Did you mean nsys_trace'),
+        (["launcher=ft"], {}, "run.executor.launcher is a section"),
+        (["srun_args=3"], {}, "run.executor.srun_args must be Optional[list[str]]"),
         (['container_mounts=["a:b"]'], {}, "run.executor.container_mounts needs container_image"),
         (
             ["devices=2", "container_image=x"],
@@ -189,7 +201,7 @@ def test_refused_before_anything_is_submitted(inputs, tmp_path, monkeypatch, cap
     "line", ["export HF_TOKEN=$(cat ~/.hf)", 'HF_TOKEN="$TOKEN"', "TOKENIZERS_PARALLELISM=false", "source ~/.secrets"]
 )
 def test_what_is_no_secret_may_be_set_up_and_is_not_traced(tmp_path, line):
-    refuse_secrets({"TOKENIZERS_PARALLELISM": "false", "NCCL_DEBUG": "INFO"}, [line], "")
+    refuse_secrets({"setup": [line]}, "")
     script = tmp_path / "script"
     script.write_text("set -evx\n" + slurm(setup=["X=hunter2", "echo said"]).setup_lines + "\necho traced\n")
     ended = subprocess.run(["bash", script], capture_output=True, text=True, check=True)
