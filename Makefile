@@ -25,9 +25,10 @@ test-launch: .venv/installed ## SLURM (apt, root) and a Kubernetes on this machi
 parity: .venv/installed ## every layout, model and loss against fp64; writes docs/parity.md in half an hour
 	@$(BIN)/python -W ignore -m tests.parity $(ARGS)
 
-bench: .venv/installed ## what the losses cost beside others, on this machine; writes docs/performance.md
+bench: .venv/installed ## what losses and steps cost beside others, on this machine; writes docs/performance.md
 	@$(BIN)/python -W ignore -m benchmarks.kl $(ARGS)
 	@$(BIN)/python -W ignore -m benchmarks.fused_linear
+	@$(BIN)/python -W ignore -m benchmarks.step
 	@$(BIN)/python -m benchmarks.report
 
 soak: .venv/installed ## a run struck by twenty faults must end as one left alone; writes docs/reliability.md

@@ -16,6 +16,7 @@ RESULTS, PAGE, PLOT = (
     ROOT / "docs" / "performance.png",
 )
 OURS, NOT_MEASURED = "distill-nemo", "not measured"
+STUDENT, TEACHER = "student step", "teacher forward"
 HEAD = """# Performance
 
 Written by `make bench` from benchmarks/results/*.json. Forward and backward of KL(teacher‖student), of bf16 logits that
@@ -27,7 +28,7 @@ inputs and gradient, in units of one fp32 tensor of the logits.
 
 def main() -> None:
     """Write both."""
-    parts = [HEAD, _cpu(), _two_ranks(), _gpu(), _scaling(), _fused_cpu(), _fused_gpu()]
+    parts = [HEAD, _cpu(), _two_ranks(), _gpu(), _scaling(), _fused_cpu(), _fused_gpu(), _step()]
     PAGE.write_text("\n".join(parts))
     _plot()
     print(f"wrote {PAGE.relative_to(ROOT)} and {PLOT.relative_to(ROOT)}")
@@ -156,6 +157,45 @@ def _fused_table(row: dict[str, Any]) -> str:
         cells += [f"{way['extra_bytes'] / 2**20:,.0f}", f"{ours['extra_bytes'] / max(1, way['extra_bytes']):.3f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _step() -> str:
+    title = (
+        "## A distillation step\nA step of the training loop, beside a teacher's forward pass and a step of the same "
+        "student alone (whole logits, Megatron's cross entropy), and beside ModelOpt's plugin in the same loop on the "
+        "same layers. Goal: at most 1.03 of the parts; on CPU 1.3 times the plugin's speed, on a GPU 1.15 times.\n"
+    )
+    parts = [title]
+    for kind, name in (("cpu", "CPU"), ("gpu", "GPU")):
+        found = _load(kind, "step")
+        parts.append(f"### {name}\n" + (f"{_where(found)}\n{_step_table(found['rows'][0])}" if found else _NO_STEP))
+    return "\n".join(parts)
+
+
+_NO_STEP = f"{NOT_MEASURED}: `python -m benchmarks.step` does on a machine with a GPU.\n"
+
+
+def _step_table(row: dict[str, Any]) -> str:
+    """Memory is what a step needs beyond what lies there between steps."""
+    ways = row["ways"]
+    keys = ("seconds", "processor_seconds")
+    ours, parts = ways[OURS], {key: ways[TEACHER][key] + ways[STUDENT][key] for key in keys}
+    (layers, width, _), (students_layers, students_width, _) = row["teacher"], row["student"]
+    lines = [
+        f"Teacher {layers} x {width}, student {students_layers} x {students_width}, V = {row['vocabulary']:,}, "
+        f"{row['tokens']:,} tokens, {row['dtype']}.\n",
+        "| | wall time, s | processor time, s | this / ours, wall | this / ours, processor | memory, MiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, way in [*ways.items(), (f"{TEACHER} + {STUDENT}", parts)]:
+        cells = [name, *(f"{way[key]:.3f}" for key in keys), *(f"{way[key] / ours[key]:.2f}" for key in keys)]
+        cells.append(f"{way['extra_bytes'] / 2**20:,.0f}" if "extra_bytes" in way else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return (
+        "\n".join(lines)
+        + f"\n\nOurs is {ours['seconds'] / parts['seconds']:.2f} of its parts in wall time, "
+        + f"{ours['processor_seconds'] / parts['processor_seconds']:.2f} in processor time.\n"
+    )
 
 
 def _plot() -> None:

@@ -65,27 +65,33 @@ def evaluate(
 
 def eval_forward_step(batches: Batches, model: nn.Module) -> tuple[Tensor, LossFunc]:
     """Run the model on the next micro batch, for figures only."""
-    batch, output = run_model(batches, model)
-    return output, partial(eval_loss_func, batch["loss_mask"], model, labels=batch["labels"])
+    batch, num_counted, output = run_model(batches, model)
+    return output, partial(eval_loss_func, batch["loss_mask"], model, labels=batch["labels"], num_counted=num_counted)
 
 
-def run_model(batches: Batches, model: nn.Module) -> tuple[dict[str, Tensor], Tensor]:
-    """This rank's part of the next micro batch, on the model's device, and the model's output for it."""
+def run_model(batches: Batches, model: nn.Module) -> tuple[dict[str, Tensor], int | None, Tensor]:
+    """This rank's part of the next micro batch, on the model's device, and the model's output for it.
+
+    Between them the number of its tokens that count, unless a device would have to be asked.
+    """
     beat("forward and backward passes" if torch.is_grad_enabled() else "an evaluation")
     device = next(model.parameters()).device
-    batch = split_batch({name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()})
+    whole = next(batches)
+    batch = split_batch({name: tensor.to(device, non_blocking=True) for name, tensor in whole.items()})
+    alone = parallel_state.get_context_parallel_world_size() == 1
+    num_counted = int((whole["loss_mask"] > 0).sum()) if alone else None
     inputs = (batch["tokens"], batch["position_ids"], None)
-    return batch, model(*inputs, labels=batch["labels"], loss_mask=batch["loss_mask"])
+    return batch, num_counted, model(*inputs, labels=batch["labels"], loss_mask=batch["loss_mask"])
 
 
 def eval_loss_func(
-    loss_mask: Tensor, model: nn.Module, output_tensor: Tensor, labels: Tensor
+    loss_mask: Tensor, model: nn.Module, output_tensor: Tensor, labels: Tensor, num_counted: int | None = None
 ) -> tuple[Tensor, Tensor, Report]:
     """As `loss_func`, without a gradient, with what a teacher lets one measure: forward KL, agreement, entropy."""
     unwrapped: Any = unwrap_model(model)
     num_tokens = loss_mask.sum()
     if getattr(unwrapped, "fused_output", None) is not None:
-        report = unwrapped.fused_output.figures(output_tensor, labels, loss_mask)
+        report = unwrapped.fused_output.figures(output_tensor, labels, loss_mask, num_counted)
         return report["lm_loss"], num_tokens.int(), counted(report, num_tokens)
     report = {"lm_loss": masked_sum(output_tensor, loss_mask)}
     if isinstance(unwrapped, mtd.DistillationModel) and unwrapped._layers_to_loss:

@@ -41,7 +41,9 @@ def batches(
     assert size > 0, "an empty dataset has no batches"
     assert global_batch_size % (data_parallel_size * micro_batch_size) == 0, "config.check lets no such batch through"
     order = _Order(size, consumed_samples, global_batch_size, micro_batch_size, data_parallel_rank, data_parallel_size)
-    return iter(DataLoader(dataset, batch_sampler=order, num_workers=num_workers, collate_fn=_collate))
+    pinned = torch.cuda.is_available()  # or a copy to the GPU waits for it
+    loader = DataLoader(dataset, batch_sampler=order, num_workers=num_workers, collate_fn=_collate, pin_memory=pinned)
+    return iter(loader)
 
 
 class _Order:

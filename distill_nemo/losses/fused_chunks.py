@@ -43,6 +43,7 @@ class FusedLoss:
         upstream: the upstream gradient to expect. Any other is right too, unless a parameter has Megatron's
             `main_grad`: its gradient is added there in forward, before the upstream gradient is known.
         chunk_tokens: n; None: by the memory that a chunk's logits take.
+        num_counted: M, where the host knows it; else on CUDA it waits for the mask.
     """
 
     divergence: Parts
@@ -55,6 +56,7 @@ class FusedLoss:
     num_true: int | None = None  # None: all
     upstream: float = 1.0
     chunk_tokens: int | None = None
+    num_counted: int | None = None
 
     @property
     def lm_counts(self) -> bool:
@@ -72,12 +74,16 @@ class CountedTokens(NamedTuple):
     index_M: Tensor | None  # among all tokens; None: all count
 
     @staticmethod
-    def of(student: Head, teacher: Head, labels_N: Tensor, loss_mask_N: Tensor) -> "CountedTokens":
-        """Leave the masked tokens out. On CUDA the host waits here for the mask, whose sum it must know."""
+    def of(
+        student: Head, teacher: Head, labels_N: Tensor, loss_mask_N: Tensor, num_counted: int | None
+    ) -> "CountedTokens":
+        """Leave the masked tokens out."""
         loss_mask_N = loss_mask_N.float()
-        index_M = (loss_mask_N > 0).nonzero().flatten()
-        if len(index_M) == len(loss_mask_N):
+        counts_N = loss_mask_N > 0
+        num_counted = int(counts_N.sum()) if num_counted is None else num_counted
+        if num_counted == len(loss_mask_N):
             return CountedTokens(student, teacher, labels_N, loss_mask_N, None)
+        index_M = counts_N.nonzero_static(size=num_counted).flatten()
         student, teacher = (head._replace(hidden_NH=head.hidden_NH[index_M]) for head in (student, teacher))
         return CountedTokens(student, teacher, labels_N[index_M], loss_mask_N[index_M], index_M)
 

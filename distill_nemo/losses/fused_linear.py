@@ -71,7 +71,7 @@ class _FusedLinear(torch.autograd.Function):
         differentiate: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         student = Head(hidden_NH, weight_vH, bias_v)
-        counted = CountedTokens.of(student, teacher, labels_N, loss_mask_N)
+        counted = CountedTokens.of(student, teacher, labels_N, loss_mask_N, loss.num_counted)
         sums = Gradients.of(student, ctx.needs_input_grad[:3], counted) if differentiate else None
         lm_M, kd_M = _all_chunks(counted, loss, sums)
         lm, kd = ((x_M * counted.weight_M).sum() for x_M in (lm_M, kd_M))

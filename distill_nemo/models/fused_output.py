@@ -72,6 +72,7 @@ class FusedOutput:
         loss_mask_BS: Tensor,
         lm_weight: float | Tensor,
         logits_weight: float | Tensor,
+        num_counted: int | None,
     ) -> Losses:
         """Sums over valid tokens, and the weighted one to differentiate.
 
@@ -84,17 +85,20 @@ class FusedOutput:
             loss_mask_BS: [B, S].
             lm_weight: of the LM loss.
             logits_weight: of the logits loss.
+            num_counted: tokens with a positive mask, where the host knows it.
         """
-        loss = FusedLoss(**self.settings, lm_weight=lm_weight, logits_weight=logits_weight)
+        loss = FusedLoss(**self.settings, lm_weight=lm_weight, logits_weight=logits_weight, num_counted=num_counted)
         labels_N, loss_mask_N = (x.transpose(0, 1).flatten() for x in (labels_BS, loss_mask_BS))
         return fused_linear_losses(*self._heads(hidden_sBW), labels_N, loss_mask_N, loss)
 
     @torch.no_grad()
-    def figures(self, hidden_sBW: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor) -> dict[str, Tensor]:
+    def figures(
+        self, hidden_sBW: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor, num_counted: int | None
+    ) -> dict[str, Tensor]:
         """Sums over valid tokens of `losses.figures.figures_against_teacher`."""
         loss, (student, teacher) = FusedLoss(**self.settings), self._heads(hidden_sBW)
         labels_N, loss_mask_N = (x.transpose(0, 1).flatten() for x in (labels_BS, loss_mask_BS))
-        counted = CountedTokens.of(student, teacher, labels_N, loss_mask_N)
+        counted = CountedTokens.of(student, teacher, labels_N, loss_mask_N, num_counted)
         sums = {name: counted.weight_M.new_zeros(()) for name in FIGURES}
         for rows, z_nv, t_nv in chunk_logits(counted, loss):
             each = figures_against_teacher(z_nv, t_nv, counted.labels_M[rows], loss.group, loss.vocab_start)

@@ -29,7 +29,8 @@ def setup_device() -> torch.device:
         return device
     _replace_cuda_by_cpu()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # 4 % of a step, and nothing reads such memory
+    # 4 % of a step, and nothing reads such memory; torch makes this name at run time
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     return torch.device("cpu")
 
 

@@ -19,12 +19,12 @@ from distill_nemo.losses.reduction import masked_sum
 
 def forward_step(data_iterator: Batches, model: nn.Module) -> tuple[Tensor, LossFunc]:
     """Run the model on the next micro batch; the schedule calls the returned loss function on the last stage."""
-    batch, output = run_model(data_iterator, model)
-    return output, partial(loss_func, batch["loss_mask"], model, labels=batch["labels"])
+    batch, num_counted, output = run_model(data_iterator, model)
+    return output, partial(loss_func, batch["loss_mask"], model, labels=batch["labels"], num_counted=num_counted)
 
 
 def loss_func(
-    loss_mask: Tensor, model: nn.Module, output_tensor: Tensor, labels: Tensor
+    loss_mask: Tensor, model: nn.Module, output_tensor: Tensor, labels: Tensor, num_counted: int | None = None
 ) -> tuple[Tensor, Tensor, Report]:
     """Masked token sums; the schedule divides by the global number of valid tokens (`calculate_per_token_loss`).
 
@@ -34,6 +34,7 @@ def loss_func(
         output_tensor: [B, S], the LM loss of each token; with a fused output the hidden states of student and teacher
             side by side.
         labels: [B, S].
+        num_counted: tokens with a positive mask, where the host knows it.
 
     Returns:
         The loss to differentiate (a sum over tokens), the number of valid tokens (int), and the report. Hidden losses
@@ -42,7 +43,8 @@ def loss_func(
     unwrapped: Any = unwrap_model(model)
     num_tokens = loss_mask.sum()
     if getattr(unwrapped, "fused_output", None) is not None:
-        loss, report = _fused(unwrapped, output_tensor, labels, loss_mask)
+        batch = output_tensor, labels, loss_mask
+        loss, report = _fused(unwrapped, batch, num_counted)
         return loss, num_tokens.int(), counted(report, num_tokens)
     lm_sum = masked_sum(output_tensor, loss_mask)
     report = {"lm_loss": lm_sum}
@@ -57,7 +59,9 @@ def loss_func(
     return loss, num_tokens.int(), counted(report, num_tokens)
 
 
-def _fused(model: Any, hidden_sBW: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _fused(
+    model: Any, batch: tuple[Tensor, Tensor, Tensor], num_counted: int | None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss to differentiate, and the sums to report.
 
     A balancer that has observed nothing weighs by losses that are not known before the gradient would be: that is for
@@ -68,7 +72,7 @@ def _fused(model: Any, hidden_sBW: Tensor, labels_BS: Tensor, loss_mask_BS: Tens
     assert knows or not torch.is_grad_enabled(), "let the balancer observe the first losses"
     lm_weight, logits_weight, _ = balancer.weights() if knows else (None, 0.0, None)
     lm_weight = 0.0 if lm_weight is None else lm_weight  # left out
-    losses = model.fused_output.losses(hidden_sBW, labels_BS, loss_mask_BS, lm_weight, logits_weight)
+    losses = model.fused_output.losses(*batch, lm_weight, logits_weight, num_counted)
     loss = losses.total if knows else balancer({STUDENT_LOSS: losses.lm, LOGITS_PREFIX: losses.logits})
     return loss, {"lm_loss": losses.lm, "kd_loss": loss, "logit_loss": losses.logits}
 

@@ -156,15 +156,7 @@ class Loop:
                 chunk.train()
             chunk.zero_grad_buffer()
         t.optimizer.zero_grad()
-        reports = get_forward_backward_func()(
-            forward_step_func=self.step_func,
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=t.chunks,
-            num_microbatches=self.num_microbatches,
-            seq_length=self.config.data.sequence_length,
-            micro_batch_size=self.config.training.micro_batch_size,
-            forward_only=False,
-        )
+        reports = self.forward_backward(iterators)
         means = reduce_reports(reports, t.chunks)
         updated, grad_norm, _ = t.optimizer.step()
         lr = t.optimizer.param_groups[0]["lr"]
@@ -177,6 +169,18 @@ class Loop:
         self.state["tokens"] += int(means["valid_tokens"])
         seconds = {"seconds": time.monotonic() - start, "data_seconds": self.data_clock.take()}
         return means | {"lr": lr, "grad_norm": grad_norm, **seconds, "save_seconds": self.save_clock.take()}
+
+    def forward_backward(self, iterators: list[Iterator[dict[str, Tensor]]]) -> list[Report]:
+        """The micro batches of one step, through Megatron's schedule; the host waits for no device of its own will."""
+        return get_forward_backward_func()(
+            forward_step_func=self.step_func,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.trainee.chunks,
+            num_microbatches=self.num_microbatches,
+            seq_length=self.config.data.sequence_length,
+            micro_batch_size=self.config.training.micro_batch_size,
+            forward_only=False,
+        )
 
     def _finite(self, means: dict[str, float], reports: list[Report], grad_norm: float, updated: bool) -> bool:
         """Whether the step was good; a bad one stops the run, or was left out and is told. The same on all ranks."""

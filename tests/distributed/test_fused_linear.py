@@ -121,9 +121,9 @@ def train(inputs: Any, output: Any, changes: dict[str, Any]) -> list[str]:
     fused_chunks.CHUNK_BYTES = 6 * 4 * PADDED
     shapes, fused = [], forward_step._fused
 
-    def watching(model: Any, hidden: Any, *args: Any) -> Any:
-        shapes.append(hidden.shape[-1])
-        return fused(model, hidden, *args)
+    def watching(model: Any, batch: Any, *args: Any) -> Any:
+        shapes.append(batch[0].shape[-1])
+        return fused(model, batch, *args)
 
     forward_step._fused = watching
     try:

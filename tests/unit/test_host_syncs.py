@@ -1,0 +1,102 @@
+"""A training step asks a device for nothing that it need not: each such question empties the GPU's queue.
+
+On CPU the questions can be counted as well, though nobody waits there; on a GPU torch itself refuses them.
+"""
+
+import collections
+import traceback
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.training import changed, tiny_run
+
+QUESTIONS = ("_local_scalar_dense", "nonzero.default", "equal.default", "masked_select", "_unique")
+LAYER = "decoder.layers.0:decoder.layers.0"
+CASES = {
+    "forward KL": {},
+    "no teacher": {"teacher": None},
+    "dynamic, hidden": {
+        "distillation.balancer": "dynamic",
+        "distillation.skip_lm_loss": False,
+        "distillation.hidden_loss": "cosine",
+        "distillation.hidden_layers": [LAYER],
+    },
+    "whole logits": {"distillation.fused_linear": False, "distillation.temperature": 2.0},
+}
+MICRO_BATCHES = 2
+ALLOWED = {
+    "run_model": MICRO_BATCHES,  # the mask of a micro batch that is still the host's
+    "finish": MICRO_BATCHES,  # what is an asynchronous assertion on CUDA
+    "_hidden_means": 1,  # the balancer's weights, which are the host's
+}
+
+
+class Spy(TorchDispatchMode):
+    """Counts the questions by the function of ours that asks; Megatron's own are its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(name in str(func) for name in QUESTIONS):
+            frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename][:-1]
+            frames = [f for f in frames if not f.filename.endswith("device.py")]
+            if "distill_nemo" in frames[-1].filename:
+                self.asked[frames[-1].name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def steps_under(mode, inputs, output, changes):
+    """A run of three steps, the last of them under `mode`."""
+    from distill_nemo.training.entry import run_config
+    from distill_nemo.training.loop import Loop
+
+    config = tiny_run(inputs, output, steps=3, global_batch_size=2 * MICRO_BATCHES, eval_interval=100)
+    if "teacher" in changes:
+        config.teacher = None
+    changed(config, {name: value for name, value in changes.items() if name != "teacher"})
+    forward_backward = Loop.forward_backward
+
+    def spied(self, iterators):
+        if self.state["step"] < 2:
+            return forward_backward(self, iterators)
+        with mode:
+            return forward_backward(self, iterators)
+
+    Loop.forward_backward = spied
+    try:
+        run_config(config)
+    finally:
+        Loop.forward_backward = forward_backward
+
+
+def questions(inputs, output, changes):
+    spy = Spy()
+    steps_under(spy, inputs, output, changes)
+    return dict(spy.asked)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_only_the_host_is_asked(inputs, one, tmp_path, case):
+    asked = one.run(questions, inputs, tmp_path, CASES[case])[0]
+    assert asked["run_model"] == MICRO_BATCHES, "the spy sees what there is to see"
+    assert all(count <= ALLOWED.get(name, 0) for name, count in asked.items()), asked
+
+
+class Refused:
+    """Torch raises an error where the host would wait for the GPU."""
+
+    def __enter__(self):
+        torch.cuda.set_sync_debug_mode("error")
+
+    def __exit__(self, *_):
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("case", CASES)
+def test_a_gpu_is_not_waited_for(inputs, one, tmp_path, case):
+    one.run(steps_under, Refused(), inputs, tmp_path, CASES[case] | {"training.dtype": "bfloat16"})
