@@ -65,10 +65,7 @@ def check_launch(config: RunConfig, executor: run.Executor, dryrun: bool = False
         _check_absolute(config, not slurm or executor.container_image is not None)
     elif workdir != "":
         _check_files(config, Path(workdir))
-    try:
-        check(config, executor.nnodes() * executor.nproc_per_node())
-    except ValueError as error:
-        raise ValueError(f"{error}{_that_fit(config, executor)}") from None
+    check_fits_nodes(config, executor)
     if isinstance(executor, KubernetesExecutor):
         _check_mounted(config, executor)
         if not dryrun:
@@ -79,6 +76,18 @@ def check_launch(config: RunConfig, executor: run.Executor, dryrun: bool = False
                 "`sbatch` is not on PATH: type this on a login node of the cluster, or name one with "
                 "run.executor.host=, user= and job_dir=; --dryrun shows what would be submitted"
             )
+
+
+def check_fits_nodes(config: RunConfig, executor: run.Executor) -> None:
+    """`checks.check` for the executor's ranks.
+
+    Raises:
+        ValueError: as `check`, with the node counts that would do.
+    """
+    try:
+        check(config, executor.nnodes() * executor.nproc_per_node())
+    except ValueError as error:
+        raise ValueError(f"{error}{_that_fit(config, executor)}") from None
 
 
 def _workdir(executor: run.Executor) -> str | None:
