@@ -1,4 +1,4 @@
-"""Predicted and measured peaks of training on CPU: `python -m benchmarks.memory` writes results/memory.json, docs/planning.md.
+"""Predicted and measured peaks of training on CPU: `python -m benchmarks.memory` writes docs/planning.md's table.
 
 Measured is what tensors occupy: every allocation of a training step that goes through torch's dispatcher, forward,
 backward and optimizer, from the building of the models on.

@@ -47,7 +47,7 @@ class PlanCommand(Command):
 
 @run.cli.entrypoint(type="experiment", namespace=NAMESPACE, run_ctx_cls=PlanContext, entrypoint_cls=PlanCommand)
 def plan(ctx: run.cli.RunContext, gpu: str = "h100", utilisation: float = 0.4, transformer_engine: bool = True) -> None:
-    r"""What a run would need, before it starts: parameters, memory by part, operations, hours; and whether it fits.
+    r"""What a run would need, and whether it fits: parameters, memory by part, operations, hours.
 
     Computed from the config and the checkpoints' config.json: no GPU, no weights, no data.
 

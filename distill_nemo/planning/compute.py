@@ -84,7 +84,7 @@ class Time:
 def time_of(setting: Setting, tflops: float, utilisation: float) -> Time:
     """Of the whole run, with ranks that do `utilisation` of `tflops` while they do not wait for the pipeline.
 
-    A pipeline goes at the pace of its slowest rank; filling and emptying it costs `(ranks - 1) / virtual` micro batches.
+    A pipeline goes at the pace of its slowest rank; its ends cost `(ranks - 1) / virtual` micro batches.
     """
     config, par = setting.config, setting.config.parallelism
     pipeline, count = par.pipeline_model_parallel_size, setting.num_microbatches

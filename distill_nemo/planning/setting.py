@@ -66,7 +66,7 @@ class Setting:
         )
 
     def shards(self, count: Count) -> float:
-        """Parameters whose optimizer states a rank has: the distributed optimizer spreads them over data parallel ranks."""
+        """Parameters whose optimizer states a rank has: the distributed optimizer spreads them over its copies."""
         if not self.config.optimizer.use_distributed_optimizer:
             return count.total
         par = self.config.parallelism
