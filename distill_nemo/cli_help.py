@@ -115,11 +115,11 @@ def summary(function: Callable[..., Any]) -> str:
     return (function.__doc__ or "").strip().splitlines()[0]
 
 
-def command_help(name: str, function: Callable[..., Any], options: str = "") -> str:
+def command_help(name: str, function: Callable[..., Any], options: str = "", recipe: str = "") -> str:
     """The page of a command whose fields are the arguments of `function`."""
     parts = _sections(function)
     rows = _rows(function)
-    usage = f"Usage: nemo distill {name}{' FIELD=VALUE ...' if rows else ''}{' [OPTIONS]' if options else ''}"
+    usage = f"Usage: nemo distill {name}{recipe}{' FIELD=VALUE ...' if rows else ''}{' [OPTIONS]' if options else ''}"
     page = [usage, parts[""], _example(parts), options, "Fields:\n" + "\n".join(rows) if rows else ""]
     return "\n\n".join(part for part in page if part) + "\n"
 

@@ -42,7 +42,7 @@ class PlanCommand(Command):
 
     def page(self) -> str:
         """What `--help` shows."""
-        return command_help(self.name, self.fn, PLAN)
+        return command_help(self.name, self.fn, PLAN, " --factory RECIPE")
 
 
 @run.cli.entrypoint(type="experiment", namespace=NAMESPACE, run_ctx_cls=PlanContext, entrypoint_cls=PlanCommand)
