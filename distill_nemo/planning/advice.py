@@ -14,15 +14,16 @@ MOST = 3
 
 
 def what_would_fit(setting: Setting, memory_bytes: float) -> list[str]:
-    """Overrides that make the run fit on as many ranks, those that cost least time first; a few at most."""
-    found = []
+    """Overrides that make the run fit on as many ranks, the simplest first; a few, and none that has another in it."""
+    found: list[dict[str, Any]] = []
     for changes in _changes(setting):
         if len(found) == MOST:
             break
         changed = setting.with_fields(**changes)
-        if allowed(changed) and fullest(changed).total <= memory_bytes:
-            found.append(" ".join(f"{name.replace('__', '.')}={value}" for name, value in changes.items()))
-    return found
+        known = any(other.keys() <= changes.keys() for other in found)
+        if not known and allowed(changed) and fullest(changed).total <= memory_bytes:
+            found.append(changes)
+    return [" ".join(f"{name.replace('__', '.')}={value}" for name, value in changes.items()) for changes in found]
 
 
 def allowed(setting: Setting) -> bool:
@@ -49,19 +50,19 @@ def check_setting(setting: Setting) -> None:
 
 
 def _changes(setting: Setting) -> Iterator[dict[str, Any]]:
-    par, train = setting.config.parallelism, setting.config.training
+    par, train, optimizer = setting.config.parallelism, setting.config.training, setting.config.optimizer
+    tensor, pipeline = par.tensor_model_parallel_size, par.pipeline_model_parallel_size
     split = {} if par.sequence_parallel else {"parallelism__sequence_parallel": True}
-    tensor = {"parallelism__tensor_model_parallel_size": 2 * par.tensor_model_parallel_size} | split
-    pipeline = {"parallelism__pipeline_model_parallel_size": 2 * par.pipeline_model_parallel_size}
+    sharded = {} if optimizer.use_distributed_optimizer else {"optimizer__use_distributed_optimizer": True}
+    again = {} if train.recompute == "full" else {"training__recompute": "full"}
     small = {"training__micro_batch_size": 1} if train.micro_batch_size > 1 else {}
-    again = {"training__recompute": "full"} if train.recompute != "full" else {}
-    sharded = (
-        {"optimizer__use_distributed_optimizer": True} if not setting.config.optimizer.use_distributed_optimizer else {}
-    )
-    for changes in (sharded, split, small, again, sharded | small | again, tensor, pipeline, tensor | small | again):
-        if changes:
-            yield changes
-    for times in (2, 4, 8):
-        wide = {"parallelism__tensor_model_parallel_size": times * par.tensor_model_parallel_size} | split
-        deep = {"parallelism__pipeline_model_parallel_size": times * par.pipeline_model_parallel_size}
-        yield wide | deep | small | again | sharded
+    yield from (changes for changes in (sharded, split) if changes)
+    size = train.micro_batch_size
+    while size := size // 2:
+        yield {"training__micro_batch_size": size}
+    wider = [{"parallelism__tensor_model_parallel_size": times * tensor} | split for times in (2, 4, 8)]
+    deeper = [{"parallelism__pipeline_model_parallel_size": times * pipeline} for times in (2, 4, 8)]
+    saving = sharded | small | again
+    yield from (changes for changes in (again, saving, *wider[:1], *deeper[:1], wider[0] | saving) if changes)
+    for wide, deep in zip(wider, deeper, strict=True):
+        yield wide | deep | saving
