@@ -14,10 +14,10 @@ class Gpu:
     bf16_tflops: float
 
 
-# NVIDIA's data sheets, SXM modules, without sparsity: "NVIDIA A100 Tensor Core GPU" (2021), "NVIDIA H100 Tensor Core
-# GPU" (2023; it states twice as much, with sparsity), "NVIDIA H200 Tensor Core GPU" (2024; the same), "NVIDIA DGX
-# B200" (2024: eight GPUs, 1,440 GB; 36 PFLOPS of bf16 with sparsity). Cards report up to 7 % more memory than 10^9
-# bytes a GB; that is left for the CUDA context, NCCL's buffers and fragmentation.
+# NVIDIA's data sheets of the SXM modules: "A100 Tensor Core GPU", "H100 Tensor Core GPU", "H200 Tensor Core GPU" (the
+# last two state bf16 with sparsity, 1,979: half of it is dense), "HGX B200" (4,500 with sparsity; 180 GB usable of
+# 192). Cards report up to 7 % more memory than 10^9 bytes a GB; that is left for the CUDA context, NCCL's buffers and
+# fragmentation.
 GPUS = {
     "a100-80gb": Gpu("A100 80 GB", 80, 312),
     "h100": Gpu("H100", 80, 989),
