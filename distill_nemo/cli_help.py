@@ -33,6 +33,7 @@ With your own checkpoints and text:
   nemo distill train --factory llama32_3b_to_1b --yes \\
       teacher.checkpoint=/models/Llama-3.2-3B student.checkpoint=/models/Llama-3.2-1B \\
       data.train='["data/corpus"]' run.executor=local run.executor.processes=8
+  nemo distill plan ...          the same words as `train`: memory, hours, whether it fits
   nemo distill evaluate student=runs/llama32_3b_to_1b/student data=data/held_out teacher=/models/Llama-3.2-3B
 """
 
@@ -59,6 +60,13 @@ Options:
 
 The same command resumes an interrupted run. Exit code: 0 when every rank succeeded.
 """
+
+PLAN = """\
+Type what you would type after `nemo distill train`: the same --factory, overrides and run.executor.*, without which
+there is one rank. `nemo distill train --help` lists them. Nothing is started or written, and data need not be there.
+A checkpoint that is not here can be spelled out: student.checkpoint=None student.num_layers=16 ...
+
+Exit code: 0 when it fits; 1 when it does not, with what would."""
 
 
 class Group(TyperGroup):
@@ -107,11 +115,11 @@ def summary(function: Callable[..., Any]) -> str:
     return (function.__doc__ or "").strip().splitlines()[0]
 
 
-def command_help(name: str, function: Callable[..., Any], options: str = "") -> str:
+def command_help(name: str, function: Callable[..., Any], options: str = "", recipe: str = "") -> str:
     """The page of a command whose fields are the arguments of `function`."""
     parts = _sections(function)
     rows = _rows(function)
-    usage = f"Usage: nemo distill {name}{' FIELD=VALUE ...' if rows else ''}{' [OPTIONS]' if options else ''}"
+    usage = f"Usage: nemo distill {name}{recipe}{' FIELD=VALUE ...' if rows else ''}{' [OPTIONS]' if options else ''}"
     page = [usage, parts[""], _example(parts), options, "Fields:\n" + "\n".join(rows) if rows else ""]
     return "\n\n".join(part for part in page if part) + "\n"
 

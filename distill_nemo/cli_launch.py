@@ -101,10 +101,7 @@ def check_launch(config: RunConfig, executor: run.Executor, dryrun: bool = False
         _check_absolute(config, not slurm or executor.container_image is not None)
     elif workdir != "":
         _check_files(config, Path(workdir))
-    try:
-        check(config, executor.nnodes() * executor.nproc_per_node())
-    except ValueError as error:
-        raise ValueError(f"{error}{_that_fit(config, executor)}") from None
+    check_fits_nodes(config, executor)
     if isinstance(executor, KubernetesExecutor):
         _check_mounted(config, executor)
         if not dryrun:
@@ -128,6 +125,18 @@ def _check_script(executor: run.SlurmExecutor) -> None:
     for name, value in given:
         if "\n" in str(value):
             raise ValueError(f"run.executor.{name} has two lines, and in a batch script the second is a command")
+
+
+def check_fits_nodes(config: RunConfig, executor: run.Executor) -> None:
+    """`checks.check` for the executor's ranks.
+
+    Raises:
+        ValueError: as `check`, with the node counts that would do.
+    """
+    try:
+        check(config, executor.nnodes() * executor.nproc_per_node())
+    except ValueError as error:
+        raise ValueError(f"{error}{_that_fit(config, executor)}") from None
 
 
 def _workdir(executor: run.Executor) -> str | None:

@@ -114,6 +114,19 @@ def padded_vocab_size(vocab_size: int) -> int:
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
+def check_same_vocabulary(student: ModelConfig, teacher: ModelConfig) -> None:
+    """Refuse a pair of resolved models whose tokens differ.
+
+    Raises:
+        ValueError: stating both sizes.
+    """
+    if student.vocab_size != teacher.vocab_size:
+        raise ValueError(
+            f"student and teacher must share a vocabulary: student.vocab_size = {student.vocab_size}, "
+            f"teacher.vocab_size = {teacher.vocab_size}; padding may differ, the true size may not"
+        )
+
+
 def transformer_config(
     model: ModelConfig, parallelism: ParallelismConfig, dtype: torch.dtype, recompute: str | None = None
 ) -> TransformerConfig:

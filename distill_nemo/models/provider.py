@@ -16,7 +16,7 @@ from distill_nemo.config import (
     StudentConfig,
     TeacherConfig,
 )
-from distill_nemo.models.architecture import gpt_model, resolve, transformer_config
+from distill_nemo.models.architecture import check_same_vocabulary, gpt_model, resolve, transformer_config
 from distill_nemo.models.distillation import convert_to_distillation_model
 from distill_nemo.models.experts import initialise_experts, keep_experts_apart
 from distill_nemo.models.huggingface import load_hf_weights
@@ -65,11 +65,7 @@ def model_provider(
     if teacher is None:
         return _build(student, model_kwargs, load_weights, recompute)
     teacher = resolve(teacher)
-    if student.vocab_size != teacher.vocab_size:
-        raise ValueError(
-            f"student and teacher must share a vocabulary: student.vocab_size = {student.vocab_size}, "
-            f"teacher.vocab_size = {teacher.vocab_size}; padding may differ, the true size may not"
-        )
+    check_same_vocabulary(student, teacher)
     assert student.vocab_size is not None, "resolve fills it"
     model = _build(student, model_kwargs, load_weights, recompute)
     frozen = _teacher_provider(teacher, model_kwargs)

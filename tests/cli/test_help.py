@@ -32,6 +32,7 @@ FIELDS = {
     "status": ["experiment"],
     "logs": ["experiment", "follow"],
     "cancel": ["experiment"],
+    "plan": ["gpu", "utilisation", "transformer_engine"],
     "quickstart": ["steps", "teacher_steps", "root", "processes", "seed"],
 }
 HEAVY = {"megatron", "modelopt", "transformers", "matplotlib", "pyarrow", "tensorboard", "tokenizers", "safetensors"}
@@ -46,7 +47,7 @@ def test_a_commands_help_names_every_field_and_gives_an_example_that_uses_them(c
     example = re.search(rf"^Example:\n((?:    +nemo distill {name}\b.*(?:\n     .*)*\n)+)", page.out, re.M)
     assert example, page.out
     used = {field for field in re.findall(r"\s([\w.]+)=", example[1]) if not field.startswith("run.")}
-    assert used <= set(FIELDS[name])
+    assert used <= set(FIELDS[name] + (FIELDS["train"] if name == "plan" else []))
 
 
 TELL = """\
@@ -65,7 +66,13 @@ def test_the_groups_help_names_every_command_and_imports_nothing_heavy(tmp_path)
     )
     assert page.code == 0
     assert re.findall(r"^  (\w+)  +[A-Z]", page.out, re.M) == list(FIELDS)
-    assert re.findall(r"^  nemo distill (\w+)", page.out, re.M) == ["quickstart", "prepare", "train", "evaluate"]
+    assert re.findall(r"^  nemo distill (\w+)", page.out, re.M) == [
+        "quickstart",
+        "prepare",
+        "train",
+        "plan",
+        "evaluate",
+    ]
     assert max(map(len, page.out.splitlines())) <= 120
     ours, theirs = set(page.err.split()), set(bare.err.split())
     assert {"recipes", "distill_nemo.cli", "nemo_run.cli.api"} <= ours, "the measurement itself"

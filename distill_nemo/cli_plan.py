@@ -1,0 +1,73 @@
+"""`nemo distill plan`: the words of `train`, and instead of a run what it would need."""
+
+from collections.abc import Callable
+from typing import Any
+
+import fiddle as fdl
+import nemo_run as run
+
+from distill_nemo.cli import NAMESPACE, Command, TrainContext
+from distill_nemo.cli_arguments import parse_arguments
+from distill_nemo.cli_help import PLAN, command_help
+from distill_nemo.cli_launch import check_fits_nodes
+from distill_nemo.config import RunConfig
+from distill_nemo.executors import local, run_config_of
+from distill_nemo.training.entry import distill
+
+ANY_DATA = ["any"]  # a plan reads no tokens, and may come before there are any
+
+
+class PlanContext(TrainContext):
+    """As `train`, but what a recipe and an executor come to is handed to `plan`."""
+
+    planned: tuple[str, RunConfig, int]  # recipe, its config, ranks
+
+    def _execute_experiment(self, fn: Callable[..., Any], experiment_args: list[str]) -> None:
+        of_recipe = [argument for argument in experiment_args if _is_of_recipe(argument.partition("=")[0])]
+        own = parse_arguments(fn, [argument for argument in experiment_args if argument not in of_recipe], "plan")
+        config = run_config_of(self.parse_fn(distill, of_recipe))
+        config.data.train = config.data.train or ANY_DATA
+        executor = fdl.build(self.executor) if isinstance(self.executor, fdl.Buildable) else self.executor or local()
+        check_fits_nodes(config, executor)
+        self.planned = str(self.factory), config, executor.nnodes() * executor.nproc_per_node()
+        fn(self, **own)
+
+
+def _is_of_recipe(name: str) -> bool:
+    return "." in name or name in distill.__annotations__
+
+
+class PlanCommand(Command):
+    """`plan`."""
+
+    def page(self) -> str:
+        """What `--help` shows."""
+        return command_help(self.name, self.fn, PLAN, " --factory RECIPE")
+
+
+@run.cli.entrypoint(type="experiment", namespace=NAMESPACE, run_ctx_cls=PlanContext, entrypoint_cls=PlanCommand)
+def plan(ctx: run.cli.RunContext, gpu: str = "h100", utilisation: float = 0.4, transformer_engine: bool = True) -> None:
+    r"""What a run would need, and whether it fits: parameters, memory by part, operations, hours.
+
+    Computed from the config and the checkpoints' config.json: no GPU, no weights, no data.
+
+    Example:
+        nemo distill plan --factory llama32_3b_to_1b training.micro_batch_size=2 gpu=h200 \
+            run.executor=slurm run.executor.nodes=2 run.executor.devices=8
+
+    Args:
+        ctx: NeMo-Run's context.
+        gpu: a100-80gb, h100, h200 or b200; each rank has one.
+        utilisation: share of the GPU's peak that a step is assumed to reach.
+        transformer_engine: its layers; false for Megatron's own, whose attention keeps all scores.
+    """
+    from distill_nemo.planning.gpus import find_gpu
+
+    which = find_gpu(gpu)
+    from distill_nemo.runtime.device import setup_device
+
+    setup_device()  # before Megatron is imported
+    from distill_nemo.planning.plan import print_plan
+
+    assert isinstance(ctx, PlanContext), "registered so"
+    print_plan(*ctx.planned, which, utilisation, transformer_engine)

@@ -1,0 +1,128 @@
+"""Bytes that a layer saves for its backward pass, or needs for a moment. Counted tensor by tensor.
+
+With Transformer Engine: Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models"
+(arXiv:2205.05198), section 4, for gated MLPs, grouped queries and attention that keeps no scores. Without it: what
+Megatron's local layers and our RMSNorm save, as seen on CPU (docs/planning.md).
+
+Legend: T tokens of a micro batch on a rank, H width, F width of an MLP, N = heads * channels, K = query groups *
+channels (N, K, F on one tensor-parallel rank), scores = one number for each head, query and key.
+"""
+
+from typing import Any
+
+from distill_nemo.config import ModelConfig
+from distill_nemo.models.hf_config import QK_NORM_FAMILIES
+from distill_nemo.models.layers import Layer
+from distill_nemo.planning.setting import Setting
+
+
+def saved(setting: Setting, model: ModelConfig, layer: Layer, recompute: str | None) -> int:
+    """Bytes that a layer of one micro batch saves for backward; with full recomputation only its input."""
+    m: Any = model
+    if recompute == "full":
+        return setting.item * setting.split_tokens * m.hidden_size
+    attention = 0 if layer.num_query_groups is None else _saved_by_attention(setting, m, layer, recompute)
+    return attention + saved_by_mlp(setting, m, layer)
+
+
+def _saved_by_attention(setting: Setting, m: Any, layer: Layer, recompute: str | None) -> int:
+    tensor, item, tokens = setting.config.parallelism.tensor_model_parallel_size, setting.item, setting.tokens
+    n, k = (count * m.kv_channels // tensor for count in (m.num_attention_heads, layer.num_query_groups))
+    qk_norm = m.family in QK_NORM_FAMILIES
+    bytes_ = _norm(setting, m.hidden_size)
+    if setting.transformer_engine:
+        softmax_statistics = 4 * tokens * m.num_attention_heads // tensor
+        return bytes_ + softmax_statistics + item * tokens * (2 * n + 2 * k + (n + k if qk_norm else 0))
+    grouped = k < n
+    whole = not grouped or recompute == "selective" or (qk_norm and item == 4)  # a view of q, k, v together is saved
+    numbers = 2 * n + (n + 2 * k if whole else 0)  # queries, the output
+    if recompute == "selective":
+        numbers += k
+    else:
+        numbers += 2 * n if grouped else n  # keys and values, repeated where they are shared
+        bytes_ += _scores(setting, m, 4 + (item if item == 2 else 0)) + _mask(setting)
+    if qk_norm and item == 4:
+        numbers += n + k + (n if grouped else 0)
+    elif qk_norm:
+        bytes_ += (4 + item) * tokens * (n + k)
+    return bytes_ + item * tokens * numbers
+
+
+def saved_by_mlp(setting: Setting, model: ModelConfig, layer: Layer) -> int:
+    """The MLP's part, or the experts', with its norm; tokens are taken to be spread evenly over experts."""
+    m: Any = model
+    if layer.ffn_hidden_size is None:
+        return 0
+    bytes_ = _norm(setting, m.hidden_size)
+    pieces = 3 if setting.on_gpu else 5  # both halves and their product; CPU does not fuse SwiGLU
+    f = layer.ffn_hidden_size // setting.config.parallelism.tensor_model_parallel_size
+    if m.num_experts is None:
+        return bytes_ + setting.item * setting.tokens * pieces * f
+    rows = setting.tokens * m.num_experts_per_tok
+    pieces += 0 if setting.on_gpu else 1
+    return bytes_ + setting.item * rows * (pieces * f + 2 * m.hidden_size) + 8 * setting.tokens * m.num_experts
+
+
+def _norm(setting: Setting, width: int) -> int:
+    """A norm's input, which is the residual stream, and its output; ours also keeps the normalised input."""
+    each = 2 * setting.item
+    if not setting.transformer_engine:
+        each = 12 if setting.item == 4 else 8
+    return setting.split_tokens * width * each
+
+
+def final_norm(setting: Setting, model: ModelConfig) -> int:
+    """What the norm after the last layer saves."""
+    m: Any = model
+    return _norm(setting, m.hidden_size)
+
+
+def _scores(setting: Setting, m: Any, item: int) -> int:
+    """A matrix of attention scores. Under context parallelism torch's fused attention runs, which keeps none."""
+    if setting.config.parallelism.context_parallel_size > 1:
+        return 0
+    heads = m.num_attention_heads // setting.config.parallelism.tensor_model_parallel_size
+    return item * setting.config.training.micro_batch_size * heads * setting.config.data.sequence_length**2
+
+
+def _mask(setting: Setting) -> int:
+    return setting.config.data.sequence_length**2 // setting.config.parallelism.context_parallel_size
+
+
+def scores_buffer(setting: Setting, model: ModelConfig) -> int:
+    """Megatron's local attention keeps a buffer of the largest scores for the whole run."""
+    return 0 if setting.transformer_engine else _scores(setting, model, setting.item)
+
+
+def backward_workspace(setting: Setting, model: ModelConfig, layer: Layer) -> int:
+    """What the backward pass of a layer needs beyond what the layer has saved, at most.
+
+    MLP: gradients of both halves (that of their product takes the product's place). Attention without Transformer
+    Engine, when the MLP's share is free again: two gradients of the scores.
+    """
+    m: Any = model
+    width = layer.ffn_hidden_size or 0
+    f = width // setting.config.parallelism.tensor_model_parallel_size * (m.num_experts_per_tok or 1)
+    most = 2 * setting.item * setting.tokens * f
+    if not setting.transformer_engine and layer.num_query_groups is not None:
+        most = max(most, _scores(setting, m, 8) - saved_by_mlp(setting, m, layer))
+    return most + 2 * setting.item * setting.split_tokens * m.hidden_size
+
+
+def forward_workspace(setting: Setting, model: ModelConfig, layer: Layer) -> int:
+    """What a layer needs for a forward pass that saves nothing, its input included."""
+    m: Any = model
+    tensor, item, tokens = setting.config.parallelism.tensor_model_parallel_size, setting.item, setting.tokens
+    residual = 2 * item * setting.split_tokens * m.hidden_size
+    pieces = 3 if setting.on_gpu else 5
+    rows, f = tokens * (m.num_experts_per_tok or 1), (layer.ffn_hidden_size or 0) // tensor
+    mlp = item * rows * pieces * f + (2 * item * rows * m.hidden_size if m.num_experts else 0)
+    if layer.num_query_groups is None:
+        return residual + mlp
+    n, k = (count * m.kv_channels // tensor for count in (m.num_attention_heads, layer.num_query_groups))
+    numbers = (n + 2 * k) + (n + k) + n  # together, then rotated, the output
+    if setting.transformer_engine:
+        return residual + max(mlp, item * tokens * numbers)
+    numbers += n + (2 * n if k < n else 0)
+    scores = _scores(setting, m, 8 if item == 4 else 12)  # before and after the softmax, and in bf16
+    return residual + max(mlp, item * tokens * numbers + scores)

@@ -1,0 +1,117 @@
+"""Operations, bytes and time of a run.
+
+A product of [a, b] and [b, c] is 2abc operations. A backward pass is two forward passes. Attention is causal: half of
+the scores. What else a step computes (norms, softmax, the divergence, Adam) is not counted.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from distill_nemo.config import ModelConfig
+from distill_nemo.models.architecture import padded_vocab_size
+from distill_nemo.models.layers import Layer
+from distill_nemo.planning.parameters import layers_of, stages_of, total_parameters
+from distill_nemo.planning.setting import Setting
+
+
+def layer_flops(model: ModelConfig, layer: Layer, length: int) -> tuple[float, float]:
+    """Operations of a forward pass, per token of a sequence of `length`: all, and the core attention's share."""
+    m: Any = model
+    products = core = 0.0
+    if layer.num_query_groups is not None:
+        n, k = m.num_attention_heads * m.kv_channels, layer.num_query_groups * m.kv_channels
+        products += 2 * m.hidden_size * (n + 2 * k) + 2 * n * m.hidden_size
+        core = 2 * length * n  # scores and their product with the values, 2 * 2 * length * n, half of it
+    if layer.ffn_hidden_size is not None:
+        products += 6 * m.hidden_size * layer.ffn_hidden_size * (m.num_experts_per_tok or 1)
+        products += 2 * m.hidden_size * (m.num_experts or 0)
+    return products + core, core
+
+
+def stage_flops(setting: Setting, model: ModelConfig, stage: int, output: bool) -> tuple[float, float, float]:
+    """Forward operations per token on a stage: layers, core attention in them, output layer."""
+    m: Any = model
+    par, length = setting.config.parallelism, setting.config.data.sequence_length
+    each = [layer_flops(model, layer, length) for layer in layers_of(model, par, stage)]
+    last = output and stage == par.num_stages - 1
+    head = 2 * m.hidden_size * padded_vocab_size(m.vocab_size) if last else 0
+    return sum(x for x, _ in each), sum(x for _, x in each), head
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations per token, by what they are for."""
+
+    student: float  # forward and backward
+    recompute: float
+    teacher: float
+    evaluation: float  # forward passes of both
+
+    @property
+    def total(self) -> float:
+        """Of a training step."""
+        return self.student + self.recompute + self.teacher
+
+
+def rank_work(setting: Setting, rank: int) -> Work:
+    """What the stages of one pipeline rank do for a token."""
+    config, student, again, teacher = setting.config, 0.0, 0.0, 0.0
+    for stage in stages_of(config.parallelism, rank):
+        layers, core, head = stage_flops(setting, config.student, stage, True)
+        student += layers + head
+        again += {"full": layers, "selective": core}.get(config.training.recompute or "", 0.0)
+        if config.teacher is not None:
+            teacher += sum(stage_flops(setting, config.teacher, stage, setting.logits_count)[::2])
+    return Work(3 * student, again, teacher, student + teacher)
+
+
+def all_work(setting: Setting) -> Work:
+    """Per token, on all pipeline ranks together."""
+    ranks = [rank_work(setting, rank) for rank in range(setting.config.parallelism.pipeline_model_parallel_size)]
+    return Work(*(sum(getattr(work, name) for work in ranks) for name in Work.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds."""
+
+    step: float
+    idle: float  # share of a step in which a rank waits on average: the pipeline's ends, and uneven stages
+    training: float
+    evaluations: float
+
+
+def time_of(setting: Setting, tflops: float, utilisation: float) -> Time:
+    """Of the whole run, with ranks that do `utilisation` of `tflops` while they do not wait for the pipeline.
+
+    A pipeline goes at the pace of its slowest rank; its ends cost `(ranks - 1) / virtual` micro batches.
+    """
+    config, par = setting.config, setting.config.parallelism
+    pipeline, count = par.pipeline_model_parallel_size, setting.num_microbatches
+    works = [rank_work(setting, rank) for rank in range(pipeline)]
+    tokens = config.training.micro_batch_size * config.data.sequence_length
+    rate = tflops * 1e12 * utilisation * par.tensor_model_parallel_size * par.context_parallel_size
+    passes = count + (pipeline - 1) / (par.virtual_pipeline_model_parallel_size or 1)
+    step = passes * max(work.total for work in works) * tokens / rate
+    busy = count * sum(work.total for work in works) / pipeline * tokens / rate
+    evaluation = passes * max(work.evaluation for work in works) * tokens / rate
+    train = config.training
+    evaluations = 1 + -(-train.steps // train.eval_interval)
+    return Time(step, 1 - busy / step, train.steps * step, evaluations * train.eval_batches * evaluation)
+
+
+def traffic_bytes(setting: Setting, rank: int) -> float:
+    """GPU memory read and written in a step for weights, gradients and the optimizer; activations are not counted.
+
+    A micro batch reads the student's weights forward and backward (and once more if layers are recomputed) and the
+    teacher's once, and adds to fp32 gradients. The optimizer reads these, and reads and writes masters and moments.
+    """
+    student, teacher = setting.student(rank).total, setting.teacher(rank).total
+    reads = 3 if setting.config.training.recompute == "full" else 2
+    each = setting.item * (reads * student + teacher) + 8 * student
+    return setting.num_microbatches * each + (4 + 24 + setting.item) * setting.shards(setting.student(rank))
+
+
+def checkpoint_bytes(setting: Setting) -> float:
+    """A saved step: the student's weights, fp32 masters and Adam's two moments."""
+    return (setting.item + 12) * total_parameters(setting.config.student)

@@ -1,0 +1,88 @@
+"""How many parameters a model has, and each rank of a layout. Exact: tests compare with the models that are built.
+
+Legend: H width, F width of an MLP, n heads, g query groups, d channels of a head, V vocabulary, padded.
+"""
+
+from typing import Any, NamedTuple
+
+from distill_nemo.config import ModelConfig, ParallelismConfig
+from distill_nemo.models.architecture import padded_vocab_size
+from distill_nemo.models.hf_config import QK_NORM_FAMILIES
+from distill_nemo.models.layers import Layer, layers
+
+
+class Count(NamedTuple):
+    """Parameters. Those of experts are reduced and sharded over other ranks than the rest."""
+
+    dense: int = 0
+    experts: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.dense + self.experts
+
+    def plus(self, other: "Count") -> "Count":
+        """The sum, kind by kind."""
+        return Count(self.dense + other.dense, self.experts + other.experts)
+
+
+def total_parameters(model: ModelConfig) -> int:
+    """Of a resolved model, tied embeddings counted once."""
+    return rank_parameters(model, ParallelismConfig(), 0).total
+
+
+def rank_parameters(model: ModelConfig, parallelism: ParallelismConfig, rank: int, output: bool = True) -> Count:
+    """Of all chunks that pipeline rank `rank` holds; without the output layer where `output` is False."""
+    count = Count()
+    for stage in stages_of(parallelism, rank):
+        count = count.plus(stage_parameters(model, parallelism, stage, output))
+    return count
+
+
+def stages_of(parallelism: ParallelismConfig, rank: int) -> range:
+    """The stages on a pipeline rank, by their place in the order of the model."""
+    return range(rank, parallelism.num_stages, parallelism.pipeline_model_parallel_size)
+
+
+def layers_of(model: ModelConfig, parallelism: ParallelismConfig, stage: int) -> list[Layer]:
+    """The layers of a stage."""
+    every = layers(model)
+    sizes = parallelism.stage_sizes(len(every))
+    start = sum(sizes[:stage])
+    return every[start : start + sizes[stage]]
+
+
+def stage_parameters(model: ModelConfig, parallelism: ParallelismConfig, stage: int, output: bool = True) -> Count:
+    """Of one stage on one tensor- and expert-parallel rank."""
+    m: Any = model
+    last = stage == parallelism.num_stages - 1
+    table = padded_vocab_size(m.vocab_size) // parallelism.tensor_model_parallel_size * m.hidden_size
+    count = Count()
+    for layer in layers_of(model, parallelism, stage):
+        count = count.plus(_layer_parameters(m, layer, parallelism))
+    if stage == 0:
+        count = count.plus(Count(table))
+    if last:
+        shared = m.tie_word_embeddings and stage == 0  # on another stage, a tied output layer is a copy
+        count = count.plus(Count(m.hidden_size + (table if output and not shared else 0)))
+    return count
+
+
+def _layer_parameters(m: Any, layer: Layer, parallelism: ParallelismConfig) -> Count:
+    tensor, width = parallelism.tensor_model_parallel_size, m.hidden_size
+    dense = experts = 0
+    if layer.num_query_groups is not None:
+        heads, groups = (count * m.kv_channels // tensor for count in (m.num_attention_heads, layer.num_query_groups))
+        dense += width + (heads + 2 * groups) * width + heads * width
+        dense += heads + 2 * groups if m.family == "qwen2" else 0
+        dense += 2 * m.kv_channels if m.family in QK_NORM_FAMILIES else 0
+    if layer.ffn_hidden_size is not None:
+        mlp = 3 * layer.ffn_hidden_size // tensor * width
+        dense += width
+        if m.num_experts is None:
+            dense += mlp
+        else:
+            dense += m.num_experts * width
+            experts += m.num_experts // parallelism.expert_model_parallel_size * mlp
+    return Count(dense, experts)

@@ -1,0 +1,52 @@
+"""`nemo distill plan`: from a recipe's config to what is printed. No model is built and no GPU needed."""
+
+from distill_nemo.config import RunConfig, require
+from distill_nemo.models.architecture import check_same_vocabulary
+from distill_nemo.planning.advice import check_setting, what_would_fit
+from distill_nemo.planning.gpus import Gpu
+from distill_nemo.planning.memory import fullest
+from distill_nemo.planning.report import GB, report
+from distill_nemo.planning.setting import Setting
+from distill_nemo.training.entry import resolve_models
+
+
+def print_plan(
+    name: str, config: RunConfig, world_size: int, gpu: Gpu, utilisation: float, transformer_engine: bool
+) -> None:
+    """Print what a run needs.
+
+    Args:
+        name: of the recipe.
+        config: of the run, as a recipe gives it.
+        world_size: ranks, a GPU each.
+        gpu: which.
+        utilisation: share of the GPU's peak that is reached, above 0 and at most 1.
+        transformer_engine: whether its layers are there.
+
+    Raises:
+        ValueError: for what a run would refuse; after printing, when it does not fit, with what would.
+    """
+    require(0 < utilisation <= 1, f"utilisation must be above 0 and at most 1, got {utilisation:g}")
+    config = _resolved(config)
+    if config.teacher is not None:
+        check_same_vocabulary(config.student, config.teacher)
+    setting = Setting(config, world_size, transformer_engine=transformer_engine)
+    check_setting(setting)
+    print(report(name, setting, gpu, utilisation))
+    too_much = fullest(setting).total / GB - gpu.memory_gb
+    if too_much > 0:
+        fitting = what_would_fit(setting, gpu.memory_gb * GB)
+        advice = f"what would fit: {' | '.join(fitting)}" if fitting else "take more ranks or GPUs with more memory"
+        raise ValueError(f"does not fit: {too_much:.1f} GB too much on a {gpu.name} of {gpu.memory_gb:g} GB; {advice}")
+
+
+def _resolved(config: RunConfig) -> RunConfig:
+    try:
+        return resolve_models(config)
+    except ValueError as error:
+        if "not found" not in str(error):
+            raise
+        raise ValueError(
+            f"{error}. A plan reads its config.json only: copy that, or say checkpoint=None and num_layers, "
+            "hidden_size, ffn_hidden_size, num_attention_heads, num_query_groups, vocab_size"
+        ) from None

@@ -1,0 +1,126 @@
+"""A plan on one screen."""
+
+from distill_nemo.planning.compute import all_work, checkpoint_bytes, time_of, traffic_bytes
+from distill_nemo.planning.gpus import Gpu
+from distill_nemo.planning.memory import Memory, chunk_rows, fullest, in_flight
+from distill_nemo.planning.parameters import total_parameters
+from distill_nemo.planning.setting import Setting
+
+GB, TFLOP, GFLOP = 1e9, 1e12, 1e9
+
+
+def report(name: str, setting: Setting, gpu: Gpu, utilisation: float) -> str:
+    """Everything that is known of a run before it starts."""
+    memory = fullest(setting)
+    parts = (
+        [_heading(name, setting, gpu)],
+        _parameters(setting),
+        _memory(setting, memory, gpu),
+        _work(setting, memory),
+        _time(setting, gpu, utilisation),
+    )
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def _heading(name: str, setting: Setting, gpu: Gpu) -> str:
+    par, virtual = setting.config.parallelism, setting.config.parallelism.virtual_pipeline_model_parallel_size
+    sizes = {
+        "tensor": par.tensor_model_parallel_size,
+        "pipeline": par.pipeline_model_parallel_size,
+        "context": par.context_parallel_size,
+        "data": setting.data_parallel_size,
+    }
+    layout = " x ".join(f"{kind} {size}" for kind, size in sizes.items() if size > 1 or kind == "data")
+    more = [f"virtual pipeline {virtual}"] if virtual else []
+    more += [f"expert {par.expert_model_parallel_size}"] if par.expert_model_parallel_size > 1 else []
+    more += ["sequence parallel"] if par.sequence_parallel else []
+    more += ["bf16" if setting.item == 2 else "fp32"]
+    more += ["Transformer Engine" if setting.transformer_engine else "local layers"]
+    head = f"{name} on {setting.world_size} x {gpu.name} ({gpu.memory_gb:g} GB, {gpu.bf16_tflops:,g} TFLOPS)"
+    return f"{head}\n  {', '.join([layout, *more])}"
+
+
+def _parameters(setting: Setting) -> list[str]:
+    ranks = range(setting.config.parallelism.pipeline_model_parallel_size)
+    rows = [f"{'parameters':28}{'in all':>16}{'on the largest rank':>24}"]
+    for role, model, on_rank in (
+        ("student", setting.config.student, setting.student),
+        ("teacher", setting.config.teacher, setting.teacher),
+    ):
+        if model is not None:
+            most = max(on_rank(rank).total for rank in ranks)
+            rows.append(f"  {role:26}{total_parameters(model):16,}{most:24,}")
+    return rows
+
+
+def _memory(setting: Setting, memory: Memory, gpu: Gpu) -> list[str]:
+    train, stages = setting.config.training, setting.config.parallelism.pipeline_model_parallel_size
+    where = f" (pipeline rank {memory.rank} of {stages})" if stages > 1 else ""
+    moment = memory.moment
+    kept = {"none": 0, "others": in_flight(setting, memory.rank) - 1, "all": in_flight(setting, memory.rank)}
+    count = kept[memory.before[moment]]
+    about = {
+        "gradients": "fp32",
+        "optimizer": f"{'fp32 masters and ' if setting.item == 2 else ''}Adam's fp32 moments{_over(setting)}",
+        "activations": f"{count:g} x {setting.tokens:,} tokens, recompute: {train.recompute or 'none'}",
+        moment: "the moment that needs most" + _chunks(setting, moment),
+    }
+    rows = memory.stays | {"activations": memory.activations[moment], moment: memory.workspace[moment]}
+    lines = [f"memory of the fullest rank{where}, GB"]
+    lines += [f"  {part:26}{size / GB:10.2f}   {about.get(part, '')}".rstrip() for part, size in rows.items() if size]
+    room = gpu.memory_gb - memory.total / GB
+    fits = f"fits, {room:.1f} left" if room >= 0 else f"does not fit, {-room:.1f} too much"
+    return [*lines, f"  {'total':26}{memory.total / GB:10.2f}   of {gpu.memory_gb:g}: {fits}"]
+
+
+def _over(setting: Setting) -> str:
+    copies = setting.data_parallel_size * setting.config.parallelism.context_parallel_size
+    spread = setting.config.optimizer.use_distributed_optimizer and copies > 1
+    return f", spread over {copies} ranks" if spread else ""
+
+
+def _chunks(setting: Setting, moment: str) -> str:
+    if moment != "the loss":
+        return ""
+    return f", logits of {chunk_rows(setting):,} tokens at a time" if setting.fused else ", from whole logits"
+
+
+def _work(setting: Setting, memory: Memory) -> list[str]:
+    work, length = all_work(setting), setting.config.data.sequence_length
+    tokens = setting.config.training.global_batch_size * length
+    parts = [f"student {work.student / GFLOP:,.1f}"]
+    parts += [f"recomputation {work.recompute / GFLOP:,.1f}"] if work.recompute else []
+    parts += [f"teacher {work.teacher / GFLOP:,.1f}"] if work.teacher else []
+    batch = f"{tokens:,} tokens: {setting.config.training.global_batch_size} x {length:,}"
+    traffic = "weights, gradients and optimizer read and written, a rank and step"
+    return [
+        "work",
+        f"  {'GFLOP a token':26}{work.total / GFLOP:10,.1f}   {', '.join(parts)}",
+        f"  {'TFLOP a step':26}{work.total * tokens / TFLOP:10,.0f}   {batch}",
+        f"  {'memory traffic, GB':26}{traffic_bytes(setting, memory.rank) / GB:10,.1f}   {traffic}",
+        f"  {'checkpoint, GB':26}{checkpoint_bytes(setting) / GB:10,.1f}   {_kept(setting)}",
+    ]
+
+
+def _kept(setting: Setting) -> str:
+    save = setting.config.checkpoint
+    return f"every {save.save_interval:,} steps; the last {save.keep_last} are kept"
+
+
+def _time(setting: Setting, gpu: Gpu, utilisation: float) -> list[str]:
+    train, time = setting.config.training, time_of(setting, gpu.bf16_tflops, utilisation)
+    tokens = train.global_batch_size * setting.config.data.sequence_length
+    hours, evaluations = (time.training + time.evaluations) / 3600, time.evaluations / 3600
+    rows = [
+        f"time, if GPUs reach {utilisation:g} of their peak (assumed: utilisation=)",
+        f"  {'seconds a step':26}{time.step:10,.2f}   {tokens / time.step:,.0f} tokens a second",
+        f"  {'hours':26}{hours:10,.2f}   {train.steps:,} steps; evaluations {evaluations:.2f} of it",
+        f"  {'GPU-hours':26}{hours * setting.world_size:10,.1f}",
+    ]
+    if setting.config.parallelism.pipeline_model_parallel_size > 1:
+        why = f"{setting.num_microbatches} micro batches a step, and the slowest rank's pace"
+        rows.insert(2, f"  {'idle in the pipeline':26}{time.idle:10.0%}   {why}")
+    return [
+        *rows,
+        "not counted: communication, data, saving; all tokens are taken to count, experts to be equally busy",
+    ]

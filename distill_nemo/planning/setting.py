@@ -1,0 +1,105 @@
+"""A run at a number of ranks, and what the layers are made of there: what memory and time follow from."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from distill_nemo.config import ModelConfig, RunConfig
+from distill_nemo.planning.parameters import Count, rank_parameters, stages_of
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is planned.
+
+    Args:
+        config: the run, resolved and checked.
+        world_size: ranks.
+        on_gpu: False for Megatron's local layers on CPU, as tests run them.
+        transformer_engine: its layers and fused attention; False for Megatron's local layers, which keep the matrix of
+            attention scores.
+    """
+
+    config: RunConfig
+    world_size: int
+    on_gpu: bool = True
+    transformer_engine: bool = True
+
+    @property
+    def item(self) -> int:
+        """Bytes of a weight or an activation."""
+        bf16 = self.config.training.dtype == "bfloat16" or (self.config.training.dtype == "auto" and self.on_gpu)
+        return 2 if bf16 else 4
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Copies of the model."""
+        return self.world_size // self.config.parallelism.model_parallel_size
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro batches of a rank in a step."""
+        return self.config.num_microbatches(self.data_parallel_size)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro batch on one rank, where the sequence is not split over tensor-parallel ranks."""
+        length = self.config.data.sequence_length // self.config.parallelism.context_parallel_size
+        return self.config.training.micro_batch_size * length
+
+    @property
+    def split_tokens(self) -> int:
+        """The same between the layers' products, where sequence parallelism splits them."""
+        par = self.config.parallelism
+        return self.tokens // (par.tensor_model_parallel_size if par.sequence_parallel else 1)
+
+    @property
+    def logits_count(self) -> bool:
+        """Whether the teacher has an output layer; see `models.distillation.logits_count`."""
+        kd = self.config.distillation
+        return kd.balancer == "dynamic" or kd.logits_weight != 0
+
+    @property
+    def fused(self) -> bool:
+        """Whether the output layers are part of the loss."""
+        return (
+            self.config.teacher is not None and self.logits_count and self.config.distillation.fused_linear is not False
+        )
+
+    def shards(self, count: Count) -> float:
+        """Parameters whose optimizer states a rank has: the distributed optimizer spreads them over its copies."""
+        if not self.config.optimizer.use_distributed_optimizer:
+            return count.total
+        par = self.config.parallelism
+        copies = self.data_parallel_size * par.context_parallel_size
+        experts = self.expert_parallel_size(self.config.student)
+        return count.dense / copies + count.experts / (copies / experts)
+
+    def expert_parallel_size(self, model: ModelConfig) -> int:
+        """Ranks that share a model's experts; a dense model beside one with experts is not split over them."""
+        return 1 if model.num_experts is None else self.config.parallelism.expert_model_parallel_size
+
+    def student(self, rank: int) -> Count:
+        """The student's parameters on a pipeline rank."""
+        return rank_parameters(self.config.student, self.config.parallelism, rank)
+
+    def teacher(self, rank: int) -> Count:
+        """The teacher's."""
+        if self.config.teacher is None:
+            return Count()
+        return rank_parameters(self.config.teacher, self.config.parallelism, rank, self.logits_count)
+
+    def is_first(self, rank: int) -> bool:
+        """Whether this pipeline rank holds the embedding."""
+        return rank == 0
+
+    def is_last(self, rank: int) -> bool:
+        """Whether it computes the loss."""
+        return self.config.parallelism.num_stages - 1 in stages_of(self.config.parallelism, rank)
+
+    def with_fields(self, **fields: Any) -> "Setting":
+        """The setting with fields of the config set: `training__recompute="full"`."""
+        config = self.config
+        for name, value in fields.items():
+            section, field = name.split("__")
+            config = replace(config, **{section: replace(getattr(config, section), **{field: value})})
+        return replace(self, config=config)

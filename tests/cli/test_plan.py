@@ -1,0 +1,64 @@
+"""`nemo distill plan`: what it prints, what it refuses, and its exit code."""
+
+import re
+
+import pytest
+
+from tests.cli.command import nemo_here
+
+PLAN = ("plan", "--factory", "llama32_3b_to_1b")
+SLURM = ("run.executor=slurm", "run.executor.nodes=2", "run.executor.devices=8")
+TINY = ("num_layers=2", "hidden_size=32", "ffn_hidden_size=64", "num_attention_heads=4", "vocab_size=507")
+PAIR = [f"{role}.{word}" for role in ("student", "teacher") for word in ("checkpoint=None", *TINY)]
+HUGE = [
+    word.replace("=2", "=96").replace("=32", "=16384").replace("=64", "=65536").replace("=4", "=128") for word in PAIR
+]
+
+
+def test_a_plan_of_checkpoints_without_data_on_one_screen(capfd, inputs):
+    checkpoints = [f"{role}.checkpoint={inputs / role}" for role in ("student", "teacher")]
+    words = [*checkpoints, *SLURM, "data.sequence_length=64", "gpu=a100-80gb", "utilisation=0.5"]
+    plan = nemo_here(capfd, *PLAN, *words)
+    assert (plan.code, plan.err) == (0, "")
+    lines = plan.out.splitlines()
+    assert lines[0] == "llama32_3b_to_1b on 16 x A100 80 GB (80 GB, 312 TFLOPS)"
+    assert lines[1] == "  tensor 2 x data 8, sequence parallel, bf16, Transformer Engine"
+    rows = dict(re.findall(r"^  ([\w' -]+?)  +([\d.,]+)", plan.out, re.M))
+    layer = 32 * (32 + 2 * 16) + 32 * 32 + 3 * 32 * 48 + 2 * 32  # q, k and v, output, MLP, norms
+    assert rows["student"] == f"{2 * layer + 2 * 512 * 32 + 32:,}"
+    assert {"teacher", "weights", "gradients", "optimizer", "activations", "total", "hours", "GPU-hours"} <= rows.keys()
+    assert "fits, " in plan.out and "if GPUs reach 0.5 of their peak" in plan.out
+    assert len(lines) <= 40 and max(map(len, lines)) <= 120
+
+
+def test_what_does_not_fit_exits_1_and_says_what_would(capfd):
+    plan = nemo_here(capfd, *PLAN, *HUGE, *SLURM)
+    assert plan.code == 1
+    assert "does not fit, " in plan.out
+    assert re.fullmatch(r"error: does not fit: [\d.]+ GB too much on a H100 of 80 GB; .+\n", plan.err)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["gpu=h10"], 'gpu = "h10" is not known. Did you mean h100'),
+        (["gpuu=h100"], 'unknown field "gpuu". Did you mean gpu? See `nemo distill plan --help`'),
+        (
+            ["distillation.temprature=2"],
+            'unknown field "distillation.temprature". Did you mean distillation.temperature',
+        ),
+        (["utilisation=1.5"], "utilisation must be above 0 and at most 1, got 1.5"),
+        (["run.executor.processes=3"], "world size 3 is not divisible by"),
+        (["teacher.vocab_size=511"], "student and teacher must share a vocabulary"),
+        (["teacher.num_query_groups=1"], "is not divisible by parallelism.tensor_model_parallel_size = 2"),
+        (
+            ["teacher.checkpoint=/no/such"],
+            "checkpoint directory not found: /no/such. A plan reads its config.json only",
+        ),
+    ],
+)
+def test_what_is_refused_is_one_error(capfd, words, said):
+    executor = [] if words[0].startswith("run.") else SLURM
+    plan = nemo_here(capfd, *PLAN, *PAIR, *executor, *words)
+    assert (plan.code, plan.out) == (1, "")
+    assert plan.err.startswith("error: ") and said in plan.err and len(plan.err.splitlines()) == 1, plan.err

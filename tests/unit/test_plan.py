@@ -1,0 +1,181 @@
+"""What a plan says, against models that are built, training that is measured and operations that torch counts."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.memory import Case, compared
+from distill_nemo.config import ParallelismConfig, RunConfig, StudentConfig, TeacherConfig
+from distill_nemo.runtime.device import setup_device
+
+SHAPE = {"num_layers": 3, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "vocab_size": 507}
+EXPERTS = {"family": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_ffn_hidden_size": 48}
+DIFFERING = [
+    {"attention": {"num_query_groups": 2}, "mlp": {"ffn_hidden_size": 64}},
+    {"attention": {"no_op": True}, "mlp": {"ffn_hidden_size": 96}},
+    {"attention": {"num_query_groups": 4}, "mlp": {"no_op": True}},
+]
+MODELS = {
+    "llama": {},
+    "grouped queries": {"num_query_groups": 2, "kv_channels": 24},
+    "tied": {"tie_word_embeddings": True},
+    "bias": {"family": "qwen2", "num_query_groups": 2},
+    "qk-norm": {"family": "qwen3", "kv_channels": 24},
+    "experts": EXPERTS,
+    "layers that differ": {"block_configs": DIFFERING},
+}
+LAYOUTS = {
+    "one": (1, {}),
+    "tp2": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "pp2": (2, {"pipeline_model_parallel_size": 2}),
+    "ep2": (2, {"expert_model_parallel_size": 2}),
+}
+
+
+def built(models, sizes):
+    """By model: parameters of this rank's student and teacher, and what a plan says of them."""
+    from distill_nemo.runtime.process_groups import process_groups
+
+    setup_device()
+    from megatron.core import parallel_state
+
+    from distill_nemo.planning.setting import Setting
+    from distill_nemo.runtime.seed import seed_everything
+    from distill_nemo.training.entry import resolve_models
+    from distill_nemo.training.setup import build_chunks
+
+    parallelism, found = ParallelismConfig(**sizes), {}
+    with process_groups(parallelism):
+        seed_everything(0)
+        rank, world = parallel_state.get_pipeline_model_parallel_rank(), torch.distributed.get_world_size()
+        for name, fields in models.items():
+            student = StudentConfig(**{**SHAPE, **fields})
+            run = RunConfig("nowhere", student, TeacherConfig(**{**SHAPE, **fields, "hidden_size": 128}))
+            run.parallelism, run.data.sequence_length = parallelism, 32
+            run = resolve_models(run)
+            (chunk,) = build_chunks(run, torch.float32, load_weights=True)
+            teacher = sum(p.numel() for p in chunk.teacher_model.parameters())
+            trained = sum(p.numel() for p in chunk.parameters() if p.requires_grad)
+            setting = Setting(run, world, on_gpu=False, transformer_engine=False)
+            found[name] = (trained, teacher), (setting.student(rank).total, setting.teacher(rank).total)
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_parameters_are_those_of_the_models_that_are_built(one, two, layout):
+    processes, sizes = LAYOUTS[layout]
+    models = {name: fields for name, fields in MODELS.items() if layout != "ep2" or fields is EXPERTS}
+    for found in (one if processes == 1 else two).run(built, models, sizes):
+        assert found.keys() == models.keys()
+        for name, (theirs, ours) in found.items():
+            assert ours == theirs, name
+
+
+SMALL = Case(vocab=2048, student=(2, 128), teacher=(2, 256), length=128)
+CASES = {
+    "fused": SMALL,
+    "whole logits": replace(SMALL, fields={"distillation.fused_linear": False}, vocab=8192),
+    "recompute=full": replace(SMALL, fields={"training.recompute": "full"}),
+    "recompute=selective": replace(SMALL, fields={"training.recompute": "selective"}),
+    "micro batch 1": replace(SMALL, micro_batch=1),
+    "micro batch 4": replace(SMALL, micro_batch=4),
+    "experts": replace(SMALL, family="qwen3_moe"),
+    "qk-norm, no teacher": replace(SMALL, family="qwen3", teacher=None),
+    "data": replace(SMALL, ranks=2),
+    "tensor and sequence": replace(
+        SMALL, fields={"parallelism.tensor_model_parallel_size": 2, "parallelism.sequence_parallel": True}, ranks=2
+    ),
+    "pipeline": replace(SMALL, fields={"parallelism.pipeline_model_parallel_size": 2}, ranks=2),
+    "context": replace(SMALL, fields={"parallelism.context_parallel_size": 2}, ranks=2),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_memory_is_within_5_percent_of_what_training_takes(one, two, case):
+    ours, theirs = compared(CASES[case], one if CASES[case].ranks == 1 else two)
+    assert abs(ours / theirs - 1) < 0.05, (ours, theirs)
+
+
+def counted_flops(case):
+    """Operations of one forward pass of the student, by torch's count, which takes all scores of attention."""
+    from distill_nemo.runtime.process_groups import process_groups
+
+    setup_device()
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from distill_nemo.runtime.seed import seed_everything
+    from distill_nemo.training.entry import resolve_models
+    from distill_nemo.training.setup import build_chunks
+
+    run = resolve_models(case.config())
+    with process_groups(run.parallelism), torch.no_grad():
+        seed_everything(0)
+        (model,) = build_chunks(run, torch.float32, load_weights=True)
+        tokens = torch.zeros(case.micro_batch, case.length, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter:
+            model(tokens, torch.arange(case.length).expand_as(tokens), None)
+        return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_operations_are_those_that_torch_counts(one, family):
+    setup_device()
+    from distill_nemo.planning.compute import all_work, stage_flops
+    from distill_nemo.planning.setting import Setting
+    from distill_nemo.training.entry import resolve_models
+
+    case = replace(SMALL, family=family, teacher=None)
+    setting = Setting(resolve_models(case.config()), 1)
+    layers, core, head = stage_flops(setting, setting.config.student, 0, True)
+    tokens = case.micro_batch * case.length
+    (theirs,) = one.run(counted_flops, case)
+    assert tokens * (layers + core + head) == theirs
+    work = all_work(setting)
+    assert (work.student, work.recompute, work.teacher) == (3 * (layers + head), 0, 0)
+    assert all_work(setting.with_fields(training__recompute="full")).recompute == layers
+
+
+def test_time_counts_the_pipelines_ends_and_its_slowest_rank():
+    setup_device()
+    from distill_nemo.planning.compute import rank_work, time_of
+    from distill_nemo.planning.setting import Setting
+    from distill_nemo.training.entry import resolve_models
+
+    case = replace(
+        SMALL, student=(4, 128), fields={"parallelism.pipeline_model_parallel_size": 2, "training.steps": 10}
+    )
+    run = resolve_models(case.config())
+    run.training.global_batch_size = 8 * case.micro_batch
+    setting = Setting(run, 2)
+    works = [rank_work(setting, rank).total for rank in (0, 1)]
+    assert works[1] > works[0]  # the output layers
+    time = time_of(setting, tflops=1e-6, utilisation=0.5)
+    one = works[1] * case.micro_batch * case.length / 0.5e6  # seconds of a micro batch on the slowest rank
+    assert time.step == pytest.approx((8 + 1) * one)
+    assert time.training == pytest.approx(10 * time.step)
+    assert time.idle == pytest.approx(1 - 8 * (works[0] + works[1]) / 2 / (9 * works[1]))
+
+
+def test_a_published_models_parameters_and_what_would_fit():
+    setup_device()
+    from distill_nemo.planning.advice import what_would_fit
+    from distill_nemo.planning.memory import fullest
+    from distill_nemo.planning.parameters import total_parameters
+    from distill_nemo.planning.setting import Setting
+    from distill_nemo.training.entry import resolve_models
+
+    shared = {"vocab_size": 128256, "num_query_groups": 8, "tie_word_embeddings": True, "ffn_hidden_size": 8192}
+    student = {"num_layers": 16, "hidden_size": 2048, "num_attention_heads": 32, "kv_channels": 64}
+    teacher = {"num_layers": 28, "hidden_size": 3072, "num_attention_heads": 24, "kv_channels": 128}
+    run = RunConfig("nowhere", StudentConfig(**student, **shared), TeacherConfig(**teacher, **shared))
+    run.data.train, run.training.micro_batch_size = ["any"], 8
+    run = resolve_models(run)
+    assert total_parameters(run.student) == 1_235_814_400  # Llama 3.2 1B and 3B, as their model cards say
+    assert total_parameters(run.teacher) == 3_212_749_824
+    setting = Setting(run, 8)
+    needed = fullest(setting).total
+    assert what_would_fit(setting, needed)[0] == "training.micro_batch_size=4"
+    fitting = what_would_fit(setting, needed / 4)
+    assert fitting and all("tensor_model_parallel_size" in one for one in fitting)
+    assert what_would_fit(setting, 1e9) == []
