@@ -132,9 +132,9 @@ def measured(case: Case) -> int:
         tokens = torch.randint(case.vocab, (run.training.micro_batch_size, case.length))
         positions = torch.arange(case.length).expand_as(tokens)
         batch = {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(tokens.shape), "position_ids": positions}
-        loop._step([iter(lambda: batch, None)])
+        loop.step([iter(lambda: batch, None)])
         live.peak = live.live
-        loop._step([iter(lambda: batch, None)])
+        loop.step([iter(lambda: batch, None)])
         return live.peak
 
 

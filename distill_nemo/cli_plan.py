@@ -59,7 +59,7 @@ def plan(ctx: run.cli.RunContext, gpu: str = "h100", utilisation: float = 0.4, t
         ctx: NeMo-Run's context.
         gpu: a100-80gb, h100, h200 or b200; each rank has one.
         utilisation: share of the GPU's peak that a step is assumed to reach.
-        transformer_engine: its layers; false for Megatron's own, whose attention keeps all scores.
+        transformer_engine: its layers; false for Megatron's own, without its fused kernels.
     """
     from distill_nemo.planning.gpus import find_gpu
 

@@ -5,7 +5,7 @@ With Transformer Engine: Korthikanti et al., "Reducing Activation Recomputation 
 Megatron's local layers and our RMSNorm save, as seen on CPU (docs/planning.md).
 
 Legend: T tokens of a micro batch on a rank, H width, F width of an MLP, N = heads * channels, K = query groups *
-channels (N, K, F on one tensor-parallel rank), scores = one number for each head, query and key.
+channels (N, K, F on one tensor-parallel rank).
 """
 
 from typing import Any
@@ -30,8 +30,8 @@ def _saved_by_attention(setting: Setting, m: Any, layer: Layer, recompute: str |
     n, k = (count * m.kv_channels // tensor for count in (m.num_attention_heads, layer.num_query_groups))
     qk_norm = m.family in QK_NORM_FAMILIES
     bytes_ = _norm(setting, m.hidden_size)
+    softmax_statistics = 4 * tokens * m.num_attention_heads // tensor
     if setting.transformer_engine:
-        softmax_statistics = 4 * tokens * m.num_attention_heads // tensor
         return bytes_ + softmax_statistics + item * tokens * (2 * n + 2 * k + (n + k if qk_norm else 0))
     grouped = k < n
     whole = not grouped or recompute == "selective" or (qk_norm and item == 4)  # a view of q, k, v together is saved
@@ -40,7 +40,7 @@ def _saved_by_attention(setting: Setting, m: Any, layer: Layer, recompute: str |
         numbers += k
     else:
         numbers += 2 * n if grouped else n  # keys and values, repeated where they are shared
-        bytes_ += _scores(setting, m, 4 + (item if item == 2 else 0)) + _mask(setting)
+        bytes_ += softmax_statistics
     if qk_norm and item == 4:
         numbers += n + k + (n if grouped else 0)
     elif qk_norm:
@@ -77,36 +77,15 @@ def final_norm(setting: Setting, model: ModelConfig) -> int:
     return _norm(setting, m.hidden_size)
 
 
-def _scores(setting: Setting, m: Any, item: int) -> int:
-    """A matrix of attention scores. Under context parallelism torch's fused attention runs, which keeps none."""
-    if setting.config.parallelism.context_parallel_size > 1:
-        return 0
-    heads = m.num_attention_heads // setting.config.parallelism.tensor_model_parallel_size
-    return item * setting.config.training.micro_batch_size * heads * setting.config.data.sequence_length**2
-
-
-def _mask(setting: Setting) -> int:
-    return setting.config.data.sequence_length**2 // setting.config.parallelism.context_parallel_size
-
-
-def scores_buffer(setting: Setting, model: ModelConfig) -> int:
-    """Megatron's local attention keeps a buffer of the largest scores for the whole run."""
-    return 0 if setting.transformer_engine else _scores(setting, model, setting.item)
-
-
 def backward_workspace(setting: Setting, model: ModelConfig, layer: Layer) -> int:
     """What the backward pass of a layer needs beyond what the layer has saved, at most.
 
-    MLP: gradients of both halves (that of their product takes the product's place). Attention without Transformer
-    Engine, when the MLP's share is free again: two gradients of the scores.
+    Gradients of both halves of the MLP; that of their product takes the product's place.
     """
     m: Any = model
     width = layer.ffn_hidden_size or 0
     f = width // setting.config.parallelism.tensor_model_parallel_size * (m.num_experts_per_tok or 1)
-    most = 2 * setting.item * setting.tokens * f
-    if not setting.transformer_engine and layer.num_query_groups is not None:
-        most = max(most, _scores(setting, m, 8) - saved_by_mlp(setting, m, layer))
-    return most + 2 * setting.item * setting.split_tokens * m.hidden_size
+    return 2 * setting.item * setting.tokens * f + 2 * setting.item * setting.split_tokens * m.hidden_size
 
 
 def forward_workspace(setting: Setting, model: ModelConfig, layer: Layer) -> int:
@@ -124,5 +103,4 @@ def forward_workspace(setting: Setting, model: ModelConfig, layer: Layer) -> int
     if setting.transformer_engine:
         return residual + max(mlp, item * tokens * numbers)
     numbers += n + (2 * n if k < n else 0)
-    scores = _scores(setting, m, 8 if item == 4 else 12)  # before and after the softmax, and in bf16
-    return residual + max(mlp, item * tokens * numbers + scores)
+    return residual + max(mlp, item * tokens * numbers)

@@ -53,10 +53,6 @@ def memory_of(setting: Setting, rank: int) -> Memory:
         "optimizer": (masters + 8) * shards,
         "teacher's weights": setting.item * teacher.total,
     }
-    models = [model for model in (setting.config.student, setting.config.teacher) if model is not None]
-    buffer = max(activations.scores_buffer(setting, model) for model in models)
-    if buffer:
-        memory.stays["attention's buffer"] = buffer
     one, all_ = _saved(setting, rank)
     for moment, (before, workspace) in _moments(setting, rank, shards).items():
         memory.activations[moment] = {"none": 0, "others": all_ - one, "all": all_}[before]

@@ -15,8 +15,7 @@ class Setting:
         config: the run, resolved and checked.
         world_size: ranks.
         on_gpu: False for Megatron's local layers on CPU, as tests run them.
-        transformer_engine: its layers and fused attention; False for Megatron's local layers, which keep the matrix of
-            attention scores.
+        transformer_engine: its layers; False for Megatron's local ones.
     """
 
     config: RunConfig
