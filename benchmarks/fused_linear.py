@@ -8,7 +8,6 @@ elsewhere the one for CPU.
 import argparse
 import functools
 import gc
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kl import RESULTS, modelopt, ours
-from benchmarks.measure import interleaved, machine, peak_bytes
+from benchmarks.kl import modelopt, ours
+from benchmarks.measure import interleaved, peak_bytes, write_result
 from distill_nemo.losses.divergences import choose_parts
 from distill_nemo.losses.fused_chunks import FusedLoss, Head
 from distill_nemo.losses.fused_linear import fused_linear_losses
@@ -70,11 +69,8 @@ def main() -> None:
     ways = {OURS: fused, UNFUSED: functools.partial(unfused, ours), MODELOPT: functools.partial(unfused, modelopt())}
     others = {PRODUCTS: products} | liger() if gpu else {}
     row = compare(shape, max(arguments.repeats, 10 if gpu else 1), ways | others)
-    text = json.dumps({"machine": machine(), "repeats": arguments.repeats, "rows": [row]}, indent=1)
-    if not arguments.shape:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"fused_linear_{'gpu' if gpu else 'cpu'}.json").write_text(text + "\n")
-    print(text)
+    what = "other_shape" if arguments.shape else f"fused_linear_{'gpu' if gpu else 'cpu'}"
+    write_result(what, {"repeats": arguments.repeats, "rows": [row]})
 
 
 def compare(shape: Shape, repeats: int, ways: dict[str, Way]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""KL forward and backward of logits that are given: `python -m benchmarks.kl` writes benchmarks/results/kl_*.json.
+"""KL forward and backward of logits that are given: `python -m benchmarks.kl` writes results/kl_*.json.
 
 On a machine with a GPU the row for GPUs is measured, elsewhere those for CPU: one process, and two over gloo.
 """
@@ -6,22 +6,19 @@ On a machine with a GPU the row for GPUs is measured, elsewhere those for CPU: o
 import argparse
 import functools
 import gc
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from benchmarks.measure import interleaved, machine, peak_bytes
+from benchmarks.measure import interleaved, peak_bytes, write_result
 from distill_nemo.config import ParallelismConfig
 from distill_nemo.losses.local import implementation
 from distill_nemo.losses.vocab_parallel import vocab_parallel_forward_kl
 from distill_nemo.runtime.device import setup_device
 
-RESULTS = Path(__file__).parent / "results"
 GPU_SHAPE = (8192, 128256)
 SHAPES = [(1024, 32000), (512, 32000), (1024, 64000), (1024, 151936)]  # N and V: the goals' and one doubling of each
 
@@ -37,10 +34,7 @@ def main() -> None:
     kinds = ["gpu"] if torch.cuda.is_available() else ["cpu", "two_ranks"]
     for kind in [arguments.only] if arguments.only else kinds:
         rows = {"cpu": on_cpu, "two_ranks": on_two_ranks, "gpu": on_gpu}[kind](arguments.repeats)
-        RESULTS.mkdir(exist_ok=True)
-        text = json.dumps({"machine": machine(), "repeats": arguments.repeats, "rows": rows}, indent=1)
-        (RESULTS / f"kl_{kind}.json").write_text(text + "\n")
-        print(text)
+        write_result(f"kl_{kind}", {"repeats": arguments.repeats, "rows": rows})
 
 
 def on_cpu(repeats: int) -> list[dict[str, Any]]:

@@ -1,8 +1,10 @@
 """Time and memory of several ways to do the same, in turns, so that a busy machine is busy for all of them."""
 
 import ctypes
+import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -10,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+RESULTS = Path(__file__).parent / "results"
 
 
 def interleaved(ways: dict[str, Callable[[], Any]], repeats: int, warm: bool = False) -> dict[str, dict[str, float]]:
@@ -66,6 +70,16 @@ def machine() -> dict[str, Any]:
         "load_average": os.getloadavg()[0],
         "torch": torch.__version__,
     }
+
+
+def write_result(what: str, results: dict[str, Any]) -> None:
+    """benchmarks/results/<what>_<machine>.json, and the same on stdout."""
+    where = machine()
+    kind = re.search(r"H[12]00|[AB]\d00|EPYC|Xeon|Apple|Neoverse", where["gpu"] or where["cpu"])
+    text = json.dumps({"machine": where, **results}, indent=1)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{what}_{kind[0].lower() if kind else 'other'}.json").write_text(text + "\n")
+    print(text)
 
 
 def _wait() -> None:

@@ -1,6 +1,7 @@
 """docs/performance.md and its plot from benchmarks/results/*.json: nothing in it is written by hand."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,22 @@ inputs and gradient, in units of one fp32 tensor of the logits.
 
 def main() -> None:
     """Write both."""
-    parts = [HEAD, _cpu(), _two_ranks(), _gpu(), _scaling(), _fused_cpu(), _fused_gpu(), _step()]
+    parts = [HEAD, *(_section(*section) for section in SECTIONS)]
     PAGE.write_text("\n".join(parts))
     _plot()
     print(f"wrote {PAGE.relative_to(ROOT)} and {PLOT.relative_to(ROOT)}")
 
 
-def _load(kind: str, what: str = "kl") -> dict[str, Any] | None:
-    path = RESULTS / f"{what}_{kind}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+def _section(title: str, what: str, module: str, body: Callable[[dict[str, Any]], str]) -> str:
+    """What was measured on each machine."""
+    found = _load(what)
+    parts = [f"### {_where(each)}\n{body(each)}" for each in found]
+    liger = " (`pip install liger-kernel`)" if "gpu" in what and module != "step" else ""
+    return "\n".join([title, *(parts or [f"{NOT_MEASURED}: `python -m benchmarks.{module}` does{liger}.\n"])])
+
+
+def _load(what: str) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{what}_*.json"))]
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
@@ -59,87 +67,33 @@ def _where(found: dict[str, Any]) -> str:
     machine = found["machine"]
     device = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
     return (
-        f"{device}; torch {machine['torch']}; {machine['threads']} thread(s) a process; medians of {found['repeats']}; "
+        f"{device}\ntorch {machine['torch']}; {machine['threads']} thread(s) a process; medians of {found['repeats']}; "
         f"load average {machine['load_average']:.0f}.\n"
     )
 
 
-def _cpu() -> str:
-    found = _load("cpu")
-    title = (
-        "## CPU, one process\nGoal: at most 0.12 of ModelOpt's time and 1.0 of torch.compile's, memory at most 0.1.\n"
-    )
-    if found is None:
-        return f"{title}\n{NOT_MEASURED}\n"
-    rows = [row for row in found["rows"] if len(row["ways"]) > 1]
-    return f"{title}\n{_where(found)}\n{_table(rows)}\n![Time of each way](performance.png)\n"
+def _given_logits(found: dict[str, Any]) -> str:
+    return _table([row for row in found["rows"] if len(row["ways"]) > 1])
 
 
-def _two_ranks() -> str:
-    found = _load("two_ranks")
-    title = (
-        "## CPU, vocabulary over two gloo ranks\nGoal: at most 0.20 of ModelOpt's time. One all-gather in ours "
-        "(tests/distributed/test_vocab_parallel.py counts it). The slower rank's figures; memory in its shards.\n"
-    )
-    return f"{title}\n{NOT_MEASURED}\n" if found is None else f"{title}\n{_where(found)}\n{_table(found['rows'])}"
+def _scaling(found: dict[str, Any]) -> str:
+    times = {(r["tokens"], r["vocabulary"]): r["ways"][OURS]["processor_seconds"] for r in found["rows"]}
+    lines = ["| N | V | processor time, s | ns per element |", "|---|---|---|---|"]
+    lines += [f"| {n} | {v:,} | {times[n, v]:.4f} | {1e9 * times[n, v] / (n * v):.2f} |" for n, v in sorted(times)]
+    (base, more_n), more_v = ((512, 32000), (1024, 32000)), (1024, 64000)
+    by_n, by_v = times[more_n] / times[base], times[more_v] / times[more_n]
+    return "\n".join(lines) + f"\n\nTime when N doubles: x {by_n:.2f}; when V doubles: x {by_v:.2f}.\n"
 
 
-def _gpu() -> str:
-    found = _load("gpu")
-    title = (
-        "## GPU, N = 8192, V = 128,256\nGoal on an H200: 85 % of the bandwidth of a copy for 10 bytes per element; "
-        "5 times ModelOpt; twice Liger's best.\n"
-    )
-    if found is None:
-        return (
-            f"{title}\n| | |\n|---|---|\n| time, share of copy bandwidth, memory; ModelOpt, Liger, torch.compile | "
-            f"{NOT_MEASURED} |\n\n"
-            "`python -m benchmarks.kl` measures it on a machine with a GPU (`pip install liger-kernel`).\n"
-        )
+def _on_gpu(found: dict[str, Any]) -> str:
     row = found["rows"][0]
     achieved = 10 * row["tokens"] * row["vocabulary"] / row["ways"][OURS]["seconds"]
     share = achieved / row["copy_bytes_per_second"]
-    return f"{title}\n{_where(found)}\n{_table([row])}\nShare of a copy's bandwidth: {share:.0%}.\n"
+    return f"{_table([row])}\nShare of a copy's bandwidth: {share:.0%}.\n"
 
 
-def _scaling() -> str:
-    found = _load("cpu")
-    title = "## Scaling of ours\n"
-    if found is None:
-        return f"{title}\n{NOT_MEASURED}\n"
-    times = {(r["tokens"], r["vocabulary"]): r["ways"][OURS]["processor_seconds"] for r in found["rows"]}
-    per_element = {shape: 1e9 * seconds / (shape[0] * shape[1]) for shape, seconds in times.items()}
-    lines = ["| N | V | processor time, s | ns per element |", "|---|---|---|---|"]
-    lines += [f"| {n} | {v:,} | {times[n, v]:.4f} | {per_element[n, v]:.2f} |" for n, v in sorted(times)]
-    (base, more_n), more_v = ((512, 32000), (1024, 32000)), (1024, 64000)
-    by_n, by_v = times[more_n] / times[base], times[more_v] / times[more_n]
-    return f"{title}\n" + "\n".join(lines) + f"\n\nTime when N doubles: x {by_n:.2f}; when V doubles: x {by_v:.2f}.\n"
-
-
-def _fused_cpu() -> str:
-    found = _load("cpu", "fused_linear")
-    title = (
-        "## Fused linear, CPU, N = 2048, H = 1024 and 2048, V = 128,256\nFrom bf16 hidden states and output weights to "
-        "gradients, the weight's added to an fp32 `main_grad`. Goal: at most 1.05 of the time of the matrix products "
-        "with our KL of their logits, at most 0.05 of the memory with ModelOpt's KL.\n"
-    )
-    return (
-        f"{title}\n{NOT_MEASURED}\n" if found is None else f"{title}\n{_where(found)}\n{_fused_table(found['rows'][0])}"
-    )
-
-
-def _fused_gpu() -> str:
-    found = _load("gpu", "fused_linear")
-    title = (
-        "## Fused linear, GPU, N = 8192, H = 4096, V = 128,256\nGoal on an H200: at most 1.10 of the matrix products "
-        "alone; below Liger's time and memory.\n"
-    )
-    if found is None:
-        return (
-            f"{title}\n{NOT_MEASURED}\n\n`python -m benchmarks.fused_linear` measures it on a machine with a GPU "
-            "(`pip install liger-kernel`).\n"
-        )
-    return f"{title}\n{_where(found)}\n{_fused_table(found['rows'][0])}"
+def _fused(found: dict[str, Any]) -> str:
+    return _fused_table(found["rows"][0])
 
 
 def _fused_table(row: dict[str, Any]) -> str:
@@ -159,20 +113,8 @@ def _fused_table(row: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _step() -> str:
-    title = (
-        "## A distillation step\nA step of the training loop, beside a teacher's forward pass and a step of the same "
-        "student alone (whole logits, Megatron's cross entropy), and beside ModelOpt's plugin in the same loop on the "
-        "same layers. Goal: at most 1.03 of the parts; on CPU 1.3 times the plugin's speed, on a GPU 1.15 times.\n"
-    )
-    parts = [title]
-    for kind, name in (("cpu", "CPU"), ("gpu", "GPU")):
-        found = _load(kind, "step")
-        parts.append(f"### {name}\n" + (f"{_where(found)}\n{_step_table(found['rows'][0])}" if found else _NO_STEP))
-    return "\n".join(parts)
-
-
-_NO_STEP = f"{NOT_MEASURED}: `python -m benchmarks.step` does on a machine with a GPU.\n"
+def _step(found: dict[str, Any]) -> str:
+    return _step_table(found["rows"][0])
 
 
 def _step_table(row: dict[str, Any]) -> str:
@@ -200,21 +142,81 @@ def _step_table(row: dict[str, Any]) -> str:
 
 def _plot() -> None:
     panels = [
-        (title, row)
-        for title, kind in (("one process", "cpu"), ("two ranks", "two_ranks"), ("GPU", "gpu"))
-        for row in (_load(kind) or {"rows": []})["rows"]
+        (f"{found['machine']['gpu'] or found['machine']['cpu'].replace('(R)', '').split(' Proc')[0]}, {title}", row)
+        for title, what in (("1 process", "kl_cpu"), ("2 ranks", "kl_two_ranks"), ("GPU", "kl_gpu"))
+        for found in _load(what)
+        for row in found["rows"]
         if len(row["ways"]) > 1
     ]
-    figure, axes = plt.subplots(1, max(1, len(panels)), figsize=(3 * max(1, len(panels)), 3), squeeze=False)
-    for axis, (title, row) in zip(axes[0], panels, strict=False):
+    lines = max(1, -(-len(panels) // 4))
+    figure, axes = plt.subplots(lines, 4, figsize=(12, 3 * lines), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (title, row) in zip(axes.flat, panels, strict=False):
         ways = row["ways"]
         axis.bar(range(len(ways)), [1e3 * way["processor_seconds"] for way in ways.values()], color="#4477aa")
         axis.set_xticks(range(len(ways)), list(ways), rotation=40, ha="right")
-        axis.set_title(f"{title}, V = {row['vocabulary']:,}", fontsize=9)
-    axes[0][0].set_ylabel("processor time, ms")
+        axis.set_title(f"{title}\nV = {row['vocabulary']:,}", fontsize=9)
+    for row in axes:
+        row[0].set_ylabel("processor time, ms")
     figure.tight_layout()
     figure.savefig(PLOT, dpi=110)
 
+
+SECTIONS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
+    (
+        "## Given logits, CPU, one process\nGoal: at most 0.12 of ModelOpt's time and 1.0 of torch.compile's, memory "
+        "at most 0.1.\n\n![Time of each way](performance.png)\n",
+        "kl_cpu",
+        "kl",
+        _given_logits,
+    ),
+    (
+        "## Given logits, CPU, vocabulary over two gloo ranks\nGoal: at most 0.20 of ModelOpt's time. One all-gather "
+        "in ours (tests/distributed/test_vocab_parallel.py counts it). The slower rank's figures; memory in its "
+        "shards.\n",
+        "kl_two_ranks",
+        "kl",
+        _given_logits,
+    ),
+    (
+        "## Given logits, GPU, N = 8192, V = 128,256\nGoal on an H200: 85 % of the bandwidth of a copy for 10 bytes "
+        "per element; 5 times ModelOpt; twice Liger's best.\n",
+        "kl_gpu",
+        "kl",
+        _on_gpu,
+    ),
+    ("## Given logits, scaling of ours\n", "kl_cpu", "kl", _scaling),
+    (
+        "## Fused linear, CPU, N = 2048, H = 1024 and 2048, V = 128,256\nFrom bf16 hidden states and output weights to "
+        "gradients, the weight's added to an fp32 `main_grad`. Goal: at most 1.05 of the time of the matrix products "
+        "with our KL of their logits, at most 0.05 of the memory with ModelOpt's KL.\n",
+        "fused_linear_cpu",
+        "fused_linear",
+        _fused,
+    ),
+    (
+        "## Fused linear, GPU, N = 8192, H = 4096, V = 128,256\nGoal on an H200: at most 1.10 of the matrix products "
+        "alone; below Liger's time and memory.\n",
+        "fused_linear_gpu",
+        "fused_linear",
+        _fused,
+    ),
+    (
+        "## A distillation step, CPU\nA step of the training loop, beside a teacher's forward pass and a step of the "
+        "same student alone (whole logits, Megatron's cross entropy), and beside ModelOpt's plugin in the same loop on "
+        "the same layers. Goal: at most 1.03 of the parts; 1.3 times the plugin's speed.\n",
+        "step_cpu",
+        "step",
+        _step,
+    ),
+    (
+        "## A distillation step, GPU\nGoal: as on CPU; 1.15 times the plugin's speed.\n",
+        "step_gpu",
+        "step",
+        _step,
+    ),
+]
 
 if __name__ == "__main__":
     main()

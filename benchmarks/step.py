@@ -7,7 +7,6 @@ by forward KL alone. On a machine with a GPU the shape for GPUs is measured, els
 import argparse
 import functools
 import gc
-import json
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from benchmarks.kl import RESULTS
-from benchmarks.measure import interleaved, machine, peak_bytes
+from benchmarks.measure import interleaved, peak_bytes, write_result
 from distill_nemo.config import DataConfig, ParallelismConfig, RunConfig, StudentConfig, TeacherConfig, TrainingConfig
 from distill_nemo.runtime.device import setup_device
 
@@ -43,10 +41,7 @@ def main() -> None:
     with process_groups(ParallelismConfig()), tempfile.TemporaryDirectory() as root:
         seed_everything(0)
         found = compare(GPU_SHAPE if gpu else CPU_SHAPE, max(arguments.repeats, 20 if gpu else 1), root)
-    text = json.dumps({"machine": machine(), "repeats": arguments.repeats, "rows": [found]}, indent=1)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"step_{'gpu' if gpu else 'cpu'}.json").write_text(text + "\n")
-    print(text)
+    write_result(f"step_{'gpu' if gpu else 'cpu'}", {"repeats": arguments.repeats, "rows": [found]})
 
 
 def compare(shape: tuple[Any, ...], repeats: int, root: str) -> dict[str, Any]:
