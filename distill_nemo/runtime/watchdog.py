@@ -109,15 +109,20 @@ def _words(said: dict[str, Any] | None) -> str:
 
 
 def _place(frame: FrameType | None) -> str:
-    """The call that is waiting, and the line of ours that it came from."""
-    waiting = "no Python code"
-    inner = frame
+    """The collective that is waiting and who called it, else the innermost call; and the line of ours it came from."""
+    told: list[str] = []
+    waits = False  # in torch.distributed
     while frame is not None:
         path = Path(frame.f_code.co_filename)
         place = f"{frame.f_code.co_name} ({path.name}:{frame.f_lineno})"
-        if "distributed_c10d" in path.name or frame is inner:
-            waiting = place  # the collective itself, rather than what it consists of
+        if "distributed_c10d" in path.name:
+            told, waits = [place], True  # the collective itself, rather than what it consists of
+        elif not told or "distill_nemo" in path.parts:
+            told.append(place)
+        elif waits and "torch" not in path.parts and path.name != "contextlib.py":
+            told.append(place)  # _coalescing_manager says little without it
+            waits = False
         if "distill_nemo" in path.parts:
-            return waiting if frame is inner else f"{waiting} from {place}"
+            break
         frame = frame.f_back
-    return waiting
+    return " from ".join(told) or "no Python code"
