@@ -9,7 +9,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#define BLOCK 2048
+#define BLOCK 128
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 
 static inline float bits_to_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
