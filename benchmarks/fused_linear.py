@@ -8,6 +8,7 @@ elsewhere the one for CPU.
 import argparse
 import functools
 import gc
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -69,8 +70,11 @@ def main() -> None:
     ways = {OURS: fused, UNFUSED: functools.partial(unfused, ours), MODELOPT: functools.partial(unfused, modelopt())}
     others = {PRODUCTS: products} | liger() if gpu else {}
     row = compare(shape, max(arguments.repeats, 10 if gpu else 1), ways | others)
-    what = "other_shape" if arguments.shape else f"fused_linear_{'gpu' if gpu else 'cpu'}"
-    write_result(what, {"repeats": arguments.repeats, "rows": [row]})
+    result = {"repeats": arguments.repeats, "rows": [row]}
+    if arguments.shape:
+        print(json.dumps(result, indent=1))
+    else:
+        write_result(f"fused_linear_{'gpu' if gpu else 'cpu'}", result)
 
 
 def compare(shape: Shape, repeats: int, ways: dict[str, Way]) -> dict[str, Any]:

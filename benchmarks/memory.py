@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from distill_nemo.config import RunConfig, StudentConfig, TeacherConfig
+from tests.training import changed
 
 RESULTS, PAGE = Path(__file__).parent / "results" / "memory.json", Path(__file__).parents[1] / "docs" / "planning.md"
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->"
@@ -41,11 +42,7 @@ class Case:
         run.teacher = None if self.teacher is None else self._model(TeacherConfig, *self.teacher)
         run.data.sequence_length = self.length
         run.training.micro_batch_size, run.training.global_batch_size = self.micro_batch, 2 * self.micro_batch
-        for path, value in self.fields.items():
-            section, name = path.split(".")
-            assert hasattr(getattr(run, section), name), path
-            setattr(getattr(run, section), name, value)
-        return run
+        return changed(run, self.fields)
 
     def _model(self, cls: type, layers: int, width: int) -> Any:
         heads = max(width // 64, 4)

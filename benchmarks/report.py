@@ -93,11 +93,8 @@ def _on_gpu(found: dict[str, Any]) -> str:
 
 
 def _fused(found: dict[str, Any]) -> str:
-    return _fused_table(found["rows"][0])
-
-
-def _fused_table(row: dict[str, Any]) -> str:
     """Memory is beyond inputs and both gradients."""
+    (row,) = found["rows"]
     lines = [
         "| | wall time, s | processor time, s | GFLOP/s of the products | ours / this, wall | ours / this, processor "
         "| memory, MiB | ours / this |",
@@ -114,11 +111,8 @@ def _fused_table(row: dict[str, Any]) -> str:
 
 
 def _step(found: dict[str, Any]) -> str:
-    return _step_table(found["rows"][0])
-
-
-def _step_table(row: dict[str, Any]) -> str:
     """Memory is what a step needs beyond what lies there between steps."""
+    (row,) = found["rows"]
     ways = row["ways"]
     keys = ("seconds", "processor_seconds")
     ours, parts = ways[OURS], {key: ways[TEACHER][key] + ways[STUDENT][key] for key in keys}

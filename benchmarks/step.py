@@ -142,7 +142,10 @@ def teacher_forward(config: RunConfig) -> Callable[[], Tensor]:
     """The teacher's logits of one micro batch."""
     from distill_nemo.models.provider import model_provider
 
-    dtype, data = getattr(torch, config.training.dtype), RandomTokens(config.data.sequence_length, 32000)
+    dtype, data = (
+        getattr(torch, config.training.dtype),
+        RandomTokens(config.data.sequence_length, config.student.vocab_size or 0),
+    )
     teacher: Any = model_provider(student=config.teacher, parallelism=config.parallelism, dtype=dtype)  # type: ignore
     teacher = teacher.cuda().requires_grad_(False).eval()
     rows = [data[number] for number in range(config.training.micro_batch_size)]

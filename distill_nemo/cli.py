@@ -83,9 +83,13 @@ class TrainContext(run.cli.RunContext):
         override(recipe, values)
         return recipe
 
+    def built_executor(self) -> run.Executor:
+        """The one that was asked for; without, one process of this machine."""
+        return fdl.build(self.executor) if isinstance(self.executor, fdl.Buildable) else self.executor or local()
+
     def _execute_task(self, fn: Callable[..., Any], task_args: list[str]) -> None:
         task = self.parse_fn(fn, task_args)
-        executor = fdl.build(self.executor) if isinstance(self.executor, fdl.Buildable) else self.executor or local()
+        executor = self.built_executor()
         check_launch(run_config_of(task), executor, self.dryrun)
         if self.dryrun and isinstance(executor, run.LocalExecutor):
             run.dryrun_fn(task, executor=executor)

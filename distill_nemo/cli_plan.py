@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import fiddle as fdl
 import nemo_run as run
 
 from distill_nemo.cli import NAMESPACE, Command, TrainContext
@@ -11,7 +10,7 @@ from distill_nemo.cli_arguments import parse_arguments
 from distill_nemo.cli_help import PLAN, command_help
 from distill_nemo.cli_launch import check_fits_nodes
 from distill_nemo.config import RunConfig
-from distill_nemo.executors import local, run_config_of
+from distill_nemo.executors import run_config_of
 from distill_nemo.training.entry import distill
 
 ANY_DATA = ["any"]  # a plan reads no tokens, and may come before there are any
@@ -27,7 +26,7 @@ class PlanContext(TrainContext):
         own = parse_arguments(fn, [argument for argument in experiment_args if argument not in of_recipe], "plan")
         config = run_config_of(self.parse_fn(distill, of_recipe))
         config.data.train = config.data.train or ANY_DATA
-        executor = fdl.build(self.executor) if isinstance(self.executor, fdl.Buildable) else self.executor or local()
+        executor = self.built_executor()
         check_fits_nodes(config, executor)
         self.planned = str(self.factory), config, executor.nnodes() * executor.nproc_per_node()
         fn(self, **own)
