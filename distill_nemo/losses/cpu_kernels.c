@@ -25,20 +25,19 @@ static inline bf16 store_bf16(float x) { /* to nearest, ties to even, as torch *
 static inline float load_f32(float x) { return x; }
 static inline float store_f32(float x) { return x; }
 
-/* e^x for x <= 88, within 2 units in the last place; 0 below -87.3, NaN for NaN. Cephes' polynomial, branch-free. */
+/* e^x for x <= 88, within 2 units in the last place (4 below -20); 0 below -87.3, NaN for NaN. Branch-free: 2^n times a polynomial in
+ * r = x - n ln 2, the best of degree 5 that is 1 at 0 (relative error 9.2e-8). */
 static inline float exp_(float x) {
-    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, kept in the low bits */
+    const float magic = 12583039.0f; /* 1.5 * 2^23 + 127: adding it leaves the exponent's bits of 2^n in the low ones */
     float shifted = x * 1.44269504088896341f + magic;
-    float n = shifted - magic;
-    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float y = 1.9875691500e-4f;
-    y = y * r + 1.3981999507e-3f;
-    y = y * r + 8.3334519073e-3f;
-    y = y * r + 4.1665795894e-2f;
-    y = y * r + 1.6666665459e-1f;
-    y = y * r + 5.0000001201e-1f;
-    y = y * r * r + r + 1.0f;
-    y = y * bits_to_float((float_to_bits(shifted) - float_to_bits(magic) + 127) << 23);
+    float r = x - (shifted - magic) * 0.693147180559945309f;
+    float y = 8.290272206e-3f;
+    y = y * r + 4.189816117e-2f;
+    y = y * r + 1.666763872e-1f;
+    y = y * r + 4.999914765e-1f;
+    y = y * r + 9.999997020e-1f;
+    y = y * r + 1.0f;
+    y = y * bits_to_float(float_to_bits(shifted) << 23);
     return x < -87.3f ? 0.0f : y;
 }
 
@@ -58,14 +57,15 @@ static inline void merge(online *all, double peak, double sum, double weighed) {
 /* p_lse = lse(p / T), mean = E_softmax(p / T)[p / T - q / T], q_lse = lse(q / T). */                                  \
 void kl_statistics_##SUFFIX(const T *p, long p_stride, const T *q, long q_stride, long rows, long width,               \
                             float temperature, float *p_lse, float *mean, float *q_lse) {                              \
+    const float inverse = 1.0f / temperature; /* as torch divides by a number on CUDA */                               \
     for (long i = 0; i < rows; i++, p += p_stride, q += q_stride) {                                                    \
         online P = {-1e300, 0, 0}, Q = {-1e300, 0, 0};                                                                 \
         for (long start = 0; start < width; start += BLOCK) {                                                          \
             const long n = MIN(BLOCK, width - start);                                                                  \
             float x[BLOCK], y[BLOCK], x_peak = -3.4e38f, y_peak = -3.4e38f, x_sum = 0, y_sum = 0, weighed = 0;         \
             for (long j = 0; j < n; j++) {                                                                             \
-                x[j] = load_##SUFFIX(p[start + j]) / temperature;                                                      \
-                y[j] = load_##SUFFIX(q[start + j]) / temperature;                                                      \
+                x[j] = load_##SUFFIX(p[start + j]) * inverse;                                                          \
+                y[j] = load_##SUFFIX(q[start + j]) * inverse;                                                          \
             }                                                                                                          \
             _Pragma("omp simd reduction(max : x_peak, y_peak)")                                                        \
             for (long j = 0; j < n; j++) {                                                                             \
@@ -91,13 +91,14 @@ void kl_statistics_##SUFFIX(const T *p, long p_stride, const T *q, long q_stride
 void forward_kl_gradient_##SUFFIX(const T *z, long z_stride, const T *t, long t_stride, long rows, long width,         \
                                   float temperature, const float *z_lse, const float *t_lse, const float *grad,        \
                                   T *out, long out_stride) {                                                           \
+    const float inverse = 1.0f / temperature; /* as torch divides by a number on CUDA */                               \
     for (long i = 0; i < rows; i++, z += z_stride, t += t_stride, out += out_stride) {                                 \
-        const float scale = grad[i] / temperature, a_lse = z_lse[i], b_lse = t_lse[i];                                 \
+        const float scale = grad[i] * inverse, a_lse = z_lse[i], b_lse = t_lse[i];                                     \
         if (grad[i] == 0.0f) { memset(out, 0, width * sizeof(T)); continue; }                                          \
         _Pragma("omp simd")                                                                                            \
         for (long j = 0; j < width; j++) {                                                                             \
-            float q = exp_(load_##SUFFIX(z[j]) / temperature - a_lse);                                                 \
-            float p = exp_(load_##SUFFIX(t[j]) / temperature - b_lse);                                                 \
+            float q = exp_(load_##SUFFIX(z[j]) * inverse - a_lse);                                                     \
+            float p = exp_(load_##SUFFIX(t[j]) * inverse - b_lse);                                                     \
             out[j] = store_##SUFFIX((q - p) * scale);                                                                  \
         }                                                                                                              \
     }                                                                                                                  \
@@ -106,12 +107,13 @@ void forward_kl_gradient_##SUFFIX(const T *z, long z_stride, const T *t, long t_
 void reverse_kl_gradient_##SUFFIX(const T *z, long z_stride, const T *t, long t_stride, long rows, long width,         \
                                   float temperature, const float *z_lse, const float *mean, const float *grad,         \
                                   T *out, long out_stride) {                                                           \
+    const float inverse = 1.0f / temperature; /* as torch divides by a number on CUDA */                               \
     for (long i = 0; i < rows; i++, z += z_stride, t += t_stride, out += out_stride) {                                 \
-        const float scale = grad[i] / temperature, a_lse = z_lse[i], shift = mean[i];                                  \
+        const float scale = grad[i] * inverse, a_lse = z_lse[i], shift = mean[i];                                      \
         if (grad[i] == 0.0f) { memset(out, 0, width * sizeof(T)); continue; }                                          \
         _Pragma("omp simd")                                                                                            \
         for (long j = 0; j < width; j++) {                                                                             \
-            float a = load_##SUFFIX(z[j]) / temperature, b = load_##SUFFIX(t[j]) / temperature;                        \
+            float a = load_##SUFFIX(z[j]) * inverse, b = load_##SUFFIX(t[j]) * inverse;                                \
             float q = exp_(a - a_lse);                                                                                 \
             out[j] = store_##SUFFIX(q == 0.0f ? 0.0f : (a - b - shift) * q * scale);                                   \
         }                                                                                                              \
