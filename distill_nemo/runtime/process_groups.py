@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from distill_nemo.config import ParallelismConfig, require
 from distill_nemo.runtime.device import backend, setup_device
+from distill_nemo.runtime.gloo import share_gloo_device
 
 
 @contextlib.contextmanager
@@ -32,6 +33,8 @@ def process_groups(parallelism: ParallelismConfig) -> Iterator[None]:
         )
     mine = not dist.is_initialized()
     timeout = timedelta(minutes=parallelism.timeout_minutes)
+    if backend() == "gloo":
+        share_gloo_device()
     if mine:
         alone = os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ
         dist.init_process_group(

@@ -1,0 +1,32 @@
+"""One device for all gloo groups of a process.
+
+Torch gives every group a device of its own, whose thread wakes up a hundred times a second. A layout has some twenty
+groups, and destroyed ones often keep theirs: a process that had had 60 took 4 % of a core by doing nothing.
+"""
+
+import functools
+import os
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import ProcessGroupGloo, distributed_c10d
+
+
+@functools.cache
+def _device() -> Any:
+    return ProcessGroupGloo.create_default_device()
+
+
+class _OnOneDevice(ProcessGroupGloo):
+    """As torch makes it, but for the device."""
+
+    def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+        options = ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
+        options._devices, options._timeout = [_device()], timeout
+        super().__init__(store, rank, size, options)
+
+
+def share_gloo_device() -> None:
+    """Let groups that are made from now on share a device, unless GLOO_SOCKET_IFNAME asks for particular ones."""
+    if "GLOO_SOCKET_IFNAME" not in os.environ:
+        distributed_c10d.ProcessGroupGloo = _OnOneDevice
