@@ -9,6 +9,13 @@ from tests.training import write_inputs
 torch.set_num_threads(1)  # as every process of a run; more threads than cores spin
 
 
+def pytest_collection_modifyitems(items):
+    """What shares fixtures runs in one worker: a file, and of the commands and clusters all files, under `-n 2`."""
+    for item in items:
+        together = item.path.parent if item.path.parent.name in ("cli", "slurm", "kubernetes") else item.path
+        item.add_marker(pytest.mark.xdist_group(str(together)))
+
+
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory):
     """Directory of `tests.training.write_inputs`."""
