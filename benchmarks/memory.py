@@ -68,6 +68,7 @@ CASES = {
     "recompute=full": Case({"training.recompute": "full"}),
     "recompute=full, micro batch 4, V = 2,048": Case({"training.recompute": "full"}, vocab=2048, micro_batch=4),
     "recompute=selective, V = 2,048": Case({"training.recompute": "selective"}, vocab=2048),
+    "teacher offloaded": Case({"distillation.offload_teacher": True}),
     "without a teacher": Case(teacher=None),
     "all heads with keys of their own": Case(groups=1, vocab=2048),
     "Qwen3, qk-norm": Case(family="qwen3", vocab=2048),

@@ -73,6 +73,7 @@ class DistillationConfig:
     kd_loss_scale: float = 1.0
     skip_lm_loss: bool = True  # dynamic balancer only: train on the distillation loss alone
     fused_linear: bool | None = None  # output layers as part of the loss, logits never whole; None: where possible
+    offload_teacher: bool = False  # its layers' weights stay in host memory; each is copied to the GPU for its turn
 
 
 @dataclass

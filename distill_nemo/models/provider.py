@@ -22,7 +22,9 @@ from distill_nemo.models.experts import initialise_experts, keep_experts_apart
 from distill_nemo.models.huggingface import load_hf_weights
 from distill_nemo.models.megatron_weights import load_megatron_weights
 from distill_nemo.models.modelopt_state import restore_modelopt_state
+from distill_nemo.models.offload import HostWeights
 from distill_nemo.models.sources import CheckpointKind, find_checkpoint
+from distill_nemo.runtime.device import setup_device
 
 
 def model_provider(
@@ -68,8 +70,11 @@ def model_provider(
     check_same_vocabulary(student, teacher)
     assert student.vocab_size is not None, "resolve fills it"
     model = _build(student, model_kwargs, load_weights, recompute)
+    distillation = distillation or DistillationConfig()
     frozen = _teacher_provider(teacher, model_kwargs)
-    return convert_to_distillation_model(model, frozen, distillation or DistillationConfig(), student.vocab_size)
+    if distillation.offload_teacher:
+        HostWeights([*frozen.decoder.layers], setup_device())
+    return convert_to_distillation_model(model, frozen, distillation, student.vocab_size)
 
 
 def finalise(model: nn.Module) -> nn.Module:

@@ -63,6 +63,9 @@ def _changes(setting: Setting) -> Iterator[dict[str, Any]]:
     wider = [{"parallelism__tensor_model_parallel_size": times * tensor} | split for times in (2, 4, 8)]
     deeper = [{"parallelism__pipeline_model_parallel_size": times * pipeline} for times in (2, 4, 8)]
     saving = sharded | small | again
-    yield from (changes for changes in (again, saving, *wider[:1], *deeper[:1], wider[0] | saving) if changes)
+    away = setting.config.teacher is not None and not setting.config.distillation.offload_teacher
+    host = {"distillation__offload_teacher": True} if away else {}
+    changed = (again, saving, host, saving | host, *wider[:1], *deeper[:1], wider[0] | saving)
+    yield from (changes for changes in changed if changes)
     for wide, deep in zip(wider, deeper, strict=True):
         yield wide | deep | saving

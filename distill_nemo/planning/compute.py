@@ -112,6 +112,11 @@ def traffic_bytes(setting: Setting, rank: int) -> float:
     return setting.num_microbatches * each + (4 + 24 + setting.item) * setting.shards(setting.student(rank))
 
 
+def copied_bytes(setting: Setting, rank: int) -> float:
+    """What a rank copies from host memory in a step: an offloaded teacher's layers, once a micro batch."""
+    return setting.num_microbatches * setting.item * setting.in_host_memory(rank)
+
+
 def checkpoint_bytes(setting: Setting) -> float:
     """A saved step: the student's weights, fp32 masters and Adam's two moments."""
     return (setting.item + 12) * total_parameters(setting.config.student)

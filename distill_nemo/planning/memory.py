@@ -47,11 +47,13 @@ def memory_of(setting: Setting, rank: int) -> Memory:
     memory = Memory(rank)
     student, teacher, shards = setting.student(rank), setting.teacher(rank), setting.shards(setting.student(rank))
     masters = 4 if setting.item == 2 else 0
+    waiting = len(stages_of(setting.config.parallelism, rank)) * setting.lent(rank)
+    elsewhere = setting.in_host_memory(rank) if setting.on_gpu else 0  # a CPU's memory is the host's
     memory.stays = {
         "weights": setting.item * student.total,
         "gradients": 4 * student.total,
         "optimizer": (masters + 8) * shards,
-        "teacher's weights": setting.item * teacher.total,
+        "teacher's weights": setting.item * (teacher.total - elsewhere + waiting),
     }
     one, all_ = _saved(setting, rank)
     for moment, (before, workspace) in _moments(setting, rank, shards).items():
@@ -83,7 +85,7 @@ def _moments(setting: Setting, rank: int, shards: float) -> dict[str, tuple[str,
         moments["the embedding's gradient"] = ("others", setting.item * largest)
     if teacher is not None:
         needs = [activations.forward_workspace(setting, teacher, x) for x in _layers(setting, teacher, rank)]
-        moments["the teacher's forward"] = ("others", max(needs))
+        moments["the teacher's forward"] = ("others", max(needs) + setting.item * setting.lent(rank))
     if setting.is_last(rank):
         moments["the loss"] = ("all", fused_workspace(setting) if setting.fused else whole_workspace(setting))
         if not setting.fused:

@@ -60,7 +60,7 @@ def stage_parameters(model: ModelConfig, parallelism: ParallelismConfig, stage: 
     table = padded_vocab_size(m.vocab_size) // parallelism.tensor_model_parallel_size * m.hidden_size
     count = Count()
     for layer in layers_of(model, parallelism, stage):
-        count = count.plus(_layer_parameters(m, layer, parallelism))
+        count = count.plus(layer_parameters(m, layer, parallelism))
     if stage == 0:
         count = count.plus(Count(table))
     if last:
@@ -69,7 +69,9 @@ def stage_parameters(model: ModelConfig, parallelism: ParallelismConfig, stage: 
     return count
 
 
-def _layer_parameters(m: Any, layer: Layer, parallelism: ParallelismConfig) -> Count:
+def layer_parameters(model: ModelConfig, layer: Layer, parallelism: ParallelismConfig) -> Count:
+    """Of one layer on one tensor- and expert-parallel rank."""
+    m: Any = model
     tensor, width = parallelism.tensor_model_parallel_size, m.hidden_size
     dense = experts = 0
     if layer.num_query_groups is not None:

@@ -1,6 +1,6 @@
 """A plan on one screen."""
 
-from distill_nemo.planning.compute import all_work, checkpoint_bytes, time_of, traffic_bytes
+from distill_nemo.planning.compute import all_work, checkpoint_bytes, copied_bytes, time_of, traffic_bytes
 from distill_nemo.planning.gpus import Gpu
 from distill_nemo.planning.memory import Memory, chunk_rows, fullest, in_flight
 from distill_nemo.planning.parameters import total_parameters
@@ -64,6 +64,7 @@ def _memory(setting: Setting, memory: Memory, gpu: Gpu) -> list[str]:
         "optimizer": f"{'fp32 masters and ' if setting.item == 2 else ''}Adam's fp32 moments{_over(setting)}",
         "activations": f"{count:g} x {setting.tokens:,} tokens, recompute: {train.recompute or 'none'}",
         moment: "the moment that needs most" + _chunks(setting, moment),
+        **({"teacher's weights": "its layers in their turn"} if setting.config.distillation.offload_teacher else {}),
     }
     rows = memory.stays | {"activations": memory.activations[moment], moment: memory.workspace[moment]}
     lines = [f"memory of the fullest rank{where}, GB"]
@@ -93,11 +94,15 @@ def _work(setting: Setting, memory: Memory) -> list[str]:
     parts += [f"teacher {work.teacher / GFLOP:,.1f}"] if work.teacher else []
     batch = f"{tokens:,} tokens: {setting.config.training.global_batch_size} x {length:,}"
     traffic = "weights, gradients and optimizer read and written, a rank and step"
+    copied = copied_bytes(setting, memory.rank)
+    held = setting.item * setting.in_host_memory(memory.rank) / GB
+    kept = f"{held:,.2f} of the teacher in host memory, once for every micro batch"
     return [
         "work",
         f"  {'GFLOP a token':26}{work.total / GFLOP:10,.1f}   {', '.join(parts)}",
         f"  {'TFLOP a step':26}{work.total * tokens / TFLOP:10,.0f}   {batch}",
         f"  {'memory traffic, GB':26}{traffic_bytes(setting, memory.rank) / GB:10,.1f}   {traffic}",
+        *([f"  {'copied to the GPU, GB':26}{copied / GB:10,.1f}   {kept}"] if copied else []),
         f"  {'checkpoint, GB':26}{checkpoint_bytes(setting) / GB:10,.1f}   {_kept(setting)}",
     ]
 

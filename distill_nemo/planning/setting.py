@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from distill_nemo.config import ModelConfig, RunConfig
-from distill_nemo.planning.parameters import Count, rank_parameters, stages_of
+from distill_nemo.planning.parameters import Count, layer_parameters, layers_of, rank_parameters, stages_of
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,21 @@ class Setting:
         if self.config.teacher is None:
             return Count()
         return rank_parameters(self.config.teacher, self.config.parallelism, rank, self.logits_count)
+
+    def in_host_memory(self, rank: int) -> int:
+        """The teacher's parameters that `offload_teacher` keeps there: those of its layers."""
+        return sum(self._offloaded_layers(rank))
+
+    def lent(self, rank: int) -> int:
+        """Those of the largest of these layers: one of each stage waits on the device, in its forward pass two."""
+        return max(self._offloaded_layers(rank), default=0)
+
+    def _offloaded_layers(self, rank: int) -> list[int]:
+        teacher, par = self.config.teacher, self.config.parallelism
+        if teacher is None or not self.config.distillation.offload_teacher:
+            return []
+        layers = [layer for stage in stages_of(par, rank) for layer in layers_of(teacher, par, stage)]
+        return [layer_parameters(teacher, layer, par).total for layer in layers]
 
     def is_first(self, rank: int) -> bool:
         """Whether this pipeline rank holds the embedding."""

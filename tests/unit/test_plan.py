@@ -81,6 +81,7 @@ CASES = {
     "micro batch 1": replace(SMALL, micro_batch=1),
     "micro batch 4": replace(SMALL, micro_batch=4),
     "experts": replace(SMALL, family="qwen3_moe"),
+    "teacher offloaded": replace(SMALL, fields={"distillation.offload_teacher": True}, teacher=(6, 256)),
     "qk-norm, no teacher": replace(SMALL, family="qwen3", teacher=None),
     "data": replace(SMALL, ranks=2),
     "tensor and sequence": replace(
@@ -178,5 +179,5 @@ def test_a_published_models_parameters_and_what_would_fit():
     needed = fullest(setting).total
     assert what_would_fit(setting, needed)[0] == "training.micro_batch_size=4"
     fitting = what_would_fit(setting, needed / 4)
-    assert fitting and all("tensor_model_parallel_size" in one for one in fitting)
+    assert "offload_teacher" in fitting[0] and "tensor_model_parallel_size" in fitting[1]
     assert what_would_fit(setting, 1e9) == []
