@@ -5,11 +5,13 @@ by forward KL alone. On a machine with a GPU the shape for GPUs is measured, els
 """
 
 import argparse
+import dataclasses
 import functools
 import gc
 import tempfile
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -20,7 +22,8 @@ from distill_nemo.config import DataConfig, ParallelismConfig, RunConfig, Studen
 from distill_nemo.runtime.device import setup_device
 
 OURS, WHOLE, MODELOPT = "distill-nemo", "distill-nemo, whole logits", "ModelOpt"
-TEACHER, STUDENT = "teacher forward", "student step"
+AS_SHIPPED = "ModelOpt, Megatron's attention"  # what its user has without Transformer Engine
+TEACHER, STUDENT, DEEPER = "teacher forward", "student step", "teacher forward, twice the layers"
 # (layers, width, heads) of teacher and student, vocabulary, sequence length, samples of a step
 CPU_SHAPE = (8, 512, 8), (4, 256, 4), 32000, 512, 2
 GPU_SHAPE = (16, 1024, 16), (12, 512, 8), 128256, 4096, 2  # 470M and 180M with embeddings
@@ -29,7 +32,7 @@ GPU_SHAPE = (16, 1024, 16), (12, 512, 8), 128256, 4096, 2  # 470M and 180M with 
 def main() -> None:
     """Measure what this machine can, and write it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="a run has one thread in each process")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -47,6 +50,8 @@ def main() -> None:
 def compare(shape: tuple[Any, ...], repeats: int, root: str) -> dict[str, Any]:
     """Seconds of each way, and the peak of memory beyond what lies there between steps, in bytes."""
     teacher, student, vocabulary, length, samples = shape
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
     config = run_config(shape, root)
     runs: dict[str, Callable[[], Any]] = {
         OURS: stepper(config),
@@ -54,7 +59,11 @@ def compare(shape: tuple[Any, ...], repeats: int, root: str) -> dict[str, Any]:
         MODELOPT: stepper(config, modelopt=True),
         STUDENT: stepper(config, teacher=False),
     }
+    if not torch.cuda.is_available():
+        with mock.patch("distill_nemo.models.layer_specs.CausalAttention", DotProductAttention):
+            runs[AS_SHIPPED] = stepper(config, modelopt=True)
     runs[TEACHER] = teacher_forward(config)
+    runs[DEEPER] = teacher_forward(config, times=2)
     for run in runs.values():
         run()
         run()  # Adam's moments are there
@@ -65,7 +74,13 @@ def compare(shape: tuple[Any, ...], repeats: int, root: str) -> dict[str, Any]:
     found = interleaved(runs, repeats, warm=True)
     for name in runs:
         found[name]["extra_bytes"] = memory[name]
-    sizes = {"teacher": teacher, "student": student, "vocabulary": vocabulary, "tokens": length * samples}
+    sizes = {
+        "teacher": teacher,
+        "student": student,
+        "vocabulary": vocabulary,
+        "length": length,
+        "tokens": length * samples,
+    }
     return sizes | {"dtype": config.training.dtype, "ways": found}
 
 
@@ -138,15 +153,17 @@ def stepper(
     return functools.partial(loop.step, loop.batches(data, 0))
 
 
-def teacher_forward(config: RunConfig) -> Callable[[], Tensor]:
-    """The teacher's logits of one micro batch."""
+def teacher_forward(config: RunConfig, times: int = 1) -> Callable[[], Tensor]:
+    """The logits of one micro batch by the teacher, or by one of `times` as many layers."""
     from distill_nemo.models.provider import model_provider
 
+    assert config.teacher is not None and config.teacher.num_layers is not None
     dtype, data = (
         getattr(torch, config.training.dtype),
         RandomTokens(config.data.sequence_length, config.student.vocab_size or 0),
     )
-    teacher: Any = model_provider(student=config.teacher, parallelism=config.parallelism, dtype=dtype)  # type: ignore
+    model = dataclasses.replace(config.teacher, num_layers=times * config.teacher.num_layers)
+    teacher: Any = model_provider(student=model, parallelism=config.parallelism, dtype=dtype)  # type: ignore
     teacher = teacher.cuda().requires_grad_(False).eval()
     rows = [data[number] for number in range(config.training.micro_batch_size)]
     inputs = [torch.stack([row[name] for row in rows]).cuda() for name in ("tokens", "position_ids")]

@@ -17,6 +17,8 @@ from distill_nemo.losses.main_grad import GradientSum
 
 # Of one side's fp32 logits of a chunk; there are two sides, and under tensor parallelism two chunks.
 CHUNK_BYTES, CUDA_CHUNK_BYTES = 64 * 2**20, 512 * 2**20
+# But no fewer: every chunk reads both output weights and reads and writes the student's gradient, whatever its size.
+CHUNK_TOKENS = 416
 
 
 class Head(NamedTuple):
@@ -113,6 +115,12 @@ class Gradients(NamedTuple):
             self.bias.sum.add_(grad_nv.sum(0))
 
 
+def chunk_size(num_tokens: int, width: int, on_gpu: bool, most: int | None = None) -> int:
+    """Tokens of a chunk of logits of `width` columns: `most`, or what memory allows, less where all are then even."""
+    most = most or max((CUDA_CHUNK_BYTES if on_gpu else CHUNK_BYTES) // (4 * width), CHUNK_TOKENS)
+    return -(-num_tokens // -(-num_tokens // most))
+
+
 def chunk_logits(
     counted: CountedTokens, loss: FusedLoss, num_buffers: int = 1
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -123,9 +131,8 @@ def chunk_logits(
     num_tokens, width = len(counted.labels_M), counted.student.weight_vH.shape[0]
     if num_tokens == 0:
         return
-    most = (CUDA_CHUNK_BYTES if counted.labels_M.is_cuda else CHUNK_BYTES) // (4 * width)
-    num_chunks = -(-num_tokens // max(1, loss.chunk_tokens or most))
-    size = -(-num_tokens // num_chunks)
+    size = chunk_size(num_tokens, width, counted.labels_M.is_cuda, loss.chunk_tokens)
+    num_chunks = -(-num_tokens // size)
     pair = 2, size, width
     buffers = [counted.weight_M.new_empty(pair, dtype=torch.float32) for _ in range(min(num_buffers, num_chunks))]
     for number, start in enumerate(range(0, num_tokens, size)):

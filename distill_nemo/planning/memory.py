@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distill_nemo.config import ModelConfig
-from distill_nemo.losses.fused_chunks import CHUNK_BYTES, CUDA_CHUNK_BYTES
+from distill_nemo.losses.fused_chunks import chunk_size
 from distill_nemo.models.architecture import padded_vocab_size
 from distill_nemo.models.layers import Layer
 from distill_nemo.planning import activations
@@ -149,9 +149,8 @@ def fused_workspace(setting: Setting) -> float:
 
 
 def chunk_rows(setting: Setting) -> int:
-    """Tokens of a chunk, as `losses.fused_chunks.chunk_logits` cuts them; all tokens are taken to count."""
-    most = (CUDA_CHUNK_BYTES if setting.on_gpu else CHUNK_BYTES) // (4 * _columns(setting))
-    return -(-setting.tokens // -(-setting.tokens // max(1, most)))
+    """Tokens of a chunk of logits; all tokens are taken to count."""
+    return chunk_size(setting.tokens, _columns(setting), setting.on_gpu)
 
 
 def whole_workspace(setting: Setting) -> float:

@@ -118,7 +118,7 @@ def train(inputs: Any, output: Any, changes: dict[str, Any]) -> list[str]:
     from distill_nemo.training import forward_step
     from distill_nemo.training.entry import run_config
 
-    fused_chunks.CHUNK_BYTES = 6 * 4 * PADDED
+    fused_chunks.CHUNK_BYTES, fused_chunks.CHUNK_TOKENS = 6 * 4 * PADDED, 1
     shapes, fused = [], forward_step._fused
 
     def watching(model: Any, batch: Any, *args: Any) -> Any:
