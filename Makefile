@@ -16,13 +16,11 @@ help: ## list the targets
 quickstart: .venv/installed ## the main job: distil a small model on this machine, under ten minutes
 	@PATH="$(CURDIR)/$(BIN):$$PATH" nemo distill quickstart --yes $(ARGS)
 
-WORKERS := -n 2 --dist loadgroup
-
 test: .venv/installed ## the test suite, without tests/launch, in two processes
-	@$(BIN)/python -m pytest $(WORKERS) $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 test-launch: .venv/installed ## SLURM (apt, root) and a Kubernetes on this machine, and runs on them: a few minutes
-	@$(BIN)/python -m pytest $(WORKERS) tests/launch $(ARGS)
+	@$(BIN)/python -m pytest tests/launch $(ARGS)
 
 parity: .venv/installed ## every layout, model and loss against fp64; writes docs/parity.md in half an hour
 	@$(BIN)/python -W ignore -m tests.parity $(ARGS)

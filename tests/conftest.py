@@ -10,9 +10,9 @@ torch.set_num_threads(1)  # as every process of a run; more threads than cores s
 
 
 def pytest_collection_modifyitems(items):
-    """What shares fixtures runs in one worker: a file, and of the commands and clusters all files, under `-n 2`."""
+    """What shares fixtures runs in one worker: a file, and of the commands all files."""
     for item in items:
-        together = item.path.parent if item.path.parent.name in ("cli", "slurm", "kubernetes") else item.path
+        together = item.path.parent if item.path.parent.name == "cli" else item.path
         item.add_marker(pytest.mark.xdist_group(str(together)))
 
 

@@ -25,8 +25,8 @@ static inline bf16 store_bf16(float x) { /* to nearest, ties to even, as torch *
 static inline float load_f32(float x) { return x; }
 static inline float store_f32(float x) { return x; }
 
-/* e^x for x <= 88, within 2 units in the last place (4 below -20); 0 below -87.3, NaN for NaN. Branch-free: 2^n times a
- * polynomial in r = x - n ln 2, the best of degree 5 that is 1 at 0 (relative error 9.2e-8). */
+/* e^x for x <= 88; 0 below -87.3, NaN for NaN; with fused products within 2 units in the last place (4 below -20).
+ * Branch-free: 2^n times a polynomial in r = x - n ln 2, the best of degree 5 that is 1 at 0 (relative error 9.2e-8). */
 static inline float exp_(float x) {
     const float magic = 12583039.0f; /* 1.5 * 2^23 + 127: adding it leaves the exponent's bits of 2^n in the low ones */
     float shifted = x * 1.44269504088896341f + magic;

@@ -49,9 +49,11 @@ class HostWeights:
         self._copy((number + 1) % len(self.layers))
 
     def _take_back(self, number: int) -> None:
+        if self.stream is not None:
+            # What is copied from now on may take this layer's memory. The copy under way was queued before, so it goes
+            # on beside the layer; the next one waits, so that a host that runs ahead fills no memory.
+            self.stream.wait_stream(torch.cuda.current_stream())
         for parameter, weight in zip(self.layers[number].parameters(), self.copies.pop(number), strict=True):
-            if self.stream is not None:
-                weight.record_stream(torch.cuda.current_stream())  # its memory may go to another copy after this use
             parameter.data = torch.empty(0, dtype=weight.dtype, device=weight.device)
 
     def _copy(self, number: int) -> None:

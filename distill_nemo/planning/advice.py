@@ -65,7 +65,8 @@ def _changes(setting: Setting) -> Iterator[dict[str, Any]]:
     saving = sharded | small | again
     away = setting.config.teacher is not None and not setting.config.distillation.offload_teacher
     host = {"distillation__offload_teacher": True} if away else {}
-    changed = (again, saving, host, saving | host, *wider[:1], *deeper[:1], wider[0] | saving)
+    more = (host, sharded | again | host) if host else ()  # with all tokens there are to hide the copies behind
+    changed = (again, saving, *wider[:1], *deeper[:1], wider[0] | saving, *more)
     yield from (changes for changes in changed if changes)
     for wide, deep in zip(wider, deeper, strict=True):
         yield wide | deep | saving

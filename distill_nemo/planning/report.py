@@ -96,7 +96,7 @@ def _work(setting: Setting, memory: Memory) -> list[str]:
     traffic = "weights, gradients and optimizer read and written, a rank and step"
     copied = copied_bytes(setting, memory.rank)
     held = setting.item * setting.in_host_memory(memory.rank) / GB
-    kept = f"{held:,.2f} of the teacher in host memory, once for every micro batch"
+    kept = f"{held:,.2f} of the teacher in host memory (pinned: up to twice that), for every micro batch"
     return [
         "work",
         f"  {'GFLOP a token':26}{work.total / GFLOP:10,.1f}   {', '.join(parts)}",
@@ -125,7 +125,8 @@ def _time(setting: Setting, gpu: Gpu, utilisation: float) -> list[str]:
     if setting.config.parallelism.pipeline_model_parallel_size > 1:
         why = f"{setting.num_microbatches} micro batches a step, and the slowest rank's pace"
         rows.insert(2, f"  {'idle in the pipeline':26}{time.idle:10.0%}   {why}")
+    copies = "copies from host memory, " if setting.config.distillation.offload_teacher else ""
     return [
         *rows,
-        "not counted: communication, data, saving; all tokens are taken to count, experts to be equally busy",
+        f"not counted: communication, {copies}data, saving; all tokens are taken to count, experts to be equally busy",
     ]

@@ -18,7 +18,7 @@ def _device() -> Any:
 
 
 class _OnOneDevice(ProcessGroupGloo):
-    """As torch makes it, but for the device."""
+    """As torch makes it, but for the device. Its timeout is given here; torch cannot change it later."""
 
     def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
         options = ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
