@@ -17,7 +17,7 @@ quickstart: .venv/installed ## the main job: distil a small model on this machin
 	@PATH="$(CURDIR)/$(BIN):$$PATH" nemo distill quickstart --yes $(ARGS)
 
 test: .venv/installed ## the test suite, without tests/launch, in two processes
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	@$(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-launch: .venv/installed ## SLURM (apt, root) and a Kubernetes on this machine, and runs on them: a few minutes
 	@$(BIN)/python -m pytest tests/launch $(ARGS)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.spawn import Gloo
 from tests.training import write_inputs
@@ -9,11 +10,19 @@ from tests.training import write_inputs
 torch.set_num_threads(1)  # as every process of a run; more threads than cores spin
 
 
-def pytest_collection_modifyitems(items):
-    """What shares fixtures runs in one worker: a file, and of the commands all files."""
-    for item in items:
-        together = item.path.parent if item.path.parent.name == "cli" else item.path
-        item.add_marker(pytest.mark.xdist_group(str(together)))
+class ByFixtures(LoadScopeScheduling):
+    """What shares fixtures runs in one worker: a file, and of the commands all files.
+
+    Marks would do (`--dist loadgroup`), but pytest-xdist 3.8 overlooks them under pytest 9.2.
+    """
+
+    def _split_scope(self, nodeid):
+        file = nodeid.split("::")[0]
+        return "tests/cli" if file.startswith("tests/cli/") else file
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return ByFixtures(config, log)
 
 
 @pytest.fixture(scope="session")
