@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from distill_nemo.runtime.gloo import share_gloo_device
 
+RUNS_OF_A_PROCESS = 6  # what a run leaves behind, no other meets for ever
 GRACE_SECONDS = 5.0  # for the other ranks to answer once one has failed
 
 
@@ -35,7 +36,7 @@ class Gloo:
 
     Functions, arguments and results are pickled, so a function must be at a module's top level. Each process sees
     `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR` and `MASTER_PORT` as under torchrun, has one thread and no GPU.
-    It starts at the first `run`, and afresh where some ranks failed or hung while others did not.
+    It starts at the first `run`, and afresh every few runs and where some ranks failed or hung while others did not.
     All are forked from one process that has set up the device and imported Megatron (`tests/preloaded.py`).
 
     Args:
@@ -48,6 +49,7 @@ class Gloo:
     def __init__(self, world_size: int, init: bool = True, timeout: float = 120.0, fresh: bool = False) -> None:
         self.world_size, self.init, self.timeout, self.fresh = world_size, init, timeout, fresh
         self._processes: list[Any] = []
+        self._runs = 0
         self._connections: list[Connection] = []
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -57,8 +59,11 @@ class Gloo:
             Exception: what the lowest failing rank raised, with every failing rank's traceback as a note.
             TimeoutError: when no rank failed and some rank has not answered in time.
         """
+        if self._runs == RUNS_OF_A_PROCESS and not self.init:
+            self.close()
         if not self._processes:
             self._start()
+        self._runs += 1
         message = pickle.dumps((free_port(), function, args))
         for connection in self._connections:
             connection.send_bytes(message)
@@ -75,7 +80,7 @@ class Gloo:
             if process.is_alive():
                 process.kill()
                 process.join()
-        self._processes, self._connections = [], []
+        self._processes, self._connections, self._runs = [], [], 0
 
     def __enter__(self) -> "Gloo":
         return self

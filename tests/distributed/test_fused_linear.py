@@ -118,6 +118,7 @@ def train(inputs: Any, output: Any, changes: dict[str, Any]) -> list[str]:
     from distill_nemo.training import forward_step
     from distill_nemo.training.entry import run_config
 
+    sizes = fused_chunks.CHUNK_BYTES, fused_chunks.CHUNK_TOKENS
     fused_chunks.CHUNK_BYTES, fused_chunks.CHUNK_TOKENS = 6 * 4 * PADDED, 1
     shapes, fused = [], forward_step._fused
 
@@ -130,6 +131,7 @@ def train(inputs: Any, output: Any, changes: dict[str, Any]) -> list[str]:
         run_config(changed(tiny_run(inputs, output, steps=3, eval_interval=3), changes))
     finally:
         forward_step._fused = fused
+        fused_chunks.CHUNK_BYTES, fused_chunks.CHUNK_TOKENS = sizes
     return shapes
 
 
