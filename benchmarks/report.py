@@ -128,19 +128,14 @@ def _step(found: dict[str, Any]) -> str:
         cells = [name, *(f"{way[key]:.3f}" for key in keys), *(f"{way[key] / ours[key]:.2f}" for key in keys)]
         cells.append(f"{way['extra_bytes'] / 2**20:,.0f}" if "extra_bytes" in way else "")
         lines.append(f"| {' | '.join(cells)} |")
-    by_layers = {key: ways[DEEPER][key] / ways[TEACHER][key] for key in keys} if DEEPER in ways else None
-    layer, head = 24 * width**2 + 2 * width * row.get("length", 0), 2 * width * row["vocabulary"]  # operations a token
-    slope = (
-        ""
-        if by_layers is None
-        else f"When the teacher's layers double: x {by_layers['seconds']:.2f} in wall time, "
-        f"{by_layers['processor_seconds']:.2f} in processor time; its operations, output layer included, "
-        f"x {(2 * layers * layer + head) / (layers * layer + head):.2f}.\n"
-    )
+    wall, processor = (ways[DEEPER][key] / ways[TEACHER][key] for key in keys)
+    layer, head = 24 * width**2 + 2 * width * row["length"], 2 * width * row["vocabulary"]  # operations a token
     return (
         "\n".join(lines)
         + f"\n\nOurs is {ours['seconds'] / parts['seconds']:.2f} of its parts in wall time, "
-        + f"{ours['processor_seconds'] / parts['processor_seconds']:.2f} in processor time. {slope}"
+        + f"{ours['processor_seconds'] / parts['processor_seconds']:.2f} in processor time. "
+        + f"When the teacher's layers double: x {wall:.2f} in wall time, {processor:.2f} in processor time; its "
+        + f"operations, output layer included, x {(2 * layers * layer + head) / (layers * layer + head):.2f}.\n"
     )
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from distill_nemo.runtime.gloo import share_gloo_device
 
-RUNS_OF_A_PROCESS = 6  # what a run leaves behind, no other meets for ever
+RUNS_OF_A_PROCESS = 6  # so that what a run leaves behind reaches few others
 GRACE_SECONDS = 5.0  # for the other ranks to answer once one has failed
 
 

@@ -6,12 +6,10 @@ Legend: T tokens of a micro batch on a rank, H width, v this rank's shard of the
 from dataclasses import dataclass, field
 from typing import Any
 
-from distill_nemo.config import ModelConfig
 from distill_nemo.losses.fused_chunks import chunk_size
 from distill_nemo.models.architecture import padded_vocab_size
-from distill_nemo.models.layers import Layer
 from distill_nemo.planning import activations
-from distill_nemo.planning.parameters import layers_of, stages_of
+from distill_nemo.planning.parameters import rank_layers, stages_of
 from distill_nemo.planning.setting import Setting
 
 
@@ -67,7 +65,7 @@ def _moments(setting: Setting, rank: int, shards: float) -> dict[str, tuple[str,
     """By moment: whose activations are there, of none, the micro batches before or all; and the workspace."""
     student, teacher = setting.config.student, setting.config.teacher
     s: Any = student
-    own = _layers(setting, student, rank)
+    own = rank_layers(s, setting.config.parallelism, rank)
     recompute, largest = setting.config.training.recompute, _output_weight(setting)
     again = recompute == "full"
     moments: dict[str, tuple[str, float]] = {
@@ -84,7 +82,10 @@ def _moments(setting: Setting, rank: int, shards: float) -> dict[str, tuple[str,
     if setting.is_first(rank):
         moments["the embedding's gradient"] = ("others", setting.item * largest)
     if teacher is not None:
-        needs = [activations.forward_workspace(setting, teacher, x) for x in _layers(setting, teacher, rank)]
+        needs = [
+            activations.forward_workspace(setting, teacher, x)
+            for x in rank_layers(teacher, setting.config.parallelism, rank)
+        ]
         moments["the teacher's forward"] = ("others", max(needs) + setting.item * setting.lent(rank))
     if setting.is_last(rank):
         moments["the loss"] = ("all", fused_workspace(setting) if setting.fused else whole_workspace(setting))
@@ -93,11 +94,6 @@ def _moments(setting: Setting, rank: int, shards: float) -> dict[str, tuple[str,
             hidden = setting.item * setting.tokens * s.hidden_size
             moments["the output layer's backward"] = ("all", logits + hidden + setting.item * largest)
     return moments
-
-
-def _layers(setting: Setting, model: ModelConfig, rank: int) -> list[Layer]:
-    par = setting.config.parallelism
-    return [layer for stage in stages_of(par, rank) for layer in layers_of(model, par, stage)]
 
 
 def _columns(setting: Setting) -> int:
@@ -124,7 +120,7 @@ def _saved(setting: Setting, rank: int) -> tuple[float, float]:
     """Bytes that one micro batch saves for backward on a pipeline rank, and that all do that are under way."""
     s: Any = setting.config.student
     par, recompute = setting.config.parallelism, setting.config.training.recompute
-    one = sum(activations.saved(setting, s, layer, recompute) for layer in _layers(setting, s, rank))
+    one = sum(activations.saved(setting, s, layer, recompute) for layer in rank_layers(s, par, rank))
     if setting.is_last(rank):
         one += activations.final_norm(setting, s)
     teacher: Any = setting.config.teacher

@@ -53,6 +53,11 @@ def layers_of(model: ModelConfig, parallelism: ParallelismConfig, stage: int) ->
     return every[start : start + sizes[stage]]
 
 
+def rank_layers(model: ModelConfig, parallelism: ParallelismConfig, rank: int) -> list[Layer]:
+    """The layers of all stages on a pipeline rank."""
+    return [layer for stage in stages_of(parallelism, rank) for layer in layers_of(model, parallelism, stage)]
+
+
 def stage_parameters(model: ModelConfig, parallelism: ParallelismConfig, stage: int, output: bool = True) -> Count:
     """Of one stage on one tensor- and expert-parallel rank."""
     m: Any = model

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from distill_nemo.config import ModelConfig, RunConfig
-from distill_nemo.planning.parameters import Count, layer_parameters, layers_of, rank_parameters, stages_of
+from distill_nemo.planning.parameters import Count, layer_parameters, rank_layers, rank_parameters, stages_of
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,7 @@ class Setting:
         teacher, par = self.config.teacher, self.config.parallelism
         if teacher is None or not self.config.distillation.offload_teacher:
             return []
-        layers = [layer for stage in stages_of(par, rank) for layer in layers_of(teacher, par, stage)]
-        return [layer_parameters(teacher, layer, par).total for layer in layers]
+        return [layer_parameters(teacher, layer, par).total for layer in rank_layers(teacher, par, rank)]
 
     def is_first(self, rank: int) -> bool:
         """Whether this pipeline rank holds the embedding."""
