@@ -2,104 +2,154 @@
  * logits' width is stored besides the gradient. The readable form is eager.py; cpu_kernels.py compiles and calls this.
  *
  * Each function takes `rows` tokens of `width` logits (p, q: [rows, width], of any distance between rows), fp32
- * numbers per token, and the temperature T. Sums run in fp32 over BLOCK columns, then in double, in one order: the
- * same bits for any number of threads. Weight 0 counts for nothing, so -inf may stand in a column on both sides.
+ * numbers per token, and the temperature T. Exponentials are powers of two: e^(x / T) = 2^(x per_unit). Sums run in
+ * fp32 over BLOCK columns, then in double, in one order: the same bits for any number of threads. Weight 0 counts for
+ * nothing, so -inf may stand in a column on both sides.
  */
+#define _GNU_SOURCE
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
-#define BLOCK 128
+#define BLOCK 256 /* even; an fp32 sum of more is less exact on 4 lanes */
+#define LOG2E 1.4426950408889634
+#define LN2 0.69314718055994531
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 
 static inline float bits_to_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
 static inline uint32_t float_to_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
 
+/* Columns are taken two at a time: those of bf16 that share a word, of fp32 those that are half a block apart. */
 typedef uint16_t bf16;
-static inline float load_bf16(bf16 x) { return bits_to_float((uint32_t)x << 16); }
-static inline bf16 store_bf16(float x) { /* to nearest, ties to even, as torch */
+typedef struct { float a, b; } pair;
+
+static inline pair load_bf16(const bf16 *x, long j, long half) {
+    uint32_t word;
+    (void)half, memcpy(&word, x + 2 * j, 4);
+    return (pair){bits_to_float(word << 16), bits_to_float(word & 0xffff0000u)};
+}
+static inline uint32_t rounded(float x) { /* to nearest, ties to even, as torch; a NaN of arithmetic stays one */
     uint32_t bits = float_to_bits(x);
-    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return x == x ? (bf16)rounded : (bf16)0x7fc0;
+    return bits + 0x7fff + ((bits >> 16) & 1);
 }
-static inline float load_f32(float x) { return x; }
-static inline float store_f32(float x) { return x; }
+static inline void store_bf16(bf16 *out, long j, long half, pair x) {
+    uint32_t word = rounded(x.a) >> 16 | (rounded(x.b) & 0xffff0000u);
+    (void)half, memcpy(out + 2 * j, &word, 4);
+}
+static inline pair load_f32(const float *x, long j, long half) { return (pair){x[j], x[j + half]}; }
+static inline void store_f32(float *out, long j, long half, pair x) { out[j] = x.a, out[j + half] = x.b; }
 
-/* e^x for x <= 88; 0 below -87.3, NaN for NaN; with fused products within 2 units in the last place (4 below -20).
- * Branch-free: 2^n times a polynomial in r = x - n ln 2, the best of degree 5 that is 1 at 0 (relative error 9.2e-8). */
-static inline float exp_(float x) {
+/* 2^t for t < 128; 0 below -126.5, NaN for NaN; with fused products within 2 units in the last place of 2^t.
+ * Branch-free: 2^n times a polynomial in r = t - n, the best of degree 5 that is 1 at 0 (relative error 9.2e-8). */
+static inline float exp2_(float t) {
     const float magic = 12583039.0f; /* 1.5 * 2^23 + 127: adding it leaves the exponent's bits of 2^n in the low ones */
-    float shifted = x * 1.44269504088896341f + magic;
-    float r = x - (shifted - magic) * 0.693147180559945309f;
-    float y = 8.290272206e-3f;
-    y = y * r + 4.189816117e-2f;
-    y = y * r + 1.666763872e-1f;
-    y = y * r + 4.999914765e-1f;
-    y = y * r + 9.999997020e-1f;
+    t = t < -127.0f ? -127.0f : t;
+    float shifted = t + magic;
+    float r = t - (shifted - magic);
+    float y = 1.326465918e-3f;
+    y = y * r + 9.671566164e-3f;
+    y = y * r + 5.550734584e-2f;
+    y = y * r + 2.402224118e-1f;
+    y = y * r + 6.931469740e-1f;
     y = y * r + 1.0f;
-    y = y * bits_to_float(float_to_bits(shifted) << 23);
-    return x < -87.3f ? 0.0f : y;
+    return y * bits_to_float(float_to_bits(shifted) << 23);
 }
 
-/* log-sum-exp kept as sum * e^peak, with a second sum of the same scale: merged block by block. */
-typedef struct { double peak, sum, weighed; } online;
+/* sum * 2^reference and weighed * 2^reference: the reference is a peak that was met, raised by far higher ones only. */
+typedef struct { float reference; double sum, weighed; } online;
 
-static inline void merge(online *all, double peak, double sum, double weighed) {
-    if (peak > all->peak) {
-        double scale = exp(all->peak - peak);
-        all->sum *= scale, all->weighed *= scale, all->peak = peak;
-    }
-    double scale = exp(peak - all->peak);
-    all->sum += sum * scale, all->weighed += weighed * scale;
+static inline int raise_to(online *all, float peak) {
+    if (!(peak - all->reference > 60)) return 0;
+    double scale = exp2(all->reference - (double)peak);
+    all->sum *= scale, all->weighed *= scale, all->reference = peak;
+    return 1;
 }
 
-#define KERNELS(T, SUFFIX)                                                                                             \
+static inline float lse(online all) { return all.sum == 0 ? -INFINITY : (all.reference + log2(all.sum)) * LN2; }
+
+/* softmax(x / T) = 2^(x per_unit - shift) * factor: what rounding the shift to fp32 loses is in the factor. */
+static inline float softmax_shift(float lse, float *factor) {
+    float shift = lse * LOG2E;
+    *factor *= exp2(shift - lse * LOG2E);
+    return shift;
+}
+
+/* Fresh memory page by page costs as much as a third of the gradient. */
+static void ask_for_huge_pages(void *start, long bytes) {
+#ifdef MADV_HUGEPAGE
+    const uintptr_t huge = 2 << 20, first = ((uintptr_t)start + huge - 1) & -huge, end = ((uintptr_t)start + bytes) & -huge;
+    if (first < end) madvise((void *)first, end - first, MADV_HUGEPAGE); /* refused: pages are small */
+#else
+    (void)start, (void)bytes;
+#endif
+}
+
+#define KERNELS(T, SUFFIX, NOTHING)                                                                                    \
+/* x, or its copy with one more column that counts for nothing, if columns are odd. */                                 \
+static inline const T *even_##SUFFIX(const T *x, long n, T *copy) {                                                    \
+    if (n % 2 == 0) return x;                                                                                          \
+    memcpy(copy, x, n * sizeof(T)), copy[n] = NOTHING;                                                                 \
+    return copy;                                                                                                       \
+}                                                                                                                      \
 /* p_lse = lse(p / T), mean = E_softmax(p / T)[p / T - q / T], q_lse = lse(q / T). */                                  \
 void kl_statistics_##SUFFIX(const T *p, long p_stride, const T *q, long q_stride, long rows, long width,               \
                             float temperature, float *p_lse, float *mean, float *q_lse) {                              \
-    const float inverse = 1.0f / temperature; /* as torch divides by a number on CUDA */                               \
+    const float per_unit = LOG2E / temperature;                                                                        \
     for (long i = 0; i < rows; i++, p += p_stride, q += q_stride) {                                                    \
-        online P = {-1e300, 0, 0}, Q = {-1e300, 0, 0};                                                                 \
+        online P = {-1e30f, 0, 0}, Q = {-1e30f, 0, 0};                                                                 \
         for (long start = 0; start < width; start += BLOCK) {                                                          \
-            const long n = MIN(BLOCK, width - start);                                                                  \
-            float x[BLOCK], y[BLOCK], x_peak = -3.4e38f, y_peak = -3.4e38f, x_sum = 0, y_sum = 0, weighed = 0;         \
-            for (long j = 0; j < n; j++) {                                                                             \
-                x[j] = load_##SUFFIX(p[start + j]) * inverse;                                                          \
-                y[j] = load_##SUFFIX(q[start + j]) * inverse;                                                          \
-            }                                                                                                          \
-            _Pragma("omp simd reduction(max : x_peak, y_peak)")                                                        \
-            for (long j = 0; j < n; j++) {                                                                             \
-                x_peak = x[j] > x_peak ? x[j] : x_peak;                                                                \
-                y_peak = y[j] > y_peak ? y[j] : y_peak;                                                                \
-            }                                                                                                          \
-            _Pragma("omp simd reduction(+ : x_sum, y_sum, weighed)")                                                   \
-            for (long j = 0; j < n; j++) {                                                                             \
-                float w = exp_(x[j] - x_peak), d = x[j] - y[j];                                                        \
-                x_sum += w;                                                                                            \
-                y_sum += exp_(y[j] - y_peak);                                                                          \
-                weighed += w == 0.0f ? 0.0f : w * d;                                                                   \
-            }                                                                                                          \
-            merge(&P, x_peak, x_sum, weighed);                                                                         \
-            merge(&Q, y_peak, y_sum, 0);                                                                               \
+            const long n = MIN(BLOCK, width - start), half = (n + 1) / 2;                                              \
+            T x_copy[BLOCK], y_copy[BLOCK];                                                                            \
+            const T *xs = even_##SUFFIX(p + start, n, x_copy), *ys = even_##SUFFIX(q + start, n, y_copy);              \
+            float x_peak, y_peak, x_sum, y_sum, weighed;                                                               \
+            do {                                                                                                       \
+                const float x_reference = P.reference, y_reference = Q.reference;                                      \
+                x_peak = y_peak = -INFINITY, x_sum = y_sum = weighed = 0;                                              \
+                _Pragma("omp simd reduction(max : x_peak, y_peak) reduction(+ : x_sum, y_sum, weighed)")               \
+                for (long j = 0; j < half; j++) {                                                                      \
+                    const pair x = load_##SUFFIX(xs, j, half), y = load_##SUFFIX(ys, j, half);                         \
+                    const float x_max = x.a > x.b ? x.a : x.b, y_max = y.a > y.b ? y.a : y.b;                          \
+                    const float u = exp2_(x.a * per_unit - x_reference), v = exp2_(x.b * per_unit - x_reference);      \
+                    x_peak = x_max > x_peak ? x_max : x_peak;                                                          \
+                    y_peak = y_max > y_peak ? y_max : y_peak;                                                          \
+                    x_sum += u + v;                                                                                    \
+                    y_sum += exp2_(y.a * per_unit - y_reference) + exp2_(y.b * per_unit - y_reference);                \
+                    weighed += u * (u == 0.0f ? 0.0f : x.a - y.a) + v * (v == 0.0f ? 0.0f : x.b - y.b);                \
+                }                                                                                                      \
+            } while (raise_to(&P, x_peak * per_unit) | raise_to(&Q, y_peak * per_unit));                               \
+            P.sum += x_sum, P.weighed += weighed, Q.sum += y_sum;                                                      \
         }                                                                                                              \
-        p_lse[i] = P.sum == 0 ? -INFINITY : P.peak + log(P.sum);                                                       \
-        mean[i] = P.sum == 0 ? 0 : P.weighed / P.sum;                                                                  \
-        q_lse[i] = Q.sum == 0 ? -INFINITY : Q.peak + log(Q.sum);                                                       \
+        p_lse[i] = lse(P), q_lse[i] = lse(Q);                                                                          \
+        mean[i] = P.sum == 0 ? 0 : P.weighed / P.sum / temperature;                                                    \
     }                                                                                                                  \
 }                                                                                                                      \
 /* gradient = (softmax(z) - softmax(t)) * grad / T, 0 where grad is 0. */                                              \
 void forward_kl_gradient_##SUFFIX(const T *z, long z_stride, const T *t, long t_stride, long rows, long width,         \
                                   float temperature, const float *z_lse, const float *t_lse, const float *grad,        \
                                   T *out, long out_stride) {                                                           \
-    const float inverse = 1.0f / temperature; /* as torch divides by a number on CUDA */                               \
+    const float per_unit = LOG2E / temperature;                                                                        \
+    if (out_stride == width) ask_for_huge_pages(out, rows * width * sizeof(T));                                        \
     for (long i = 0; i < rows; i++, z += z_stride, t += t_stride, out += out_stride) {                                 \
-        const float scale = grad[i] * inverse, a_lse = z_lse[i], b_lse = t_lse[i];                                     \
         if (grad[i] == 0.0f) { memset(out, 0, width * sizeof(T)); continue; }                                          \
-        _Pragma("omp simd")                                                                                            \
-        for (long j = 0; j < width; j++) {                                                                             \
-            float q = exp_(load_##SUFFIX(z[j]) * inverse - a_lse);                                                     \
-            float p = exp_(load_##SUFFIX(t[j]) * inverse - b_lse);                                                     \
-            out[j] = store_##SUFFIX((q - p) * scale);                                                                  \
+        float q_scale = grad[i] / temperature, p_scale = q_scale;                                                      \
+        const float q_shift = softmax_shift(z_lse[i], &q_scale), p_shift = softmax_shift(t_lse[i], &p_scale);          \
+        for (long start = 0; start < width; start += BLOCK) {                                                          \
+            const long n = MIN(BLOCK, width - start), half = (n + 1) / 2;                                              \
+            T x_copy[BLOCK], y_copy[BLOCK];                                                                            \
+            const T *xs = even_##SUFFIX(z + start, n, x_copy), *ys = even_##SUFFIX(t + start, n, y_copy);              \
+            T *to = n % 2 ? x_copy : out + start;                                                                      \
+            _Pragma("omp simd")                                                                                        \
+            for (long j = 0; j < half; j++) {                                                                          \
+                const pair x = load_##SUFFIX(xs, j, half), y = load_##SUFFIX(ys, j, half);                             \
+                const float q_a = exp2_(x.a * per_unit - q_shift), p_a = exp2_(y.a * per_unit - p_shift);              \
+                const float q_b = exp2_(x.b * per_unit - q_shift), p_b = exp2_(y.b * per_unit - p_shift);              \
+                const pair gradient = {q_a * q_scale - p_a * p_scale, q_b * q_scale - p_b * p_scale};                  \
+                store_##SUFFIX(to, j, half, gradient);                                                                 \
+            }                                                                                                          \
+            if (n % 2) memcpy(out + start, to, n * sizeof(T));                                                         \
         }                                                                                                              \
     }                                                                                                                  \
 }                                                                                                                      \
@@ -107,18 +157,31 @@ void forward_kl_gradient_##SUFFIX(const T *z, long z_stride, const T *t, long t_
 void reverse_kl_gradient_##SUFFIX(const T *z, long z_stride, const T *t, long t_stride, long rows, long width,         \
                                   float temperature, const float *z_lse, const float *mean, const float *grad,         \
                                   T *out, long out_stride) {                                                           \
-    const float inverse = 1.0f / temperature; /* as torch divides by a number on CUDA */                               \
+    const float per_unit = LOG2E / temperature, inverse = 1.0f / temperature;                                          \
+    if (out_stride == width) ask_for_huge_pages(out, rows * width * sizeof(T));                                        \
     for (long i = 0; i < rows; i++, z += z_stride, t += t_stride, out += out_stride) {                                 \
-        const float scale = grad[i] * inverse, a_lse = z_lse[i], shift = mean[i];                                      \
         if (grad[i] == 0.0f) { memset(out, 0, width * sizeof(T)); continue; }                                          \
-        _Pragma("omp simd")                                                                                            \
-        for (long j = 0; j < width; j++) {                                                                             \
-            float a = load_##SUFFIX(z[j]) * inverse, b = load_##SUFFIX(t[j]) * inverse;                                \
-            float q = exp_(a - a_lse);                                                                                 \
-            out[j] = store_##SUFFIX(q == 0.0f ? 0.0f : (a - b - shift) * q * scale);                                   \
+        float scale = grad[i] / temperature;                                                                           \
+        const float shift = softmax_shift(z_lse[i], &scale), m = mean[i];                                              \
+        for (long start = 0; start < width; start += BLOCK) {                                                          \
+            const long n = MIN(BLOCK, width - start), half = (n + 1) / 2;                                              \
+            T x_copy[BLOCK], y_copy[BLOCK];                                                                            \
+            const T *xs = even_##SUFFIX(z + start, n, x_copy), *ys = even_##SUFFIX(t + start, n, y_copy);              \
+            T *to = n % 2 ? x_copy : out + start;                                                                      \
+            _Pragma("omp simd")                                                                                        \
+            for (long j = 0; j < half; j++) {                                                                          \
+                const pair x = load_##SUFFIX(xs, j, half), y = load_##SUFFIX(ys, j, half);                             \
+                const float a = exp2_(x.a * per_unit - shift), b = exp2_(x.b * per_unit - shift);                      \
+                const pair gradient = {                                                                                \
+                    a == 0.0f ? 0.0f : ((x.a - y.a) * inverse - m) * a * scale,                                        \
+                    b == 0.0f ? 0.0f : ((x.b - y.b) * inverse - m) * b * scale,                                        \
+                };                                                                                                     \
+                store_##SUFFIX(to, j, half, gradient);                                                                 \
+            }                                                                                                          \
+            if (n % 2) memcpy(out + start, to, n * sizeof(T));                                                         \
         }                                                                                                              \
     }                                                                                                                  \
 }
 
-KERNELS(bf16, bf16)
-KERNELS(float, f32)
+KERNELS(bf16, bf16, 0xff80)
+KERNELS(float, f32, -INFINITY)
