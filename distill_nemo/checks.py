@@ -51,9 +51,21 @@ def check(config: RunConfig, world_size: int) -> None:
     Raises:
         ValueError: naming the field, what came, what is allowed.
     """
-    par, train, kd = config.parallelism, config.training, config.distillation
     _check_ranges(config)
     require(bool(config.output_dir), "output_dir is empty, and must name a directory")
+    num_microbatches = _check_sizes(config, world_size)
+    _check_parallelism(config, num_microbatches)
+    _check_training(config)
+    _check_distillation(config.distillation)
+    require(bool(config.data.train), "data.train is empty: name the token files made by `nemo distill prepare`")
+    _check_model("student", config.student, config.parallelism)
+    if config.teacher is not None:
+        _check_model("teacher", config.teacher, config.parallelism)
+
+
+def _check_sizes(config: RunConfig, world_size: int) -> int:
+    """Micro batches of a step, if ranks and batch divide."""
+    par, train = config.parallelism, config.training
     require(
         world_size % par.model_parallel_size == 0,
         f"world size {world_size} is not divisible by tensor x pipeline x context parallel size = "
@@ -68,48 +80,25 @@ def check(config: RunConfig, world_size: int) -> None:
         f"training.global_batch_size {train.global_batch_size} is not divisible by micro_batch_size "
         f"{train.micro_batch_size} x data parallel size {data_parallel_size} = {batch}",
     )
-    _check_parallelism(config, config.num_microbatches(data_parallel_size))
-    decay_steps = config.optimizer.decay_steps or train.steps
+    return config.num_microbatches(data_parallel_size)
+
+
+def _check_training(config: RunConfig) -> None:
+    train, optimizer = config.training, config.optimizer
+    decay_steps = optimizer.decay_steps or train.steps
     require(
-        0 <= config.optimizer.warmup_steps < decay_steps,
-        f"optimizer.warmup_steps must be below the {decay_steps} steps of the schedule, "
-        f"got {config.optimizer.warmup_steps}",
+        0 <= optimizer.warmup_steps < decay_steps,
+        f"optimizer.warmup_steps must be below the {decay_steps} steps of the schedule, got {optimizer.warmup_steps}",
     )
     require(
-        config.optimizer.min_lr <= config.optimizer.lr,
-        f"optimizer.min_lr = {config.optimizer.min_lr} is above optimizer.lr = {config.optimizer.lr}",
+        optimizer.min_lr <= optimizer.lr,
+        f"optimizer.min_lr = {optimizer.min_lr} is above optimizer.lr = {optimizer.lr}",
     )
+    _one_of("optimizer.decay_style", optimizer.decay_style, DECAY_STYLES)
     _one_of("training.dtype", train.dtype, DTYPES)
     _one_of("training.on_nan", train.on_nan, ON_NAN)
-    _one_of("optimizer.decay_style", config.optimizer.decay_style, DECAY_STYLES)
-    _one_of("distillation.divergence", kd.divergence, DIVERGENCES)
-    _one_of("distillation.balancer", kd.balancer, BALANCERS)
-    _check_balancer(kd)
-    if kd.hidden_loss is not None:
-        _one_of("distillation.hidden_loss", kd.hidden_loss, HIDDEN_LOSSES)
-    require(
-        (kd.hidden_loss is None) == (not kd.hidden_layers),
-        "distillation.hidden_loss and distillation.hidden_layers go together: set both or neither",
-    )
-    _check_divergence(kd)
-    require(
-        not (kd.fused_linear and kd.balancer == "static" and kd.logits_weight == 0),
-        "distillation.fused_linear = true needs a logits loss, but distillation.logits_weight = 0; leave it unset",
-    )
     if train.recompute is not None:
         _one_of("training.recompute", train.recompute, RECOMPUTE)
-    for pair in kd.hidden_layers:
-        require(pair.count(":") == 1, f'distillation.hidden_layers: "{pair}" is not "student_layer:teacher_layer"')
-    require(bool(config.data.train), "data.train is empty: name the token files made by `nemo distill prepare`")
-    _check_model("student", config.student, par)
-    require(
-        config.student.num_experts is None or par.tensor_model_parallel_size == 1 or par.sequence_parallel,
-        f"a student with experts (student.num_experts = {config.student.num_experts}) trains under "
-        f"parallelism.tensor_model_parallel_size = {par.tensor_model_parallel_size} with "
-        "parallelism.sequence_parallel=true only: without it, every rank would send the same tokens to the experts",
-    )
-    if config.teacher is not None:
-        _check_model("teacher", config.teacher, par)
 
 
 def _check_parallelism(config: RunConfig, num_microbatches: int) -> None:
@@ -182,11 +171,11 @@ def _check_balancer(kd: DistillationConfig) -> None:
         )
 
 
-def _check_divergence(kd: DistillationConfig) -> None:
-    require(
-        not kd.hidden_weight or bool(kd.hidden_layers),
-        f"distillation.hidden_weight = {kd.hidden_weight} weighs nothing: set hidden_loss and hidden_layers",
-    )
+def _check_distillation(kd: DistillationConfig) -> None:
+    _one_of("distillation.divergence", kd.divergence, DIVERGENCES)
+    _one_of("distillation.balancer", kd.balancer, BALANCERS)
+    _check_balancer(kd)
+    _check_hidden(kd)
     require(
         kd.temperature <= MAX_TEMPERATURE,
         f"distillation.temperature must be at most {MAX_TEMPERATURE:g}, got {kd.temperature:g}: beyond, fp32's "
@@ -199,6 +188,25 @@ def _check_divergence(kd: DistillationConfig) -> None:
             kd.divergence == "forward_kl",
             f'distillation.top_k goes with divergence = "forward_kl", not "{kd.divergence}"',
         )
+    require(
+        not (kd.fused_linear and kd.balancer == "static" and kd.logits_weight == 0),
+        "distillation.fused_linear = true needs a logits loss, but distillation.logits_weight = 0; leave it unset",
+    )
+
+
+def _check_hidden(kd: DistillationConfig) -> None:
+    if kd.hidden_loss is not None:
+        _one_of("distillation.hidden_loss", kd.hidden_loss, HIDDEN_LOSSES)
+    require(
+        (kd.hidden_loss is None) == (not kd.hidden_layers),
+        "distillation.hidden_loss and distillation.hidden_layers go together: set both or neither",
+    )
+    require(
+        not kd.hidden_weight or bool(kd.hidden_layers),
+        f"distillation.hidden_weight = {kd.hidden_weight} weighs nothing: set hidden_loss and hidden_layers",
+    )
+    for pair in kd.hidden_layers:
+        require(pair.count(":") == 1, f'distillation.hidden_layers: "{pair}" is not "student_layer:teacher_layer"')
 
 
 def _check_ranges(config: RunConfig) -> None:
@@ -228,6 +236,12 @@ def _check_model(role: str, model: ModelConfig, par: ParallelismConfig) -> None:
         raise ValueError(
             f"{role}.num_experts = {model.num_experts} is not divisible by "
             f"parallelism.expert_model_parallel_size = {par.expert_model_parallel_size}"
+        )
+    if role == "student" and model.num_experts is not None and size > 1 and not par.sequence_parallel:
+        raise ValueError(
+            f"a student with experts (student.num_experts = {model.num_experts}) trains under "
+            f"parallelism.tensor_model_parallel_size = {size} with parallelism.sequence_parallel=true only: "
+            "without it, every rank would send the same tokens to the experts"
         )
     if model.num_layers is not None and model.num_layers < stages:
         raise ValueError(f"{role}.num_layers = {model.num_layers} cannot fill {stages} pipeline stages (parallelism.*)")

@@ -99,26 +99,15 @@ def slurm_config(
     Raises:
         ValueError: naming the field, what came, what is allowed.
     """
-    for name, value, least in (
-        ("nodes", nodes, 1),
-        ("devices", devices, 1),
-        ("cpus_per_device", cpus_per_device, 1),
-        ("stop_seconds", stop_seconds, 0),
-        ("retries", retries, 0),
-    ):
-        if value is not None and value < least:
-            raise ValueError(f"run.executor.{name} must be at least {least}, got {value}")
+    _check_numbers(
+        {"nodes": nodes, "devices": devices, "cpus_per_device": cpus_per_device},
+        {"stop_seconds": stop_seconds, "retries": retries},
+    )
     if stop_seconds >= (limit := seconds_of(time)):
         raise ValueError(f"run.executor.stop_seconds = {stop_seconds} must be less than time = {time}, {limit} s")
     if packager not in PACKAGERS:
         raise ValueError(f'run.executor.packager = "{packager}" is not known.{near(packager, PACKAGERS)}')
-    if container_mounts and container_image is None:
-        raise ValueError("run.executor.container_mounts needs container_image: without one, every path is the node's")
-    for mount in container_mounts or []:
-        if not re.fullmatch(r"[^:,]+(:[^:,]+){1,2}", mount):
-            raise ValueError(f'run.executor.container_mounts must be SOURCE:TARGET each, got "{mount}"')
-    if container_image is not None and workdir is not None:
-        raise ValueError("run.executor.workdir goes without container_image: in a container, write absolute paths")
+    _check_container(container_image, container_mounts or [], workdir)
     refuse_secrets({"env": env, "setup": setup}, ADVICE_ON_SECRETS)
     tunnel = _tunnel(host=host, user=user, job_dir=job_dir, identity=identity, port=port)
     here = host is None and container_image is None
@@ -178,6 +167,23 @@ def seconds_of(time: str) -> int:
     if not seconds:
         raise ValueError(f'run.executor.time must be more than nothing, got "{time}"')
     return seconds
+
+
+def _check_numbers(at_least_1: dict[str, int | None], at_least_0: dict[str, int]) -> None:
+    for least, values in ((1, at_least_1), (0, at_least_0)):
+        for name, value in values.items():
+            if value is not None and value < least:
+                raise ValueError(f"run.executor.{name} must be at least {least}, got {value}")
+
+
+def _check_container(image: str | None, mounts: list[str], workdir: str | None) -> None:
+    if mounts and image is None:
+        raise ValueError("run.executor.container_mounts needs container_image: without one, every path is the node's")
+    for mount in mounts:
+        if not re.fullmatch(r"[^:,]+(:[^:,]+){1,2}", mount):
+            raise ValueError(f'run.executor.container_mounts must be SOURCE:TARGET each, got "{mount}"')
+    if image is not None and workdir is not None:
+        raise ValueError("run.executor.workdir goes without container_image: in a container, write absolute paths")
 
 
 def _tunnel(**given: Any) -> run.Config:
