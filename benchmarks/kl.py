@@ -6,6 +6,7 @@ On a machine with a GPU the row for GPUs is measured, elsewhere those for CPU: o
 import argparse
 import functools
 import gc
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -20,19 +21,19 @@ from distill_nemo.losses.vocab_parallel import vocab_parallel_forward_kl
 from distill_nemo.runtime.device import setup_device
 
 GPU_SHAPE = (8192, 128256)
-SHAPES = [(1024, 32000), (512, 32000), (1024, 64000), (1024, 151936)]  # N and V: the goals' and one doubling of each
+SHAPES = [(1024, 32000), (2048, 32000), (1024, 64000), (1024, 151936)]  # N and V: the goals' and one doubling of each
 
 
 def main() -> None:
     """Measure what this machine can, and write it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1, help="a run has one thread in each process")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of one process; two ranks have one each")
     parser.add_argument("--only", choices=["cpu", "two_ranks", "gpu"])
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     kinds = ["gpu"] if torch.cuda.is_available() else ["cpu", "two_ranks"]
     for kind in [arguments.only] if arguments.only else kinds:
+        torch.set_num_threads(1 if kind == "two_ranks" else arguments.threads)
         rows = {"cpu": on_cpu, "two_ranks": on_two_ranks, "gpu": on_gpu}[kind](arguments.repeats)
         write_result(f"kl_{kind}", {"repeats": arguments.repeats, "rows": rows})
 

@@ -17,16 +17,17 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def interleaved(ways: dict[str, Callable[[], Any]], repeats: int, warm: bool = False) -> dict[str, dict[str, float]]:
-    """Medians over `repeats` rounds, each of which runs every way once: seconds, and seconds of processor time.
+    """Medians over `repeats` rounds, each of which measures every way once: seconds, and seconds of processor time.
 
-    `warm` says that every way has run already; otherwise each does before it is measured.
+    `warm` says that every way has run already, and long enough not to mind what ran before it. Otherwise each runs
+    right before it is measured, as in a loop of its own: fresh memory that the machine must find first is slower.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     processor: dict[str, list[float]] = {name: [] for name in ways}
-    for way in () if warm else ways.values():
-        way()  # compiles, allocates, warms up
     for _ in range(repeats):
         for name, way in ways.items():
+            if not warm:
+                way()
             wall, cpu = time.perf_counter(), time.process_time()
             way()
             _wait()

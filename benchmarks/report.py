@@ -80,8 +80,8 @@ def _scaling(found: dict[str, Any]) -> str:
     times = {(r["tokens"], r["vocabulary"]): r["ways"][OURS]["processor_seconds"] for r in found["rows"]}
     lines = ["| N | V | processor time, s | ns per element |", "|---|---|---|---|"]
     lines += [f"| {n} | {v:,} | {times[n, v]:.4f} | {1e9 * times[n, v] / (n * v):.2f} |" for n, v in sorted(times)]
-    (base, more_n), more_v = ((512, 32000), (1024, 32000)), (1024, 64000)
-    by_n, by_v = times[more_n] / times[base], times[more_v] / times[more_n]
+    by_n = next(times[2 * n, v] / times[n, v] for n, v in times if (2 * n, v) in times)
+    by_v = next(times[n, 2 * v] / times[n, v] for n, v in times if (n, 2 * v) in times)
     return "\n".join(lines) + f"\n\nTime when N doubles: x {by_n:.2f}; when V doubles: x {by_v:.2f}.\n"
 
 

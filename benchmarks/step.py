@@ -65,7 +65,6 @@ def compare(shape: tuple[Any, ...], repeats: int, root: str) -> dict[str, Any]:
     runs[TEACHER] = teacher_forward(config)
     runs[DEEPER] = teacher_forward(config, times=2)
     for run in runs.values():
-        run()
         run()  # Adam's moments are there
     memory = {}
     for name, run in runs.items():

@@ -2,9 +2,9 @@
  * logits' width is stored besides the gradient. The readable form is eager.py; cpu_kernels.py compiles and calls this.
  *
  * Each function takes `rows` tokens of `width` logits (p, q: [rows, width], of any distance between rows), fp32
- * numbers per token, and the temperature T. Exponentials are powers of two: e^(x / T) = 2^(x per_unit). Sums run in
- * fp32 over BLOCK columns, then in double, in one order: the same bits for any number of threads. Weight 0 counts for
- * nothing, so -inf may stand in a column on both sides.
+ * numbers per token, the number of threads that share out the tokens, and the temperature T. Exponentials are powers of
+ * two: e^(x / T) = 2^(x per_unit). Sums run in fp32 over BLOCK columns, then in double, in one order: the same bits for
+ * any number of threads. Weight 0 counts for nothing, so -inf may stand in a column on both sides.
  */
 #define _GNU_SOURCE
 #include <math.h>
@@ -80,7 +80,8 @@ static inline float softmax_shift(float lse, float *factor) {
 /* Fresh memory page by page costs as much as a third of the gradient. */
 static void ask_for_huge_pages(void *start, long bytes) {
 #ifdef MADV_HUGEPAGE
-    const uintptr_t huge = 2 << 20, first = ((uintptr_t)start + huge - 1) & -huge, end = ((uintptr_t)start + bytes) & -huge;
+    const uintptr_t huge = 2 << 20, first = ((uintptr_t)start + huge - 1) & -huge;
+    const uintptr_t end = ((uintptr_t)start + bytes) & -huge;
     if (first < end) madvise((void *)first, end - first, MADV_HUGEPAGE); /* refused: pages are small */
 #else
     (void)start, (void)bytes;
@@ -96,14 +97,16 @@ static inline const T *even_##SUFFIX(const T *x, long n, T *copy) {             
 }                                                                                                                      \
 /* p_lse = lse(p / T), mean = E_softmax(p / T)[p / T - q / T], q_lse = lse(q / T). */                                  \
 void kl_statistics_##SUFFIX(const T *p, long p_stride, const T *q, long q_stride, long rows, long width,               \
-                            float temperature, float *p_lse, float *mean, float *q_lse) {                              \
+                            int threads, float temperature, float *p_lse, float *mean, float *q_lse) {                 \
     const float per_unit = LOG2E / temperature;                                                                        \
-    for (long i = 0; i < rows; i++, p += p_stride, q += q_stride) {                                                    \
+    _Pragma("omp parallel for num_threads(threads)")                                                                   \
+    for (long i = 0; i < rows; i++) {                                                                                  \
+        const T *p_row = p + i * p_stride, *q_row = q + i * q_stride;                                                  \
         online P = {-1e30f, 0, 0}, Q = {-1e30f, 0, 0};                                                                 \
         for (long start = 0; start < width; start += BLOCK) {                                                          \
             const long n = MIN(BLOCK, width - start), half = (n + 1) / 2;                                              \
             T x_copy[BLOCK], y_copy[BLOCK];                                                                            \
-            const T *xs = even_##SUFFIX(p + start, n, x_copy), *ys = even_##SUFFIX(q + start, n, y_copy);              \
+            const T *xs = even_##SUFFIX(p_row + start, n, x_copy), *ys = even_##SUFFIX(q_row + start, n, y_copy);      \
             float x_peak, y_peak, x_sum, y_sum, weighed;                                                               \
             do {                                                                                                       \
                 const float x_reference = P.reference, y_reference = Q.reference;                                      \
@@ -128,19 +131,22 @@ void kl_statistics_##SUFFIX(const T *p, long p_stride, const T *q, long q_stride
 }                                                                                                                      \
 /* gradient = (softmax(z) - softmax(t)) * grad / T, 0 where grad is 0. */                                              \
 void forward_kl_gradient_##SUFFIX(const T *z, long z_stride, const T *t, long t_stride, long rows, long width,         \
-                                  float temperature, const float *z_lse, const float *t_lse, const float *grad,        \
-                                  T *out, long out_stride) {                                                           \
+                                  int threads, float temperature, const float *z_lse, const float *t_lse,              \
+                                  const float *grad, T *out, long out_stride) {                                        \
     const float per_unit = LOG2E / temperature;                                                                        \
     if (out_stride == width) ask_for_huge_pages(out, rows * width * sizeof(T));                                        \
-    for (long i = 0; i < rows; i++, z += z_stride, t += t_stride, out += out_stride) {                                 \
-        if (grad[i] == 0.0f) { memset(out, 0, width * sizeof(T)); continue; }                                          \
+    _Pragma("omp parallel for num_threads(threads)")                                                                   \
+    for (long i = 0; i < rows; i++) {                                                                                  \
+        const T *z_row = z + i * z_stride, *t_row = t + i * t_stride;                                                  \
+        T *out_row = out + i * out_stride;                                                                             \
+        if (grad[i] == 0.0f) { memset(out_row, 0, width * sizeof(T)); continue; }                                      \
         float q_scale = grad[i] / temperature, p_scale = q_scale;                                                      \
         const float q_shift = softmax_shift(z_lse[i], &q_scale), p_shift = softmax_shift(t_lse[i], &p_scale);          \
         for (long start = 0; start < width; start += BLOCK) {                                                          \
             const long n = MIN(BLOCK, width - start), half = (n + 1) / 2;                                              \
             T x_copy[BLOCK], y_copy[BLOCK];                                                                            \
-            const T *xs = even_##SUFFIX(z + start, n, x_copy), *ys = even_##SUFFIX(t + start, n, y_copy);              \
-            T *to = n % 2 ? x_copy : out + start;                                                                      \
+            const T *xs = even_##SUFFIX(z_row + start, n, x_copy), *ys = even_##SUFFIX(t_row + start, n, y_copy);      \
+            T *to = n % 2 ? x_copy : out_row + start;                                                                  \
             _Pragma("omp simd")                                                                                        \
             for (long j = 0; j < half; j++) {                                                                          \
                 const pair x = load_##SUFFIX(xs, j, half), y = load_##SUFFIX(ys, j, half);                             \
@@ -149,25 +155,28 @@ void forward_kl_gradient_##SUFFIX(const T *z, long z_stride, const T *t, long t_
                 const pair gradient = {q_a * q_scale - p_a * p_scale, q_b * q_scale - p_b * p_scale};                  \
                 store_##SUFFIX(to, j, half, gradient);                                                                 \
             }                                                                                                          \
-            if (n % 2) memcpy(out + start, to, n * sizeof(T));                                                         \
+            if (n % 2) memcpy(out_row + start, to, n * sizeof(T));                                                     \
         }                                                                                                              \
     }                                                                                                                  \
 }                                                                                                                      \
 /* gradient = q (z/T - t/T - mean) * grad / T, q = softmax(z), 0 where grad or q is 0. */                              \
 void reverse_kl_gradient_##SUFFIX(const T *z, long z_stride, const T *t, long t_stride, long rows, long width,         \
-                                  float temperature, const float *z_lse, const float *mean, const float *grad,         \
-                                  T *out, long out_stride) {                                                           \
+                                  int threads, float temperature, const float *z_lse, const float *mean,               \
+                                  const float *grad, T *out, long out_stride) {                                        \
     const float per_unit = LOG2E / temperature, inverse = 1.0f / temperature;                                          \
     if (out_stride == width) ask_for_huge_pages(out, rows * width * sizeof(T));                                        \
-    for (long i = 0; i < rows; i++, z += z_stride, t += t_stride, out += out_stride) {                                 \
-        if (grad[i] == 0.0f) { memset(out, 0, width * sizeof(T)); continue; }                                          \
+    _Pragma("omp parallel for num_threads(threads)")                                                                   \
+    for (long i = 0; i < rows; i++) {                                                                                  \
+        const T *z_row = z + i * z_stride, *t_row = t + i * t_stride;                                                  \
+        T *out_row = out + i * out_stride;                                                                             \
+        if (grad[i] == 0.0f) { memset(out_row, 0, width * sizeof(T)); continue; }                                      \
         float scale = grad[i] / temperature;                                                                           \
         const float shift = softmax_shift(z_lse[i], &scale), m = mean[i];                                              \
         for (long start = 0; start < width; start += BLOCK) {                                                          \
             const long n = MIN(BLOCK, width - start), half = (n + 1) / 2;                                              \
             T x_copy[BLOCK], y_copy[BLOCK];                                                                            \
-            const T *xs = even_##SUFFIX(z + start, n, x_copy), *ys = even_##SUFFIX(t + start, n, y_copy);              \
-            T *to = n % 2 ? x_copy : out + start;                                                                      \
+            const T *xs = even_##SUFFIX(z_row + start, n, x_copy), *ys = even_##SUFFIX(t_row + start, n, y_copy);      \
+            T *to = n % 2 ? x_copy : out_row + start;                                                                  \
             _Pragma("omp simd")                                                                                        \
             for (long j = 0; j < half; j++) {                                                                          \
                 const pair x = load_##SUFFIX(xs, j, half), y = load_##SUFFIX(ys, j, half);                             \
@@ -178,7 +187,7 @@ void reverse_kl_gradient_##SUFFIX(const T *z, long z_stride, const T *t, long t_
                 };                                                                                                     \
                 store_##SUFFIX(to, j, half, gradient);                                                                 \
             }                                                                                                          \
-            if (n % 2) memcpy(out + start, to, n * sizeof(T));                                                         \
+            if (n % 2) memcpy(out_row + start, to, n * sizeof(T));                                                     \
         }                                                                                                              \
     }                                                                                                                  \
 }
