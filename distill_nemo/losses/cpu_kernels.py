@@ -39,17 +39,16 @@ SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
 
 def can_take(*logits_SBv: Tensor) -> bool:
-    """Whether these can be handed over: one dtype, columns side by side, and a compiled library."""
-    dtypes = {x.dtype for x in logits_SBv}
-    fits = len(dtypes) == 1 and dtypes <= SUFFIXES.keys() and all(x.stride(-1) == 1 for x in logits_SBv)
-    return fits and library() is not None
+    """Whether these can be handed over: on CPU, one dtype and shape, columns side by side, and a compiled library."""
+    kinds = {(x.device.type, x.dtype, x.shape) for x in logits_SBv}
+    fits = len(kinds) == 1 and logits_SBv[0].device.type == "cpu" and logits_SBv[0].dtype in SUFFIXES
+    return fits and all(x.stride(-1) == 1 for x in logits_SBv) and library() is not None
 
 
 def kl_statistics(p_logits_SBv: Tensor, q_logits_SBv: Tensor, temperature: float) -> Tensor:
     """See `eager.kl_statistics`."""
-    out = torch.empty(3, *p_logits_SBv.shape[:-1])
-    numbers = (out.view(3, -1)[i] for i in range(3))
-    _call("kl_statistics", (p_logits_SBv, q_logits_SBv), temperature, tuple(numbers))
+    out = torch.empty(3, *p_logits_SBv.shape[:-1], dtype=torch.float32, device="cpu")
+    _call("kl_statistics", (p_logits_SBv, q_logits_SBv), temperature, tuple(out.view(3, -1)))
     return out
 
 
@@ -111,7 +110,7 @@ def library() -> Any:
         return None
     try:
         return ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, subprocess.SubprocessError, RuntimeError):  # the last: no home directory
         return None
 
 
@@ -138,5 +137,5 @@ def _fingerprint(compiler: str) -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     processor = sorted({line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))})
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=60).stdout
-    text = SOURCE.read_bytes() + version + "\n".join([*FLAGS, *processor]).encode()
+    text = SOURCE.read_bytes() + version + "\n".join([*FLAGS, *OPENMP, *processor]).encode()
     return hashlib.sha256(text).hexdigest()[:16]

@@ -71,12 +71,17 @@ class LogitsKLLoss(_Loss):
         On one rank padding is cut off; on several it becomes -inf, so that every shard keeps its width.
 
         Raises:
-            ValueError: when widths differ and the true vocabulary is unknown, larger, or sharded over ranks.
+            ValueError: when the tokens differ; when widths differ and the true vocabulary is unknown, larger, or
+                sharded over ranks.
         """
         student = student_logits_SBv[0] if isinstance(student_logits_SBv, tuple) else student_logits_SBv
         teacher = teacher_logits_SBv[0] if isinstance(teacher_logits_SBv, tuple) else teacher_logits_SBv
         teacher = teacher.detach()
         sharded = self.group is not None and dist.get_world_size(self.group) > 1
+        if student.shape[:-1] != teacher.shape[:-1]:
+            raise ValueError(
+                f"student logits are {list(student.shape)}, teacher logits {list(teacher.shape)}: other tokens"
+            )
         self._check(student.shape[-1], teacher.shape[-1], sharded)
         if self.true_vocab_size is None:
             return student, teacher

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from distill_nemo.losses.vocab_parallel import vocab_parallel_forward_kl
 from tests import reference
 from tests.unit.test_losses import error, make_logits
 
+HAS_C = pytest.mark.skipif(cpu_kernels.library() is None, reason="no C compiler")
 FILES = ["tests/unit/test_divergences.py", "tests/unit/test_top_k.py"]
 ROOT = Path(__file__).parents[2]
 
@@ -44,7 +46,7 @@ def test_every_test_of_the_divergences_passes(name: str, tests: list[str]) -> No
     assert result.returncode == 0, result.stdout[-4000:]
 
 
-@pytest.mark.skipif(cpu_kernels.library() is None, reason="no C compiler")
+@HAS_C
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_c_is_as_exact_as_torch_over_many_blocks(
@@ -70,7 +72,7 @@ def test_c_is_as_exact_as_torch_over_many_blocks(
     assert all(c <= torchs + few_last_places for c, torchs in zip(found["c"], found["eager"], strict=True))
 
 
-@pytest.mark.skipif(cpu_kernels.library() is None, reason="no C compiler")
+@HAS_C
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_c_is_chosen_and_gives_the_same_bits_on_any_number_of_threads(dtype: torch.dtype) -> None:
     found = []
@@ -88,11 +90,69 @@ def test_c_is_chosen_and_gives_the_same_bits_on_any_number_of_threads(dtype: tor
         assert torch.equal(loss, found[0][0]) and torch.equal(grad, found[0][1])
 
 
+EXTREME = {
+    "every column masked by a finite number": lambda x, y: (x.fill_(-1e9), y.fill_(-1e9)),
+    "by the least": lambda x, y: (x.fill_(torch.finfo(x.dtype).min), y.fill_(torch.finfo(x.dtype).min)),
+    "some masked by the least": lambda x, y: (x[300:].fill_(-3.3e38), y[300:].fill_(-3.3e38)),
+    "huge": lambda x, y: (x.mul_(8e5), y.mul_(8e5)),
+    "a peak after a column of one side": lambda x, y: (x[256:].add_(2000.0), y[0].fill_(-torch.inf)),
+    "a peak before": lambda x, y: (x[:256].add_(2000.0), y[300].fill_(-torch.inf)),
+    "NaN": lambda x, y: (x[5].fill_(torch.nan), y),
+    "NaN of a teacher": lambda x, y: (x, y[511].fill_(torch.nan)),
+}
+
+
+@HAS_C
+@pytest.mark.parametrize("change", EXTREME.values(), ids=EXTREME)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_c_is_torch_at_the_ends_of_what_fp32_holds(change: Callable[..., object], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(512, generator=generator).mul_(4).to(dtype) for _ in range(2))
+    change(x, y)
+    pair, found = (x[None, None], y[None, None]), []
+    for kernels in (cpu_kernels, eager):
+        statistics = kernels.kl_statistics(*pair, 1.0)
+        gradients = []
+        for of in (kernels.forward_kl_gradient, kernels.reverse_kl_gradient):
+            gradients.append(torch.empty_like(pair[0]))
+            second = statistics[2] if of is kernels.forward_kl_gradient else statistics[1]
+            of(*pair, statistics[0], second, torch.ones(1, 1), 1.0, gradients[-1])
+        found.append((statistics, *gradients))
+    rounding = 6e-4 if 1000 < x.max() < 3000 else 2e-6  # of torch's lse of 2000 in fp32
+    for c, torchs in zip(*found, strict=True):
+        rtol = rounding + (0.0 if c.dtype == torch.float32 else 16e-3)  # two last places of bf16
+        torch.testing.assert_close(c, torchs, rtol=rtol, atol=1e-6, equal_nan=True)
+
+
+@HAS_C
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000], ids=hex)
+def test_no_upstream_nan_is_rounded_to_a_number(bits: int, dtype: torch.dtype) -> None:
+    student, teacher = make_logits(dtype=dtype)
+    loss = vocab_parallel_forward_kl(student, teacher)
+    loss.backward(torch.tensor([bits], dtype=torch.uint32).view(torch.float32).expand_as(loss))
+    assert student.grad is not None and student.grad.isnan().all()
+
+
+@HAS_C
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_c_writes_fp32_whatever_the_default_dtype(default: torch.dtype) -> None:
+    student, teacher = make_logits()
+    expected = vocab_parallel_forward_kl(student, teacher)
+    torch.set_default_dtype(default)
+    try:
+        assert torch.equal(vocab_parallel_forward_kl(student, teacher), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_what_c_cannot_take_goes_to_torch() -> None:
     student, teacher = make_logits()
     assert implementation(student.half(), teacher.half()) is eager
     assert implementation(student.half(), teacher) is eager
     assert implementation(student.transpose(0, 2), teacher.transpose(0, 2)) is eager
+    assert implementation(student, teacher[:1]) is eager
+    assert implementation(student, teacher.to("meta")) is eager
 
 
 @pytest.mark.parametrize("missing", ["compiler", "place to write"])

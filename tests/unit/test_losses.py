@@ -56,6 +56,12 @@ def test_other_vocabularies_are_refused(true_vocab_size: int | None, student_wid
         LogitsKLLoss(true_vocab_size=true_vocab_size)(student[..., :student_width], teacher)
 
 
+def test_other_tokens_are_refused() -> None:
+    student, teacher = make_logits()
+    with pytest.raises(ValueError, match=r"student logits are \[5, 3, .*teacher logits \[1, 3, .*other tokens"):
+        LogitsKLLoss()(student, teacher[:1])
+
+
 def test_config_and_table_name_the_same_divergences() -> None:
     assert tuple(DIVERGENCES) == CONFIG_DIVERGENCES
 
