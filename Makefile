@@ -13,7 +13,7 @@ help: ## list the targets
 	@$(BIN)/pip install -q -c constraints.txt -e '.[test,dev]'
 	@touch $@
 
-quickstart: .venv/installed ## the main job: distil a small model on this machine, under ten minutes
+quickstart: .venv/installed ## the main job: distil a small model on this machine, about ten minutes
 	@PATH="$(CURDIR)/$(BIN):$$PATH" nemo distill quickstart --yes $(ARGS)
 
 test: .venv/installed ## the test suite, without tests/launch, in two processes
