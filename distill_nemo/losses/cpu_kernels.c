@@ -152,64 +152,67 @@ void OF(kl_statistics)(const LOGIT *p, long p_stride, const LOGIT *q, long q_str
     }
 }
 
-/* gradient = (softmax(z) - softmax(t)) * grad / T, 0 where grad is 0. */
-void OF(forward_kl_gradient)(const LOGIT *z, long z_stride, const LOGIT *t, long t_stride, long rows, long width,
-                             int threads, float temperature, const float *z_lse, const float *t_lse, const float *grad,
-                             LOGIT *out, long out_stride) {
+/* softmax(z) q_scale - softmax(t) p_scale of some columns. */
+static inline void OF(forward_kl_columns)(const LOGIT *xs, const LOGIT *ys, long half, float per_unit, float q_shift,
+                                          float q_scale, float p_shift, float p_scale, LOGIT *to) {
+    #pragma omp simd
+    for (long j = 0; j < half; j++) {
+        const pair x = OF(load)(xs, j, half), y = OF(load)(ys, j, half);
+        const float q_a = exp2_((x.a - q_shift) * per_unit), p_a = exp2_((y.a - p_shift) * per_unit);
+        const float q_b = exp2_((x.b - q_shift) * per_unit), p_b = exp2_((y.b - p_shift) * per_unit);
+        OF(store)(to, j, half, (pair){q_a * q_scale - p_a * p_scale, q_b * q_scale - p_b * p_scale});
+    }
+}
+
+/* q (z - t - mean) scale of some columns, q = softmax(z), 0 where q is 0. */
+static inline void OF(reverse_kl_columns)(const LOGIT *xs, const LOGIT *ys, long half, float per_unit, float shift,
+                                          float scale, float mean, LOGIT *to) {
+    #pragma omp simd
+    for (long j = 0; j < half; j++) {
+        const pair x = OF(load)(xs, j, half), y = OF(load)(ys, j, half);
+        const float a = exp2_((x.a - shift) * per_unit), b = exp2_((x.b - shift) * per_unit);
+        const float grad_a = a == 0.0f ? 0.0f : (x.a - y.a - mean) * a * scale;
+        const float grad_b = b == 0.0f ? 0.0f : (x.b - y.b - mean) * b * scale;
+        OF(store)(to, j, half, (pair){grad_a, grad_b});
+    }
+}
+
+/* 0 where grad is 0, else of forward KL (softmax(z) - softmax(t)) * grad / T, with second = lse(t / T);
+ * of reverse KL q (z/T - t/T - mean) * grad / T, with second = mean. */
+static void OF(gradient)(int reverse, const LOGIT *z, long z_stride, const LOGIT *t, long t_stride, long rows,
+                         long width, int threads, float temperature, const float *z_lse, const float *second,
+                         const float *grad, LOGIT *out, long out_stride) {
     const float per_unit = LOG2E / temperature;
     if (out_stride == width) ask_for_huge_pages(out, rows * width * sizeof(LOGIT));
     #pragma omp parallel for num_threads(threads)
     for (long i = 0; i < rows; i++) {
         LOGIT *row = out + i * out_stride;
         if (grad[i] == 0.0f) { memset(row, 0, width * sizeof(LOGIT)); continue; }
-        float q_scale = quiet(grad[i]) / temperature, p_scale = q_scale;
+        float p_scale = quiet(grad[i]) / temperature, q_scale = reverse ? p_scale / temperature : p_scale;
         const float q_shift = softmax_shift(z_lse[i], temperature, &q_scale);
-        const float p_shift = softmax_shift(t_lse[i], temperature, &p_scale);
+        const float p_shift = reverse ? 0 : softmax_shift(second[i], temperature, &p_scale);
         for (long start = 0; start < width; start += BLOCK) {
             const long n = MIN(BLOCK, width - start), half = (n + 1) / 2;
             LOGIT x_copy[BLOCK], y_copy[BLOCK], *to = n % 2 ? x_copy : row + start;
             const LOGIT *xs = OF(even)(z + i * z_stride + start, n, x_copy);
             const LOGIT *ys = OF(even)(t + i * t_stride + start, n, y_copy);
-            #pragma omp simd
-            for (long j = 0; j < half; j++) {
-                const pair x = OF(load)(xs, j, half), y = OF(load)(ys, j, half);
-                const float q_a = exp2_((x.a - q_shift) * per_unit), p_a = exp2_((y.a - p_shift) * per_unit);
-                const float q_b = exp2_((x.b - q_shift) * per_unit), p_b = exp2_((y.b - p_shift) * per_unit);
-                OF(store)(to, j, half, (pair){q_a * q_scale - p_a * p_scale, q_b * q_scale - p_b * p_scale});
-            }
+            if (reverse) OF(reverse_kl_columns)(xs, ys, half, per_unit, q_shift, q_scale, second[i] * temperature, to);
+            else OF(forward_kl_columns)(xs, ys, half, per_unit, q_shift, q_scale, p_shift, p_scale, to);
             if (n % 2) memcpy(row + start, to, n * sizeof(LOGIT));
         }
     }
 }
 
-/* gradient = q (z/T - t/T - mean) * grad / T, q = softmax(z), 0 where grad or q is 0. */
+void OF(forward_kl_gradient)(const LOGIT *z, long z_stride, const LOGIT *t, long t_stride, long rows, long width,
+                             int threads, float temperature, const float *z_lse, const float *t_lse, const float *grad,
+                             LOGIT *out, long out_stride) {
+    OF(gradient)(0, z, z_stride, t, t_stride, rows, width, threads, temperature, z_lse, t_lse, grad, out, out_stride);
+}
+
 void OF(reverse_kl_gradient)(const LOGIT *z, long z_stride, const LOGIT *t, long t_stride, long rows, long width,
                              int threads, float temperature, const float *z_lse, const float *mean, const float *grad,
                              LOGIT *out, long out_stride) {
-    const float per_unit = LOG2E / temperature;
-    if (out_stride == width) ask_for_huge_pages(out, rows * width * sizeof(LOGIT));
-    #pragma omp parallel for num_threads(threads)
-    for (long i = 0; i < rows; i++) {
-        LOGIT *row = out + i * out_stride;
-        if (grad[i] == 0.0f) { memset(row, 0, width * sizeof(LOGIT)); continue; }
-        float scale = quiet(grad[i]) / temperature / temperature;
-        const float shift = softmax_shift(z_lse[i], temperature, &scale), m = mean[i] * temperature;
-        for (long start = 0; start < width; start += BLOCK) {
-            const long n = MIN(BLOCK, width - start), half = (n + 1) / 2;
-            LOGIT x_copy[BLOCK], y_copy[BLOCK], *to = n % 2 ? x_copy : row + start;
-            const LOGIT *xs = OF(even)(z + i * z_stride + start, n, x_copy);
-            const LOGIT *ys = OF(even)(t + i * t_stride + start, n, y_copy);
-            #pragma omp simd
-            for (long j = 0; j < half; j++) {
-                const pair x = OF(load)(xs, j, half), y = OF(load)(ys, j, half);
-                const float a = exp2_((x.a - shift) * per_unit), b = exp2_((x.b - shift) * per_unit);
-                const float grad_a = a == 0.0f ? 0.0f : (x.a - y.a - m) * a * scale;
-                const float grad_b = b == 0.0f ? 0.0f : (x.b - y.b - m) * b * scale;
-                OF(store)(to, j, half, (pair){grad_a, grad_b});
-            }
-            if (n % 2) memcpy(row + start, to, n * sizeof(LOGIT));
-        }
-    }
+    OF(gradient)(1, z, z_stride, t, t_stride, rows, width, threads, temperature, z_lse, mean, grad, out, out_stride);
 }
 
 #endif

@@ -18,12 +18,12 @@ VARIABLE = "DISTILL_NEMO_KERNELS"
 
 def implementation(*logits_SBv: Tensor) -> ModuleType:
     """The module whose functions to call for these logits."""
-    wanted, on_cpu = os.environ.get(VARIABLE, ""), logits_SBv[0].device.type == "cpu"
+    wanted = os.environ.get(VARIABLE, "")
     if wanted not in ("", "eager", "c", "triton"):
         raise ValueError(f'{VARIABLE} is "{wanted}"; leave it unset, or say eager, c or triton')
     if wanted == "triton" or (wanted == "" and logits_SBv[0].is_cuda):
         return _triton() or eager
-    if on_cpu and wanted != "eager" and cpu_kernels.can_take(*logits_SBv):
+    if wanted != "eager" and cpu_kernels.can_take(*logits_SBv):
         return cpu_kernels
     return eager
 
