@@ -34,8 +34,8 @@ def dgx_cloud():
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
     nemo_home(monkeypatch, tmp_path / "nemo")
-    found = the_recipes().llama32_3b_to_1b(teacher="/work/teacher", student="/work/student")
-    found.data.train, found.output_dir = ["/work/corpus"], "/work/run"
+    found = the_recipes().llama32_3b_to_1b(teacher="/cluster/teacher", student="/cluster/student")
+    found.data.train, found.output_dir = ["/cluster/corpus"], "/cluster/run"
     return found
 
 

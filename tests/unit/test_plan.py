@@ -178,6 +178,7 @@ def test_a_published_models_parameters_and_what_would_fit():
     setting = Setting(run, 8)
     needed = fullest(setting).total
     assert what_would_fit(setting, needed)[0] == "training.micro_batch_size=4"
+    assert what_would_fit(setting, needed / 3)[1] == "training.recompute=full distillation.offload_teacher=True"
     fitting = what_would_fit(setting, needed / 4)
     assert fitting and all("tensor_model_parallel_size" in one for one in fitting)
     assert what_would_fit(setting, 1e9) == []
