@@ -75,5 +75,7 @@ def _why(everything: str, ended: list[tuple[str, int, int]], logs: list[str], of
 
 
 def _last_words(text: str) -> str:
-    lines = _EXCEPTION.findall(text) or text.split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it left no message")
+    if exceptions := _EXCEPTION.findall(text):
+        return exceptions[-1].strip()
+    last = text.strip().rpartition("\n")[2].strip()
+    return f"it left no message after: {last}" if last else "it left no message"

@@ -70,9 +70,7 @@ class SlurmJob(ClusterJob):
     folder: str  # of its logs, on the cluster
     one_node: bool = True
     _read: dict[str, int] = field(default_factory=dict)  # log -> lines shown
-
-    def __post_init__(self) -> None:
-        self._lines = RankLines(torchrun=True, one_node=self.one_node)
+    _lines: dict[str, RankLines] = field(default_factory=dict)  # log -> what hides some of them
 
     @classmethod
     def of(cls, job: Any) -> "SlurmJob":
@@ -107,22 +105,34 @@ class SlurmJob(ClusterJob):
 
     def new_text(self) -> Iterator[str]:
         """What the logs have got since the last call, whole lines only."""
-        for path in self.logs():
-            begin = self._read.get(path, 0)
-            text = self._run(f"tail -n +{begin + 1} {shlex.quote(path)}").stdout
-            whole = text[: text.rfind("\n") + 1]
-            self._read[path] = begin + whole.count("\n")
-            yield whole
+        return map(self._new, self.logs())
 
     def new_shown(self) -> Iterator[str]:
         """What the ranks have said since the last call, as it is shown."""
-        for text in self.new_text():
-            yield from map(self._lines.shown, re.findall(r".*\n", text))
+        before = ""
+        for path in self.logs():
+            if path not in self._lines:
+                if before:
+                    why = _reason(self._text(before)).removeprefix("error: ")
+                    yield f"{self.name}: job {self.id} was started again: {why}\n"
+                self._lines[path] = RankLines(torchrun=True, one_node=self.one_node)
+            yield from map(self._lines[path].shown, re.findall(r".*\n", self._new(path)))
+            before = path
+
+    def _new(self, path: str) -> str:
+        begin = self._read.get(path, 0)
+        text = self._run(f"tail -n +{begin + 1} {shlex.quote(path)}").stdout
+        whole = text[: text.rfind("\n") + 1]
+        self._read[path] = begin + whole.count("\n")
+        return whole
+
+    def _text(self, path: str) -> str:
+        return self._run(f"cat {shlex.quote(path)}").stdout
 
     def why(self, state: State) -> str:
         """`error: ...` of a job that did not complete."""
         logs = self.logs()
-        log = self._run(f"cat {shlex.quote(logs[-1])}").stdout if logs else ""
+        log = self._text(logs[-1]) if logs else ""
         if state.name == "TIMEOUT":
             return f"error: it ran into its time limit of {state.limit}; {self._goes_on(log)}"
         if state.name in ("CANCELLED", "PREEMPTED", "DEADLINE"):
@@ -132,9 +142,7 @@ class SlurmJob(ClusterJob):
         if not log.strip():
             said = self._run(f"tail -n 20 {shlex.quote(self.folder)}/sbatch_*_{self.id}.out").stdout.strip()
             return f"error: no rank started, exit code {state.exit_code}: {said.splitlines()[-1] if said else ''}"
-        if "checkpoint written; the same command resumes" in log:
-            return f"error: it was told to stop, by the time limit or for another job; {self._goes_on(log)}"
-        return why_a_log_ended(log)
+        return f"error: {_reason(log)}; {self._goes_on(log)}" if _told_to_stop(log) else _reason(log)
 
     def _goes_on(self, log: str) -> str:
         saved = "checkpoint written" in log
@@ -152,3 +160,12 @@ class SlurmJob(ClusterJob):
         told = self._run(f"scancel {self.id}")
         if not told.ok:
             raise RuntimeError(f"job {self.id} could not be cancelled: {told.stderr.strip()}")
+
+
+def _told_to_stop(log: str) -> bool:
+    return "checkpoint written; the same command resumes" in log
+
+
+def _reason(log: str) -> str:
+    """Why an attempt ended."""
+    return "it was told to stop, by the time limit or for another job" if _told_to_stop(log) else why_a_log_ended(log)

@@ -12,11 +12,13 @@ import subprocess
 
 import nemo_run as run
 import pytest
+from nemo_run.core.tunnel.client import LocalTunnel
 
 from distill_nemo.config import ParallelismConfig, RunConfig, StudentConfig
 from distill_nemo.executors import slurm
 from distill_nemo.executors.secrets import refuse_secrets
 from distill_nemo.executors.slurm import seconds_of
+from distill_nemo.executors.slurm_jobs import SlurmJob
 from tests.cli.command import nemo_here, nemo_home, shrunk
 
 LLAMA = ("train", "--factory", "llama32_3b_to_1b")
@@ -215,6 +217,43 @@ def test_in_python_it_is_nemo_runs_executor():
     assert executor.clone() == executor
     with pytest.raises(ValueError, match="nodes must be at least 1, got 0"):
         slurm(nodes=0)
+
+
+SAYS_AND_IS_KILLED = """\
+[default0]:step 5/60
+[default0]:error on rank 0: Connection closed by peer
+[default1]:step 5/60
+"""
+IS_TOLD_TO_STOP = """\
+[default0]:resumed from step_00000004 at step 4 of 60
+[default0]:stopped by signal 15; checkpoint written; the same command resumes
+"""
+GOES_ON = """\
+[default0]:resumed from step_00000007 at step 7 of 60
+[default0]:step 8/60
+"""
+
+
+def test_a_job_that_was_queued_again_is_seen_again_whatever_its_ranks_said_before(tmp_path):
+    """The ranks beside a killed one are ended by torchrun before they say that they lost a connection, or after."""
+    tunnel = LocalTunnel(job_dir=str(tmp_path))
+    job = SlurmJob("train", "7", tunnel, f"{tmp_path}/train")
+    (tmp_path / "train").mkdir()
+    shown = []
+    for attempt, text in enumerate((SAYS_AND_IS_KILLED, IS_TOLD_TO_STOP, GOES_ON)):
+        (tmp_path / f"train/log-account.train_7_{attempt}.out").write_text(text)
+        shown += job.new_shown()
+    assert [line for line in shown if line] == [
+        "step 5/60\n",
+        "rank 1: step 5/60\n",
+        "train: job 7 was started again: error on rank 0: Connection closed by peer\n",
+        "resumed from step_00000004 at step 4 of 60\n",
+        "stopped by signal 15; checkpoint written; the same command resumes\n",
+        "train: job 7 was started again: it was told to stop, by the time limit or for another job\n",
+        "resumed from step_00000007 at step 7 of 60\n",
+        "step 8/60\n",
+    ]
+    assert list(job.new_shown()) == []
 
 
 @pytest.mark.parametrize(

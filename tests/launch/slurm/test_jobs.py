@@ -63,6 +63,11 @@ def test_a_killed_rank_and_a_job_that_gives_way_are_queued_again_and_go_on(stori
     assert after_kill >= 4 and after_kill % 4 == 0, "the last checkpoint of an interval"
     assert after_term >= after_kill + 7, "the checkpoint that SIGTERM had written"
     assert story.ended.out.count("stopped by signal 15; checkpoint written") == 1
+    again = re.findall(r"train: job \d+ was started again: (.*)", story.ended.out)
+    assert [why.split(";")[0].split(",")[0] for why in again] == [
+        "rank 1 was killed by SIGKILL (perhaps because memory ran out)",
+        "it was told to stop",
+    ]
     steps = [line["step"] for line in metrics(story.output) if line["kind"] == "train"]
     assert steps == list(range(1, 61))
 
