@@ -51,9 +51,10 @@ TIMINGS = ("seconds", "tokens_per_second", "data_seconds", "save_seconds")
 
 
 def metrics(output: Path) -> list[dict]:
-    """`metrics.jsonl` without what a clock wrote."""
+    """`metrics.jsonl` without what a clock wrote, and without the ends of processes."""
     lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMINGS} for line in lines]
+    kept = [line for line in lines if line["kind"] != "end"]
+    return [{name: value for name, value in line.items() if name not in TIMINGS} for line in kept]
 
 
 def write_deep_models(root: Path, layers: int = 8) -> None:

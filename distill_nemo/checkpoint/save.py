@@ -16,10 +16,10 @@ from torch.distributed.checkpoint import CheckpointException
 from distill_nemo.checkpoint.directory import candidates, point_latest_at, prune, step_directory
 from distill_nemo.checkpoint.identity import run_record
 from distill_nemo.checkpoint.state import rng_layout, rng_state, sharded_state
+from distill_nemo.checkpoint.write_results import WriteResults
 from distill_nemo.config import RunConfig
 from distill_nemo.models.modelopt_state import save_modelopt_state
 from distill_nemo.runtime.checksums import join_sums, sum_own_files, then_sum_own_files
-from distill_nemo.runtime.helper_process import queue_of_helper
 
 
 class CheckpointWriter:
@@ -31,7 +31,7 @@ class CheckpointWriter:
         self._queue: Any = AsyncCallsQueue() if self.async_save else None
         self._partial = root  # what is being written
         if filesystem_async._results_queue is None:
-            filesystem_async._results_queue = queue_of_helper()  # in place of Megatron's own, which has other ends
+            filesystem_async._results_queue = WriteResults()  # in place of a process
 
     def save(self, step: int, chunks: list[Any], optimizer: Any, scheduler: Any, state: dict[str, Any]) -> None:
         """Write one checkpoint; every rank must call it. With `async_save` it is whole only after `finish`.

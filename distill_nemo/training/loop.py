@@ -1,5 +1,6 @@
 """The lean loop: step, evaluate, save, stop when told."""
 
+import gc
 import math
 import sys
 import time
@@ -89,6 +90,8 @@ class Loop:
         resumed = self.state["step"]
         log = MetricsLog(Path(self.config.output_dir), self.config.logging, train.steps, resumed, rank() == 0)
         stopped = None
+        gc.collect()
+        gc.freeze()  # imports and models: else a collection, of which a save makes one, takes 0.3 s
         try:
             with StopSignal() as stop, Watchdog(self.config.parallelism.timeout_minutes * 60):
                 self._observe()
@@ -106,9 +109,13 @@ class Loop:
                         self.save()
                     with self.save_clock:
                         self.writer.finish(blocking=False)
+            with self.save_clock:
+                self.writer.close()
+            if self.state["step"] > resumed:
+                log.end({"step": self.state["step"], "save_seconds": self.save_clock.take()})
         finally:
             log.close()
-        self.writer.close()
+            gc.unfreeze()
         return stopped
 
     def save(self) -> None:
@@ -157,8 +164,8 @@ class Loop:
             chunk.zero_grad_buffer()
         t.optimizer.zero_grad()
         reports = self.forward_backward(iterators)
-        means = reduce_reports(reports, t.chunks)
         updated, grad_norm, _ = t.optimizer.step()
+        means = reduce_reports(reports, t.chunks)  # waits for the device, so last
         lr = t.optimizer.param_groups[0]["lr"]
         grad_norm = math.nan if grad_norm is None else float(grad_norm)
         if self._finite(means, reports, grad_norm, updated):

@@ -36,6 +36,10 @@ class MetricsLog:
         """Record an evaluation."""
         self._write({"kind": "eval", **values}, show=True)
 
+    def end(self, values: dict[str, Any]) -> None:
+        """Record what is known only when a process of the run ends."""
+        self._write({"kind": "end", **values}, show=False)
+
     def _write(self, line: dict[str, Any], show: bool) -> None:
         if not self.enabled:
             return

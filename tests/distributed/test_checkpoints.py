@@ -1,10 +1,18 @@
 """What saving leaves on disk, what stops a run, and export from any step; two real processes."""
 
+import json
+import multiprocessing
 import os
+import pickle
+import queue
+import signal
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
+from distill_nemo.checkpoint.write_results import WriteResults
 from tests.training import metrics, tiny_run
 
 
@@ -33,11 +41,69 @@ def test_async_saves_give_the_checkpoints_that_sync_saves_give(inputs, two, tmp_
     assert names(tmp_path / "async") == ["latest", "step_00000006", "step_00000008"]
 
 
-def _train_saving(inputs, output, asynchronous, steps):
+def _train_saving(inputs, output, asynchronous, steps, tensor=2):
     train(
-        inputs, output, 2, checkpoint__async_save=asynchronous, checkpoint__save_interval=3, training__steps=steps,
+        inputs, output, tensor, checkpoint__async_save=asynchronous, checkpoint__save_interval=3, training__steps=steps,
         training__eval_interval=2, optimizer__decay_steps=8,
     )  # fmt: skip
+
+
+def test_saving_leaves_no_process_behind(inputs, two, tmp_path):
+    """Megatron would: one a rank, which imports torch during the first save."""
+    for asynchronous in (False, True):
+        assert two.run(_processes_after_saving, inputs, tmp_path / str(asynchronous), asynchronous) == [[], []]
+
+
+def _processes_after_saving(inputs, output, asynchronous):
+    before = psutil.Process().children(recursive=True)
+    _train_saving(inputs, output, asynchronous, 3)
+    return [process.cmdline() for process in psutil.Process().children(recursive=True) if process not in before]
+
+
+def test_results_come_from_a_forked_process_whatever_their_size_and_none_from_one_that_was_killed():
+    results, fork = WriteResults(), multiprocessing.get_context("fork")
+    for item in (RuntimeError("no space"), {0: [b"x" * 10_000_000]}, {0: []}):  # more than a pipe holds; less than before
+        writer = fork.Process(target=results.put, args=[item])
+        writer.start()
+        writer.join()
+        assert pickle.dumps(results.get_nowait()) == pickle.dumps(item)
+    killed = fork.Process(target=signal.pause)
+    killed.start()
+    killed.kill()
+    killed.join()
+    with pytest.raises(queue.Empty):
+        results.get_nowait()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_what_data_and_saves_hold_up_is_in_the_metrics(inputs, one, tmp_path, asynchronous):
+    """A sample takes 50 ms here, and what a save writes 3 s: an asynchronous one does not hold the next step up."""
+    one.run(_train_with_slow_files, inputs, tmp_path, asynchronous)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    *steps, end = (line for line in lines if line["kind"] != "eval")
+    assert (end["kind"], end["step"], len(steps)) == ("end", 6, 6)
+    assert all(SAMPLE_SECONDS * 4 <= line["data_seconds"] < line["seconds"] for line in steps)
+    assert all(line["save_seconds"] < 0.1 for line in steps if line["step"] != 4)
+    assert (steps[3]["save_seconds"] < SAVE_SECONDS) == asynchronous
+    assert end["save_seconds"] > SAVE_SECONDS * 0.9, "the last one is waited for"
+
+
+SAMPLE_SECONDS, SAVE_SECONDS = 0.05, 3.0
+
+
+def _train_with_slow_files(inputs, output, asynchronous):
+    from distill_nemo.checkpoint import save
+    from distill_nemo.data.datasets import WatchedGPTDataset
+    from distill_nemo.runtime import checksums
+
+    with pytest.MonkeyPatch.context() as patch:
+        read, written = WatchedGPTDataset.__getitem__, checksums.sum_own_files
+        slow_read = lambda self, index: time.sleep(SAMPLE_SECONDS) or read(self, index)  # noqa: E731
+        slow_write = lambda *where: time.sleep(SAVE_SECONDS) or written(*where)  # noqa: E731
+        patch.setattr(WatchedGPTDataset, "__getitem__", slow_read)
+        patch.setattr(save, "sum_own_files", slow_write)
+        patch.setattr(checksums, "sum_own_files", slow_write)
+        _train_saving(inputs, output, asynchronous, 6, tensor=1)
 
 
 def test_keeps_the_newest_and_clears_what_a_crash_left(inputs, two, tmp_path):
