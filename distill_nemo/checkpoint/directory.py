@@ -11,8 +11,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-MAY_CHANGE = ("steps", "eval_interval", "eval_batches", "micro_batch_size", "on_nan", "num_workers", "cache")
-SECTIONS = ("student", "teacher", "data")
+MAY_CHANGE = ("num_workers", "cache", "fused_linear", "offload_teacher")
+SECTIONS = ("student", "teacher", "distillation", "data")
+FIXED = (
+    ("training", "global_batch_size"),
+    ("training", "seed"),
+    ("training", "data_seed"),
+    ("optimizer", "use_distributed_optimizer"),  # Megatron saves its groups of parameters otherwise
+)
 OURS = ("step_*", "latest", "latest.partial")
 FOREIGN = ("*.safetensors", ".metadata", "latest_checkpointed_iteration.txt", "iter_*", "model_weights", "latest")
 
@@ -46,7 +52,7 @@ def read_record(directory: Path) -> dict[str, Any]:
     path = directory / "run.json"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return {**record, **{section: record[section] for section in (*SECTIONS, "training")}}
+        return {**record, **{section: record[section] for section in (*SECTIONS, "optimizer", "training")}}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): name another step in {directory.parent / 'latest'}") from None
 
@@ -94,7 +100,7 @@ def check_output_dir(output_dir: str) -> None:
 
 
 def check_resumable(saved: dict[str, Any], now: dict[str, Any], resume: bool) -> None:
-    """Refuse to go on with another model, teacher or data than the output directory's run had.
+    """Refuse to go on with another model, teacher, loss or data than the output directory's run had.
 
     Args:
         saved: `run.json` of its newest checkpoint.
@@ -114,14 +120,25 @@ def check_resumable(saved: dict[str, Any], now: dict[str, Any], resume: bool) ->
         before, after = saved[section] or {}, now[section] or {}
         for name in sorted((before.keys() | after.keys()) - set(MAY_CHANGE)):
             differences += _difference(f"{section}.{name}", before.get(name), after.get(name), saved, now)
-    for name in ("global_batch_size", "seed", "data_seed"):
-        differences += _difference(f"training.{name}", saved["training"][name], now["training"][name], saved, now)
+    for section, name in FIXED:
+        differences += _difference(f"{section}.{name}", saved[section][name], now[section][name], saved, now)
     if differences:
         raise ValueError(
             f"{now['output_dir']} holds another run:\n  "
             + "\n  ".join(differences)
             + "\nRestore these to resume it, or choose another output_dir"
         )
+
+
+def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What a run that may go on does otherwise from here on: optimizer, schedule, number of steps."""
+    told = []
+    for name in now["optimizer"]:
+        told += _difference(f"optimizer.{name}", saved["optimizer"].get(name), now["optimizer"][name], saved, now)
+    for line in _difference("training.steps", saved["training"]["steps"], now["training"]["steps"], saved, now):
+        decays = now["optimizer"]["decay_steps"] is None and now["optimizer"]["decay_style"] != "constant"
+        told.append(line + (", to where the learning rate decays" if decays else ""))
+    return told
 
 
 def _difference(field: str, before: Any, after: Any, saved: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """Everything that a resumed run needs, in the form that Megatron's distributed checkpointing saves and reshards."""
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import nn
 from distill_nemo.models.modelopt_state import is_modified
 
 PREFIX = "model."
+CONFIGURED = ("max_lr", "min_lr", "betas", "eps")  # of all groups of parameters alike
 
 
 def _metadata() -> dict[str, Any]:
@@ -48,8 +50,11 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any], step: int) -> No
     """`optimizer.load_state_dict`, right for torch's Adam too.
 
     Megatron-Core 0.19 looks for Adam's step among the tensors it copies, where it is not, and then gives all parameters
-    one step tensor, which Adam would advance once per parameter.
+    one step tensor, which Adam would advance once per parameter. What the optimizer was configured with stays: Megatron
+    takes the saved values, and does not find the groups of parameters where learning rates differ.
     """
+    for group in _saved_groups(state):
+        group.update({name: optimizer.param_groups[0][name] for name in CONFIGURED})
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         copy = getattr(part, "_set_main_param_and_optimizer_states", None)
         if copy is not None:
@@ -62,6 +67,17 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any], step: int) -> No
     for adam in _torch_adams(optimizer):
         for moments in adam.state.values():
             moments["step"] = torch.tensor(float(step))
+
+
+def _saved_groups(state: Any) -> Iterator[dict[str, Any]]:
+    """The groups of parameters in the state of an optimizer, or of several that are chained."""
+    if isinstance(state, dict):
+        yield from state.get("param_groups", [])
+        for part in state.values():
+            yield from _saved_groups(part)
+    elif isinstance(state, list):
+        for part in state:
+            yield from _saved_groups(part)
 
 
 def _ignoring_step(copy: Any) -> Any:

@@ -161,7 +161,7 @@ def _train(config: RunConfig) -> int | None:
 def _train_alone(config: RunConfig) -> int | None:
     import torch
 
-    from distill_nemo.checkpoint.directory import check_resumable, checkpoint_root, read_record
+    from distill_nemo.checkpoint.directory import changes, check_resumable, checkpoint_root, read_record
     from distill_nemo.checkpoint.identity import run_record
     from distill_nemo.checkpoint.load import load_checkpoint, newest_whole
     from distill_nemo.models.huggingface import check_exportable
@@ -190,7 +190,8 @@ def _train_alone(config: RunConfig) -> int | None:
         state = load_checkpoint(newest, trainee.unwrapped, trainee.optimizer, trainee.scheduler)
         loop.state.update(state)
         if rank() == 0:
-            print(f"resumed from {newest} at step {state['step']} of {config.training.steps}", flush=True)
+            told = "".join(f"\n{line}" for line in changes(read_record(newest), run_record(config)))
+            print(f"resumed from {newest} at step {state['step']} of {config.training.steps}{told}", flush=True)
     if rank() == 0:
         save_yaml(config, Path(config.output_dir) / "config.yaml")
     torch.distributed.barrier()

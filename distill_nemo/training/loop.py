@@ -86,37 +86,48 @@ class Loop:
 
     def run(self) -> int | None:
         """Train from `state` to the last step. Every rank must call it."""
-        train, save = self.config.training, self.config.checkpoint
-        resumed = self.state["step"]
-        log = MetricsLog(Path(self.config.output_dir), self.config.logging, train.steps, resumed, rank() == 0)
-        stopped = None
+        resumed, steps = self.state["step"], self.config.training.steps
+        log = MetricsLog(Path(self.config.output_dir), self.config.logging, steps, resumed, rank() == 0)
         gc.collect()
         gc.freeze()  # imports and models: else a collection, of which a save makes one, takes 0.3 s
         try:
             with StopSignal() as stop, Watchdog(self.config.parallelism.timeout_minutes * 60):
-                self._observe()
-                iterators = self.batches(self.train_data, self.state["consumed_samples"])
-                if resumed == 0 and self.valid_data is not None:
-                    log.evaluation(self._held_out())
-                while self.state["step"] < train.steps and not stopped:
-                    self._log_step(log, self.step(iterators))
-                    step = self.state["step"]
-                    if self.valid_data is not None and (step % train.eval_interval == 0 or step == train.steps):
-                        log.evaluation(self._held_out())
-                    stopped = stop.requested(self.device)
-                    if step % save.save_interval == 0 or step == train.steps or stopped:
-                        log.flush()  # what a resumed run will not write again
-                        self.save()
-                    with self.save_clock:
-                        self.writer.finish(blocking=False)
-            with self.save_clock:
-                self.writer.close()
+                try:
+                    stopped = self._train(log, stop)
+                except NotFiniteError:  # of all ranks; what is being written is from before
+                    self._close_writer()
+                    raise
+                self._close_writer()
             if self.state["step"] > resumed:
                 log.end({"step": self.state["step"], "save_seconds": self.save_clock.take()})
         finally:
             log.close()
             gc.unfreeze()
         return stopped
+
+    def _train(self, log: MetricsLog, stop: StopSignal) -> int | None:
+        train, save, stopped = self.config.training, self.config.checkpoint, None
+        self._observe()
+        iterators = self.batches(self.train_data, self.state["consumed_samples"])
+        if self.state["step"] == 0 and self.valid_data is not None:
+            log.evaluation(self._held_out())
+        while self.state["step"] < train.steps and not stopped:
+            self._log_step(log, self.step(iterators))
+            step = self.state["step"]
+            if self.valid_data is not None and (step % train.eval_interval == 0 or step == train.steps):
+                log.evaluation(self._held_out())
+            stopped = stop.requested(self.device)
+            if step % save.save_interval == 0 or step == train.steps or stopped:
+                log.flush()  # what a resumed run will not write again
+                self.save()
+            with self.save_clock:
+                self.writer.finish(blocking=False)
+        return stopped
+
+    def _close_writer(self) -> None:
+        beat("waiting for the last checkpoint", watched=False)
+        with self.save_clock:
+            self.writer.close()
 
     def save(self) -> None:
         """Write a checkpoint of this step."""

@@ -125,4 +125,6 @@ def _scheduler(optimizer: Any, config: OptimizerConfig, steps: int) -> Optimizer
         end_wd=config.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,  # a resumed run has the schedule that its config says
     )

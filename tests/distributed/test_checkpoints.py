@@ -6,6 +6,7 @@ import os
 import pickle
 import queue
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def _processes_after_saving(inputs, output, asynchronous):
 
 def test_results_come_from_a_forked_process_whatever_their_size_and_none_from_one_that_was_killed():
     results, fork = WriteResults(), multiprocessing.get_context("fork")
-    for item in (RuntimeError("no space"), {0: [b"x" * 10_000_000]}, {0: []}):  # more than a pipe holds; less than before
+    for item in (RuntimeError("no space"), {0: [b"x" * 10_000_000]}, {0: []}):  # more than a pipe holds, then less
         writer = fork.Process(target=results.put, args=[item])
         writer.start()
         writer.join()
@@ -104,6 +105,48 @@ def _train_with_slow_files(inputs, output, asynchronous):
         patch.setattr(save, "sum_own_files", slow_write)
         patch.setattr(checksums, "sum_own_files", slow_write)
         _train_saving(inputs, output, asynchronous, 6, tensor=1)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_loss_that_is_not_finite_loses_no_checkpoint_that_is_being_written(inputs, two, tmp_path, asynchronous):
+    with pytest.raises(Exception, match=r"step 4: .*not finite"):
+        two.run(_not_finite_at_step_4, inputs, tmp_path, asynchronous)
+    assert names(tmp_path) == ["latest", "step_00000003"]
+
+
+def _not_finite_at_step_4(inputs, output, asynchronous):
+    from distill_nemo.training.loop import Loop
+
+    forward_backward = Loop.forward_backward
+
+    def broken(loop, iterators):
+        reports = forward_backward(loop, iterators)
+        if loop.state["step"] == 3:
+            reports[0]["lm_loss"] = reports[0]["lm_loss"] * float("nan")
+        return reports
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loop, "forward_backward", broken)
+        _train_saving(inputs, output, asynchronous, 6)
+
+
+def test_sigterm_while_the_last_checkpoint_is_waited_for(inputs, one, tmp_path):
+    one.run(_told_to_stop_at_the_end, inputs, tmp_path)
+    assert names(tmp_path)[-1] == "step_00000006"
+
+
+def _told_to_stop_at_the_end(inputs, output):
+    from distill_nemo.checkpoint.save import CheckpointWriter
+
+    close = CheckpointWriter.close
+
+    def told(writer):
+        threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGTERM]).start()
+        close(writer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CheckpointWriter, "close", told)
+        _train_with_slow_files(inputs, output, True)
 
 
 def test_keeps_the_newest_and_clears_what_a_crash_left(inputs, two, tmp_path):

@@ -1,5 +1,7 @@
 """Interrupted and resumed equals uninterrupted, bit for bit; and at another layout, within rounding."""
 
+import contextlib
+import io
 import os
 import signal
 import threading
@@ -88,3 +90,70 @@ def test_every_layout_gives_the_same_curve_and_reshards(inputs, one, two, tmp_pa
             assert line.pop("kind") == expected["kind"]
             numbers = {name: value for name, value in expected.items() if name != "kind"}
             assert line == pytest.approx(numbers, rel=1e-4, abs=1e-6), layout
+
+
+OTHER_OPTIMIZER = {
+    "optimizer.lr": 1e-3,
+    "optimizer.min_lr": 1e-4,
+    "optimizer.warmup_steps": 3,
+    "optimizer.decay_style": "linear",
+    "optimizer.weight_decay": 0.5,
+    "optimizer.adam_beta2": 0.5,
+    "optimizer.adam_eps": 1e-3,
+}
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_another_learning_rate_counts_from_the_checkpoint_on(inputs, one, tmp_path, distributed):
+    """After a loss that is not finite, a lower one is what the error advises; moments stay."""
+    first = {"training.steps": 4, "optimizer.use_distributed_optimizer": distributed, "training.eval_interval": 100}
+    then = {**first, **OTHER_OPTIMIZER, "training.steps": 8}
+    one.run(train, inputs, tmp_path / "before", 1, 1, None, {**first, "training.steps": 8, "optimizer.decay_steps": 4})
+    one.run(train, inputs, tmp_path / "after", 1, 1, None, then)
+    one.run(train, inputs, tmp_path / "run", 1, 1, None, first)
+    said, groups, moments = one.run(_resumed, inputs, tmp_path / "run", then)[0]
+    rates = {name: [line["lr"] for line in metrics(tmp_path / name) if line["kind"] == "train"] for name in RUNS}
+    assert rates["run"] == rates["before"][:4] + rates["after"][4:]
+    assert set(groups) == {(decay, (0.9, 0.5), 1e-3) for decay in (0.5, 0.0)} and moments > 0
+    assert "optimizer.lr: was 0.01, is 0.001\n" in said
+    assert "training.steps: was 4, is 8, to where the learning rate decays\n" in said
+
+
+RUNS = ("before", "after", "run")
+
+
+def _resumed(inputs, output, changes):
+    """What a run says, its optimizer's settings before its first step, and the norm of Adam's first moments then."""
+    from distill_nemo.training.loop import Loop
+
+    found, begin = [], Loop.run
+
+    def look(loop):
+        optimizer = loop.trainee.optimizer
+        found.append([(group["weight_decay"], tuple(group["betas"]), group["eps"]) for group in optimizer.param_groups])
+        parts = getattr(optimizer, "chained_optimizers", [optimizer])
+        found.append(sum(float(x["exp_avg"].norm()) for part in parts for x in part.optimizer.state.values()))
+        return begin(loop)
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+        patch.setattr(Loop, "run", look)
+        train(inputs, output, 1, changes=changes)
+    return said.getvalue(), *found
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"distillation.temperature": 2.0}, "distillation.temperature: was 1.0, is 2.0"),
+        ({"optimizer.use_distributed_optimizer": False}, "optimizer.use_distributed_optimizer: was True, is False"),
+    ],
+)
+def test_another_loss_or_way_of_saving_is_another_run(inputs, one, tmp_path, changes, said):
+    few = {"training.steps": 4, "optimizer.decay_steps": 8}
+    one.run(train, inputs, tmp_path, 1, 1, None, few)
+    before = metrics(tmp_path)
+    with pytest.raises(ValueError, match=said):
+        one.run(train, inputs, tmp_path, 1, 1, None, {**few, "training.steps": 8, **changes})
+    assert metrics(tmp_path) == before
+    one.run(train, inputs, tmp_path, 1, 1, None, {**few, "training.steps": 8, "distillation.fused_linear": False})
+    assert metrics(tmp_path)[-1]["step"] == 8
