@@ -28,6 +28,7 @@ def interleaved(ways: dict[str, Callable[[], Any]], repeats: int, warm: bool = F
         for name, way in ways.items():
             if not warm:
                 way()
+                _wait()
             wall, cpu = time.perf_counter(), time.process_time()
             way()
             _wait()

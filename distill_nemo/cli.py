@@ -67,13 +67,14 @@ class TrainContext(run.cli.RunContext):
             raise ValueError(f"run.plugins: {error}") from None
 
     def parse_fn(self, fn: Any, args: list[str], **default_kwargs: Any) -> Any:
-        """The recipe that `--factory` names, or an experiment, with the overrides applied."""
+        """The recipe that `--factory` or the first word names, or an experiment, with the overrides applied."""
         if fn is not distill:
             parse_arguments(fn, args, fn.cli_entrypoint.name)
             empty = [argument for argument in args if argument.endswith("=")]
             if empty:  # NeMo-Run knows no empty value
                 raise ValueError(f"{empty[0]} has no value")
             return super().parse_fn(fn, args, **default_kwargs)
+        args = self.without_recipe(args)
         check_factory(self.factory, registered_recipes())
         values = parse_arguments(fn, args, "train")
         try:
@@ -82,6 +83,12 @@ class TrainContext(run.cli.RunContext):
             raise ValueError(f"--factory {self.factory}: {error}") from None
         override(recipe, values)
         return recipe
+
+    def without_recipe(self, args: list[str]) -> list[str]:
+        """The arguments without a first word that names the recipe, as `--factory` would."""
+        if self.factory is None and args and "=" not in args[0]:
+            self.factory, *args = args
+        return args
 
     def built_executor(self) -> run.Executor:
         """The one that was asked for; without, one process of this machine."""

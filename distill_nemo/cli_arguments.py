@@ -72,7 +72,7 @@ def check_factory(factory: Any, recipes: Iterable[Callable[..., Any]]) -> None:
     """
     known = {recipe.__name__: recipe for recipe in recipes}
     if factory is None:
-        raise ValueError(f"name a recipe: --factory NAME. Known: {', '.join(known)}")
+        raise ValueError(f"name a recipe, as the first word or by --factory. Known: {', '.join(known)}")
     name = str(factory).partition("(")[0]
     if name not in known and "." not in name:
         raise ValueError(f'unknown recipe "{name}".{near(name, known)}')

@@ -39,7 +39,7 @@ With your own checkpoints and text:
 
 TRAIN = """\
 Recipe:
-  --factory NAME, or with the recipe's own arguments: --factory 'quickstart(steps=20)'.
+  NAME as the first word, or --factory NAME; with the recipe's own arguments: 'quickstart(steps=20)'.
   `nemo distill recipes` lists them.
 
 Overrides:
@@ -139,7 +139,7 @@ def _rows(function: Callable[..., Any], prefix: str = "") -> list[str]:
 def train_help(function: Callable[..., Any], executors: dict[str, Callable[..., Any]]) -> str:
     """The page of `train`: every dotted field, with the default it has where a recipe does not set it."""
     parts = _sections(function)
-    usage = "Usage: nemo distill train --factory RECIPE [FIELD=VALUE ...] [run.executor=EXECUTOR] [OPTIONS]"
+    usage = "Usage: nemo distill train RECIPE [FIELD=VALUE ...] [run.executor=EXECUTOR] [OPTIONS]"
     page = [usage, parts[""], _example(parts), TRAIN, "Fields, and their values where the recipe sets no other:"]
     page.append(_row("output_dir", str, inspect.Parameter.empty, "everything the run writes goes below it"))
     for name, section in sections(function).items():

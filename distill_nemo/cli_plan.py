@@ -22,6 +22,7 @@ class PlanContext(TrainContext):
     planned: tuple[str, RunConfig, int]  # recipe, its config, ranks
 
     def _execute_experiment(self, fn: Callable[..., Any], experiment_args: list[str]) -> None:
+        experiment_args = self.without_recipe(experiment_args)
         of_recipe = [argument for argument in experiment_args if _is_of_recipe(argument.partition("=")[0])]
         own = parse_arguments(fn, [argument for argument in experiment_args if argument not in of_recipe], "plan")
         config = run_config_of(self.parse_fn(distill, of_recipe))
@@ -41,7 +42,7 @@ class PlanCommand(Command):
 
     def page(self) -> str:
         """What `--help` shows."""
-        return command_help(self.name, self.fn, PLAN, " --factory RECIPE")
+        return command_help(self.name, self.fn, PLAN, " RECIPE")
 
 
 @run.cli.entrypoint(type="experiment", namespace=NAMESPACE, run_ctx_cls=PlanContext, entrypoint_cls=PlanCommand)

@@ -69,17 +69,16 @@ def eval_forward_step(batches: Batches, model: nn.Module) -> tuple[Tensor, LossF
     return output, partial(eval_loss_func, batch["loss_mask"], model, labels=batch["labels"], num_counted=num_counted)
 
 
-def run_model(batches: Batches, model: nn.Module) -> tuple[dict[str, Tensor], int | None, Tensor]:
+def run_model(batches: Batches, model: nn.Module) -> tuple[dict[str, Tensor], int, Tensor]:
     """This rank's part of the next micro batch, on the model's device, and the model's output for it.
 
-    Between them the number of its tokens that count, unless a device would have to be asked.
+    Between them the number of its tokens that count, counted on the host.
     """
     beat("forward and backward passes" if torch.is_grad_enabled() else "an evaluation")
     device = next(model.parameters()).device
-    whole = next(batches)
-    batch = split_batch({name: tensor.to(device, non_blocking=True) for name, tensor in whole.items()})
-    alone = parallel_state.get_context_parallel_world_size() == 1
-    num_counted = int((whole["loss_mask"] > 0).sum()) if alone else None
+    own = split_batch(next(batches))
+    num_counted = int((own["loss_mask"] > 0).sum())
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in own.items()}
     inputs = (batch["tokens"], batch["position_ids"], None)
     return batch, num_counted, model(*inputs, labels=batch["labels"], loss_mask=batch["loss_mask"])
 

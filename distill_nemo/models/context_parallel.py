@@ -17,19 +17,18 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 from torch.nn import functional
 
 
 def split_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """This context-parallel rank's two pieces of every tensor.
+    """This context-parallel rank's two pieces of every tensor, where the tensor is: on the host, that asks no device.
 
     Args:
         batch: tensors [B, S]; every context-parallel rank has the same. It is left as it is.
 
     Returns:
-        tensors [B, s]; the batch itself without context parallelism.
+        tensors [B, s], pinned where they were; the batch itself without context parallelism.
 
     Raises:
         ValueError: when 2*cp does not divide S.
@@ -43,8 +42,13 @@ def split_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
                 f"data.sequence_length: {name} has {tensor.shape[1]} tokens a sample, which must be divisible by "
                 f"2 * parallelism.context_parallel_size = {2 * size}"
             )
-    group: Any = parallel_state.get_context_parallel_group()
-    return get_batch_on_this_cp_rank(dict(batch), is_hybrid_cp=False, cp_group=group)
+    return {name: _own_pieces(tensor, size) for name, tensor in batch.items()}
+
+
+def _own_pieces(tensor_BS: Tensor, size: int) -> Tensor:
+    pieces, rank = tensor_BS.chunk(2 * size, dim=1), parallel_state.get_context_parallel_rank()
+    own_Bs = torch.cat([pieces[rank], pieces[2 * size - 1 - rank]], dim=1)
+    return own_Bs.pin_memory() if tensor_BS.is_pinned() else own_Bs
 
 
 def give_own_positions(rotary: RotaryEmbedding) -> None:

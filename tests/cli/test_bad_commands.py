@@ -64,7 +64,8 @@ def test_dryrun_shows_what_would_run_and_leaves_nothing_behind(inputs, tmp_path)
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "name a recipe: --factory NAME. Known: llama32_3b_to_1b, quickstart"),
+        ([], "name a recipe, as the first word or by --factory. Known: llama32_3b_to_1b, quickstart"),
+        (["lama32_3b_to_1b"], 'unknown recipe "lama32_3b_to_1b". Did you mean llama32_3b_to_1b'),
         (["--factory", "lama32_3b_to_1b"], 'unknown recipe "lama32_3b_to_1b". Did you mean llama32_3b_to_1b'),
         (["--factory", "quickstart(stepz=3)"], 'recipe quickstart has no argument "stepz". Did you mean steps?'),
         (["--factory", "quickstart(steps=few)"], 'recipe quickstart: steps must be int, got "few"'),

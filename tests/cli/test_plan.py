@@ -31,6 +31,10 @@ def test_a_plan_of_checkpoints_without_data_on_one_screen(capfd, inputs):
     assert len(lines) <= 40 and max(map(len, lines)) <= 120
 
 
+def test_a_recipe_may_be_named_by_the_first_word(capfd):
+    assert nemo_here(capfd, PLAN[0], PLAN[2], *PAIR) == nemo_here(capfd, *PLAN, *PAIR)
+
+
 def test_what_does_not_fit_exits_1_and_says_what_would(capfd):
     plan = nemo_here(capfd, *PLAN, *HUGE, *SLURM)
     assert plan.code == 1
