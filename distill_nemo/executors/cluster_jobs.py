@@ -77,26 +77,29 @@ class ClusterJob(abc.ABC):
         """Write what the ranks say to `out` until the job has ended, or cannot start; returns how it is then.
 
         Raises:
-            UnseenError: when the cluster has not shown it for a minute. The job goes on.
+            UnseenError: when the cluster has not shown it, or its logs, `UNSEEN` times in a row. The job goes on.
         """
         unseen = stuck = 0
         before = told = ""
+        state = None
         while True:
             try:
-                state, unseen = self.state(), 0
+                state = self.state()
+                if state.waits == before and state.waits not in ("", told):  # some reasons last for a moment only
+                    print(f"{self.name}: job {self.id} {state}", file=out, flush=True)
+                    told = state.waits
+                before, stuck = state.waits, stuck + 1 if state.stuck else 0
+                for line in self.new_shown():
+                    out.write(line)
+                unseen = 0
+                if state.ended or stuck >= STUCK:
+                    return state
             except UnseenError as error:
                 unseen += 1
+                if unseen == UNSEEN and state and state.ended:
+                    return state
                 if unseen == UNSEEN:
                     raise UnseenError(f"job {self.id} is not seen any more, and perhaps goes on: {error}") from None
-                time.sleep(INTERVAL)
-                continue
-            if state.waits == before and state.waits not in ("", told):  # some reasons last for a moment only
-                print(f"{self.name}: job {self.id} {state}", file=out, flush=True)
-                told = state.waits
-            before, stuck = state.waits, stuck + 1 if state.stuck else 0
-            for line in self.new_shown():
-                out.write(line)
-            out.flush()
-            if state.ended or stuck == STUCK:
-                return state
+            finally:
+                out.flush()
             time.sleep(INTERVAL)

@@ -9,6 +9,7 @@ from urllib3.exceptions import HTTPError
 
 from distill_nemo.executors.cluster_jobs import UnseenError
 
+TIMEOUT = (10, 60)  # seconds for a connection, and for each piece of an answer
 TRAIN_JOBS = {"group": "trainer.kubeflow.org", "version": "v1alpha1", "plural": "trainjobs"}
 
 
@@ -26,18 +27,20 @@ def connected(context: str | None) -> tuple[Any, Any]:
         from kubernetes import client, config
     except ImportError:
         raise ValueError("the Kubernetes client is not installed: pip install -e '.[kubernetes]'") from None
+    settings = client.Configuration()
+    settings.retries = False  # type: ignore[assignment]  # urllib3's own three would each wait as long
     try:
         # The package itself reads KUBECONFIG when it is imported, which NeMo-Run does.
-        api = config.new_client_from_config(config_file=os.environ.get("KUBECONFIG") or None, context=context)
+        config.load_kube_config(os.environ.get("KUBECONFIG") or None, context, settings)
     except config.ConfigException as error:
         try:
-            config.load_incluster_config()
+            config.load_incluster_config(settings)
         except config.ConfigException:
             raise ValueError(
                 f"no Kubernetes cluster: {error} Set KUBECONFIG, or run.executor.context; --dryrun shows what would "
                 "be submitted"
             ) from None
-        api = client.ApiClient()
+    api = client.ApiClient(settings)
     return client.CustomObjectsApi(api), client.CoreV1Api(api)
 
 
@@ -48,6 +51,7 @@ def created(executor: Any, manifest: dict[str, Any], exist_ok: bool = False) -> 
         Refused: in Kubernetes' words.
     """
     kind, where = manifest["kind"], {"namespace": executor.namespace, "body": manifest, "field_validation": "Strict"}
+    where["_request_timeout"] = TIMEOUT
     core = executor._core_v1_api
     calls: dict[str, Callable[..., Any]] = {
         "TrainJob": lambda **given: executor._custom_objects_api.create_namespaced_custom_object(**TRAIN_JOBS, **given),
@@ -84,8 +88,8 @@ def said_by(error: Any) -> str:
         return f"{error.status} {(error.body or error.reason or '').strip()}"
 
 
-def asked(call: Callable[[], Any]) -> Any:
-    """What Kubernetes answers; None for what is not there (any more, or yet).
+def asked(call: Callable[..., Any], raw: bool = False, **given: Any) -> Any:
+    """What Kubernetes answers, `raw` the bytes of it; None for what is not there (any more, or yet).
 
     Raises:
         UnseenError: for another answer, or none.
@@ -93,7 +97,8 @@ def asked(call: Callable[[], Any]) -> Any:
     from kubernetes.client.rest import ApiException
 
     try:
-        return call()
+        answer = call(**given, _preload_content=not raw, _request_timeout=TIMEOUT)
+        return answer.data if raw else answer
     except ApiException as error:
         if error.status in (400, 404):  # 400: a log of a container that does not run yet
             return None
