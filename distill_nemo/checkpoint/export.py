@@ -36,7 +36,8 @@ def export_from_run(config: RunConfig) -> None:
         command += [str(Path(config.output_dir) / "student"), config.data.tokenizer or ""]
         failed = subprocess.run(command, env=_single_process_environment(), check=False).returncode
     if dist.get_world_size() > 1:
-        store, key = open_store(), f"exported/{next(_exports)}"
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps the store of those before
+        store, key = open_store(), f"exported/{attempt}/{next(_exports)}"
         if dist.get_rank() == 0:
             store.set(key, str(failed))
         store.wait([key], timedelta(days=1))

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import struct
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from distill_nemo.config import DataConfig, TrainingConfig
+from distill_nemo.data.parts import read_json
 
 INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
 MAGIC = b"MMIDIDX\x00\x00"
@@ -136,11 +138,11 @@ def check_vocabulary(data: DataConfig, vocab_size: int) -> None:
     """
     for field, values in (("data.train", data.train), ("data.valid", data.valid)):
         for prefix in parse_blend(field, values)[0] if values else []:
-            manifest = Path(f"{prefix}.json")
-            about = json.loads(manifest.read_text()) if manifest.is_file() else {}
-            if about.get("vocab_size", 0) > vocab_size:
+            about = read_json(Path(f"{prefix}.json")) or {}
+            size = about.get("vocab_size")
+            if isinstance(size, int) and size > vocab_size:
                 raise ValueError(
-                    f"{field}: {prefix} was made with a tokenizer of {about['vocab_size']} ids "
+                    f"{field}: {prefix} was made with a tokenizer of {size} ids "
                     f"({about.get('tokenizer')}), but the model's vocab_size is {vocab_size}: prepare the text again "
                     "with the model's own tokenizer"
                 )
@@ -238,7 +240,7 @@ def _cache_key(options: list, blends: list[Blend | None]) -> str:
 def _cache_path(cache_dir: Path, key: str) -> tuple[Path, Path]:
     """(where to build or read, where it belongs): rank 0 decides. A cache is built aside, so it is whole or absent."""
     final = cache_dir / key
-    path = final if final.is_dir() else cache_dir / f"{key}.{os.getpid()}.tmp"
+    path = final if final.is_dir() else cache_dir / f"{key}.{uuid.uuid4().hex}.tmp"
     if torch.distributed.is_initialized():
         chosen = [str(path)]
         torch.distributed.broadcast_object_list(chosen, src=0)

@@ -11,7 +11,7 @@ _ENDED = re.compile(r"rank +: (\d+) \(local_rank: (\d+)\)\s+exitcode +: (-?\d+) 
 _CLOSED = re.compile(r"Sending process (\d+) closing signal")
 _EXCEPTION = re.compile(r"^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception|Interrupt)\b.*)", re.M)
 _PERHAPS = {"SIGKILL": "memory ran out", "SIGBUS": "a file was cut short while it was read"}
-_MARK = re.compile(r"^\[default(\d+)\]:", re.M)
+_MARKS = re.compile(r"\[default(\d+)\]:(?:\[rank(\d+)\]: ?)?")  # the node's own rank; torch's, which is everybody's
 
 
 def why_it_ended(job_dir: Path) -> str:
@@ -22,28 +22,35 @@ def why_it_ended(job_dir: Path) -> str:
         if path.parent.name.isdigit() and path.match("attempt_*/*/stderr.log"):
             of_ranks[int(path.parent.name)] = of_ranks.get(int(path.parent.name), "") + text
     everything = "\n".join(logs.values())
-    return _why(everything, _ended(everything), list(logs.values()), of_ranks)
+    ended = [(rank, code, of_ranks.get(local_rank, "")) for rank, local_rank, code in _ended(everything)]
+    return _why(everything, ended, list(logs.values()))
 
 
 def why_a_log_ended(log: str, first_rank: int = 0) -> str:
-    """`error: ...` of a task whose nodes write to one log, where torchrun marks each line with the node's own rank."""
+    """`error: ...` of a task whose nodes write to one log."""
     return why_nodes_ended([(first_rank, log)])
 
 
 def why_nodes_ended(logs: list[tuple[int, str]]) -> str:
     """`error: ...` of a task out of the log of each node, which begins at this rank."""
-    of_ranks: dict[int, str] = {}
+    said: list[tuple[int, str, str]] = []  # by node and its own rank; by torch's mark, "" without; a line
     rest, ended = [], []
     for first_rank, log in logs:
         ended += _ended(log, first_rank)
-        for line in log.splitlines():
-            if mark := _MARK.match(line):
-                said = re.sub(r"^\[rank\d+\]: ?", "", line[mark.end() :])
-                rank = first_rank + int(mark[1])
-                of_ranks[rank] = of_ranks.get(rank, "") + said + "\n"
+        for line in log.split("\n"):
+            if marks := _MARKS.match(line):
+                said.append((first_rank + int(marks[1]), marks[2] or "", line[marks.end() :]))
             else:
                 rest.append(line)
-    return _why("\n".join([*of_ranks.values(), *rest]), ended, list(of_ranks.values()), of_ranks)
+    of_ranks: dict[tuple[int, str], str] = {}
+    for local_rank, rank, line in said:
+        of_ranks[local_rank, rank] = of_ranks.get((local_rank, rank), "") + line + "\n"
+
+    def words(rank: str, local_rank: int) -> str:
+        return "\n".join(line for local, own, line in said if own == rank or (not own and local == local_rank))
+
+    everything = "\n".join([*of_ranks.values(), *rest])
+    return _why(everything, [(rank, code, words(rank, at)) for rank, at, code in ended], list(of_ranks.values()))
 
 
 def _ended(text: str, first_rank: int = 0) -> list[tuple[str, int, int]]:
@@ -56,12 +63,12 @@ def _ended(text: str, first_rank: int = 0) -> list[tuple[str, int, int]]:
     ]
 
 
-def _why(everything: str, ended: list[tuple[str, int, int]], logs: list[str], of_ranks: dict[int, str]) -> str:
-    """A rank was killed, or what a rank said, or at least its last words.
+def _why(everything: str, ended: list[tuple[str, int, str]], logs: list[str]) -> str:
+    """A rank (`ended`: with its exit code and words) was killed, or what a rank said, or at least its last words.
 
     The ranks beside one that was killed lose their connections and say so, which is true but not the reason.
     """
-    for rank, _, code in ended:
+    for rank, code, _ in ended:
         if code < 0:
             name = signal.Signals(-code).name
             why = f" (perhaps because {_PERHAPS[name]})" if name in _PERHAPS else ""
@@ -69,8 +76,8 @@ def _why(everything: str, ended: list[tuple[str, int, int]], logs: list[str], of
     for text in logs:
         if said := ERROR.search(text):
             return said.group().rstrip()
-    for rank, local_rank, code in ended:
-        return f"error: rank {rank} ended with exit code {code}: {_last_words(of_ranks.get(local_rank, ''))}"
+    for rank, code, words in ended:
+        return f"error: rank {rank} ended with exit code {code}: {_last_words(words)}"
     return f"error: {_last_words(everything)}"
 
 

@@ -19,10 +19,11 @@ def passing_on_signals() -> Iterator[None]:
 
     def stop() -> None:
         children = psutil.Process().children()
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.terminate()
         if children:
             print("stopping: waiting for the checkpoint; the same command resumes", file=sys.stderr)
-        for child in children:
-            child.terminate()
 
     with _ending_after(stop):
         yield
@@ -40,7 +41,8 @@ def _ending_after(first: Callable[[], None]) -> Iterator[None]:
     """On a signal do `first`, and exit with 128 + its number."""
 
     def stop(signum: int, frame: Any) -> None:
-        first()
+        with contextlib.suppress(OSError):  # a closed terminal takes no words
+            first()
         raise SystemExit(128 + signum)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}

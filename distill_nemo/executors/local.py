@@ -12,6 +12,8 @@ import nemo_run as run
 ENVIRONMENT = {
     "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),  # torchrun sets 1 too, and warns about it
     "LOGLEVEL": os.environ.get("LOGLEVEL", "ERROR"),  # NeMo-Run would have torchrun tell its own every step
+    # After a Ctrl-C torchrun would give ranks that still save 30 s.
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600"),
 }
 
 

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from invoke.exceptions import Failure, ThreadException
+from paramiko import SSHException
+
 from distill_nemo.executors.cluster_jobs import ClusterJob, UnseenError
 from distill_nemo.executors.endings import why_a_log_ended
 from distill_nemo.executors.screen import RankLines
@@ -18,7 +21,7 @@ from distill_nemo.executors.screen import RankLines
 ENDED = (
     "COMPLETED FAILED CANCELLED TIMEOUT NODE_FAIL OUT_OF_MEMORY PREEMPTED BOOT_FAIL DEADLINE REVOKED LAUNCH_FAILED"
 ).split()
-_ACCOUNTED = "State,ExitCode,Elapsed,Timelimit,NodeList,Reason,Restarts"
+_ACCOUNTED = "State,ExitCode,Elapsed,Timelimit,NodeList,Reason"  # Restarts is unknown to SLURM 22.05's
 
 
 @dataclass
@@ -31,7 +34,7 @@ class State:
     limit: str
     nodes: str
     exit_code: str  # CODE:SIGNAL of the batch script
-    restarts: str
+    restarts: str = ""
 
     @property
     def ended(self) -> bool:
@@ -95,8 +98,8 @@ class SlurmJob(ClusterJob):
         if not lines:
             said = (told.stderr.strip() or accounted.stderr.strip() or "no such job").splitlines()[-1]
             raise UnseenError(f"SLURM does not show job {self.id}: {said}")
-        state, exit_code, elapsed, limit, nodes, reason, restarts = lines[-1].split("|")
-        return State(state.split()[0], reason, elapsed, limit, nodes, exit_code, restarts)
+        state, exit_code, elapsed, limit, nodes, reason = lines[-1].split("|")
+        return State(state.split()[0], reason, elapsed, limit, nodes, exit_code)
 
     def logs(self) -> list[str]:
         """Its log files, one for each attempt."""
@@ -131,6 +134,12 @@ class SlurmJob(ClusterJob):
 
     def why(self, state: State) -> str:
         """`error: ...` of a job that did not complete."""
+        try:
+            return self._why(state)
+        except UnseenError as error:
+            return f"error: the logs that say why are not seen: {error}"
+
+    def _why(self, state: State) -> str:
         logs = self.logs()
         log = self._text(logs[-1]) if logs else ""
         if state.name == "TIMEOUT":
@@ -149,7 +158,15 @@ class SlurmJob(ClusterJob):
         return f"{'its ranks had saved; ' if saved else ''}the same command goes on from the last checkpoint"
 
     def _run(self, command: str) -> Any:
-        return self.tunnel.run(command, warn=True, in_stream=False)  # the terminal's input is not for `command`
+        try:
+            return self.tunnel.run(command, warn=True, in_stream=False)  # the terminal's input is not for `command`
+        except (OSError, EOFError, SSHException, Failure, ThreadException) as error:
+            said = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            raise UnseenError(f"{self.tunnel.host} does not answer: {said}") from None
+        except SystemExit as error:
+            if error.code != 1:  # a signal's
+                raise
+            raise UnseenError(f"no connection to {self.tunnel.user}@{self.tunnel.host}") from None
 
     def cancel(self) -> None:
         """End it.

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object a line, `kind` train, eval or end; losses are global token means in nats. No torch."""
+"""`metrics.jsonl`: one JSON object a line, `kind` train, eval or end; losses: global token means in nats. No torch."""
 
 import json
 import os

@@ -60,7 +60,7 @@ class OutputLock:
             while not self._lock():
                 holder = self._holder()
                 words = "another run works there ({process} on {host}, since {since})".format(**holder)
-                if holder["host"] == socket.gethostname() or time.monotonic() > until:
+                if _machine().items() <= holder.items() or time.monotonic() > until:
                     return f"{words}; wait for it, stop it, or choose another output_dir"
                 if not said:
                     print(f"{words}: waiting {LEASE_SECONDS:.0f} s, in case that machine has died", flush=True)
@@ -91,7 +91,7 @@ class OutputLock:
         os.truncate(file, 0)
         since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
         process = " ".join(filter(None, [f"process {os.getpid()}", _job()]))
-        os.pwrite(file, json.dumps({"host": socket.gethostname(), "process": process, "since": since}).encode(), 0)
+        os.pwrite(file, json.dumps({**_machine(), "process": process, "since": since}).encode(), 0)
         self._file = file
         return True
 
@@ -101,6 +101,13 @@ class OutputLock:
             return unknown | json.loads(self.path.read_bytes() if content is None else content)
         except (OSError, ValueError):
             return unknown
+
+
+def _machine() -> dict[str, str]:
+    """This machine since its start: a pod keeps its host name on another node."""
+    with contextlib.suppress(OSError):
+        return {"host": socket.gethostname(), "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip()}
+    return {"host": socket.gethostname()}
 
 
 def _job() -> str:

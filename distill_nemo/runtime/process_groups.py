@@ -1,6 +1,7 @@
 """Start and end the process groups of one run."""
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from datetime import timedelta
@@ -51,7 +52,7 @@ def process_groups(parallelism: ParallelismConfig) -> Iterator[None]:
             virtual_pipeline_model_parallel_size=parallelism.virtual_pipeline_model_parallel_size,
             context_parallel_size=parallelism.context_parallel_size,
             expert_model_parallel_size=parallelism.expert_model_parallel_size,
-            distributed_timeout_minutes=max(1, round(parallelism.timeout_minutes)),
+            distributed_timeout_minutes=math.ceil(parallelism.timeout_minutes),
         )
         yield
     finally:

@@ -58,29 +58,36 @@ class Watchdog:
         self._thread.join()
 
     def _watch(self) -> None:
+        looked = 0.0
+        before: list[Any] | None = None
         while not self._ended.wait(self.interval):
             since = _Progress.at
-            late = since is not None and time.monotonic() - since > self.seconds
+            waited = time.monotonic() - since if since is not None else 0.0
             try:
                 self._tell()
-                if late:
-                    self._end()
+                if waited < self.seconds - SILENT * self.interval:
+                    before = None
+                elif before is None:
+                    before, looked = self._heard(), time.monotonic()
+                elif time.monotonic() - looked > SILENT * self.interval:
+                    self._end(before)
             except (RuntimeError, OSError):  # the store's process is gone, or stopped: that of rank 0, or torchrun's
-                if late:
+                if waited > self.seconds:
                     self._exit("the store on rank 0's machine does not answer")
 
     def _said(self) -> dict[str, Any]:
-        return {"clock": time.time(), "doing": _Progress.doing, "where": _place(sys._current_frames()[self._watched])}
+        where = _place(sys._current_frames()[self._watched])
+        return {"clock": time.monotonic(), "doing": _Progress.doing, "where": where}
 
     def _tell(self) -> None:
         if self._store is not None:
             self._store.set(f"watchdog/{self.rank}", json.dumps(self._said()))
 
-    def _end(self) -> None:
-        heard = {rank: self._heard(rank) for rank in range(self.world_size)}
-        now = time.time()
-        silent = [rank for rank, said in heard.items() if said is None or now - said["clock"] > SILENT * self.interval]
-        alive = [rank for rank in heard if rank not in silent]
+    def _end(self, before: list[Any]) -> None:
+        """`before`: what was heard SILENT intervals ago. Who has said nothing since is silent; clocks may differ."""
+        heard = self._heard()
+        silent = [rank for rank, said in enumerate(heard) if said == before[rank]]
+        alive = [rank for rank, said in enumerate(heard) if said != before[rank]]
         if self.rank != min(alive, default=self.rank):
             time.sleep(GRACE_SECONDS)
             os._exit(1)
@@ -88,11 +95,12 @@ class Watchdog:
         lines += [f"rank {rank} is in: {_words(heard[rank])}" for rank in alive]
         self._exit("; ".join(first_few(lines, MAX_LISTED)))
 
-    def _heard(self, rank: int) -> dict[str, Any] | None:
+    def _heard(self) -> list[Any]:
+        """The last words of every rank, None without."""
         if self._store is None:
-            return self._said()
-        key = f"watchdog/{rank}"
-        return json.loads(self._store.get(key)) if self._store.check([key]) else None
+            return [self._said()]
+        keys = [f"watchdog/{rank}" for rank in range(self.world_size)]
+        return [json.loads(self._store.get(key)) if self._store.check([key]) else None for key in keys]
 
     def _exit(self, words: str) -> None:
         print(

@@ -1,8 +1,10 @@
 """Where figures go: `metrics.jsonl`, TensorBoard, W&B, and one line for the person."""
 
+import hashlib
 import math
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -113,4 +115,12 @@ def _start_wandb(project: str, output_dir: Path) -> Any:
         raise ValueError(
             "logging.wandb_project is set, but wandb is missing: pip install distill-nemo[wandb]"
         ) from None
-    return wandb.init(project=project, dir=str(output_dir), resume="allow")
+    return wandb.init(project=project, dir=str(output_dir), id=_wandb_id(output_dir), resume="allow")
+
+
+def _wandb_id(output_dir: Path) -> str:
+    """The same for every attempt at a run; another after `output_dir` was deleted, copied, or used by somebody else."""
+    kept = output_dir / "wandb_id"
+    if not kept.is_file():
+        kept.write_text(uuid.uuid4().hex)
+    return hashlib.sha256(f"{kept.read_text()} {output_dir.resolve()}".encode()).hexdigest()[:16]

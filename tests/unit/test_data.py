@@ -128,6 +128,24 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path):
         check_vocabulary(data, 512)
 
 
+@pytest.mark.parametrize("text", ['{"text": "a"}\n{"text": "b"}\n', "[1]", '{"vocab_size": "600"}', ""])
+def test_somebody_elses_json_beside_token_files_is_left_alone(tmp_path: Path, text: str):
+    data = DataConfig(train=[write_tokens(tmp_path / "a", 0)])
+    (tmp_path / "a.json").write_text(text)
+    check_vocabulary(data, 10)
+
+
+def test_an_index_cache_that_was_cut_short_by_a_kill_is_not_used(tmp_path: Path, monkeypatch):
+    data = DataConfig(train=[write_tokens(tmp_path / "a", 0)], sequence_length=16)
+    with monkeypatch.context() as killed:
+        killed.setattr("os.rename", lambda *_: None)  # before it was whole; then the same process id comes again
+        build(data, tmp_path)
+    for path in (tmp_path / "cache").rglob("*.npy"):
+        path.write_bytes(path.read_bytes()[:-40])
+    train, _ = build(data, tmp_path)
+    assert train[0]["tokens"].shape == (16,)
+
+
 class Numbers(Dataset):
     """Sample i holds the number i."""
 

@@ -12,13 +12,16 @@ import subprocess
 
 import nemo_run as run
 import pytest
+from invoke.exceptions import ThreadException
 from nemo_run.core.tunnel.client import LocalTunnel
+from paramiko import SSHException
 
 from distill_nemo.config import ParallelismConfig, RunConfig, StudentConfig
 from distill_nemo.executors import slurm
+from distill_nemo.executors.cluster_jobs import UnseenError
 from distill_nemo.executors.secrets import refuse_secrets
 from distill_nemo.executors.slurm import seconds_of
-from distill_nemo.executors.slurm_jobs import SlurmJob
+from distill_nemo.executors.slurm_jobs import SlurmJob, State
 from tests.cli.command import nemo_here, nemo_home, shrunk
 
 LLAMA = ("train", "--factory", "llama32_3b_to_1b")
@@ -167,6 +170,7 @@ def test_shipped_code_comes_first_and_what_is_not_shipped_is_said(dry, tmp_path)
         (['env={"HF_TOKEN": "hunter2"}'], {}, "run.executor.env: the value of HF_TOKEN would be written down in clear"),
         (['setup=["export WANDB_API_KEY=hunter2"]'], {}, "run.executor.setup: the value of WANDB_API_KEY would be"),
         (["host=a", "user=b", "job_dir=/c d"], {}, 'run.executor.job_dir = "/c d" has characters that NeMo-Run'),
+        (["workdir=/with space"], {}, 'the job cannot run in "/with space": NeMo-Run does not quote'),
         (["partition=a\nb"], {}, "run.executor.partition has two lines"),
         (["container_image="], {}, "run.executor.container_image has no value"),
         (["container_image=x", 'container_mounts=["a"]'], {}, "container_mounts must be SOURCE:TARGET each"),
@@ -254,6 +258,51 @@ def test_a_job_that_was_queued_again_is_seen_again_whatever_its_ranks_said_befor
         "step 8/60\n",
     ]
     assert list(job.new_shown()) == []
+
+
+SACCT = """\
+#!/bin/sh
+case "$*" in *Restarts*) echo 'sacct: error: Invalid field requested: "Restarts"' >&2; exit 1;; esac
+echo 'COMPLETED|0:0|00:01:12|01:00:00|n[1-2]|None'
+"""
+
+
+def test_a_job_that_slurm_has_forgotten_is_asked_of_accounting_in_words_of_slurm_22(tmp_path, monkeypatch):
+    for name, text in {"sacct": SACCT, "scontrol": "#!/bin/sh\nexit 1\n"}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    state = SlurmJob("train", "7", LocalTunnel(job_dir=""), str(tmp_path)).state()
+    assert state.completed and str(state) == "COMPLETED on n[1-2], 00:01:12 of 01:00:00"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionRefusedError(111, "refused"),
+        EOFError(),
+        SSHException("not active"),
+        ThreadException([]),
+        SystemExit(1),
+    ],
+)
+def test_a_login_node_that_does_not_answer_is_unseen(monkeypatch, error):
+    """NeMo-Run makes SystemExit(1) of an SSH handshake that fails."""
+    tunnel = run.SSHTunnel(host="login", user="me", job_dir="/jobs")
+
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(tunnel, "run", fails)
+    job = SlurmJob("train", "7", tunnel, "/jobs/train")
+    for ask in (job.state, lambda: list(job.new_shown()), lambda: list(job.new_text()), job.cancel):
+        with pytest.raises(UnseenError, match="login"):
+            ask()
+    failed = State("FAILED", "", "00:01:12", "01:00:00", "n1", "1:0")
+    assert re.fullmatch("error: the logs that say why are not seen: .*login.*", job.why(failed))
+    error = SystemExit(130)
+    with pytest.raises(SystemExit):
+        job.state()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,58 @@
+"""Who is told to be silent when a run hangs. Real ranks that hang: tests/distributed/test_faults.py."""
+
+import json
+import time
+
+import pytest
+
+from distill_nemo.config import ParallelismConfig
+from distill_nemo.runtime import watchdog
+
+MINUTE = 60.0
+
+
+class Store(dict):
+    """What three ranks tell: rank 1 lives and its clock is a minute behind, rank 2 was stopped, a minute ahead."""
+
+    def check(self, keys):
+        return keys[0] in self or keys[0] != "watchdog/0"
+
+    def get(self, key):
+        clock = {"watchdog/1": time.time() - MINUTE, "watchdog/2": self.setdefault("stopped", time.time() + MINUTE)}
+        return self[key] if key in self else json.dumps({"clock": clock[key], "doing": "step 9", "where": "read"})
+
+    set = dict.__setitem__
+
+
+def test_a_rank_is_silent_when_it_says_nothing_new_whatever_its_clock(monkeypatch):
+    monkeypatch.setattr(watchdog.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(watchdog.dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(watchdog, "open_store", Store)
+    told = []
+    with watchdog.Watchdog(1.0) as watched:
+
+        def exit_(words):
+            told.append((time.monotonic() - began, words))
+            watched._ended.set()
+
+        monkeypatch.setattr(watched, "_exit", exit_)
+        began = time.monotonic()
+        watchdog.beat("step 9")
+        assert watched._ended.wait(10)
+    seconds, words = told[0]
+    assert words.startswith("rank 2 gives no sign of life, last in: step 9, read; rank 0 is in: step 9, ")
+    assert words.endswith("; rank 1 is in: step 9, read") and seconds > watched.seconds
+
+
+@pytest.mark.parametrize("minutes", [0.1, 2.5])
+def test_the_groups_do_not_time_out_before_it(monkeypatch, minutes):
+    from megatron.core import parallel_state
+
+    from distill_nemo.runtime.process_groups import process_groups
+
+    asked = []
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr(parallel_state, "initialize_model_parallel", lambda **sizes: asked.append(sizes))
+    monkeypatch.setattr(parallel_state, "destroy_model_parallel", lambda: None)
+    with process_groups(ParallelismConfig(timeout_minutes=minutes)):
+        assert asked[0]["distributed_timeout_minutes"] >= minutes
