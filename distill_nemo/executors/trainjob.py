@@ -13,6 +13,7 @@ from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 from nemo_run.run.torchx_backend.schedulers.api import EXECUTOR_MAPPING
 
 from distill_nemo.config import near, save_yaml
+from distill_nemo.executors.cluster_jobs import UnseenError
 from distill_nemo.executors.kubernetes_api import Refused, connected, created
 from distill_nemo.executors.kubernetes_jobs import KubernetesJob
 from distill_nemo.executors.kubernetes_names import check_labels, check_names, check_variables
@@ -228,8 +229,11 @@ class KubernetesExecutor(KubeflowExecutor):
         return name, KubeflowJobState.CREATED
 
     def status(self, job_name: str) -> KubeflowJobState | None:
-        """A job that was deleted has failed: NeMo-Run's own takes it for one that waits."""
-        state = KubernetesJob.named(self, job_name).state()
+        """A job that was deleted has failed: NeMo-Run's own takes it for one that waits. None: not known now."""
+        try:
+            state = KubernetesJob.named(self, job_name).state()
+        except UnseenError:
+            return None
         if state.completed:
             return KubeflowJobState.SUCCEEDED
         if state.ended:

@@ -10,10 +10,11 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from distill_nemo.executors import cluster_jobs, kubernetes, kubernetes_api, kubernetes_jobs
+from distill_nemo.executors import cluster_jobs, kubernetes, kubernetes_api, kubernetes_jobs, kubernetes_pods
 from distill_nemo.executors.cluster_jobs import UNSEEN, UnseenError
 from distill_nemo.executors.kubernetes_api import Refused, created
-from distill_nemo.executors.kubernetes_jobs import NODE, KubernetesJob, State
+from distill_nemo.executors.kubernetes_jobs import KubernetesJob, State
+from distill_nemo.executors.kubernetes_pods import NODE
 from tests.launch.kubernetes.api import ApiError, serve
 
 FAILED = State("Failed", "BackoffLimitExceeded")
@@ -213,16 +214,17 @@ def test_a_call_that_is_never_answered_ends(connect, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         job = connect(silent.getsockname()[1])
         pod = Pod(Cluster(), "p").shown()
-        for call in (job.state, job._pods, lambda: job._log(None, pod, False)):
+        for call in (job.state, job._pods, lambda: job._logs._log(None, pod, False)):
             with pytest.raises(UnseenError, match=r"Kubernetes does not answer: .*timed out"):
                 call()
+        assert job.executor.status("train-1") is None, "NeMo-Run asks again"
         with pytest.raises(RuntimeError, match="could not be deleted: Kubernetes does not answer"):
             job.cancel()
         for kind in ("TrainJob", "ConfigMap", "PersistentVolumeClaim"):
             with pytest.raises(Refused, match="Kubernetes does not answer"):
                 created(job.executor, {"kind": kind})
         silent.setblocking(False)
-        for _ in range(7):
+        for _ in range(8):
             silent.accept()[0].close()
         with pytest.raises(BlockingIOError):  # urllib3 would try some of them four times
             silent.accept()
@@ -304,7 +306,7 @@ def test_what_is_no_whole_line_of_a_container(cluster, watcher):
 
 def test_what_was_said_while_the_watching_laptop_slept(cluster, watcher, monkeypatch):
     clock = SimpleNamespace(monotonic=lambda: 1.0, time=lambda: cluster.now, sleep=time.sleep)
-    monkeypatch.setattr(kubernetes_jobs, "time", clock)
+    monkeypatch.setattr(kubernetes_pods, "time", clock)
     pod, job = cluster.pod(), watcher()
     pod.says("[default0]:step 1")
     shown = list(job.new_shown())
