@@ -71,7 +71,11 @@ def _memory(setting: Setting, memory: Memory, gpu: Gpu) -> list[str]:
     lines += [f"  {part:26}{size / GB:10.2f}   {about.get(part, '')}".rstrip() for part, size in rows.items() if size]
     room = gpu.memory_gb - memory.total / GB
     fits = f"fits, {room:.1f} left" if room >= 0 else f"does not fit, {-room:.1f} too much"
-    return [*lines, f"  {'total':26}{memory.total / GB:10.2f}   of {gpu.memory_gb:g}: {fits}"]
+    lines.append(f"  {'total':26}{memory.total / GB:10.2f}   of {gpu.memory_gb:g}: {fits}")
+    if "the loss" in memory.workspace and moment != "the loss":
+        loss = memory.workspace["the loss"] / GB
+        lines.append(f"  {'(the loss':26}{loss:10.2f}   at another moment{_chunks(setting, 'the loss')})")
+    return lines
 
 
 def _over(setting: Setting) -> str:

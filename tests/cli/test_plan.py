@@ -28,6 +28,7 @@ def test_a_plan_of_checkpoints_without_data_on_one_screen(capfd, inputs):
     assert rows["student"] == f"{2 * layer + 2 * 512 * 32 + 32:,}"
     assert {"teacher", "weights", "gradients", "optimizer", "activations", "total", "hours", "GPU-hours"} <= rows.keys()
     assert "fits, " in plan.out and "if GPUs reach 0.5 of their peak" in plan.out
+    assert re.search(r"^  \(?the loss +\d.*, logits of [\d,]+ tokens at a time", plan.out, re.M)
     assert len(lines) <= 40 and max(map(len, lines)) <= 120
 
 
