@@ -27,6 +27,7 @@ from distill_nemo.executors import EXECUTORS, Stages, experiments, local, passin
 from distill_nemo.training.entry import distill, errors_in_one_screen
 
 NAMESPACE = "distill"
+RECIPE = re.compile(r"[A-Za-z][\w.]*(\(.*\))?", re.S)  # a name, or with its own arguments
 
 
 class TrainContext(run.cli.RunContext):
@@ -80,13 +81,13 @@ class TrainContext(run.cli.RunContext):
         try:
             recipe = super().parse_fn(fn, [], **default_kwargs)
         except Exception as error:  # NeMo-Run wraps many kinds; all of them are the user's words on the command line
-            raise ValueError(f"--factory {self.factory}: {error}") from None
+            raise ValueError(f"recipe {self.factory}: {error}") from None
         override(recipe, values)
         return recipe
 
     def without_recipe(self, args: list[str]) -> list[str]:
         """The arguments without a first word that names the recipe, as `--factory` would."""
-        if self.factory is None and args and "=" not in args[0]:
+        if self.factory is None and args and RECIPE.fullmatch(args[0]):
             self.factory, *args = args
         return args
 

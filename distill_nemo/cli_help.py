@@ -62,7 +62,7 @@ The same command resumes an interrupted run. Exit code: 0 when every rank succee
 """
 
 PLAN = """\
-Type what you would type after `nemo distill train`: the same --factory, overrides and run.executor.*, without which
+Type what you would type after `nemo distill train`: the same recipe, overrides and run.executor.*, without which
 there is one rank. `nemo distill train --help` lists them. Nothing is started or written, and data need not be there.
 A checkpoint that is not here can be spelled out: student.checkpoint=None student.num_layers=16 ...
 

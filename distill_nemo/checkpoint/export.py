@@ -1,11 +1,11 @@
 """From any saved step to a Hugging Face directory: the student is loaded at TP=1, PP=1, written, reloaded, compared."""
 
 import gc
-import itertools
 import json
 import os
 import subprocess
 import sys
+import uuid
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,6 @@ import torch.distributed as dist
 
 from distill_nemo.config import ParallelismConfig, RunConfig, StudentConfig
 from distill_nemo.runtime.process_groups import open_store, process_groups
-
-_exports = itertools.count()  # the same on every rank
 
 
 def export_from_run(config: RunConfig) -> None:
@@ -30,18 +28,19 @@ def export_from_run(config: RunConfig) -> None:
     """
     gc.collect()
     torch.cuda.empty_cache()
-    failed = 0
+    failed, key = 0, [uuid.uuid4().hex]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(key)  # of no attempt before: torchrun may keep their store
     if dist.get_rank() == 0:
         command = [sys.executable, "-m", "distill_nemo.checkpoint.export", config.output_dir]
         command += [str(Path(config.output_dir) / "student"), config.data.tokenizer or ""]
         failed = subprocess.run(command, env=_single_process_environment(), check=False).returncode
     if dist.get_world_size() > 1:
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps the store of those before
-        store, key = open_store(), f"exported/{attempt}/{next(_exports)}"
+        store = open_store()
         if dist.get_rank() == 0:
-            store.set(key, str(failed))
-        store.wait([key], timedelta(days=1))
-        failed = int(store.get(key))
+            store.set(key[0], str(failed))
+        store.wait(key, timedelta(days=1))
+        failed = int(store.get(key[0]))
     if failed:
         raise RuntimeError(
             f"export failed; the checkpoint is whole. Try again: nemo distill export checkpoint={config.output_dir} "

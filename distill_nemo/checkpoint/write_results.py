@@ -9,8 +9,8 @@ from typing import Any
 class WriteResults:
     """A queue of one place between this process and those that it forks: a file in memory.
 
-    Megatron-Core 0.19 asks for such a queue, and would start a process to hold it: that one imports torch, 12 s of a
-    first save, keeps 550 MB a rank, is ended by the SIGTERM that a scheduler sends to every process of a job, so that
+    Megatron-Core 0.19 asks for such a queue, and would start a process to hold it: that one imports torch, 4 to 12 s of
+    a first save, keeps 550 MB a rank, is ended by the SIGTERM that a scheduler sends to every process of a job, so that
     ranks could not save any more, and outlives a rank that is killed.
     """
 

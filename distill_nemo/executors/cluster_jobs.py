@@ -77,14 +77,17 @@ class ClusterJob(abc.ABC):
         """Write what the ranks say to `out` until the job has ended, or cannot start; returns how it is then.
 
         Raises:
-            UnseenError: when the cluster has not shown it, or its logs, `UNSEEN` times in a row. The job goes on.
+            UnseenError: when the cluster has not shown it `UNSEEN` times in a row. The job goes on. For logs alone it
+                waits as long as the job runs: those of a node that is lost come back with another.
         """
         unseen = stuck = 0
         before = told = ""
         state = None
         while True:
+            runs = False
             try:
                 state = self.state()
+                runs = not state.ended
                 if state.waits == before and state.waits not in ("", told):  # some reasons last for a moment only
                     print(f"{self.name}: job {self.id} {state}", file=out, flush=True)
                     told = state.waits
@@ -95,7 +98,7 @@ class ClusterJob(abc.ABC):
                 if state.ended or stuck >= STUCK:
                     return state
             except UnseenError as error:
-                unseen += 1
+                unseen = 0 if runs else unseen + 1
                 if unseen == UNSEEN and state and state.ended:
                     return state
                 if unseen == UNSEEN:

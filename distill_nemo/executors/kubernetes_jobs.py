@@ -139,15 +139,18 @@ class KubernetesJob(ClusterJob):
         Raises:
             UnseenError: as `follow`.
         """
-        ended, unseen = False, 0
+        state, unseen, ended = None, 0, False
         while not ended:
+            runs = False
             try:
                 state = self.state()
+                runs = not state.ended
                 yield from self.new_lines()
                 ended, unseen = state.ended, 0
             except UnseenError:
-                unseen += 1
-                if unseen == UNSEEN:
+                unseen = 0 if runs else unseen + 1
+                ended = unseen == UNSEEN and state is not None and state.ended
+                if unseen == UNSEEN and not ended:
                     raise
             time.sleep(0 if ended else INTERVAL)
 
@@ -156,7 +159,7 @@ class KubernetesJob(ClusterJob):
         pods, unread = [], ""
         try:
             pods = self._pods()
-            for _ in self._logs.new(self._pods()):
+            for _ in self._logs.new(pods):
                 pass
         except UnseenError as error:
             unread = f"; not all of its logs could be read: {error}"

@@ -1,5 +1,7 @@
 """The pods of a job: which node each is, how often it began, and what it said."""
 
+import fcntl
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -49,7 +51,8 @@ class PodLogs:
             try:
                 log = self._log(path, **logs[path]) if path in logs else None
             except UnseenError as error:
-                unseen[node_of(path)] = error
+                if not logs[path]["pod"]["metadata"].get("deletionTimestamp"):  # else of a node that is lost
+                    unseen[node_of(path)] = error
             if path.exists() or log is not None:
                 yield path, self._keep(path, log or [])
         for error in unseen.values():
@@ -66,6 +69,8 @@ class PodLogs:
         pod = path.stem.rpartition("-")[0]
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # another process may watch too
+            file.seek(0, os.SEEK_END)
             new = []
             if file.tell() != self._size.get(path, 0):
                 file.seek(0)

@@ -118,7 +118,7 @@ def slurm_config(
     for path in (workdir, sys.executable if here else None):
         if container_image is None and "/nemo_run" in (path or ""):
             raise ValueError(f"NeMo-Run replaces /nemo_run in its scripts, so no path may hold it: {path}; rename it")
-    if re.search(r"[^\w~@%+=:,./-]", workdir or ""):
+    if re.search(r"[^\w~@%+=:,./${}-]", workdir or ""):
         raise ValueError(
             f'the job cannot run in "{workdir}": NeMo-Run does not quote run.executor.workdir in its scripts'
         )

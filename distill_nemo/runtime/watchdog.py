@@ -65,11 +65,11 @@ class Watchdog:
             waited = time.monotonic() - since if since is not None else 0.0
             try:
                 self._tell()
-                if waited < self.seconds - SILENT * self.interval:
+                if waited < self.seconds - (SILENT + 2) * self.interval:
                     before = None
                 elif before is None:
                     before, looked = self._heard(), time.monotonic()
-                elif time.monotonic() - looked > SILENT * self.interval:
+                elif waited > self.seconds and time.monotonic() - looked > SILENT * self.interval:
                     self._end(before)
             except (RuntimeError, OSError):  # the store's process is gone, or stopped: that of rank 0, or torchrun's
                 if waited > self.seconds:

@@ -181,8 +181,11 @@ def _train_alone(config: RunConfig) -> int | None:
         check_exportable(config.student)
     check_run_data(config)
     newest = newest_whole(checkpoint_root(config.output_dir))
+    told = ""
     if newest is not None:
-        check_resumable(read_record(newest), run_record(config), config.checkpoint.resume)
+        saved, now = read_record(newest), run_record(config)
+        check_resumable(saved, now, config.checkpoint.resume)
+        told = "".join(f"\n{line}" for line in changes(saved, now))
     seed_everything(config.training.seed)
     trainee = build_trainee(config, dtype, load_weights=newest is None)
     loop = Loop(config, trainee, build_run_datasets(config), device)  # the first to write: models are refused before
@@ -190,7 +193,6 @@ def _train_alone(config: RunConfig) -> int | None:
         state = load_checkpoint(newest, trainee.unwrapped, trainee.optimizer, trainee.scheduler)
         loop.state.update(state)
         if rank() == 0:
-            told = "".join(f"\n{line}" for line in changes(read_record(newest), run_record(config)))
             print(f"resumed from {newest} at step {state['step']} of {config.training.steps}{told}", flush=True)
     if rank() == 0:
         save_yaml(config, Path(config.output_dir) / "config.yaml")

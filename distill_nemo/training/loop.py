@@ -94,10 +94,14 @@ class Loop:
             with StopSignal() as stop, Watchdog(self.config.parallelism.timeout_minutes * 60):
                 try:
                     stopped = self._train(log, stop)
-                except NotFiniteError:  # of all ranks; what is being written is from before
-                    self._close_writer()
+                except NotFiniteError as error:  # of all ranks; what is being written is from before
+                    try:
+                        self._close_writer()
+                    except OSError as unsaved:
+                        raise NotFiniteError(f"{error}. {unsaved}") from error
                     raise
                 self._close_writer()
+                stopped = stopped or stop.requested(self.device)
             if self.state["step"] > resumed:
                 log.end({"step": self.state["step"], "save_seconds": self.save_clock.take()})
         finally:

@@ -65,6 +65,8 @@ def test_dryrun_shows_what_would_run_and_leaves_nothing_behind(inputs, tmp_path)
     ("words", "said"),
     [
         ([], "name a recipe, as the first word or by --factory. Known: llama32_3b_to_1b, quickstart"),
+        (["quickstart(stepz=3)"], 'recipe quickstart has no argument "stepz". Did you mean steps?'),
+        (["--dry-run", *LLAMA[1:]], '"--dry-run" is not FIELD=VALUE; see `nemo distill train --help`'),
         (["lama32_3b_to_1b"], 'unknown recipe "lama32_3b_to_1b". Did you mean llama32_3b_to_1b'),
         (["--factory", "lama32_3b_to_1b"], 'unknown recipe "lama32_3b_to_1b". Did you mean llama32_3b_to_1b'),
         (["--factory", "quickstart(stepz=3)"], 'recipe quickstart has no argument "stepz". Did you mean steps?'),

@@ -84,7 +84,7 @@ def test_what_data_and_saves_hold_up_is_in_the_metrics(inputs, one, tmp_path, as
     *steps, end = (line for line in lines if line["kind"] != "eval")
     assert (end["kind"], end["step"], len(steps)) == ("end", 6, 6)
     assert all(SAMPLE_SECONDS * 4 <= line["data_seconds"] < line["seconds"] for line in steps)
-    assert all(line["save_seconds"] < 0.1 for line in steps if line["step"] != 4)
+    assert all(line["save_seconds"] < SAVE_SECONDS / 2 for line in steps if line["step"] != 4)
     assert (steps[3]["save_seconds"] < SAVE_SECONDS) == asynchronous
     assert end["save_seconds"] > SAVE_SECONDS * 0.9, "the last one is waited for"
 
@@ -131,7 +131,7 @@ def _not_finite_at_step_4(inputs, output, asynchronous):
 
 
 def test_sigterm_while_the_last_checkpoint_is_waited_for(inputs, one, tmp_path):
-    one.run(_told_to_stop_at_the_end, inputs, tmp_path)
+    assert one.run(_told_to_stop_at_the_end, inputs, tmp_path) == [128 + signal.SIGTERM]
     assert names(tmp_path)[-1] == "step_00000006"
 
 
@@ -146,7 +146,9 @@ def _told_to_stop_at_the_end(inputs, output):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CheckpointWriter, "close", told)
-        _train_with_slow_files(inputs, output, True)
+        with pytest.raises(SystemExit) as stopped:
+            _train_with_slow_files(inputs, output, True)
+    return stopped.value.code
 
 
 def test_keeps_the_newest_and_clears_what_a_crash_left(inputs, two, tmp_path):

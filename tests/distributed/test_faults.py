@@ -141,6 +141,17 @@ def test_an_export_may_take_longer_than_a_collective(inputs, two, tmp_path):
     assert (tmp_path / "student" / "model.safetensors").is_file()
 
 
+def test_an_export_that_failed_before_is_not_taken_for_the_next(inputs, two, tmp_path):
+    """When torchrun starts ranks again it keeps the store, through which the other ranks learn how it went."""
+    exporting = {"checkpoint.export": True}
+    (tmp_path / "student").write_text("a file where the export belongs")
+    with pytest.raises(RuntimeError, match="export failed; the checkpoint is whole"):
+        two.run(train, inputs, tmp_path, exporting)
+    (tmp_path / "student").unlink()
+    two.run(train, inputs, tmp_path, exporting)
+    assert (tmp_path / "student" / "model.safetensors").is_file()
+
+
 def test_kill_9_before_anything_was_saved(inputs, two, whole, tmp_path):
     with pytest.raises((ProcessEndedError, RuntimeError, OSError)):
         two.run(train, inputs, tmp_path, {"checkpoint.save_interval": 8}, killed_in_a_step)

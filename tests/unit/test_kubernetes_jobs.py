@@ -75,7 +75,7 @@ class Cluster:
         return self.pods[-1]
 
     def stamp(self):
-        self.now += 0.5
+        self.now += 0.1
         return f"{datetime.fromtimestamp(self.now, UTC):%Y-%m-%dT%H:%M:%S.%f}000Z"
 
     def end(self, kind="Complete", reason="JobsCompleted"):
@@ -165,7 +165,7 @@ def steps(last, mark=""):
 
 
 def test_a_log_that_is_not_shown_for_a_while_loses_and_repeats_no_line(cluster, watcher):
-    cluster.found = 1 + UNSEEN
+    cluster.found = 2 * UNSEEN
     two_nodes(cluster, ends_at=cluster.found + 1)
     out = io.StringIO()
     assert watcher(2).follow(out).completed
@@ -173,18 +173,8 @@ def test_a_log_that_is_not_shown_for_a_while_loses_and_repeats_no_line(cluster, 
     assert set(shown) == steps(cluster.looks) | steps(cluster.looks, "rank 2: ") and len(shown) == 2 * cluster.looks
 
 
-def test_a_log_that_is_not_shown_for_long_is_given_up(cluster, watcher):
-    cluster.found = 2 + UNSEEN
-    two_nodes(cluster, ends_at=None)
-    out = io.StringIO()
-    with pytest.raises(UnseenError, match=r"train-1 is not seen any more, and perhaps goes on: .*i/o timeout"):
-        watcher(2).follow(out)
-    shown = out.getvalue().splitlines()
-    assert set(shown) == {*steps(1 + UNSEEN), "rank 2: step 1"} and len(shown) == 2 + UNSEEN
-
-
 def test_nor_does_it_for_nemo_run(cluster, watcher):
-    cluster.found = 1 + UNSEEN
+    cluster.found = 2 * UNSEEN
     two_nodes(cluster, ends_at=cluster.found + 1)
     lines = list(watcher(2).until_the_end())
     assert len(set(lines)) == len(lines) == 2 * cluster.looks
