@@ -15,7 +15,12 @@ from typing import Any
 from distill_nemo.config import DataConfig, DistillationConfig, StudentConfig, TeacherConfig
 
 MAY_CHANGE = ("num_workers", "cache", "fused_linear", "offload_teacher")
-SECTIONS = ("student", "teacher", "distillation", "data")
+SECTIONS: dict[str, Any] = {
+    "student": StudentConfig,
+    "teacher": TeacherConfig,
+    "distillation": DistillationConfig,
+    "data": DataConfig,
+}
 FIXED = (
     ("training", "global_batch_size"),
     ("training", "seed"),
@@ -119,8 +124,9 @@ def check_resumable(saved: dict[str, Any], now: dict[str, Any], resume: bool) ->
             "delete it"
         )
     differences = []
-    for section in SECTIONS:
-        before, after = _with_defaults(section, saved[section]), now[section] or {}
+    for section, kind in SECTIONS.items():
+        before = asdict(kind()) | saved[section] if saved[section] else {}  # an older version knew fewer fields
+        after = now[section] or {}
         for name in sorted((before.keys() | after.keys()) - set(MAY_CHANGE)):
             differences += _difference(f"{section}.{name}", before.get(name), after.get(name), saved, now)
     for section, name in FIXED:
@@ -131,12 +137,6 @@ def check_resumable(saved: dict[str, Any], now: dict[str, Any], resume: bool) ->
             + "\n  ".join(differences)
             + "\nRestore these to resume it, or choose another output_dir"
         )
-
-
-def _with_defaults(section: str, saved: dict[str, Any] | None) -> dict[str, Any]:
-    """A section that perhaps an older version wrote, which knew fewer fields."""
-    kind: Any = {"student": StudentConfig, "teacher": TeacherConfig, "distillation": DistillationConfig}.get(section)
-    return asdict((kind or DataConfig)()) | saved if saved else {}
 
 
 def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:

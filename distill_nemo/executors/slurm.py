@@ -115,13 +115,7 @@ def slurm_config(
         workdir = os.path.abspath(workdir or os.getcwd())
     elif workdir is not None and not os.path.isabs(workdir):
         raise ValueError(f'run.executor.workdir must be absolute with host, got "{workdir}"')
-    for path in (workdir, sys.executable if here else None):
-        if container_image is None and "/nemo_run" in (path or ""):
-            raise ValueError(f"NeMo-Run replaces /nemo_run in its scripts, so no path may hold it: {path}; rename it")
-    if re.search(r"[^\w~@%+=:,./${}-]", workdir or ""):
-        raise ValueError(
-            f'the job cannot run in "{workdir}": NeMo-Run does not quote run.executor.workdir in its scripts'
-        )
+    _check_paths(workdir or "", sys.executable if here else "", container_image)
     return run.Config(
         run.SlurmExecutor,
         account=account,
@@ -154,6 +148,17 @@ def slurm(*args: Any, **kwargs: Any) -> run.Executor:
 
 
 slurm.__signature__ = inspect.signature(slurm_config).replace(return_annotation=run.Executor)  # type: ignore
+
+
+def _check_paths(workdir: str, python: str, container_image: str | None) -> None:
+    """Refuse what NeMo-Run's scripts would spoil."""
+    for path in (workdir, python):
+        if container_image is None and "/nemo_run" in path:
+            raise ValueError(f"NeMo-Run replaces /nemo_run in its scripts, so no path may hold it: {path}; rename it")
+    if re.search(r"[^\w~@%+=:,./${}-]", workdir):
+        raise ValueError(
+            f'the job cannot run in "{workdir}": NeMo-Run does not quote run.executor.workdir in its scripts'
+        )
 
 
 def seconds_of(time: str) -> int:

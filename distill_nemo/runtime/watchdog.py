@@ -87,7 +87,7 @@ class Watchdog:
         """`before`: what was heard SILENT intervals ago. Who has said nothing since is silent; clocks may differ."""
         heard = self._heard()
         silent = [rank for rank, said in enumerate(heard) if said == before[rank]]
-        alive = [rank for rank, said in enumerate(heard) if said != before[rank]]
+        alive = [rank for rank in range(self.world_size) if rank not in silent]
         if self.rank != min(alive, default=self.rank):
             time.sleep(GRACE_SECONDS)
             os._exit(1)
