@@ -165,8 +165,7 @@ def _plot() -> None:
         axis.bar(range(len(ways)), [1e3 * way[clock] for way in ways.values()], color="#4477aa")
         axis.set_xticks(range(len(ways)), list(ways), rotation=40, ha="right")
         axis.set_title(f"{title}\nV = {row['vocabulary']:,}", fontsize=9)
-    for row in axes:
-        row[0].set_ylabel("processor time (GPU: wall time), ms")
+        axis.set_ylabel("wall time, ms" if clock == "seconds" else "processor time, ms")
     figure.tight_layout()
     figure.savefig(PLOT, dpi=110)
 
