@@ -11,7 +11,7 @@ import gc
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,8 +70,9 @@ def main() -> None:
     shape = Shape(*arguments.shape) if arguments.shape else GPU_SHAPE if gpu else CPU_SHAPE
     ways = {OURS: fused, UNFUSED: functools.partial(unfused, ours), MODELOPT: functools.partial(unfused, modelopt())}
     others = {PRODUCTS: products} | liger() if gpu else {}
-    row = compare(shape, max(arguments.repeats, 10 if gpu else 1), ways | others)
-    result = {"repeats": arguments.repeats, "rows": [row]}
+    repeats = max(arguments.repeats, 10 if gpu else 1)
+    row = compare(shape, repeats, ways | others)
+    result = {"repeats": repeats, "rows": [row], "scaling": scaling(shape, max(repeats, 3))}
     if arguments.shape:
         print(json.dumps(result, indent=1))
     else:
@@ -87,7 +88,7 @@ def compare(shape: Shape, repeats: int, ways: dict[str, Way]) -> dict[str, Any]:
         step(way, few)  # compiles; a pass of the shape itself would take too long for that
 
     def measured(name: str) -> None:
-        hidden.grad = None
+        hidden.grad = inputs.student.weight_vH.grad = None
         gc.collect()
         memory[name] = peak_bytes(functools.partial(step, ways[name], inputs)) - hidden.nbytes
 
@@ -102,6 +103,22 @@ def compare(shape: Shape, repeats: int, ways: dict[str, Way]) -> dict[str, Any]:
         found[name]["extra_bytes"] = memory[name]
     sizes = {"tokens": shape.tokens, "widths": [shape.student_width, shape.teacher_width]}
     return sizes | {"vocabulary": shape.vocabulary, "dtype": str(hidden.dtype)[6:], "flops": shape.flops, "ways": found}
+
+
+def scaling(shape: Shape, repeats: int) -> dict[str, dict[str, float]]:
+    """Ours at a quarter of tokens and vocabulary and half of the widths, and by what is doubled of that."""
+    tokens, vocabulary = shape.tokens // 4, shape.vocabulary // 4
+    once = Shape(tokens, shape.student_width // 2, shape.teacher_width // 2, vocabulary)
+    wider = replace(once, student_width=shape.student_width, teacher_width=shape.teacher_width)
+    sizes = {
+        "once": once,
+        "tokens": replace(once, tokens=2 * tokens),
+        "widths": wider,
+        "vocabulary": replace(once, vocabulary=2 * vocabulary),
+    }
+    runs = {name: functools.partial(step, fused, make_inputs(each)) for name, each in sizes.items()}
+    found = interleaved(runs, repeats)
+    return {name: found[name] | {"flops": sizes[name].flops} for name in sizes}
 
 
 def make_inputs(shape: Shape) -> Inputs:
@@ -155,9 +172,12 @@ def products(inputs: Inputs) -> None:
 
 
 def liger() -> dict[str, Way]:
-    """Liger's fused losses (`pip install liger-kernel`); beta 0 is KL(teacher || student)."""
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-    from liger_kernel.transformers import LigerFusedLinearJSD
+    """Liger's fused losses, where it is installed (`pip install liger-kernel`); beta 0 is KL(teacher || student)."""
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+        from liger_kernel.transformers import LigerFusedLinearJSD
+    except ImportError:
+        return {}
 
     chunked: Any = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0)
     jsd = LigerFusedLinearJSD(jsd_beta=0.0)

@@ -84,21 +84,25 @@ CASES = {
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that are alive, and the most there have been since `peak` was set."""
+    """Bytes of the tensors that are alive, and the most there have been since `peak` was set.
 
-    def __init__(self) -> None:
+    `large_at_peak` is what tensors of `large` elements and more took of it.
+    """
+
+    def __init__(self, large: float = float("inf")) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.large_at_peak = 0
+        self._large, self._live_large = large, 0
         self._seen: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
-                self._count(leaf.untyped_storage())
+                self._count(leaf.untyped_storage(), leaf.numel() >= self._large)
         return out
 
-    def _count(self, storage: Any) -> None:
+    def _count(self, storage: Any, large: bool) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key in self._seen or size == 0:
             return
@@ -106,10 +110,13 @@ class LiveBytes(TorchDispatchMode):
         def freed(_: Any) -> None:
             del self._seen[key]
             self.live -= size
+            self._live_large -= size * large
 
         self._seen[key] = weakref.ref(storage, freed)
         self.live += size
-        self.peak = max(self.peak, self.live)
+        self._live_large += size * large
+        if self.live > self.peak:
+            self.peak, self.large_at_peak = self.live, self._live_large
 
 
 def measured(case: Case) -> int:

@@ -17,7 +17,8 @@ RESULTS, PAGE, PLOT = (
     ROOT / "docs" / "performance.png",
 )
 OURS, NOT_MEASURED = "distill-nemo", "not measured"
-STUDENT, TEACHER, DEEPER = "student step", "teacher forward", "teacher forward, twice the layers"
+STUDENT, TEACHER, MODELOPT = "student step", "teacher forward", "ModelOpt"
+MEMORY = ("extra_bytes", "tensor_bytes", "logits_bytes")
 HEAD = """# Performance
 
 Written by `make bench` from benchmarks/results/*.json. Forward and backward of KL(teacher‖student), of bf16 logits that
@@ -113,7 +114,17 @@ def _fused(found: dict[str, Any]) -> str:
         cells += [f"{ours[key] / way[key]:.2f}" for key in ("seconds", "processor_seconds")]
         cells += [f"{way['extra_bytes'] / 2**20:,.0f}", f"{ours['extra_bytes'] / max(1, way['extra_bytes']):.3f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    part = "a quarter of tokens and vocabulary and half of the widths"
+    return "\n".join(lines) + f"\n\nScaling of ours from {part}: {_doubled(found['scaling'], _clock(found))}.\n"
+
+
+def _doubled(scaling: dict[str, dict[str, float]], clock: str) -> str:
+    """How time grows with each size."""
+    times, operations = (
+        {name: x[key] / scaling["once"][key] for name, x in scaling.items()} for key in (clock, "flops")
+    )
+    each = [f"{name} x {times[name]:.2f} (operations x {operations[name]:.2f})" for name in times if name != "once"]
+    return f"time when one doubles, {', '.join(each)}"
 
 
 def _step(found: dict[str, Any]) -> str:
@@ -123,24 +134,25 @@ def _step(found: dict[str, Any]) -> str:
     keys = ("seconds", "processor_seconds")
     ours, parts = ways[OURS], {key: ways[TEACHER][key] + ways[STUDENT][key] for key in keys}
     (layers, width, _), (students_layers, students_width, _) = row["teacher"], row["student"]
+    tied = ", tied embeddings" if row["tied"] else ""
     lines = [
-        f"Teacher {layers} x {width}, student {students_layers} x {students_width}, V = {row['vocabulary']:,}, "
+        f"Teacher {layers} x {width}, student {students_layers} x {students_width}, V = {row['vocabulary']:,}{tied}, "
         f"{row['tokens']:,} tokens, {row['dtype']}.\n",
-        "| | wall time, s | processor time, s | this / ours, wall | this / ours, processor | memory, MiB |",
-        "|---|---|---|---|---|---|",
+        "| | wall time, s | processor time, s | this / ours, wall | this / ours, processor | memory, MiB "
+        "| tensors | of them as large as the logits |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, way in [*ways.items(), (f"{TEACHER} + {STUDENT}", parts)]:
         cells = [name, *(f"{way[key]:.3f}" for key in keys), *(f"{way[key] / ours[key]:.2f}" for key in keys)]
-        cells.append(f"{way['extra_bytes'] / 2**20:,.0f}" if "extra_bytes" in way else "")
+        cells += [f"{way[key] / 2**20:,.0f}" if key in way else "" for key in MEMORY]
         lines.append(f"| {' | '.join(cells)} |")
-    wall, processor = (ways[DEEPER][key] / ways[TEACHER][key] for key in keys)
-    layer, head = 24 * width**2 + 2 * width * row["length"], 2 * width * row["vocabulary"]  # operations a token
+    smaller = [f"{(ways[x]['tensor_bytes'] - ways[x]['logits_bytes']) / 2**20:,.0f} MiB" for x in (OURS, MODELOPT)]
     return (
         "\n".join(lines)
         + f"\n\nOurs is {ours['seconds'] / parts['seconds']:.2f} of its parts in wall time, "
         + f"{ours['processor_seconds'] / parts['processor_seconds']:.2f} in processor time. "
-        + f"When the teacher's layers double: x {wall:.2f} in wall time, {processor:.2f} in processor time; its "
-        + f"operations, output layer included, x {(2 * layers * layer + head) / (layers * layer + head):.2f}.\n"
+        + f"Tensors smaller than the logits take {smaller[0]} of ours and {smaller[1]} of the plugin's peak. "
+        + f"Scaling of ours from half of layers, tokens and vocabulary: {_doubled(row['scaling'], _clock(found))}.\n"
     )
 
 

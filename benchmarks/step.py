@@ -5,11 +5,11 @@ by forward KL alone. On a machine with a GPU the shape for GPUs is measured, els
 """
 
 import argparse
-import dataclasses
 import functools
 import gc
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -18,15 +18,43 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from benchmarks.measure import interleaved, peak_bytes, write_result
+from benchmarks.memory import LiveBytes
 from distill_nemo.config import DataConfig, ParallelismConfig, RunConfig, StudentConfig, TeacherConfig, TrainingConfig
 from distill_nemo.runtime.device import setup_device
 
 OURS, WHOLE, MODELOPT = "distill-nemo", "distill-nemo, whole logits", "ModelOpt"
 AS_SHIPPED = "ModelOpt, Megatron's attention"  # what its user has without Transformer Engine
-TEACHER, STUDENT, DEEPER = "teacher forward", "student step", "teacher forward, twice the layers"
-# (layers, width, heads) of teacher and student, vocabulary, sequence length, samples of a step
-CPU_SHAPE = (8, 512, 8), (4, 256, 4), 32000, 512, 2
-GPU_SHAPE = (16, 1024, 16), (12, 512, 8), 128256, 4096, 2  # 470M and 180M with embeddings
+TEACHER, STUDENT = "teacher forward", "student step"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Layers, width and heads of teacher and student, and what a step sees."""
+
+    teacher: tuple[int, int, int]
+    student: tuple[int, int, int]
+    vocabulary: int
+    length: int
+    samples: int
+    tied: bool = False  # embeddings and output weights
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.samples * self.length
+
+    @property
+    def flops(self) -> int:
+        """Of the products and causal attention; backward takes twice the student's."""
+
+        def forward(layers: int, width: int, _: int) -> int:
+            return layers * (24 * width**2 + 2 * width * self.length) + 2 * width * self.vocabulary
+
+        return self.tokens * (forward(*self.teacher) + 3 * forward(*self.student))
+
+
+CPU_SHAPE = Shape((8, 512, 8), (4, 256, 4), 32000, 512, 2)
+GPU_SHAPE = Shape((13, 1024, 16), (12, 512, 8), 128256, 4096, 2, tied=True)  # 295M and 103M
 
 
 def main() -> None:
@@ -41,15 +69,15 @@ def main() -> None:
     from distill_nemo.runtime.seed import seed_everything
 
     gpu = torch.cuda.is_available()
+    repeats = max(arguments.repeats, 20 if gpu else 1)
     with process_groups(ParallelismConfig()), tempfile.TemporaryDirectory() as root:
         seed_everything(0)
-        found = compare(GPU_SHAPE if gpu else CPU_SHAPE, max(arguments.repeats, 20 if gpu else 1), root)
-    write_result(f"step_{'gpu' if gpu else 'cpu'}", {"repeats": arguments.repeats, "rows": [found]})
+        found = compare(GPU_SHAPE if gpu else CPU_SHAPE, repeats, root)
+    write_result(f"step_{'gpu' if gpu else 'cpu'}", {"repeats": repeats, "rows": [found]})
 
 
-def compare(shape: tuple[Any, ...], repeats: int, root: str) -> dict[str, Any]:
-    """Seconds of each way, and the peak of memory beyond what lies there between steps, in bytes."""
-    teacher, student, vocabulary, length, samples = shape
+def compare(shape: Shape, repeats: int, root: str) -> dict[str, Any]:
+    """Seconds of each way, and the peak of memory beyond what lies there between steps."""
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
     config = run_config(shape, root)
@@ -63,29 +91,57 @@ def compare(shape: tuple[Any, ...], repeats: int, root: str) -> dict[str, Any]:
         with mock.patch("distill_nemo.models.layer_specs.CausalAttention", DotProductAttention):
             runs[AS_SHIPPED] = stepper(config, modelopt=True)
     runs[TEACHER] = teacher_forward(config)
-    runs[DEEPER] = teacher_forward(config, times=2)
     for run in runs.values():
         run()  # Adam's moments are there
     memory = {}
     for name, run in runs.items():
         gc.collect()
-        memory[name] = peak_bytes(run)
-    found = interleaved(runs, repeats, warm=True)
-    for name in runs:
-        found[name]["extra_bytes"] = memory[name]
-    sizes = {
-        "teacher": teacher,
-        "student": student,
-        "vocabulary": vocabulary,
-        "length": length,
-        "tokens": length * samples,
+        memory[name] = {"extra_bytes": peak_bytes(run), **tensors_at_peak(run, shape)}
+    sizes = smaller_and_doubled(shape)
+    steps = {f"scaling {name}": stepper(run_config(each, root)) for name, each in sizes.items()}
+    for run in steps.values():
+        run()
+    found = interleaved(runs | steps, repeats, warm=True)
+    scaling = {name: found.pop(f"scaling {name}") | {"flops": each.flops} for name, each in sizes.items()}
+    ways = {name: found[name] | memory[name] for name in runs}
+    return asdict(shape) | {
+        "tokens": shape.tokens,
+        "dtype": config.training.dtype,
+        "ways": ways,
+        "scaling": scaling,
     }
-    return sizes | {"dtype": config.training.dtype, "ways": found}
 
 
-def run_config(shape: tuple[Any, ...], root: str) -> RunConfig:
+def smaller_and_doubled(shape: Shape) -> dict[str, Shape]:
+    """`once`, a step of a quarter of the work, and by what is doubled of it."""
+
+    def of_layers(times: int) -> dict[str, Any]:
+        models = {"teacher": shape.teacher, "student": shape.student}
+        return {name: (times * (layers // 2), *rest) for name, (layers, *rest) in models.items()}
+
+    once = replace(shape, vocabulary=shape.vocabulary // 2, length=shape.length // 2, **of_layers(1))
+    return {
+        "once": once,
+        "layers": replace(once, **of_layers(2)),
+        "tokens": replace(once, samples=2 * once.samples),
+        "vocabulary": replace(once, vocabulary=2 * once.vocabulary),
+    }
+
+
+def tensors_at_peak(run: Callable[[], Any], shape: Shape) -> dict[str, int]:
+    """What tensors take at most in a step, beyond those between steps, and of it those of as many elements as logits.
+
+    In units of bytes. The rest of `peak_bytes` is the allocator's and the libraries'.
+    """
+    with LiveBytes(large=shape.tokens * shape.vocabulary) as live:
+        run()
+        live.peak = between = live.live
+        run()
+    return {"tensor_bytes": live.peak - between, "logits_bytes": live.large_at_peak}
+
+
+def run_config(shape: Shape, root: str) -> RunConfig:
     """One micro batch a step, no evaluation, no files."""
-    teacher, student, vocabulary, length, samples = shape
     models = [
         dict(
             family="llama",
@@ -94,15 +150,15 @@ def run_config(shape: tuple[Any, ...], root: str) -> RunConfig:
             ffn_hidden_size=3 * width,
             num_attention_heads=heads,
             num_query_groups=heads // 2,
-            vocab_size=vocabulary,
-            tie_word_embeddings=False,
-            max_position_embeddings=length,
+            vocab_size=shape.vocabulary,
+            tie_word_embeddings=shape.tied,
+            max_position_embeddings=shape.length,
         )
-        for layers, width, heads in (teacher, student)
+        for layers, width, heads in (shape.teacher, shape.student)
     ]
     config = RunConfig(root, StudentConfig(**models[1]), TeacherConfig(**models[0]))
-    config.data = DataConfig(sequence_length=length)
-    config.training = TrainingConfig(steps=10**6, micro_batch_size=samples, global_batch_size=samples)
+    config.data = DataConfig(sequence_length=shape.length)
+    config.training = TrainingConfig(steps=10**6, micro_batch_size=shape.samples, global_batch_size=shape.samples)
     config.training.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     from distill_nemo.training.entry import resolve_models
 
@@ -152,17 +208,14 @@ def stepper(
     return functools.partial(loop.step, loop.batches(data, 0))
 
 
-def teacher_forward(config: RunConfig, times: int = 1) -> Callable[[], Tensor]:
-    """The logits of one micro batch by the teacher, or by one of `times` as many layers."""
+def teacher_forward(config: RunConfig) -> Callable[[], Tensor]:
+    """The logits of one micro batch by the teacher."""
     from distill_nemo.models.provider import model_provider
 
-    assert config.teacher is not None and config.teacher.num_layers is not None
-    dtype, data = (
-        getattr(torch, config.training.dtype),
-        RandomTokens(config.data.sequence_length, config.student.vocab_size or 0),
-    )
-    model = dataclasses.replace(config.teacher, num_layers=times * config.teacher.num_layers)
-    teacher: Any = model_provider(student=model, parallelism=config.parallelism, dtype=dtype)  # type: ignore
+    assert config.teacher is not None
+    dtype = getattr(torch, config.training.dtype)
+    data = RandomTokens(config.data.sequence_length, config.student.vocab_size or 0)
+    teacher: Any = model_provider(student=config.teacher, parallelism=config.parallelism, dtype=dtype)  # type: ignore
     teacher = teacher.cuda().requires_grad_(False).eval()
     rows = [data[number] for number in range(config.training.micro_batch_size)]
     inputs = [torch.stack([row[name] for row in rows]).cuda() for name in ("tokens", "position_ids")]

@@ -70,6 +70,7 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None) -> None:
     setup_device()  # before Megatron is imported
     from distill_nemo.models.architecture import resolve
     from distill_nemo.models.huggingface import check_exportable, check_target, export_hf, tokenizer_files
+    from distill_nemo.models.megatron_weights import stored_dtype
     from distill_nemo.models.provider import model_provider
     from distill_nemo.models.sources import CheckpointKind, find_checkpoint
     from distill_nemo.runtime.seed import seed_everything
@@ -77,18 +78,18 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None) -> None:
     found = find_checkpoint(Path(checkpoint))
     where = found.weights
     check_target(Path(output))
-    student = resolve(StudentConfig(checkpoint=str(where)))
+    # Of a run this one step, whatever it saves meanwhile; the others say beside their weights what those are.
+    student = resolve(StudentConfig(checkpoint=str(where) if found.kind is CheckpointKind.OURS else checkpoint))
     check_exportable(student)
-    dtype = "auto"
+    dtype = resolve_dtype("auto") if found.kind is CheckpointKind.HUGGING_FACE else stored_dtype(where)
     if (where / "run.json").is_file():
-        record = json.loads((where / "run.json").read_text())
-        dtype, of_run = record["training"]["dtype"], record["data"]["tokenizer"]
+        of_run = json.loads((where / "run.json").read_text())["data"]["tokenizer"]
         tokenizer = tokenizer or (of_run if of_run and Path(of_run).is_dir() else None)
     elif tokenizer is None and found.kind is CheckpointKind.HUGGING_FACE and tokenizer_files(where):
         tokenizer = str(where)
     with process_groups(ParallelismConfig()):
         seed_everything(0)
-        model: Any = model_provider(student=student, parallelism=ParallelismConfig(), dtype=resolve_dtype(dtype)).cuda()
+        model: Any = model_provider(student=student, parallelism=ParallelismConfig(), dtype=dtype).cuda()
         export_hf(model.eval(), output, student, tokenizer)
     print(f"exported {where.name} to {output}: the reloaded model gives the same logits", flush=True)
 

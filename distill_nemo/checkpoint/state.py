@@ -11,16 +11,22 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import nn
 
+from distill_nemo.models.megatron_weights import is_extra
 from distill_nemo.models.modelopt_state import is_modified
 
 PREFIX = "model."
-CONFIGURED = ("max_lr", "min_lr", "betas", "eps")  # of all groups of parameters alike
+CONFIGURED = ("max_lr", "min_lr", "betas", "eps", "fused")  # of all groups of parameters alike; fused: torch's Adam
 
 
 def _metadata() -> dict[str, Any]:
     """Which ranks hold copies, and the one kind of optimizer state that any layout can load."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    return {"dp_cp_group": group, "distrib_optim_sharding_type": "fully_reshardable"}
+    return {
+        "dp_cp_group": group,
+        "distrib_optim_sharding_type": "fully_reshardable",
+        # Gathered by gloo in the memory of one host; else on every GPU, 8 bytes a parameter that nobody has planned.
+        "distrib_optim_fully_reshardable_mem_efficient": True,
+    }
 
 
 def sharded_state(chunks: list[Any], optimizer: Any, scheduler: Any, loading: bool) -> dict[str, Any]:
@@ -29,10 +35,13 @@ def sharded_state(chunks: list[Any], optimizer: Any, scheduler: Any, loading: bo
         _allocate_adam_state(optimizer)
     weights = {f"chunk_{i}": model_state(chunk) for i, chunk in enumerate(chunks)}
     kept = optimizer.sharded_state_dict(dict(weights), is_loading=loading, metadata=_metadata())
+    for state in _nested(kept, "state"):
+        if isinstance(state, dict) and "common_step" in state:
+            state["common_step"] = state["common_step"].cpu()  # loaded on the device that it was saved from
     return {"weights": weights, "optimizer": kept, "scheduler": scheduler.state_dict()}
 
 
-def _torch_adams(optimizer: Any) -> list[Any]:
+def torch_adams(optimizer: Any) -> list[Any]:
     """The torch Adams inside; Transformer Engine's and Apex's keep the step elsewhere and need no help."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part.optimizer for part in parts if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW)]
@@ -40,10 +49,10 @@ def _torch_adams(optimizer: Any) -> list[Any]:
 
 def _allocate_adam_state(optimizer: Any) -> None:
     """Megatron describes what to load by the optimizer's state, which torch's Adam has only after its first step."""
-    for adam in _torch_adams(optimizer):
+    for adam in torch_adams(optimizer):
         for parameter in (p for group in adam.param_groups for p in group["params"]):
             moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
-            adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
+            adam.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
 
 
 def load_optimizer_state(optimizer: Any, state: dict[str, Any], step: int) -> None:
@@ -53,8 +62,11 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any], step: int) -> No
     one step tensor, which Adam would advance once per parameter. What the optimizer was configured with stays: Megatron
     takes the saved values, and does not find the groups of parameters where learning rates differ.
     """
-    for group in _saved_groups(state):
-        group.update({name: optimizer.param_groups[0][name] for name in CONFIGURED})
+    for groups in _nested(state, "param_groups"):
+        for group in groups:
+            group.update({name: x for name, x in optimizer.param_groups[0].items() if name in CONFIGURED})
+            if "step" in group:  # a float of torch's Adam, which Transformer Engine's does not take
+                group["step"] = int(group["step"])
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         copy = getattr(part, "_set_main_param_and_optimizer_states", None)
         if copy is not None:
@@ -64,20 +76,21 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any], step: int) -> No
     finally:
         for part in getattr(optimizer, "chained_optimizers", [optimizer]):
             part.__dict__.pop("_set_main_param_and_optimizer_states", None)
-    for adam in _torch_adams(optimizer):
-        for moments in adam.state.values():
-            moments["step"] = torch.tensor(float(step))
+    for adam in torch_adams(optimizer):
+        for parameter, moments in adam.state.items():
+            moments["step"] = torch.tensor(float(step), device=parameter.device)
 
 
-def _saved_groups(state: Any) -> Iterator[dict[str, Any]]:
-    """The groups of parameters in the state of an optimizer, or of several that are chained."""
+def _nested(state: Any, name: str) -> Iterator[Any]:
+    """Every value of that name in the state of an optimizer, or of several that are chained."""
     if isinstance(state, dict):
-        yield from state.get("param_groups", [])
+        if name in state:
+            yield state[name]
         for part in state.values():
-            yield from _saved_groups(part)
+            yield from _nested(part, name)
     elif isinstance(state, list):
         for part in state:
-            yield from _saved_groups(part)
+            yield from _nested(part, name)
 
 
 def _ignoring_step(copy: Any) -> Any:
@@ -88,7 +101,7 @@ def model_state(model: Any) -> dict[str, Any]:
     """The student's sharded tensors (and projections); of the extra states quantizers', as others are empty."""
     state = model.sharded_state_dict(prefix=PREFIX, metadata=_metadata())
     keep = is_modified(model)
-    return {name: value for name, value in state.items() if keep or not name.endswith("_extra_state")}
+    return {name: value for name, value in state.items() if keep or not is_extra(name)}
 
 
 def load_model_state(chunks: list[nn.Module], state: dict[str, Any]) -> None:

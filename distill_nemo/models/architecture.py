@@ -15,6 +15,7 @@ from megatron.core.parallel_state import get_tensor_model_parallel_rank
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
 from torch import Tensor
+from torch.nn.init import zeros_
 
 from distill_nemo.config import ModelConfig, ParallelismConfig, near
 from distill_nemo.models.context_parallel import give_own_positions
@@ -27,6 +28,8 @@ from distill_nemo.models.sources import CheckpointKind, find_checkpoint
 
 REQUIRED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
 NOT_IN_TENSORS = ("rotary_base", "norm_epsilon")  # a wrong default would load, and give other logits
+# Weights that are loaded anyway: every rank draws the whole of every tensor, a minute for 8B parameters and more.
+LOADED: dict[str, Any] = {"init_method": zeros_, "output_layer_init_method": zeros_}
 VOCAB_MULTIPLE = 128  # whatever the tensor parallel size, so that checkpoints reshard
 
 
@@ -151,7 +154,7 @@ def transformer_config(
         differing["heterogeneous_layers_config_encoded_json"] = json.dumps({"block_configs": as_megatron(model)})
     return kind(
         **differing,
-        **expert_settings(resolved, parallelism),
+        **expert_settings(resolved, parallelism, dtype),
         num_layers=resolved.num_layers,
         hidden_size=resolved.hidden_size,
         ffn_hidden_size=resolved.ffn_hidden_size,
@@ -166,6 +169,7 @@ def transformer_config(
         add_qkv_bias=resolved.family == "qwen2",
         qk_layernorm=resolved.family in QK_NORM_FAMILIES,
         init_method_std=resolved.init_std,
+        **({} if resolved.checkpoint is None else LOADED),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,

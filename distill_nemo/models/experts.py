@@ -54,7 +54,7 @@ def check_experts(values: dict[str, Any]) -> None:
         )
 
 
-def expert_settings(model: Any, parallelism: ParallelismConfig) -> dict[str, Any]:
+def expert_settings(model: Any, parallelism: ParallelismConfig, dtype: torch.dtype) -> dict[str, Any]:
     """Fields of Megatron's TransformerConfig of a resolved model; a dense one beside experts is not split over them.
 
     norm_topk_prob: softmax over the chosen logits is the softmax over all, divided by its sum over the chosen.
@@ -72,7 +72,7 @@ def expert_settings(model: Any, parallelism: ParallelismConfig) -> dict[str, Any
         "moe_aux_loss_coeff": 0.0,
         # gloo's all_to_all_single takes no tensors as split sizes; both dispatchers compute the same.
         "moe_token_dispatcher_type": "alltoall" if on_cuda else "allgather",
-        "moe_grouped_gemm": transformer_engine_usable(),
+        "moe_grouped_gemm": transformer_engine_usable(dtype),
         "expert_model_parallel_size": parallelism.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallelism.tensor_model_parallel_size,
     }

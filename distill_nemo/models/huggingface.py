@@ -281,7 +281,8 @@ def check_export(built: GPTModel, path: str, tolerance: float = 1e-4) -> None:
     """Reload `path` with transformers and compare its logits with Megatron's on random tokens.
 
     Raises:
-        RuntimeError: when the largest difference exceeds `tolerance` (2e-2 below fp32) of the largest logit.
+        RuntimeError: when the norm of the difference exceeds `tolerance` of the norm of the logits; 0.1 below fp32,
+            where other kernels alone give 0.03 and unrelated logits 1.4.
     """
     from transformers import AutoModelForCausalLM
 
@@ -296,7 +297,7 @@ def check_export(built: GPTModel, path: str, tolerance: float = 1e-4) -> None:
     ours = built.eval()(tokens, positions, None)[..., :vocab].float()
     built.train(training)
     theirs = reloaded(tokens).logits.float()
-    worst, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
-    allowed = (tolerance if weight.dtype == torch.float32 else 2e-2) * max(scale, 1e-6)
-    if not worst <= allowed:
-        raise RuntimeError(f"{path}: the exported model's logits differ by {worst:.2e}, allowed {allowed:.2e}")
+    apart = ((ours - theirs).norm() / theirs.norm().clamp_min(1e-6)).item()
+    allowed = tolerance if weight.dtype == torch.float32 else 0.1
+    if not apart <= allowed:
+        raise RuntimeError(f"{path}: the exported model's logits differ by {apart:.2e}, allowed {allowed:.2e}")

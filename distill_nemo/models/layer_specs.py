@@ -39,9 +39,12 @@ class RMSNorm(nn.Module):
         return self.weight * x.to(x_SBH.dtype)
 
 
-def transformer_engine_usable() -> bool:
-    """Whether Transformer Engine can run here: it imports without CUDA, but then builds no module."""
-    if not torch.cuda.is_available():
+def transformer_engine_usable(dtype: torch.dtype) -> bool:
+    """Whether Transformer Engine can run here: it imports without CUDA, but then builds no module.
+
+    In fp32 it multiplies in TF32, and has no attention but one that keeps all scores and knows no context parallelism.
+    """
+    if not torch.cuda.is_available() or dtype == torch.float32:
         return False
     try:
         import transformer_engine.pytorch  # type: ignore[import-not-found]  # noqa: F401
@@ -54,7 +57,7 @@ def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Transf
     """The layers of this pipeline stage and the norm after the last one."""
     if isinstance(config, HeterogeneousTransformerConfig):
         return _heterogeneous_spec(config, vp_stage)
-    if transformer_engine_usable():
+    if transformer_engine_usable(config.params_dtype):
         from megatron.core.extensions.transformer_engine import TENorm
 
         submodules, norm = (
@@ -84,7 +87,8 @@ def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Transf
 
 def _heterogeneous_spec(config: HeterogeneousTransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Megatron's spec of layers that differ, with our norm and attention where it would take its local ones."""
-    block: Any = get_gpt_heterogeneous_layer_spec(config, use_te=transformer_engine_usable(), vp_stage=vp_stage)
+    use_te = transformer_engine_usable(config.params_dtype)
+    block: Any = get_gpt_heterogeneous_layer_spec(config, use_te=use_te, vp_stage=vp_stage)
     for layer in block.layer_specs:
         attention = getattr(layer.submodules.self_attention, "submodules", None)
         for part in (layer.submodules, attention):

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, apply_factory_merges
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
@@ -60,12 +61,17 @@ def load_megatron_weights(directory: Path, built: GPTModel, model: ModelConfig) 
     check_megatron_tensors(directory, names, model, stacked, stray)
     metadata = {"non_homogeneous_layers": not stacked}
     part: Any = built.sharded_state_dict(prefix=prefix, metadata=metadata)
-    wanted = {name: value for name, value in part.items() if not name.endswith("_extra_state")}
+    wanted = {name: value for name, value in part.items() if not is_extra(name)}
     for value in nested_values(wanted):
         value.key = prefix + _stored_name(value.key.removeprefix(prefix), names)
     missing, _ = built.load_state_dict(_read(directory, wanted, prefix), strict=False)
-    missing = [name for name in missing if not name.endswith("_extra_state")]
+    missing = [name for name in missing if not is_extra(name)]
     assert not missing, f"the sharded state of the model leaves out {missing[:3]}"
+
+
+def is_extra(name: str) -> bool:
+    """Whether a state is no tensor but what Transformer Engine keeps of fp8; those of grouped experts are numbered."""
+    return re.search(r"_extra_state\d*$", name) is not None
 
 
 def key_prefix(stored: Shapes) -> str:
@@ -81,8 +87,7 @@ def stored_tensors(directory: Path) -> Shapes:
             short.
     """
     try:
-        check_contents(directory / ".metadata")
-        contents: Any = FileSystemReader(directory).read_metadata()
+        contents = _contents(directory)
         parts = [(s.relative_path, s.offset + s.length) for s in contents.storage_data.values()]
         tensors = {k: v for k, v in contents.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
     except ValueError:
@@ -105,6 +110,21 @@ def stored_tensors(directory: Path) -> Shapes:
         gate, up = shapes.pop(name + "_w"), shapes.pop(name + "_v", ())  # as ModelOpt's quantised MLPs are stored
         shapes[name] = (*gate[:-2], 2 * gate[-2], gate[-1]) if gate == up else gate
     return shapes
+
+
+def stored_dtype(directory: Path) -> torch.dtype:
+    """Of the embedding; fp32 when there is none.
+
+    Raises:
+        ValueError: when the table of contents could run code.
+    """
+    tensors = _contents(directory).state_dict_metadata
+    return next((t.properties.dtype for name, t in tensors.items() if name.endswith(EMBEDDING)), torch.float32)
+
+
+def _contents(directory: Path) -> Any:
+    check_contents(directory / ".metadata")
+    return FileSystemReader(directory).read_metadata()
 
 
 def expected_tensors(model: ModelConfig) -> tuple[list[Shapes], Shapes]:

@@ -21,7 +21,7 @@ class Memory:
     stays: dict[str, float] = field(default_factory=dict)  # by part, for the whole run
     activations: dict[str, float] = field(default_factory=dict)  # by moment: what micro batches have saved by then
     workspace: dict[str, float] = field(default_factory=dict)  # by moment: what it needs besides
-    before: dict[str, str] = field(default_factory=dict)  # by moment: which micro batches: none, others, all
+    before: dict[str, str] = field(default_factory=dict)  # by moment: which micro batches: others, all
 
     @property
     def moment(self) -> str:
@@ -54,15 +54,15 @@ def memory_of(setting: Setting, rank: int) -> Memory:
         "teacher's weights": setting.item * (teacher.total - elsewhere + waiting),
     }
     one, all_ = _saved(setting, rank)
-    for moment, (before, workspace) in _moments(setting, rank, shards).items():
-        memory.activations[moment] = {"none": 0, "others": all_ - one, "all": all_}[before]
+    for moment, (before, workspace) in _moments(setting, rank).items():
+        memory.activations[moment] = {"others": all_ - one, "all": all_}[before]
         memory.workspace[moment] = workspace
         memory.before[moment] = before
     return memory
 
 
-def _moments(setting: Setting, rank: int, shards: float) -> dict[str, tuple[str, float]]:
-    """By moment: whose activations are there, of none, the micro batches before or all; and the workspace."""
+def _moments(setting: Setting, rank: int) -> dict[str, tuple[str, float]]:
+    """By moment: whose activations are there, of the micro batches before or all; and the workspace."""
     student, teacher = setting.config.student, setting.config.teacher
     s: Any = student
     own = rank_layers(s, setting.config.parallelism, rank)
@@ -77,7 +77,6 @@ def _moments(setting: Setting, rank: int, shards: float) -> dict[str, tuple[str,
                 for layer in own
             ),
         ),
-        "the optimizer's step": ("none", _optimizer_workspace(setting, rank, shards)),
     }
     if setting.is_first(rank):
         moments["the embedding's gradient"] = ("others", setting.item * largest)
@@ -168,14 +167,3 @@ def whole_workspace(setting: Setting) -> float:
     if padded and not masked:
         backward += logits
     return 2 * logits + masked + max(copy, backward)
-
-
-def _optimizer_workspace(setting: Setting, rank: int, shards: float) -> float:
-    """None for a fused Adam. torch's takes a root of every second moment, on CPU of one parameter at a time, twice."""
-    if setting.transformer_engine:
-        return 0
-    if setting.on_gpu:
-        return 4 * shards
-    largest = _output_weight(setting)
-    copies = setting.data_parallel_size * setting.config.parallelism.context_parallel_size
-    return 8 * (largest / copies if setting.config.optimizer.use_distributed_optimizer else largest)

@@ -57,7 +57,7 @@ def _memory(setting: Setting, memory: Memory, gpu: Gpu) -> list[str]:
     train, stages = setting.config.training, setting.config.parallelism.pipeline_model_parallel_size
     where = f" (pipeline rank {memory.rank} of {stages})" if stages > 1 else ""
     moment = memory.moment
-    kept = {"none": 0, "others": in_flight(setting, memory.rank) - 1, "all": in_flight(setting, memory.rank)}
+    kept = {"others": in_flight(setting, memory.rank) - 1, "all": in_flight(setting, memory.rank)}
     count = kept[memory.before[moment]]
     about = {
         "gradients": "fp32",

@@ -16,6 +16,7 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
 
+from distill_nemo.checkpoint.state import torch_adams
 from distill_nemo.config import OptimizerConfig, RunConfig
 from distill_nemo.models.distillation import wire_config
 from distill_nemo.models.provider import model_provider
@@ -75,11 +76,22 @@ def wrap(unwrapped: list[Any], config: RunConfig, dtype: torch.dtype, load_weigh
         chunk.config = wire_config(inner)
         chunk.config.finalize_model_grads_func = finalize_model_grads
     optimizer = get_megatron_optimizer(_optimizer_config(config.optimizer, dtype), chunks)
+    for adam in torch_adams(optimizer):
+        _fuse(adam)
     if config.training.on_nan == "skip":
         _skip_not_finite(optimizer)
     for chunk in chunks:
         chunk.config.grad_scale_func = optimizer.scale_loss
     return Trainee(chunks, unwrapped, optimizer, _scheduler(optimizer, config.optimizer, config.training.steps))
+
+
+def _fuse(adam: Any) -> None:
+    """Let torch's Adam update in one pass without temporaries, as Transformer Engine's does; Megatron cannot say so.
+
+    Of 20M parameters on a CPU it takes a fifth of the time; on a GPU the default needs one more tensor of all moments.
+    """
+    for group in adam.param_groups:
+        group["fused"] = True
 
 
 def _skip_not_finite(optimizer: Any) -> None:

@@ -105,21 +105,28 @@ OTHER_OPTIMIZER = {
 
 @pytest.mark.parametrize("distributed", [True, False])
 def test_another_learning_rate_counts_from_the_checkpoint_on(inputs, one, tmp_path, distributed):
-    """After a loss that is not finite, a lower one is what the error advises; moments stay."""
+    """After a loss that is not finite, a lower one is what the error advises; moments stay, Adam is the fused one."""
     first = {"training.steps": 4, "optimizer.use_distributed_optimizer": distributed, "training.eval_interval": 100}
     then = {**first, **OTHER_OPTIMIZER, "training.steps": 8}
     one.run(train, inputs, tmp_path / "before", 1, 1, None, {**first, "training.steps": 8, "optimizer.decay_steps": 4})
     one.run(train, inputs, tmp_path / "after", 1, 1, None, then)
-    one.run(train, inputs, tmp_path / "run", 1, 1, None, first)
+    one.run(_with_unfused_adam, inputs, tmp_path / "run", first)
     said, groups, moments = one.run(_resumed, inputs, tmp_path / "run", then)[0]
     rates = {name: [line["lr"] for line in metrics(tmp_path / name) if line["kind"] == "train"] for name in RUNS}
     assert rates["run"] == rates["before"][:4] + rates["after"][4:]
-    assert set(groups) == {(decay, (0.9, 0.5), 1e-3) for decay in (0.5, 0.0)} and moments > 0
+    assert set(groups) == {(decay, (0.9, 0.5), 1e-3, True) for decay in (0.5, 0.0)} and moments > 0
     assert "optimizer.lr: was 0.01, is 0.001\n" in said
     assert "training.steps: was 4, is 8, to where the learning rate decays\n" in said
 
 
 RUNS = ("before", "after", "run")
+
+
+def _with_unfused_adam(inputs, output, changes):
+    """As runs were before Adam was a fused one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("distill_nemo.training.setup._fuse", lambda adam: None)
+        train(inputs, output, 1, changes=changes)
 
 
 def _resumed(inputs, output, changes):
@@ -130,7 +137,8 @@ def _resumed(inputs, output, changes):
 
     def look(loop):
         optimizer = loop.trainee.optimizer
-        found.append([(group["weight_decay"], tuple(group["betas"]), group["eps"]) for group in optimizer.param_groups])
+        names = ("weight_decay", "betas", "eps", "fused")
+        found.append([tuple(group[name] for name in names) for group in optimizer.param_groups])
         parts = getattr(optimizer, "chained_optimizers", [optimizer])
         found.append(sum(float(x["exp_avg"].norm()) for part in parts for x in part.optimizer.state.values()))
         return begin(loop)

@@ -1,6 +1,7 @@
 """Weights and architectures from and to Hugging Face: identical tensors, equal logits, and every refusal."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from distill_nemo.config import ParallelismConfig, StudentConfig
 from distill_nemo.runtime.device import setup_device
 from distill_nemo.runtime.process_groups import process_groups
 from tests.spawn import Gloo
-from tests.tiny_models import FAMILIES, write_hf
+from tests.tiny_models import FAMILIES, megatron_tensors, nemo_config, write_hf, write_nemo
 
 
 def logits_of(path, tensor=1, pipeline=1, expert=1):
@@ -218,6 +219,43 @@ def test_export_replaces_nothing_but_an_earlier_export_and_leaves_nothing_half_w
 
     config, tokenizer = AutoConfig.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     assert (config.bos_token_id, config.eos_token_id) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+
+
+def test_a_right_export_in_bf16_is_not_refused(tmp_path):
+    """Rounding sends tokens to other experts, which changes single logits by several hundredths of the largest."""
+    setup_device()
+    with process_groups(ParallelismConfig()):
+        from distill_nemo.models.architecture import resolve
+        from distill_nemo.models.huggingface import check_export, export_hf
+        from distill_nemo.models.provider import model_provider
+        from distill_nemo.runtime.seed import seed_everything
+
+        seed_everything(0)
+        student = resolve(StudentConfig(checkpoint=write_hf(tmp_path / "m", "qwen3_moe", layers=12)))
+        model: Any = model_provider(student=student, parallelism=ParallelismConfig(), dtype=torch.bfloat16)
+        export_hf(model, str(tmp_path / "out"), student)
+        weight = model.decoder.layers[0].self_attention.linear_qkv.weight
+        weight.data = weight.data.roll(1, 0)
+        with pytest.raises(RuntimeError, match="logits differ"):
+            check_export(model, str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_export_has_the_dtype_of_what_was_saved(one, tmp_path, dtype):
+    """Not of the machine that exports: a run on GPUs is often exported where there is none."""
+    one.run(_exported_from_nemo, tmp_path, dtype)
+    assert {x.dtype for x in load_file(tmp_path / "out" / "model.safetensors").values()} == {dtype}
+
+
+def _exported_from_nemo(root, dtype):
+    from distill_nemo.checkpoint.export import export
+
+    setup_device()
+    hf = write_hf(root / "hf", layers=1)
+    with process_groups(ParallelismConfig()):
+        tensors = {name: x.to(dtype) for name, x in megatron_tensors(hf).items()}
+        nemo = write_nemo(root / "nemo", tensors, nemo_config(hf, "llama"))
+    export(nemo, str(root / "out"), None)
 
 
 def test_missing_corrupt_and_contradicting_are_refused(tmp_path):

@@ -5,6 +5,8 @@ entry of the tensor. But for one thing: transformers takes the router's softmax 
 reference itself is rounded there to about 6e-8, the precision that Megatron has everywhere. The tolerance is the same.
 """
 
+import sys
+from types import ModuleType
 from unittest import mock
 
 import pytest
@@ -207,3 +209,25 @@ def test_a_run_gives_one_curve_at_every_layout_and_resumes(inputs, models, group
 def losses(lines):
     """Training losses and gradient norms, by step."""
     return {(line["step"], name): line[name] for line in lines for name in ("loss", "grad_norm") if name in line}
+
+
+def test_extra_states_of_grouped_experts_are_left_out(monkeypatch):
+    """Transformer Engine keeps one for each expert, and numbers all but the first."""
+    from distill_nemo.checkpoint import state
+
+    monkeypatch.setattr(state, "_metadata", dict)
+    names = ["model.a.weight", "model.a._extra_state", "model.a._extra_state1", "model.a._extra_state12"]
+    model = nn.Linear(1, 1)
+    model.sharded_state_dict = lambda prefix, metadata: dict.fromkeys(names)
+    assert list(state.model_state(model)) == names[:1]
+
+
+@pytest.mark.parametrize(("dtype", "usable"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_fp32_is_not_left_to_transformer_engine(monkeypatch, dtype, usable):
+    """Its products would be TF32."""
+    from distill_nemo.models.layer_specs import transformer_engine_usable
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("transformer_engine", "transformer_engine.pytorch"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    assert transformer_engine_usable(dtype) is usable
