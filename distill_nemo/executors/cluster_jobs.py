@@ -2,7 +2,7 @@
 
 import abc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 INTERVAL = 2.0  # seconds between two looks
@@ -73,36 +73,49 @@ class ClusterJob(abc.ABC):
             RuntimeError: in the cluster's words, when it does not.
         """
 
-    def follow(self, out: Any) -> Any:
-        """Write what the ranks say to `out` until the job has ended, or cannot start; returns how it is then.
+    def watched(self, lines: Callable[[], Iterator[str]]) -> Iterator[tuple[Any, str]]:
+        """Look after look until the job has ended: how it is then, with "", and with each of the new `lines`.
 
         Raises:
             UnseenError: when the cluster has not shown it `UNSEEN` times in a row. The job goes on. For logs alone it
                 waits as long as the job runs: those of a node that is lost come back with another.
         """
-        unseen = stuck = 0
-        before = told = ""
-        state = None
+        unseen, state = 0, None
         while True:
             runs = False
             try:
                 state = self.state()
                 runs = not state.ended
-                if state.waits == before and state.waits not in ("", told):  # some reasons last for a moment only
-                    print(f"{self.name}: job {self.id} {state}", file=out, flush=True)
-                    told = state.waits
-                before, stuck = state.waits, stuck + 1 if state.stuck else 0
-                for line in self.new_shown():
-                    out.write(line)
+                yield state, ""
+                for line in lines():
+                    yield state, line
                 unseen = 0
-                if state.ended or stuck >= STUCK:
-                    return state
+                if state.ended:
+                    return
             except UnseenError as error:
                 unseen = 0 if runs else unseen + 1
                 if unseen == UNSEEN and state and state.ended:
-                    return state
+                    return
                 if unseen == UNSEEN:
                     raise UnseenError(f"job {self.id} is not seen any more, and perhaps goes on: {error}") from None
-            finally:
-                out.flush()
             time.sleep(INTERVAL)
+
+    def follow(self, out: Any) -> Any:
+        """Write what the ranks say to `out` until the job has ended, or cannot start; returns how it is then.
+
+        Raises:
+            UnseenError: as `watched`.
+        """
+        state, stuck = None, 0
+        before = told = ""
+        for state, line in self.watched(self.new_shown):
+            if line:
+                print(line, end="", file=out, flush=True)
+                continue
+            if state.waits == before and state.waits not in ("", told):  # some reasons last for a moment only
+                print(f"{self.name}: job {self.id} {state}", file=out, flush=True)
+                told = state.waits
+            before, stuck = state.waits, stuck + 1 if state.stuck else 0
+            if stuck > STUCK:
+                break
+        return state

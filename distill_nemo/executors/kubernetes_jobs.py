@@ -1,14 +1,13 @@
 """TrainJobs on a Kubernetes cluster: how they are, what their pods say, and their end."""
 
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from distill_nemo.executors.cluster_jobs import INTERVAL, UNSEEN, ClusterJob, UnseenError
+from distill_nemo.executors.cluster_jobs import ClusterJob, UnseenError
 from distill_nemo.executors.endings import why_a_log_ended, why_nodes_ended
 from distill_nemo.executors.kubernetes_api import TRAIN_JOBS, asked
 from distill_nemo.executors.kubernetes_pods import (
@@ -137,22 +136,9 @@ class KubernetesJob(ClusterJob):
         """Lines as they come.
 
         Raises:
-            UnseenError: as `follow`.
+            UnseenError: as `watched`.
         """
-        state, unseen, ended = None, 0, False
-        while not ended:
-            runs = False
-            try:
-                state = self.state()
-                runs = not state.ended
-                yield from self.new_lines()
-                ended, unseen = state.ended, 0
-            except UnseenError:
-                unseen = 0 if runs else unseen + 1
-                ended = unseen == UNSEEN and state is not None and state.ended
-                if unseen == UNSEEN and not ended:
-                    raise
-            time.sleep(0 if ended else INTERVAL)
+        return (line for _, line in self.watched(self.new_lines) if line)
 
     def why(self, state: State) -> str:
         """`error: ...` of a job that did not complete."""

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from distill_nemo.executors import cluster_jobs, kubernetes, kubernetes_api, kubernetes_jobs, kubernetes_pods
+from distill_nemo.executors import cluster_jobs, kubernetes, kubernetes_api, kubernetes_pods
 from distill_nemo.executors.cluster_jobs import UNSEEN, UnseenError
 from distill_nemo.executors.kubernetes_api import Refused, created
 from distill_nemo.executors.kubernetes_jobs import KubernetesJob, State
@@ -116,8 +116,7 @@ def connect(tmp_path, monkeypatch):
         executor = kubernetes(image="x", nodes=nodes, devices=2)
         return KubernetesJob("train", "train-1", executor, str(tmp_path / "logs"))
 
-    for module in (cluster_jobs, kubernetes_jobs):
-        monkeypatch.setattr(module, "INTERVAL", 0)
+    monkeypatch.setattr(cluster_jobs, "INTERVAL", 0)
     return job
 
 
