@@ -91,12 +91,10 @@ def compare(shape: Shape, repeats: int, root: str) -> dict[str, Any]:
         with mock.patch("distill_nemo.models.layer_specs.CausalAttention", DotProductAttention):
             runs[AS_SHIPPED] = stepper(config, modelopt=True)
     runs[TEACHER] = teacher_forward(config)
-    for run in runs.values():
-        run()  # Adam's moments are there
-    memory = {}
+    memory: dict[str, dict[str, int]] = {name: tensors_at_peak(run, shape) for name, run in runs.items()}
     for name, run in runs.items():
         gc.collect()
-        memory[name] = {"extra_bytes": peak_bytes(run), **tensors_at_peak(run, shape)}
+        memory[name]["extra_bytes"] = peak_bytes(run)
     sizes = smaller_and_doubled(shape)
     steps = {f"scaling {name}": stepper(run_config(each, root)) for name, each in sizes.items()}
     for run in steps.values():
@@ -134,7 +132,7 @@ def tensors_at_peak(run: Callable[[], Any], shape: Shape) -> dict[str, int]:
     In units of bytes. The rest of `peak_bytes` is the allocator's and the libraries'.
     """
     with LiveBytes(large=shape.tokens * shape.vocabulary) as live:
-        run()
+        run()  # Adam's moments, and all else that stays
         live.peak = between = live.live
         run()
     return {"tensor_bytes": live.peak - between, "logits_bytes": live.large_at_peak}
