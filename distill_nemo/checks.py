@@ -38,6 +38,8 @@ NOT_NEGATIVE = (
     "distillation.hidden_weight",
     "distillation.kd_loss_scale",
 )
+BETAS = ("optimizer.adam_beta1", "optimizer.adam_beta2")
+SEEDS = ("training.seed", "training.data_seed")
 MAX_TEMPERATURE = 100.0
 FIELDS_OF_BALANCERS = {
     "static": ("lm_weight", "logits_weight", "hidden_weight"),
@@ -170,6 +172,12 @@ def _check_balancer(kd: DistillationConfig) -> None:
             f'"{balancer}"',
         )
 
+    require(
+        kd.balancer != "dynamic" or not kd.skip_lm_loss or kd.kd_loss_scale == DistillationConfig.kd_loss_scale,
+        f"distillation.kd_loss_scale = {kd.kd_loss_scale} weighs the loss beside the LM loss, which "
+        "distillation.skip_lm_loss leaves out: leave that out, or set skip_lm_loss to false",
+    )
+
 
 def _check_distillation(kd: DistillationConfig) -> None:
     _one_of("distillation.divergence", kd.divergence, DIVERGENCES)
@@ -182,6 +190,10 @@ def _check_distillation(kd: DistillationConfig) -> None:
         "rounding hides the loss",
     )
     require(0 < kd.beta < 1, f"distillation.beta must be between 0 and 1, got {kd.beta}")
+    require(
+        kd.divergence == "jensen_shannon" or kd.beta == DistillationConfig.beta,
+        f'distillation.beta = {kd.beta} goes with divergence = "jensen_shannon", not "{kd.divergence}"',
+    )
     if kd.top_k is not None:
         require(kd.top_k >= 1, f"distillation.top_k must be at least 1, got {kd.top_k}")
         require(
@@ -191,6 +203,10 @@ def _check_distillation(kd: DistillationConfig) -> None:
     require(
         not (kd.fused_linear and kd.balancer == "static" and kd.logits_weight == 0),
         "distillation.fused_linear = true needs a logits loss, but distillation.logits_weight = 0; leave it unset",
+    )
+    require(
+        kd.balancer != "static" or any((kd.lm_weight, kd.logits_weight, kd.hidden_weight)),
+        "distillation.lm_weight, logits_weight and hidden_weight are all 0: there is nothing to learn",
     )
 
 
@@ -214,6 +230,8 @@ def _check_ranges(config: RunConfig) -> None:
         (AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
         (POSITIVE, lambda value: 0 < value < math.inf, "positive"),
         (NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "0 or more"),
+        (BETAS, lambda value: 0 <= value < 1, "0 or more and below 1"),
+        (SEEDS, lambda value: value is None or 0 <= value < 2**31, "0 or more and below 2^31"),
     ):
         for name in names:
             value = attrgetter(name)(config)

@@ -1,7 +1,6 @@
 """From any saved step to a Hugging Face directory: the student is loaded at TP=1, PP=1, written, reloaded, compared."""
 
 import gc
-import json
 import os
 import subprocess
 import sys
@@ -68,6 +67,8 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None) -> None:
     from distill_nemo.runtime.device import resolve_dtype, setup_device
 
     setup_device()  # before Megatron is imported
+    from distill_nemo.checkpoint.directory import read_record
+    from distill_nemo.checkpoint.load import check_whole
     from distill_nemo.models.architecture import resolve
     from distill_nemo.models.huggingface import check_exportable, check_target, export_hf, tokenizer_files
     from distill_nemo.models.megatron_weights import stored_dtype
@@ -82,16 +83,26 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None) -> None:
     student = resolve(StudentConfig(checkpoint=str(where) if found.kind is CheckpointKind.OURS else checkpoint))
     check_exportable(student)
     dtype = resolve_dtype("auto") if found.kind is CheckpointKind.HUGGING_FACE else stored_dtype(where)
-    if (where / "run.json").is_file():
-        of_run = json.loads((where / "run.json").read_text())["data"]["tokenizer"]
-        tokenizer = tokenizer or (of_run if of_run and Path(of_run).is_dir() else None)
+    if found.kind is CheckpointKind.OURS and not tokenizer:
+        tokenizer = _tokenizer_of_run(read_record(where))
     elif tokenizer is None and found.kind is CheckpointKind.HUGGING_FACE and tokenizer_files(where):
         tokenizer = str(where)
     with process_groups(ParallelismConfig()):
+        check_whole(str(where))
         seed_everything(0)
         model: Any = model_provider(student=student, parallelism=ParallelismConfig(), dtype=dtype).cuda()
         export_hf(model.eval(), output, student, tokenizer)
     print(f"exported {where.name} to {output}: the reloaded model gives the same logits", flush=True)
+
+
+def _tokenizer_of_run(record: dict[str, Any]) -> str | None:
+    """The directory that the run names, else the Hugging Face one that its student came from, if there is one there."""
+    from distill_nemo.models.huggingface import tokenizer_files
+
+    named, student = record["data"]["tokenizer"], record["student"]["checkpoint"]
+    if named and not Path(named).is_dir():
+        print(f"warning: data.tokenizer = {named} is not there", file=sys.stderr, flush=True)
+    return next((each for each in (named, student) if each and tokenizer_files(Path(each))), None)
 
 
 if __name__ == "__main__":

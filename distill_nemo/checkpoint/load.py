@@ -16,6 +16,7 @@ from distill_nemo.checkpoint.state import (
     sharded_state,
 )
 from distill_nemo.config import first_few
+from distill_nemo.models.sources import CheckpointKind, find_checkpoint
 from distill_nemo.runtime.checksums import damages
 from distill_nemo.runtime.pickles import check_contents
 from distill_nemo.runtime.process_groups import rank
@@ -42,6 +43,17 @@ def newest_whole(root: Path) -> Path | None:
     if found:
         raise ValueError(f"no checkpoint in {root} is whole: choose another output_dir, or restore one of them")
     return None
+
+
+def check_whole(checkpoint: str | None) -> None:
+    """Refuse weights of a run of ours whose files are not what was written; every rank must call it.
+
+    Raises:
+        ValueError: naming the files.
+    """
+    found = find_checkpoint(Path(checkpoint)) if checkpoint else None
+    if found is not None and found.kind is CheckpointKind.OURS and (wrong := damages(found.weights)):
+        raise ValueError(f"{found.weights} is damaged: {'; '.join(first_few(wrong, MAX_LISTED))}; name another step")
 
 
 def load_checkpoint(directory: Path, chunks: list[Any], optimizer: Any, scheduler: Any) -> dict[str, Any]:

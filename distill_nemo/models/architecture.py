@@ -186,7 +186,7 @@ def transformer_config(
         recompute_granularity=granularity,
         recompute_method="uniform" if recompute == "full" else None,
         recompute_num_layers=1 if recompute == "full" else None,
-        use_cpu_initialization=True,  # the same weights whatever the layout
+        use_cpu_initialization=True,  # the same weights at every tensor parallel size
         bias_activation_fusion=not on_cpu,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,

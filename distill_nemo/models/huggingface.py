@@ -112,6 +112,19 @@ def check_hf_tensors(path: Path, model: ModelConfig) -> None:
     ]
     if problems:
         raise ValueError(f"{path} does not fit its architecture:\n  " + "\n  ".join(first_few(problems, MAX_LISTED)))
+    if ignored & found.keys() and not torch.equal(*(_stored(files, name) for name in VOCAB_TENSORS)):
+        raise ValueError(
+            f"{path}: config.json says tie_word_embeddings, but lm_head.weight and model.embed_tokens.weight differ: "
+            "transformers would use both; say tie_word_embeddings: false there"
+        )
+
+
+def _stored(files: list[Path], name: str) -> torch.Tensor:
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            if name in tensors.keys():
+                return tensors.get_tensor(name)
+    raise KeyError(name)
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -198,7 +211,7 @@ def export_hf(built: GPTModel, path: str, model: ModelConfig, tokenizer: str | N
     files = _needed_tokenizer_files(tokenizer)
     check_target(Path(path))
     dtype = next(built.parameters()).dtype
-    target = Path(path)
+    target = Path(path).resolve()
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -222,7 +235,8 @@ def _needed_tokenizer_files(tokenizer: str | None) -> list[Path]:
     files = tokenizer_files(Path(tokenizer))
     if not files:
         raise ValueError(f"{tokenizer} holds no tokenizer files ({', '.join(TOKENIZER_FILES)})")
-    return files
+    generation = Path(tokenizer, "generation_config.json")  # where an answer may end at several tokens
+    return [*files, generation] if generation.is_file() else files
 
 
 def _special_tokens(tokenizer: str | None) -> dict[str, int | None]:

@@ -35,7 +35,7 @@ def find_checkpoint(path: Path) -> FoundCheckpoint:
     description = stated if stated.is_file() else None
     if (path / "checkpoints" / "latest").is_file():  # the output directory of a run of ours
         path = path / "checkpoints"
-    if (path / "latest").is_file():
+    if (path / "latest").is_file() and not (path / "config.json").is_file():  # DeepSpeed writes one there
         path = path / (path / "latest").read_text().strip()
     if (path / "architecture.json").is_file():
         return FoundCheckpoint(CheckpointKind.OURS, path, path / "architecture.json")

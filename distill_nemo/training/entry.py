@@ -119,6 +119,10 @@ def run_config(config: RunConfig) -> None:
     setup_device()
     config = resolve_models(config)
     check(config, world_size())
+    require(
+        config.teacher is None or config.teacher.checkpoint is not None,
+        "teacher.checkpoint is not set: a teacher of random weights teaches nothing; name one, or say teacher=None",
+    )
     with process_groups(config.parallelism):
         stopped = _train(config)
         if stopped and rank() == 0:  # at once: when another rank ends first, torchrun ends this one
@@ -163,7 +167,7 @@ def _train_alone(config: RunConfig) -> int | None:
 
     from distill_nemo.checkpoint.directory import changes, check_resumable, checkpoint_root, read_record
     from distill_nemo.checkpoint.identity import run_record
-    from distill_nemo.checkpoint.load import load_checkpoint, newest_whole
+    from distill_nemo.checkpoint.load import check_whole, load_checkpoint, newest_whole
     from distill_nemo.models.huggingface import check_exportable
     from distill_nemo.runtime.device import resolve_dtype, setup_device
     from distill_nemo.runtime.process_groups import rank
@@ -186,6 +190,8 @@ def _train_alone(config: RunConfig) -> int | None:
         saved, now = read_record(newest), run_record(config)
         check_resumable(saved, now, config.checkpoint.resume)
         told = "".join(f"\n{line}" for line in changes(saved, now))
+    check_whole(config.teacher.checkpoint if config.teacher else None)
+    check_whole(config.student.checkpoint if newest is None else None)
     seed_everything(config.training.seed)
     trainee = build_trainee(config, dtype, load_weights=newest is None)
     loop = Loop(config, trainee, build_run_datasets(config), device)  # the first to write: models are refused before

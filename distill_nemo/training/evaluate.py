@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 
+from distill_nemo.checkpoint.load import check_whole
 from distill_nemo.config import DataConfig, ParallelismConfig, RunConfig, StudentConfig, TeacherConfig, TrainingConfig
 from distill_nemo.data.datasets import build_datasets, check_token_files, check_vocabulary
 from distill_nemo.data.samplers import batches
 from distill_nemo.evaluation import evaluate
-from distill_nemo.models.architecture import resolve
 from distill_nemo.models.provider import model_provider
 from distill_nemo.runtime.device import resolve_dtype, setup_device
 from distill_nemo.runtime.process_groups import process_groups, world_size
 from distill_nemo.runtime.seed import seed_everything
+from distill_nemo.training.entry import resolve_models
 
 MICRO_BATCH_SIZE = 8
 
@@ -44,14 +45,17 @@ def evaluate_student(
     """
     if world_size() != 1:
         raise ValueError(f"evaluate runs in one process, not {world_size()}: start it without torchrun")
-    config = RunConfig("", resolve(student), teacher)
+    config = RunConfig("", student, teacher)
     config.data = DataConfig(train=[data], valid=[data], sequence_length=sequence_length)
+    config = resolve_models(config)
     assert config.student.vocab_size is not None, "resolve fills it"
     check_token_files(config.data)
     check_vocabulary(config.data, config.student.vocab_size)
     micro_batch_size = math.gcd(samples, MICRO_BATCH_SIZE)
     setup_device()
     with process_groups(config.parallelism):
+        for model in (student, teacher):
+            check_whole(model.checkpoint if model else None)
         seed_everything(seed)
         model = _model(config)
         where = Path(cache or Path(data).parent / "index_cache")

@@ -4,6 +4,7 @@ A full disk: tests/distributed/test_no_space.py. SIGTERM: tests/distributed/test
 """
 
 import contextlib
+import hashlib
 import io
 import itertools
 import math
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import pytest
 
+from distill_nemo.config import StudentConfig
 from tests.spawn import ProcessEndedError
 from tests.training import changed, metrics, tiny_run
 
@@ -200,6 +202,31 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(inputs, two, whol
     assert metrics(output) == whole
 
 
+def test_damaged_weights_are_neither_exported_nor_taught_nor_measured(inputs, one, at_six, tmp_path):
+    run = shutil.copytree(at_six, tmp_path / "run")
+    flipped(run / "checkpoints" / SAVED)
+    for use in (exported, taught, evaluated):
+        with pytest.raises(ValueError, match=r"is damaged: __1_0\.distcp is not what was written"):
+            one.run(use, inputs, run, tmp_path)
+    assert not (tmp_path / "hf").exists() and not (tmp_path / "out" / "checkpoints").exists()
+
+
+def exported(inputs, run, root):
+    from distill_nemo.checkpoint.export import export
+
+    export(str(run), str(root / "hf"))
+
+
+def taught(inputs, run, root):
+    train(inputs, root / "out", {"teacher.checkpoint": str(run)})
+
+
+def evaluated(inputs, run, root):
+    from distill_nemo.training.evaluate import evaluate_student
+
+    evaluate_student(StudentConfig(str(run)), str(inputs / "valid"), None, 32, 8)
+
+
 def test_the_sums_are_those_of_sha256sum(at_six):
     checked = subprocess.run(
         ["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=at_six / "checkpoints" / SAVED, capture_output=True
@@ -223,8 +250,10 @@ class Runs:
 
 def test_a_table_of_contents_that_would_run_code(inputs, two, at_six, tmp_path):
     checkpoint = shutil.copytree(at_six / "checkpoints" / SAVED, tmp_path / "teacher")
-    with (checkpoint / ".metadata").open("wb") as file:
-        pickle.dump(Runs(), file)
+    contents, sums = checkpoint / ".metadata", checkpoint / "SHA256SUMS"
+    before = hashlib.sha256(contents.read_bytes()).hexdigest()
+    contents.write_bytes(pickle.dumps(Runs()))
+    sums.write_text(sums.read_text().replace(before, hashlib.sha256(contents.read_bytes()).hexdigest()))
     with pytest.raises(ValueError, match=r"\.metadata is not loaded: it names posix\.system"):
         two.run(train_there, tmp_path, inputs, checkpoint)
     assert not (tmp_path / "executed").exists()

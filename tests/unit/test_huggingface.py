@@ -1,6 +1,7 @@
 """Weights and architectures from and to Hugging Face: identical tensors, equal logits, and every refusal."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -256,6 +257,32 @@ def _exported_from_nemo(root, dtype):
         tensors = {name: x.to(dtype) for name, x in megatron_tensors(hf).items()}
         nemo = write_nemo(root / "nemo", tensors, nemo_config(hf, "llama"))
     export(nemo, str(root / "out"), None)
+
+
+def test_an_output_layer_of_its_own_beside_tied_embeddings_is_refused(tmp_path):
+    """Transformers would not tie them: the model would be another one."""
+    from distill_nemo.models.architecture import resolve
+    from distill_nemo.models.huggingface import check_hf_tensors
+
+    path = Path(write_hf(tmp_path / "m", "llama_tied"))
+    tensors = load_file(path / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    for head in (embedding.clone(), embedding + 1):
+        save_file(tensors | {"lm_head.weight": head}, path / "model.safetensors", {"format": "pt"})
+        if torch.equal(head, embedding):
+            check_hf_tensors(path, resolve(StudentConfig(checkpoint=str(path))))
+    with pytest.raises(ValueError, match=r"lm_head.weight and model.embed_tokens.weight differ"):
+        check_hf_tensors(path, resolve(StudentConfig(checkpoint=str(path))))
+
+
+def test_what_deepspeed_leaves_beside_a_model_is_no_tracker(tmp_path):
+    from distill_nemo.models.architecture import resolve
+
+    write_hf(tmp_path / "m")
+    (tmp_path / "m" / "latest").write_text("global_step500")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": None}))
+    assert resolve(resolve(StudentConfig(checkpoint=str(tmp_path / "m")))).num_layers == 4
 
 
 def test_missing_corrupt_and_contradicting_are_refused(tmp_path):

@@ -1,8 +1,11 @@
 """`model_provider` in its three modes, as a recipe binds it, from every source of weights."""
 
+import itertools
+
 import nemo_run as run
 import pytest
 import torch
+import torch.distributed as dist
 
 from distill_nemo.config import DistillationConfig, ParallelismConfig, StudentConfig, TeacherConfig
 from tests.distillation import Case, Layout, megatron_step
@@ -90,6 +93,35 @@ def shape_of_modes(student, teacher):
         "lm_loss": float(clean(TOKENS, torch.arange(12).expand(2, -1), None, labels=TOKENS).sum()),
         "plain_lm_loss": float(plain(TOKENS, torch.arange(12).expand(2, -1), None, labels=TOKENS).sum()),
     }
+
+
+def drawn(stage):
+    """The weights of one of four random stages, alone in its process."""
+    from megatron.core import parallel_state
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from distill_nemo.models.provider import model_provider
+    from distill_nemo.runtime.device import setup_device
+    from distill_nemo.runtime.seed import seed_everything
+
+    setup_device()
+    dist.init_process_group("fake", rank=stage, world_size=4, store=FakeStore())
+    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=4, create_gloo_process_groups=False)
+    seed_everything(1)
+    shape = {"hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "vocab_size": 507}
+    model = model_provider(
+        stage == 0, stage == 3, student=StudentConfig(num_layers=8, **shape), parallelism=ParallelismConfig(1, 4)
+    )
+    weights = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.dim() > 1}
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+    return weights
+
+
+def test_no_two_stages_of_a_random_student_are_alike(one):
+    stages = [one.run(drawn, stage)[0] for stage in range(4)]
+    for a, b in itertools.combinations(stages, 2):
+        assert a.keys() & b.keys() and not any(torch.equal(a[name], b[name]) for name in a.keys() & b.keys())
 
 
 def test_plain_distillation_and_finalised(models, one):
