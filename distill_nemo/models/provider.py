@@ -1,10 +1,13 @@
 """Build the models of a run: the student, its teacher, or the pair as one distillation model."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import modelopt.torch.distill as mtd
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from modelopt.torch.opt.conversion import ModeloptStateManager
 from torch import nn
@@ -25,6 +28,8 @@ from distill_nemo.models.modelopt_state import restore_modelopt_state
 from distill_nemo.models.offload import HostWeights
 from distill_nemo.models.sources import CheckpointKind, find_checkpoint
 from distill_nemo.runtime.device import setup_device
+
+STAGES_APART = 100
 
 
 def model_provider(
@@ -113,12 +118,26 @@ def _teacher_provider(config: TeacherConfig, model_kwargs: dict[str, Any]) -> GP
     return _build(resolve(config), model_kwargs, load_weights=True).requires_grad_(False).eval()
 
 
+@contextlib.contextmanager
+def _generator_of_this_stage(vp_stage: int | None) -> Iterator[None]:
+    """Stages draw from seeds of their own, 100 apart as in Megatron-LM: else they would be copies of each other."""
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    stage = parallel_state.get_pipeline_model_parallel_rank() + stages * (vp_stage or 0)
+    if stage == 0:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(torch.initial_seed() + STAGES_APART * stage)
+        yield
+
+
 def _build(
     model: ModelConfig, model_kwargs: dict[str, Any], load_weights: bool, recompute: str | None = None
 ) -> GPTModel:
     kwargs = dict(model_kwargs)
     config = transformer_config(model, kwargs.pop("parallelism"), kwargs.pop("dtype"), recompute)
-    built = gpt_model(model, config, **kwargs)
+    with _generator_of_this_stage(kwargs["vp_stage"]):
+        built = gpt_model(model, config, **kwargs)
     keep_experts_apart(built)
     if model.checkpoint is None:
         initialise_experts(built)

@@ -5,19 +5,15 @@ import random
 import numpy as np
 import torch
 
-STAGES_APART = 100  # as in Megatron-LM
-
 
 def seed_everything(seed: int) -> None:
     """Seed all generators; model-parallel ranks get their own streams where they must differ.
 
-    Data-parallel ranks share a seed: with equal weights and no dropout they need nothing else. Pipeline stages do not:
-    they would draw the same weights for their layers.
+    Data-parallel ranks share a seed: with equal weights and no dropout they need nothing else.
     """
-    from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed + STAGES_APART * parallel_state.get_pipeline_model_parallel_rank())
+    torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
