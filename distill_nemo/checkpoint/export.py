@@ -88,7 +88,7 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None) -> None:
     elif tokenizer is None and found.kind is CheckpointKind.HUGGING_FACE and tokenizer_files(where):
         tokenizer = str(where)
     with process_groups(ParallelismConfig()):
-        check_whole(str(where))
+        check_whole(student)
         seed_everything(0)
         model: Any = model_provider(student=student, parallelism=ParallelismConfig(), dtype=dtype).cuda()
         export_hf(model.eval(), output, student, tokenizer)

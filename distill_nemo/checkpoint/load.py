@@ -15,7 +15,7 @@ from distill_nemo.checkpoint.state import (
     rng_state,
     sharded_state,
 )
-from distill_nemo.config import first_few
+from distill_nemo.config import ModelConfig, first_few
 from distill_nemo.models.sources import CheckpointKind, find_checkpoint
 from distill_nemo.runtime.checksums import damages
 from distill_nemo.runtime.pickles import check_contents
@@ -45,15 +45,17 @@ def newest_whole(root: Path) -> Path | None:
     return None
 
 
-def check_whole(checkpoint: str | None) -> None:
-    """Refuse weights of a run of ours whose files are not what was written; every rank must call it.
+def check_whole(*models: ModelConfig | None) -> None:
+    """Refuse models from a run of ours whose files are not what was written; every rank must call it.
 
     Raises:
         ValueError: naming the files.
     """
-    found = find_checkpoint(Path(checkpoint)) if checkpoint else None
-    if found is not None and found.kind is CheckpointKind.OURS and (wrong := damages(found.weights)):
-        raise ValueError(f"{found.weights} is damaged: {'; '.join(first_few(wrong, MAX_LISTED))}; name another step")
+    for checkpoint in (model.checkpoint for model in models if model is not None and model.checkpoint):
+        found = find_checkpoint(Path(checkpoint))
+        if found.kind is CheckpointKind.OURS and (wrong := damages(found.weights)):
+            said = "; ".join(first_few(wrong, MAX_LISTED))
+            raise ValueError(f"{found.weights} is damaged: {said}; name another step")
 
 
 def load_checkpoint(directory: Path, chunks: list[Any], optimizer: Any, scheduler: Any) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def hidden_pairs(
     Raises:
         ValueError: on every stage alike, for a layer that does not exist or a pair on two stages.
     """
-    own, pairs = own_stage(student), {}
+    own, pairs = own_stage(getattr(student, "vp_stage", None)), {}
     sequence_group = _tensor_parallel_group(student) if student.config.sequence_parallel else None
     for number, names in enumerate(pair.split(":") for pair in distill_cfg.hidden_layers):
         (stage, local), (teachers_stage, teachers_local) = (
@@ -167,10 +167,10 @@ def _initialise(weight: Tensor, number: int) -> None:
     nn.init.kaiming_uniform_(weight, a=5**0.5, generator=generator)
 
 
-def own_stage(model: GPTModel) -> int:
+def own_stage(vp_stage: int | None) -> int:
     """This chunk's place in the order of the model's stages."""
-    size, virtual = model.config.pipeline_model_parallel_size, getattr(model, "vp_stage", None) or 0
-    return virtual * size + parallel_state.get_pipeline_model_parallel_rank()
+    size = parallel_state.get_pipeline_model_parallel_world_size()
+    return (vp_stage or 0) * size + parallel_state.get_pipeline_model_parallel_rank()
 
 
 def locate_layer(name: str, model: GPTModel) -> tuple[int, str]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from distill_nemo.config import ParallelismConfig
 from distill_nemo.models.layer_specs import transformer_engine_usable
+from distill_nemo.runtime.seed import seed_apart
 
 MOE_FAMILIES = ("qwen3_moe",)
 MOE_SIZES = ("num_experts", "num_experts_per_tok", "moe_ffn_hidden_size")
@@ -126,8 +127,7 @@ def _drawn(kind: str, number: int, config: Any) -> Tensor:
     init = config.init_method if first else config.output_layer_init_method
     ffn, hidden = config.moe_ffn_hidden_size, config.hidden_size
     whole = torch.empty((2, ffn, hidden) if first else (1, hidden, ffn))
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(torch.initial_seed() + 2 * number + first + 1)
+    with seed_apart(2 * number + first + 1):
         init(whole)
     group: Any = parallel_state.get_expert_tensor_parallel_group()
     return whole.chunk(group.size(), dim=1 if first else 2)[group.rank()].flatten(0, 1)

@@ -1,13 +1,11 @@
 """Build the models of a run: the student, its teacher, or the pair as one distillation model."""
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import modelopt.torch.distill as mtd
 import torch
-from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from modelopt.torch.opt.conversion import ModeloptStateManager
 from torch import nn
@@ -20,7 +18,7 @@ from distill_nemo.config import (
     TeacherConfig,
 )
 from distill_nemo.models.architecture import check_same_vocabulary, gpt_model, resolve, transformer_config
-from distill_nemo.models.distillation import convert_to_distillation_model
+from distill_nemo.models.distillation import convert_to_distillation_model, own_stage
 from distill_nemo.models.experts import initialise_experts, keep_experts_apart
 from distill_nemo.models.huggingface import load_hf_weights
 from distill_nemo.models.megatron_weights import load_megatron_weights
@@ -28,8 +26,10 @@ from distill_nemo.models.modelopt_state import restore_modelopt_state
 from distill_nemo.models.offload import HostWeights
 from distill_nemo.models.sources import CheckpointKind, find_checkpoint
 from distill_nemo.runtime.device import setup_device
+from distill_nemo.runtime.seed import seed_apart
 
-STAGES_APART = 100
+# Between seeds from which stages draw, else they would be copies of each other; experts' are apart by less.
+STAGES_APART = 10**6
 
 
 def model_provider(
@@ -118,25 +118,13 @@ def _teacher_provider(config: TeacherConfig, model_kwargs: dict[str, Any]) -> GP
     return _build(resolve(config), model_kwargs, load_weights=True).requires_grad_(False).eval()
 
 
-@contextlib.contextmanager
-def _generator_of_this_stage(vp_stage: int | None) -> Iterator[None]:
-    """Stages draw from seeds of their own, 100 apart as in Megatron-LM: else they would be copies of each other."""
-    stages = parallel_state.get_pipeline_model_parallel_world_size()
-    stage = parallel_state.get_pipeline_model_parallel_rank() + stages * (vp_stage or 0)
-    if stage == 0:
-        yield
-        return
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(torch.initial_seed() + STAGES_APART * stage)
-        yield
-
-
 def _build(
     model: ModelConfig, model_kwargs: dict[str, Any], load_weights: bool, recompute: str | None = None
 ) -> GPTModel:
     kwargs = dict(model_kwargs)
     config = transformer_config(model, kwargs.pop("parallelism"), kwargs.pop("dtype"), recompute)
-    with _generator_of_this_stage(kwargs["vp_stage"]):
+    stage = own_stage(kwargs["vp_stage"])
+    with seed_apart(STAGES_APART * stage) if stage else contextlib.nullcontext():
         built = gpt_model(model, config, **kwargs)
     keep_experts_apart(built)
     if model.checkpoint is None:

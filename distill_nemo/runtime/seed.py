@@ -1,6 +1,8 @@
 """One seed for Python, NumPy, torch and Megatron's tensor-parallel generators."""
 
+import contextlib
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -17,3 +19,11 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
+
+
+@contextlib.contextmanager
+def seed_apart(offset: int) -> Iterator[None]:
+    """Draw on the CPU from the run's seed plus `offset`; after it, go on as if nothing had been drawn."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(torch.initial_seed() + offset)
+        yield

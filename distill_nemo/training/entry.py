@@ -190,8 +190,7 @@ def _train_alone(config: RunConfig) -> int | None:
         saved, now = read_record(newest), run_record(config)
         check_resumable(saved, now, config.checkpoint.resume)
         told = "".join(f"\n{line}" for line in changes(saved, now))
-    check_whole(config.teacher.checkpoint if config.teacher else None)
-    check_whole(config.student.checkpoint if newest is None else None)
+    check_whole(config.teacher, config.student if newest is None else None)
     seed_everything(config.training.seed)
     trainee = build_trainee(config, dtype, load_weights=newest is None)
     loop = Loop(config, trainee, build_run_datasets(config), device)  # the first to write: models are refused before

@@ -54,8 +54,7 @@ def evaluate_student(
     micro_batch_size = math.gcd(samples, MICRO_BATCH_SIZE)
     setup_device()
     with process_groups(config.parallelism):
-        for model in (student, teacher):
-            check_whole(model.checkpoint if model else None)
+        check_whole(student, teacher)
         seed_everything(seed)
         model = _model(config)
         where = Path(cache or Path(data).parent / "index_cache")
