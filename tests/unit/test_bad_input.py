@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from distill_nemo.config import StudentConfig
 from tests.tiny_models import write_hf
 from tests.training import metrics, tiny_run
 
@@ -67,6 +68,23 @@ def refused(group, inputs, output, changes=(), world_size=1):
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_before_anything_is_written(inputs, one, tmp_path, changes, world_size, words):
     assert words in refused(one, inputs, tmp_path / "out", changes, world_size)
+
+
+def test_a_teacher_of_random_weights(inputs, one, tmp_path):
+    shape = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4, "vocab_size": 507}
+    changes = {"teacher.checkpoint": None} | {f"teacher.{name}": value for name, value in shape.items()}
+    assert "teacher.checkpoint is not set" in refused(one, inputs, tmp_path / "run", changes)
+
+
+def test_an_evaluation_beyond_the_positions_of_a_model(inputs, one):
+    with pytest.raises(ValueError, match="longer than the student's max_position_embeddings"):
+        one.run(evaluated, inputs, 10**6)
+
+
+def evaluated(inputs, length):
+    from distill_nemo.training.evaluate import evaluate_student
+
+    evaluate_student(StudentConfig(str(inputs / "student")), str(inputs / "valid"), None, length, 8)
 
 
 def test_vocabularies(inputs, one, tmp_path):

@@ -1,6 +1,7 @@
 """Weights and architectures from and to Hugging Face: identical tensors, equal logits, and every refusal."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,42 @@ def test_an_export_has_the_dtype_of_what_was_saved(one, tmp_path, dtype):
     """Not of the machine that exports: a run on GPUs is often exported where there is none."""
     one.run(_exported_from_nemo, tmp_path, dtype)
     assert {x.dtype for x in load_file(tmp_path / "out" / "model.safetensors").values()} == {dtype}
+
+
+def test_without_a_tokenizer_of_the_run_an_export_has_the_students(one, tmp_path):
+    """And what a generation ends at; through a link that stands for the output."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    ends = one.run(_exported_with_the_students_tokenizer, tmp_path)[0]
+    student = tmp_path / "target"
+    assert (tmp_path / "link").is_symlink() and len(AutoTokenizer.from_pretrained(student)) == 300
+    assert GenerationConfig.from_pretrained(student).eos_token_id == ends
+
+
+def _exported_with_the_students_tokenizer(root):
+    from distill_nemo.checkpoint import export
+    from distill_nemo.data.stdlib_corpus import stdlib_modules, train_tokenizer
+    from distill_nemo.models.architecture import resolve
+    from distill_nemo.models.huggingface import export_hf
+    from distill_nemo.models.provider import model_provider
+    from distill_nemo.runtime.seed import seed_everything
+
+    setup_device()
+    hf, ends = write_hf(root / "hf", layers=1), [0, 5]
+    train_tokenizer(stdlib_modules()[:3], root / "tokenizer", 300)
+    shutil.copytree(root / "tokenizer", hf, dirs_exist_ok=True)
+    (Path(hf) / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    (root / "target").mkdir()
+    (root / "link").symlink_to(root / "target")
+    with process_groups(ParallelismConfig()):
+        seed_everything(0)
+        student = resolve(StudentConfig(checkpoint=hf))
+        model = model_provider(student=student, parallelism=ParallelismConfig())
+        for named in (None, str(root / "gone")):
+            found = export._tokenizer_of_run({"data": {"tokenizer": named}, "student": {"checkpoint": hf}})
+            assert found == hf
+        export_hf(model, str(root / "link"), student, found)
+    return ends
 
 
 def _exported_from_nemo(root, dtype):
