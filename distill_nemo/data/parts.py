@@ -52,7 +52,7 @@ class Part:
 
 def open_tokenizer(path: str, append_eod: bool) -> tuple[TokenizerFacts, Callable[[Path], None]]:
     """The facts of a tokenizer, and a function that saves its fast form (if it has one) for the workers."""
-    loaded = _load_tokenizer(path)
+    loaded = load_tokenizer(path)
     eod = loaded.eos_token_id
     if eod is None:
         known = loaded.get_vocab()
@@ -70,7 +70,12 @@ def open_tokenizer(path: str, append_eod: bool) -> tuple[TokenizerFacts, Callabl
     return tok, lambda to: backend.save(str(to)) if backend is not None else to.unlink(missing_ok=True)
 
 
-def _load_tokenizer(path: str) -> Any:
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer in a Hugging Face directory.
+
+    Raises:
+        ValueError: when there is none, or it cannot be loaded.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     directory = Path(path)
@@ -127,7 +132,7 @@ def make_part(part: Part) -> dict[str, Any]:
 def _encoder(fast: str, path: str) -> Callable[[list[str]], list[list[int]]]:
     """Texts -> ids, without special tokens. `fast` is the saved fast tokenizer; without one, transformers is loaded."""
     if not Path(fast).exists():
-        slow = _load_tokenizer(path)
+        slow = load_tokenizer(path)
         return lambda texts: slow(texts, add_special_tokens=False, verbose=False)["input_ids"]
     import tokenizers
 

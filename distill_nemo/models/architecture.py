@@ -6,6 +6,7 @@ A `ModelConfig` is *resolved* when every field has a value; all but `resolve` ta
 import dataclasses
 import json
 import logging
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from megatron.core.transformer.heterogeneous.heterogeneous_config import Heterog
 from torch import Tensor
 from torch.nn.init import zeros_
 
-from distill_nemo.config import ModelConfig, ParallelismConfig, near
+from distill_nemo.config import ModelConfig, ParallelismConfig, StudentConfig, TeacherConfig, near
 from distill_nemo.models.context_parallel import give_own_positions
 from distill_nemo.models.experts import MOE_FAMILIES, MOE_SIZES, check_experts, expert_settings
 from distill_nemo.models.hf_config import FAMILIES, QK_NORM_FAMILIES, check_rope_scaling, from_huggingface
@@ -25,12 +26,14 @@ from distill_nemo.models.layer_specs import block_spec
 from distill_nemo.models.layers import as_megatron, layers
 from distill_nemo.models.nemo_config import read_nemo_config
 from distill_nemo.models.sources import CheckpointKind, find_checkpoint
+from distill_nemo.runtime.process_groups import rank
 
 REQUIRED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
 NOT_IN_TENSORS = ("rotary_base", "norm_epsilon")  # a wrong default would load, and give other logits
 # Weights that are loaded anyway: every rank draws the whole of every tensor, a minute for 8B parameters and more.
 LOADED: dict[str, Any] = {"init_method": zeros_, "output_layer_init_method": zeros_}
 VOCAB_MULTIPLE = 128  # whatever the tensor parallel size, so that checkpoints reshard
+MORE_ROWS = 0.01  # of the student's vocabulary, that a teacher may have more without a word: padding, not tokens
 
 
 def resolve[T: ModelConfig](model: T) -> T:
@@ -46,11 +49,13 @@ def resolve[T: ModelConfig](model: T) -> T:
         if name not in values:
             raise ValueError(f'{model.checkpoint}/architecture.json: unknown field "{name}".{near(name, values)}')
         given = values[name]
-        if given is not None and name not in ("init_std", "checkpoint") and given != value:
+        fewer_rows = name == "vocab_size" and given is not None and given < value  # the last ones are left out
+        if given is not None and name not in ("init_std", "checkpoint") and given != value and not fewer_rows:
             raise ValueError(f"{name} = {given} contradicts {model.checkpoint}, which says {value}; leave it unset")
         if given is None:
             values[name] = value
     _check_complete(model.checkpoint, values, described)
+    _check_sizes(values)
     moe = values["family"] in MOE_FAMILIES
     defaults = {
         "family": "llama",
@@ -67,6 +72,8 @@ def resolve[T: ModelConfig](model: T) -> T:
     if values["family"] not in FAMILIES:
         raise ValueError(f'family "{values["family"]}" is not known.{near(str(values["family"]), FAMILIES)}')
     check_rope_scaling(values["rope_scaling"])
+    if values["kv_channels"] < 2 or values["kv_channels"] % 2:
+        raise ValueError(f"kv_channels = {values['kv_channels']} is not even: rotary embeddings turn pairs of channels")
     heads, groups = values["num_attention_heads"], values["num_query_groups"]
     if heads % groups:
         raise ValueError(f"num_attention_heads = {heads} is not divisible by num_query_groups = {groups}")
@@ -89,6 +96,12 @@ def _check_complete(checkpoint: str | None, values: dict[str, Any], described: d
         raise ValueError(f"{checkpoint} does not say {', '.join(missing)}: set them beside checkpoint")
 
 
+def _check_sizes(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if type(value) in (int, float) and not (isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be above 0, got {value}")
+
+
 def describe_checkpoint(path: Path) -> dict[str, Any]:
     """The architecture that a checkpoint states, by `ModelConfig` field; empty where it states none."""
     found = find_checkpoint(path)
@@ -96,7 +109,7 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
         return {}
     if found.kind is CheckpointKind.OURS:
         own = _read_json(found.description)
-        return {k: v for k, v in own.items() if v is not None and k != "checkpoint"}
+        return {k: v for k, v in own.items() if k != "checkpoint"}
     if found.kind is CheckpointKind.HUGGING_FACE:
         return from_huggingface(_read_json(found.description), found.weights)
     return read_nemo_config(found.description)
@@ -117,17 +130,31 @@ def padded_vocab_size(vocab_size: int) -> int:
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-def check_same_vocabulary(student: ModelConfig, teacher: ModelConfig) -> None:
-    """Refuse a pair of resolved models whose tokens differ.
+def resolve_pair(student: StudentConfig, teacher: TeacherConfig | None) -> tuple[StudentConfig, TeacherConfig | None]:
+    """Both resolved, with the student's vocabulary. A teacher's last rows are left out, up to `MORE_ROWS`.
+
+    Models of one tokenizer are padded to different sizes (Qwen2.5: 151,936 rows at 1.5B, 152,064 at 7B).
 
     Raises:
-        ValueError: stating both sizes.
+        ValueError: as `resolve` does, and when the vocabularies differ otherwise, stating both sizes.
     """
-    if student.vocab_size != teacher.vocab_size:
+    student = resolve(student)
+    if teacher is None:
+        return student, None
+    given, teacher = teacher.vocab_size, resolve(teacher)
+    assert student.vocab_size is not None and teacher.vocab_size is not None, "resolved"
+    more = teacher.vocab_size - student.vocab_size
+    if given is None and 0 < more <= MORE_ROWS * student.vocab_size:
+        if rank() == 0:
+            print(f"teacher: the last {more:,} of its {teacher.vocab_size:,} ids are left out, which the student lacks")
+        teacher.vocab_size = student.vocab_size
+    elif more:
         raise ValueError(
             f"student and teacher must share a vocabulary: student.vocab_size = {student.vocab_size}, "
-            f"teacher.vocab_size = {teacher.vocab_size}; padding may differ, the true size may not"
+            f"teacher.vocab_size = {teacher.vocab_size}; where the last rows of the larger are padding, set both to "
+            "the smaller size, which leaves them out"
         )
+    return student, teacher
 
 
 def transformer_config(

@@ -5,6 +5,7 @@ safetensors are read, and an export appears only when whole.
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -43,23 +44,25 @@ def load_hf_weights(built: GPTModel, path: str, model: ModelConfig) -> None:
         ValueError: when a tensor is missing, extra or of another shape, or a file is corrupt, by name.
     """
     check_hf_tensors(Path(path), model)
-    _Importer(built, path, dtype=next(built.parameters()).dtype)._import_state_dict()
+    assert model.vocab_size is not None, "resolved"
+    _Importer(built, path, model.vocab_size)._import_state_dict()
 
 
 class _Importer(GPTModelImporter):
-    """ModelOpt's, with the vocabulary padded to the rows that Megatron has, and without its progress bar."""
+    """ModelOpt's, with the vocabulary cut or padded to the rows that Megatron has, and without its progress bar."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, built: GPTModel, path: str, vocab_size: int) -> None:
+        super().__init__(built, path, dtype=next(built.parameters()).dtype)
         self.disable_tqdm = True
+        self.vocab_size = vocab_size
         self.rules |= grouped_rules(self.rules)
 
     def _get_safetensor(self, key: str, parallel_config: Any = None) -> Tensor:
         if key not in VOCAB_TENSORS:
             return super()._get_safetensor(key, parallel_config)
-        rows = super()._get_safetensor(key, None)
-        padded = rows.new_zeros(padded_vocab_size(rows.shape[0]), rows.shape[1])
-        padded[: rows.shape[0]] = rows
+        rows = super()._get_safetensor(key, None)[: self.vocab_size]
+        padded = rows.new_zeros(padded_vocab_size(self.vocab_size), rows.shape[1])
+        padded[: self.vocab_size] = rows
         size, rank = (f() for f in (_tensor_parallel_size, parallel_state.get_tensor_model_parallel_rank))
         return padded.chunk(size)[rank]
 
@@ -100,7 +103,8 @@ def check_hf_tensors(path: Path, model: ModelConfig) -> None:
                 found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is corrupt or truncated: {error}") from None
-    wanted = expected_tensors(model)
+    stored = json.loads((path / "config.json").read_text())["vocab_size"]  # the model may take its first rows only
+    wanted = expected_tensors(dataclasses.replace(model, vocab_size=stored))
     ignored = {"lm_head.weight"} if model.tie_word_embeddings else set()
     problems = [f"missing: {name} {shape}" for name, shape in wanted.items() if name not in found]
     found = {name: shape for name, shape in found.items() if not name.endswith("rotary_emb.inv_freq")}  # old Llamas
@@ -128,16 +132,16 @@ def _stored(files: list[Path], name: str) -> torch.Tensor:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    """The files that the importer will read: those of the index, else `model.safetensors`."""
+    """The files that the importer will read, and transformers: `model.safetensors`, else those of the index."""
     if not any(path.glob("*.safetensors")):
         raise ValueError(
             f"{path} holds no *.safetensors files, and pickles (*.bin) can run code when they are opened: they are not "
             f"read here. If you trust them: nemo distill convert checkpoint={path} output=NEW allow_pickle=true"
         )
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
     index = path / INDEX
     if not index.is_file():
-        if (path / "model.safetensors").is_file():
-            return [path / "model.safetensors"]
         raise ValueError(f"{path} has neither model.safetensors nor {INDEX}, which says what its other files hold")
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))

@@ -17,7 +17,7 @@ from distill_nemo.config import (
     StudentConfig,
     TeacherConfig,
 )
-from distill_nemo.models.architecture import check_same_vocabulary, gpt_model, resolve, transformer_config
+from distill_nemo.models.architecture import gpt_model, resolve, resolve_pair, transformer_config
 from distill_nemo.models.distillation import convert_to_distillation_model, own_stage
 from distill_nemo.models.experts import initialise_experts, keep_experts_apart
 from distill_nemo.models.huggingface import load_hf_weights
@@ -68,11 +68,9 @@ def model_provider(
     """
     where = {"pre_process": pre_process, "post_process": post_process, "parallel_output": parallel_output}
     model_kwargs = {**where, "vp_stage": vp_stage, "parallelism": parallelism, "dtype": dtype}
-    student = resolve(student)
+    student, teacher = resolve_pair(student, teacher)
     if teacher is None:
         return _build(student, model_kwargs, load_weights, recompute)
-    teacher = resolve(teacher)
-    check_same_vocabulary(student, teacher)
     assert student.vocab_size is not None, "resolve fills it"
     model = _build(student, model_kwargs, load_weights, recompute)
     distillation = distillation or DistillationConfig()

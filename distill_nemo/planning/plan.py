@@ -1,7 +1,6 @@
 """`nemo distill plan`: from a recipe's config to what is printed. No model is built and no GPU needed."""
 
 from distill_nemo.config import RunConfig, require
-from distill_nemo.models.architecture import check_same_vocabulary
 from distill_nemo.planning.advice import check_setting, what_would_fit
 from distill_nemo.planning.gpus import Gpu
 from distill_nemo.planning.memory import fullest
@@ -28,8 +27,6 @@ def print_plan(
     """
     require(0 < utilisation <= 1, f"utilisation must be above 0 and at most 1, got {utilisation:g}")
     config = _resolved(config)
-    if config.teacher is not None:
-        check_same_vocabulary(config.student, config.teacher)
     setting = Setting(config, world_size, transformer_engine=transformer_engine)
     check_setting(setting)
     print(report(name, setting, gpu, utilisation))

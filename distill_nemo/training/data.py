@@ -1,18 +1,24 @@
 """The datasets of a run: as many samples as its steps need; and the checks that come before them."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from distill_nemo.config import RunConfig
 from distill_nemo.data.datasets import build_datasets, check_token_files, check_vocabulary
-from distill_nemo.data.parts import open_tokenizer
+from distill_nemo.data.parts import load_tokenizer, open_tokenizer
+from distill_nemo.models.huggingface import tokenizer_files
+from distill_nemo.runtime.process_groups import rank
+
+RENAMED = 0.01  # share of ids that may name other tokens: fine-tuned models rename reserved ones
 
 
 def check_run_data(config: RunConfig) -> None:
     """Refuse token files and tokenizers that do not fit the student; reads little and writes nothing.
 
     Raises:
-        ValueError: for files that are missing, empty, truncated, or of a larger vocabulary than the model's.
+        ValueError: for files that are missing, empty, truncated, or of a larger vocabulary than the model's, and for
+            a student and a teacher whose ids are other tokens.
     """
     vocab_size, tokenizer = config.student.vocab_size, config.data.tokenizer
     assert vocab_size is not None, "resolved before"
@@ -24,6 +30,40 @@ def check_run_data(config: RunConfig) -> None:
             raise ValueError(
                 f"data.tokenizer = {tokenizer} has {size} ids, but student.vocab_size = {vocab_size}: name the "
                 "student's own tokenizer, and prepare the text with it"
+            )
+
+    if rank() == 0:
+        check_same_tokens(config)
+
+
+def check_same_tokens(config: RunConfig) -> None:
+    """Compare the tokenizers that lie beside the models and that the config names, id by id.
+
+    Vocabularies of one size may still be others, and a loss between them falls and means nothing.
+
+    Raises:
+        ValueError: with the first id that is another token.
+    """
+    named = {
+        "data.tokenizer": config.data.tokenizer,
+        "student.checkpoint": config.student.checkpoint,
+        "teacher.checkpoint": config.teacher.checkpoint if config.teacher else None,
+    }
+    known: list[tuple[str, dict[int, str]]] = []
+    for field, path in named.items():
+        if path and tokenizer_files(Path(path)):
+            with contextlib.suppress(ValueError):  # what cannot be loaded here is not needed either
+                known.append((field, {i: token for token, i in load_tokenizer(path).get_vocab().items()}))
+    for field, theirs in known[1:]:
+        first, ours = known[0]
+        shared = sorted(ours.keys() & theirs.keys())
+        apart = [i for i in shared if ours[i] != theirs[i]]
+        if len(apart) > RENAMED * len(shared):
+            i = apart[0]
+            raise ValueError(
+                f"{first} = {named[first]} and {field} = {named[field]} have different tokenizers: of {len(shared):,} "
+                f"ids {len(apart):,} are other tokens, {i} say, {ours[i]!r} and {theirs[i]!r}; logits can be compared "
+                "only where both models have the same tokens"
             )
 
 

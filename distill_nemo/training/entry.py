@@ -133,18 +133,16 @@ def run_config(config: RunConfig) -> None:
 
 def resolve_models(config: RunConfig) -> RunConfig:
     """The config with every architecture field filled in from the checkpoints."""
-    from distill_nemo.models.architecture import resolve
+    from distill_nemo.models.architecture import resolve_pair
 
-    for role in ("student", "teacher"):
-        model = getattr(config, role)
-        if model is not None:
-            setattr(config, role, resolve(model))
-            limit = getattr(config, role).max_position_embeddings
-            if limit is not None and config.data.sequence_length > limit:
-                raise ValueError(
-                    f"data.sequence_length = {config.data.sequence_length} is longer than the {role}'s "
-                    f"max_position_embeddings = {limit}"
-                )
+    config.student, config.teacher = resolve_pair(config.student, config.teacher)
+    for role, model in (("student", config.student), ("teacher", config.teacher)):
+        limit = model.max_position_embeddings if model else None
+        if limit is not None and config.data.sequence_length > limit:
+            raise ValueError(
+                f"data.sequence_length = {config.data.sequence_length} is longer than the {role}'s "
+                f"max_position_embeddings = {limit}"
+            )
     return config
 
 

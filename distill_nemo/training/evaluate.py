@@ -1,6 +1,7 @@
 """Figures of one model on held-out tokens, by the code that training evaluates with."""
 
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from distill_nemo.models.provider import model_provider
 from distill_nemo.runtime.device import resolve_dtype, setup_device
 from distill_nemo.runtime.process_groups import process_groups, world_size
 from distill_nemo.runtime.seed import seed_everything
+from distill_nemo.training.data import check_same_tokens
 from distill_nemo.training.entry import resolve_models
 
 MICRO_BATCH_SIZE = 8
@@ -38,7 +40,7 @@ def evaluate_student(
         sequence_length: tokens per sample.
         samples: how many; more than the data holds repeats it.
         seed: `training.seed` of the run, for a student without a checkpoint.
-        cache: directory for Megatron's sample index.
+        cache: directory that keeps Megatron's sample index; None for one that is gone afterwards.
 
     Raises:
         ValueError: for bad token files or checkpoints, or under more than one process.
@@ -51,15 +53,15 @@ def evaluate_student(
     assert config.student.vocab_size is not None, "resolve fills it"
     check_token_files(config.data)
     check_vocabulary(config.data, config.student.vocab_size)
+    check_same_tokens(config)
     micro_batch_size = math.gcd(samples, MICRO_BATCH_SIZE)
     setup_device()
-    with process_groups(config.parallelism):
+    with tempfile.TemporaryDirectory() as kept_nowhere, process_groups(config.parallelism):
         check_whole(student, teacher)
         seed_everything(seed)
         model = _model(config)
-        where = Path(cache or Path(data).parent / "index_cache")
         valid: Any
-        _, valid = build_datasets(config.data, TrainingConfig(), where, samples, samples)
+        _, valid = build_datasets(config.data, TrainingConfig(), Path(cache or kept_nowhere), samples, samples)
         stream = batches(
             valid,
             consumed_samples=0,

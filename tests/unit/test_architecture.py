@@ -102,9 +102,30 @@ def test_our_own_description_is_read_back_and_checked(tmp_path):
     assert again == dataclasses.replace(resolved, checkpoint=str(tmp_path))
     with pytest.raises(ValueError, match=r"rotary_base = 5\.0 contradicts"):
         resolve(StudentConfig(checkpoint=str(tmp_path), rotary_base=5.0))
+    with pytest.raises(ValueError, match=r"rope_scaling = .* contradicts .* says None"):
+        resolve(StudentConfig(checkpoint=str(tmp_path), rope_scaling=LLAMA3))
     own.write_text(json.dumps(dataclasses.asdict(resolved) | {"num_layer": 4}))
     with pytest.raises(ValueError, match=r'unknown field "num_layer".*num_layers'):
         resolve(StudentConfig(checkpoint=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("num_layers", 0, "num_layers must be above 0, got 0"),
+        ("num_attention_heads", 0, "num_attention_heads must be above 0"),
+        ("rotary_base", -1.0, "rotary_base must be above 0, got -1.0"),
+        ("init_std", float("nan"), "init_std must be above 0, got nan"),
+        ("kv_channels", 7, "kv_channels = 7 is not even"),
+        ("hidden_size", 3, "kv_channels = 0 is not even"),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused(field, value, words):
+    from distill_nemo.models.architecture import resolve
+
+    with pytest.raises(ValueError) as raised:
+        resolve(StudentConfig(**SHAPE | {field: value}))
+    assert words in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Each case is a whole run in a real process, up to its refusal. Weights that do n
 and test_teacher_provider.py; fields: test_config.py; the command line: tests/cli.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -92,16 +93,49 @@ def test_vocabularies(inputs, one, tmp_path):
     write_hf(tmp_path / "smaller", layers=2, width=32, vocab=400)
     write_hf(tmp_path / "larger", layers=2, width=32, vocab=600)
     output = tmp_path / "out"
-    said = refused(one, inputs, output, {"student.checkpoint": str(tmp_path / "smaller")})
+    smaller = {"student.checkpoint": str(tmp_path / "smaller"), "teacher.vocab_size": 400}
+    said = refused(one, inputs, output, smaller)
     assert "was made with a tokenizer of 507 ids" in said and "vocab_size is 400" in said
     shutil.copytree(inputs / "tokenizer", tmp_path / "tokenizer")
     for suffix in (".bin", ".idx"):  # made elsewhere, without our manifest
         shutil.copy(f"{inputs}/train{suffix}", f"{tmp_path}/foreign{suffix}")
     changes = {"data.train": [f"{tmp_path}/foreign"], "data.valid": [f"{tmp_path}/foreign"]}
-    said = refused(one, inputs, output, changes | {"student.checkpoint": str(tmp_path / "smaller")})
+    said = refused(one, inputs, output, changes | smaller)
     assert "data.tokenizer" in said and "has 507 ids, but student.vocab_size = 400" in said
     said = refused(one, inputs, output, {"teacher.checkpoint": str(tmp_path / "larger")})
     assert "student.vocab_size = 507" in said and "teacher.vocab_size = 600" in said
+
+
+def test_tokenizers_of_one_size_whose_ids_differ(inputs, one, tmp_path):
+    """As many ids, other tokens: the loss would fall, and mean nothing."""
+    teacher = shutil.copytree(inputs / "teacher", tmp_path / "teacher")
+    shutil.copytree(inputs / "tokenizer", teacher, dirs_exist_ok=True)
+    tokens = {i: token for token, i in tokenizer_vocab(teacher).items()}
+    rename(teacher, {tokens[300]: 301, tokens[301]: 300})  # as fine-tuned models rename a few
+    config = tiny_run(inputs, tmp_path / "out", steps=4)
+    config.teacher.checkpoint, config.student.vocab_size = str(teacher), 507
+    one.run(checked_data, config)
+    rename(teacher, {tokens[i]: 799 - i for i in range(300, 500)})
+    said = refused(one, inputs, tmp_path / "out", {"teacher.checkpoint": str(teacher)})
+    assert f"data.tokenizer = {inputs}/tokenizer and teacher.checkpoint = {teacher} have different tokenizers" in said
+    assert f"of 507 ids 200 are other tokens, 300 say, {tokens[300]!r} and {tokens[499]!r}" in said
+
+
+def tokenizer_vocab(directory):
+    return json.loads(Path(directory, "tokenizer.json").read_text())["model"]["vocab"]
+
+
+def rename(directory, ids):
+    """Give some tokens other ids."""
+    tokenizer = json.loads(Path(directory, "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] |= ids
+    Path(directory, "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def checked_data(config):
+    from distill_nemo.training.data import check_run_data
+
+    check_run_data(config)
 
 
 def test_damaged_token_files(inputs, one, tmp_path):

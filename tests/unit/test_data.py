@@ -1,7 +1,6 @@
 """Datasets, blends, the checks of token files, and the sampler."""
 
 import json
-import multiprocessing
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -188,26 +187,18 @@ def test_a_resumed_stream_goes_on_where_it_stopped_also_with_workers():
     assert batch["loss_mask"].dtype == torch.float32 and batch["tokens"].shape == (2, 3)
 
 
-def _build_on_rank(rank: int, folder: str, results) -> None:
+def built_on_rank(folder: str) -> tuple[list[list[int]], list[int]]:
     path = Path(folder)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo")
     data = DataConfig(train=["1", str(path / "a"), "3", str(path / "b")], split="90,10,0", sequence_length=16)
     train, valid = build(data, path)
-    results.put((rank, [train[i]["tokens"].tolist() for i in range(30)], valid[0]["tokens"].tolist()))
     torch.distributed.destroy_process_group()
+    return [train[i]["tokens"].tolist() for i in range(30)], valid[0]["tokens"].tolist()
 
 
-def test_ranks_share_one_cache_and_one_order(tmp_path: Path):
+def test_ranks_share_one_cache_and_one_order(tmp_path: Path, two):
     write_tokens(tmp_path / "a", 0)
     write_tokens(tmp_path / "b", 5000)
-    context = multiprocessing.get_context("fork")  # spares two imports of Megatron
-    results = context.Queue()
-    processes = [context.Process(target=_build_on_rank, args=(rank, str(tmp_path), results)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    first, second = results.get(timeout=60), results.get(timeout=60)
-    for process in processes:
-        process.join()
-    assert first[1:] == second[1:] and {first[0], second[0]} == {0, 1}
-    assert [process.exitcode for process in processes] == [0, 0]
+    first, second = two.run(built_on_rank, str(tmp_path))
+    assert first == second
     assert len([path for path in (tmp_path / "cache").iterdir() if path.suffix != ".tmp"]) == 1

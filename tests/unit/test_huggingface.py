@@ -119,18 +119,20 @@ def _truncate(path):
     file.write_bytes(file.read_bytes()[:999])
 
 
-NORM = "model.norm.weight"
+def _shard(path, index):
+    (path / "model.safetensors").rename(path / "model-00001-of-00001.safetensors")
+    if index:
+        (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+NORM, GONE = "model.norm.weight", "gone.safetensors"
 BROKEN = {
     f"missing: {NORM}": lambda path: _edit(path, lambda t: t.pop(NORM)),
     "extra: surplus": lambda path: _edit(path, lambda t: t.update(surplus=torch.ones(2))),
     f"{NORM} has shape (3,), needs (64,)": lambda path: _edit(path, lambda t: t.update({NORM: torch.ones(3)})),
     "corrupt or truncated": _truncate,
-    "neither model.safetensors nor model.safetensors.index.json": lambda path: (path / "model.safetensors").rename(
-        path / "model-00001-of-00001.safetensors"
-    ),
-    "names files that are not there: gone.safetensors": lambda path: (path / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {NORM: "gone.safetensors"}})
-    ),
+    "neither model.safetensors nor model.safetensors.index.json": lambda path: _shard(path, None),
+    "names files that are not there: gone.safetensors": lambda path: _shard(path, {"weight_map": {NORM: GONE}}),
     "no *.safetensors": lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin"),
 }
 
@@ -177,9 +179,12 @@ def test_buffers_of_old_llamas_and_surplus_files_beside_an_index_do_not_matter(t
     write_hf(path)
     _edit(path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
     names = load_file(path / "model.safetensors").keys()
-    index = {"weight_map": {name: "model.safetensors" for name in names}}
+    index = {"weight_map": {name: "model-1.safetensors" for name in names}}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (path / "model.safetensors").rename(path / "model-1.safetensors")
     save_file({"stale": torch.ones(1)}, path / "stale.safetensors")
+    check_hf_tensors(path, resolve(StudentConfig(checkpoint=str(path))))
+    (path / "model-1.safetensors").rename(path / "model.safetensors")  # is read then, by transformers and ModelOpt too
     check_hf_tensors(path, resolve(StudentConfig(checkpoint=str(path))))
 
 

@@ -1,11 +1,15 @@
 """`model_provider` in its three modes, as a recipe binds it, from every source of weights."""
 
 import itertools
+import json
+import shutil
+from pathlib import Path
 
 import nemo_run as run
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from distill_nemo.config import DistillationConfig, ParallelismConfig, StudentConfig, TeacherConfig
 from tests.distillation import Case, Layout, megatron_step
@@ -167,6 +171,54 @@ def build_pair(student, teacher):
     provider(student, teacher)()
 
 
-def test_another_vocabulary_is_refused_with_both_sizes(models, one):
-    with pytest.raises(ValueError, match=r"student\.vocab_size = 507, teacher\.vocab_size = 600"):
-        one.run(in_one_process, build_pair, models["student"], models["other_vocabulary"])
+@pytest.mark.parametrize(("student", "teacher"), [("student", "other_vocabulary"), ("other_vocabulary", "teacher")])
+def test_another_vocabulary_is_refused_with_both_sizes(models, one, student, teacher):
+    said = "student.vocab_size = 507, teacher.vocab_size = 600"
+    said = said if student == "student" else "student.vocab_size = 600, teacher.vocab_size = 507"
+    with pytest.raises(ValueError, match=said):
+        one.run(in_one_process, build_pair, models[student], models[teacher])
+
+
+def cut(source, target, rows):
+    """A copy whose vocabulary has the first `rows` only, made without the package."""
+    shutil.copytree(source, target)
+    config, weights = json.loads(Path(target, "config.json").read_text()), load_file(f"{target}/model.safetensors")
+    Path(target, "config.json").write_text(json.dumps(config | {"vocab_size": rows}))
+    short = {name: weights[name][:rows].clone() for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    save_file(weights | short, f"{target}/model.safetensors", {"format": "pt"})
+    return str(target)
+
+
+def test_a_teacher_padded_to_more_rows_is_cut_to_the_students(one, two, tmp_path):
+    from tests.distillation import gradients
+
+    student = write_hf(tmp_path / "student", "llama", seed=2, layers=2, width=32, vocab=12_800)
+    teacher = write_hf(tmp_path / "teacher", "llama", layers=2, width=32, vocab=12_900)
+    by_hand = cut(teacher, tmp_path / "by_hand", 12_800)
+    means, gradient = [], []
+    for name, path in (("whole", teacher), ("cut", by_hand)):
+        output = str(tmp_path / f"out_{name}")
+        means.append(two.run(megatron_step, Case(student, path), Layout(tensor=2), output)[0])
+        gradient.append(one.run(gradients, output)[0])
+    assert means[0] == means[1] and means[0]["logit_loss"] > 0.1
+    assert all(torch.equal(gradient[0][name], gradient[1][name]) for name in gradient[1])
+
+
+def cut_and_exported(checkpoint, output):
+    from distill_nemo.models.architecture import resolve
+    from distill_nemo.models.huggingface import export_hf
+    from distill_nemo.models.provider import model_provider
+
+    student = resolve(StudentConfig(checkpoint, vocab_size=507))
+    model = model_provider(student=student, parallelism=ParallelismConfig())
+    export_hf(model, output, student)
+    return logits(model)
+
+
+def test_rows_beyond_a_smaller_vocab_size_are_left_out(models, one, tmp_path):
+    ours = one.run(in_one_process, cut_and_exported, models["other_vocabulary"], str(tmp_path / "out"))[0]
+    by_hand = cut(models["other_vocabulary"], tmp_path / "by_hand", 507)
+    torch.testing.assert_close(ours, transformers_logits(by_hand), atol=1e-5, rtol=1e-5)
+    exported, expected = (load_file(f"{path}/model.safetensors") for path in (tmp_path / "out", by_hand))
+    assert exported.keys() == expected.keys()
+    assert all(torch.equal(exported[name], expected[name]) for name in expected)

@@ -51,6 +51,7 @@ def incomplete(path):
     [
         (lambda path: None, False, "can run code when they are opened: add allow_pickle=true if you trust"),
         (malicious, True, "was not opened"),
+        (lambda path: (path / "pytorch_model.bin").write_bytes(b""), True, "was not opened"),
         (incomplete, True, "does not fit its config.json: missing keys: model.norm.weight"),
         (lambda path: (path / "pytorch_model.bin").unlink(), True, "nothing to convert"),
         (lambda path: write_hf(path, "llama", layers=1), True, "holds safetensors, which training reads as they are"),
