@@ -3,6 +3,10 @@
 Forward reads every logit once (online log-sum-exp; twice for Jensen-Shannon), one program to a token. Backward reads
 once and writes once, one program to a token and block of columns; a token without a gradient is not read. All sums run
 in fp32 and one order, without atomics: the same bits every time.
+
+Memory decides the time only while few instructions are spent on a column: an H200 has about 30 for one of student and
+teacher in bf16. So logits are multiplied by 1/T, never divided; exponentials are the hardware's, of base 2; and no
+number leaves its thread within a loop. tests/unit/test_kernels.py counts them in the code for sm_90.
 """
 
 import torch
@@ -10,73 +14,84 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096
-WARPS = 8
+# Forward: one thread has ROWS of the columns of a lane. Backward: BLOCK columns of one token.
+ROWS, LANES, LANE_WARPS = 4, 1024, 4
+BLOCK, WARPS = 4096, 8
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-1e30)  # a peak before any column: finite, as -inf - -inf would be NaN
 
 
 @triton.jit
-def _load(logits, columns, width, temperature):
-    x = tl.load(logits + columns, mask=columns < width, other=-float("inf")).to(tl.float32)
-    return tl.math.div_rn(x, temperature)
+def _load(logits, columns, width):
+    return tl.load(logits + columns, mask=columns < width, other=-float("inf")).to(tl.float32)
 
 
 @triton.jit
-def _shift(peak):
-    """What to subtract: -inf - -inf would be NaN, and weights are 0 whatever is subtracted."""
-    return tl.where(peak == -float("inf"), 0.0, peak)
+def _exp(x):
+    """`tl.exp` spends three more instructions on results below 1e-38, which are 0 here."""
+    return tl.exp2(x * LOG2_E)
 
 
 @triton.jit
-def _statistics(P, Q, OUT, p_stride, q_stride, num_tokens, width, temperature, BLOCK: tl.constexpr):
+def _statistics(
+    P, Q, OUT, p_stride, q_stride, num_tokens, width, per_temperature, ROWS: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    """Every lane has a peak and sums of its own, put together at the end."""
     token = tl.program_id(0).to(tl.int64)
-    x_peak, y_peak = tl.full((), -float("inf"), tl.float32), tl.full((), -float("inf"), tl.float32)
-    x_sum, y_sum, weighed = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
-    for start in range(0, width, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        x = _load(P + token * p_stride, columns, width, temperature)
-        y = _load(Q + token * q_stride, columns, width, temperature)
-        x_new, y_new = tl.maximum(x_peak, tl.max(x, 0)), tl.maximum(y_peak, tl.max(y, 0))
-        x_scale, y_scale = tl.exp(x_peak - _shift(x_new)), tl.exp(y_peak - _shift(y_new))
-        weights = tl.exp(x - _shift(x_new))
+    block = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    x_peak, y_peak = tl.full((LANES,), LOWEST, tl.float32), tl.full((LANES,), LOWEST, tl.float32)
+    x_sum, y_sum = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
+    weighed = tl.zeros((LANES,), tl.float32)
+    for start in range(0, width, ROWS * LANES):
+        x = _load(P + token * p_stride, start + block, width)
+        y = _load(Q + token * q_stride, start + block, width)
+        x_new = tl.maximum(x_peak, tl.max(x, 0) * per_temperature)
+        y_new = tl.maximum(y_peak, tl.max(y, 0) * per_temperature)
+        x_scale, y_scale = _exp(x_peak - x_new), _exp(y_peak - y_new)
+        weights = _exp(x * per_temperature - x_new[None, :])
         x_sum = x_sum * x_scale + tl.sum(weights, 0)
-        y_sum = y_sum * y_scale + tl.sum(tl.exp(y - _shift(y_new)), 0)
+        y_sum = y_sum * y_scale + tl.sum(_exp(y * per_temperature - y_new[None, :]), 0)
         weighed = weighed * x_scale + tl.sum(tl.where(weights == 0, 0.0, weights * (x - y)), 0)
         x_peak, y_peak = x_new, y_new
-    tl.store(OUT + token, _shift(x_peak) + tl.log(x_sum))
-    tl.store(OUT + num_tokens + token, tl.where(x_sum == 0, 0.0, weighed / x_sum))
-    tl.store(OUT + 2 * num_tokens + token, _shift(y_peak) + tl.log(y_sum))
+    x_top, y_top = tl.max(x_peak, 0), tl.max(y_peak, 0)
+    x_scale = _exp(x_peak - x_top)
+    x_total, y_total = tl.sum(x_sum * x_scale, 0), tl.sum(y_sum * _exp(y_peak - y_top), 0)
+    mean = tl.sum(weighed * x_scale, 0) * per_temperature / x_total
+    tl.store(OUT + token, x_top + tl.log(x_total))
+    tl.store(OUT + num_tokens + token, tl.where(x_total == 0, 0.0, mean))
+    tl.store(OUT + 2 * num_tokens + token, y_top + tl.log(y_total))
 
 
 @triton.jit
 def _log_ratios(log_p_q, beta):
     """See `eager._log_ratios`; exp(-|x|) - 1 in place of expm1."""
     share = tl.where(log_p_q > 0, 1 - beta, beta)
-    larger = -tl.log(1 + share * (tl.exp(-tl.abs(log_p_q)) - 1))
+    larger = -tl.log(1 + share * (_exp(-tl.abs(log_p_q)) - 1))
     return larger + tl.minimum(log_p_q, 0.0), larger - tl.maximum(log_p_q, 0.0)
 
 
 @triton.jit
 def _jensen_shannon_kls(
-    Z, T, Z_LSE, T_LSE, OUT, z_stride, t_stride, num_tokens, width, temperature, beta, BLOCK: tl.constexpr
-):
+    Z, T, Z_LSE, T_LSE, OUT, z_stride, t_stride, num_tokens, width, per_temperature, beta, BLOCK: tl.constexpr
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     z_lse, t_lse = tl.load(Z_LSE + token), tl.load(T_LSE + token)
-    p_m, q_m = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
+    p_m, q_m = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        log_q = _load(Z + token * z_stride, columns, width, temperature) - z_lse
-        log_p = _load(T + token * t_stride, columns, width, temperature) - t_lse
+        log_q = _load(Z + token * z_stride, columns, width) * per_temperature - z_lse
+        log_p = _load(T + token * t_stride, columns, width) * per_temperature - t_lse
         log_p_m, log_q_m = _log_ratios(log_p - log_q, beta)
-        p, q = tl.exp(log_p), tl.exp(log_q)
-        p_m += tl.sum(tl.where(p == 0, 0.0, p * log_p_m), 0)
-        q_m += tl.sum(tl.where(q == 0, 0.0, q * log_q_m), 0)
-    tl.store(OUT + token, p_m)
-    tl.store(OUT + num_tokens + token, q_m)
+        p, q = _exp(log_p), _exp(log_q)
+        p_m += tl.where(p == 0, 0.0, p * log_p_m)
+        q_m += tl.where(q == 0, 0.0, q * log_q_m)
+    tl.store(OUT + token, tl.sum(p_m, 0))
+    tl.store(OUT + num_tokens + token, tl.sum(q_m, 0))
 
 
 @triton.jit
 def _gradient(
-    Z, T, Z_LSE, OTHER, KL, GRAD, OUT, z_stride, t_stride, width, temperature, beta,
+    Z, T, Z_LSE, OTHER, KL, GRAD, OUT, z_stride, t_stride, width, per_temperature, beta,
     DIVERGENCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """OTHER is the teacher's log-sum-exp, for reverse KL the mean; KL is read for Jensen-Shannon only."""
@@ -85,17 +100,18 @@ def _gradient(
     grad, z_lse, other = tl.load(GRAD + token), tl.load(Z_LSE + token), tl.load(OTHER + token)
     slope = tl.zeros((BLOCK,), tl.float32)
     if grad != 0:
-        a = _load(Z + token * z_stride, columns, width, temperature)
-        b = _load(T + token * t_stride, columns, width, temperature)
-        q = tl.exp(a - z_lse)
+        z = _load(Z + token * z_stride, columns, width)
+        t = _load(T + token * t_stride, columns, width)
+        log_q = z * per_temperature - z_lse
+        q = _exp(log_q)
         if DIVERGENCE == "forward_kl":
-            slope = q - tl.exp(b - other)
+            slope = q - _exp(t * per_temperature - other)
         elif DIVERGENCE == "reverse_kl":
-            slope = tl.where(q == 0, 0.0, q * (a - b - other))
+            slope = tl.where(q == 0, 0.0, q * ((z - t) * per_temperature - other))
         else:
-            _, log_q_m = _log_ratios(b - other - (a - z_lse), beta)
+            _, log_q_m = _log_ratios(t * per_temperature - other - log_q, beta)
             slope = tl.where(q == 0, 0.0, (1 - beta) * q * (log_q_m - tl.load(KL + token)))
-        slope = slope * (grad / temperature)
+        slope = slope * (grad * per_temperature)
     tl.store(OUT + token * width + columns, slope.to(OUT.dtype.element_ty), mask=columns < width)
 
 
@@ -104,8 +120,10 @@ def kl_statistics(p_logits_SBv: Tensor, q_logits_SBv: Tensor, temperature: float
     p_Nv, q_Nv = _rows(p_logits_SBv), _rows(q_logits_SBv)
     out = p_Nv.new_empty(3, *p_logits_SBv.shape[:-1], dtype=torch.float32)
     num_tokens, width = p_Nv.shape
-    sizes = p_Nv.stride(0), q_Nv.stride(0), num_tokens, width, float(temperature)
-    _statistics[(num_tokens,)](p_Nv, q_Nv, out, *sizes, BLOCK=_block(width), num_warps=WARPS)  # pyright: ignore
+    sizes = p_Nv.stride(0), q_Nv.stride(0), num_tokens, width, 1 / temperature
+    lanes = _block(width, LANES)
+    shape = {"ROWS": _block(width, ROWS * LANES) // lanes, "LANES": lanes}
+    _statistics[(num_tokens,)](p_Nv, q_Nv, out, *sizes, **shape, num_warps=LANE_WARPS)  # pyright: ignore
     return out
 
 
@@ -149,9 +167,9 @@ def jensen_shannon_kls(
     z_Nv, t_Nv = _rows(student_SBv), _rows(teacher_SBv)
     out = z_Nv.new_empty(2, *student_SBv.shape[:-1], dtype=torch.float32)
     num_tokens, width = z_Nv.shape
-    sizes = z_Nv.stride(0), t_Nv.stride(0), num_tokens, width, float(temperature), float(beta)
+    sizes = z_Nv.stride(0), t_Nv.stride(0), num_tokens, width, 1 / temperature, float(beta)
     lse = student_lse_SB.contiguous(), teacher_lse_SB.contiguous()
-    _jensen_shannon_kls[(num_tokens,)](z_Nv, t_Nv, *lse, out, *sizes, BLOCK=_block(width), num_warps=WARPS)  # pyright: ignore
+    _jensen_shannon_kls[(num_tokens,)](z_Nv, t_Nv, *lse, out, *sizes, BLOCK=_block(width, BLOCK), num_warps=WARPS)  # pyright: ignore
     return out
 
 
@@ -183,15 +201,15 @@ def _launch_gradient(
     z_Nv, t_Nv = _rows(student_SBv), _rows(teacher_SBv)
     assert out_SBv.is_contiguous(), "gradient_buffer gives contiguous memory"
     num_tokens, width = z_Nv.shape
-    block = _block(width)
-    sizes = z_Nv.stride(0), t_Nv.stride(0), width, float(temperature), float(beta)
+    block = _block(width, BLOCK)
+    sizes = z_Nv.stride(0), t_Nv.stride(0), width, 1 / temperature, float(beta)
     numbers = [x.contiguous() for x in numbers_SB]
     grid, constants = (num_tokens, triton.cdiv(width, block)), {"DIVERGENCE": divergence, "BLOCK": block}
     _gradient[grid](z_Nv, t_Nv, *numbers, out_SBv, *sizes, **constants, num_warps=WARPS)  # pyright: ignore
 
 
-def _block(width: int) -> int:
-    return min(BLOCK, 1 << (width - 1).bit_length())
+def _block(width: int, most: int) -> int:
+    return min(most, 1 << (width - 1).bit_length())
 
 
 def _rows(logits_SBv: Tensor) -> Tensor:

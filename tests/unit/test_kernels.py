@@ -1,5 +1,6 @@
 """The kernels of the losses: the tests of the divergences run for each, and what each has of its own."""
 
+import json
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 LOW = "not (low_precision and dtype0)"  # Triton's interpreter does not round to bf16, it cuts off; kernels round
 TWO_RANKS = ["tests/distributed/test_vocab_parallel.py", "-k", "test_logits_loss and tp2 and 2.0 and not top"]
 FUSED = ["tests/unit/test_fused_linear.py", "-k", "values and weights2 and some and not top"]
+BLOCKS = ["tests/unit/test_kernels.py", "-k", "as_exact_as_torch and float32"]
 
 
 @pytest.mark.parametrize(
@@ -35,8 +37,9 @@ FUSED = ["tests/unit/test_fused_linear.py", "-k", "values and weights2 and some 
         ("triton", [*FILES, "-k", LOW]),
         ("triton", TWO_RANKS),
         ("triton", FUSED),
+        ("triton", BLOCKS),
     ],
-    ids=["eager", "eager, two ranks", "eager, fused", "triton", "triton, two ranks", "triton, fused"],
+    ids=["eager", "eager, two ranks", "eager, fused", "triton", "triton, two ranks", "triton, fused", "triton, blocks"],
 )
 def test_every_test_of_the_divergences_passes(name: str, tests: list[str]) -> None:
     """Where they run by themselves they try the compiled C."""
@@ -48,28 +51,29 @@ def test_every_test_of_the_divergences_passes(name: str, tests: list[str]) -> No
 
 @HAS_C
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_c_is_as_exact_as_torch_over_many_blocks(
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_kernels_are_as_exact_as_torch_over_many_blocks(
     monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype
 ) -> None:
     """Peaks that rise from block to block, blocks of -inf only, and logits of which most weights are 0."""
     columns, found = torch.arange(9001.0) / 1000, {}
-    for kernels in ("c", "eager"):
+    ours = os.environ.get(VARIABLE, "c")
+    for kernels in (ours, "eager"):
         monkeypatch.setenv(VARIABLE, kernels)
         student, teacher = make_logits(seed=6, width=9001, dtype=dtype)
         with torch.no_grad():
             student[1:4].add_(4 * columns)
             teacher[2:5].sub_(40 * columns)
             student[..., 3000:6000] = teacher[..., 3000:6000] = -torch.inf
-        loss = DIVERGENCES[name](student, teacher, 2.0)
+        loss = DIVERGENCES[name](student, teacher, 3.0)
         loss.sum().backward()
         finite = student.detach().isfinite()[0, 0].numpy()
         pair = (x.detach().double().numpy()[..., finite] for x in (student, teacher))
-        value, gradient = getattr(reference, name)(*pair, 2.0)
+        value, gradient = getattr(reference, name)(*pair, 3.0)
         assert student.grad is not None and student.grad[..., 3000:6000].abs().max() == 0
         found[kernels] = error(loss, value), error(student.grad[..., torch.from_numpy(finite)], gradient)
         few_last_places = 3e-7 * value.max()  # of losses of some 100; reverse KL's gradient has the mean's error
-    assert all(c <= torchs + few_last_places for c, torchs in zip(found["c"], found["eager"], strict=True))
+    assert all(c <= torchs + few_last_places for c, torchs in zip(found[ours], found["eager"], strict=True))
 
 
 @HAS_C
@@ -180,39 +184,27 @@ def test_a_misspelt_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         implementation(torch.zeros(1, 1, 8))
 
 
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from distill_nemo.losses import triton_kernels as kernels
-
-POINTERS = {"P", "Q", "Z", "T"}
-for kernel, divergences in (
-    (kernels._statistics, [None]), (kernels._jensen_shannon_kls, [None]),
-    (kernels._gradient, ["forward_kl", "reverse_kl", "jensen_shannon"]),
-):
-    for logits in ("bf16", "fp32", "fp16"):
-        for divergence in divergences:
-            constants = {"BLOCK": kernels.BLOCK} | ({"DIVERGENCE": divergence} if divergence else {})
-            signature = {}
-            for name in kernel.arg_names:
-                if name in constants: kind = "constexpr"
-                elif name in POINTERS or (name == "OUT" and divergence): kind = "*" + logits
-                elif name.isupper(): kind = "*fp32"
-                else: kind = "fp32" if name in ("temperature", "beta") else "i32"
-                signature[name] = kind
-            source = ASTSource(kernel, signature, constexprs=constants)
-            compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": kernels.WARPS})
-            assert "spill" not in compiled.asm["ptx"] and len(compiled.asm["cubin"]) > 0
-print("compiled")
-"""
+# What memory leaves time for on an H200 (132 multiprocessors at 1.75 GHz with 4 schedulers, a copy at 4.1 TB/s) is 30
+# instructions for a column of bf16 forward, and 45 backward; Jensen-Shannon's logarithm takes more.
+MOST_PER_COLUMN = {
+    "statistics": 24,
+    "forward_kl_gradient": 18,
+    "reverse_kl_gradient": 19,
+    "jensen_shannon_kls": 60,
+    "jensen_shannon_gradient": 58,
+}
 
 
-def test_triton_compiles_for_hopper_without_a_gpu(tmp_path: Path) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    (tmp_path / "compile_kernels.py").write_text(COMPILE)
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, str(tmp_path / "compile_kernels.py")], env=environment, capture_output=True, text=True
-    )
-    assert result.stdout == "compiled\n", result.stderr[-3000:]
+def test_triton_for_hopper_spends_few_instructions_on_a_column(tmp_path: Path) -> None:
+    """Compiled without a GPU. A division by the temperature alone made them 65."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", VARIABLE)}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "tests.compile_kernels"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    found = json.loads(result.stdout)
+    assert found.keys() == MOST_PER_COLUMN.keys()
+    for name, by_dtype in found.items():
+        assert by_dtype.keys() == {"bf16", "fp32", "fp16"}
+        for one in by_dtype.values():
+            assert 10 < one["per_column"] <= MOST_PER_COLUMN[name] and not one["spilled"]

@@ -1,0 +1,72 @@
+"""`python -m tests.compile_kernels`: the Triton kernels for sm_90, compiled without a GPU, as JSON.
+
+Of each kernel and dtype of the logits: instructions for a column of a token, and whether registers were spilled.
+"""
+
+import json
+import re
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from distill_nemo.losses import triton_kernels as kernels
+
+LOGITS = {"P", "Q", "Z", "T"}
+LANES = {"ROWS": kernels.ROWS, "LANES": kernels.LANES}
+BLOCK = {"BLOCK": kernels.BLOCK}
+CASES: list[tuple[str, Any, dict[str, Any], int, int]] = [
+    ("statistics", kernels._statistics, LANES, kernels.ROWS * kernels.LANES, kernels.LANE_WARPS),
+    ("jensen_shannon_kls", kernels._jensen_shannon_kls, BLOCK, kernels.BLOCK, kernels.WARPS),
+    *[
+        (f"{name}_gradient", kernels._gradient, BLOCK | {"DIVERGENCE": name}, kernels.BLOCK, kernels.WARPS)
+        for name in ("forward_kl", "reverse_kl", "jensen_shannon")
+    ],
+]
+
+
+def compiled(kernel: Any, constants: dict[str, Any], logits: str, warps: int) -> Any:
+    """For a vocabulary that 16 divides, which is what Triton looks at."""
+    signature: dict[str, str] = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in LOGITS or (name == "OUT" and "DIVERGENCE" in constants):
+            signature[name] = f"*{logits}"
+        elif name.isupper():
+            signature[name] = "*fp32"
+        else:
+            signature[name] = "fp32" if name in ("per_temperature", "beta") else "i32"
+    divisible = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] in "*i"}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=divisible)  # pyright: ignore
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+
+
+def longest_loop(sass: str) -> int:
+    """Instructions of the loop, of all the code where there is none."""
+    lines = [line.split("\t")[-1].strip() for line in sass.splitlines()[1:]]
+    lines = [line for line in lines if line and not line.startswith("NOP")]
+    labels = {line.rstrip(":"): i for i, line in enumerate(lines) if line.endswith(":")}
+    targets = [(i, match[1]) for i, line in enumerate(lines) if (match := re.search(r"\bBRA (\w+)", line))]
+    loops = [i - labels[target] for i, target in targets if labels.get(target, i) < i - 1]  # the last one traps
+    return max(loops, default=len(lines) - len(labels))
+
+
+def main() -> None:
+    """Print `{kernel: {dtype: {"per_column": instructions, "spilled": bool}}}`."""
+    found: dict[str, Any] = {}
+    for name, kernel, constants, columns, warps in CASES:
+        for logits in ("bf16", "fp32", "fp16"):
+            asm = compiled(kernel, constants, logits, warps).asm
+            per_thread = columns / (32 * warps)
+            spilled = re.search(r"\bST[LG]?\.LOCAL|\bSTL\b", asm["sass"]) is not None
+            found.setdefault(name, {})[logits] = {
+                "per_column": round(longest_loop(asm["sass"]) / per_thread, 1),
+                "spilled": spilled,
+            }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
