@@ -20,8 +20,14 @@ CASES: list[tuple[str, Any, dict[str, Any], int, int]] = [
     ("statistics", kernels._statistics, LANES, kernels.ROWS * kernels.LANES, kernels.LANE_WARPS),
     ("jensen_shannon_kls", kernels._jensen_shannon_kls, BLOCK, kernels.BLOCK, kernels.WARPS),
     *[
-        (f"{name}_gradient", kernels._gradient, BLOCK | {"DIVERGENCE": name}, kernels.BLOCK, kernels.WARPS)
-        for name in ("forward_kl", "reverse_kl", "jensen_shannon")
+        (
+            f"{name}_gradient{' with LM' if lm else ''}",
+            kernels._gradient,
+            BLOCK | {"DIVERGENCE": name, "LM": lm},
+            kernels.BLOCK,
+            kernels.WARPS,
+        )
+        for name, lm in (("forward_kl", False), ("forward_kl", True), ("reverse_kl", False), ("jensen_shannon", False))
     ],
 ]
 
@@ -34,6 +40,8 @@ def compiled(kernel: Any, constants: dict[str, Any], logits: str, warps: int) ->
             signature[name] = "constexpr"
         elif name in LOGITS or (name == "OUT" and "DIVERGENCE" in constants):
             signature[name] = f"*{logits}"
+        elif name == "COLUMN":
+            signature[name] = "*i64"
         elif name.isupper():
             signature[name] = "*fp32"
         else:

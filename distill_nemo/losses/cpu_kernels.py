@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 # What C does not have yet.
-from distill_nemo.losses.eager import jensen_shannon_gradient, jensen_shannon_kls
+from distill_nemo.losses.eager import ONE_PASS, jensen_shannon_gradient, jensen_shannon_kls
 
 __all__ = [
+    "ONE_PASS",
     "forward_kl_gradient",
     "jensen_shannon_gradient",
     "jensen_shannon_kls",

@@ -1,5 +1,7 @@
 """Cross entropy of vocabulary-sharded logits, at temperature 1. Legend: `vocab_parallel.py`; n some tokens."""
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -36,13 +38,25 @@ def label_logits(logits_SBv: Tensor, labels_SB: Tensor, vocab_start: int) -> Ten
     return torch.where(inside_SB, found_SB, 0.0)
 
 
-def add_cross_entropy_gradient(
-    logits_nv: Tensor, labels_n: Tensor, vocab_start: int, lse_n: Tensor, grad_n: Tensor, out_nv: Tensor
-) -> None:
-    """`out += grad (softmax(logits) - [j = label])`, `lse` over the whole vocabulary. Overwrites fp32 `logits`."""
-    inside_n, column_n = _columns(labels_n, vocab_start, logits_nv.shape[-1])
-    out_nv.add_(logits_nv.sub_(lse_n[:, None]).exp_().mul_(grad_n[:, None]))
-    out_nv.scatter_add_(-1, column_n[:, None], torch.where(inside_n, -grad_n, 0.0)[:, None])
+class CrossEntropy(NamedTuple):
+    """What the gradient of some tokens' LM loss needs besides their logits: `grad (softmax(logits) - [j = label])`."""
+
+    column_n: Tensor  # the label's in this shard; -1 where it is in another
+    lse_n: Tensor  # over the whole vocabulary
+    grad_n: Tensor  # of each token's loss
+
+    @staticmethod
+    def of(labels_n: Tensor, vocab_start: int, width: int, lse_n: Tensor, grad_n: Tensor) -> "CrossEntropy":
+        """Of labels of the whole vocabulary."""
+        inside_n, column_n = _columns(labels_n, vocab_start, width)
+        return CrossEntropy(column_n.where(inside_n, -1), lse_n, grad_n)
+
+
+def add_cross_entropy_gradient(logits_nv: Tensor, lm: CrossEntropy, out_nv: Tensor) -> None:
+    """Add it to `out`. Overwrites the logits; both fp32."""
+    out_nv.add_(logits_nv.sub_(lm.lse_n[:, None]).exp_().mul_(lm.grad_n[:, None]))
+    at_label_n = torch.where(lm.column_n < 0, 0.0, -lm.grad_n)
+    out_nv.scatter_add_(-1, lm.column_n.clamp(min=0)[:, None], at_label_n[:, None])
 
 
 def _columns(labels: Tensor, vocab_start: int, width: int) -> tuple[Tensor, Tensor]:

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distill_nemo.losses.cross_entropy import CrossEntropy, add_cross_entropy_gradient
 from distill_nemo.losses.jensen_shannon import jensen_shannon_steps, vocab_parallel_jensen_shannon
 from distill_nemo.losses.local import implementation
 from distill_nemo.losses.reverse_kl import reverse_kl_steps, vocab_parallel_reverse_kl
@@ -24,9 +26,10 @@ class Parts(NamedTuple):
     """A divergence in two halves, for who has the logits of a few tokens at a time (`fused_linear.py`)."""
 
     steps: Callable[[Tensor, Tensor, float], Steps]  # of student and teacher logits, and temperature
-    # Of student and teacher logits, the numbers of `steps`, the gradient of each token's loss, temperature, and out,
-    # which may be either of the logits.
-    gradient: Callable[[Tensor, Tensor, tuple[Tensor, ...], Tensor, float, Tensor], None]
+    # Of fp32 student and teacher logits, the numbers of `steps`, the gradient of each token's loss and temperature, and
+    # with that of the LM loss where there is one. The result is written over the teacher's logits or, by a kernel that
+    # can, in the dtype given last; the student's may be overwritten too.
+    gradient: Callable[[Tensor, Tensor, tuple[Tensor, ...], Tensor, float, CrossEntropy | None, torch.dtype], Tensor]
 
 
 DIVERGENCES: dict[str, Divergence] = {
@@ -79,25 +82,42 @@ def choose_parts(
         rank = 0 if group is None else dist.get_rank(group)
         return Parts(partial(top_k_steps, top_k=top_k, rank=rank), _top_k_gradient)
     if name == "jensen_shannon":
-        return Parts(partial(jensen_shannon_steps, beta=beta), partial(_jensen_shannon_gradient, beta))
+        return Parts(partial(jensen_shannon_steps, beta=beta), partial(_gradient, "jensen_shannon_gradient", (beta,)))
     steps = {"forward_kl": forward_kl_steps, "reverse_kl": reverse_kl_steps}[name]
-    return Parts(steps, partial(_kl_gradient, f"{name}_gradient"))
+    return Parts(steps, partial(_gradient, f"{name}_gradient", ()))
 
 
-def _kl_gradient(
-    function: str, z: Tensor, t: Tensor, numbers: tuple[Tensor, ...], grad: Tensor, temperature: float, out: Tensor
-) -> None:
-    getattr(implementation(z, t), function)(z, t, *numbers, grad, temperature, out)
-
-
-def _jensen_shannon_gradient(
-    beta: float, z: Tensor, t: Tensor, numbers: tuple[Tensor, ...], grad: Tensor, temperature: float, out: Tensor
-) -> None:
-    implementation(z, t).jensen_shannon_gradient(z, t, *numbers, grad, temperature, beta, out)
+def _gradient(
+    function: str,
+    more: tuple[float, ...],
+    z: Tensor,
+    t: Tensor,
+    numbers: tuple[Tensor, ...],
+    grad: Tensor,
+    temperature: float,
+    lm: CrossEntropy | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    kernels = implementation(z, t)
+    one_pass = kernels.ONE_PASS
+    out = torch.empty_like(t, dtype=dtype) if one_pass and dtype != t.dtype else t
+    getattr(kernels, function)(z, t, *numbers, grad, temperature, *more, out, *([lm] if one_pass else []))
+    if lm is not None and not one_pass:
+        add_cross_entropy_gradient(z, lm, out)
+    return out
 
 
 def _top_k_gradient(
-    z: Tensor, t: Tensor, numbers: tuple[Tensor, ...], grad: Tensor, temperature: float, out: Tensor
-) -> None:
+    z: Tensor,
+    t: Tensor,
+    numbers: tuple[Tensor, ...],
+    grad: Tensor,
+    temperature: float,
+    lm: CrossEntropy | None,
+    _: torch.dtype,
+) -> Tensor:
     student_lse, columns, r, pull = numbers
-    top_k_gradient(z, student_lse, columns, r, pull, grad, temperature, out)
+    top_k_gradient(z, student_lse, columns, r, pull, grad, temperature, t)
+    if lm is not None:
+        add_cross_entropy_gradient(z, lm, t)
+    return t

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+ONE_PASS = False  # whether a gradient may be in another dtype than fp32 logits, and have that of the LM loss in it
 # Elements worked on at once. On CPU a few such fp32 buffers stay in a core's cache; on CUDA fewer launches win.
 CHUNK = 2**17
 CUDA_CHUNK = 2**22

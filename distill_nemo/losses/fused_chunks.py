@@ -112,7 +112,7 @@ class Gradients(NamedTuple):
         if self.weight is not None:
             gemm.add_weight_gradient(grad_nv, counted.student.hidden_NH[rows], self.weight.sum)
         if self.bias is not None:
-            self.bias.sum.add_(grad_nv.sum(0))
+            self.bias.sum.add_(grad_nv.sum(0, dtype=torch.float32))
 
 
 def chunk_size(num_tokens: int, width: int, on_gpu: bool, most: int | None = None) -> int:

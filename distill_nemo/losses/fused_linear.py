@@ -25,7 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distill_nemo.losses.cross_entropy import add_cross_entropy_gradient, label_logits, local_lse
+from distill_nemo.losses import gemm
+from distill_nemo.losses.cross_entropy import CrossEntropy, label_logits, local_lse
 from distill_nemo.losses.fused_chunks import CountedTokens, FusedLoss, Gradients, Head, chunk_logits
 from distill_nemo.losses.vocab_parallel import gather, start_gather
 
@@ -138,9 +139,9 @@ def _chunk(
     lse_n = lse_Rn[0].logsumexp(0) if lse_Rn else numbers[0]
     if sums is not None:
         weight_n = counted.weight_M[rows] * loss.upstream
-        grad_n = weight_n * (loss.factor * loss.logits_weight)
-        loss.divergence.gradient(z_nv, t_nv, numbers, grad_n, temperature, t_nv)  # over the teacher's logits
+        grad_n, lm = weight_n * (loss.factor * loss.logits_weight), None
         if loss.lm_counts:
-            add_cross_entropy_gradient(z_nv, labels_n, loss.vocab_start, lse_n, weight_n * loss.lm_weight, t_nv)
-        sums.add(counted, rows, t_nv)
+            lm = CrossEntropy.of(labels_n, loss.vocab_start, z_nv.shape[-1], lse_n, weight_n * loss.lm_weight)
+        dtype = gemm.gradient_dtype(counted.student.weight_vH)
+        sums.add(counted, rows, loss.divergence.gradient(z_nv, t_nv, numbers, grad_n, temperature, lm, dtype))
     return lse_n - label_Rn.sum(0), kd_n * loss.factor

@@ -26,8 +26,13 @@ def logits(hidden_nH: Tensor, weight_vH: Tensor, bias_v: Tensor | None, out_nv: 
     return out_nv if bias_v is None else out_nv.add_(bias_v)
 
 
+def gradient_dtype(weight_vH: Tensor) -> torch.dtype:
+    """Of the gradient of the logits as it is multiplied; another is converted first."""
+    return weight_vH.dtype if _low_precision_cuda(weight_vH) else torch.float32
+
+
 def hidden_gradient(grad_nv: Tensor, weight_vH: Tensor, out_nH: Tensor) -> None:
-    """`out = grad @ weight` in fp32; grad fp32."""
+    """`out = grad @ weight` in fp32."""
     if _low_precision_cuda(weight_vH):
         torch.mm(grad_nv.to(weight_vH.dtype), weight_vH, out_dtype=torch.float32, out=out_nH)
         return
@@ -37,12 +42,12 @@ def hidden_gradient(grad_nv: Tensor, weight_vH: Tensor, out_nH: Tensor) -> None:
 
 
 def add_weight_gradient(grad_nv: Tensor, hidden_nH: Tensor, sum_vH: Tensor) -> None:
-    """`sum += grad.T @ hidden`; grad and sum fp32."""
+    """`sum += grad.T @ hidden` in fp32."""
     if _low_precision_cuda(hidden_nH):
         grad_vn = grad_nv.to(hidden_nH.dtype).t()
         torch.addmm(sum_vH, grad_vn, hidden_nH, out_dtype=torch.float32, out=sum_vH)
     else:
-        sum_vH.addmm_(grad_nv.t(), hidden_nH.float())
+        sum_vH.addmm_(grad_nv.float().t(), hidden_nH.float())
 
 
 def _low_precision_cuda(x: Tensor) -> bool:

@@ -14,6 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from distill_nemo.losses.cross_entropy import CrossEntropy
+
+ONE_PASS = True  # see `eager.py`
 # Forward: one thread has ROWS of the columns of a lane. Backward: BLOCK columns of one token.
 ROWS, LANES, LANE_WARPS = 4, 1024, 4
 BLOCK, WARPS = 4096, 8
@@ -91,10 +94,10 @@ def _jensen_shannon_kls(
 
 @triton.jit
 def _gradient(
-    Z, T, Z_LSE, OTHER, KL, GRAD, OUT, z_stride, t_stride, width, per_temperature, beta,
-    DIVERGENCE: tl.constexpr, BLOCK: tl.constexpr,
+    Z, T, Z_LSE, OTHER, KL, GRAD, COLUMN, LM_LSE, LM_GRAD, OUT, z_stride, t_stride, width, per_temperature, beta,
+    DIVERGENCE: tl.constexpr, LM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """OTHER is the teacher's log-sum-exp, for reverse KL the mean; KL is read for Jensen-Shannon only."""
+    """OTHER is the teacher's log-sum-exp, for reverse KL the mean. Jensen-Shannon alone reads KL, LM the next three."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     grad, z_lse, other = tl.load(GRAD + token), tl.load(Z_LSE + token), tl.load(OTHER + token)
@@ -112,6 +115,12 @@ def _gradient(
             _, log_q_m = _log_ratios(t * per_temperature - other - log_q, beta)
             slope = tl.where(q == 0, 0.0, (1 - beta) * q * (log_q_m - tl.load(KL + token)))
         slope = slope * (grad * per_temperature)
+    if LM:
+        lm_grad = tl.load(LM_GRAD + token)
+        if lm_grad != 0:
+            z = _load(Z + token * z_stride, columns, width)
+            hit = tl.where(columns == tl.load(COLUMN + token), 1.0, 0.0)
+            slope += lm_grad * (_exp(z - tl.load(LM_LSE + token)) - hit)
     tl.store(OUT + token * width + columns, slope.to(OUT.dtype.element_ty), mask=columns < width)
 
 
@@ -135,10 +144,11 @@ def forward_kl_gradient(
     grad_SB: Tensor,
     temperature: float,
     out_SBv: Tensor,
+    lm: CrossEntropy | None = None,
 ) -> None:
     """See `eager.forward_kl_gradient`."""
     numbers = student_lse_SB, teacher_lse_SB, teacher_lse_SB, grad_SB
-    _launch_gradient("forward_kl", student_SBv, teacher_SBv, numbers, temperature, 0.0, out_SBv)
+    _launch_gradient("forward_kl", student_SBv, teacher_SBv, numbers, temperature, 0.0, out_SBv, lm)
 
 
 def reverse_kl_gradient(
@@ -149,10 +159,11 @@ def reverse_kl_gradient(
     grad_SB: Tensor,
     temperature: float,
     out_SBv: Tensor,
+    lm: CrossEntropy | None = None,
 ) -> None:
     """See `eager.reverse_kl_gradient`."""
     numbers = student_lse_SB, mean_SB, mean_SB, grad_SB
-    _launch_gradient("reverse_kl", student_SBv, teacher_SBv, numbers, temperature, 0.0, out_SBv)
+    _launch_gradient("reverse_kl", student_SBv, teacher_SBv, numbers, temperature, 0.0, out_SBv, lm)
 
 
 def jensen_shannon_kls(
@@ -183,10 +194,11 @@ def jensen_shannon_gradient(
     temperature: float,
     beta: float,
     out_SBv: Tensor,
+    lm: CrossEntropy | None = None,
 ) -> None:
     """See `eager.jensen_shannon_gradient`."""
     numbers = student_lse_SB, teacher_lse_SB, student_kl_SB, grad_SB
-    _launch_gradient("jensen_shannon", student_SBv, teacher_SBv, numbers, temperature, beta, out_SBv)
+    _launch_gradient("jensen_shannon", student_SBv, teacher_SBv, numbers, temperature, beta, out_SBv, lm)
 
 
 def _launch_gradient(
@@ -197,14 +209,16 @@ def _launch_gradient(
     temperature: float,
     beta: float,
     out_SBv: Tensor,
+    lm: CrossEntropy | None,
 ) -> None:
     z_Nv, t_Nv = _rows(student_SBv), _rows(teacher_SBv)
     assert out_SBv.is_contiguous(), "gradient_buffer gives contiguous memory"
     num_tokens, width = z_Nv.shape
     block = _block(width, BLOCK)
     sizes = z_Nv.stride(0), t_Nv.stride(0), width, 1 / temperature, float(beta)
-    numbers = [x.contiguous() for x in numbers_SB]
-    grid, constants = (num_tokens, triton.cdiv(width, block)), {"DIVERGENCE": divergence, "BLOCK": block}
+    numbers = [x.contiguous() for x in (*numbers_SB, *(lm or numbers_SB[:3]))]
+    grid = num_tokens, triton.cdiv(width, block)
+    constants = {"DIVERGENCE": divergence, "LM": lm is not None, "BLOCK": block}
     _gradient[grid](z_Nv, t_Nv, *numbers, out_SBv, *sizes, **constants, num_warps=WARPS)  # pyright: ignore
 
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from distill_nemo.losses import cpu_kernels, eager
-from distill_nemo.losses.divergences import DIVERGENCES
+from distill_nemo.losses.cross_entropy import CrossEntropy
+from distill_nemo.losses.divergences import DIVERGENCES, choose_parts
 from distill_nemo.losses.local import VARIABLE, implementation
-from distill_nemo.losses.vocab_parallel import vocab_parallel_forward_kl
+from distill_nemo.losses.vocab_parallel import gathered, vocab_parallel_forward_kl
 from tests import reference
 from tests.unit.test_losses import error, make_logits
 
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 LOW = "not (low_precision and dtype0)"  # Triton's interpreter does not round to bf16, it cuts off; kernels round
 TWO_RANKS = ["tests/distributed/test_vocab_parallel.py", "-k", "test_logits_loss and tp2 and 2.0 and not top"]
 FUSED = ["tests/unit/test_fused_linear.py", "-k", "values and weights2 and some and not top"]
-BLOCKS = ["tests/unit/test_kernels.py", "-k", "as_exact_as_torch and float32"]
+BLOCKS = ["tests/unit/test_kernels.py", "-k", "as_exact_as_torch and float32 or in_another_dtype"]
 
 
 @pytest.mark.parametrize(
@@ -74,6 +75,25 @@ def test_kernels_are_as_exact_as_torch_over_many_blocks(
         found[kernels] = error(loss, value), error(student.grad[..., torch.from_numpy(finite)], gradient)
         few_last_places = 3e-7 * value.max()  # of losses of some 100; reverse KL's gradient has the mean's error
     assert all(c <= torchs + few_last_places for c, torchs in zip(found[ours], found["eager"], strict=True))
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_a_gradient_in_another_dtype_is_that_of_fp32_rounded(name: str) -> None:
+    """With the LM loss in it, and a token that has only that. All but Triton write fp32 over the teacher's logits."""
+    parts, (student, teacher) = choose_parts(name), make_logits(seed=3, width=5000)
+    z, t = (x.detach().flatten(0, 1) for x in (student, teacher))
+    numbers = gathered(parts.steps(z, t, 2.0), None)[1]
+    grad = torch.linspace(0, 1, len(z))
+    lm = CrossEntropy.of(torch.arange(len(z)) * 700, 0, 5000, z.logsumexp(-1), 1 - grad)
+    found = {}
+    for dtype in (torch.float32, torch.float16):
+        over = t.clone()
+        found[dtype] = parts.gradient(z.clone(), over, numbers, grad, 2.0, lm, dtype)
+        assert (found[dtype].data_ptr() == over.data_ptr()) == (found[dtype].dtype == torch.float32)
+    assert (found[torch.float16].dtype == torch.float16) == (os.environ.get(VARIABLE) == "triton")
+    assert torch.equal(found[torch.float32].half(), found[torch.float16].half())
+    alone = (z[0].softmax(-1) - torch.nn.functional.one_hot(torch.tensor(0), 5000)).double()
+    torch.testing.assert_close(found[torch.float32][0].double(), alone, atol=1e-6, rtol=1e-5)
 
 
 @HAS_C
@@ -189,6 +209,7 @@ def test_a_misspelt_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 MOST_PER_COLUMN = {
     "statistics": 24,
     "forward_kl_gradient": 18,
+    "forward_kl_gradient with LM": 31,
     "reverse_kl_gradient": 19,
     "jensen_shannon_kls": 60,
     "jensen_shannon_gradient": 58,
