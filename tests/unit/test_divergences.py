@@ -63,6 +63,7 @@ def test_value_and_gradient(monkeypatch: pytest.MonkeyPatch, name: str, temperat
     monkeypatch.setattr(eager_code, "CHUNK", chunk)
     if chunk == 1:
         monkeypatch.setattr("distill_nemo.losses.triton_kernels.BLOCK", 128)
+        monkeypatch.setattr("distill_nemo.losses.triton_kernels.LANES", 32)
     student, teacher = make_logits()
     teacher.requires_grad_()
     before = student.detach().clone(), teacher.detach().clone()
