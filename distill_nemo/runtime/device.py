@@ -56,7 +56,8 @@ def quiet_third_parties() -> None:
     """Turn off messages that no user can act on. Errors stay."""
     warnings.filterwarnings("ignore", module=r"(torch|megatron|modelopt|transformers|nemo_run)(\..*)?")
     # Warnings of C++ and of deprecated classes carry the place of our __torch_function__, so these go by their text:
-    # Megatron's optimizer reads `.grad` of views; its checkpoints are made of ShardedTensors.
+    # Megatron's optimizer reads `.grad` of views; its checkpoints are made of ShardedTensors; a barrier on GPUs
+    # wants to be told the device that is set.
     for text in (
         "pynvml",
         "torch_dtype",
@@ -64,6 +65,7 @@ def quiet_third_parties() -> None:
         "[Aa]pex",
         r"The \.grad attribute",
         "Please use DTensor",
+        r"barrier\(\): using the device",
     ):
         warnings.filterwarnings("ignore", message=f".*{text}")
     for name in ("megatron", "modelopt", "transformers", "torch.utils.cpp_extension", "torch.distributed"):

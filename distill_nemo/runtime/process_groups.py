@@ -20,7 +20,7 @@ def process_groups(parallelism: ParallelismConfig) -> Iterator[None]:
     Raises:
         ValueError: when the world size does not fit the layout.
     """
-    device = setup_device()
+    setup_device()
     from megatron.core import parallel_state
 
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
@@ -41,7 +41,8 @@ def process_groups(parallelism: ParallelismConfig) -> Iterator[None]:
         dist.init_process_group(
             backend(),
             timeout=timeout,
-            device_id=device if device.type == "cuda" else None,
+            # No device_id, as in Megatron's own loop: with it, all ranks take part in splitting off every group of any
+            # (ncclCommSplit), some two thousand times on 256; without it, those who use a group connect it.
             # A run of one process needs no port, so that two of them never meet.
             **({"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
         )
