@@ -27,7 +27,7 @@ class ModelConfig:
     num_attention_heads: int | None = None
     num_query_groups: int | None = None
     kv_channels: int | None = None
-    vocab_size: int | None = None
+    vocab_size: int | None = None  # fewer than the checkpoint has leaves its last rows out
     max_position_embeddings: int | None = None
     rotary_base: float | None = None
     rope_scaling: dict[str, Any] | None = None  # config.json's rope_scaling, llama3 type only

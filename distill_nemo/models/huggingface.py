@@ -216,7 +216,7 @@ def export_hf(built: GPTModel, path: str, model: ModelConfig, tokenizer: str | N
     check_target(Path(path))
     dtype = next(built.parameters()).dtype
     target = Path(path).resolve()
-    partial = target.with_name(target.name + ".partial")
+    partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     config = to_huggingface(model, dtype) | _special_tokens(tokenizer)

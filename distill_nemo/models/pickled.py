@@ -27,7 +27,7 @@ def convert(checkpoint: str, output: str, allow_pickle: bool = False) -> None:
             "you trust where they come from"
         )
     check_target(target)
-    partial = target.with_name(target.name + ".partial")
+    partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         _opened(source).save_pretrained(partial)

@@ -36,7 +36,7 @@ def write_report(
     strange = sorted(path.name for path in directory.iterdir() if path.name not in FILES) if directory.is_dir() else []
     if strange:
         raise ValueError(f"{directory} holds {strange[0]}, which is no part of a report: name a directory of its own")
-    partial = directory.with_name(directory.name + ".partial")
+    partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:

@@ -221,7 +221,7 @@ def test_export_replaces_nothing_but_an_earlier_export_and_leaves_nothing_half_w
         with pytest.raises(RuntimeError, match="logits differ"):
             export_hf(model, str(out), student)
         assert (out / "model.safetensors").read_bytes() == first
-    assert not (tmp_path / "out.partial").exists()
+    assert not (tmp_path / ".out.partial").exists()
     from transformers import AutoConfig, AutoTokenizer
 
     config, tokenizer = AutoConfig.from_pretrained(out), AutoTokenizer.from_pretrained(out)

@@ -266,8 +266,8 @@ def test_a_report_replaces_the_last_one_whole_or_not_at_all(tmp_path, runs):
     with pytest.raises(KeyError):
         write_report(tmp_path / "report", runs, table(), {"seed": "second"}, [{"model": "no text"}])
     assert "seed first" in " ".join(Page(path).text.split())
-    (tmp_path / "report.partial").mkdir()
-    (tmp_path / "report.partial" / "left").touch()  # by a kill
+    (tmp_path / ".report.partial").mkdir()
+    (tmp_path / ".report.partial" / "left").touch()  # by a kill
     assert write_report(tmp_path / "report", runs, table(), {"seed": "second"}, []) == path
     text = " ".join(Page(path).text.split())
     assert "seed second" in text and "seed first" not in text
