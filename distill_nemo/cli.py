@@ -232,7 +232,9 @@ def convert(checkpoint: str, output: str, allow_pickle: bool = False) -> None:
 
 
 @run.cli.entrypoint(namespace=NAMESPACE, enable_executor=False, entrypoint_cls=Command)
-def evaluate(student: str, data: str, teacher: str = "", sequence_length: int = 1024, samples: int = 64) -> None:
+def evaluate(
+    student: str, data: str, teacher: str = "", sequence_length: int = 1024, samples: int = 64, vocab_size: int = 0
+) -> None:
     r"""Held-out LM loss of a checkpoint and, with a teacher, forward KL, top-1 agreement and teacher entropy.
 
     Token means in nats, in one process, on the GPU where there is one.
@@ -247,6 +249,7 @@ def evaluate(student: str, data: str, teacher: str = "", sequence_length: int = 
         teacher: checkpoint directory; empty for none.
         sequence_length: tokens per sample.
         samples: how many; more than the data holds repeats it.
+        vocab_size: ids that both models keep, where the checkpoints have more; 0 for the student's.
     """
     from distill_nemo.config import StudentConfig, TeacherConfig
     from distill_nemo.runtime.device import setup_device
@@ -257,8 +260,10 @@ def evaluate(student: str, data: str, teacher: str = "", sequence_length: int = 
     setup_device()  # before Megatron is imported
     from distill_nemo.training.evaluate import evaluate_student
 
-    reference = TeacherConfig(checkpoint=teacher) if teacher else None
-    means = evaluate_student(StudentConfig(checkpoint=student), data, reference, sequence_length, samples)
+    rows = vocab_size or None
+    reference = TeacherConfig(checkpoint=teacher, vocab_size=rows) if teacher else None
+    model = StudentConfig(checkpoint=student, vocab_size=rows)
+    means = evaluate_student(model, data, reference, sequence_length, samples)
     for name, value in means.items():
         print(f"{name:18} {value:,.0f}" if name == "tokens" else f"{name:18} {value:.4f}")
 

@@ -1,6 +1,7 @@
 """`python -m tests.compile_kernels`: the Triton kernels for sm_90, compiled without a GPU, as JSON.
 
-Of each kernel and dtype of the logits: instructions for a column of a token, and whether registers were spilled.
+Of each kernel, dtype of the logits and, of the fused loss, of its gradient: instructions for a column of a token, and
+whether registers were spilled.
 """
 
 import json
@@ -16,30 +17,30 @@ from distill_nemo.losses import triton_kernels as kernels
 LOGITS = {"P", "Q", "Z", "T"}
 LANES = {"ROWS": kernels.ROWS, "LANES": kernels.LANES}
 BLOCK = {"BLOCK": kernels.BLOCK}
-CASES: list[tuple[str, Any, dict[str, Any], int, int]] = [
-    ("statistics", kernels._statistics, LANES, kernels.ROWS * kernels.LANES, kernels.LANE_WARPS),
-    ("jensen_shannon_kls", kernels._jensen_shannon_kls, BLOCK, kernels.BLOCK, kernels.WARPS),
-    *[
-        (
-            f"{name}_gradient{' with LM' if lm else ''}",
-            kernels._gradient,
-            BLOCK | {"DIVERGENCE": name, "LM": lm},
-            kernels.BLOCK,
-            kernels.WARPS,
-        )
-        for name, lm in (("forward_kl", False), ("forward_kl", True), ("reverse_kl", False), ("jensen_shannon", False))
-    ],
+GIVEN = [("bf16", "bf16"), ("fp32", "fp32"), ("fp16", "fp16")]  # logits and gradient
+FUSED = [("fp32", "bf16"), ("fp32", "fp16"), ("fp32", "fp32")]
+Case = tuple[str, Any, dict[str, Any], int, int, list[tuple[str, str]]]
+CASES: list[Case] = [
+    ("statistics", kernels._statistics, LANES, kernels.ROWS * kernels.LANES, kernels.LANE_WARPS, GIVEN),
+    ("jensen_shannon_kls", kernels._jensen_shannon_kls, BLOCK, kernels.BLOCK, kernels.WARPS, GIVEN),
 ]
+for divergence in ("forward_kl", "reverse_kl", "jensen_shannon"):
+    for suffix, lm, dtypes in (("", False, [*GIVEN, FUSED[0]]), (" with LM", True, FUSED)):
+        constants = BLOCK | {"DIVERGENCE": divergence, "LM": lm}
+        name = f"{divergence}_gradient{suffix}"
+        CASES.append((name, kernels._gradient, constants, kernels.BLOCK, kernels.WARPS, dtypes))
 
 
-def compiled(kernel: Any, constants: dict[str, Any], logits: str, warps: int) -> Any:
+def compiled(kernel: Any, constants: dict[str, Any], logits: str, gradient: str, warps: int) -> Any:
     """For a vocabulary that 16 divides, which is what Triton looks at."""
     signature: dict[str, str] = {}
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
-        elif name in LOGITS or (name == "OUT" and "DIVERGENCE" in constants):
+        elif name in LOGITS:
             signature[name] = f"*{logits}"
+        elif name == "OUT" and "DIVERGENCE" in constants:
+            signature[name] = f"*{gradient}"
         elif name == "COLUMN":
             signature[name] = "*i64"
         elif name.isupper():
@@ -62,14 +63,14 @@ def longest_loop(sass: str) -> int:
 
 
 def main() -> None:
-    """Print `{kernel: {dtype: {"per_column": instructions, "spilled": bool}}}`."""
+    """Print `{kernel: {dtypes: {"per_column": instructions, "spilled": bool}}}`."""
     found: dict[str, Any] = {}
-    for name, kernel, constants, columns, warps in CASES:
-        for logits in ("bf16", "fp32", "fp16"):
-            asm = compiled(kernel, constants, logits, warps).asm
+    for name, kernel, constants, columns, warps, dtypes in CASES:
+        for logits, gradient in dtypes:
+            asm = compiled(kernel, constants, logits, gradient, warps).asm
             per_thread = columns / (32 * warps)
             spilled = re.search(r"\bST[LG]?\.LOCAL|\bSTL\b", asm["sass"]) is not None
-            found.setdefault(name, {})[logits] = {
+            found.setdefault(name, {})[f"{logits} to {gradient}"] = {
                 "per_column": round(longest_loop(asm["sass"]) / per_thread, 1),
                 "spilled": spilled,
             }

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-ONE_PASS = False  # whether a gradient may be in another dtype than fp32 logits, and have that of the LM loss in it
+# Whether gradients take a last argument `lm`, a `CrossEntropy` or None, whose gradient they add before they round, and
+# an `out` of another dtype than fp32 logits. Then it must not be the student's logits. Triton's do.
+ONE_PASS = False
 # Elements worked on at once. On CPU a few such fp32 buffers stay in a core's cache; on CUDA fewer launches win.
 CHUNK = 2**17
 CUDA_CHUNK = 2**22

@@ -1,6 +1,7 @@
 """Which code computes a rank's own part of a loss: Triton on a GPU, compiled C on CPU, or plain torch.
 
-All three have the functions of `eager.py`, pass the same tests, and give the same bits whenever they run again.
+All three have the functions of `eager.py` (Triton's gradients with one argument more, see `ONE_PASS` there), pass the
+same tests, and give the same bits whenever they run again.
 """
 
 import os

@@ -1,8 +1,9 @@
 """The functions of `eager.py` as Triton kernels, for CUDA; on CPU only through the interpreter (TRITON_INTERPRET=1).
 
 Forward reads every logit once (online log-sum-exp; twice for Jensen-Shannon), one program to a token. Backward reads
-once and writes once, one program to a token and block of columns; a token without a gradient is not read. All sums run
-in fp32 and one order, without atomics: the same bits every time.
+once and writes once, one program to a token and block of columns; a token without a gradient is not read. With the LM
+loss's gradient it reads the student's logits again, from the first cache. All sums run in fp32 and one order, without
+atomics: the same bits every time.
 
 Memory decides the time only while few instructions are spent on a column: an H200 has about 30 for one of student and
 teacher in bf16. So logits are multiplied by 1/T, never divided; exponentials are the hardware's, of base 2; and no
@@ -36,6 +37,12 @@ def _exp(x):
 
 
 @triton.jit
+def _weigh(weights, values):
+    """Where weight 0 counts for nothing, be the value infinite."""
+    return tl.where(weights == 0, 0.0, weights * values)
+
+
+@triton.jit
 def _statistics(
     P, Q, OUT, p_stride, q_stride, num_tokens, width, per_temperature, ROWS: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
@@ -54,12 +61,12 @@ def _statistics(
         weights = _exp(x * per_temperature - x_new[None, :])
         x_sum = x_sum * x_scale + tl.sum(weights, 0)
         y_sum = y_sum * y_scale + tl.sum(_exp(y * per_temperature - y_new[None, :]), 0)
-        weighed = weighed * x_scale + tl.sum(tl.where(weights == 0, 0.0, weights * (x - y)), 0)
+        weighed = _weigh(x_scale, weighed) + tl.sum(_weigh(weights, x - y), 0)
         x_peak, y_peak = x_new, y_new
     x_top, y_top = tl.max(x_peak, 0), tl.max(y_peak, 0)
     x_scale = _exp(x_peak - x_top)
     x_total, y_total = tl.sum(x_sum * x_scale, 0), tl.sum(y_sum * _exp(y_peak - y_top), 0)
-    mean = tl.sum(weighed * x_scale, 0) * per_temperature / x_total
+    mean = tl.sum(_weigh(x_scale, weighed), 0) * per_temperature / x_total
     tl.store(OUT + token, x_top + tl.log(x_total))
     tl.store(OUT + num_tokens + token, tl.where(x_total == 0, 0.0, mean))
     tl.store(OUT + 2 * num_tokens + token, y_top + tl.log(y_total))
@@ -86,8 +93,8 @@ def _jensen_shannon_kls(
         log_p = _load(T + token * t_stride, columns, width) * per_temperature - t_lse
         log_p_m, log_q_m = _log_ratios(log_p - log_q, beta)
         p, q = _exp(log_p), _exp(log_q)
-        p_m += tl.where(p == 0, 0.0, p * log_p_m)
-        q_m += tl.where(q == 0, 0.0, q * log_q_m)
+        p_m += _weigh(p, log_p_m)
+        q_m += _weigh(q, log_q_m)
     tl.store(OUT + token, tl.sum(p_m, 0))
     tl.store(OUT + num_tokens + token, tl.sum(q_m, 0))
 
@@ -110,10 +117,10 @@ def _gradient(
         if DIVERGENCE == "forward_kl":
             slope = q - _exp(t * per_temperature - other)
         elif DIVERGENCE == "reverse_kl":
-            slope = tl.where(q == 0, 0.0, q * ((z - t) * per_temperature - other))
+            slope = _weigh(q, (z - t) * per_temperature - other)
         else:
             _, log_q_m = _log_ratios(t * per_temperature - other - log_q, beta)
-            slope = tl.where(q == 0, 0.0, (1 - beta) * q * (log_q_m - tl.load(KL + token)))
+            slope = _weigh(q, log_q_m - tl.load(KL + token)) * (1 - beta)
         slope = slope * (grad * per_temperature)
     if LM:
         lm_grad = tl.load(LM_GRAD + token)
@@ -216,7 +223,7 @@ def _launch_gradient(
     num_tokens, width = z_Nv.shape
     block = _block(width, BLOCK)
     sizes = z_Nv.stride(0), t_Nv.stride(0), width, 1 / temperature, float(beta)
-    numbers = [x.contiguous() for x in (*numbers_SB, *(lm or numbers_SB[:3]))]
+    numbers = [x.contiguous() for x in (*numbers_SB, *(lm or numbers_SB[:3]))]  # without LM these are never read
     grid = num_tokens, triton.cdiv(width, block)
     constants = {"DIVERGENCE": divergence, "LM": lm is not None, "BLOCK": block}
     _gradient[grid](z_Nv, t_Nv, *numbers, out_SBv, *sizes, **constants, num_warps=WARPS)  # pyright: ignore

@@ -33,7 +33,8 @@ NOT_IN_TENSORS = ("rotary_base", "norm_epsilon")  # a wrong default would load, 
 # Weights that are loaded anyway: every rank draws the whole of every tensor, a minute for 8B parameters and more.
 LOADED: dict[str, Any] = {"init_method": zeros_, "output_layer_init_method": zeros_}
 VOCAB_MULTIPLE = 128  # whatever the tensor parallel size, so that checkpoints reshard
-MORE_ROWS = 0.01  # of the student's vocabulary, that a teacher may have more without a word: padding, not tokens
+MORE_ROWS = 0.01  # of the student's vocabulary, that a teacher may have more without being asked: padding, not tokens
+WITHOUT_DEFAULT = ("rope_scaling", "block_configs", *MOE_SIZES)  # None says that the model has none
 
 
 def resolve[T: ModelConfig](model: T) -> T:
@@ -55,7 +56,8 @@ def resolve[T: ModelConfig](model: T) -> T:
         if given is None:
             values[name] = value
     _check_complete(model.checkpoint, values, described)
-    _check_sizes(values)
+    who = model.checkpoint or type(model).__name__
+    _check_sizes(who, values)
     moe = values["family"] in MOE_FAMILIES
     defaults = {
         "family": "llama",
@@ -73,7 +75,8 @@ def resolve[T: ModelConfig](model: T) -> T:
         raise ValueError(f'family "{values["family"]}" is not known.{near(str(values["family"]), FAMILIES)}')
     check_rope_scaling(values["rope_scaling"])
     if values["kv_channels"] < 2 or values["kv_channels"] % 2:
-        raise ValueError(f"kv_channels = {values['kv_channels']} is not even: rotary embeddings turn pairs of channels")
+        kv_channels = values["kv_channels"]
+        raise ValueError(f"{who}: kv_channels = {kv_channels} is not even: rotary embeddings turn pairs of channels")
     heads, groups = values["num_attention_heads"], values["num_query_groups"]
     if heads % groups:
         raise ValueError(f"num_attention_heads = {heads} is not divisible by num_query_groups = {groups}")
@@ -96,10 +99,10 @@ def _check_complete(checkpoint: str | None, values: dict[str, Any], described: d
         raise ValueError(f"{checkpoint} does not say {', '.join(missing)}: set them beside checkpoint")
 
 
-def _check_sizes(values: dict[str, Any]) -> None:
+def _check_sizes(who: str, values: dict[str, Any]) -> None:
     for name, value in values.items():
         if type(value) in (int, float) and not (isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be above 0, got {value}")
+            raise ValueError(f"{who}: {name} must be above 0, got {value}")
 
 
 def describe_checkpoint(path: Path) -> dict[str, Any]:
@@ -109,7 +112,7 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
         return {}
     if found.kind is CheckpointKind.OURS:
         own = _read_json(found.description)
-        return {k: v for k, v in own.items() if k != "checkpoint"}
+        return {k: v for k, v in own.items() if k != "checkpoint" and (v is not None or k in WITHOUT_DEFAULT)}
     if found.kind is CheckpointKind.HUGGING_FACE:
         return from_huggingface(_read_json(found.description), found.weights)
     return read_nemo_config(found.description)
@@ -141,10 +144,10 @@ def resolve_pair(student: StudentConfig, teacher: TeacherConfig | None) -> tuple
     student = resolve(student)
     if teacher is None:
         return student, None
-    given, teacher = teacher.vocab_size, resolve(teacher)
+    teacher = resolve(teacher)
     assert student.vocab_size is not None and teacher.vocab_size is not None, "resolved"
     more = teacher.vocab_size - student.vocab_size
-    if given is None and 0 < more <= MORE_ROWS * student.vocab_size:
+    if 0 < more <= MORE_ROWS * student.vocab_size:
         if rank() == 0:
             print(f"teacher: the last {more:,} of its {teacher.vocab_size:,} ids are left out, which the student lacks")
         teacher.vocab_size = student.vocab_size

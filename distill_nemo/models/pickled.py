@@ -26,6 +26,8 @@ def convert(checkpoint: str, output: str, allow_pickle: bool = False) -> None:
             f"the weights in {source} are pickles, which can run code when they are opened: add allow_pickle=true if "
             "you trust where they come from"
         )
+    if target.is_dir() and any(target.iterdir()):
+        raise ValueError(f"{target} exists and is not empty; name a new directory")
     check_target(target)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -33,7 +35,8 @@ def convert(checkpoint: str, output: str, allow_pickle: bool = False) -> None:
         _opened(source).save_pretrained(partial)
         for file in tokenizer_files(source):
             shutil.copy2(file, partial)
-        shutil.rmtree(target, ignore_errors=True)
+        if target.is_dir():
+            target.rmdir()
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -41,8 +41,8 @@ def process_groups(parallelism: ParallelismConfig) -> Iterator[None]:
         dist.init_process_group(
             backend(),
             timeout=timeout,
-            # No device_id, as in Megatron's own loop: with it, all ranks take part in splitting off every group of any
-            # (ncclCommSplit), some two thousand times on 256; without it, those who use a group connect it.
+            # No device_id, as in Megatron's own loop: with it, all ranks take part in making every group, also those
+            # they are not in (ncclCommSplit): some two thousand times on 256. Without it, members connect at first use.
             # A run of one process needs no port, so that two of them never meet.
             **({"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
         )

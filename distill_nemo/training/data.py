@@ -7,8 +7,8 @@ from typing import Any
 from distill_nemo.config import RunConfig
 from distill_nemo.data.datasets import build_datasets, check_token_files, check_vocabulary
 from distill_nemo.data.parts import load_tokenizer, open_tokenizer
+from distill_nemo.models.architecture import describe_checkpoint
 from distill_nemo.models.huggingface import tokenizer_files
-from distill_nemo.runtime.process_groups import rank
 
 RENAMED = 0.01  # share of ids that may name other tokens: fine-tuned models rename reserved ones
 
@@ -32,8 +32,7 @@ def check_run_data(config: RunConfig) -> None:
                 "student's own tokenizer, and prepare the text with it"
             )
 
-    if rank() == 0:
-        check_same_tokens(config)
+    check_same_tokens(config)
 
 
 def check_same_tokens(config: RunConfig) -> None:
@@ -42,7 +41,8 @@ def check_same_tokens(config: RunConfig) -> None:
     Vocabularies of one size may still be others, and a loss between them falls and means nothing.
 
     Raises:
-        ValueError: with the first id that is another token.
+        ValueError: with the first id that is another token; or for a `vocab_size` that cuts tokens of the student off,
+            which its export would still have.
     """
     named = {
         "data.tokenizer": config.data.tokenizer,
@@ -52,8 +52,18 @@ def check_same_tokens(config: RunConfig) -> None:
     known: list[tuple[str, dict[int, str]]] = []
     for field, path in named.items():
         if path and tokenizer_files(Path(path)):
-            with contextlib.suppress(ValueError):  # what cannot be loaded here is not needed either
+            with contextlib.suppress(ValueError):  # one that cannot be loaded is not compared
                 known.append((field, {i: token for token, i in load_tokenizer(path).get_vocab().items()}))
+    vocab_size, student = config.student.vocab_size or 0, dict(known).get("student.checkpoint", {})
+    size = max(student, default=-1) + 1
+    if (
+        size > vocab_size
+        and describe_checkpoint(Path(config.student.checkpoint or "")).get("vocab_size", 0) > vocab_size
+    ):
+        raise ValueError(
+            f"student.vocab_size = {vocab_size} cuts off tokens: {config.student.checkpoint} has a tokenizer of {size} "
+            "ids, with those of special tokens"
+        )
     for field, theirs in known[1:]:
         first, ours = known[0]
         shared = sorted(ours.keys() & theirs.keys())

@@ -56,12 +56,12 @@ def evaluate_student(
     check_same_tokens(config)
     micro_batch_size = math.gcd(samples, MICRO_BATCH_SIZE)
     setup_device()
-    with tempfile.TemporaryDirectory() as kept_nowhere, process_groups(config.parallelism):
+    with tempfile.TemporaryDirectory() as temporary, process_groups(config.parallelism):
         check_whole(student, teacher)
         seed_everything(seed)
         model = _model(config)
         valid: Any
-        _, valid = build_datasets(config.data, TrainingConfig(), Path(cache or kept_nowhere), samples, samples)
+        _, valid = build_datasets(config.data, TrainingConfig(), Path(cache or temporary), samples, samples)
         stream = batches(
             valid,
             consumed_samples=0,

@@ -27,7 +27,7 @@ FIELDS = {
     "prepare": ["inputs", "output", "tokenizer", "text_key", "num_workers", "max_bad_records"],
     "export": ["checkpoint", "output", "tokenizer"],
     "convert": ["checkpoint", "output", "allow_pickle"],
-    "evaluate": ["student", "data", "teacher", "sequence_length", "samples"],
+    "evaluate": ["student", "data", "teacher", "sequence_length", "samples", "vocab_size"],
     "recipes": [],
     "status": ["experiment"],
     "logs": ["experiment", "follow"],

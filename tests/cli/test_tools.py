@@ -21,16 +21,27 @@ def tools(inputs, finished, tmp_path_factory):
     (cwd / "text").mkdir()
     (cwd / "text" / "a.txt").write_text("def f(x):\n    return x\n")
     (cwd / "text" / "b.jsonl").write_text('{"text": "import re"}\n{"text": 3}\n{"text": "x = 1"}\n')
-    held_out = [f"data={inputs}/valid", f"teacher={inputs}/teacher", "sequence_length=32", "samples=8"]
+    held_out = ["evaluate", f"data={inputs}/valid", "sequence_length=32", "samples=8"]
+    teacher, more_rows = f"teacher={inputs}/teacher", ["teacher=teacher", "vocab_size=507"]
     prepare = ["prepare", "inputs=text", "output=out/corpus", f"tokenizer={inputs}/tokenizer", "max_bad_records=1"]
-    step = f"{ran_in}/{RUN}/checkpoints/step_00000012"
+    run = f"{ran_in}/{RUN}"
     calls = {
-        "export": lambda: nemo("export", f"checkpoint={step}", "output=exported", cwd=cwd),
+        "export": lambda: nemo("export", f"checkpoint={run}/checkpoints/step_00000012", "output=exported", cwd=cwd),
         "prepare": lambda: [nemo(*prepare, cwd=cwd), nemo(*prepare, cwd=cwd)],
-        "of ours": lambda: nemo("evaluate", f"student={ran_in}/{RUN}", *held_out, cwd=cwd),
-        "of Hugging Face's": lambda: nemo("evaluate", f"student={ran_in}/{RUN}/student", *held_out, cwd=cwd),
+        "of ours": lambda: nemo(*held_out, f"student={run}", teacher, cwd=cwd),
+        "of Hugging Face's": lambda: nemo(*held_out, f"student={run}/student", teacher, cwd=cwd),
+        "with more rows": lambda: nemo(*held_out, f"student={run}", *more_rows, cwd=cwd),
     }
+    padded(f"{inputs}/teacher", cwd / "teacher")
     return cwd, dict(zip(calls, together(*calls.values()), strict=True))
+
+
+def padded(source, target):
+    """A copy with 93 rows of the vocabulary more, which would change every probability."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    model.resize_token_embeddings(600, mean_resizing=False)
+    torch.nn.init.ones_(model.lm_head.weight.data[507:])
+    model.save_pretrained(target)
 
 
 def test_export_writes_any_saved_step(finished, tools):
@@ -46,7 +57,7 @@ def test_export_writes_any_saved_step(finished, tools):
 def test_evaluate_gives_the_same_figures_for_a_run_and_for_its_export(inputs, tools):
     ours, exported = tools[1]["of ours"], tools[1]["of Hugging Face's"]
     assert (ours.code, ours.err, exported.code, exported.err) == (0, "", 0, "")
-    assert ours.out == exported.out
+    assert ours.out == exported.out == tools[1]["with more rows"].out
     figures = dict(line.split() for line in ours.out.splitlines())
     assert figures.keys() == {"lm_loss", "forward_kl", "top1_agreement", "teacher_entropy", "teacher_lm_loss", "tokens"}
     assert figures["tokens"] == "256"

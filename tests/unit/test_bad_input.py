@@ -121,6 +121,18 @@ def test_tokenizers_of_one_size_whose_ids_differ(inputs, one, tmp_path):
     assert f"of 507 ids 200 are other tokens, 300 say, {tokens[300]!r} and {tokens[499]!r}" in said
 
 
+def test_a_vocabulary_that_cuts_tokens_of_the_student_off(inputs, one, tmp_path):
+    student = shutil.copytree(inputs / "student", tmp_path / "student")
+    shutil.copytree(inputs / "tokenizer", student, dirs_exist_ok=True)
+    config = tiny_run(inputs, tmp_path / "out", steps=4)
+    config.student.checkpoint, config.student.vocab_size, config.data.tokenizer = str(student), 500, None
+    for suffix in (".bin", ".idx"):  # made elsewhere, without our manifest
+        shutil.copy(f"{inputs}/train{suffix}", f"{tmp_path}/foreign{suffix}")
+    config.data.train = config.data.valid = [f"{tmp_path}/foreign"]
+    with pytest.raises(ValueError, match=f"vocab_size = 500 cuts off tokens: {student} has a tokenizer of 507 ids"):
+        one.run(checked_data, config)
+
+
 def tokenizer_vocab(directory):
     return json.loads(Path(directory, "tokenizer.json").read_text())["model"]["vocab"]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill_nemo.losses import eager as eager_code
+from distill_nemo.losses.divergences import DIVERGENCES
 from distill_nemo.losses.jensen_shannon import vocab_parallel_jensen_shannon
 from distill_nemo.losses.logits import LogitsKLLoss
 from distill_nemo.losses.reverse_kl import vocab_parallel_reverse_kl
@@ -253,6 +254,18 @@ def test_jensen_shannon_is_bounded_and_symmetric_at_one_half() -> None:
         assert loss.item() == pytest.approx(-beta * math.log(beta) - (1 - beta) * math.log(1 - beta), rel=1e-6)
         (gradient,) = torch.autograd.grad(loss.sum(), apart)
         assert gradient.abs().max() < 1e-6  # flat, and not nan
+
+
+@pytest.mark.parametrize("width", [300, 2048])
+def test_weights_that_underflow_count_for_nothing_even_beside_no_probability_at_all(width: int) -> None:
+    peaked, flat = torch.full((1, 1, width), -200.0), torch.zeros(1, 1, width)
+    peaked[..., 0], flat[..., 5] = 0.0, -torch.inf
+    for name, (student, teacher) in {"forward_kl": (flat, peaked), "reverse_kl": (peaked, flat)}.items():
+        student = student.clone().requires_grad_()
+        loss = DIVERGENCES[name](student, teacher)
+        assert loss.item() == pytest.approx(math.log(width - 1), rel=1e-6)
+        (gradient,) = torch.autograd.grad(loss.sum(), student)
+        assert gradient.isfinite().all() and gradient[..., 5].item() == 0
 
 
 @pytest.mark.parametrize(

@@ -211,8 +211,10 @@ MOST_PER_COLUMN = {
     "forward_kl_gradient": 18,
     "forward_kl_gradient with LM": 31,
     "reverse_kl_gradient": 19,
+    "reverse_kl_gradient with LM": 33,
     "jensen_shannon_kls": 60,
     "jensen_shannon_gradient": 58,
+    "jensen_shannon_gradient with LM": 70,
 }
 
 
@@ -226,6 +228,6 @@ def test_triton_for_hopper_spends_few_instructions_on_a_column(tmp_path: Path) -
     found = json.loads(result.stdout)
     assert found.keys() == MOST_PER_COLUMN.keys()
     for name, by_dtype in found.items():
-        assert by_dtype.keys() == {"bf16", "fp32", "fp16"}
+        assert len(by_dtype) == 3 + (name.endswith("_gradient"))
         for one in by_dtype.values():
             assert 10 < one["per_column"] <= MOST_PER_COLUMN[name] and not one["spilled"]
