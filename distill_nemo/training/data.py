@@ -4,7 +4,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from distill_nemo.config import RunConfig
+from distill_nemo.config import RunConfig, StudentConfig
 from distill_nemo.data.datasets import build_datasets, check_token_files, check_vocabulary
 from distill_nemo.data.parts import load_tokenizer, open_tokenizer
 from distill_nemo.models.architecture import describe_checkpoint
@@ -31,7 +31,6 @@ def check_run_data(config: RunConfig) -> None:
                 f"data.tokenizer = {tokenizer} has {size} ids, but student.vocab_size = {vocab_size}: name the "
                 "student's own tokenizer, and prepare the text with it"
             )
-
     check_same_tokens(config)
 
 
@@ -54,16 +53,7 @@ def check_same_tokens(config: RunConfig) -> None:
         if path and tokenizer_files(Path(path)):
             with contextlib.suppress(ValueError):  # one that cannot be loaded is not compared
                 known.append((field, {i: token for token, i in load_tokenizer(path).get_vocab().items()}))
-    vocab_size, student = config.student.vocab_size or 0, dict(known).get("student.checkpoint", {})
-    size = max(student, default=-1) + 1
-    if (
-        size > vocab_size
-        and describe_checkpoint(Path(config.student.checkpoint or "")).get("vocab_size", 0) > vocab_size
-    ):
-        raise ValueError(
-            f"student.vocab_size = {vocab_size} cuts off tokens: {config.student.checkpoint} has a tokenizer of {size} "
-            "ids, with those of special tokens"
-        )
+    _check_cut(config.student, max(dict(known).get("student.checkpoint", {}), default=-1) + 1)
     for field, theirs in known[1:]:
         first, ours = known[0]
         shared = sorted(ours.keys() & theirs.keys())
@@ -75,6 +65,16 @@ def check_same_tokens(config: RunConfig) -> None:
                 f"ids {len(apart):,} are other tokens, {i} say, {ours[i]!r} and {theirs[i]!r}; logits can be compared "
                 "only where both models have the same tokens"
             )
+
+
+def _check_cut(student: StudentConfig, num_ids: int) -> None:
+    """Refuse to cut rows off that ids of the student's own tokenizer need."""
+    vocab_size = student.vocab_size or 0
+    if num_ids > vocab_size and describe_checkpoint(Path(student.checkpoint or "")).get("vocab_size", 0) > vocab_size:
+        raise ValueError(
+            f"student.vocab_size = {vocab_size} cuts off tokens: {student.checkpoint} has a tokenizer of {num_ids} ids, "
+            "with those of special tokens"
+        )
 
 
 def build_run_datasets(config: RunConfig) -> tuple[Any, Any]:
