@@ -72,8 +72,8 @@ def _check_cut(student: StudentConfig, num_ids: int) -> None:
     vocab_size = student.vocab_size or 0
     if num_ids > vocab_size and describe_checkpoint(Path(student.checkpoint or "")).get("vocab_size", 0) > vocab_size:
         raise ValueError(
-            f"student.vocab_size = {vocab_size} cuts off tokens: {student.checkpoint} has a tokenizer of {num_ids} ids, "
-            "with those of special tokens"
+            f"student.vocab_size = {vocab_size} cuts off tokens: {student.checkpoint} has a tokenizer of {num_ids} ids "
+            "with its special tokens"
         )
 
 
