@@ -80,16 +80,17 @@ def choose_parts(
     choose(name, beta, top_k)
     if top_k is not None:
         rank = 0 if group is None else dist.get_rank(group)
-        return Parts(partial(top_k_steps, top_k=top_k, rank=rank), _top_k_gradient)
+        return Parts(partial(top_k_steps, top_k=top_k, rank=rank), partial(_gradient, _top_k, {}))
     if name == "jensen_shannon":
-        return Parts(partial(jensen_shannon_steps, beta=beta), partial(_gradient, "jensen_shannon_gradient", (beta,)))
-    steps = {"forward_kl": forward_kl_steps, "reverse_kl": reverse_kl_steps}[name]
-    return Parts(steps, partial(_gradient, f"{name}_gradient", ()))
+        steps, more = partial(jensen_shannon_steps, beta=beta), {"beta": beta}
+    else:
+        steps, more = {"forward_kl": forward_kl_steps, "reverse_kl": reverse_kl_steps}[name], {}
+    return Parts(steps, partial(_gradient, partial(_kernel, f"{name}_gradient"), more))
 
 
 def _gradient(
-    function: str,
-    more: tuple[float, ...],
+    find: Callable[[Tensor, Tensor], tuple[Callable[..., None], bool]],
+    more: dict[str, float],
     z: Tensor,
     t: Tensor,
     numbers: tuple[Tensor, ...],
@@ -98,26 +99,19 @@ def _gradient(
     lm: CrossEntropy | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    kernels = implementation(z, t)
-    one_pass = kernels.ONE_PASS
+    write, one_pass = find(z, t)
     out = torch.empty_like(t, dtype=dtype) if one_pass and dtype != t.dtype else t
-    getattr(kernels, function)(z, t, *numbers, grad, temperature, *more, out, *([lm] if one_pass else []))
+    write(z, t, *numbers, grad, temperature, **more, **({"lm": lm} if one_pass else {}), out_SBv=out)
     if lm is not None and not one_pass:
         add_cross_entropy_gradient(z, lm, out)
     return out
 
 
-def _top_k_gradient(
-    z: Tensor,
-    t: Tensor,
-    numbers: tuple[Tensor, ...],
-    grad: Tensor,
-    temperature: float,
-    lm: CrossEntropy | None,
-    _: torch.dtype,
-) -> Tensor:
-    student_lse, columns, r, pull = numbers
-    top_k_gradient(z, student_lse, columns, r, pull, grad, temperature, t)
-    if lm is not None:
-        add_cross_entropy_gradient(z, lm, t)
-    return t
+def _kernel(name: str, z: Tensor, t: Tensor) -> tuple[Callable[..., None], bool]:
+    """The function of this name for these logits, and its module's `ONE_PASS`."""
+    kernels = implementation(z, t)
+    return getattr(kernels, name), kernels.ONE_PASS
+
+
+def _top_k(*_: Tensor) -> tuple[Callable[..., None], bool]:
+    return lambda z, t, *numbers, **more: top_k_gradient(z, *numbers, **more), False
