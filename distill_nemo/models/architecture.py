@@ -128,6 +128,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def with_stored_vocabulary[T: ModelConfig](model: T) -> T:
+    """The resolved model with the `vocab_size` that its checkpoint states, if any: its own may leave rows out."""
+    stated = describe_checkpoint(Path(model.checkpoint)).get("vocab_size") if model.checkpoint else None
+    return dataclasses.replace(model, vocab_size=stated or model.vocab_size)
+
+
 def padded_vocab_size(vocab_size: int) -> int:
     """The rows that embedding and output layer really have."""
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE

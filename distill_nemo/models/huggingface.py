@@ -5,7 +5,6 @@ safetensors are read, and an export appears only when whole.
 """
 
 import contextlib
-import dataclasses
 import io
 import json
 import os
@@ -24,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from distill_nemo.config import ModelConfig, first_few
-from distill_nemo.models.architecture import padded_vocab_size
+from distill_nemo.models.architecture import padded_vocab_size, with_stored_vocabulary
 from distill_nemo.models.experts import one_expert
 from distill_nemo.models.hf_config import QK_NORM_FAMILIES, to_huggingface
 from distill_nemo.models.megatron_weights import STATE
@@ -103,8 +102,7 @@ def check_hf_tensors(path: Path, model: ModelConfig) -> None:
                 found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is corrupt or truncated: {error}") from None
-    stored = json.loads((path / "config.json").read_text())["vocab_size"]  # the model may take its first rows only
-    wanted = expected_tensors(dataclasses.replace(model, vocab_size=stored))
+    wanted = expected_tensors(with_stored_vocabulary(model))
     ignored = {"lm_head.weight"} if model.tie_word_embeddings else set()
     problems = [f"missing: {name} {shape}" for name, shape in wanted.items() if name not in found]
     found = {name: shape for name, shape in found.items() if not name.endswith("rotary_emb.inv_freq")}  # old Llamas

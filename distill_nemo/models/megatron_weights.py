@@ -4,7 +4,6 @@ Every tensor of the whole model is checked by name and shape before one is read,
 contents, so each rank alone finds what is wrong anywhere.
 """
 
-import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from distill_nemo.config import ModelConfig, first_few
-from distill_nemo.models.architecture import describe_checkpoint
+from distill_nemo.models.architecture import with_stored_vocabulary
 from distill_nemo.models.hf_config import QK_NORM_FAMILIES
 from distill_nemo.models.layers import Layer, layers
 from distill_nemo.runtime.pickles import check_contents
@@ -180,9 +179,7 @@ def check_megatron_tensors(directory: Path, names: Shapes, model: ModelConfig, s
     Raises:
         ValueError: naming the first few tensors that are missing, extra or of another shape.
     """
-    stated = describe_checkpoint(Path(model.checkpoint)).get("vocab_size") if model.checkpoint else None
-    # Of more rows that the checkpoint says it has, the model takes the first.
-    by_layer, wanted = expected_tensors(dataclasses.replace(model, vocab_size=stated or model.vocab_size))
+    by_layer, wanted = expected_tensors(with_stored_vocabulary(model))
     count: Any = model.num_layers
     deep = _stored_layers(names)
     if deep not in (None, count) and model.block_configs is None:  # a last layer without parts leaves nothing to count
