@@ -6,8 +6,8 @@ from typing import Any
 
 from distill_nemo.config import RunConfig, StudentConfig
 from distill_nemo.data.datasets import build_datasets, check_token_files, check_vocabulary
-from distill_nemo.data.parts import load_tokenizer, open_tokenizer
-from distill_nemo.models.architecture import describe_checkpoint
+from distill_nemo.data.parts import load_tokenizer
+from distill_nemo.models.architecture import with_stored_vocabulary
 from distill_nemo.models.huggingface import tokenizer_files
 
 RENAMED = 0.01  # share of ids that may name other tokens: fine-tuned models rename reserved ones
@@ -17,62 +17,64 @@ def check_run_data(config: RunConfig) -> None:
     """Refuse token files and tokenizers that do not fit the student; reads little and writes nothing.
 
     Raises:
-        ValueError: for files that are missing, empty, truncated, or of a larger vocabulary than the model's, and for
-            a student and a teacher whose ids are other tokens.
+        ValueError: for files that are missing, empty, truncated, or of a larger vocabulary than the model's; and as
+            `check_tokenizers`.
     """
-    vocab_size, tokenizer = config.student.vocab_size, config.data.tokenizer
-    assert vocab_size is not None, "resolved before"
+    assert config.student.vocab_size is not None, "resolved before"
     check_token_files(config.data)
-    check_vocabulary(config.data, vocab_size)
-    if tokenizer is not None:
-        size = open_tokenizer(tokenizer, append_eod=False)[0].vocab_size
-        if size > vocab_size:
-            raise ValueError(
-                f"data.tokenizer = {tokenizer} has {size} ids, but student.vocab_size = {vocab_size}: name the "
-                "student's own tokenizer, and prepare the text with it"
-            )
-    check_same_tokens(config)
+    check_vocabulary(config.data, config.student.vocab_size)
+    check_tokenizers(config)
 
 
-def check_same_tokens(config: RunConfig) -> None:
-    """Compare the tokenizers that lie beside the models and that the config names, id by id.
+def check_tokenizers(config: RunConfig) -> None:
+    """Compare the tokenizers that the config names and that lie beside the models, id by id.
 
     Vocabularies of one size may still be others, and a loss between them falls and means nothing.
 
     Raises:
-        ValueError: with the first id that is another token; or for a `vocab_size` that cuts tokens of the student off,
-            which its export would still have.
+        ValueError: with the first id that is another token; for a `data.tokenizer` with more ids than the student; for
+            a `vocab_size` that cuts tokens of the student off, which its export would still have.
     """
     named = {
         "data.tokenizer": config.data.tokenizer,
         "student.checkpoint": config.student.checkpoint,
         "teacher.checkpoint": config.teacher.checkpoint if config.teacher else None,
     }
-    known: list[tuple[str, dict[int, str]]] = []
+    known: dict[str, tuple[str, dict[int, str]]] = {}  # by path: the field that names it, and the token of each id
     for field, path in named.items():
-        if path and tokenizer_files(Path(path)):
-            with contextlib.suppress(ValueError):  # one that cannot be loaded is not compared
-                known.append((field, {i: token for token, i in load_tokenizer(path).get_vocab().items()}))
-    _check_cut(config.student, max(dict(known).get("student.checkpoint", {}), default=-1) + 1)
-    for field, theirs in known[1:]:
-        first, ours = known[0]
+        asked_for = field == "data.tokenizer"
+        if path and path not in known and (asked_for or tokenizer_files(Path(path))):
+            # One that only lies there and cannot be loaded is not compared.
+            with contextlib.nullcontext() if asked_for else contextlib.suppress(ValueError):
+                known[path] = field, {i: token for token, i in load_tokenizer(path).get_vocab().items()}
+    for path, (field, tokens) in known.items():
+        _check_size(field, path, max(tokens, default=-1) + 1, config.student)
+    named_tokens = [(f"{field} = {path}", tokens) for path, (field, tokens) in known.items()]
+    for other, theirs in named_tokens[1:]:
+        first, ours = named_tokens[0]
         shared = sorted(ours.keys() & theirs.keys())
         apart = [i for i in shared if ours[i] != theirs[i]]
         if len(apart) > RENAMED * len(shared):
             i = apart[0]
             raise ValueError(
-                f"{first} = {named[first]} and {field} = {named[field]} have different tokenizers: of {len(shared):,} "
-                f"ids {len(apart):,} are other tokens, {i} say, {ours[i]!r} and {theirs[i]!r}; logits can be compared "
-                "only where both models have the same tokens"
+                f"{first} and {other} have different tokenizers: of {len(shared):,} ids {len(apart):,} are other "
+                f"tokens, {i} say, {ours[i]!r} and {theirs[i]!r}; logits can be compared only where both models have "
+                "the same tokens"
             )
 
 
-def _check_cut(student: StudentConfig, num_ids: int) -> None:
-    """Refuse to cut rows off that ids of the student's own tokenizer need."""
+def _check_size(field: str, path: str, num_ids: int, student: StudentConfig) -> None:
     vocab_size = student.vocab_size or 0
-    if num_ids > vocab_size and describe_checkpoint(Path(student.checkpoint or "")).get("vocab_size", 0) > vocab_size:
+    if num_ids <= vocab_size:
+        return
+    if field == "data.tokenizer":
         raise ValueError(
-            f"student.vocab_size = {vocab_size} cuts off tokens: {student.checkpoint} has a tokenizer of {num_ids} ids "
+            f"data.tokenizer = {path} has {num_ids} ids, but student.vocab_size = {vocab_size}: name the "
+            "student's own tokenizer, and prepare the text with it"
+        )
+    if field == "student.checkpoint" and (with_stored_vocabulary(student).vocab_size or 0) > vocab_size:
+        raise ValueError(
+            f"student.vocab_size = {vocab_size} cuts off tokens: {path} has a tokenizer of {num_ids} ids "
             "with its special tokens"
         )
 

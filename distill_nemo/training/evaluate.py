@@ -16,7 +16,7 @@ from distill_nemo.models.provider import model_provider
 from distill_nemo.runtime.device import resolve_dtype, setup_device
 from distill_nemo.runtime.process_groups import process_groups, world_size
 from distill_nemo.runtime.seed import seed_everything
-from distill_nemo.training.data import check_same_tokens
+from distill_nemo.training.data import check_tokenizers
 from distill_nemo.training.entry import resolve_models
 
 MICRO_BATCH_SIZE = 8
@@ -53,7 +53,7 @@ def evaluate_student(
     assert config.student.vocab_size is not None, "resolve fills it"
     check_token_files(config.data)
     check_vocabulary(config.data, config.student.vocab_size)
-    check_same_tokens(config)
+    check_tokenizers(config)
     micro_batch_size = math.gcd(samples, MICRO_BATCH_SIZE)
     setup_device()
     with tempfile.TemporaryDirectory() as temporary, process_groups(config.parallelism):

@@ -6,6 +6,7 @@ and test_teacher_provider.py; fields: test_config.py; the command line: tests/cl
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -129,7 +130,9 @@ def test_a_vocabulary_that_cuts_tokens_of_the_student_off(inputs, one, tmp_path)
     for suffix in (".bin", ".idx"):  # made elsewhere, without our manifest
         shutil.copy(f"{inputs}/train{suffix}", f"{tmp_path}/foreign{suffix}")
     config.data.train = config.data.valid = [f"{tmp_path}/foreign"]
-    with pytest.raises(ValueError, match=f"vocab_size = 500 cuts off tokens: {student} has a tokenizer of 507 ids"):
+    with pytest.raises(
+        ValueError, match=re.escape(f"student.vocab_size = 500 cuts off tokens: {student} has a tokenizer of 507 ids")
+    ):
         one.run(checked_data, config)
 
 
