@@ -5,8 +5,9 @@ import pickle
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from distill_nemo.models.huggingface import METADATA
 from distill_nemo.models.pickled import convert
 from tests.tiny_models import write_hf
 
@@ -46,6 +47,11 @@ def incomplete(path):
     torch.save(tensors, path / "pytorch_model.bin")
 
 
+def earlier_export(path):
+    path.with_name("new").mkdir()
+    save_file({"x": torch.ones(1)}, path.with_name("new") / "model.safetensors", METADATA)
+
+
 @pytest.mark.parametrize(
     ("change", "allow", "said"),
     [
@@ -55,7 +61,7 @@ def incomplete(path):
         (incomplete, True, "does not fit its config.json: missing keys: model.norm.weight"),
         (lambda path: (path / "pytorch_model.bin").unlink(), True, "nothing to convert"),
         (lambda path: write_hf(path, "llama", layers=1), True, "holds safetensors, which training reads as they are"),
-        (lambda path: write_hf(path.with_name("new"), "llama", layers=1), True, "exists and is not empty"),
+        (earlier_export, True, "exists and is not empty"),
         (lambda path: path.with_name("new").mkdir() or path.with_name("new").joinpath("x").touch(), True, "exists and"),
     ],
 )
@@ -64,5 +70,5 @@ def test_refused(old, tmp_path, monkeypatch, change, allow, said):
     change(old)
     with pytest.raises(ValueError, match=said):
         convert(str(old), str(tmp_path / "new"), allow)
-    assert not (tmp_path / "executed").exists() and not (tmp_path / "new" / "tokenizer.json").exists()
+    assert not (tmp_path / "executed").exists() and not (tmp_path / "new" / "config.json").exists()
     assert not list(tmp_path.glob("*.partial"))
