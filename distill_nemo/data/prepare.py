@@ -24,17 +24,16 @@ import numpy as np
 from distill_nemo.data.parts import (
     MAX_LISTED,
     Part,
-    TokenizerFacts,
     digest,
     file_size,
     make_part,
-    open_tokenizer,
     read_json,
     read_part,
     start_worker,
     write_json,
 )
 from distill_nemo.data.readers import Piece, cut, find_files
+from distill_nemo.data.tokenizer import TokenizerFacts, open_tokenizer
 
 PART_BYTES = 4 << 20  # of input, at least: seconds of work for one process
 MAX_PARTS = 10_000  # about; beyond, parts grow

@@ -6,7 +6,7 @@ from typing import Any
 
 from distill_nemo.config import RunConfig, StudentConfig
 from distill_nemo.data.datasets import build_datasets, check_token_files, check_vocabulary
-from distill_nemo.data.parts import load_tokenizer
+from distill_nemo.data.tokenizer import load_tokenizer
 from distill_nemo.models.architecture import with_stored_vocabulary
 from distill_nemo.models.huggingface import tokenizer_files
 
