@@ -1,4 +1,4 @@
-"""One run at a time in an output directory."""
+"""One process at a time writes an output. No torch, but for the ranks of a run."""
 
 import contextlib
 import errno
@@ -8,74 +8,82 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-import torch.distributed as dist
-
-NAME = "run.lock"
 LEASE_SECONDS = 120.0  # NFSv4 servers keep the lock of a machine that has died for 90
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class OutputLock:
-    """`with OutputLock(directory):` on every rank; rank 0 holds a POSIX lock on `run.lock` meanwhile.
+    """`with OutputLock(path, "output = X"):` holds a POSIX lock on the file `path` meanwhile.
 
-    The kernel, or the file server, frees it when the process ends, however that comes: a file that is left is stale,
-    and taken over. Unlike flock's, the lock is not inherited by the processes that write checkpoints. The directory is
-    made, and removed again where nothing else came into it.
+    The kernel, or the file server, frees the lock when the process ends, however it ends. A file that is left is stale,
+    and taken over. Unlike flock's, the lock is not inherited by child processes. Missing directories are made, and
+    removed again if they are still empty.
+
+    Args:
+        path: the lock file. It belongs beside an output that appears by a rename, not inside.
+        what: field and value that the user set, for the error.
 
     Raises:
-        ValueError: on every rank, when another run holds it, naming host and process.
+        ValueError: when another process holds the lock, naming it and its host, or when `path` cannot be written.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory, self.path = directory, directory / NAME
+    def __init__(self, path: Path, what: str) -> None:
+        self.path, self.what = path, what
         self._file: int | None = None
         self._made: list[Path] = []
 
     def __enter__(self) -> "OutputLock":
-        refused = [self._take() if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(refused, src=0)
-        if refused[0]:
-            raise ValueError(f"output_dir = {self.directory}: {refused[0]}")
+        if refused := self.take():
+            raise ValueError(refused)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.free()
+
+    def take(self) -> str | None:
+        """Lock, or return the reason why not."""
+        try:
+            return self._wait()
+        except OSError as error:
+            self.free()
+            where = error.filename if isinstance(error.filename, str) else self.path
+            return f"{self.what}: {where} cannot be written: {error.strerror}"
+
+    def free(self) -> None:
+        """Unlock, if this process holds the lock."""
         if self._file is not None:
-            self.path.unlink(missing_ok=True)  # while it is locked, so that nobody locks a file that goes away
+            with contextlib.suppress(OSError):
+                self.path.unlink()  # while it is locked, so that nobody locks a file that goes away
             os.close(self._file)
+            self._file = None
         with contextlib.suppress(OSError):
             for directory in self._made:
                 directory.rmdir()
 
-    def _take(self) -> str | None:
-        """Lock, or say why not."""
-        try:
-            self._made = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
-            self.directory.mkdir(parents=True, exist_ok=True)
-            until, said = time.monotonic() + LEASE_SECONDS, False
-            while not self._lock():
-                holder = self._holder()
-                words = "another run works there ({process} on {host}, since {since})".format(**holder)
-                if _machine().items() <= holder.items() or time.monotonic() > until:
-                    return f"{words}; wait for it, stop it, or choose another output_dir"
-                if not said:
-                    print(f"{words}: waiting {LEASE_SECONDS:.0f} s, in case that machine has died", flush=True)
-                said = True
-                time.sleep(1)
-        except OSError as error:
-            if error.errno not in UNSUPPORTED:
-                return f"cannot be written: {error.strerror}"
-            print(
-                f"warning: {self.directory} is on a file system without locks: see that no other run writes there",
-                file=sys.stderr,
+    def _wait(self) -> str | None:
+        self._made = [path for path in self.path.parents if not path.exists()]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        until, said = time.monotonic() + LEASE_SECONDS, False
+        while not self._lock():
+            holder = self._holder()
+            words = "{what}: another process writes there ({process} on {host}, since {since})".format(
+                **holder, what=self.what
             )
+            if _machine().items() <= holder.items() or time.monotonic() > until:
+                return f"{words}; wait for it, stop it, or choose another output"
+            if not said:
+                print(f"{words}: waiting {LEASE_SECONDS:.0f} s, in case that machine has died", flush=True)
+            said = True
+            time.sleep(1)
         return None
 
     def _lock(self) -> bool:
+        """Return False if another process holds the lock."""
         file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -84,23 +92,51 @@ class OutputLock:
         except (BlockingIOError, PermissionError, FileNotFoundError):
             os.close(file)
             return False
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                os.close(file)
+                raise
+            print(
+                f"warning: {self.path.parent} is on a file system without locks: make sure that no other process "
+                "writes there",
+                file=sys.stderr,
+            )
+            os.close(file)
+            return True
+        self._file = file
         left = os.read(file, 4096)
         if left:
             holder = self._holder(left)
-            print("{process} on {host} ended without freeing {path}: taking over".format(path=self.path, **holder))
-        os.truncate(file, 0)
+            print("{process} on {host} ended without freeing {path}: taking over".format(**holder, path=self.path))
         since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
         process = " ".join(filter(None, [f"process {os.getpid()}", _job()]))
+        os.truncate(file, 0)
         os.pwrite(file, json.dumps({**_machine(), "process": process, "since": since}).encode(), 0)
-        self._file = file
         return True
 
-    def _holder(self, content: bytes | None = None) -> dict[str, Any]:
-        unknown = {"host": "unknown host", "process": "a process", "since": "unknown time"}
-        try:
-            return unknown | json.loads(self.path.read_bytes() if content is None else content)
-        except (OSError, ValueError):
-            return unknown
+    def _holder(self, content: bytes | None = None) -> dict[str, str]:
+        """Return the holder's own words, as far as they can be read."""
+        told = {"host": "unknown host", "process": "a process", "since": "unknown time", "boot": ""}
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            said = json.loads(self.path.read_bytes() if content is None else content)
+            told |= {name: str(value) for name, value in said.items() if name in told}
+        return told
+
+
+@contextlib.contextmanager
+def locked_by_rank_0(path: Path, what: str) -> Iterator[None]:
+    """`OutputLock` for the ranks of a run, which must all call it: rank 0 holds the lock, all raise a refusal."""
+    import torch.distributed as dist
+
+    lock = OutputLock(path, what)
+    refused = [lock.take() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(refused, src=0)
+    if refused[0]:
+        raise ValueError(refused[0])
+    try:
+        yield
+    finally:
+        lock.free()
 
 
 def _machine() -> dict[str, str]:

@@ -148,10 +148,10 @@ def resolve_models(config: RunConfig) -> RunConfig:
 
 def _train(config: RunConfig) -> int | None:
     from distill_nemo.checkpoint.directory import check_output_dir
-    from distill_nemo.runtime.output_lock import OutputLock
+    from distill_nemo.runtime.output_lock import locked_by_rank_0
 
     check_output_dir(config.output_dir)
-    with OutputLock(Path(config.output_dir)):
+    with locked_by_rank_0(Path(config.output_dir) / "run.lock", f"output_dir = {config.output_dir}"):
         stopped = _train_alone(config)
         if stopped is None and config.checkpoint.export:
             from distill_nemo.checkpoint.export import export_from_run

@@ -316,7 +316,7 @@ def test_two_runs_in_one_directory(inputs, one, two, whole, tmp_path):
     thread.start()
     two.run(train, inputs, tmp_path, {"training.steps": 30, "optimizer.decay_steps": 30})
     thread.join()
-    assert len(refused) == 1 and f"output_dir = {tmp_path}: another run works there (process " in refused[0]
+    assert len(refused) == 1 and f"output_dir = {tmp_path}: another process writes there (process " in refused[0]
     assert not (tmp_path / "run.lock").exists()
 
 
