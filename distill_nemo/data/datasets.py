@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from distill_nemo.config import DataConfig, TrainingConfig
-from distill_nemo.data.parts import read_json
+from distill_nemo.data.manifest import max_token_id, read_manifest
 
 INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
 MAGIC = b"MMIDIDX\x00\x00"
 ADVICE = "make the token files again with `nemo distill prepare`"
+OWN_TOKENIZER = "prepare the text again with the model's own tokenizer"
 Blend = tuple[list[str], list[float] | None]
 
 
@@ -131,20 +132,21 @@ def _same_size(field: str, path: Path, expected: int, why: str) -> None:
 
 
 def check_vocabulary(data: DataConfig, vocab_size: int) -> None:
-    """Refuse tokens of a tokenizer with more ids than the model (files without our manifest are not checked).
+    """Refuse token files that hold an id that the model lacks, as far as their manifests tell.
+
+    Token files without our manifest, and what a manifest leaves out, are checked where samples are read.
 
     Raises:
-        ValueError: naming both sizes.
+        ValueError: naming the file, its largest id and the model's size.
     """
     for field, values in (("data.train", data.train), ("data.valid", data.valid)):
         for prefix in parse_blend(field, values)[0] if values else []:
-            about = read_json(Path(f"{prefix}.json")) or {}
-            size = about.get("vocab_size")
-            if isinstance(size, int) and size > vocab_size:
+            manifest = read_manifest(prefix)
+            largest = max_token_id(manifest)
+            if largest is not None and largest >= vocab_size:
                 raise ValueError(
-                    f"{field}: {prefix} was made with a tokenizer of {size} ids "
-                    f"({about.get('tokenizer')}), but the model's vocab_size is {vocab_size}: prepare the text again "
-                    "with the model's own tokenizer"
+                    f"{field}: {prefix}.bin holds the token id {largest} (made with {manifest.get('tokenizer')}), but "
+                    f"the model's vocab_size is {vocab_size}: {OWN_TOKENIZER}"
                 )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from distill_nemo.data.manifest import read_json
 from distill_nemo.data.readers import Piece, read
 from distill_nemo.data.tokenizer import TokenizerFacts, encoder
 
@@ -95,15 +96,6 @@ def digest(value: Any) -> str:
 def file_size(path: str) -> int:
     """Bytes; -1 without a file."""
     return os.path.getsize(path) if os.path.exists(path) else -1
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None where there is none."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
+from distill_nemo.data.manifest import pack_vocabulary, read_manifest
 from distill_nemo.data.parts import (
     MAX_LISTED,
     Part,
     digest,
     file_size,
     make_part,
-    read_json,
     read_part,
     start_worker,
     write_json,
@@ -81,7 +81,7 @@ def prepare(
     parts_dir, manifest_path = Path(f"{output}.parts"), Path(f"{output}.json")
     if not all(inputs):
         raise ValueError("an input is empty; name files, directories or globs of text, JSONL or parquet")
-    tok, snapshot = open_tokenizer(tokenizer, append_eod)
+    tok, tokens, snapshot = open_tokenizer(tokenizer, append_eod)
     parts = _plan(find_files(inputs), parts_dir, tok, text_key)
     key = digest([part.key for part in parts])
     done = _finished(output, key)
@@ -96,10 +96,11 @@ def prepare(
     totals = {name: sum(part[name] for part in made) for name in ("documents", "tokens", "bad_records")}
     bad = [entry for part in made for entry in part["bad"]]
     _judge(totals, bad, max_bad_records, parts_dir)
-    _join(parts, output, np.dtype(parts[0].dtype))
+    occurring = _join(parts, output, np.dtype(parts[0].dtype), tok.vocab_size)
     listed = {"bad": bad[:MAX_LISTED], "append_eod": append_eod, "text_key": text_key, "dtype": parts[0].dtype}
     about = {"tokenizer": tok.path, "tokenizer_sha256": tok.sha256, "vocab_size": tok.vocab_size, "eod_id": tok.eod}
-    write_json(manifest_path, {"key": key, "inputs": sources, **about, **totals, **listed})
+    used = {"max_token_id": max(occurring), "vocabulary": pack_vocabulary({i: tokens[i] for i in occurring})}
+    write_json(manifest_path, {"key": key, "inputs": sources, **about, **totals, **listed, **used})
     shutil.rmtree(parts_dir)
     seconds = time.monotonic() - began
     resumed = f" ({totals['tokens'] - fresh:,} from an earlier, interrupted run)" if fresh < totals["tokens"] else ""
@@ -188,8 +189,12 @@ def _judge(totals: dict[str, int], bad: list, max_bad: int, parts_dir: Path) -> 
     raise ValueError("nothing to tokenise: the inputs hold no document with text in it")
 
 
-def _join(parts: list[Part], output: str, dtype: np.dtype) -> None:
-    """Join the parts, in order, into `<output>.bin/.idx`; a half-written file never has that name."""
+def _join(parts: list[Part], output: str, dtype: np.dtype, vocab_size: int) -> list[int]:
+    """Join the parts, in order, into `<output>.bin/.idx`; a half-written file never has that name.
+
+    Returns:
+        The token ids that occur, sorted.
+    """
     from distill_nemo.runtime.device import quiet_third_parties
 
     quiet_third_parties()
@@ -197,30 +202,34 @@ def _join(parts: list[Part], output: str, dtype: np.dtype) -> None:
 
     joined = Path(parts[0].prefix).parent / "joined"
     builder = IndexedDatasetBuilder(f"{joined}.bin", dtype=dtype.type)
+    occurs = np.zeros(vocab_size, dtype=bool)
     for part in parts:  # add_index, for parts written without importing Megatron
         lengths = np.fromfile(part.prefix + ".len", dtype=np.int32)
         first = len(builder.sequence_lengths) + 1
         builder.sequence_lengths.extend(lengths.tolist())
         builder.document_indices.extend(range(first, first + len(lengths)))
         with open(part.prefix + ".bin", "rb") as file:
-            shutil.copyfileobj(file, builder.data_file, 1 << 20)  # pyright: ignore[reportArgumentType]
+            while block := file.read(1 << 20):
+                builder.data_file.write(block)  # pyright: ignore[reportAttributeAccessIssue]
+                occurs[np.frombuffer(block, dtype)] = True
     builder.finalize(f"{joined}.idx")
     Path(f"{output}.json").unlink(missing_ok=True)  # an older manifest must not vouch for new tokens
     os.replace(f"{joined}.bin", f"{output}.bin")
     os.replace(f"{joined}.idx", f"{output}.idx")
+    return np.flatnonzero(occurs).tolist()
 
 
 def _finished(output: str, key: str) -> dict[str, Any] | None:
-    """The manifest of a complete output of the same inputs and options."""
-    manifest = read_json(Path(f"{output}.json"))
-    if not manifest or manifest.get("key") != key or not Path(f"{output}.idx").exists():
+    """The manifest of a complete output of the same inputs and options; older ones do not say which tokens occur."""
+    manifest = read_manifest(output)
+    if manifest.get("key") != key or "vocabulary" not in manifest or not Path(f"{output}.idx").exists():
         return None
     return manifest if file_size(f"{output}.bin") == manifest["tokens"] * np.dtype(manifest["dtype"]).itemsize else None
 
 
 def _refuse_foreign(output: str, parts_dir: Path, sources: list[str]) -> None:
     """Only token files of the same inputs are made anew: those of others are somebody's corpus."""
-    manifest: dict[str, Any] = read_json(Path(f"{output}.json")) or {}
+    manifest = read_manifest(output)
     ours = "key" in manifest or parts_dir.exists()
     if manifest.get("inputs", sources) != sources:
         raise ValueError(

@@ -23,12 +23,12 @@ class TokenizerFacts:
     eod: int | None
 
 
-def open_tokenizer(path: str, append_eod: bool) -> tuple[TokenizerFacts, Callable[[Path], None]]:
-    """The facts of a tokenizer, and a function that saves its fast form (if it has one) for the workers."""
+def open_tokenizer(path: str, append_eod: bool) -> tuple[TokenizerFacts, dict[int, str], Callable[[Path], None]]:
+    """The facts of a tokenizer, its tokens by id, and a function that saves its fast form (if any) for the workers."""
     loaded = load_tokenizer(path)
+    known: dict[str, int] = loaded.get_vocab()
     eod = loaded.eos_token_id
     if eod is None:
-        known = loaded.get_vocab()
         eod = next((known[token] for token in EOD_TOKENS if token in known), None)
     if append_eod and eod is None:
         raise ValueError(
@@ -37,10 +37,11 @@ def open_tokenizer(path: str, append_eod: bool) -> tuple[TokenizerFacts, Callabl
         )
     files = [Path(path) / name for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")]
     sha256 = hashlib.sha256(next((file.read_bytes() for file in files if file.is_file()), b"")).hexdigest()
-    vocab_size = max(loaded.get_vocab().values()) + 1
+    vocab_size = max(known.values()) + 1
     backend = getattr(loaded, "backend_tokenizer", None)
     tok = TokenizerFacts(path, sha256, vocab_size, eod if append_eod else None)
-    return tok, lambda to: backend.save(str(to)) if backend is not None else to.unlink(missing_ok=True)
+    tokens = {i: token for token, i in known.items()}
+    return tok, tokens, lambda to: backend.save(str(to)) if backend is not None else to.unlink(missing_ok=True)
 
 
 def load_tokenizer(path: str) -> Any:

@@ -118,20 +118,21 @@ def test_damaged_token_files_are_refused(tmp_path: Path):
         check_token_files(data)
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path):
+def test_a_manifest_with_an_id_that_the_model_lacks_is_refused(tmp_path: Path):
     data = DataConfig(train=[write_tokens(tmp_path / "a", 0)])
-    check_vocabulary(data, 10)  # not ours: nothing is known of its tokenizer
-    (tmp_path / "a.json").write_text(json.dumps({"vocab_size": 600, "tokenizer": "tok"}))
-    check_vocabulary(data, 600)
-    with pytest.raises(ValueError, match=r"tokenizer of 600 ids .*vocab_size is 512"):
-        check_vocabulary(data, 512)
+    (tmp_path / "a.json").write_text(json.dumps({"vocab_size": 600, "tokenizer": "tok", "max_token_id": 511}))
+    check_vocabulary(data, 512)  # ids of the tokenizer that do not occur are no obstacle
+    with pytest.raises(ValueError, match=r"data.train: .*a.bin holds the token id 511 \(.*tok\).*vocab_size is 511"):
+        check_vocabulary(data, 511)
 
 
-@pytest.mark.parametrize("text", ['{"text": "a"}\n{"text": "b"}\n', "[1]", '{"vocab_size": "600"}', ""])
+@pytest.mark.parametrize(
+    "text", ['{"text": "a"}\n{"text": "b"}\n', "[1]", '{"max_token_id": "600"}', '{"max_token_id": true}', ""]
+)
 def test_somebody_elses_json_beside_token_files_is_left_alone(tmp_path: Path, text: str):
     data = DataConfig(train=[write_tokens(tmp_path / "a", 0)])
     (tmp_path / "a.json").write_text(text)
-    check_vocabulary(data, 10)
+    check_vocabulary(data, 1)
 
 
 def test_an_index_cache_that_was_cut_short_by_a_kill_is_not_used(tmp_path: Path, monkeypatch):

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from distill_nemo.data import prepare as module
+from distill_nemo.data.manifest import vocabulary
 from distill_nemo.data.prepare import prepare
 from distill_nemo.data.readers import cut, find_files, read
 
@@ -86,6 +87,9 @@ def test_text_jsonl_and_parquet_agree_with_transformers(tmp_path: Path, tokenize
     assert made[0].dtype == np.uint16
     manifest = json.loads((tmp_path / "text.json").read_text())
     assert manifest["vocab_size"] == 600 and manifest["eod_id"] == reference.eos_token_id
+    occurring = sorted({i for ids in expected for i in ids})
+    assert manifest["max_token_id"] == max(occurring)
+    assert vocabulary(manifest) == dict(zip(occurring, reference.convert_ids_to_tokens(occurring), strict=True))
     for result in results.values():
         assert (result.documents, result.tokens) == (len(expected), sum(map(len, expected)))
 
