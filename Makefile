@@ -31,6 +31,9 @@ bench: .venv/installed ## what losses and steps cost beside others, on this mach
 	@$(BIN)/python -W ignore -m benchmarks.step
 	@$(BIN)/python -m benchmarks.report
 
+gpu: .venv/installed ## on a machine with a GPU: its tests and benchmarks, in parts of nine minutes; repeat to go on
+	@$(BIN)/python -m benchmarks.gpu $(ARGS)
+
 soak: .venv/installed ## a run struck by twenty faults must end as one left alone; writes docs/reliability.md
 	@$(BIN)/python -W ignore -m tests.soak $(ARGS)
 
@@ -40,4 +43,4 @@ lint: .venv/installed ## ruff, pyright, import layers
 clean: ## remove what runs and tests left, keep .venv
 	@rm -rf runs build .pytest_cache .ruff_cache
 
-.PHONY: help quickstart test test-launch parity soak bench lint clean
+.PHONY: help quickstart test test-launch parity soak gpu bench lint clean

@@ -40,8 +40,8 @@ def _section(title: str, what: str, module: str, body: Callable[[dict[str, Any]]
     """What was measured on each machine."""
     found = _load(what)
     parts = [f"### {_where(each)}\n{body(each)}" for each in found]
-    liger = " (`pip install liger-kernel`)" if "gpu" in what and module != "step" else ""
-    return "\n".join([title, *(parts or [f"{NOT_MEASURED}: `python -m benchmarks.{module}` does{liger}.\n"])])
+    command = "make gpu" if "gpu" in what else f"python -m benchmarks.{module}"
+    return "\n".join([title, *(parts or [f"{NOT_MEASURED}; `{command}` measures it.\n"])])
 
 
 def _load(what: str) -> list[dict[str, Any]]:

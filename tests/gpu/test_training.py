@@ -1,0 +1,88 @@
+"""Whole runs on the device: what the loop does there is what it does on CPU, and the host does not wait."""
+
+import pytest
+import torch
+
+from tests.gpu.conftest import REHEARSAL
+from tests.tiny_models import write_hf
+from tests.training import changed, differences, metrics, tiny_run
+from tests.unit.test_host_syncs import CASES, steps_under
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # in pytest's own process, third parties' warnings are errors
+BF16 = "float32" if REHEARSAL else "bfloat16"
+VARIANTS = {
+    "fused": {},
+    "whole logits": {"distillation.fused_linear": False, "distillation.temperature": 2.0},
+    "reverse KL, LM loss": {"distillation.divergence": "reverse_kl", "distillation.lm_weight": 0.3},
+    "Jensen-Shannon": {"distillation.divergence": "jensen_shannon"},
+    "top-k": {"distillation.top_k": 20},
+    "hidden, dynamic": CASES["dynamic, hidden"],
+    "recompute": {"training.recompute": "full"},
+    "asynchronous saves": {"checkpoint.async_save": True},
+}
+
+
+def run(inputs, output, changes):
+    """Train and return the metrics."""
+    from distill_nemo.training.entry import run_config
+
+    run_config(changed(tiny_run(inputs, output), changes))
+    return metrics(output)
+
+
+class Refused:
+    """Torch raises an error where the host would wait for the GPU."""
+
+    def __enter__(self):
+        torch.cuda.set_sync_debug_mode("error")
+
+    def __exit__(self, *_):
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(REHEARSAL, reason="a CPU has no queue to wait for")
+@pytest.mark.parametrize("case", [case for case in CASES if "=2" not in case])
+def test_a_gpu_is_not_waited_for(inputs, tmp_path, case):
+    steps_under(Refused(), inputs, tmp_path, CASES[case] | {"training.dtype": "bfloat16"})
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_metrics_in_fp32_are_those_of_a_cpu(inputs, one, tmp_path, variant):
+    (expected,) = one.run(run, inputs, tmp_path / "cpu", VARIANTS[variant])  # its processes see no GPU
+    found = run(inputs, tmp_path / "device", VARIANTS[variant])
+    worst = differences(found, expected)
+    assert max(worst.values()) < 2e-3, worst
+
+
+@pytest.mark.parametrize("variant", ["fused", "whole logits", "hidden, dynamic"])
+def test_bf16_trains_close_to_fp32(inputs, tmp_path, variant):
+    fp32 = run(inputs, tmp_path / "fp32", VARIANTS[variant])
+    bf16 = run(inputs, tmp_path / "bf16", VARIANTS[variant] | {"training.dtype": BF16})
+    worst = differences(bf16, fp32)
+    assert worst["lm_loss"] < 0.03 and worst["logit_loss"] < 0.15, worst
+
+
+def test_a_resumed_run_goes_on(inputs, tmp_path):
+    fields = {"training.dtype": BF16}
+    whole = run(inputs, tmp_path / "whole", fields)
+    run(inputs, tmp_path / "resumed", fields | {"training.steps": 4, "optimizer.decay_steps": 8})
+    resumed = run(inputs, tmp_path / "resumed", fields)
+    worst = differences(resumed, whole)
+    assert worst["lm_loss"] < 0.01, worst
+
+
+def test_an_offloaded_teacher_is_the_same_to_the_last_bit(inputs, tmp_path):
+    there = run(inputs, tmp_path / "there", {"training.dtype": BF16})
+    away = run(inputs, tmp_path / "away", {"training.dtype": BF16, "distillation.offload_teacher": True})
+    assert away == there
+
+
+def test_experts_train(inputs, tmp_path):
+    fields = {
+        "student.checkpoint": write_hf(tmp_path / "student", "qwen3_moe", seed=4, layers=2, width=32),
+        "teacher.checkpoint": write_hf(tmp_path / "teacher", "qwen3_moe", seed=3, layers=2),
+        "training.dtype": BF16,
+    }
+    lines = run(inputs, tmp_path / "run", fields)
+    losses = [line["logit_loss"] for line in lines if line["kind"] == "train"]
+    assert losses[-1] < losses[0]
