@@ -1,21 +1,33 @@
-"""The tokenizer in a Hugging Face directory: opened, measured, and given to the worker processes of `prepare`.
+"""The tokenizer in a Hugging Face directory.
 
-The module's top imports nothing heavy: every worker process pays for it.
+`tokenizer.json` is opened by the tokenizers library itself, because transformers 5 lets the class named beside it
+replace its normalizer, pre-tokenizer and decoder. Without that file transformers converts what is there (sentencepiece,
+tiktoken, or vocab.json with merges.txt).
+
+The module's top imports nothing heavy: every worker process of `prepare` pays for it.
 """
 
 import functools
 import hashlib
+import importlib.util
+import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+
 EOD_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<eod>", "</s>", "<eos>")  # where the tokenizer names no eos_token
+VOCABULARIES = ("*.model", "vocab*", "*.tiktoken", "tekken.json")  # besides tokenizer.json
+HASHED = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+Encode = Callable[[list[str]], list[list[int]]]
 
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """What is known of a tokenizer directory, and what decides the tokens it makes."""
+    """The facts of a tokenizer that decide the tokens it makes, and its directory."""
 
     path: str
     sha256: str
@@ -23,56 +35,206 @@ class TokenizerFacts:
     eod: int | None
 
 
+@dataclass(frozen=True)
+class Tokenizer:
+    """An opened tokenizer."""
+
+    path: str
+    special_tokens: dict[str, Any]  # by name, such as "eos_token", as the files state them
+    vocab: dict[str, int]  # the id of every token that `encode` can give
+    added: set[str]  # tokens that are no part of the model's own vocabulary, but added to it
+    invented: set[str]  # those of them that no file states: transformers gave them an id
+    fast: tokenizers.Tokenizer | None
+    encode: Encode  # texts -> ids, without special tokens
+
+    def token_id(self, name: str) -> int | None:
+        """Return the id of a special token, or None if no file names it.
+
+        Raises:
+            ValueError: if the files name something that is not one token of the vocabulary. transformers would give
+                such a token a new id, which no model has learnt.
+        """
+        stated = self.special_tokens.get(name)
+        token = stated.get("content") if isinstance(stated, dict) else stated
+        if token is None:
+            return None
+        if not isinstance(token, str):
+            raise ValueError(f"{self.path}: {name} must be one token, got {stated!r}")
+        if token not in self.vocab or token in self.invented:
+            raise ValueError(
+                f'{self.path}: {name} = "{token}" is no token of its vocabulary ({len(self.vocab)} tokens): name '
+                "one of them in tokenizer_config.json and special_tokens_map.json"
+            )
+        return self.vocab[token]
+
+
 def open_tokenizer(path: str, append_eod: bool) -> tuple[TokenizerFacts, dict[int, str], Callable[[Path], None]]:
-    """The facts of a tokenizer, its tokens by id, and a function that saves its fast form (if any) for the workers."""
-    loaded = load_tokenizer(path)
-    known: dict[str, int] = loaded.get_vocab()
-    eod = loaded.eos_token_id
-    if eod is None:
-        eod = next((known[token] for token in EOD_TOKENS if token in known), None)
-    if append_eod and eod is None:
-        raise ValueError(
-            f"the tokenizer {path} names no eos_token, and none of {', '.join(EOD_TOKENS)} is in its vocabulary: set "
-            "eos_token in its tokenizer_config.json, or prepare with append_eod = false"
-        )
-    files = [Path(path) / name for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")]
+    """Return a tokenizer's facts, its tokens by id, and a function that saves its fast form, if any, for workers."""
+    tokenizer = load_tokenizer(path)
+    eod = _end_of_document(tokenizer) if append_eod else None
+    files = [Path(path) / name for name in HASHED]
     sha256 = hashlib.sha256(next((file.read_bytes() for file in files if file.is_file()), b"")).hexdigest()
-    vocab_size = max(known.values()) + 1
-    backend = getattr(loaded, "backend_tokenizer", None)
-    tok = TokenizerFacts(path, sha256, vocab_size, eod if append_eod else None)
-    tokens = {i: token for token, i in known.items()}
-    return tok, tokens, lambda to: backend.save(str(to)) if backend is not None else to.unlink(missing_ok=True)
+    tokens = {i: token for token, i in tokenizer.vocab.items()}
+    facts, fast = TokenizerFacts(path, sha256, max(tokens) + 1, eod), tokenizer.fast
+    return facts, tokens, lambda to: fast.save(str(to)) if fast is not None else to.unlink(missing_ok=True)
 
 
-def load_tokenizer(path: str) -> Any:
-    """The tokenizer in a Hugging Face directory.
+def _end_of_document(tokenizer: Tokenizer) -> int:
+    try:
+        eod = tokenizer.token_id("eos_token")
+    except ValueError as error:
+        raise ValueError(f"{error}; or prepare with append_eod = false") from None
+    if eod is None:
+        known = tokenizer.vocab.keys() - tokenizer.invented
+        eod = next((tokenizer.vocab[token] for token in EOD_TOKENS if token in known), None)
+    if eod is None:
+        raise ValueError(
+            f"the tokenizer {tokenizer.path} names no eos_token, and none of {', '.join(EOD_TOKENS)} is in its "
+            "vocabulary: set eos_token in its tokenizer_config.json, or prepare with append_eod = false"
+        )
+    return eod
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """Open the tokenizer in a Hugging Face directory.
 
     Raises:
-        ValueError: when there is none, or it cannot be loaded.
+        ValueError: if there is none, or it cannot be opened.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
     directory = Path(path)
     if not directory.is_dir():
         raise ValueError(f"no such tokenizer directory: {path}; name a directory with tokenizer.json")
-    bare = not (directory / "tokenizer_config.json").exists() and not (directory / "config.json").exists()
+    config = _read_object(directory / "tokenizer_config.json")
+    legacy = _read_object(directory / "special_tokens_map.json")
+    # As transformers: the older file counts unless the newer format is complete.
+    special_tokens = legacy | config if "added_tokens_decoder" in config else config | legacy
+    added = _added_tokens(directory, config)
+    has_json = (directory / "tokenizer.json").is_file()
+    if not has_json:
+        _check_files(directory)
     try:
-        if bare and (directory / "tokenizer.json").exists():
-            return PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise whatever the file provoked
+        if has_json:
+            tokenizer = _from_tokenizer_json(path, special_tokens, added)
+        else:
+            tokenizer = _from_transformers(path, special_tokens, set(added))
+    except Exception as error:  # transformers and tokenizers raise whatever the files provoked
         raise ValueError(f"{path} is not a Hugging Face tokenizer directory that can be loaded: {error}") from error
+    if not tokenizer.vocab:
+        raise ValueError(f"{path}: its tokenizer has no tokens")
+    return tokenizer
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return value
+
+
+def _added_tokens(directory: Path, config: dict[str, Any]) -> dict[str, tuple[int, tokenizers.AddedToken]]:
+    """Return id and token by content, as `tokenizer_config.json` or the older `added_tokens.json` states them."""
+    try:
+        if "added_tokens_decoder" not in config:
+            older = _read_object(directory / "added_tokens.json")
+            return {token: (int(i), tokenizers.AddedToken(token, normalized=False)) for token, i in older.items()}
+        added = {}
+        for i, about in config["added_tokens_decoder"].items():
+            options = {name: value for name, value in about.items() if name != "__type"}
+            added[about["content"]] = (int(i), tokenizers.AddedToken(**options))
+        return added
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{directory}: its added tokens cannot be read: {error!r}") from None
+
+
+def _from_tokenizer_json(
+    path: str, special_tokens: dict[str, Any], added: dict[str, tuple[int, tokenizers.AddedToken]]
+) -> Tokenizer:
+    file = Path(path) / "tokenizer.json"
+    fast = tokenizers.Tokenizer.from_file(str(file))
+    listed = json.loads(file.read_text(encoding="utf-8")).get("added_tokens") or []
+    stated = {about["content"]: about["id"] for about in listed}
+    for token, (i, about) in sorted(added.items(), key=lambda item: item[1][0]):
+        if fast.token_to_id(token) is None:
+            stated[token] = i
+            fast.add_tokens([about])
+    apart = [(token, i) for token, i in stated.items() if fast.token_to_id(token) != i]
+    if apart:
+        token, i = apart[0]
+        raise ValueError(
+            f'the added token "{token}" has the id {i}, but the tokenizers library, which numbers added tokens without '
+            f"gaps, gives it {fast.token_to_id(token)}"
+        )
+    vocab = fast.get_vocab()
+    beyond = vocab.keys() - fast.get_vocab(with_added_tokens=False)
+    return Tokenizer(path, special_tokens, vocab, beyond, set(), fast, _encoder_of(fast))
+
+
+def _encoder_of(fast: tokenizers.Tokenizer) -> Encode:
+    fast.no_truncation()
+    fast.no_padding()
+    return lambda texts: [encoded.ids for encoded in fast.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _from_transformers(path: str, special_tokens: dict[str, Any], added: set[str]) -> Tokenizer:
+    """Let transformers convert files of another kind. It gives special tokens that the files lack new ids."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    from distill_nemo.models.pretrained import open_pretrained
+
+    loaded = open_pretrained(AutoTokenizer, path)
+    vocab = loaded.get_vocab()
+    if isinstance(loaded, PreTrainedTokenizerFast):
+        fast = loaded.backend_tokenizer
+        beyond, encode = vocab.keys() - fast.get_vocab(with_added_tokens=False), _encoder_of(fast)
+    else:
+        fast = None
+        beyond = {token for token, i in vocab.items() if i >= loaded.vocab_size}
+        encode: Encode = lambda texts: loaded(texts, add_special_tokens=False, verbose=False)["input_ids"]  # noqa: E731
+    invented = beyond - added
+    known = vocab.keys() - invented
+    defaults = {k: v for k, v in loaded.special_tokens_map.items() if isinstance(v, str) and v in known}
+    return Tokenizer(path, defaults | special_tokens, vocab, beyond, invented, fast, encode)
+
+
+def _check_files(directory: Path) -> None:
+    """Refuse a directory without a vocabulary, and a `*.model` whose library is not installed.
+
+    For a sentencepiece model transformers would ask for tiktoken.
+    """
+    if not any(file.is_file() for pattern in VOCABULARIES for file in directory.glob(pattern)):
+        raise ValueError(f"{directory} holds no tokenizer ({', '.join(('tokenizer.json', *VOCABULARIES))})")
+    for file in sorted(directory.glob("*.model")):
+        with file.open("rb") as opened:
+            start = opened.readline(1000)
+        if start.startswith(b"\n"):  # the tag of a sentencepiece model's first field
+            kind, packages = "sentencepiece", {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+        elif re.fullmatch(rb"[A-Za-z0-9+/=]+ \d+\s*", start):
+            kind, packages = "tiktoken", {"tiktoken": "tiktoken"}
+        else:
+            raise ValueError(f"{file} is neither a sentencepiece nor a tiktoken model")
+        missing = [name for name, module in packages.items() if not _installed(module)]
+        if missing:
+            raise ValueError(
+                f"{file} is a {kind} model, which needs {' and '.join(missing)}: pip install {' '.join(missing)}, or "
+                "use a directory with tokenizer.json"
+            )
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent package
+        return False
 
 
 @functools.cache
-def encoder(fast: str, path: str) -> Callable[[list[str]], list[list[int]]]:
-    """Texts -> ids, without special tokens. `fast` is the saved fast tokenizer; without one, transformers is loaded."""
+def encoder(fast: str, path: str) -> Encode:
+    """Return the function from texts to ids. `fast` is the saved fast tokenizer, `path` the directory without one."""
     if not Path(fast).exists():
-        slow = load_tokenizer(path)
-        return lambda texts: slow(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    import tokenizers
-
-    tokenizer = tokenizers.Tokenizer.from_file(fast)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return lambda texts: [encoded.ids for encoded in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        return load_tokenizer(path).encode
+    return _encoder_of(tokenizers.Tokenizer.from_file(fast))

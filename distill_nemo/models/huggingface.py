@@ -27,6 +27,7 @@ from distill_nemo.models.architecture import padded_vocab_size, with_stored_voca
 from distill_nemo.models.experts import one_expert
 from distill_nemo.models.hf_config import QK_NORM_FAMILIES, to_huggingface
 from distill_nemo.models.megatron_weights import STATE
+from distill_nemo.models.pretrained import open_pretrained
 from distill_nemo.models.sources import find_checkpoint
 
 VOCAB_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
@@ -247,7 +248,7 @@ def _special_tokens(tokenizer: str | None) -> dict[str, int | None]:
 
     if not tokenizer:
         return {}
-    loaded: Any = AutoTokenizer.from_pretrained(tokenizer)
+    loaded = open_pretrained(AutoTokenizer, tokenizer)
     return {"bos_token_id": loaded.bos_token_id, "eos_token_id": loaded.eos_token_id}
 
 
@@ -303,7 +304,7 @@ def check_export(built: GPTModel, path: str, tolerance: float = 1e-4) -> None:
     from transformers import AutoModelForCausalLM
 
     weight = next(built.parameters())
-    reloaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=weight.dtype)
+    reloaded = open_pretrained(AutoModelForCausalLM, path, dtype=weight.dtype)
     reloaded = reloaded.to(weight.device).eval()
     vocab = reloaded.config.vocab_size
     generator = torch.Generator().manual_seed(0)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_nemo.models.huggingface import check_target, tokenizer_files
+from distill_nemo.models.pretrained import open_pretrained
 
 
 def convert(checkpoint: str, output: str, allow_pickle: bool = False) -> None:
@@ -47,9 +48,8 @@ def _opened(source: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": "auto", "use_safetensors": False, "weights_only": True}
-    options |= {"trust_remote_code": False, "local_files_only": True, "output_loading_info": True}
     try:
-        opened: Any = AutoModelForCausalLM.from_pretrained(source, **options)
+        opened = open_pretrained(AutoModelForCausalLM, source, output_loading_info=True, **options)
     except Exception as error:  # transformers and torch raise whatever the files provoked
         raise ValueError(f"{source} was not opened: {error!r:.300}") from None
     model, info = opened

@@ -94,13 +94,15 @@ def _samples(models: dict[str, StudentConfig]) -> list[dict[str, str]]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from distill_nemo.models.pretrained import open_pretrained
+
     samples = []
     for name, exported in models.items():
         if exported.checkpoint is None:
             continue
-        tokenizer = AutoTokenizer.from_pretrained(exported.checkpoint)
+        tokenizer = open_pretrained(AutoTokenizer, exported.checkpoint)
         tokens = tokenizer(PROMPT, return_tensors="pt").input_ids
-        model: Any = AutoModelForCausalLM.from_pretrained(exported.checkpoint, dtype=torch.float32)
+        model = open_pretrained(AutoModelForCausalLM, exported.checkpoint, dtype=torch.float32)
         text = model.generate(tokens, max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.eos_token_id)
         samples.append({"model": name, "prompt": PROMPT, "text": tokenizer.decode(text[0])})
     return samples

@@ -46,7 +46,7 @@ def check_tokenizers(config: RunConfig) -> None:
         if path and path not in known and (asked_for or tokenizer_files(Path(path))):
             # One that only lies there and cannot be loaded is not compared.
             with contextlib.nullcontext() if asked_for else contextlib.suppress(ValueError):
-                known[path] = field, {i: token for token, i in load_tokenizer(path).get_vocab().items()}
+                known[path] = field, {i: token for token, i in load_tokenizer(path).vocab.items()}
     for path, (field, tokens) in known.items():
         _check_size(field, path, max(tokens, default=-1) + 1, config.student)
     named_tokens = [(f"{field} = {path}", tokens) for path, (field, tokens) in known.items()]
