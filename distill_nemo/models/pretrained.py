@@ -1,17 +1,16 @@
 """The one place that opens Hugging Face directories with transformers."""
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 
-class AutoClass(Protocol):
-    """One of transformers' classes with `from_pretrained`."""
-
-    def from_pretrained(self, path: str, /, **options: Any) -> Any: ...  # noqa: D102
-
-
-def open_pretrained(auto_class: AutoClass, path: str | Path, **options: Any) -> Any:
+def open_pretrained(auto_class: Any, path: str | Path, **options: Any) -> Any:
     """Return `auto_class.from_pretrained(path)`, from local files, without running code that lies among them.
+
+    Args:
+        auto_class: one of transformers' classes; its type hints fit no protocol.
+        path: the directory.
+        options: further ones of `from_pretrained`.
 
     Raises:
         ValueError: if `path` is no directory, which transformers would take for a name on the hub, or needs such code.
