@@ -15,19 +15,19 @@ from nemo_run.cli.api import Entrypoint, list_factories
 from nemo_run.config import get_type_namespace
 
 from distill_nemo.cli_arguments import (
+    RECIPE,
+    called_recipe,
     check_complete,
-    check_factory,
-    check_run_arguments,
     override,
     parse_arguments,
+    split_run_arguments,
 )
 from distill_nemo.cli_help import Group, command_class, command_help, summary, train_help
-from distill_nemo.cli_launch import check_launch, parse_executor
+from distill_nemo.cli_launch import check_launch, parse_executor, set_field
 from distill_nemo.executors import EXECUTORS, Stages, experiments, local, passing_on_signals, run_config_of
 from distill_nemo.training.entry import distill, errors_in_one_screen
 
 NAMESPACE = "distill"
-RECIPE = re.compile(r"[A-Za-z][\w.]*(\(.*\))?", re.S)  # a name, or with its own arguments
 
 
 class TrainContext(run.cli.RunContext):
@@ -46,43 +46,36 @@ class TrainContext(run.cli.RunContext):
                 raise ValueError("--direct is not supported: without run.executor= a run is one process of its own")
             if not re.fullmatch(r"[\w.-]+", self.name, re.ASCII):  # NeMo-Run makes a directory and an address of it
                 raise ValueError(f'--name must be letters, digits, ".", "_" or "-", got "{self.name}"')
-            check_run_arguments(args)
-            super().cli_execute(fn, args, entrypoint_type)
-
-    def parse_args(self, args: list[str], lazy: bool = False) -> list[str]:
-        """`run.*` arguments. Fields of the executor without its name are those of the default one, `local`."""
-        names = [argument.partition("=")[0] for argument in args]
-        if "executor" not in names and any(name.startswith("executor.") for name in names):
-            args = ["executor=local", *args]
-        return super().parse_args(args, lazy)
-
-    def parse_executor(self, name: str, *args: str) -> Any:
-        """`run.executor=local run.executor.processes=8`: arguments of the factory and the executor's own fields."""
-        return parse_executor(name, args)
+            given, others = split_run_arguments(args)
+            self.executor = fdl.build(parse_executor(given.executor, given.of_executor)) if given.executor else None
+            self.plugins = self.parse_plugin(given.plugins, *given.of_plugins) if given.plugins else []
+            execute = self._execute_task if entrypoint_type == "task" else self._execute_experiment
+            execute(fn, others)
 
     def parse_plugin(self, name: str, *args: str) -> Any:
-        """`run.plugins=NAME`: a factory that the user's own code has registered."""
+        """Return the plugins that `run.plugins=NAME run.plugins.FIELD=VALUE` means: the user's own code."""
         try:
-            return super().parse_plugin(name, *args)
+            config = super().parse_plugin(name)
         except ValueError as error:
             raise ValueError(f"run.plugins: {error}") from None
+        for argument in args:
+            field, _, value = argument.partition("=")
+            set_field("run.plugins", config, field, value)
+        plugins = fdl.build(config)
+        return plugins if isinstance(plugins, list) else [plugins]
 
     def parse_fn(self, fn: Any, args: list[str], **default_kwargs: Any) -> Any:
         """The recipe that `--factory` or the first word names, or an experiment, with the overrides applied."""
         if fn is not distill:
-            parse_arguments(fn, args, fn.cli_entrypoint.name)
-            empty = [argument for argument in args if argument.endswith("=")]
-            if empty:  # NeMo-Run knows no empty value
-                raise ValueError(f"{empty[0]} has no value")
-            return super().parse_fn(fn, args, **default_kwargs)
+            return run.Partial(fn, **parse_arguments(fn, args, self.name), **default_kwargs)
         args = self.without_recipe(args)
-        check_factory(self.factory, registered_recipes())
-        values = parse_arguments(fn, args, "train")
-        try:
-            recipe = super().parse_fn(fn, [], **default_kwargs)
-        except Exception as error:  # NeMo-Run wraps many kinds; all of them are the user's words on the command line
-            raise ValueError(f"recipe {self.factory}: {error}") from None
-        override(recipe, values)
+        if self.factory is None:
+            known = ", ".join(recipe.__name__ for recipe in registered_recipes())
+            raise ValueError(f"name a recipe, as the first word or by --factory. Known: {known}")
+        recipe = called_recipe(self.factory, registered_recipes())
+        if not isinstance(recipe, fdl.Partial) or recipe.__fn_or_cls__ is not distill:
+            raise ValueError(f"recipe {self.factory}: must return run.Partial(distill, ...), got {recipe!r:.80}")
+        override(recipe, parse_arguments(fn, args, "train"))
         return recipe
 
     def without_recipe(self, args: list[str]) -> list[str]:
@@ -93,7 +86,7 @@ class TrainContext(run.cli.RunContext):
 
     def built_executor(self) -> run.Executor:
         """The one that was asked for; without, one process of this machine."""
-        return fdl.build(self.executor) if isinstance(self.executor, fdl.Buildable) else self.executor or local()
+        return self.executor or local()
 
     def _execute_task(self, fn: Callable[..., Any], task_args: list[str]) -> None:
         task = self.parse_fn(fn, task_args)

@@ -1,21 +1,22 @@
 """FIELD=VALUE on the command line, checked before NeMo-Run parses it: its own messages print whole configs."""
 
 import ast
-import contextlib
 import difflib
+import importlib
 import inspect
 import re
 import typing
 from collections.abc import Callable, Container, Iterable, Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import nemo_run as run
-from nemo_run.cli.cli_parser import parse_value
 
-from distill_nemo.cli_help import plain_type, sections, type_name
+from distill_nemo.cli_help import sections
+from distill_nemo.cli_values import parse
 from distill_nemo.config import near
 
+RECIPE = re.compile(r"([A-Za-z_][\w.]*)(?:\((.*)\))?", re.S)  # a name, or with its own arguments
 OVERRIDE = re.compile(r"([\w.]+)=(.*)", re.S)
 
 
@@ -64,59 +65,96 @@ def check_complete(function: Callable[..., Any], given: Container[str], command:
         raise ValueError(f"missing: {', '.join(f'{name}=' for name in missing)}; see `nemo distill {command} --help`")
 
 
-def check_factory(factory: Any, recipes: Iterable[Callable[..., Any]]) -> None:
-    """Refuse a recipe that is not named or not known (a dotted path may lead elsewhere), or has no such argument.
+def called_recipe(call: str, recipes: Iterable[Callable[..., Any]]) -> Any:
+    """Return the recipe that `NAME`, `NAME(argument=value, ...)` or a dotted path to such a function makes.
+
+    Not by NeMo-Run, which splits the arguments at every comma.
 
     Raises:
-        ValueError: listing the near names.
+        ValueError: for a recipe that is not known, or has no such argument, with the near names.
     """
     known = {recipe.__name__: recipe for recipe in recipes}
-    if factory is None:
-        raise ValueError(f"name a recipe, as the first word or by --factory. Known: {', '.join(known)}")
-    name = str(factory).partition("(")[0]
+    match = RECIPE.fullmatch(call)
+    if match is None:
+        raise ValueError(f'a recipe is NAME or "NAME(argument=value, ...)", got "{call}"')
+    name, arguments = match.groups()
     if name not in known and "." not in name:
         raise ValueError(f'unknown recipe "{name}".{near(name, known)}')
-    with contextlib.suppress(SyntaxError):  # NeMo-Run's grammar is wider than Python's
-        call = ast.parse(str(factory), mode="eval").body
-        own = typing.get_type_hints(known[name]) if name in known else {}
-        own.pop("return", None)
-        for keyword in call.keywords if isinstance(call, ast.Call) and own else []:
-            if keyword.arg not in own:
-                raise ValueError(f'recipe {name} has no argument "{keyword.arg}".{near(str(keyword.arg), own)}')
-            value = ast.get_source_segment(str(factory), keyword.value) or ""
-            parse(f"recipe {name}: {keyword.arg}", value, own[keyword.arg])
+    function = known.get(name) or _imported(name)
+    hints = typing.get_type_hints(function)
+    hints.pop("return", None)
+    values = {}
+    for argument, value in _arguments(call, arguments or ""):
+        if argument not in hints:
+            raise ValueError(f'recipe {name} has no argument "{argument}".{near(argument, hints)}')
+        values[argument] = parse(f"recipe {name}: {argument}", value, hints[argument])
+    check_complete(function, values, "train")
+    try:
+        return function(**values)
+    except Exception as error:  # the user's code; its message is what there is to say
+        raise ValueError(f"recipe {call}: {type(error).__name__}: {error}") from None
 
 
-def check_run_arguments(arguments: Iterable[str]) -> None:
-    """Refuse `run.X=VALUE` that means nothing here.
+def _imported(path: str) -> Callable[..., Any]:
+    module, _, name = path.rpartition(".")
+    try:
+        return vars(importlib.import_module(module))[name]
+    except Exception as error:  # the user's code, or a name that is not in it
+        raise ValueError(f"recipe {path}: {type(error).__name__}: {error}") from None
+
+
+def _arguments(call: str, arguments: str) -> Iterator[tuple[str, str]]:
+    """Names and values, as typed; a value need not be Python: `teacher=/models/a`."""
+    try:
+        node = ast.parse(f"f({arguments})", mode="eval").body
+    except SyntaxError:
+        pairs = [each.partition("=") for each in re.split(r",\s*(?=\w+\s*=)", arguments)]
+        yield from ((name.strip(), value.strip()) for name, _, value in pairs)
+        return
+    assert isinstance(node, ast.Call)
+    if node.args or any(keyword.arg is None for keyword in node.keywords):
+        raise ValueError(f'the arguments must be NAME=VALUE, got "{call}"')
+    for keyword in node.keywords:
+        yield str(keyword.arg), ast.get_source_segment(f"f({arguments})", keyword.value) or ""
+
+
+@dataclass
+class RunArguments:
+    """The `run.X=VALUE` of a command line."""
+
+    executor: str | None = None
+    of_executor: list[str] = field(default_factory=list)  # FIELD=VALUE
+    plugins: str | None = None
+    of_plugins: list[str] = field(default_factory=list)
+
+
+def split_run_arguments(arguments: Iterable[str]) -> tuple[RunArguments, list[str]]:
+    """Return those for NeMo-Run, and the others. Not by NeMo-Run, which also cuts "run." and "executor." out of values.
 
     Raises:
-        ValueError: saying what there is.
+        ValueError: for what means nothing here, saying what there is.
     """
+    ours, others = RunArguments(), []
     for argument in arguments:
         name, _, value = argument.partition("=")
+        if not name.startswith("run"):
+            others.append(argument)
+            continue
+        match = re.fullmatch(r"run\.(executor|plugins)(?:\.(.+))?", name)
         if name.startswith("run.") and not value:
             raise ValueError(f"{name} has no value")
-        if name.startswith("run") and not re.fullmatch(r"run\.(executor|plugins)(\..+)?", name):
+        if match is None:
             raise ValueError(f'unknown field "{name}". Known: run.executor, run.executor.FIELD, run.plugins.')
-
-
-def parse(path: str, value: str, hint: Any) -> Any:
-    """`value` as a `hint`.
-
-    Raises:
-        ValueError: naming the field `path`, when it is none.
-    """
-    plain, optional = plain_type(hint), type(None) in typing.get_args(hint)
-    if optional and value in ("None", "null"):
-        return None
-    if is_dataclass(plain):
-        raise ValueError(f'{path} is a section, got "{value}"; set its fields, such as {path}.{fields(plain)[0].name}=')
-    try:
-        return parse_value(value, plain)
-    except Exception:  # NeMo-Run raises many kinds, and all say that the value does not fit
-        example = """, such as '["a", "b"]'""" if "list[str]" in str(hint) else ""
-        raise ValueError(f'{path} must be {type_name(hint)}{example}, got "{value}"') from None
+        section, of_section = match.groups()
+        if of_section:
+            vars(ours)[f"of_{section}"].append(f"{of_section}={value}")
+        else:
+            setattr(ours, section, value)
+    if ours.of_executor and ours.executor is None:
+        ours.executor = "local"  # the default
+    if ours.of_plugins and ours.plugins is None:
+        raise ValueError("run.plugins.FIELD needs run.plugins=NAME")
+    return ours, others
 
 
 def _paths(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:

@@ -14,7 +14,7 @@ import nemo_run as run
 from nemo_run.config import get_nemorun_home
 
 from distill_nemo.checks import check
-from distill_nemo.cli_arguments import parse
+from distill_nemo.cli_values import parse
 from distill_nemo.config import RunConfig, near
 from distill_nemo.executors import EXECUTORS, KubernetesExecutor
 from distill_nemo.executors.secrets import refuse_secrets
@@ -55,25 +55,25 @@ def parse_executor(name: str, arguments: Iterable[str]) -> run.Config:
             others[field] = value
     config = factory(**call)
     for field, value in others.items():
-        _set(config, field, value)
+        set_field("run.executor", config, field, value)
     return config
 
 
 def _fields(cls: Any) -> dict[str, Any]:
     """Those of NeMo-Run's that may be set, with their types."""
     hints = typing.get_type_hints(cls)
-    return {field: hints.get(field) for field in inspect.signature(cls).parameters if field not in LEFT_OUT}
+    return {field: hints.get(field, Any) for field in inspect.signature(cls).parameters if field not in LEFT_OUT}
 
 
-def _set(config: Any, path: str, value: str) -> None:
-    """Not by NeMo-Run, whose messages print the whole executor, environment included."""
+def set_field(name: str, config: Any, path: str, value: str) -> None:
+    """Set a field. Not by NeMo-Run, whose messages print the whole executor, environment included."""
     *sections, field = path.split(".")
     for section in sections:
         config = config.__arguments__.get(section) if isinstance(config, run.Config) else None
     known = _fields(config.__fn_or_cls__) if isinstance(config, run.Config) else {}
     if field not in known:
-        raise ValueError(f'unknown field "run.executor.{path}".{near(field, known) if known else " It has no fields."}')
-    setattr(config, field, parse(f"run.executor.{path}", value, known[field]))
+        raise ValueError(f'unknown field "{name}.{path}".{near(field, known) if known else " It has no fields."}')
+    setattr(config, field, parse(f"{name}.{path}", value, known[field]))
 
 
 def check_launch(config: RunConfig, executor: run.Executor, dryrun: bool = False) -> None:

@@ -1,0 +1,81 @@
+"""VALUE of FIELD=VALUE, by the type of its field.
+
+NeMo-Run 0.11.1 has a parser too. It strips quotes from both ends of every text, also within lists and dictionaries,
+imports what a value names, and hands out one list twice.
+"""
+
+import ast
+import contextlib
+import re
+import types
+import typing
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from distill_nemo.cli_help import plain_type, type_name
+
+BOOLEANS = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
+_QUOTED = re.compile(r"""(["'])((?:(?!\1).)*)\1""", re.S)  # in one pair of quotes, and no such quote between them
+
+
+def parse(path: str, text: str, hint: Any) -> Any:
+    """Return `text` as a `hint`.
+
+    A string is taken as typed, but for one pair of quotes around all of it. Lists and dictionaries are Python's.
+
+    Raises:
+        ValueError: naming the field `path`, if it does not fit.
+    """
+    if type(None) in typing.get_args(hint) and text in ("None", "null"):
+        return None
+    plain = plain_type(hint)
+    if is_dataclass(plain):
+        raise ValueError(f'{path} is a section, got "{text}"; set its fields, such as {path}.{fields(plain)[0].name}=')
+    try:
+        return _parse(text.strip(), plain) if typing.get_origin(plain) in (list, dict) else _scalar(text, plain)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # the last two: brackets nested too deeply
+        example = """, such as '["a", "b"]'""" if "list[str]" in str(hint) else ""
+        raise ValueError(f'{path} must be {type_name(hint)}{example}, got "{text}"') from None
+
+
+def _parse(text: str, hint: Any) -> Any:
+    return _element(ast.parse(text, mode="eval").body, text, hint)
+
+
+def _element(node: ast.expr, text: str, hint: Any) -> Any:
+    """Return a part of a list or dictionary; `text` is the whole."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(hint, types.UnionType) or origin is typing.Union:
+        return _element(node, text, plain_type(hint))
+    if origin is list and isinstance(node, ast.List):
+        return [_element(each, text, args[0]) for each in node.elts]
+    if origin is dict and isinstance(node, ast.Dict) and None not in node.keys:
+        pairs = zip(node.keys, node.values, strict=True)
+        return {_element(key, text, args[0]): _element(value, text, args[1]) for key, value in pairs if key}
+    if hint is Any:
+        return ast.literal_eval(node)
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value if hint is str else _scalar(node.value, hint)
+    if isinstance(ast.literal_eval(node), bool | int | float):  # also where a string is wanted, digit by digit
+        return _scalar(ast.get_source_segment(text, node) or "", hint)
+    raise ValueError(f"no {hint}: {ast.unparse(node)}")
+
+
+def _scalar(text: str, hint: Any) -> Any:
+    quoted = _QUOTED.fullmatch(text)
+    text = quoted[2] if quoted else text
+    if hint is str:
+        return text
+    if hint is bool:
+        if text.lower() not in BOOLEANS:
+            raise ValueError(f"no truth value: {text}")
+        return BOOLEANS[text.lower()]
+    if hint in (int, float):
+        return hint(text)
+    if typing.get_origin(hint) is typing.Literal and text in typing.get_args(hint):
+        return text
+    if hint is Any:
+        with contextlib.suppress(ValueError, SyntaxError):
+            return ast.literal_eval(text)
+        return text
+    raise ValueError(f"no {hint}: {text}")
