@@ -1,4 +1,4 @@
-"""Where checkpoints lie, which is the newest whole one, and whether a run may go on from it. No torch.
+"""Names of checkpoints, the record of their run, and whether a run may resume from it. No torch.
 
 `<output_dir>/checkpoints/step_00000120/` holds Megatron's distributed checkpoint, `run.json` (the whole config and what
 the run was made of), `architecture.json` (the student's) and `SHA256SUMS`. `latest` names the newest; it is written
@@ -6,13 +6,14 @@ last, so what it names was whole then.
 """
 
 import json
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from distill_nemo.config import DataConfig, DistillationConfig, StudentConfig, TeacherConfig
+from distill_nemo.models.sources import saved_steps
+from distill_nemo.runtime.files import write_atomically
 
 MAY_CHANGE = ("num_workers", "cache", "fused_linear", "offload_teacher")
 SECTIONS: dict[str, Any] = {
@@ -27,7 +28,7 @@ FIXED = (
     ("training", "data_seed"),
     ("optimizer", "use_distributed_optimizer"),  # Megatron saves its groups of parameters otherwise
 )
-OURS = ("step_*", "latest", "latest.partial")
+OURS = ("step_*", "latest", "latest.partial", "latest.old")
 FOREIGN = ("*.safetensors", ".metadata", "latest_checkpointed_iteration.txt", "iter_*", "model_weights", "latest")
 
 
@@ -41,38 +42,44 @@ def step_directory(root: Path, step: int) -> Path:
     return root / f"step_{step:08d}"
 
 
-def candidates(root: Path) -> list[Path]:
-    """What a run may go on from: the checkpoint that the tracker names, whether it is there or not, then older ones."""
-    steps = sorted(root.glob("step_????????"), reverse=True)
-    tracker = root / "latest"
-    if not tracker.is_file():
-        return steps
-    named = root / tracker.read_text().strip()
-    return [named, *(path for path in steps if path.name < named.name)]
-
-
 def read_record(directory: Path) -> dict[str, Any]:
-    """`run.json` of a checkpoint.
+    """Return `run.json` of a checkpoint.
 
     Raises:
         ValueError: when it is not what a run of ours wrote.
     """
-    path = directory / "run.json"
+    record = read_object(directory / "run.json")
+    for section in (*SECTIONS, "optimizer", "training"):
+        if not isinstance(record.get(section), dict) and (section != "teacher" or record.get(section, 0) is not None):
+            raise ValueError(f'{directory / "run.json"} is damaged: it has no section "{section}"')
+    for section, name in (*FIXED, ("training", "steps")):
+        if name not in record[section]:
+            raise ValueError(f"{directory / 'run.json'} is damaged: it lacks {section}.{name}")
+    return record
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object that a file holds.
+
+    Raises:
+        ValueError: when it holds none, or cannot be read.
+    """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return {**record, **{section: record[section] for section in (*SECTIONS, "optimizer", "training")}}
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): name another step in {directory.parent / 'latest'}") from None
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged: it holds no JSON object")
+    return value
 
 
 def point_latest_at(directory: Path) -> None:
     """Make `directory` the newest checkpoint, atomically and durably."""
-    tracker, partial = directory.parent / "latest", directory.parent / "latest.partial"
-    with partial.open("w") as file:
-        file.write(directory.name)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, tracker)
+    tracker = directory.parent / "latest"
+    if tracker.is_dir() and not tracker.is_symlink():  # somebody's copy; it is set aside
+        shutil.rmtree(tracker.with_name("latest.old"), ignore_errors=True)
+        tracker.rename(tracker.with_name("latest.old"))
+    write_atomically(tracker, directory.name)
 
 
 def prune(newest: Path, keep_last: int) -> None:
@@ -80,8 +87,8 @@ def prune(newest: Path, keep_last: int) -> None:
 
     Later steps, of a run that then went on from an earlier one, stay until this one comes there.
     """
-    steps = sorted(path for path in newest.parent.glob("step_????????") if path.name <= newest.name)
-    for old in steps[: -max(keep_last, 1)]:
+    steps = saved_steps(newest.parent)
+    for old in steps[steps.index(newest) + max(keep_last, 1) :]:
         shutil.rmtree(old, ignore_errors=True)
     for partial in newest.parent.glob("step_*.partial"):
         shutil.rmtree(partial, ignore_errors=True)

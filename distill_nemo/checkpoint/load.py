@@ -4,21 +4,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
-from distill_nemo.checkpoint.directory import candidates
 from distill_nemo.checkpoint.state import (
+    RANDOM_STATE,
     load_model_state,
     load_optimizer_state,
-    restore_rng,
+    random_state,
+    restore_random_state,
     rng_layout,
-    rng_state,
     sharded_state,
 )
+from distill_nemo.checkpoint.whole import damages
 from distill_nemo.config import ModelConfig, first_few
-from distill_nemo.models.sources import CheckpointKind, find_checkpoint
-from distill_nemo.runtime.checksums import damages
-from distill_nemo.runtime.pickles import check_contents
+from distill_nemo.models.sources import CheckpointKind, candidates, find_checkpoint, tracker_fault
+from distill_nemo.runtime.pickles import read_contents, weights_only
 from distill_nemo.runtime.process_groups import rank
 
 MAX_LISTED = 3
@@ -27,21 +28,26 @@ MAX_LISTED = 3
 def newest_whole(root: Path) -> Path | None:
     """The newest checkpoint whose files are what was written, or None where no run has saved; every rank must call it.
 
-    One that is damaged is named on stderr, and the one before it taken.
+    One that is damaged is named on stderr, and the one before it taken; so is a `latest` that cannot be followed.
 
     Raises:
         ValueError: when all are damaged.
     """
-    found = candidates(root)
+    said: list[Any] = [(candidates(root), tracker_fault(root)) if rank() == 0 else None]
+    dist.broadcast_object_list(said, src=0)
+    found, fault = said[0]
+    if fault:
+        _warn(f"{fault}: the newest whole checkpoint is taken")
     for directory in found:
         wrong = damages(directory)
         if not wrong:
             return directory
-        if rank() == 0:
-            said = "; ".join(first_few(wrong, MAX_LISTED))
-            print(f"warning: {directory} is damaged: {said}", file=sys.stderr, flush=True)
-    if found:
-        raise ValueError(f"no checkpoint in {root} is whole: choose another output_dir, or restore one of them")
+        _warn(f"{directory} is damaged: {'; '.join(first_few(wrong, MAX_LISTED))}")
+    if found or fault:
+        raise ValueError(
+            f"no checkpoint in {root} is whole: restore one of them, choose another output_dir, or delete {root} to "
+            "start from step 0"
+        )
     return None
 
 
@@ -53,31 +59,51 @@ def check_whole(*models: ModelConfig | None) -> None:
     """
     for checkpoint in (model.checkpoint for model in models if model is not None and model.checkpoint):
         found = find_checkpoint(Path(checkpoint))
-        if found.kind is CheckpointKind.OURS and (wrong := damages(found.weights)):
+        if found.kind is not CheckpointKind.OURS:
+            continue
+        if wrong := damages(found.weights):
             said = "; ".join(first_few(wrong, MAX_LISTED))
             raise ValueError(f"{found.weights} is damaged: {said}; name another step")
+        if found.weights != Path(checkpoint) and (fault := tracker_fault(found.weights.parent)):
+            _warn(f"{fault}: {found.weights} is taken")
+
+
+def _warn(words: str) -> None:
+    if rank() == 0:
+        print(f"warning: {words}", file=sys.stderr, flush=True)
 
 
 def load_checkpoint(directory: Path, chunks: list[Any], optimizer: Any, scheduler: Any) -> dict[str, Any]:
-    """Restore everything; every rank must call it.
+    """Restore everything; every rank must call it. Nothing but tensors and plain values is read.
 
     At the layout of saving the run goes on bit for bit. At another, weights and optimizer are resharded and the random
     generators keep the seed they have, which no supported model uses after initialisation.
 
     Returns:
         The run's state: step, consumed samples, tokens.
+
+    Raises:
+        ValueError: when the checkpoint holds anything else, or does not fit.
     """
-    check_contents(directory / ".metadata")
-    wanted = sharded_state(chunks, optimizer, scheduler, loading=True)
-    same_layout = tuple(dist_checkpointing.load_common_state_dict(str(directory))["rng_layout"]) == rng_layout()[0]
-    if same_layout:
-        wanted["rng"] = rng_state()
-    elif rank() == 0:
-        print(f"{directory.name} was saved at another layout: resharding", flush=True)
-    loaded: Any = dist_checkpointing.load(wanted, str(directory))
+    stored = read_contents(directory).state_dict_metadata
+    with weights_only(directory):
+        wanted = sharded_state(chunks, optimizer, scheduler, loading=True)
+        layout = dist_checkpointing.load_common_state_dict(str(directory))["rng_layout"]
+        if tuple(layout) != rng_layout()[0]:
+            _say(f"{directory.name} was saved at another layout: resharding")
+        elif not any(name.startswith(f"{RANDOM_STATE}/") for name in stored):
+            _say(f"{directory.name} keeps its random state as a pickle, as an older version did: it is not read")
+        else:
+            wanted[RANDOM_STATE] = random_state()
+        loaded: Any = dist_checkpointing.load(wanted, str(directory))
     load_model_state(chunks, loaded["weights"])
     load_optimizer_state(optimizer, loaded["optimizer"], loaded["run_state"]["step"])
     scheduler.load_state_dict(loaded["scheduler"])
-    if same_layout:
-        restore_rng(loaded["rng"])
+    if RANDOM_STATE in loaded:
+        restore_random_state(loaded[RANDOM_STATE])
     return loaded["run_state"]
+
+
+def _say(words: str) -> None:
+    if rank() == 0:
+        print(words, flush=True)

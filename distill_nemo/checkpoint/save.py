@@ -13,13 +13,15 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint import CheckpointException
 
-from distill_nemo.checkpoint.directory import candidates, point_latest_at, prune, step_directory
+from distill_nemo.checkpoint.directory import point_latest_at, prune, step_directory
 from distill_nemo.checkpoint.identity import run_record
-from distill_nemo.checkpoint.state import rng_layout, rng_state, sharded_state
+from distill_nemo.checkpoint.state import RANDOM_STATE, random_state, rng_layout, sharded_state
 from distill_nemo.checkpoint.write_results import WriteResults
 from distill_nemo.config import RunConfig
 from distill_nemo.models.modelopt_state import save_modelopt_state
+from distill_nemo.models.sources import candidates
 from distill_nemo.runtime.checksums import join_sums, sum_own_files, then_sum_own_files
+from distill_nemo.runtime.files import fsync
 
 
 class CheckpointWriter:
@@ -48,7 +50,7 @@ class CheckpointWriter:
                 partial.mkdir(parents=True)
             dist.barrier()
             contents = sharded_state(chunks, optimizer, scheduler, loading=False)
-            contents |= {"rng": rng_state(), "run_state": state, "rng_layout": rng_layout()[0]}
+            contents |= {RANDOM_STATE: random_state(), "run_state": state, "rng_layout": rng_layout()[0]}
             save_modelopt_state(chunks[0], partial)
             self._write(contents, partial, target)
 
@@ -93,6 +95,8 @@ class CheckpointWriter:
             join_sums(partial)
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
+            fsync(self.root.parent)
+            fsync(self.root)
             point_latest_at(target)
             prune(target, self.keep_last)
         dist.barrier()

@@ -15,6 +15,7 @@ from distill_nemo.models.megatron_weights import is_extra
 from distill_nemo.models.modelopt_state import is_modified
 
 PREFIX = "model."
+RANDOM_STATE = "random_state"  # `rng` of the first release is a pickle
 CONFIGURED = ("max_lr", "min_lr", "betas", "eps", "fused")  # of all groups of parameters alike; fused: torch's Adam
 
 
@@ -111,17 +112,18 @@ def load_model_state(chunks: list[nn.Module], state: dict[str, Any]) -> None:
         chunk.load_state_dict(loaded, strict=False)
 
 
-def rng_state() -> ShardedObject:
-    """This rank's generators; only the same layout can load them."""
+def random_state() -> ShardedObject:
+    """Return the state of this rank's generators, as tensors and numbers; only the same layout can load it."""
+    _, key, *position = np.random.get_state()
     state = {
         "python": random.getstate(),
-        "numpy": np.random.get_state(),
+        "numpy": [np.asarray(key).tolist(), *position],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(),
         "tracker": _tracker().get_states(),
     }
     shape, offset = rng_layout()
-    return ShardedObject("rng", state, shape, offset, replica_id=0)
+    return ShardedObject(RANDOM_STATE, state, shape, offset, replica_id=0)
 
 
 def rng_layout() -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -140,10 +142,11 @@ def rng_layout() -> tuple[tuple[int, ...], tuple[int, ...]]:
     return sizes, places
 
 
-def restore_rng(state: dict[str, Any]) -> None:
-    """Undo `rng_state`."""
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Set this rank's generators to what `random_state` held."""
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    key, *position = state["numpy"]
+    np.random.set_state(("MT19937", np.array(key, dtype=np.uint32), *position))
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state(state["cuda"]) if torch.cuda.is_available() else None
     _tracker().set_states(state["tracker"])

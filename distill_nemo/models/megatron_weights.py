@@ -15,14 +15,13 @@ from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from distill_nemo.config import ModelConfig, first_few
 from distill_nemo.models.architecture import with_stored_vocabulary
 from distill_nemo.models.hf_config import QK_NORM_FAMILIES
 from distill_nemo.models.layers import Layer, layers
-from distill_nemo.runtime.pickles import check_contents
+from distill_nemo.runtime.pickles import read_contents, weights_only
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -87,14 +86,12 @@ def stored_tensors(directory: Path) -> Shapes:
         ValueError: when the table of contents cannot be read, could run code, or names files that are missing or too
             short.
     """
+    contents = read_contents(directory)
     try:
-        contents = _contents(directory)
         parts = [(s.relative_path, s.offset + s.length) for s in contents.storage_data.values()]
         tensors = {k: v for k, v in contents.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
-    except ValueError:
-        raise
-    except Exception as error:  # a cut pickle raises anything
-        raise ValueError(f"{directory}/.metadata is missing, corrupt or truncated: {error!r:.200}") from None
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{directory}/.metadata is corrupt: {error!r:.200}") from None
     ends: dict[str, int] = {}
     for name, end in parts:
         ends[name] = max(end, ends.get(name, 0))
@@ -119,13 +116,9 @@ def stored_dtype(directory: Path) -> torch.dtype:
     Raises:
         ValueError: when the table of contents could run code.
     """
-    tensors = _contents(directory).state_dict_metadata
-    return next((t.properties.dtype for name, t in tensors.items() if name.endswith(EMBEDDING)), torch.float32)
-
-
-def _contents(directory: Path) -> Any:
-    check_contents(directory / ".metadata")
-    return FileSystemReader(directory).read_metadata()
+    tensors = read_contents(directory).state_dict_metadata
+    found = (t for name, t in tensors.items() if name.endswith(EMBEDDING) and isinstance(t, TensorStorageMetadata))
+    return next((t.properties.dtype for t in found), torch.float32)
 
 
 def expected_tensors(model: ModelConfig) -> tuple[list[Shapes], Shapes]:
@@ -232,12 +225,7 @@ def _read(directory: Path, wanted: dict[str, ShardedBase], prefix: str) -> dict[
     """The tensors alone: what lies beside them (arguments, in Megatron's and NeMo's pickles) is not opened."""
     preprocessed: Any = load_preprocess(wanted)
     sharded, _, factories = preprocessed
-    try:
+    with weights_only(directory):
         loaded = TorchDistLoadShardedStrategy().load(sharded, directory)
-    except CheckpointException as error:  # of torch: a BaseException, around anything that went wrong
-        cause = next((failure for failure, _ in error.failures.values()), error)
-        if not isinstance(cause, Exception):
-            raise  # Ctrl-C
-        raise ValueError(f"{directory} cannot be read, and may be corrupt: {cause!r:.300}") from error
     loaded = apply_factory_merges(loaded, factories)
     return {name.removeprefix(prefix): loaded[name] for name in wanted}

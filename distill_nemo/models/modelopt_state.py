@@ -5,6 +5,7 @@ Megatron's convention: a directory `modelopt_state` beside the tensors, and the 
 
 import contextlib
 import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from modelopt.torch.opt.plugins import mcore_dist_checkpointing as sharded
 from torch import nn
 
 from distill_nemo.models.megatron_weights import STATE, key_prefix, stored_tensors
+from distill_nemo.runtime.pickles import weights_only
 
 
 def is_modified(model: nn.Module) -> bool:
@@ -45,9 +47,12 @@ def restore_modelopt_state(model: nn.Module, directory: Path) -> None:
         )
     prefix = key_prefix(stored_tensors(directory))
     built: list[Any] = [model]
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # versions and counts
-            sharded.restore_sharded_modelopt_state(built, str(directory), prefix)
-    except Exception as error:
-        raise ValueError(f"{directory / STATE} cannot be restored by ModelOpt: {error!r:.300}") from error
+    with weights_only(directory):
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # versions and counts
+                sharded.restore_sharded_modelopt_state(built, str(directory), prefix)
+        except pickle.UnpicklingError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{directory / STATE} cannot be restored by ModelOpt: {error!r:.300}") from error
     assert built[0] is model, "ModelOpt restores in place"

@@ -1,8 +1,12 @@
 """Tell the kinds of checkpoint directory apart."""
 
 import enum
+import re
 from dataclasses import dataclass
 from pathlib import Path
+
+OURS = ("architecture.json", "run.json", "SHA256SUMS")  # each tells, as the others may be lost
+STEP = re.compile(r"step_\d{8,}")
 
 
 class CheckpointKind(enum.Enum):
@@ -33,11 +37,10 @@ def find_checkpoint(path: Path) -> FoundCheckpoint:
         raise ValueError(f"checkpoint directory not found: {path}")
     stated = path / "model_config.yaml"
     description = stated if stated.is_file() else None
-    if (path / "checkpoints" / "latest").is_file():  # the output directory of a run of ours
-        path = path / "checkpoints"
-    if (path / "latest").is_file() and not (path / "config.json").is_file():  # DeepSpeed writes one there
-        path = path / (path / "latest").read_text().strip()
-    if (path / "architecture.json").is_file():
+    if not (path / "config.json").is_file():
+        steps = candidates(path / "checkpoints") or candidates(path)
+        path = steps[0] if steps else path
+    if any((path / name).exists() for name in OURS):
         return FoundCheckpoint(CheckpointKind.OURS, path, path / "architecture.json")
     if (path / "model_weights").is_dir():
         return FoundCheckpoint(CheckpointKind.NEMO, path / "model_weights", description)
@@ -52,12 +55,47 @@ def find_checkpoint(path: Path) -> FoundCheckpoint:
     )
 
 
+def saved_steps(root: Path) -> list[Path]:
+    """Return the checkpoints of a run of ours below `root`, newest first."""
+    steps = [path for path in root.glob("step_*") if STEP.fullmatch(path.name) and path.is_dir()]
+    return sorted(steps, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def candidates(root: Path) -> list[Path]:
+    """Return what a run may resume from: the checkpoint that `latest` names and older ones, else all; newest first."""
+    steps = saved_steps(root)
+    named = _named_by_tracker(root)
+    return steps[steps.index(named) :] if named in steps else steps
+
+
+def tracker_fault(root: Path) -> str | None:
+    """Return the reason why `latest` cannot be followed; None where it can, or where no run has saved."""
+    tracker, steps = root / "latest", saved_steps(root)
+    if _named_by_tracker(root) in steps or not (steps or tracker.exists() or tracker.is_symlink()):
+        return None
+    if not tracker.is_file():
+        return f"{tracker} is {'no file' if tracker.exists() or tracker.is_symlink() else 'missing'}"
+    return f"{tracker} names no checkpoint that is there"
+
+
+def _named_by_tracker(root: Path) -> Path | None:
+    tracker = root / "latest"
+    try:
+        if not tracker.is_file():  # to open a pipe would wait for its writer
+            return None
+        with tracker.open("rb") as file:
+            name = file.read(64).decode().strip()
+    except (OSError, ValueError):
+        return None
+    return root / name if STEP.fullmatch(name) else None
+
+
 def _newest_iteration(path: Path) -> Path:
     """What Megatron's tracker file names: an iteration, or `release` for converted weights."""
     tracker = path / "latest_checkpointed_iteration.txt"
     if not tracker.is_file():
         return path
-    named = tracker.read_text().strip()
+    named = tracker.read_text(errors="replace").strip()
     if named != "release" and not named.isdecimal():
         raise ValueError(f'{tracker} must hold an iteration or "release", got "{named[:40]}"')
     return path / (named if named == "release" else f"iter_{int(named):07d}")

@@ -1,21 +1,26 @@
-"""What was written is what is read: SHA-256 of every file of a checkpoint, as `sha256sum -c SHA256SUMS` reads them.
+"""SHA-256 of every file of a checkpoint, in the format of `sha256sum -c SHA256SUMS`. All of it reaches the disk.
 
-Ranks share the reading: each hashes the files it wrote, and checks every world-size-th.
+Ranks share the reading: each hashes the files that it wrote, and checks every world-size-th.
 """
 
 import hashlib
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+from distill_nemo.runtime.files import fsync, write_atomically
 
 SUMS = "SHA256SUMS"
+LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
 def sum_own_files(directory: Path, rank: int) -> None:
     """Hash the tensor files that this rank wrote, into a part that `join_sums` collects."""
-    _write(directory / f"{SUMS}.{rank}", {path.name: _sha256(path) for path in directory.glob(f"__{rank}_*.distcp")})
+    files = list(directory.glob(f"__{rank}_*.distcp"))
+    for path in files:
+        fsync(path)
+    _write(directory / f"{SUMS}.{rank}", {path.name: sha256(path) for path in files})
 
 
 def then_sum_own_files(write: Any, directory: Path, rank: int) -> Any:
@@ -32,52 +37,41 @@ def join_sums(directory: Path) -> None:
     """Make one file of the parts and of what no rank has hashed; called once, when all else is written."""
     parts, sums = sorted(directory.glob(f"{SUMS}.*")), {}
     for part in parts:
-        sums |= _read(part)
+        sums |= read_sums(part)
         part.unlink()
-    files = (path for path in directory.rglob("*") if path.is_file())
-    others = {path.relative_to(directory).as_posix(): path for path in files}
-    sums |= {name: _sha256(path) for name, path in others.items() if name not in sums}
+    for path in directory.rglob("*"):
+        name = path.relative_to(directory).as_posix()
+        if path.is_dir():
+            fsync(path)
+        elif name not in sums:
+            fsync(path)
+            sums[name] = sha256(path)
     _write(directory / SUMS, dict(sorted(sums.items())))
 
 
-def damages(directory: Path) -> list[str]:
-    """What is wrong with the files of a checkpoint, the same on every rank; every rank must call it.
+def read_sums(path: Path) -> dict[str, str]:
+    """Return file name -> hexadecimal sum.
 
-    Collectives: one all-gather of a few words.
+    Raises:
+        ValueError: when a line is no sum, or a name comes twice or lies elsewhere.
     """
-    try:
-        sums = _read(directory / SUMS)
-    except (OSError, ValueError) as error:
-        own = [f"{SUMS} cannot be read ({error})"] if dist.get_rank() == 0 else []
-    else:
-        mine = list(sums.items())[dist.get_rank() :: dist.get_world_size()]
-        own = [words for name, expected in mine if (words := _damage(directory / name, expected))]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own)
-    return sorted(words for of_rank in found for words in of_rank)
+    sums: dict[str, str] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        match = LINE.fullmatch(line)
+        if match is None:
+            raise ValueError("not in the format of sha256sum")
+        value, name = match.groups()
+        if name in sums or name.startswith("/") or ".." in name.split("/"):
+            raise ValueError(f"{name[:80]} is named twice, or lies elsewhere")
+        sums[name] = value
+    return sums
 
 
-def _damage(path: Path, expected: str) -> str | None:
-    try:
-        return None if _sha256(path) == expected else f"{path.name} is not what was written (SHA-256 differs)"
-    except FileNotFoundError:
-        return f"{path.name} is missing"
-    except OSError as error:
-        return f"{path.name} cannot be read ({error.strerror})"
-
-
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Return the hexadecimal sum of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read(path: Path) -> dict[str, str]:
-    """File name -> hexadecimal sum."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    if not all(len(line) > 66 and line[64:66] == "  " for line in lines):
-        raise ValueError("not in the format of sha256sum")
-    return {line[66:]: line[:64] for line in lines}
-
-
 def _write(path: Path, sums: dict[str, str]) -> None:
-    path.write_text("".join(f"{value}  {name}\n" for name, value in sums.items()), encoding="utf-8")
+    write_atomically(path, "".join(f"{value}  {name}\n" for name, value in sums.items()))

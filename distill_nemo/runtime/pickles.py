@@ -1,15 +1,22 @@
-"""A checkpoint's table of contents is a pickle, which could run anything: read it with nothing but its own classes.
+"""Read distributed checkpoints without running anything that they hold.
 
-torch's `FileSystemReader.read_metadata` (2.13) unpickles `.metadata` without a look; what reaches it was read
-here first, where no other class is known.
+torch 2.13 unpickles two things without a look: the table of contents (`FileSystemReader.read_metadata`) and whatever
+stands in a `.distcp` where no tensor is expected, or where the table says that none stands
+(`DefaultLoadPlanner.load_bytes`).
 """
 
+import contextlib
+import os
 import pickle
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import CheckpointException, Metadata
 
+FORCE, FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 CLASSES = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
@@ -40,11 +47,58 @@ class _Contents(pickle.Unpickler):
         return super().find_class(module_name, global_name)
 
 
-def check_contents(path: Path) -> None:
-    """Raise unless the pickle `path` holds nothing but a table of contents.
+def read_contents(directory: Path) -> Metadata:
+    """Return a distributed checkpoint's table of contents, unpickled with no class but its own.
 
     Raises:
-        ValueError: naming the file and the class. A pickle that is cut or damaged raises whatever it raises.
+        ValueError: when `.metadata` is missing or damaged, or names another class.
     """
-    with path.open("rb") as file:
-        _Contents(path, file).load()
+    path = directory / ".metadata"
+    try:
+        with path.open("rb") as file:
+            contents = _Contents(path, file).load()
+    except ValueError:
+        raise
+    except Exception as error:  # a cut pickle raises anything
+        raise ValueError(f"{path} is missing, corrupt or truncated: {error!r:.200}") from None
+    if not isinstance(contents, Metadata):
+        raise ValueError(f"{path} is corrupt: it holds a {type(contents).__name__}, and no table of contents")
+    return contents
+
+
+@contextlib.contextmanager
+def weights_only(directory: Path) -> Iterator[None]:
+    """Let torch, and Megatron and ModelOpt through it, read tensors and plain values of a checkpoint, and no more.
+
+    torch reads the environment at each `torch.load`; this setting wins over `weights_only=False` at the call.
+
+    Raises:
+        ValueError: when a table of contents or an object names anything else, or when the files cannot be read.
+    """
+    for contents in (directory / ".metadata", *sorted(directory.glob("*/.metadata"))):  # ModelOpt's is below
+        read_contents(contents.parent)
+    before = {name: os.environ.pop(name, None) for name in (FORCE, FORCE_NOT)}
+    os.environ[FORCE] = "1"
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise ValueError(_refusal(directory, error)) from error
+    except CheckpointException as error:  # of torch: a BaseException, around anything that went wrong
+        cause: BaseException = next((failure for failure, _ in error.failures.values()), error)
+        if not isinstance(cause, Exception):
+            raise  # Ctrl-C
+        raise ValueError(_refusal(directory, cause)) from error
+    finally:
+        del os.environ[FORCE]
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+def _refusal(directory: Path, cause: Exception) -> str:
+    if isinstance(cause, pickle.UnpicklingError):
+        named = re.search(r"GLOBAL (\S+)", str(cause))
+        what = f"names {named[1]}" if named else "is neither a tensor nor a plain value"
+        return (
+            f"{directory} is not loaded: an object in it {what}, which could run code of its author's choice; use a "
+            "checkpoint from a source that you trust, saved with tensors and plain values only"
+        )
+    return f"{directory} cannot be read, and may be corrupt: {cause!r:.300}"

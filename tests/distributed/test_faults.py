@@ -189,7 +189,6 @@ DAMAGES = {
     flipped: "__1_0.distcp is not what was written",
     truncated: "__0_0.distcp is not what was written",
     missing: ".metadata is missing",
-    shutil.rmtree: "SHA256SUMS cannot be read",
 }
 
 

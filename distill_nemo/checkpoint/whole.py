@@ -1,0 +1,75 @@
+"""Tell whether a checkpoint is whole: every file that its format needs is there, and is what was written."""
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from distill_nemo.checkpoint.directory import read_object, read_record
+from distill_nemo.models.megatron_weights import STATE, is_extra
+from distill_nemo.runtime.checksums import SUMS, read_sums, sha256
+from distill_nemo.runtime.pickles import read_contents
+
+
+def damages(directory: Path) -> list[str]:
+    """Return what is wrong with a checkpoint, the same on every rank; every rank must call it.
+
+    Collectives: one broadcast of the sums, one all-gather of a few words.
+    """
+    agreed: list[Any] = [_sums(directory) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(agreed, src=0)
+    if isinstance(agreed[0], str):
+        return [agreed[0]]
+    mine = list(agreed[0].items())[dist.get_rank() :: dist.get_world_size()]
+    own = [words for name, expected in mine if (words := _damage(directory, name, expected))]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return sorted(words for of_rank in found for words in of_rank)
+
+
+def _sums(directory: Path) -> dict[str, str] | str:
+    """Return the sums of a checkpoint whose files are all named, else what is wrong with it."""
+    try:
+        sums = read_sums(directory / SUMS)
+    except (OSError, ValueError) as error:
+        return f"{SUMS} cannot be read ({error})"
+    for name in ("run.json", "architecture.json", ".metadata", f"{STATE}/.metadata"):
+        if name in sums and (words := _damage(directory, name, sums[name])):
+            return words
+    try:
+        unnamed = sorted(_needed(directory) - sums.keys())
+    except ValueError as error:
+        return str(error)
+    return f"{SUMS} does not name {', '.join(unnamed[:3])}" if unnamed else sums
+
+
+def _needed(directory: Path) -> set[str]:
+    """Return the files that a checkpoint of ours consists of, beside its sums.
+
+    Raises:
+        ValueError: when a file that says so is damaged.
+    """
+    read_record(directory)
+    read_object(directory / "architecture.json")
+    needed = {"run.json", "architecture.json", *_distributed(directory)}
+    if any(is_extra(name.split("/")[0]) for name in read_contents(directory).state_dict_metadata):
+        needed |= {f"{STATE}/{name}" for name in _distributed(directory / STATE)}
+    return needed
+
+
+def _distributed(directory: Path) -> set[str]:
+    """Return the files of a distributed checkpoint of Megatron's."""
+    stored = read_contents(directory).storage_data or {}
+    try:
+        return {".metadata", "metadata.json", *(str(part.relative_path) for part in stored.values())}
+    except AttributeError as error:
+        raise ValueError(f"{directory}/.metadata is corrupt: {error}") from None
+
+
+def _damage(directory: Path, name: str, expected: str) -> str | None:
+    try:
+        return None if sha256(directory / name) == expected else f"{name} is not what was written (SHA-256 differs)"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"

@@ -1,0 +1,43 @@
+"""Checkpoints that would run code: objects that create a file when they are unpickled, wherever one can stand."""
+
+import hashlib
+import io
+import os
+import pickle
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+
+HOSTILE = "hostile.distcp"
+
+
+class Runs:
+    """Creates `path` when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def plant(directory: Path, key: str, executed: Path) -> None:
+    """Let an object that runs code stand under the first stored name that begins with `key`, tensor or not."""
+    contents = pickle.loads((directory / ".metadata").read_bytes())
+    name = next(name for name in contents.state_dict_metadata if name.startswith(key))
+    buffer = io.BytesIO()
+    torch.save([Runs(executed)], buffer)
+    (directory / HOSTILE).write_bytes(buffer.getvalue())
+    contents.state_dict_metadata[name] = BytesStorageMetadata()
+    contents.storage_data = {index: info for index, info in contents.storage_data.items() if index.fqn != name}
+    contents.storage_data[MetadataIndex(name)] = _StorageInfo(HOSTILE, 0, len(buffer.getvalue()))
+    (directory / ".metadata").write_bytes(pickle.dumps(contents))
+
+
+def write_sums(checkpoint: Path) -> None:
+    """Make the sums those of what is there."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != "SHA256SUMS")
+    lines = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.relative_to(checkpoint).as_posix()}\n" for f in files]
+    (checkpoint / "SHA256SUMS").write_text("".join(lines))
