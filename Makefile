@@ -1,13 +1,13 @@
 .DEFAULT_GOAL := help
-PYTHON ?= $(shell command -v python3.12 || command -v python3)
+PYTHON ?= $(shell command -v python3.12 || command -v python3.13 || command -v python3)
 BIN := .venv/bin
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 .venv/installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || \
-		{ echo "error: Python 3.12 is needed; $(PYTHON) is another. Say: make PYTHON=/path/to/python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in [(3, 12), (3, 13)])' || \
+		{ echo "error: Python 3.12 or 3.13 is needed; $(PYTHON) is another. Say: make PYTHON=/path/to/python3.12"; exit 1; }
 	@echo "installing into .venv: a few minutes, about 5 GB"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/pip install -q -c constraints.txt -e '.[test,dev]'
@@ -21,6 +21,9 @@ test: .venv/installed ## the test suite, without tests/launch, in two processes
 
 test-launch: .venv/installed ## SLURM (apt, root) and a Kubernetes on this machine, and runs on them: a few minutes
 	@$(BIN)/python -m pytest tests/launch $(ARGS)
+
+test-versions: .venv/installed ## a third of it on the oldest and the newest packages; writes docs/compatibility.md in half an hour
+	@$(BIN)/python -W ignore -m tests.versions $(ARGS)
 
 parity: .venv/installed ## every layout, model and loss against fp64; writes docs/parity.md in half an hour
 	@$(BIN)/python -W ignore -m tests.parity $(ARGS)
@@ -43,4 +46,4 @@ lint: .venv/installed ## ruff, pyright, import layers
 clean: ## remove what runs and tests left, keep .venv
 	@rm -rf runs build .pytest_cache .ruff_cache
 
-.PHONY: help quickstart test test-launch parity soak gpu bench lint clean
+.PHONY: help quickstart test test-launch test-versions parity soak gpu bench lint clean

@@ -181,7 +181,7 @@ def _gather_slices(buffer: Any) -> None:
     group = buffer.data_parallel_group
     for bucket in buffer.buckets:
         slices = bucket.grad_data.chunk(dist.get_world_size(group))
-        dist.all_gather_into_tensor(bucket.grad_data, slices[dist.get_rank(group)].clone(), group=group)
+        dist.all_gather(list(slices), slices[dist.get_rank(group)].clone(), group=group)
 
 
 def gradients(output: str) -> dict[str, torch.Tensor]:

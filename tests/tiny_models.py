@@ -11,13 +11,15 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
+LLAMA3_ROPE = {  # in the words of transformers 4, which 5 takes too
     "rope_theta": 5e5,
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
 }
 FAMILIES = ("llama", "llama_tied", "llama3_rope", "qwen2", "qwen3", "qwen3_moe")
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
@@ -29,7 +31,7 @@ def write_hf(path, family="llama", *, seed=1, layers=4, width=64, vocab=507, hea
 
     extra = {
         "llama_tied": {"tie_word_embeddings": True},
-        "llama3_rope": {"rope_parameters": LLAMA3_ROPE},
+        "llama3_rope": LLAMA3_ROPE,
         "qwen3_moe": {**EXPERTS, "norm_topk_prob": True},
         "qwen3_moe_not_normalised": {**EXPERTS, "norm_topk_prob": False},
     }
@@ -175,7 +177,7 @@ def nemo_config(path, family):
         "qk_layernorm": family == "qwen3",
         "position_embedding_type": "rope",
         "rotary_percentage": 1.0,
-        "rotary_base": int(hf["rope_parameters"]["rope_theta"]),
+        "rotary_base": int(hf.get("rope_theta") or hf["rope_parameters"]["rope_theta"]),
         "share_embeddings_and_output_weights": hf["tie_word_embeddings"],
         "tokenizer": {"library": "huggingface", "type": "somewhere"},
         **({"scale_positional_embedding": True, "scale_factor": 32.0} if family == "llama3_rope" else {}),

@@ -180,9 +180,9 @@ def gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is None or dist.get_world_size(group) == 1:
         return x[None]
     num_ranks = dist.get_world_size(group)
-    gathered = x.new_empty(num_ranks * x.shape[0], *x.shape[1:])  # gloo wants them one after the other
-    dist.all_gather_single(gathered, x.contiguous(), group=group)
-    return gathered.unflatten(0, (num_ranks, -1))
+    gathered = x.new_empty(num_ranks, *x.shape)
+    dist.all_gather(list(gathered), x.contiguous(), group=group)  # its one-tensor form has other names in other torches
+    return gathered
 
 
 def start_gather(parts: list[Tensor], group: dist.ProcessGroup | None) -> Callable[[], list[Tensor]]:
@@ -191,12 +191,12 @@ def start_gather(parts: list[Tensor], group: dist.ProcessGroup | None) -> Callab
         return lambda: [x[None] for x in parts]
     flat = torch.cat([x.flatten() for x in parts])
     num_ranks = dist.get_world_size(group)
-    everyone = flat.new_empty(num_ranks * len(flat))
-    work: Any = dist.all_gather_single(everyone, flat, group=group, async_op=True)
+    everyone = flat.new_empty(num_ranks, len(flat))
+    work: Any = dist.all_gather(list(everyone), flat, group=group, async_op=True)
 
     def wait() -> list[Tensor]:
         work.wait()
-        pieces = everyone.view(num_ranks, -1).split([x.numel() for x in parts], dim=1)
+        pieces = everyone.split([x.numel() for x in parts], dim=1)
         return [piece.unflatten(1, x.shape) for piece, x in zip(pieces, parts, strict=True)]
 
     return wait

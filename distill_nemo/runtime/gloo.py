@@ -18,11 +18,13 @@ def _device() -> Any:
 
 
 class _OnOneDevice(ProcessGroupGloo):
-    """As torch makes it, but for the device. Its timeout is given here; torch cannot change it later."""
+    """A gloo group as torch makes it, except for its device. The timeout cannot be changed later."""
 
-    def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+    def __init__(self, store: Any, rank: int, size: int, timeout: timedelta, **options_of_newer_torch: Any) -> None:
         options = ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
         options._devices, options._timeout = [_device()], timeout
+        for name, value in options_of_newer_torch.items():  # 2.15: enable_reconfigure
+            setattr(options, name, value)
         super().__init__(store, rank, size, options)
 
 
