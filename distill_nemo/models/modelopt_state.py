@@ -6,16 +6,19 @@ Megatron's convention: a directory `modelopt_state` beside the tensors, and the 
 import contextlib
 import io
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import modelopt.torch.opt as mto
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from modelopt.torch.opt.plugins import mcore_dist_checkpointing as sharded
 from torch import nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from distill_nemo.models.megatron_weights import STATE, key_prefix, stored_tensors
-from distill_nemo.runtime.pickles import weights_only
+from distill_nemo.runtime.pickles import read_contents, weights_only
 
 
 def is_modified(model: nn.Module) -> bool:
@@ -47,7 +50,7 @@ def restore_modelopt_state(model: nn.Module, directory: Path) -> None:
         )
     prefix = key_prefix(stored_tensors(directory))
     built: list[Any] = [model]
-    with weights_only(directory):
+    with weights_only(directory), _without_strides():
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # versions and counts
                 sharded.restore_sharded_modelopt_state(built, str(directory), prefix)
@@ -56,3 +59,25 @@ def restore_modelopt_state(model: nn.Module, directory: Path) -> None:
         except Exception as error:
             raise ValueError(f"{directory / STATE} cannot be restored by ModelOpt: {error!r:.300}") from error
     assert built[0] is model, "ModelOpt restores in place"
+
+
+@contextlib.contextmanager
+def _without_strides() -> Iterator[None]:
+    """Let Megatron-Core 0.19 read the tables of contents of torch 2.15, for ModelOpt.
+
+    It hands everything that a table says of a tensor to `torch.empty`, and 2.15 says the strides, too.
+    """
+    load = TorchDistLoadShardedStrategy.load_tensors_metadata
+
+    def load_without_strides(self: Any, checkpoint_dir: Path, metadata: Any = None) -> dict[str, Any]:
+        contents = metadata or read_contents(checkpoint_dir)
+        for tensor in contents.state_dict_metadata.values():
+            if isinstance(tensor, TensorStorageMetadata):
+                vars(tensor.properties).pop("strides", None)
+        return load(self, checkpoint_dir, contents)
+
+    TorchDistLoadShardedStrategy.load_tensors_metadata = load_without_strides
+    try:
+        yield
+    finally:
+        TorchDistLoadShardedStrategy.load_tensors_metadata = load

@@ -73,9 +73,9 @@ def _structure(run, output):
     from pathlib import Path
 
     import torch
-    from megatron.core.dist_checkpointing import load_tensors_metadata
 
     from distill_nemo.checkpoint.save import CheckpointWriter
+    from distill_nemo.runtime.pickles import read_contents
     from distill_nemo.runtime.seed import seed_everything
     from distill_nemo.training.setup import build_trainee
 
@@ -86,7 +86,7 @@ def _structure(run, output):
     in_training = [module.training for module in model.teacher_model.modules()]
     trained = {id(p) for group in trainee.optimizer.param_groups for p in group["params"]}
     CheckpointWriter(Path(output), run).save(1, trainee.unwrapped, trainee.optimizer, trainee.scheduler, {"step": 1})
-    stored = load_tensors_metadata(f"{output}/step_00000001")
+    stored = read_contents(Path(output, "step_00000001")).state_dict_metadata
     labels = torch.zeros(1, 4, dtype=torch.long)
     lm_of_teacher = 0.0
     if model.post_process and model.pre_process:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -53,7 +54,8 @@ def _failure(run):
 def test_every_replacement_on_cpu_is_still_needed(inputs, tmp_path):
     with Gloo(1, init=False, timeout=300, fresh=True) as untouched:
         failures = untouched.run(failures_without_each_replacement, inputs, tmp_path)[0]
-    assert [where for where, failure in failures.items() if failure is None] == []
+    not_missed = [where for where, failure in failures.items() if failure is None]
+    assert not_missed == ([] if version("megatron-core") >= "0.19" else ["torch.cuda.current_stream"])
 
 
 def test_resuming_needs_help_with_torchs_adam(inputs, one, tmp_path):

@@ -1,9 +1,11 @@
 """A student that ModelOpt has quantised (on CPU: simulated INT8) is distilled as such: restored, trained, resumed."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import TensorProperties
 
 from distill_nemo.config import ParallelismConfig, StudentConfig
 from tests.training import metrics, tiny_run
@@ -56,6 +58,22 @@ def test_the_students_quantizers_are_restored_and_the_teacher_has_none(quantised
     assert (plain - expected).abs().max() > 1e-3, "quantising changes nothing: the test would show nothing"
     assert torch.equal(pair, expected) and torch.equal(finalised, expected)
     assert of_teacher == 0
+
+
+def load_without_help(path, teacher):
+    from distill_nemo.models import modelopt_state
+
+    helped, modelopt_state._without_strides = modelopt_state._without_strides, contextlib.nullcontext
+    try:
+        load(path, teacher)
+    finally:
+        modelopt_state._without_strides = helped
+
+
+@pytest.mark.skipif(not hasattr(TensorProperties, "strides"), reason="torch says no strides before 2.15")
+def test_megatron_still_needs_help_with_torchs_strides(quantised, inputs, one):
+    with pytest.raises(ValueError, match="unexpected keyword argument 'strides'"):
+        one.run(in_one_process, load_without_help, quantised[0], inputs / "teacher")
 
 
 def test_its_output_layer_cannot_be_part_of_the_loss(quantised, inputs, one):

@@ -1,4 +1,4 @@
-"""Version ranges: the torch of a container satisfies them all, the pins lie within them, and what `make test-versions` reads."""
+"""Version ranges: they admit a container's torch and the pins. And the parts of `make test-versions`."""
 
 import tomllib
 from importlib.metadata import requires
@@ -24,7 +24,7 @@ def requirements() -> list[Requirement]:
 
 @pytest.mark.parametrize("torch", TORCHES)
 def test_no_requirement_makes_pip_replace_the_torch_that_is_there(torch: str) -> None:
-    """pip keeps what is installed if every specifier contains it, pre-releases included."""
+    """An installed package stays if every specifier contains its version; pip admits pre-releases here."""
     direct = requirements()
     through = [Requirement(text) for r in direct for text in requires(r.name) or []]
     on_torch = [
