@@ -24,7 +24,7 @@ if __name__ == "__main__":
         time="04:00:00",
         stop_seconds=600,  # ten minutes to finish the step and save
         retries=10,  # then SLURM queues the job again, and it goes on
-        container_image="nvcr.io#nvidia/pytorch:25.09-py3",
+        container_image="nvcr.io#nvidia/pytorch:26.03-py3",
         container_mounts=["/lustre:/lustre"],
         env={"NCCL_DEBUG": "WARN"},
         setup=["ulimit -n 65536"],

@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 
 from distill_nemo.losses import cpu_kernels, eager
 from distill_nemo.losses.cross_entropy import CrossEntropy
@@ -45,6 +47,8 @@ BLOCKS = ["tests/unit/test_kernels.py", "-k", "as_exact_as_torch and float32 or 
 )
 def test_every_test_of_the_divergences_passes(name: str, tests: list[str]) -> None:
     """Where they run by themselves they try the compiled C."""
+    if name == "triton" and Version(version("triton")) < Version("3.7") and Version(version("numpy")) >= Version("2.4"):
+        pytest.skip("Triton's interpreter takes no numpy from 2.4 on before Triton 3.7")
     environment = os.environ | {VARIABLE: name, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
