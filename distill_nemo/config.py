@@ -104,6 +104,13 @@ class ParallelismConfig:
         return [size + (stage < more) for stage in range(self.num_stages)]
 
 
+def _prefixes(blend: list[str]) -> list[str]:
+    """Return the blend without `.bin` or `.idx` at the end of a path; `from_dict` refuses what is no list of paths."""
+    if not isinstance(blend, list):
+        return blend
+    return [v.removesuffix(".bin").removesuffix(".idx") if isinstance(v, str) else v for v in blend]
+
+
 @dataclass
 class DataConfig:
     """Token files made by `nemo distill prepare`.
@@ -119,6 +126,10 @@ class DataConfig:
     sequence_length: int = 4096
     cache: str | None = None  # index cache; default: beside the checkpoints
     num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        """Take the name of either file for their common prefix."""
+        self.train, self.valid = _prefixes(self.train), _prefixes(self.valid)
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Which rank gets which samples: the same global batches under every layout, from any point of the run."""
 
+import signal
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,14 +36,53 @@ def batches(
 
     Yields:
         tokens, labels, position_ids (int64) and loss_mask (float32), each [b, s].
+
+    Raises:
+        ValueError, OSError: as the dataset, whichever process reads it.
+        RuntimeError: when a loader process died.
     """
     size: int = len(dataset)  # pyright: ignore[reportArgumentType]
     assert size > 0, "an empty dataset has no batches"
     assert global_batch_size % (data_parallel_size * micro_batch_size) == 0, "config.check lets no such batch through"
     order = _Order(size, consumed_samples, global_batch_size, micro_batch_size, data_parallel_rank, data_parallel_size)
     pinned = torch.cuda.is_available()  # or a copy to the GPU waits for it
-    loader = DataLoader(dataset, batch_sampler=order, num_workers=num_workers, collate_fn=_collate, pin_memory=pinned)
-    return iter(loader)
+    samples, handler = _HandingErrorsOver(dataset), signal.getsignal(signal.SIGCHLD)
+    loader = DataLoader(samples, batch_sampler=order, num_workers=num_workers, collate_fn=_collate, pin_memory=pinned)
+    loaded = iter(loader)
+    if handler is not None and signal.getsignal(signal.SIGCHLD) != handler:
+        # torch's raises wherever the program happens to be when a worker dies, in a save for one. `next` sees it too.
+        signal.signal(signal.SIGCHLD, handler)
+    return _checked(loaded)
+
+
+def _checked(loaded: Iterator[dict[str, Tensor] | Exception]) -> Iterator[dict[str, Tensor]]:
+    """The same batches; raises an error that was handed over in place of one, and says what a dead worker means."""
+    while True:
+        try:
+            batch = next(loaded)
+        except (RuntimeError, OSError, EOFError) as error:  # OSError, EOFError: it died while it handed a batch over
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+                raise
+            raise RuntimeError(
+                f"a data worker died, perhaps killed for want of memory ({error}): lower data.num_workers; the same "
+                "command goes on from the last checkpoint"
+            ) from error
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
+
+
+class _HandingErrorsOver(Dataset):
+    """Micro batches of samples. An error takes their place: torch would wrap it in the traceback of a worker."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Tensor]] | Exception:
+        try:
+            return [self.dataset[i] for i in indices]
+        except (ValueError, OSError) as error:
+            return error
 
 
 class _Order:
@@ -62,8 +101,10 @@ class _Order:
             first += self.global_batch
 
 
-def _collate(samples: list[dict[str, Any]]) -> dict[str, Tensor]:
+def _collate(samples: list[dict[str, Tensor]] | Exception) -> dict[str, Tensor] | Exception:
     """Stack what the model reads; a blend's items also carry the number of their dataset."""
+    if isinstance(samples, Exception):
+        return samples
     batch = {name: torch.stack([sample[name] for sample in samples]) for name in FIELDS}
     batch["loss_mask"] = batch["loss_mask"].float()
     return batch

@@ -4,8 +4,10 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from distill_nemo.config import RunConfig, StudentConfig
-from distill_nemo.data.datasets import build_datasets, check_token_files, check_vocabulary
+from distill_nemo.config import DataConfig, RunConfig, StudentConfig
+from distill_nemo.data.datasets import build_datasets
+from distill_nemo.data.manifest import read_manifest, vocabulary
+from distill_nemo.data.token_files import OWN_TOKENIZER, check_token_files, check_vocabulary, named_token_files
 from distill_nemo.data.tokenizer import load_tokenizer
 from distill_nemo.models.architecture import with_stored_vocabulary
 from distill_nemo.models.huggingface import tokenizer_files
@@ -32,8 +34,9 @@ def check_tokenizers(config: RunConfig) -> None:
     Vocabularies of one size may still be others, and a loss between them falls and means nothing.
 
     Raises:
-        ValueError: with the first id that is another token; for a `data.tokenizer` with more ids than the student; for
-            a `vocab_size` that cuts tokens of the student off, which its export would still have.
+        ValueError: with the first id that is another token, or that was one for the token files; for a
+            `data.tokenizer` with more ids than the student; for a `vocab_size` that cuts tokens of the student off,
+            which its export would still have.
     """
     named = {
         "data.tokenizer": config.data.tokenizer,
@@ -61,6 +64,28 @@ def check_tokenizers(config: RunConfig) -> None:
                 f"tokens, {i} say, {ours[i]!r} and {theirs[i]!r}; logits can be compared only where both models have "
                 "the same tokens"
             )
+    _check_corpora(config.data, *(named_tokens[0] if named_tokens else ("", {})))
+
+
+def _check_corpora(data: DataConfig, tokenizer: str, tokens: dict[int, str]) -> None:
+    """Refuse token files in which an id is another token than in a tokenizer, or without one than in the other files.
+
+    Only ids that occur count, as the manifests tell, so tokens added to a tokenizer later are no obstacle.
+    """
+    others_by_id: dict[int, str | None] = {}
+    for field, prefix in named_token_files(data):
+        manifest = read_manifest(prefix)
+        made_with = vocabulary(manifest) or {}
+        known = {i: tokens.get(i) for i in made_with} if tokens else others_by_id
+        apart = [i for i in sorted(known.keys() & made_with.keys()) if known[i] != made_with[i]]
+        if apart:
+            i = apart[0]
+            raise ValueError(
+                f"{field}: {prefix}.bin was made with another tokenizer ({manifest.get('tokenizer')}) than "
+                f"{tokenizer or 'the other token files'}: of {len(made_with):,} ids that occur {len(apart):,} are "
+                f"other tokens, {i} say, {made_with[i]!r} and {known[i]!r}; {OWN_TOKENIZER}"
+            )
+        others_by_id |= made_with
 
 
 def _check_size(field: str, path: str, num_ids: int, student: StudentConfig) -> None:
@@ -83,5 +108,6 @@ def build_run_datasets(config: RunConfig) -> tuple[Any, Any]:
     """Training and held-out dataset. Writes the index cache."""
     train = config.training
     cache = Path(config.data.cache or Path(config.output_dir) / "index_cache")
-    num_valid = train.eval_batches * train.global_batch_size
-    return build_datasets(config.data, train, cache, train.steps * train.global_batch_size, num_valid)
+    num_train, num_valid = (batches * train.global_batch_size for batches in (train.steps, train.eval_batches))
+    assert config.student.vocab_size is not None, "resolved before"
+    return build_datasets(config.data, train, cache, num_train, num_valid, config.student.vocab_size)

@@ -9,8 +9,9 @@ import torch
 
 from distill_nemo.checkpoint.load import check_whole
 from distill_nemo.config import DataConfig, ParallelismConfig, RunConfig, StudentConfig, TeacherConfig, TrainingConfig
-from distill_nemo.data.datasets import build_datasets, check_token_files, check_vocabulary
+from distill_nemo.data.datasets import build_datasets
 from distill_nemo.data.samplers import batches
+from distill_nemo.data.token_files import check_token_files, check_vocabulary
 from distill_nemo.evaluation import evaluate
 from distill_nemo.models.provider import model_provider
 from distill_nemo.runtime.device import resolve_dtype, setup_device
@@ -61,7 +62,8 @@ def evaluate_student(
         seed_everything(seed)
         model = _model(config)
         valid: Any
-        _, valid = build_datasets(config.data, TrainingConfig(), Path(cache or temporary), samples, samples)
+        directory, vocab_size = Path(cache or temporary), config.student.vocab_size
+        _, valid = build_datasets(config.data, TrainingConfig(), directory, samples, samples, vocab_size)
         stream = batches(
             valid,
             consumed_samples=0,

@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 
 from distill_nemo.config import StudentConfig
+from distill_nemo.data.prepare import prepare
+from distill_nemo.data.stdlib_corpus import stdlib_modules
 from tests.tiny_models import write_hf
+from tests.token_files import write_documents
 from tests.training import metrics, tiny_run
 
 
@@ -82,10 +85,10 @@ def test_an_evaluation_beyond_the_positions_of_a_model(inputs, one):
         one.run(evaluated, inputs, 10**6)
 
 
-def evaluated(inputs, length):
+def evaluated(inputs, length, student=None, data=None):
     from distill_nemo.training.evaluate import evaluate_student
 
-    evaluate_student(StudentConfig(str(inputs / "student")), str(inputs / "valid"), None, length, 8)
+    evaluate_student(StudentConfig(str(student or inputs / "student")), str(data or inputs / "valid"), None, length, 8)
 
 
 def test_vocabularies(inputs, one, tmp_path):
@@ -119,6 +122,62 @@ def test_tokenizers_of_one_size_whose_ids_differ(inputs, one, tmp_path):
     said = refused(one, inputs, tmp_path / "out", {"teacher.checkpoint": str(teacher)})
     assert f"data.tokenizer = {inputs}/tokenizer and teacher.checkpoint = {teacher} have different tokenizers" in said
     assert f"of 507 ids 200 are other tokens, 300 say, {tokens[300]!r} and {tokens[499]!r}" in said
+
+
+@pytest.mark.parametrize("kept", ["tokenizer", "manifest"])
+def test_token_files_made_with_another_tokenizer(inputs, one, tmp_path, kept):
+    """As many ids, two of them other tokens; the directory of the tokenizer may be gone."""
+    directory = shutil.copytree(inputs / "tokenizer", tmp_path / "tokenizer")
+    tokens = {i: token for token, i in tokenizer_vocab(directory).items()}
+    rename(directory, {tokens[300]: 301, tokens[301]: 300})
+    text = tmp_path / "text.txt"
+    text.write_text("".join(Path(m).read_text() for m in stdlib_modules()[:3]))
+    prepare([str(text)], str(tmp_path / "data"), str(directory), num_workers=1, progress=False)
+    if kept == "manifest":
+        shutil.rmtree(directory)
+    words = f"data.bin was made with another tokenizer ({directory}) than"
+    for field in ("data.train", "data.valid"):
+        said = refused(one, inputs, tmp_path / "out", {field: [str(tmp_path / "data")]})
+        assert field in said and f"{words} data.tokenizer = {inputs}/tokenizer" in said
+        assert f"300 say, {tokens[301]!r} and {tokens[300]!r}" in said
+    student = shutil.copytree(inputs / "student", tmp_path / "student")
+    shutil.copytree(inputs / "tokenizer", student, dirs_exist_ok=True)
+    with pytest.raises(ValueError, match=re.escape(f"{words} student.checkpoint = {student}")):
+        one.run(evaluated, inputs, 32, student, tmp_path / "data")
+    beside_none = {"data.tokenizer": None, "data.valid": [str(tmp_path / "data")]}
+    assert f"{words} the other token files" in refused(one, inputs, tmp_path / "out", beside_none)
+
+
+def test_harmless_differences_between_tokenizers_pass(inputs, one, tmp_path):
+    """Another path, a chat template, and added tokens that do not occur."""
+    student = shutil.copytree(inputs / "student", tmp_path / "student")
+    for name in (student, tmp_path / "elsewhere"):
+        shutil.copytree(inputs / "tokenizer", name, dirs_exist_ok=True)
+        (name / "chat_template.jinja").write_text("{{ messages }}")
+        tokenizer = json.loads((name / "tokenizer.json").read_text())
+        tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 507, "content": "<|added|>"})
+        (name / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = tiny_run(inputs, tmp_path / "out", steps=4)
+    config.student.checkpoint, config.student.vocab_size = str(student), 508
+    config.data.tokenizer = str(tmp_path / "elsewhere")
+    one.run(checked_data, config)
+
+
+@pytest.mark.parametrize("split", ["tensor_model_parallel_size", "context_parallel_size", None])
+@pytest.mark.parametrize("field", ["data.train", "data.valid"])
+def test_ids_that_the_model_lacks_are_refused_on_every_rank(inputs, two, tmp_path, split, field):
+    """Without a manifest of ours they are found where they are read, before they reach the model."""
+    changes = {field: [write_documents(tmp_path / "foreign", [[3, 507] * 2000])], "training.eval_interval": 1}
+    changes |= {f"parallelism.{split}": 2} if split else {}
+    with pytest.raises(ValueError, match=r"foreign.bin: token \d+ of document 0 .* is the id 507, .* the ids 0 to 506"):
+        two.run(run, inputs, tmp_path / "out", changes, 2)
+    assert not list((tmp_path / "out").rglob("step_*"))
+
+
+def test_an_evaluation_of_ids_that_the_model_lacks(inputs, one, tmp_path):
+    data = write_documents(tmp_path / "foreign", [[3, 507] * 2000])
+    with pytest.raises(ValueError, match=r"foreign.bin: token \d+ of document 0 .* is the id 507, .* the ids 0 to 506"):
+        one.run(evaluated, inputs, 32, inputs / "student", data)
 
 
 def test_a_vocabulary_that_cuts_tokens_of_the_student_off(inputs, one, tmp_path):

@@ -1,6 +1,10 @@
-"""Datasets, blends, the checks of token files, and the sampler."""
+"""Datasets, blends, the order of samples, the ids in them, and the sampler. Token files: test_token_files.py."""
 
-import json
+import multiprocessing
+import os
+import resource
+import signal
+import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -8,26 +12,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
 from torch.utils.data import Dataset
 
 from distill_nemo.config import DataConfig, TrainingConfig
-from distill_nemo.data.datasets import build_datasets, check_token_files, check_vocabulary, parse_blend
+from distill_nemo.data.datasets import WatchedGPTDataset, build_datasets
 from distill_nemo.data.samplers import batches
+from tests.token_files import write_documents, write_tokens
+
+NUM_IDS = 65_536  # of a model that has every id of uint16
 
 
-def write_tokens(prefix: Path, first: int, documents: int = 40, length: int = 50) -> str:
-    """Documents of consecutive ids from `first` on: every token tells where it stood."""
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    for i in range(documents):
-        ids = np.arange(first + i * length, first + (i + 1) * length)
-        builder.add_document(torch.from_numpy(ids), [length])
-    builder.finalize(f"{prefix}.idx")
-    return str(prefix)
-
-
-def build(data: DataConfig, tmp_path: Path, num_train: int = 30, num_valid: int = 5, seed: int = 1) -> Any:
-    return build_datasets(data, TrainingConfig(seed=seed), tmp_path / "cache", num_train, num_valid)
+def build(
+    data: DataConfig, tmp_path: Path, num_train: int = 30, num_valid: int = 5, seed: int = 1, num_ids: int = NUM_IDS
+) -> Any:
+    return build_datasets(data, TrainingConfig(seed=seed), tmp_path / "cache", num_train, num_valid, num_ids)
 
 
 def ids(dataset: Dataset, count: int) -> set[int]:
@@ -72,15 +73,6 @@ def test_blends_are_weighted(tmp_path: Path, weights: tuple, share: float):
     assert set(batch) == {"tokens", "labels", "loss_mask", "position_ids"}
 
 
-def test_blend_notation():
-    assert parse_blend("data.train", ["a"]) == (["a"], None)
-    assert parse_blend("data.train", ["a", "b"]) == (["a", "b"], None)
-    assert parse_blend("data.train", ["30", "a", "0.5", "b"]) == (["a", "b"], [30.0, 0.5])
-    for wrong in ([], ["30", "a", "b"], ["30", "a", "x", "b"], ["0", "a"], ["-1", "a"], ["nan", "a"], ["a", "3"]):
-        with pytest.raises(ValueError, match=r"data\.train"):
-            parse_blend("data.train", wrong)
-
-
 def test_splits_without_documents_are_refused(tmp_path: Path):
     prefix = write_tokens(tmp_path / "a", 0, documents=3)
     for split in ("1,0,0", "969,30,1"):
@@ -92,47 +84,121 @@ def test_splits_without_documents_are_refused(tmp_path: Path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_damaged_token_files_are_refused(tmp_path: Path):
+def samples_of(dataset: Dataset, count: int) -> list[list[int]]:
+    return [dataset[i]["tokens"].tolist() for i in range(count)]
+
+
+@pytest.mark.parametrize("blend", ["{a}", "{a} {b}", "30 {a} 70 {b}", "1 {a} 1 {a}", "{tiny}"])
+def test_the_order_of_samples_does_not_depend_on_how_many_are_asked_for(tmp_path: Path, blend: str):
+    """124 samples of 16 tokens are a pass over `a`; a sample of `tiny` takes more than one pass."""
+    written = {
+        "a": write_tokens(tmp_path / "a", 0),
+        "b": write_tokens(tmp_path / "b", 10_000, documents=7, length=33),
+        "tiny": write_documents(tmp_path / "tiny", [[1, 2, 3], [4], [5, 6]]),
+    }
+    data = DataConfig(train=blend.format(**written).split(), split="1,0,0", sequence_length=16)
+    longest = samples_of(build(data, tmp_path, 700, 0)[0], 700)
+    for count in (1, 99, 124, 125, 200, 247, 248, 372, 480):
+        assert samples_of(build(data, tmp_path, count, 0)[0], count) == longest[:count], count
+
+
+def test_a_pass_reads_each_sample_once_and_the_next_in_another_order(tmp_path: Path):
+    data = DataConfig(train=[write_tokens(tmp_path / "a", 0)], split="1,0,0", sequence_length=20)
+    found = samples_of(build(data, tmp_path, 299, 0)[0], 299)
+    passes = [found[:99], found[99:199], found[199:]]  # the label after the 100th sample is the next pass's
+    for samples in passes:
+        assert len({token for sample in samples for token in sample}) >= 99 * 20
+    assert passes[0] != passes[1][:99] and passes[1] != passes[2]
+
+
+def test_a_single_pass_is_in_megatrons_own_order(tmp_path: Path):
     prefix = write_tokens(tmp_path / "a", 0)
-    data = DataConfig(train=[prefix], valid=[prefix])
-    check_token_files(data)
-    bin_, idx = tmp_path / "a.bin", tmp_path / "a.idx"
-    whole_bin, whole_idx = bin_.read_bytes(), idx.read_bytes()
-    damage = [
-        (whole_bin[:-10], whole_idx, r"a\.bin is truncated: 3990 bytes instead of 4000"),
-        (whole_bin + b"xx", whole_idx, r"a\.bin is too long: 4002 bytes instead of 4000"),
-        (b"", whole_idx, r"a\.bin is empty"),
-        (whole_bin, whole_idx[:-8], r"a\.idx is truncated"),
-        (whole_bin, whole_idx[:20], r"a\.idx is not a Megatron index|a\.idx is truncated"),
-        (whole_bin, b"other" + whole_idx[5:], r"a\.idx is not a Megatron index"),
-    ]
-    for new_bin, new_idx, message in damage:
-        bin_.write_bytes(new_bin)
-        idx.write_bytes(new_idx)
-        with pytest.raises(ValueError, match=message) as error:
-            build(data, tmp_path)
-        assert "nemo distill prepare" in str(error.value)
-    bin_.unlink()
-    idx.write_bytes(whole_idx)
-    with pytest.raises(ValueError, match=r"data\.train: no file .*a\.bin"):
-        check_token_files(data)
-
-
-def test_a_manifest_with_an_id_that_the_model_lacks_is_refused(tmp_path: Path):
-    data = DataConfig(train=[write_tokens(tmp_path / "a", 0)])
-    (tmp_path / "a.json").write_text(json.dumps({"vocab_size": 600, "tokenizer": "tok", "max_token_id": 511}))
-    check_vocabulary(data, 512)  # ids of the tokenizer that do not occur are no obstacle
-    with pytest.raises(ValueError, match=r"data.train: .*a.bin holds the token id 511 \(.*tok\).*vocab_size is 511"):
-        check_vocabulary(data, 511)
+    built = build(DataConfig(train=[prefix], split="1,0,0", sequence_length=16), tmp_path, 124, 0)[0]
+    assert isinstance(built, WatchedGPTDataset) and len(built) == 124
+    built.config.path_to_cache = str(tmp_path / "megatron")
+    documents = np.arange(40, dtype=np.int32)
+    plain = GPTDataset(IndexedDataset(prefix), prefix, documents, 124, Split.train, built.config)
+    assert samples_of(built, 124) == samples_of(plain, 124)
 
 
 @pytest.mark.parametrize(
-    "text", ['{"text": "a"}\n{"text": "b"}\n', "[1]", '{"max_token_id": "600"}', '{"max_token_id": true}', ""]
+    ("bad", "dtype"),
+    [
+        (300, np.uint16),  # the first beyond the model's, and one of its padding
+        (383, np.uint16),
+        (65_535, np.uint16),
+        (-1, np.int8),
+        (-1, np.int32),  # Megatron's padding
+        (-300, np.int16),
+        (2**31 - 1, np.int32),
+        (-(2**31), np.int32),
+        (2**32 + 5, np.int64),  # in 32 bits it would be 5
+        (-(2**63) + 1, np.int64),
+    ],
 )
-def test_somebody_elses_json_beside_token_files_is_left_alone(tmp_path: Path, text: str):
-    data = DataConfig(train=[write_tokens(tmp_path / "a", 0)])
-    (tmp_path / "a.json").write_text(text)
-    check_vocabulary(data, 1)
+def test_an_id_that_the_model_lacks_is_refused_with_its_place(tmp_path: Path, bad: int, dtype: Any):
+    documents = [[7] * 9, [], [8] * 40, [9] * 3]
+    for document, token in ((0, 0), (0, 8), (2, 0), (2, 39), (3, 2)):
+        placed = [list(ids) for ids in documents]
+        placed[document][token] = bad
+        prefix = write_documents(tmp_path / f"{document}_{token}", placed, dtype)
+        data = DataConfig(train=[prefix], valid=[prefix], sequence_length=8)
+        said = f"{prefix}.bin: token {token} of document {document} (both from 0) is the id {bad}, but the model has"
+        for dataset in build(data, tmp_path, 20, 20, num_ids=300):
+            assert refused(dataset).startswith(said)
+
+
+def refused(dataset: Dataset, num_workers: int = 0) -> str:
+    with pytest.raises(ValueError) as error:
+        list(islice(stream(dataset, 0, 1, 1, 0, 1, num_workers), 20))
+    return str(error.value)
+
+
+def test_a_data_worker_refuses_in_the_same_words(tmp_path: Path):
+    prefix = write_documents(tmp_path / "a", [[7] * 90, [300]])
+    train, _ = build(DataConfig(train=[prefix], split="1,0,0", sequence_length=8), tmp_path, 20, 0, num_ids=300)
+    assert refused(train, num_workers=1) == refused(train)
+
+
+def test_the_largest_id_of_the_model_passes(tmp_path: Path):
+    prefix = write_documents(tmp_path / "a", [[0, 299] * 20])
+    train, _ = build(DataConfig(train=[prefix], split="1,0,0", sequence_length=8), tmp_path, 4, 0, num_ids=300)
+    assert samples_of(train, 4) == [[0, 299] * 4] * 4
+
+
+@pytest.mark.parametrize("blend", ["{a}", "1 {a} 1 {a}"])
+@pytest.mark.parametrize("limit", [0, 200, 600])
+def test_an_index_cache_that_cannot_be_written_is_told_and_leaves_nothing(tmp_path: Path, blend: str, limit: int):
+    data = DataConfig(train=blend.format(a=write_tokens(tmp_path / "a", 0)).split(), split="1,0,0", sequence_length=16)
+    with pytest.raises(OSError, match=rf"the index cache {tmp_path}/cache could not be written .* data\.cache"):
+        built_with_limit(data, tmp_path, limit)
+    assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").iterdir())
+    assert build(data, tmp_path, 400, 0)[0]
+
+
+def test_an_index_cache_that_rank_0_cannot_write_is_told(tmp_path: Path, one):
+    """Megatron tells it otherwise in a process group."""
+    data = DataConfig(train=[write_tokens(tmp_path / "a", 0)], split="1,0,0", sequence_length=16)
+    with pytest.raises(OSError, match=r"the index cache .* could not be written .* data\.cache"):
+        one.run(built_in_a_group, data, tmp_path, 0)
+
+
+def built_with_limit(data: DataConfig, tmp_path: Path, limit: int) -> None:
+    """The kernel refuses to write beyond `limit`: EFBIG, where a full disk gives ENOSPC."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        build(data, tmp_path, 400, 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def built_in_a_group(data: DataConfig, tmp_path: Path, limit: int) -> None:
+    torch.distributed.init_process_group("gloo")
+    try:
+        built_with_limit(data, tmp_path, limit)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_an_index_cache_that_was_cut_short_by_a_kill_is_not_used(tmp_path: Path, monkeypatch):
@@ -186,6 +252,25 @@ def test_a_resumed_stream_goes_on_where_it_stopped_also_with_workers():
     assert all(torch.equal(a, b) for a, b in zip(straight[6:], resumed, strict=True))
     batch = next(stream(Numbers(), 0, 8, 2, 0, 1))
     assert batch["loss_mask"].dtype == torch.float32 and batch["tokens"].shape == (2, 3)
+
+
+def test_a_dead_data_worker_is_told_by_the_next_batch_and_interrupts_nothing_else(monkeypatch):
+    """The handler of torch would raise in whatever runs at that time, a save for one, which then seemed to fail."""
+    monkeypatch.setattr("torch.utils.data._utils.signal_handling._SIGCHLD_handler_set", False)  # as in a new process
+    dying = stream(Mortal(), 0, 1, 1, 0, 1, num_workers=1)
+    while multiprocessing.active_children():
+        time.sleep(0.01)
+    with pytest.raises(RuntimeError, match=r"a data worker died.* lower data\.num_workers; the same command goes on"):
+        list(dying)
+
+
+class Mortal(Numbers):
+    """Its reader is killed at sample 1."""
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        if i == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(i)
 
 
 def built_on_rank(folder: str) -> tuple[list[list[int]], list[int]]:

@@ -1,0 +1,146 @@
+"""Megatron's token files: how a config names them, and the checks that come before Megatron maps them. No torch.
+
+`<prefix>.bin` holds the ids of all documents. `<prefix>.idx` holds a header, the length of every document in tokens
+(int32), its first byte in the `.bin` (int64), and the bounds of groups of documents (int64).
+"""
+
+import math
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from distill_nemo.config import DataConfig
+from distill_nemo.data.manifest import max_token_id, read_manifest
+
+INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the ids' type, documents, bounds
+MAGIC = b"MMIDIDX\x00\x00"
+INTEGERS = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}  # 6 and 7 are floats
+BLOCK = 1 << 20  # documents read at a time
+ADVICE = "make the token files again with `nemo distill prepare`"
+OWN_TOKENIZER = "prepare the text again with the model's own tokenizer"
+Blend = tuple[list[str], list[float] | None]
+
+
+def parse_blend(field: str, values: list[str]) -> Blend:
+    """`["a"]`, `["a", "b"]` or `["30", "a", "70", "b"]` -> (prefixes, weights or None).
+
+    Raises:
+        ValueError: nothing named, weights for some prefixes only, or a weight that is not positive and finite.
+    """
+    numbers = [to_number(value) for value in values]
+    prefixes, weights = values[1::2], numbers[0::2]
+    if not any(number is not None for number in numbers):
+        prefixes, weights = values, None
+    shape = f'{field} must be ["a"], ["a", "b"] or ["30", "a", "70", "b"] (weight, prefix, ...), got {values}'
+    if not values or (weights is not None and (len(values) % 2 or None in weights)):
+        raise ValueError(shape)
+    if weights is None:
+        return list(prefixes), None
+    checked = [weight for weight in weights if weight is not None and math.isfinite(weight) and weight > 0]
+    if len(checked) != len(weights):
+        raise ValueError(f"{field}: every weight must be a positive number, got {values[0::2]}")
+    return list(prefixes), checked
+
+
+def named_token_files(data: DataConfig) -> list[tuple[str, str]]:
+    """Return (field, prefix) of every pair of token files that a config names."""
+    blends = [("data.train", data.train), *([("data.valid", data.valid)] if data.valid else [])]
+    return [(field, prefix) for field, values in blends for prefix in parse_blend(field, values)[0]]
+
+
+def to_number(value: str) -> float | None:
+    """Return the number that a text spells, or None."""
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+def check_token_files(data: DataConfig) -> None:
+    """Refuse token files that are missing, empty, cut short or contradictory.
+
+    Megatron maps them and would read beyond their end. Sizes are compared before anything is read, and then one block
+    of the index at a time, so a wrong header costs no memory.
+
+    Raises:
+        ValueError: naming the file, what it holds, and what to do.
+    """
+    for field, prefix in named_token_files(data):
+        _check_pair(field, Path(f"{prefix}.idx"), Path(f"{prefix}.bin"))
+
+
+def document_lengths(prefix: str) -> np.ndarray:
+    """Return the tokens of every document, int32 [documents], of files that `check_token_files` let through."""
+    with open(f"{prefix}.idx", "rb") as file:
+        _, _, _, documents, _ = INDEX_HEADER.unpack(file.read(INDEX_HEADER.size))
+    return np.memmap(f"{prefix}.idx", np.int32, "r", INDEX_HEADER.size, (documents,))
+
+
+def check_vocabulary(data: DataConfig, vocab_size: int) -> None:
+    """Refuse token files that hold an id that the model lacks, as far as their manifests tell.
+
+    Files without our manifest are checked where samples are read.
+
+    Raises:
+        ValueError: naming the file, its largest id and the model's size.
+    """
+    for field, prefix in named_token_files(data):
+        manifest = read_manifest(prefix)
+        largest = max_token_id(manifest)
+        if largest is not None and largest >= vocab_size:
+            raise ValueError(
+                f"{field}: {prefix}.bin holds the token id {largest} (made with {manifest.get('tokenizer')}), but "
+                f"the model's vocab_size is {vocab_size}: {OWN_TOKENIZER}"
+            )
+
+
+def _check_pair(field: str, idx: Path, bin_: Path) -> None:
+    for path in (idx, bin_):
+        if not path.is_file():
+            raise ValueError(f"{field}: no file {path}; {ADVICE}")
+        if not path.stat().st_size:
+            raise ValueError(f"{field}: {path} is empty (0 bytes); {ADVICE}")
+    with open(idx, "rb") as file:
+        head = file.read(INDEX_HEADER.size)
+    magic, version, code, documents, bounds = INDEX_HEADER.unpack(head.ljust(INDEX_HEADER.size, b"\0"))
+    if magic != MAGIC or version != 1 or code not in INTEGERS:
+        raise ValueError(f"{field}: {idx} is not a Megatron index of integer ids; {ADVICE}")
+    if not documents or not bounds:
+        raise ValueError(f"{field}: {idx} holds no documents; {ADVICE}")
+    _check_size(
+        field, idx, INDEX_HEADER.size + documents * 12 + bounds * 8, f"its header promises {documents} documents"
+    )
+    itemsize = np.dtype(INTEGERS[code]).itemsize
+    if documents > bin_.stat().st_size // itemsize:
+        raise ValueError(
+            f"{field}: {idx} holds {documents} documents, more than the {bin_.stat().st_size // itemsize} tokens of "
+            f"{bin_}; {ADVICE}"
+        )
+    tokens = _count_tokens(field, idx, documents, bounds, itemsize)
+    _check_size(field, bin_, tokens * itemsize, f"{idx} promises {tokens} tokens")
+
+
+def _count_tokens(field: str, idx: Path, documents: int, bounds: int, itemsize: int) -> int:
+    """Return the sum of all lengths. Documents must follow each other in the `.bin` without gaps."""
+    tokens, starts_at = 0, INDEX_HEADER.size + documents * 4
+    for first in range(0, documents, BLOCK):
+        count = min(BLOCK, documents - first)
+        lengths = np.fromfile(idx, np.int32, count, offset=INDEX_HEADER.size + first * 4)
+        starts = np.fromfile(idx, np.int64, count, offset=starts_at + first * 8)
+        ends = tokens + np.cumsum(lengths, dtype=np.int64)
+        wrong = np.flatnonzero((lengths < 0) | (starts != (ends - lengths) * itemsize))
+        if wrong.size:
+            raise ValueError(f"{field}: {idx} is damaged at document {first + wrong[0]} (from 0); {ADVICE}")
+        tokens = int(ends[-1])
+    last_bound = np.fromfile(idx, np.int64, 1, offset=starts_at + documents * 8 + (bounds - 1) * 8)[0]
+    if last_bound != documents:
+        raise ValueError(f"{field}: {idx} is damaged: it ends at document {last_bound} of {documents}; {ADVICE}")
+    return tokens
+
+
+def _check_size(field: str, path: Path, expected: int, why: str) -> None:
+    actual = path.stat().st_size
+    if actual != expected:
+        what = "truncated" if actual < expected else "too long"
+        raise ValueError(f"{field}: {path} is {what}: {actual} bytes instead of {expected} ({why}); {ADVICE}")
