@@ -55,6 +55,8 @@ def read_record(directory: Path) -> dict[str, Any]:
     for section, name in (*FIXED, ("training", "steps")):
         if name not in record[section]:
             raise ValueError(f"{directory / 'run.json'} is damaged: it lacks {section}.{name}")
+    if not isinstance(record.setdefault("contents", {}), dict):
+        raise ValueError(f'{directory / "run.json"} is damaged: "contents" is no JSON object')
     return record
 
 
@@ -162,7 +164,8 @@ def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _difference(field: str, before: Any, after: Any, saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    contents = [record.get("identity", {}).get(field) for record in (saved, now)]
+    # Runs of the first release have an "identity" of samples: there the paths decide.
+    contents = [record["contents"].get(field) for record in (saved, now)]
     if None not in contents:
         if contents[0] == contents[1]:
             return []

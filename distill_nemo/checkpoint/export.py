@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from distill_nemo.config import ParallelismConfig, RunConfig, StudentConfig
+from distill_nemo.runtime.orphans import end_with_parent
 from distill_nemo.runtime.process_groups import open_store, process_groups
 
 
@@ -106,4 +107,5 @@ def _tokenizer_of_run(record: dict[str, Any]) -> str | None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     export(sys.argv[1], sys.argv[2], sys.argv[3] or None)

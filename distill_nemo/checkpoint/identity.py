@@ -1,57 +1,150 @@
-"""What a run was made of, by content. No torch.
+"""Record a run's config, and the content of its teacher and token files.
 
-A path is not enough to know a teacher or token files again: they may have been replaced under it, or moved away.
+A path is not enough to know them again: they may have been replaced under it, or moved away. All of them is hashed, a
+share by each rank; what was hashed before, and has the size, mtime and inode that it had, is not read again.
 """
 
-import hashlib
+import contextlib
+import json
+import re
+import time
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from distill_nemo.config import RunConfig, to_dict
+from distill_nemo.models.megatron_weights import STATE
 from distill_nemo.models.sources import find_checkpoint
+from distill_nemo.runtime.file_hashes import Part, hash_part, join_hashes, parts
+from distill_nemo.runtime.files import write_atomically
 
-WEIGHTS = ("*.safetensors", "*.distcp", ".metadata", "common.pt")
-SAMPLES, SAMPLE_BYTES = 32, 4096
+DISTRIBUTED = (".metadata", "*.distcp", "common.pt")
+WEIGHTS = ("*.safetensors", *DISTRIBUTED, *(f"{STATE}/{pattern}" for pattern in DISTRIBUTED))
+CACHE = "hashes.json"  # in the run's output directory
+SHA256 = re.compile(r"[0-9a-f]{64}")
+PROGRESS_SECONDS = 10.0
+
+Stat = tuple[int, int, int]  # size, mtime in ns, inode
+_hashed: dict[Path, tuple[Stat, str]] = {}  # by this process
 
 
-def run_record(config: RunConfig) -> dict[str, Any]:
-    """`run.json`: the whole config, and under `identity` hashes of the teacher's weights and of the token files."""
-    teacher = config.teacher.checkpoint if config.teacher else None
-    identity = {
-        "teacher.checkpoint": weights_hash(Path(teacher)) if teacher else None,
-        "data.train": token_files_hash(config.data.train),
-        "data.valid": token_files_hash(config.data.valid),
+def run_record(config: RunConfig, remember: bool = False) -> dict[str, Any]:
+    """Return `run.json`: the whole config, and under `contents` hashes of teacher and token files.
+
+    Every rank must call it. With `remember` the hashes are kept in the output directory.
+    """
+    files: dict[str, list[tuple[str, Path | None]]] = {
+        "teacher.checkpoint": _weights(config.teacher.checkpoint if config.teacher else None),
+        "data.train": _token_files(config.data.train),
+        "data.valid": _token_files(config.data.valid),
     }
-    return to_dict(config) | {"identity": identity}
+    paths = sorted({path for named in files.values() for _, path in named if path})
+    cache = Path(config.output_dir) / CACHE
+    hashes = hash_files(paths, cache)
+    if remember and dist.get_rank() == 0:
+        _write_cache(cache, paths)
+    contents = {
+        field: join_hashes([f"{name}:{hashes[path] if path else ''}\n" for name, path in named]) if named else None
+        for field, named in files.items()
+    }
+    return to_dict(config) | {"contents": contents}
 
 
-def weights_hash(checkpoint: Path) -> str:
-    """Of names, sizes and samples of the files that hold the weights, wherever their directory lies."""
-    directory = find_checkpoint(checkpoint).weights
-    digest = hashlib.sha256()
-    for file in sorted(file for pattern in WEIGHTS for file in directory.glob(pattern)):
-        _add(digest, file.name, file)
-    return digest.hexdigest()
+def hash_files(paths: list[Path], cache: Path) -> dict[Path, str]:
+    """Return the SHA-256 of each file's content, the same on every rank; every rank must call it.
+
+    Collectives: one broadcast and one all-gather of hashes.
+
+    Raises:
+        ValueError: on every rank, when a file cannot be read.
+    """
+    plan: list[Any] = [_plan(paths, cache) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(plan, src=0)
+    known, stats, todo = plan[0]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, _hash_share(todo))
+    for share in found:
+        if isinstance(share, str):
+            raise ValueError(share)
+    of_parts: dict[Path, list[str]] = {part.path: [] for part in todo}
+    for part, value in zip(todo, (value for share in found for value in share), strict=True):
+        of_parts[part.path].append(value)
+    hashes = known | {path: join_hashes(values) for path, values in of_parts.items()}
+    _hashed.update({path: (stats[path], hashes[path]) for path in paths})
+    return hashes
 
 
-def token_files_hash(blend: list[str]) -> str:
-    """Of weights, sizes and samples of the `.bin/.idx` pairs of a blend, whatever their names."""
-    digest = hashlib.sha256()
-    for value in blend:
-        files = [Path(value + suffix) for suffix in (".idx", ".bin")]
-        if not files[0].is_file():  # a weight
-            digest.update(f"{float(value)}\n".encode())
-            continue
-        for file in files:
-            _add(digest, file.suffix, file)
-    return digest.hexdigest()
+def _weights(checkpoint: str | None) -> list[tuple[str, Path | None]]:
+    """Return name and path of the files that hold a model's weights, wherever their directory lies."""
+    if checkpoint is None:
+        return []
+    directory = find_checkpoint(Path(checkpoint)).weights
+    files = [file for pattern in WEIGHTS for file in directory.glob(pattern)]
+    return [(file.relative_to(directory).as_posix(), file.resolve()) for file in files]
 
 
-def _add(digest: Any, name: str, path: Path) -> None:
-    """Samples spread evenly over the file: a file of 10 GB costs no more than one of 1 MB."""
-    size = path.stat().st_size
-    digest.update(f"{name}:{size}\n".encode())
-    with path.open("rb") as file:
-        for i in range(SAMPLES):
-            file.seek(max(size - SAMPLE_BYTES, 0) * i // (SAMPLES - 1))
-            digest.update(file.read(SAMPLE_BYTES))
+def _token_files(blend: list[str]) -> list[tuple[str, Path | None]]:
+    """Return place and path of the `.bin/.idx` pairs of a blend, whatever their names, and its weights."""
+    named: list[tuple[str, Path | None]] = []
+    for place, value in enumerate(blend):
+        if Path(f"{value}.idx").is_file():
+            named += [(f"{place}{suffix}", Path(value + suffix).resolve()) for suffix in (".idx", ".bin")]
+        else:
+            named.append((f"{place} weight {float(value)}", None))
+    return named
+
+
+def _plan(paths: list[Path], cache: Path) -> tuple[dict[Path, str], dict[Path, Stat], list[Part]]:
+    """Return the hashes that are remembered, each file's stat, and the parts to hash in the order of the files."""
+    remembered, stats = _read_cache(cache) | _hashed, {path: _stat(path) for path in paths}
+    known = {path: remembered[path][1] for path in paths if remembered.get(path, (None, ""))[0] == stats[path]}
+    return known, stats, [part for path in paths if path not in known for part in parts(path)]
+
+
+def _hash_share(todo: list[Part]) -> list[str] | str:
+    """Return this rank's hashes of a run of parts, as many bytes as each rank's, else the reason why there are none."""
+    total, before = sum(part.length for part in todo) or 1, 0
+    mine, own_bytes = [], 0
+    for part in todo:
+        if before * dist.get_world_size() // total == dist.get_rank():
+            mine.append(part)
+            own_bytes += part.length
+        before = min(before + part.length, total - 1)
+    hashes, done, said = [], 0, time.monotonic()
+    for part in mine:
+        try:
+            hashes.append(hash_part(part))
+        except (OSError, ValueError) as error:
+            return str(error)
+        done += part.length
+        if dist.get_rank() == 0 and time.monotonic() - said > PROGRESS_SECONDS:
+            said = time.monotonic()
+            print(f"hashing teacher and token files: {done / own_bytes:.0%} of {total / 1e9:,.0f} GB", flush=True)
+    return hashes
+
+
+def _stat(path: Path) -> Stat:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
+def _read_cache(cache: Path) -> dict[Path, tuple[Stat, str]]:
+    """Return what is remembered and well formed."""
+    try:
+        stored = json.loads(cache.read_bytes()) if cache.is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    known = {}
+    for path, entry in stored.items() if isinstance(stored, dict) else ():
+        if isinstance(entry, list) and len(entry) == 4 and isinstance(entry[3], str) and SHA256.fullmatch(entry[3]):
+            known[Path(path)] = (tuple(entry[:3]), entry[3])
+    return known
+
+
+def _write_cache(cache: Path, paths: list[Path]) -> None:
+    lines = {str(path): [*_hashed[path][0], _hashed[path][1]] for path in paths}
+    text = json.dumps(lines, indent=1)
+    with contextlib.suppress(OSError):  # it only saves time
+        if not cache.is_file() or cache.read_text(errors="replace") != text:
+            write_atomically(cache, text)

@@ -28,7 +28,7 @@ class CheckpointWriter:
     """Writes `step_*` directories: into `.partial`, then renamed, then named by the tracker."""
 
     def __init__(self, root: Path, config: RunConfig) -> None:
-        self.root, self.record = root, run_record(config) if dist.get_rank() == 0 else {}
+        self.root, self.record = root, run_record(config, remember=True)
         self.keep_last, self.async_save = config.checkpoint.keep_last, config.checkpoint.async_save
         self._queue: Any = AsyncCallsQueue() if self.async_save else None
         self._partial = root  # what is being written

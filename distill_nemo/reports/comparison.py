@@ -6,6 +6,7 @@ word in its name: see `role`.
 """
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,13 +29,13 @@ def role(name: str) -> str:
 
 def finite(value: Any) -> float:
     """`value` as a float; NaN for whatever is no finite number."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     return float(value) if number else math.nan
 
 
 def figure(value: Any) -> str:
     """Four figures: 0.1502, 43.60, 1,234, 1e30, inf."""
-    if not isinstance(value, int | float) or math.isnan(value):
+    if not isinstance(value, int | float) or (math.isnan(finite(value)) and value not in (math.inf, -math.inf)):
         return MISSING
     if math.isinf(value):
         return "inf" if value > 0 else "-inf"

@@ -1,31 +1,52 @@
 """`metrics.jsonl`: one JSON object a line, `kind` train, eval or end; losses: global token means in nats. No torch."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from distill_nemo.runtime.files import write_atomically
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
     """Add a line."""
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; a last one that a kill cut short is left out."""
-    lines = []
-    for text in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines
+    """Return the lines that a run wrote; what is no JSON object with a step (cut by a kill, say) is left out."""
+    return [line for raw in _raw_lines(path) if (line := _parsed(raw)) is not None and _step(line) is not None]
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Drop what comes after `step`, atomically: the resumed run writes it anew; from step 0 on, its evaluation too."""
-    kept = [line for line in read(path) if line["step"] <= step] if step else []
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(partial, path)
+    """Drop what comes after `step`, atomically: the resumed run writes it anew; from step 0 on, its evaluation too.
+
+    Lines that are no JSON objects are dropped too. All others stay as they are, byte for byte.
+    """
+    kept = []
+    for raw in _raw_lines(path):
+        line = _parsed(raw)
+        if line is not None and _stays(_step(line), step):
+            kept.append(raw + b"\n")
+    write_atomically(path, b"".join(kept))
+
+
+def _stays(of_line: int | None, step: int) -> bool:
+    return of_line is None or (step > 0 and of_line <= step)
+
+
+def _raw_lines(path: Path) -> list[bytes]:
+    return path.read_bytes().split(b"\n") if path.is_file() else []
+
+
+def _parsed(raw: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _step(line: dict[str, Any]) -> int | None:
+    step = line.get("step")
+    return step if isinstance(step, int) and not isinstance(step, bool) else None

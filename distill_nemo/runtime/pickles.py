@@ -94,11 +94,10 @@ def weights_only(directory: Path) -> Iterator[None]:
 
 
 def _refusal(directory: Path, cause: Exception) -> str:
-    if isinstance(cause, pickle.UnpicklingError):
-        named = re.search(r"GLOBAL (\S+)", str(cause))
-        what = f"names {named[1]}" if named else "is neither a tensor nor a plain value"
-        return (
-            f"{directory} is not loaded: an object in it {what}, which could run code of its author's choice; use a "
-            "checkpoint from a source that you trust, saved with tensors and plain values only"
-        )
-    return f"{directory} cannot be read, and may be corrupt: {cause!r:.300}"
+    named = re.search(r"(?:GLOBAL|function) (\S+)", str(cause)) if isinstance(cause, pickle.UnpicklingError) else None
+    if named is None:
+        return f"{directory} cannot be read, and may be corrupt: {cause!r:.300}"
+    return (
+        f"{directory} is not loaded: an object in it names {named[1]}, which could run code of its author's choice; "
+        "use a checkpoint of tensors and plain values only"
+    )

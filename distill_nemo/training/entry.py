@@ -107,9 +107,12 @@ def errors_in_one_screen() -> Iterator[None]:
 
 def run_config(config: RunConfig) -> None:
     """Run a whole config on this rank; exits with 128 + the signal's number when a signal stopped it."""
+    from distill_nemo.runtime.orphans import end_with_parent
     from distill_nemo.runtime.signals import heed_early_warnings
 
     heed_early_warnings()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # the parent is torchrun; a shell's child may outlive it
+        end_with_parent()
     from distill_nemo.runtime.process_groups import process_groups, rank, world_size
 
     config = from_dict(to_dict(config))  # a copy, and the one place where types are checked

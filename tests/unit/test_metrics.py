@@ -8,8 +8,11 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import pytest
+
 from distill_nemo.config import LoggingConfig
 from distill_nemo.reports import metrics_file
+from distill_nemo.reports.page import write_report
 from distill_nemo.training.metrics import MetricsLog
 
 
@@ -39,13 +42,59 @@ def test_tensorboard_and_jsonl_agree_and_a_resume_writes_nothing_twice(tmp_path)
     assert [(e.step, e.value) for e in events.Scalars("eval/lm_loss")][-1] == (4, 2.5)
 
 
-def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path):
+BROKEN = {
+    "cut short by a kill": b'{"kind": "train", "st',
+    "empty": b"",
+    "zeros after a power loss": bytes(60),
+    "no text": b"\xff\xfe{}",
+    "no text inside": b'{"kind": "train", "step": 2, "note": "\xff"}',
+    "UTF-16": '{"kind": "train", "step": 2'.encode("utf-16"),
+    "two in one": b'{"kind": "train", "st{"kind": "train", "step": 2}',
+    "deep": b"[" * 100_000,
+    "a list": b"[1, 2]",
+    "a number": b"7",
+    "null": b"null",
+}
+FOREIGN = {
+    "no step": b'{"note": "the learning rate was too high"}',
+    "a step of text": b'{"kind": "train", "step": "2", "lm_loss": 1.0}',
+    "a step with a fraction": b'{"kind": "train", "step": 2.5}',
+    "no step yet": b'{"kind": "eval", "step": null}',
+    "a step that is true": b'{"kind": "train", "step": true}',
+    "a step that is a list": b'{"kind": "train", "step": [2]}',
+}
+ODD = {
+    "no kind": b'{"step": 2}',
+    "values of another type": b'{"kind": "train", "step": 2, "tokens": "many", "lm_loss": [], "seconds": {}}',
+    "not finite": b'{"kind": "eval", "step": 2, "lm_loss": NaN, "tokens": Infinity}',
+    "numbers too large": b'{"kind": "train", "step": 2, "tokens": %s, "lm_loss": %s}' % ((b"9" * 400,) * 2),
+}
+
+
+@pytest.mark.parametrize("case", [*BROKEN, *FOREIGN, *ODD])
+def test_a_line_that_no_run_wrote_stops_neither_resume_nor_report_and_loses_no_other(tmp_path, case):
+    inserted = (BROKEN | FOREIGN | ODD)[case]
+    path = tmp_path / "metrics.jsonl"
+    write(tmp_path, 0, [1, 2, 3], tensorboard=False)
+    first, *others = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + inserted + b"\n" + b"".join(others))
+    lines = metrics_file.read(path)
+    assert [x["step"] for x in lines if "tokens_per_second" in x] == [1, 2, 3]
+    write_report(tmp_path / "report", {"run": path}, [], {}, [])
+    write(tmp_path, 3, [4], tensorboard=False)
+    kept = path.read_bytes().splitlines(keepends=True)
+    stays = case not in BROKEN
+    assert kept[: 4 + stays] == [first, *[inserted + b"\n"] * stays, *others]
+    assert [x["step"] for x in metrics_file.read(path) if "tokens_per_second" in x] == [1, 2, 3, 4]
+
+
+def test_what_is_whole_but_for_its_end_stays(tmp_path):
+    path = tmp_path / "metrics.jsonl"
     write(tmp_path, 0, [1, 2], tensorboard=False)
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"kind": "train", "st')
+    whole = path.read_bytes()
+    path.write_bytes(whole.rstrip(b"\n"))
     write(tmp_path, 2, [3], tensorboard=False)
-    steps = [x["step"] for x in metrics_file.read(tmp_path / "metrics.jsonl") if x["kind"] == "train"]
-    assert steps == [1, 2, 3]
+    assert path.read_bytes().startswith(whole)
 
 
 def test_other_ranks_write_nothing(tmp_path):

@@ -1,0 +1,81 @@
+"""Hash files by content, in parts that several processes can share. No torch.
+
+A safetensors file is hashed tensor by tensor: the order of its header, which varies between two writes of the same
+tensors, does not count, nor does its metadata.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+PART_BYTES = 2**28
+BLOCK_BYTES = 2**24
+MAX_HEADER_BYTES = 10**8  # of the format itself
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some bytes of a file; `label` says what they are, wherever they stand."""
+
+    path: Path
+    label: str
+    offset: int
+    length: int
+
+
+def parts(path: Path) -> list[Part]:
+    """Divide a file into its tensors, or only by size, so that no part has more than `PART_BYTES`."""
+    size = path.stat().st_size
+    spans = _tensors(path, size) if path.suffix == ".safetensors" else None
+    return [
+        Part(path, f"{label}:{begin - start}", begin, min(PART_BYTES, end - begin))
+        for label, start, end in spans or [("", 0, size)]
+        for begin in range(start, max(end, start + 1), PART_BYTES)
+    ]
+
+
+def hash_part(part: Part) -> str:
+    """Return the SHA-256 of a part's label and bytes.
+
+    Raises:
+        ValueError: when the file is shorter than it was.
+    """
+    digest = hashlib.sha256(f"{part.label}:{part.length}\n".encode())
+    left = part.length
+    with part.path.open("rb") as file:
+        file.seek(part.offset)
+        while left:
+            block = file.read(min(left, BLOCK_BYTES))
+            if not block:
+                raise ValueError(f"{part.path} became shorter while it was read")
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
+
+
+def join_hashes(hashes: list[str]) -> str:
+    """Return one hash of a file's parts, whatever their order."""
+    return hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest()
+
+
+def _tensors(path: Path, size: int) -> list[tuple[str, int, int]] | None:
+    """Return (name, dtype and shape; first byte; end) of every tensor, or None where the header is damaged."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(MAX_HEADER_BYTES, size):
+                return None
+            header = json.loads(file.read(length))
+        spans = sorted(
+            (8 + length + tensor["data_offsets"][0], 8 + length + tensor["data_offsets"][1], name)
+            for name, tensor in header.items()
+            if name != "__metadata__"
+        )
+        labels = {name: json.dumps([name, header[name]["dtype"], header[name]["shape"]]) for _, _, name in spans}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    ends = [8 + length, *(end for _, end, _ in spans)]
+    if [start for start, _, _ in spans] != ends[:-1] or ends[-1] != size:  # every byte belongs to one tensor
+        return None
+    return [(labels[name], start, end) for start, end, name in spans]

@@ -1,0 +1,26 @@
+"""End a process whose parent has died: a rank without its torchrun, an export without its run. No torch."""
+
+import os
+import signal
+import threading
+import time
+
+POLL_SECONDS = 1.0
+GRACE_SECONDS = 600.0  # to save a checkpoint
+
+
+def end_with_parent(grace: float = GRACE_SECONDS) -> None:
+    """Send this process SIGTERM when its parent dies, and SIGKILL `grace` seconds later.
+
+    On SIGTERM a run that trains stops with a checkpoint; all else ends at once. A thread looks, because Linux's
+    PR_SET_PDEATHSIG fires when the parent's thread ends that started this process.
+    """
+    threading.Thread(target=_watch, args=(os.getppid(), grace), name="orphan watch", daemon=True).start()
+
+
+def _watch(parent: int, grace: float) -> None:
+    while os.getppid() == parent:
+        time.sleep(POLL_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(grace)
+    os.kill(os.getpid(), signal.SIGKILL)
