@@ -257,8 +257,9 @@ def test_a_resumed_stream_goes_on_where_it_stopped_also_with_workers():
 def test_a_dead_data_worker_is_told_by_the_next_batch_and_interrupts_nothing_else(monkeypatch):
     """The handler of torch would raise in whatever runs at that time, a save for one, which then seemed to fail."""
     monkeypatch.setattr("torch.utils.data._utils.signal_handling._SIGCHLD_handler_set", False)  # as in a new process
+    others = set(multiprocessing.active_children())
     dying = stream(Mortal(), 0, 1, 1, 0, 1, num_workers=1)
-    while multiprocessing.active_children():
+    while set(multiprocessing.active_children()) - others:
         time.sleep(0.01)
     with pytest.raises(RuntimeError, match=r"a data worker died.* lower data\.num_workers; the same command goes on"):
         list(dying)
