@@ -5,6 +5,7 @@
  * of threads that share out the tokens, the temperature T, and fp32 numbers per token. Exponentials are powers of two:
  * e^((x - y) / T) = 2^((x - y) per_unit). Sums run in fp32 over BLOCK columns, then in double, in one order: the same
  * bits for any number of threads. Weight 0 counts for nothing, so -inf may stand in a column on both sides.
+ * A log-sum-exp is two numbers, peak and total, as in eager.py.
  */
 #ifndef LOGIT /* once; what follows includes this file again for each dtype */
 #define _GNU_SOURCE
@@ -61,25 +62,22 @@ static inline float exp2_(float t) {
 }
 
 /* Sums of 2^((x - reference) per_unit): the reference is a logit that was met, left for far higher ones only. */
-typedef struct { float reference; double sum, weighed; } online;
+typedef struct { float reference, peak; double sum, weighed; } online;
+#define NONE_MET {-FLT_MAX, -INFINITY, 0, 0}
 
-static inline int raise_to(online *all, float peak, float per_unit) {
-    if (!((peak - all->reference) * per_unit > 60)) return 0;
-    double scale = exp2(((double)all->reference - peak) * per_unit);
-    all->sum *= scale, all->weighed = scale == 0 ? 0 : all->weighed * scale, all->reference = peak;
-    return 1;
+/* By how much the reference was raised. What is weighed are distances from it. */
+static inline double raise_to(online *all, float peak, float per_unit) {
+    const double by = (double)peak - all->reference;
+    if (!(by * per_unit > 60)) return 0;
+    const double scale = exp2(-by * per_unit);
+    all->weighed = scale == 0 ? 0 : (all->weighed - all->sum * by) * scale;
+    all->sum *= scale, all->reference = peak;
+    return by;
 }
 
-static inline float lse(online all, float temperature) {
-    return all.sum == 0 ? -INFINITY : (double)all.reference / temperature + log(all.sum);
-}
-
-/* softmax(x / T) = 2^((x - shift) per_unit) * factor: what rounding the shift to fp32 loses is in the factor. */
-static inline float softmax_shift(float lse, float temperature, float *factor) {
-    double exact = (double)lse * temperature;
-    float shift = exact;
-    *factor *= exp2((shift - exact) * (LOG2E / temperature));
-    return shift;
+/* Of the peak, above the reference. */
+static inline double height(online all) {
+    return all.peak == -INFINITY ? 0 : (double)all.peak - all.reference;
 }
 
 static inline float quiet(float x) { return x != x ? NAN : x; } /* a NaN that survives `rounded` */
@@ -117,19 +115,20 @@ static inline const LOGIT *OF(even)(const LOGIT *x, long n, LOGIT *copy) {
     return copy;
 }
 
-/* p_lse = lse(p / T), mean = E_softmax(p / T)[p / T - q / T], q_lse = lse(q / T). */
+/* Peaks and totals of p / T and q / T, and mean = E_softmax(p / T)[(p - p_peak) / T - (q - q_peak) / T]. */
 void OF(kl_statistics)(const LOGIT *p, long p_stride, const LOGIT *q, long q_stride, long rows, long width, int threads,
-                       float temperature, float *p_lse, float *mean, float *q_lse) {
+                       float temperature, float *p_peak, float *p_total, float *q_peak, float *q_total, float *mean) {
     const float per_unit = LOG2E / temperature;
     #pragma omp parallel for num_threads(threads)
     for (long i = 0; i < rows; i++) {
-        online P = {-FLT_MAX, 0, 0}, Q = {-FLT_MAX, 0, 0};
+        online P = NONE_MET, Q = NONE_MET;
         for (long start = 0; start < width; start += BLOCK) {
             const long n = MIN(BLOCK, width - start), half = (n + 1) / 2;
             LOGIT x_copy[BLOCK], y_copy[BLOCK];
             const LOGIT *xs = OF(even)(p + i * p_stride + start, n, x_copy);
             const LOGIT *ys = OF(even)(q + i * q_stride + start, n, y_copy);
             float x_peak, y_peak, x_sum, y_sum, weighed;
+            double x_raised, y_raised;
             do {
                 const float x_reference = P.reference, y_reference = Q.reference;
                 x_peak = y_peak = -INFINITY, x_sum = y_sum = weighed = 0;
@@ -137,82 +136,89 @@ void OF(kl_statistics)(const LOGIT *p, long p_stride, const LOGIT *q, long q_str
                 for (long j = 0; j < half; j++) {
                     const pair x = OF(load)(xs, j, half), y = OF(load)(ys, j, half);
                     const float x_max = x.a > x.b ? x.a : x.b, y_max = y.a > y.b ? y.a : y.b;
-                    const float u = exp2_((x.a - x_reference) * per_unit), v = exp2_((x.b - x_reference) * per_unit);
+                    const pair c = {x.a - x_reference, x.b - x_reference}, d = {y.a - y_reference, y.b - y_reference};
+                    const float u = exp2_(c.a * per_unit), v = exp2_(c.b * per_unit);
                     x_peak = x_max > x_peak ? x_max : x_peak;
                     y_peak = y_max > y_peak ? y_max : y_peak;
                     x_sum += u + v;
-                    y_sum += exp2_((y.a - y_reference) * per_unit) + exp2_((y.b - y_reference) * per_unit);
-                    weighed += u * (u == 0.0f ? 0.0f : x.a - y.a) + v * (v == 0.0f ? 0.0f : x.b - y.b);
+                    y_sum += exp2_(d.a * per_unit) + exp2_(d.b * per_unit);
+                    weighed += u * (u == 0.0f ? 0.0f : c.a - d.a) + v * (v == 0.0f ? 0.0f : c.b - d.b);
                 }
-            } while (raise_to(&P, x_peak, per_unit) | raise_to(&Q, y_peak, per_unit));
+                x_raised = raise_to(&P, x_peak, per_unit), y_raised = raise_to(&Q, y_peak, per_unit);
+                P.weighed += P.sum * y_raised;
+            } while (x_raised > 0 || y_raised > 0);
             P.sum += x_sum, P.weighed += weighed, Q.sum += y_sum;
+            P.peak = x_peak > P.peak ? x_peak : P.peak, Q.peak = y_peak > Q.peak ? y_peak : Q.peak;
         }
-        p_lse[i] = lse(P, temperature), q_lse[i] = lse(Q, temperature);
-        mean[i] = P.sum == 0 ? 0 : P.weighed / P.sum / temperature;
+        p_peak[i] = P.sum != P.sum ? NAN : P.peak, p_total[i] = P.sum * exp2(-height(P) * per_unit);
+        q_peak[i] = Q.sum != Q.sum ? NAN : Q.peak, q_total[i] = Q.sum * exp2(-height(Q) * per_unit);
+        mean[i] = P.sum == 0 ? 0 : (P.weighed / P.sum - height(P) + height(Q)) / temperature;
     }
 }
 
-/* softmax(z) q_scale - softmax(t) p_scale of some columns. */
-static inline void OF(forward_kl_columns)(const LOGIT *xs, const LOGIT *ys, long half, float per_unit, float q_shift,
-                                          float q_scale, float p_shift, float p_scale, LOGIT *to) {
+/* e^((z - z_peak) / T) q_scale - e^((t - t_peak) / T) p_scale of some columns. */
+static inline void OF(forward_kl_columns)(const LOGIT *xs, const LOGIT *ys, long half, float per_unit, float z_peak,
+                                          float q_scale, float t_peak, float p_scale, LOGIT *to) {
     #pragma omp simd
     for (long j = 0; j < half; j++) {
         const pair x = OF(load)(xs, j, half), y = OF(load)(ys, j, half);
-        const float q_a = exp2_((x.a - q_shift) * per_unit), p_a = exp2_((y.a - p_shift) * per_unit);
-        const float q_b = exp2_((x.b - q_shift) * per_unit), p_b = exp2_((y.b - p_shift) * per_unit);
+        const float q_a = exp2_((x.a - z_peak) * per_unit), p_a = exp2_((y.a - t_peak) * per_unit);
+        const float q_b = exp2_((x.b - z_peak) * per_unit), p_b = exp2_((y.b - t_peak) * per_unit);
         OF(store)(to, j, half, (pair){q_a * q_scale - p_a * p_scale, q_b * q_scale - p_b * p_scale});
     }
 }
 
-/* q (z - t - mean) scale of some columns, q = softmax(z), 0 where q is 0. */
-static inline void OF(reverse_kl_columns)(const LOGIT *xs, const LOGIT *ys, long half, float per_unit, float shift,
-                                          float scale, float mean, LOGIT *to) {
+/* w ((z - z_peak) - (t - t_peak) - mean) scale of some columns, w = e^((z - z_peak) / T), 0 where w is 0. */
+static inline void OF(reverse_kl_columns)(const LOGIT *xs, const LOGIT *ys, long half, float per_unit, float z_peak,
+                                          float scale, float t_peak, float mean, LOGIT *to) {
     #pragma omp simd
     for (long j = 0; j < half; j++) {
         const pair x = OF(load)(xs, j, half), y = OF(load)(ys, j, half);
-        const float a = exp2_((x.a - shift) * per_unit), b = exp2_((x.b - shift) * per_unit);
-        const float grad_a = a == 0.0f ? 0.0f : (x.a - y.a - mean) * a * scale;
-        const float grad_b = b == 0.0f ? 0.0f : (x.b - y.b - mean) * b * scale;
+        const pair c = {x.a - z_peak, x.b - z_peak}, d = {y.a - t_peak, y.b - t_peak};
+        const float a = exp2_(c.a * per_unit), b = exp2_(c.b * per_unit);
+        const float grad_a = a == 0.0f ? 0.0f : (c.a - d.a - mean) * a * scale;
+        const float grad_b = b == 0.0f ? 0.0f : (c.b - d.b - mean) * b * scale;
         OF(store)(to, j, half, (pair){grad_a, grad_b});
     }
 }
 
-/* 0 where grad is 0, else of forward KL (softmax(z) - softmax(t)) * grad / T, with second = lse(t / T);
- * of reverse KL q (z/T - t/T - mean) * grad / T, with second = mean. */
+/* 0 where grad is 0, else of forward KL (softmax(z / T) - softmax(t / T)) * grad / T, with second = t_total;
+ * of reverse KL softmax(z / T) ((z - z_peak) / T - (t - t_peak) / T - mean) * grad / T, with second = mean. */
 static void OF(gradient)(int reverse, const LOGIT *z, long z_stride, const LOGIT *t, long t_stride, long rows,
-                         long width, int threads, float temperature, const float *z_lse, const float *second,
-                         const float *grad, LOGIT *out, long out_stride) {
+                         long width, int threads, float temperature, const float *z_peak, const float *z_total,
+                         const float *t_peak, const float *second, const float *grad, LOGIT *out, long out_stride) {
     const float per_unit = LOG2E / temperature;
     if (out_stride == width) ask_for_huge_pages(out, rows * width * sizeof(LOGIT));
     #pragma omp parallel for num_threads(threads)
     for (long i = 0; i < rows; i++) {
         LOGIT *row = out + i * out_stride;
         if (grad[i] == 0.0f) { memset(row, 0, width * sizeof(LOGIT)); continue; }
-        float p_scale = quiet(grad[i]) / temperature, q_scale = reverse ? p_scale / temperature : p_scale;
-        const float q_shift = softmax_shift(z_lse[i], temperature, &q_scale);
-        const float p_shift = reverse ? 0 : softmax_shift(second[i], temperature, &p_scale);
+        const double scale = (double)quiet(grad[i]) / temperature, q_scale = scale / z_total[i];
         for (long start = 0; start < width; start += BLOCK) {
             const long n = MIN(BLOCK, width - start), half = (n + 1) / 2;
             LOGIT x_copy[BLOCK], y_copy[BLOCK], *to = n % 2 ? x_copy : row + start;
             const LOGIT *xs = OF(even)(z + i * z_stride + start, n, x_copy);
             const LOGIT *ys = OF(even)(t + i * t_stride + start, n, y_copy);
-            if (reverse) OF(reverse_kl_columns)(xs, ys, half, per_unit, q_shift, q_scale, second[i] * temperature, to);
-            else OF(forward_kl_columns)(xs, ys, half, per_unit, q_shift, q_scale, p_shift, p_scale, to);
+            if (reverse) OF(reverse_kl_columns)(xs, ys, half, per_unit, z_peak[i], q_scale / temperature, t_peak[i],
+                                                second[i] * temperature, to);
+            else OF(forward_kl_columns)(xs, ys, half, per_unit, z_peak[i], q_scale, t_peak[i], scale / second[i], to);
             if (n % 2) memcpy(row + start, to, n * sizeof(LOGIT));
         }
     }
 }
 
 void OF(forward_kl_gradient)(const LOGIT *z, long z_stride, const LOGIT *t, long t_stride, long rows, long width,
-                             int threads, float temperature, const float *z_lse, const float *t_lse, const float *grad,
-                             LOGIT *out, long out_stride) {
-    OF(gradient)(0, z, z_stride, t, t_stride, rows, width, threads, temperature, z_lse, t_lse, grad, out, out_stride);
+                             int threads, float temperature, const float *z_peak, const float *z_total,
+                             const float *t_peak, const float *t_total, const float *grad, LOGIT *out, long out_stride) {
+    OF(gradient)(0, z, z_stride, t, t_stride, rows, width, threads, temperature, z_peak, z_total, t_peak, t_total, grad,
+                 out, out_stride);
 }
 
 void OF(reverse_kl_gradient)(const LOGIT *z, long z_stride, const LOGIT *t, long t_stride, long rows, long width,
-                             int threads, float temperature, const float *z_lse, const float *mean, const float *grad,
-                             LOGIT *out, long out_stride) {
-    OF(gradient)(1, z, z_stride, t, t_stride, rows, width, threads, temperature, z_lse, mean, grad, out, out_stride);
+                             int threads, float temperature, const float *z_peak, const float *z_total,
+                             const float *t_peak, const float *mean, const float *grad, LOGIT *out, long out_stride) {
+    OF(gradient)(1, z, z_stride, t, t_stride, rows, width, threads, temperature, z_peak, z_total, t_peak, mean, grad,
+                 out, out_stride);
 }
 
 #endif

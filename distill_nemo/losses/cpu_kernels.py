@@ -48,36 +48,37 @@ def can_take(*logits_SBv: Tensor) -> bool:
 
 def kl_statistics(p_logits_SBv: Tensor, q_logits_SBv: Tensor, temperature: float) -> Tensor:
     """See `eager.kl_statistics`."""
-    out = torch.empty(3, *p_logits_SBv.shape[:-1], dtype=torch.float32, device="cpu")
-    _call("kl_statistics", (p_logits_SBv, q_logits_SBv), temperature, tuple(out.view(3, -1)))
+    out = torch.empty(5, *p_logits_SBv.shape[:-1], dtype=torch.float32, device="cpu")
+    _call("kl_statistics", (p_logits_SBv, q_logits_SBv), temperature, tuple(out.view(5, -1)))
     return out
 
 
 def forward_kl_gradient(
     student_SBv: Tensor,
     teacher_SBv: Tensor,
-    student_lse_SB: Tensor,
-    teacher_lse_SB: Tensor,
+    student_lse_2SB: Tensor,
+    teacher_lse_2SB: Tensor,
     grad_SB: Tensor,
     temperature: float,
     out_SBv: Tensor,
 ) -> None:
     """See `eager.forward_kl_gradient`."""
-    numbers = _flat(student_lse_SB, teacher_lse_SB, grad_SB)
+    numbers = _flat(*student_lse_2SB, *teacher_lse_2SB, grad_SB)
     _call("forward_kl_gradient", (student_SBv, teacher_SBv), temperature, numbers, out_SBv)
 
 
 def reverse_kl_gradient(
     student_SBv: Tensor,
     teacher_SBv: Tensor,
-    student_lse_SB: Tensor,
+    student_lse_2SB: Tensor,
+    teacher_peak_SB: Tensor,
     mean_SB: Tensor,
     grad_SB: Tensor,
     temperature: float,
     out_SBv: Tensor,
 ) -> None:
     """See `eager.reverse_kl_gradient`."""
-    numbers = _flat(student_lse_SB, mean_SB, grad_SB)
+    numbers = _flat(*student_lse_2SB, teacher_peak_SB, mean_SB, grad_SB)
     _call("reverse_kl_gradient", (student_SBv, teacher_SBv), temperature, numbers, out_SBv)
 
 

@@ -6,8 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distill_nemo.losses.eager import softmax
 from distill_nemo.losses.local import implementation
-from distill_nemo.losses.vocab_parallel import gather
+from distill_nemo.losses.vocab_parallel import gather, merge
 
 
 @torch.no_grad()
@@ -16,19 +17,25 @@ def vocab_parallel_cross_entropy(
 ) -> Tensor:
     """`F.cross_entropy(logits, labels, reduction="none")` of every token, at temperature 1. No gradient.
 
-    Collectives: one all-gather, 8 bytes per token and rank.
+    Collectives: one all-gather, 12 bytes per token and rank.
 
     Returns:
         [S, B] fp32, the same on every rank.
     """
-    local = torch.stack([local_lse(logits_SBv), label_logits(logits_SBv, labels_SB, vocab_start)])
-    lse_R_SB, label_R_SB = gather(local, group).unbind(1)
-    return lse_R_SB.logsumexp(0) - label_R_SB.sum(0)
+    local = torch.stack([*local_lse(logits_SBv), label_logits(logits_SBv, labels_SB, vocab_start)])
+    stats_R3SB = gather(local, group)
+    return cross_entropy(merge(stats_R3SB[:, :2], 1.0)[0], stats_R3SB[:, 2])
+
+
+def cross_entropy(lse_2SB: Tensor, label_RSB: Tensor) -> Tensor:
+    """The loss of each token from the log-sum-exp over the vocabulary and every rank's `label_logits`."""
+    peak_SB, total_SB = lse_2SB
+    return total_SB.log() + (peak_SB - label_RSB.sum(0))
 
 
 def local_lse(logits_SBv: Tensor) -> Tensor:
-    """Log-sum-exp over the shard: [S, B] fp32."""
-    return implementation(logits_SBv, logits_SBv).kl_statistics(logits_SBv, logits_SBv, 1.0)[0]
+    """Log-sum-exp over the shard, as peak and total: [2, S, B] fp32."""
+    return implementation(logits_SBv, logits_SBv).kl_statistics(logits_SBv, logits_SBv, 1.0)[:2]
 
 
 def label_logits(logits_SBv: Tensor, labels_SB: Tensor, vocab_start: int) -> Tensor:
@@ -42,19 +49,19 @@ class CrossEntropy(NamedTuple):
     """What the gradient of some tokens' LM loss needs besides their logits: `grad (softmax(logits) - [j = label])`."""
 
     column_n: Tensor  # the label's in this shard; -1 where it is in another
-    lse_n: Tensor  # over the whole vocabulary
+    lse_2n: Tensor  # over the whole vocabulary
     grad_n: Tensor  # of each token's loss
 
     @staticmethod
-    def of(labels_n: Tensor, vocab_start: int, width: int, lse_n: Tensor, grad_n: Tensor) -> "CrossEntropy":
+    def of(labels_n: Tensor, vocab_start: int, width: int, lse_2n: Tensor, grad_n: Tensor) -> "CrossEntropy":
         """Of labels of the whole vocabulary."""
         inside_n, column_n = _columns(labels_n, vocab_start, width)
-        return CrossEntropy(column_n.where(inside_n, -1), lse_n, grad_n)
+        return CrossEntropy(column_n.where(inside_n, -1), lse_2n, grad_n)
 
 
 def add_cross_entropy_gradient(logits_nv: Tensor, lm: CrossEntropy, out_nv: Tensor) -> None:
     """Add it to `out`. Overwrites the logits; both fp32."""
-    out_nv.add_(logits_nv.sub_(lm.lse_n[:, None]).exp_().mul_(lm.grad_n[:, None]))
+    out_nv.add_(softmax(logits_nv, lm.lse_2n, 1.0).mul_(lm.grad_n[:, None]))
     at_label_n = torch.where(lm.column_n < 0, 0.0, -lm.grad_n)
     out_nv.scatter_add_(-1, lm.column_n.clamp(min=0)[:, None], at_label_n[:, None])
 

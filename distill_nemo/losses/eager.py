@@ -6,6 +6,10 @@ Legend: S, B, v as in `vocab_parallel.py`, N = S B tokens. Temperature T: a = st
 p = softmax(b) over the whole vocabulary. Logits are [S, B, v] of any float dtype, numbers per token [S, B] fp32. No
 collectives. Gradients are written into `out` (which may be the student's logits: each row is read before it is
 written), in its dtype; they are exactly 0 for tokens whose `grad` is 0, even where their logits are NaN.
+
+A log-sum-exp of logits x is two numbers, `lse_2SB`: the peak, their largest, and the total, sum exp((x - peak) / T). So
+softmax(x / T) = exp((x - peak) / T) / total. Their sum `peak / T + log(total)` in one fp32 number would lose digits of
+the total to an offset common to all logits; so peaks are subtracted first, and only then is divided by T.
 """
 
 from collections.abc import Iterator
@@ -21,8 +25,8 @@ CHUNK = 2**17
 CUDA_CHUNK = 2**22
 
 
-def chunks(temperature: float, *logits_SBv: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
-    """Successive tokens of each, as fp32 copies [n, v] divided by the temperature, free to be overwritten; and which.
+def chunks(*logits_SBv: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+    """Successive tokens of each, as fp32 copies [n, v], free to be overwritten; and which.
 
     The copies are only valid until the next are asked for.
     """
@@ -32,18 +36,28 @@ def chunks(temperature: float, *logits_SBv: Tensor) -> Iterator[tuple[slice, tup
     buffers = [x.new_empty(min(step, num_tokens), width, dtype=torch.float32) for x in logits_Nv]
     for start in range(0, num_tokens, step):
         rows = slice(start, min(start + step, num_tokens))
-        parts = tuple(buffer[: rows.stop - start].copy_(x[rows]) for buffer, x in zip(buffers, logits_Nv, strict=True))
-        yield rows, parts if temperature == 1 else tuple(x.div_(temperature) for x in parts)
+        pairs = zip(buffers, logits_Nv, strict=True)
+        yield rows, tuple(buffer[: rows.stop - start].copy_(x[rows]) for buffer, x in pairs)
 
 
-def lse_and_mean(logits: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp over the shard, and the mean of `values` under its softmax, where weight 0 counts for nothing."""
-    peak = logits.amax(-1)
-    # A shard of nothing but -inf would give -inf - -inf; its weights are 0 whatever is subtracted, and so is its mean.
-    weights = (logits - peak.masked_fill(peak == -torch.inf, 0.0).unsqueeze(-1)).exp_()
-    total = weights.sum(-1).clamp(min=1.0)
-    # Divided by the sum of these very weights: subtracting a rounded log-sum-exp instead costs a digit.
-    return peak + total.log(), weigh(weights, values).sum(-1) / total
+def below(logits_nv: Tensor, peak_n: Tensor, temperature: float) -> Tensor:
+    """`(logits - peak) / T`, in place."""
+    # A shard of nothing but -inf would give -inf - -inf; its weights are 0 whatever is subtracted.
+    logits_nv.sub_(peak_n.masked_fill(peak_n == -torch.inf, 0.0)[..., None])
+    return logits_nv if temperature == 1 else logits_nv.div_(temperature)
+
+
+def softmax(logits_nv: Tensor, lse_2n: Tensor, temperature: float) -> Tensor:
+    """`softmax(logits / T)`, in place."""
+    peak_n, total_n = lse_2n
+    return below(logits_nv, peak_n, temperature).exp_().div_(total_n[:, None])
+
+
+def total_and_mean(below_nv: Tensor, values_nv: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the weights `exp(below)`, and the mean of `values` under them, where weight 0 counts for nothing."""
+    weights = below_nv.exp()
+    total = weights.sum(-1)
+    return total, weigh(weights, values_nv).sum(-1) / total.clamp(min=1.0)  # 0 in a shard of nothing but -inf
 
 
 def weigh(weights: Tensor, values: Tensor) -> Tensor:
@@ -52,71 +66,77 @@ def weigh(weights: Tensor, values: Tensor) -> Tensor:
 
 
 def kl_statistics(p_logits_SBv: Tensor, q_logits_SBv: Tensor, temperature: float) -> Tensor:
-    """`(lse(x), E_softmax(x)[x - y], lse(y))` over the shard, x and y the logits / T: [3, S, B]."""
+    """Of logits x and y over the shard `(x_peak, x_total, y_peak, y_total, mean)`: [5, S, B].
+
+    mean is the mean under softmax(x / T) of `(x - x_peak) / T - (y - y_peak) / T`.
+    """
     stats = []
-    for _, (x, y) in chunks(temperature, p_logits_SBv, q_logits_SBv):
-        y_lse = y.logsumexp(-1)
-        stats.append(torch.stack([*lse_and_mean(x, torch.sub(x, y, out=y)), y_lse]))
+    for _, (x, y) in chunks(p_logits_SBv, q_logits_SBv):
+        x_peak, y_peak = x.amax(-1), y.amax(-1)
+        x, y = below(x, x_peak, temperature), below(y, y_peak, temperature)
+        y_total = y.exp().sum(-1)
+        x_total, mean = total_and_mean(x, torch.sub(x, y, out=y))
+        stats.append(torch.stack([x_peak, x_total, y_peak, y_total, mean]))
     return torch.cat(stats, dim=1).unflatten(1, p_logits_SBv.shape[:-1])
 
 
 def forward_kl_gradient(
     student_SBv: Tensor,
     teacher_SBv: Tensor,
-    student_lse_SB: Tensor,
-    teacher_lse_SB: Tensor,
+    student_lse_2SB: Tensor,
+    teacher_lse_2SB: Tensor,
     grad_SB: Tensor,
     temperature: float,
     out_SBv: Tensor,
 ) -> None:
     """`grad (q - p) / T`."""
-    student_lse_N, teacher_lse_N = student_lse_SB.flatten(), teacher_lse_SB.flatten()
-    for rows, (a, b) in chunks(temperature, student_SBv, teacher_SBv):
-        q = a.sub_(student_lse_N[rows, None]).exp_()
-        p = b.sub_(teacher_lse_N[rows, None]).exp_()
+    student_lse_2N, teacher_lse_2N = student_lse_2SB.flatten(1), teacher_lse_2SB.flatten(1)
+    for rows, (z, t) in chunks(student_SBv, teacher_SBv):
+        q, p = softmax(z, student_lse_2N[:, rows], temperature), softmax(t, teacher_lse_2N[:, rows], temperature)
         write_gradient(out_SBv, rows, q.sub_(p), grad_SB, 1 / temperature)
 
 
 def reverse_kl_gradient(
     student_SBv: Tensor,
     teacher_SBv: Tensor,
-    student_lse_SB: Tensor,
+    student_lse_2SB: Tensor,
+    teacher_peak_SB: Tensor,
     mean_SB: Tensor,
     grad_SB: Tensor,
     temperature: float,
     out_SBv: Tensor,
 ) -> None:
-    """`grad q (a - b - mean) / T`, mean being E_q[a - b]."""
-    student_lse_N, mean_N = student_lse_SB.flatten(), mean_SB.flatten()
-    for rows, (a, b) in chunks(temperature, student_SBv, teacher_SBv):
+    """`grad q (a - b - mean) / T`; a and b are what is below the peaks, and mean is E_q[a - b]."""
+    (peak_N, total_N), teacher_peak_N, mean_N = student_lse_2SB.flatten(1), teacher_peak_SB.flatten(), mean_SB.flatten()
+    for rows, (z, t) in chunks(student_SBv, teacher_SBv):
+        a, b = below(z, peak_N[rows], temperature), below(t, teacher_peak_N[rows], temperature)
         surplus = torch.sub(a, b, out=b).sub_(mean_N[rows, None])
-        q = a.sub_(student_lse_N[rows, None]).exp_()
-        slope = surplus.mul_(q).masked_fill_(q == 0, 0.0)  # padding: 0 * nan
-        write_gradient(out_SBv, rows, slope, grad_SB, 1 / temperature)
+        weights = a.exp_()
+        slope = surplus.mul_(weights).masked_fill_(weights == 0, 0.0)  # padding: 0 * nan
+        write_gradient(out_SBv, rows, slope, grad_SB, 1 / (temperature * total_N[rows, None]))
 
 
 def jensen_shannon_kls(
     student_SBv: Tensor,
     teacher_SBv: Tensor,
-    student_lse_SB: Tensor,
-    teacher_lse_SB: Tensor,
+    student_lse_2SB: Tensor,
+    teacher_lse_2SB: Tensor,
     temperature: float,
     beta: float,
 ) -> Tensor:
     """The shard's part of KL(p || m) and KL(q || m), m = beta p + (1 - beta) q: [2, S, B]."""
-    student_lse_N, teacher_lse_N, kls = student_lse_SB.flatten(), teacher_lse_SB.flatten(), []
-    for rows, (a, b) in chunks(temperature, student_SBv, teacher_SBv):
-        log_q, log_p = a.sub_(student_lse_N[rows, None]), b.sub_(teacher_lse_N[rows, None])
-        ratios = _log_ratios(log_p - log_q, beta)
-        kls.append(torch.stack([weigh(x.exp(), r).sum(-1) for x, r in zip((log_p, log_q), ratios, strict=True)]))
-    return torch.cat(kls, dim=1).unflatten(1, student_SBv.shape[:-1])
+    pair, sums = (student_SBv, teacher_SBv, student_lse_2SB, teacher_lse_2SB), []
+    for _, q, p, log_p_q in _weights(*pair, temperature):
+        sums.append(torch.stack([weigh(x, r).sum(-1) for x, r in zip((p, q), _log_ratios(log_p_q, beta), strict=True)]))
+    totals_2SB = torch.stack([teacher_lse_2SB[1], student_lse_2SB[1]])
+    return torch.cat(sums, dim=1).unflatten(1, student_SBv.shape[:-1]) / totals_2SB
 
 
 def jensen_shannon_gradient(
     student_SBv: Tensor,
     teacher_SBv: Tensor,
-    student_lse_SB: Tensor,
-    teacher_lse_SB: Tensor,
+    student_lse_2SB: Tensor,
+    teacher_lse_2SB: Tensor,
     student_kl_SB: Tensor,
     grad_SB: Tensor,
     temperature: float,
@@ -124,15 +144,25 @@ def jensen_shannon_gradient(
     out_SBv: Tensor,
 ) -> None:
     """`grad (1 - beta) q (log(q / m) - KL(q || m)) / T`."""
-    student_lse_N, teacher_lse_N, student_kl_N = (x.flatten() for x in (student_lse_SB, teacher_lse_SB, student_kl_SB))
-    for rows, (a, b) in chunks(temperature, student_SBv, teacher_SBv):
-        log_q, log_p = a.sub_(student_lse_N[rows, None]), b.sub_(teacher_lse_N[rows, None])
-        _, log_q_m = _log_ratios(log_p - log_q, beta)
-        slope = weigh(log_q.exp_(), log_q_m.sub_(student_kl_N[rows, None]))
-        write_gradient(out_SBv, rows, slope, grad_SB, (1 - beta) / temperature)
+    student_kl_N, total_N = student_kl_SB.flatten(), student_lse_2SB[1].flatten()
+    for rows, q, _, log_p_q in _weights(student_SBv, teacher_SBv, student_lse_2SB, teacher_lse_2SB, temperature):
+        _, log_q_m = _log_ratios(log_p_q, beta)
+        slope = weigh(q, log_q_m.sub_(student_kl_N[rows, None]))
+        write_gradient(out_SBv, rows, slope, grad_SB, (1 - beta) / (temperature * total_N[rows, None]))
 
 
-def write_gradient(out_SBv: Tensor, rows: slice, slope_nv: Tensor, grad_SB: Tensor, factor: float) -> None:
+def _weights(
+    student_SBv: Tensor, teacher_SBv: Tensor, student_lse_2SB: Tensor, teacher_lse_2SB: Tensor, temperature: float
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Successive tokens: which, q and p times their totals, and log(p / q); valid until the next are asked for."""
+    (q_peak_N, q_total_N), (p_peak_N, p_total_N) = student_lse_2SB.flatten(1), teacher_lse_2SB.flatten(1)
+    for rows, (z, t) in chunks(student_SBv, teacher_SBv):
+        a, b = below(z, q_peak_N[rows], temperature), below(t, p_peak_N[rows], temperature)
+        log_p_q = (b - a).add_((q_total_N[rows] / p_total_N[rows]).log_()[:, None])
+        yield rows, a.exp_(), b.exp_(), log_p_q
+
+
+def write_gradient(out_SBv: Tensor, rows: slice, slope_nv: Tensor, grad_SB: Tensor, factor: float | Tensor) -> None:
     """`out[rows] = slope grad factor`, and 0 where grad is 0, whatever the slope. Overwrites `slope_nv`."""
     grad_n1 = grad_SB.flatten()[rows, None]
     slope_nv.mul_(grad_n1 * factor).masked_fill_(grad_n1 == 0, 0.0)

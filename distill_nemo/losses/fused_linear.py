@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distill_nemo.losses import gemm
-from distill_nemo.losses.cross_entropy import CrossEntropy, label_logits, local_lse
+from distill_nemo.losses.cross_entropy import CrossEntropy, cross_entropy, label_logits, local_lse
 from distill_nemo.losses.fused_chunks import CountedTokens, FusedLoss, Gradients, Head, chunk_logits
-from distill_nemo.losses.vocab_parallel import gather, start_gather
+from distill_nemo.losses.vocab_parallel import gather, merge, start_gather
 
 
 class Losses(NamedTuple):
@@ -129,19 +129,19 @@ def _chunk(
     steps = loss.divergence.steps(z_nv, t_nv, temperature)
     wait = start_gather([next(steps), *lm_stats], loss.group)
     yield
-    gathered, label_Rn, *lse_Rn = wait()
+    gathered, label_Rn, *lse_R2n = wait()
     while True:
         try:
             gathered = gather(steps.send(gathered), loss.group)
         except StopIteration as end:
             kd_n, numbers = end.value
             break
-    lse_n = lse_Rn[0].logsumexp(0) if lse_Rn else numbers[0]
+    lse_2n = merge(lse_R2n[0], 1.0)[0] if lse_R2n else numbers[0]
     if sums is not None:
         weight_n = counted.weight_M[rows] * loss.upstream
         grad_n, lm = weight_n * (loss.factor * loss.logits_weight), None
         if loss.lm_counts:
-            lm = CrossEntropy.of(labels_n, loss.vocab_start, z_nv.shape[-1], lse_n, weight_n * loss.lm_weight)
+            lm = CrossEntropy.of(labels_n, loss.vocab_start, z_nv.shape[-1], lse_2n, weight_n * loss.lm_weight)
         dtype = gemm.gradient_dtype(counted.student.weight_vH)
         sums.add(counted, rows, loss.divergence.gradient(z_nv, t_nv, numbers, grad_n, temperature, lm, dtype))
-    return lse_n - label_Rn.sum(0), kd_n * loss.factor
+    return cross_entropy(lse_2n, label_Rn), kd_n * loss.factor

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distill_nemo.losses.local import gradient_buffer, implementation
-from distill_nemo.losses.vocab_parallel import Steps, gathered
+from distill_nemo.losses.vocab_parallel import Steps, gathered, merge
 
 
 def vocab_parallel_jensen_shannon(
@@ -32,8 +32,8 @@ def vocab_parallel_jensen_shannon(
 
     The gradient is `(1 - beta) q_j (log(q_j / m_j) - KL(q || m)) / T` for the student, in its dtype, finite whatever
     the logits, and none for the teacher. T^2 is left to the caller.
-    Collectives: two all-gathers, of the log-sum-exps and of the two KLs, 8 bytes each per token and rank, in forward;
-    none in backward. Saved for backward: the inputs and three fp32 numbers per token.
+    Collectives: two all-gathers, of the log-sum-exps and of the two KLs, 16 and 8 bytes per token and rank, in forward;
+    none in backward. Saved for backward: the inputs and five fp32 numbers per token.
 
     Source: Agarwal et al., "On-Policy Distillation of Language Models", arXiv:2306.13649, equation 1 (GKD). TRL's
     GKDTrainer and Liger take beta = 0 and 1 for the undivided KLs; here those have names of their own.
@@ -57,13 +57,12 @@ def jensen_shannon_steps(student_SBv: Tensor, teacher_SBv: Tensor, temperature: 
     """Two gathers; numbers: the log-sum-exps of student and teacher, and KL(q || m)."""
     pair = student_SBv, teacher_SBv
     local = implementation(*pair)
-    student_lse_SB, _, teacher_lse_SB = local.kl_statistics(*pair, temperature)
-    lse_R2SB = yield torch.stack([student_lse_SB, teacher_lse_SB])
-    student_lse_SB, teacher_lse_SB = lse_R2SB.logsumexp(0)
-    kls_R2SB = yield local.jensen_shannon_kls(*pair, student_lse_SB, teacher_lse_SB, temperature, beta)
+    lse_R4SB = yield local.kl_statistics(*pair, temperature)[:4]
+    student_lse_2SB, teacher_lse_2SB = (merge(x, temperature)[0] for x in (lse_R4SB[:, :2], lse_R4SB[:, 2:]))
+    kls_R2SB = yield local.jensen_shannon_kls(*pair, student_lse_2SB, teacher_lse_2SB, temperature, beta)
     teacher_kl_SB, student_kl_SB = kls_R2SB.sum(0)
     loss_SB = beta * teacher_kl_SB + (1 - beta) * student_kl_SB
-    return loss_SB, (student_lse_SB, teacher_lse_SB, student_kl_SB)
+    return loss_SB, (student_lse_2SB, teacher_lse_2SB, student_kl_SB)
 
 
 class _JensenShannon(torch.autograd.Function):

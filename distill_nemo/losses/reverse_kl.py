@@ -23,12 +23,12 @@ def vocab_parallel_reverse_kl(
 
     Without shards, `log_q, log_p = (z / T).log_softmax(-1), (t / T).log_softmax(-1)` of student z and teacher t:
     `F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)`.
-    As computed: forward KL's sums with the sides changed over, `kl = mean - Ls + Lt`, `mean = sum_j q_j (a_j - b_j)`.
+    As computed: forward KL's sums with the sides changed over, `kl = mean - log Q + log P`, `mean = E_q[a - b]`.
 
     The gradient is `q_j (log q_j - log p_j - kl) / T = q_j (a_j - b_j - mean) / T` for the student, in its dtype, and
     none for the teacher. T^2 is left to the caller. Infinite where the student has mass that the teacher has not.
-    Collectives: one all-gather, 12 bytes per token and rank, in forward; none in backward.
-    Saved for backward: the inputs and two fp32 numbers per token.
+    Collectives: one all-gather, 20 bytes per token and rank, in forward; none in backward.
+    Saved for backward: the inputs and four fp32 numbers per token.
 
     Args:
         student_logits_SBv: [S, B, v], any float dtype.
@@ -45,9 +45,9 @@ def vocab_parallel_reverse_kl(
 
 
 def reverse_kl_steps(student_SBv: Tensor, teacher_SBv: Tensor, temperature: float) -> Steps:
-    """One gather; numbers: the student's log-sum-exp and the mean of a - b."""
-    student_lse_SB, mean_SB, teacher_lse_SB = yield from kl_steps(student_SBv, teacher_SBv, temperature)
-    return mean_SB - student_lse_SB + teacher_lse_SB, (student_lse_SB, mean_SB)
+    """One gather; numbers: the student's log-sum-exp, the teacher's peak and the mean of a - b."""
+    kl_SB, student_lse_2SB, teacher_lse_2SB, mean_SB = yield from kl_steps(student_SBv, teacher_SBv, temperature)
+    return kl_SB, (student_lse_2SB, teacher_lse_2SB[0], mean_SB)
 
 
 class _ReverseKL(torch.autograd.Function):
@@ -68,8 +68,8 @@ class _ReverseKL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_SB: Tensor) -> tuple[Tensor, None, None, None, None]:
-        student_SBv, teacher_SBv, student_lse_SB, mean_SB = ctx.saved_tensors
+        student_SBv, teacher_SBv, *numbers = ctx.saved_tensors
         out_SBv = gradient_buffer(student_SBv, ctx.overwrite)
-        pair, numbers = (student_SBv, teacher_SBv), (student_lse_SB, mean_SB, grad_SB)
-        implementation(*pair).reverse_kl_gradient(*pair, *numbers, ctx.temperature, out_SBv)
+        pair = student_SBv, teacher_SBv
+        implementation(*pair).reverse_kl_gradient(*pair, *numbers, grad_SB, ctx.temperature, out_SBv)
         return out_SBv, None, None, None, None

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distill_nemo.losses.eager import chunks, lse_and_mean, write_gradient
+from distill_nemo.losses.eager import below, chunks, total_and_mean, write_gradient
 from distill_nemo.losses.vocab_parallel import Steps, gathered
 
 
@@ -34,9 +34,9 @@ def vocab_parallel_top_k_forward_kl(
 
     The gradient is `(q_j - r_j) / T` for the student, in its dtype, with `r_j = p_j` for the k tokens and
     `r_j = p_tail q_j / q_tail` for the others; none for the teacher. T^2 is left to the caller.
-    Collectives: one all-gather of each shard's k best (teacher's and student's logit) and what is left of it, at most
-    8 (k + 1) bytes per token and rank, in forward; none in backward.
-    Saved for backward: the student's logits, 8 bytes for each of the shard's candidates and two fp32 numbers per
+    Collectives: one all-gather of each shard's k best (teacher's and student's logit) and the log-sum-exp of what is
+    left of it, at most 8 (k + 2) bytes per token and rank, in forward; none in backward.
+    Saved for backward: the student's logits, 8 bytes for each of the shard's candidates and three fp32 numbers per
     token; nothing of the teacher's width.
 
     Args:
@@ -72,8 +72,8 @@ class _TopKForwardKL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_SB: Tensor) -> tuple[Tensor, None, None, None, None]:
-        student_SBv, student_lse_SB, columns_Nc, r_SBc, pull_SB = ctx.saved_tensors
-        out_SBv, numbers = student_SBv.new_empty(student_SBv.shape), (student_lse_SB, columns_Nc, r_SBc, pull_SB)
+        student_SBv, student_lse_2SB, columns_Nc, r_SBc, pull_SB = ctx.saved_tensors
+        out_SBv, numbers = student_SBv.new_empty(student_SBv.shape), (student_lse_2SB, columns_Nc, r_SBc, pull_SB)
         top_k_gradient(student_SBv, *numbers, grad_SB, ctx.temperature, out_SBv)
         return out_SBv, None, None, None, None
 
@@ -84,28 +84,32 @@ def top_k_steps(student_SBv: Tensor, teacher_SBv: Tensor, temperature: float, to
     `rank` is this one's place among those that share the vocabulary.
     """
     columns, parts = [], []
-    for _, (a, b) in chunks(temperature, student_SBv, teacher_SBv):
-        columns.append(_largest(b, min(top_k, b.shape[-1])))
-        parts.append(torch.stack([_split(x, columns[-1]) for x in (a, b)]))
+    for _, (z, t) in chunks(student_SBv, teacher_SBv):
+        columns.append(_largest(t, min(top_k, t.shape[-1])))
+        parts.append(torch.stack([_split(x, columns[-1], temperature) for x in (z, t)]))
     ranks_R2SBc = yield torch.cat(parts, dim=1).unflatten(1, student_SBv.shape[:-1])
-    order_SBn, (a_SBm, b_SBm) = _buckets(ranks_R2SBc, top_k)
-    teacher_lse_SB, mean_SB = lse_and_mean(b_SBm, b_SBm - a_SBm)
-    student_lse_SB = a_SBm.logsumexp(-1)
+    order_SBn = _ranking(ranks_R2SBc)
+    peak_2SB = ranks_R2SBc[..., :-1].amax((0, -1))  # candidates and peaks of what is left
+    ranks_R2SBc = _below(ranks_R2SBc, peak_2SB, temperature)
+    a_SBm, b_SBm = _buckets(ranks_R2SBc, order_SBn, top_k)
+    teacher_total_SB, mean_SB = total_and_mean(b_SBm, b_SBm - a_SBm)
+    student_total_SB, teacher_log_SB = a_SBm.exp().sum(-1), teacher_total_SB.log()
 
     # log r_j - a_j of the tail's tokens: -inf where the teacher has no mass there, even if the student has none.
-    pull_SB = b_SBm[..., -1] - teacher_lse_SB - a_SBm[..., -1]
+    pull_SB = b_SBm[..., -1] - teacher_log_SB - a_SBm[..., -1]
     pull_SB = pull_SB.masked_fill(b_SBm[..., -1] == -torch.inf, -torch.inf)
     a_SBc, b_SBc = ranks_R2SBc[rank, ..., :-1]
     kept_SBn = torch.zeros_like(order_SBn, dtype=torch.bool).scatter_(-1, order_SBn[..., :top_k], True)
     kept_SBc = kept_SBn.unflatten(-1, (len(ranks_R2SBc), -1))[..., rank, :]
-    log_r_SBc = torch.where(kept_SBc, b_SBc - teacher_lse_SB[..., None], a_SBc + pull_SB[..., None])
-    numbers = student_lse_SB, torch.cat(columns).int(), log_r_SBc.exp_(), pull_SB
-    return mean_SB - teacher_lse_SB + student_lse_SB, numbers
+    log_r_SBc = torch.where(kept_SBc, b_SBc - teacher_log_SB[..., None], a_SBc + pull_SB[..., None])
+    student_lse_2SB = torch.stack([peak_2SB[0], student_total_SB])
+    numbers = student_lse_2SB, torch.cat(columns).int(), log_r_SBc.exp_(), pull_SB
+    return mean_SB - teacher_log_SB + student_total_SB.log(), numbers
 
 
 def top_k_gradient(
     student_SBv: Tensor,
-    student_lse_SB: Tensor,
+    student_lse_2SB: Tensor,
     columns_Nc: Tensor,
     r_SBc: Tensor,
     pull_SB: Tensor,
@@ -114,10 +118,11 @@ def top_k_gradient(
     out_SBv: Tensor,
 ) -> None:
     """`grad (q - r) / T` into `out_SBv`."""
-    r_Nc, student_lse_N, pull_N = r_SBc.flatten(0, -2), student_lse_SB.flatten(), pull_SB.flatten()
-    for rows, (a,) in chunks(temperature, student_SBv):
+    (peak_N, total_N), r_Nc, pull_N = student_lse_2SB.flatten(1), r_SBc.flatten(0, -2), pull_SB.flatten()
+    for rows, (z,) in chunks(student_SBv):
+        a = below(z, peak_N[rows], temperature)
         r = (a + pull_N[rows, None]).exp_().scatter_(-1, columns_Nc[rows].long(), r_Nc[rows])
-        q = a.sub_(student_lse_N[rows, None]).exp_()
+        q = a.exp_().div_(total_N[rows, None])
         write_gradient(out_SBv, rows, q.sub_(r), grad_SB, 1 / temperature)
 
 
@@ -132,20 +137,31 @@ def _largest(logits: Tensor, num: int) -> Tensor:
     return ascending.mul_(2**32).sub_(columns).topk(num, dim=-1).indices
 
 
-def _split(logits: Tensor, columns: Tensor) -> Tensor:
-    """[..., v], [..., c] -> [..., c + 1]: the logits there, and the log-sum-exp of all others. Overwrites `logits`."""
+def _split(logits: Tensor, columns: Tensor, temperature: float) -> Tensor:
+    """[n, v], [n, c] -> [n, c + 2]: the logits there, and peak and total of all others. Overwrites `logits`."""
     inside = logits.gather(-1, columns)
-    return torch.cat([inside, logits.scatter_(-1, columns, -torch.inf).logsumexp(-1, keepdim=True)], dim=-1)
+    peak = logits.scatter_(-1, columns, -torch.inf).amax(-1)
+    total = below(logits, peak, temperature).exp_().sum(-1)
+    return torch.cat([inside, peak[:, None], total[:, None]], dim=-1)
 
 
-def _buckets(ranks_R2SBc: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The shards' `_split`s to those of the whole vocabulary, m = K + 1, and the order that ranks all candidates.
+def _ranking(ranks_R2SBc: Tensor) -> Tensor:
+    """The order of all candidates of the ranks side by side, the teacher's largest logit first: [S, B, R c] int64."""
+    teacher_SBn = ranks_R2SBc[:, 1, ..., :-2].movedim(0, -2).flatten(-2)
+    # A stable sort takes the lowest column of the vocabulary first on ties.
+    return teacher_SBn.argsort(dim=-1, descending=True, stable=True)
 
-    [R, 2, S, B, c + 1] -> [S, B, R c] int64, [2, S, B, m]. The second row of the two, the teacher's, decides.
-    """
-    # Candidates of the ranks side by side: a stable sort takes the lowest column of the vocabulary first on ties.
+
+def _below(ranks_R2SBc: Tensor, peak_2SB: Tensor, temperature: float) -> Tensor:
+    """Of `_split`s c candidates' logits and the log-sum-exp of the others, less the peak: [R, 2, S, B, c + 1]."""
+    left = below(ranks_R2SBc[..., :-1].clone(), peak_2SB, temperature)
+    left[..., -1] += ranks_R2SBc[..., -1].log()
+    return left
+
+
+def _buckets(ranks_R2SBc: Tensor, order_SBn: Tensor, top_k: int) -> Tensor:
+    """`_below` of the shards to the buckets of the whole vocabulary, m = K + 1: [2, S, B, m]."""
     candidates_2SBn = ranks_R2SBc[..., :-1].movedim(0, -2).flatten(-2)
-    order_SBn = candidates_2SBn[1].argsort(dim=-1, descending=True, stable=True)
     candidates_2SBn = candidates_2SBn.gather(-1, order_SBn.expand_as(candidates_2SBn))
     tail_2SBn = torch.cat([candidates_2SBn[..., top_k:], ranks_R2SBc[..., -1].movedim(0, -1)], dim=-1)
-    return order_SBn, torch.cat([candidates_2SBn[..., :top_k], tail_2SBn.logsumexp(-1, keepdim=True)], dim=-1)
+    return torch.cat([candidates_2SBn[..., :top_k], tail_2SBn.logsumexp(-1, keepdim=True)], dim=-1)

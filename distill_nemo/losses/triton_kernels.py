@@ -46,7 +46,8 @@ def _weigh(weights, values):
 def _statistics(
     P, Q, OUT, p_stride, q_stride, num_tokens, width, per_temperature, ROWS: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
-    """Every lane has a peak and sums of its own, put together at the end."""
+    """See `eager.kl_statistics`. Every lane has peaks and sums of its own, put together at the end."""
+    per_unit = per_temperature * LOG2_E
     token = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     x_peak, y_peak = tl.full((LANES,), LOWEST, tl.float32), tl.full((LANES,), LOWEST, tl.float32)
@@ -55,21 +56,25 @@ def _statistics(
     for start in range(0, width, ROWS * LANES):
         x = _load(P + token * p_stride, start + block, width)
         y = _load(Q + token * q_stride, start + block, width)
-        x_new = tl.maximum(x_peak, tl.max(x, 0) * per_temperature)
-        y_new = tl.maximum(y_peak, tl.max(y, 0) * per_temperature)
-        x_scale, y_scale = _exp(x_peak - x_new), _exp(y_peak - y_new)
-        weights = _exp(x * per_temperature - x_new[None, :])
+        x_new, y_new = tl.maximum(x_peak, tl.max(x, 0)), tl.maximum(y_peak, tl.max(y, 0))
+        x_raised, y_raised = x_new - x_peak, y_new - y_peak
+        x_scale = tl.exp2(-x_raised * per_unit)
+        x, y = x - x_new[None, :], y - y_new[None, :]
+        weights = tl.exp2(x * per_unit)
+        weighed = _weigh(x_scale, weighed + x_sum * (y_raised - x_raised)) + tl.sum(_weigh(weights, x - y), 0)
         x_sum = x_sum * x_scale + tl.sum(weights, 0)
-        y_sum = y_sum * y_scale + tl.sum(_exp(y * per_temperature - y_new[None, :]), 0)
-        weighed = _weigh(x_scale, weighed) + tl.sum(_weigh(weights, x - y), 0)
+        y_sum = y_sum * tl.exp2(-y_raised * per_unit) + tl.sum(tl.exp2(y * per_unit), 0)
         x_peak, y_peak = x_new, y_new
     x_top, y_top = tl.max(x_peak, 0), tl.max(y_peak, 0)
-    x_scale = _exp(x_peak - x_top)
-    x_total, y_total = tl.sum(x_sum * x_scale, 0), tl.sum(y_sum * _exp(y_peak - y_top), 0)
-    mean = tl.sum(_weigh(x_scale, weighed), 0) * per_temperature / x_total
-    tl.store(OUT + token, x_top + tl.log(x_total))
-    tl.store(OUT + num_tokens + token, tl.where(x_total == 0, 0.0, mean))
-    tl.store(OUT + 2 * num_tokens + token, y_top + tl.log(y_total))
+    x_raised, y_raised = x_top - x_peak, y_top - y_peak
+    x_scale = tl.exp2(-x_raised * per_unit)
+    x_total, y_total = tl.sum(x_sum * x_scale, 0), tl.sum(y_sum * tl.exp2(-y_raised * per_unit), 0)
+    mean = tl.sum(_weigh(x_scale, weighed + x_sum * (y_raised - x_raised)), 0) * per_temperature / x_total
+    tl.store(OUT + token, tl.where(x_total == 0, -float("inf"), x_top))
+    tl.store(OUT + num_tokens + token, x_total)
+    tl.store(OUT + 2 * num_tokens + token, tl.where(y_total == 0, -float("inf"), y_top))
+    tl.store(OUT + 3 * num_tokens + token, y_total)
+    tl.store(OUT + 4 * num_tokens + token, tl.where(x_total == 0, 0.0, mean))
 
 
 @triton.jit
@@ -85,56 +90,58 @@ def _jensen_shannon_kls(
     Z, T, Z_LSE, T_LSE, OUT, z_stride, t_stride, num_tokens, width, per_temperature, beta, BLOCK: tl.constexpr
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    z_lse, t_lse = tl.load(Z_LSE + token), tl.load(T_LSE + token)
+    z_peak, t_peak = tl.load(Z_LSE + token), tl.load(T_LSE + token)
+    z_total, t_total = tl.load(Z_LSE + num_tokens + token), tl.load(T_LSE + num_tokens + token)
+    per_unit, log_totals = per_temperature * LOG2_E, tl.log(z_total / t_total)
     p_m, q_m = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        log_q = _load(Z + token * z_stride, columns, width) * per_temperature - z_lse
-        log_p = _load(T + token * t_stride, columns, width) * per_temperature - t_lse
-        log_p_m, log_q_m = _log_ratios(log_p - log_q, beta)
-        p, q = _exp(log_p), _exp(log_q)
-        p_m += _weigh(p, log_p_m)
-        q_m += _weigh(q, log_q_m)
-    tl.store(OUT + token, tl.sum(p_m, 0))
-    tl.store(OUT + num_tokens + token, tl.sum(q_m, 0))
+        z = _load(Z + token * z_stride, columns, width) - z_peak
+        t = _load(T + token * t_stride, columns, width) - t_peak
+        log_p_m, log_q_m = _log_ratios((t - z) * per_temperature + log_totals, beta)
+        p_m += _weigh(tl.exp2(t * per_unit), log_p_m)
+        q_m += _weigh(tl.exp2(z * per_unit), log_q_m)
+    tl.store(OUT + token, tl.sum(p_m, 0) / t_total)
+    tl.store(OUT + num_tokens + token, tl.sum(q_m, 0) / z_total)
 
 
 @triton.jit
 def _gradient(
-    Z, T, Z_LSE, OTHER, KL, GRAD, COLUMN, LM_LSE, LM_GRAD, OUT, z_stride, t_stride, width, per_temperature, beta,
+    Z, T, NUMBERS, COLUMN, OUT, z_stride, t_stride, width, per_temperature, beta,
     DIVERGENCE: tl.constexpr, LM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """OTHER is the teacher's log-sum-exp, for reverse KL the mean. Jensen-Shannon alone reads KL, LM the next three."""
+    """`_launch_gradient` says what a token's eight NUMBERS are."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    grad, z_lse, other = tl.load(GRAD + token), tl.load(Z_LSE + token), tl.load(OTHER + token)
+    numbers = NUMBERS + token * 8
+    scale, per_unit = tl.load(numbers + 1), per_temperature * LOG2_E
     slope = tl.zeros((BLOCK,), tl.float32)
-    if grad != 0:
-        z = _load(Z + token * z_stride, columns, width)
-        t = _load(T + token * t_stride, columns, width)
-        log_q = z * per_temperature - z_lse
-        q = _exp(log_q)
+    if scale != 0:
+        other = tl.load(numbers + 3)
+        z = _load(Z + token * z_stride, columns, width) - tl.load(numbers)
+        t = _load(T + token * t_stride, columns, width) - tl.load(numbers + 2)
+        weights = tl.exp2(z * per_unit)
         if DIVERGENCE == "forward_kl":
-            slope = q - _exp(t * per_temperature - other)
+            slope = weights * scale - tl.exp2(t * per_unit) * other
         elif DIVERGENCE == "reverse_kl":
-            slope = _weigh(q, (z - t) * per_temperature - other)
+            slope = _weigh(weights, (z - t) * (per_temperature * scale) - other * scale)
         else:
-            _, log_q_m = _log_ratios(t * per_temperature - other - log_q, beta)
-            slope = _weigh(q, log_q_m - tl.load(KL + token)) * (1 - beta)
-        slope = slope * (grad * per_temperature)
+            scale *= 1 - beta
+            _, log_q_m = _log_ratios((t - z) * per_temperature + other, beta)
+            slope = _weigh(weights, log_q_m * scale - tl.load(numbers + 4) * scale)
     if LM:
-        lm_grad = tl.load(LM_GRAD + token)
+        lm_grad = tl.load(numbers + 7)
         if lm_grad != 0:
-            z = _load(Z + token * z_stride, columns, width)
-            hit = tl.where(columns == tl.load(COLUMN + token), 1.0, 0.0)
-            slope += lm_grad * (_exp(z - tl.load(LM_LSE + token)) - hit)
+            z = _load(Z + token * z_stride, columns, width) - tl.load(numbers + 5)
+            hit = columns == tl.load(COLUMN + token)
+            slope += _exp(z) * tl.load(numbers + 6) - tl.where(hit, lm_grad, 0.0)
     tl.store(OUT + token * width + columns, slope.to(OUT.dtype.element_ty), mask=columns < width)
 
 
 def kl_statistics(p_logits_SBv: Tensor, q_logits_SBv: Tensor, temperature: float) -> Tensor:
     """See `eager.kl_statistics`."""
     p_Nv, q_Nv = _rows(p_logits_SBv), _rows(q_logits_SBv)
-    out = p_Nv.new_empty(3, *p_logits_SBv.shape[:-1], dtype=torch.float32)
+    out = p_Nv.new_empty(5, *p_logits_SBv.shape[:-1], dtype=torch.float32)
     num_tokens, width = p_Nv.shape
     sizes = p_Nv.stride(0), q_Nv.stride(0), num_tokens, width, 1 / temperature
     lanes = _block(width, LANES)
@@ -146,22 +153,24 @@ def kl_statistics(p_logits_SBv: Tensor, q_logits_SBv: Tensor, temperature: float
 def forward_kl_gradient(
     student_SBv: Tensor,
     teacher_SBv: Tensor,
-    student_lse_SB: Tensor,
-    teacher_lse_SB: Tensor,
+    student_lse_2SB: Tensor,
+    teacher_lse_2SB: Tensor,
     grad_SB: Tensor,
     temperature: float,
     out_SBv: Tensor,
     lm: CrossEntropy | None = None,
 ) -> None:
     """See `eager.forward_kl_gradient`."""
-    numbers = student_lse_SB, teacher_lse_SB, teacher_lse_SB, grad_SB
+    z_scale_SB, t_scale_SB = (_scale(grad_SB, x, temperature) for x in (student_lse_2SB, teacher_lse_2SB))
+    numbers = student_lse_2SB[0], z_scale_SB, teacher_lse_2SB[0], t_scale_SB, t_scale_SB
     _launch_gradient("forward_kl", student_SBv, teacher_SBv, numbers, temperature, 0.0, out_SBv, lm)
 
 
 def reverse_kl_gradient(
     student_SBv: Tensor,
     teacher_SBv: Tensor,
-    student_lse_SB: Tensor,
+    student_lse_2SB: Tensor,
+    teacher_peak_SB: Tensor,
     mean_SB: Tensor,
     grad_SB: Tensor,
     temperature: float,
@@ -169,15 +178,16 @@ def reverse_kl_gradient(
     lm: CrossEntropy | None = None,
 ) -> None:
     """See `eager.reverse_kl_gradient`."""
-    numbers = student_lse_SB, mean_SB, mean_SB, grad_SB
+    z_scale_SB = _scale(grad_SB, student_lse_2SB, temperature)
+    numbers = student_lse_2SB[0], z_scale_SB, teacher_peak_SB, mean_SB, mean_SB
     _launch_gradient("reverse_kl", student_SBv, teacher_SBv, numbers, temperature, 0.0, out_SBv, lm)
 
 
 def jensen_shannon_kls(
     student_SBv: Tensor,
     teacher_SBv: Tensor,
-    student_lse_SB: Tensor,
-    teacher_lse_SB: Tensor,
+    student_lse_2SB: Tensor,
+    teacher_lse_2SB: Tensor,
     temperature: float,
     beta: float,
 ) -> Tensor:
@@ -186,7 +196,7 @@ def jensen_shannon_kls(
     out = z_Nv.new_empty(2, *student_SBv.shape[:-1], dtype=torch.float32)
     num_tokens, width = z_Nv.shape
     sizes = z_Nv.stride(0), t_Nv.stride(0), num_tokens, width, 1 / temperature, float(beta)
-    lse = student_lse_SB.contiguous(), teacher_lse_SB.contiguous()
+    lse = student_lse_2SB.contiguous(), teacher_lse_2SB.contiguous()
     _jensen_shannon_kls[(num_tokens,)](z_Nv, t_Nv, *lse, out, *sizes, BLOCK=_block(width, BLOCK), num_warps=WARPS)  # pyright: ignore
     return out
 
@@ -194,8 +204,8 @@ def jensen_shannon_kls(
 def jensen_shannon_gradient(
     student_SBv: Tensor,
     teacher_SBv: Tensor,
-    student_lse_SB: Tensor,
-    teacher_lse_SB: Tensor,
+    student_lse_2SB: Tensor,
+    teacher_lse_2SB: Tensor,
     student_kl_SB: Tensor,
     grad_SB: Tensor,
     temperature: float,
@@ -204,8 +214,16 @@ def jensen_shannon_gradient(
     lm: CrossEntropy | None = None,
 ) -> None:
     """See `eager.jensen_shannon_gradient`."""
-    numbers = student_lse_SB, teacher_lse_SB, student_kl_SB, grad_SB
+    (z_peak_SB, z_total_SB), (t_peak_SB, t_total_SB) = student_lse_2SB, teacher_lse_2SB
+    log_totals_SB = (z_total_SB / t_total_SB).log()
+    z_scale_SB = _scale(grad_SB, student_lse_2SB, temperature)
+    numbers = z_peak_SB, z_scale_SB, t_peak_SB, log_totals_SB, student_kl_SB
     _launch_gradient("jensen_shannon", student_SBv, teacher_SBv, numbers, temperature, beta, out_SBv, lm)
+
+
+def _scale(grad: Tensor, lse: Tensor, temperature: float) -> Tensor:
+    """`grad / total / T`, and 0 where grad is 0, whatever the total. Else every thread of a token would divide."""
+    return torch.where(grad == 0, 0.0, grad / lse[1] / temperature)
 
 
 def _launch_gradient(
@@ -218,15 +236,21 @@ def _launch_gradient(
     out_SBv: Tensor,
     lm: CrossEntropy | None,
 ) -> None:
+    """Numbers: z_peak, z_scale, t_peak; t_scale, or the mean, or log(z_total / t_total); KL(q || m).
+
+    The kernel reads each token's beside one another, with the LM loss's peak, scale and gradient.
+    """
     z_Nv, t_Nv = _rows(student_SBv), _rows(teacher_SBv)
     assert out_SBv.is_contiguous(), "gradient_buffer gives contiguous memory"
     num_tokens, width = z_Nv.shape
     block = _block(width, BLOCK)
     sizes = z_Nv.stride(0), t_Nv.stride(0), width, 1 / temperature, float(beta)
-    numbers = [x.contiguous() for x in (*numbers_SB, *(lm or numbers_SB[:3]))]  # without LM these are never read
+    lm_n = numbers_SB[:3] if lm is None else (lm.lse_2n[0], _scale(lm.grad_n, lm.lse_2n, 1.0), lm.grad_n)
+    numbers_N8 = torch.stack([x.flatten() for x in (*numbers_SB, *lm_n)], dim=-1)
+    column_N = numbers_N8 if lm is None else lm.column_n  # without LM neither is read
     grid = num_tokens, triton.cdiv(width, block)
     constants = {"DIVERGENCE": divergence, "LM": lm is not None, "BLOCK": block}
-    _gradient[grid](z_Nv, t_Nv, *numbers, out_SBv, *sizes, **constants, num_warps=WARPS)  # pyright: ignore
+    _gradient[grid](z_Nv, t_Nv, numbers_N8, column_N, out_SBv, *sizes, **constants, num_warps=WARPS)  # pyright: ignore
 
 
 def _block(width: int, most: int) -> int:

@@ -4,7 +4,8 @@ What a rank computes by itself is in `eager.py`, and as kernels beside it; `loca
 pattern of the others, each in a file of its own: `reverse_kl`, `jensen_shannon`, `top_k`.
 
 Legend: S sequence (s: this rank's slice of it), B batch, v this rank's vocabulary shard, R ranks of the group.
-With temperature T: a = student/T, b = teacher/T, q = softmax(a), p = softmax(b) over the whole vocabulary.
+With temperature T: q = softmax(student / T), p = softmax(teacher / T) over the whole vocabulary. A log-sum-exp is two
+numbers, peak and total, see `eager.py`; a and b are student and teacher logits less their peaks, divided by T.
 `group=None` means that v is the whole vocabulary: no collective. Everything is fp32 inside, whatever comes in.
 Padded columns hold -inf on both sides and count for nothing, even where they fill a rank's shard.
 """
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distill_nemo.losses.eager import chunks, lse_and_mean
+from distill_nemo.losses.eager import below, chunks, total_and_mean, weigh
 from distill_nemo.losses.local import gradient_buffer, implementation
 
 # What one rank does for a divergence: it yields what to gather, is sent [R, ...], and returns the loss of every token
@@ -38,12 +39,12 @@ def vocab_parallel_forward_kl(
 
     Without shards, `log_q, log_p = (z / T).log_softmax(-1), (t / T).log_softmax(-1)` of student z and teacher t:
     `F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)`.
-    As computed, with lt, ls the log-sum-exps of b and a over a shard and Lt, Ls over the vocabulary:
-    `kl = sum_r exp(lt_r - Lt) c_r - Lt + Ls`, `c_r = sum_j exp(b_j - lt_r) (b_j - a_j)`.
+    As computed, with P and Q the totals of teacher and student: `kl = E_p[b - a] - log P + log Q`, where no number has
+    an offset common to all logits in it. Peaks, totals and means of the shards make those of the vocabulary.
 
     The gradient is `(q - p) / T` for the student, in its dtype, and none for the teacher. T^2 is left to the caller.
-    Collectives: one all-gather of (lt, ls, c), 12 bytes per token and rank, in forward; none in backward.
-    Saved for backward: the inputs and two fp32 numbers per token.
+    Collectives: one all-gather of both peaks and totals and the mean, 20 bytes per token and rank, in forward; none in
+    backward. Saved for backward: the inputs and four fp32 numbers per token.
 
     Args:
         student_logits_SBv: [S, B, v], any float dtype.
@@ -78,10 +79,10 @@ class _ForwardKL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_SB: Tensor) -> tuple[Tensor, None, None, None, None]:
-        student_SBv, teacher_SBv, student_lse_SB, teacher_lse_SB = ctx.saved_tensors
+        student_SBv, teacher_SBv, *numbers = ctx.saved_tensors
         out_SBv = gradient_buffer(student_SBv, ctx.overwrite)
-        pair, numbers = (student_SBv, teacher_SBv), (student_lse_SB, teacher_lse_SB, grad_SB)
-        implementation(*pair).forward_kl_gradient(*pair, *numbers, ctx.temperature, out_SBv)
+        pair = student_SBv, teacher_SBv
+        implementation(*pair).forward_kl_gradient(*pair, *numbers, grad_SB, ctx.temperature, out_SBv)
         return out_SBv, None, None, None, None
 
 
@@ -115,10 +116,15 @@ def vocab_parallel_entropy(logits_SBv: Tensor, group: dist.ProcessGroup | None =
     Returns:
         [S, B] fp32, the same on every rank.
     """
-    stats = torch.cat([torch.stack(lse_and_mean(b, b)) for _, (b,) in chunks(1.0, logits_SBv)], dim=1)
-    stats_R2SB = gather(stats.unflatten(1, logits_SBv.shape[:-1]), group)
-    lse_SB, mean_SB = merge(stats_R2SB[:, 0], stats_R2SB[:, 1])
-    return lse_SB - mean_SB
+    stats = []
+    for _, (x,) in chunks(logits_SBv):
+        peak = x.amax(-1)
+        x = below(x, peak, 1.0)
+        stats.append(torch.stack([peak, *total_and_mean(x, x)]))
+    stats_R3SB = gather(torch.cat(stats, dim=1).unflatten(1, logits_SBv.shape[:-1]), group)
+    (peak_SB, total_SB), share_RSB = merge(stats_R3SB[:, :2], 1.0)
+    mean_SB = weigh(share_RSB, stats_R3SB[:, 2] + (stats_R3SB[:, 0] - peak_SB)).sum(0)
+    return total_SB.log() - mean_SB
 
 
 def gather_sequence(loss_sB: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -144,20 +150,24 @@ class _GatherSequence(torch.autograd.Function):
 
 def forward_kl_steps(student_SBv: Tensor, teacher_SBv: Tensor, temperature: float) -> Steps:
     """One gather; numbers: the log-sum-exps of student and teacher."""
-    teacher_lse_SB, mean_SB, student_lse_SB = yield from kl_steps(teacher_SBv, student_SBv, temperature)
-    return mean_SB - teacher_lse_SB + student_lse_SB, (student_lse_SB, teacher_lse_SB)
+    kl_SB, teacher_lse_2SB, student_lse_2SB, _ = yield from kl_steps(teacher_SBv, student_SBv, temperature)
+    return kl_SB, (student_lse_2SB, teacher_lse_2SB)
 
 
 def kl_steps(
     p_logits_SBv: Tensor, q_logits_SBv: Tensor, temperature: float
-) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """`KL(p || q) = mean - p_lse + q_lse` as (p_lse, mean, q_lse), [S, B] fp32 each; mean is E_p[p logits - q logits].
+) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """KL(p || q), the log-sum-exps of p and q, and the mean that `eager.kl_statistics` defines, of the vocabulary.
 
-    One gather of the shards' three numbers, 12 bytes per token and rank.
+    One gather of the shards' five numbers, 20 bytes per token and rank.
     """
     pair = p_logits_SBv, q_logits_SBv
-    stats_R3SB = yield implementation(*pair).kl_statistics(*pair, temperature)
-    return *merge(stats_R3SB[:, 0], stats_R3SB[:, 1]), stats_R3SB[:, 2].logsumexp(0)
+    stats_R5SB = yield implementation(*pair).kl_statistics(*pair, temperature)
+    p_lse_2SB, share_RSB = merge(stats_R5SB[:, :2], temperature)
+    q_lse_2SB, _ = merge(stats_R5SB[:, 2:4], temperature)
+    lower_RSB = (stats_R5SB[:, 0] - p_lse_2SB[0]) - (stats_R5SB[:, 2] - q_lse_2SB[0])  # of the shards' peaks
+    mean_SB = weigh(share_RSB, stats_R5SB[:, 4] + lower_RSB / temperature).sum(0)
+    return mean_SB - p_lse_2SB[1].log() + q_lse_2SB[1].log(), p_lse_2SB, q_lse_2SB, mean_SB
 
 
 def gathered(steps: Steps, group: dist.ProcessGroup | None) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -170,9 +180,13 @@ def gathered(steps: Steps, group: dist.ProcessGroup | None) -> tuple[Tensor, tup
             return end.value
 
 
-def merge(lse_RSB: Tensor, mean_RSB: Tensor) -> tuple[Tensor, Tensor]:
-    """Shards' log-sum-exps and means to those of the whole vocabulary."""
-    return lse_RSB.logsumexp(0), (lse_RSB.softmax(0) * mean_RSB).sum(0)
+def merge(lse_R2SB: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Shards' log-sum-exps to that of the whole vocabulary, [2, S, B], and each shard's share of it, [R, S, B]."""
+    peak_RSB, total_RSB = lse_R2SB.unbind(1)
+    peak_SB = peak_RSB.amax(0)
+    total_RSB = total_RSB * ((peak_RSB - peak_SB) / temperature).exp()
+    total_SB = total_RSB.sum(0)
+    return torch.stack([peak_SB, total_SB]), total_RSB / total_SB
 
 
 def gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:

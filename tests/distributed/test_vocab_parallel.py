@@ -26,10 +26,19 @@ def group(request: pytest.FixtureRequest) -> Iterator[Gloo]:
         yield gloo
 
 
-def make_pair(width: int, seed: int = 0, ties: bool = False) -> tuple[Tensor, Tensor]:
+def make_pair(width: int, seed: int = 0, kind: str = "") -> tuple[Tensor, Tensor]:
+    """Student and teacher logits; `kind` is one of those below."""
     generator = torch.Generator().manual_seed(seed)
     student, teacher = (4 * torch.randn(S, B, width, generator=generator) for _ in range(2))
-    return student, (teacher / 2).round() if ties else teacher
+    if kind == "ties":
+        teacher = (teacher / 2).round()
+    elif kind == "offsets":
+        offsets_SB1 = torch.linspace(-1000, 2000, S * B).view(S, B, 1)
+        student, teacher = student + offsets_SB1, teacher + offsets_SB1.flip(0)
+    elif kind == "peaks far apart":  # between the shards of 2 and of 4 ranks
+        apart_v = torch.tensor([1000.0, 1003.0, 700.0, 1001.0]).repeat_interleave(width // 4)
+        student, teacher = student + apart_v, teacher - apart_v.flip(0)
+    return student, teacher
 
 
 def shard(x: Tensor, dim: int) -> Tensor:
@@ -39,6 +48,8 @@ def shard(x: Tensor, dim: int) -> Tensor:
 class Collectives:
     """Counts every collective that torch.distributed offers by name, those of this process only."""
 
+    num_bytes = 0  # that this rank gave to all-gathers
+
     def __enter__(self) -> Counter[str]:
         counts: Counter[str] = Counter()
         names = [n for n in dir(dist) if n.startswith(("all_", "reduce", "broadcast", "gather", "scatter", "barrier"))]
@@ -47,6 +58,7 @@ class Collectives:
         def counting(name: str) -> Any:
             def call(*args: Any, **kwargs: Any) -> Any:
                 counts[name] += 1
+                self.num_bytes += args[1].nbytes if name == "all_gather" else 0
                 return self.saved[name](*args, **kwargs)
 
             return call
@@ -66,9 +78,9 @@ def world() -> ProcessGroup:
 
 
 def logits_loss(
-    name: str, vocab_size: int, temperature: float, dtype: torch.dtype, weights: Tensor, ties: bool
+    name: str, vocab_size: int, temperature: float, dtype: torch.dtype, weights: Tensor, kind: str
 ) -> dict[str, Any]:
-    student, teacher = (shard(x.to(dtype), -1) for x in make_pair(PADDED, ties=ties))
+    student, teacher = (shard(x.to(dtype), -1) for x in make_pair(PADDED, kind=kind))
     student.requires_grad_()
     module = LogitsKLLoss(
         temperature=temperature,
@@ -77,7 +89,8 @@ def logits_loss(
         vocab_start=dist.get_rank() * student.shape[-1],
         **reference.DIVERGENCES[name][0],
     )
-    with Collectives() as forward:
+    collectives = Collectives()
+    with collectives as forward:
         loss = module(student, teacher)
     with Collectives() as backward:
         (loss * weights).sum().backward()
@@ -86,24 +99,28 @@ def logits_loss(
         "loss": loss.detach(),
         "gradient": student.grad,
         "collectives": (dict(forward), dict(backward)),
+        "bytes of a token": collectives.num_bytes / (S * B),
         "entropy": vocab_parallel_entropy(pair[1], world()),
         "agreement": vocab_parallel_top1_agreement(*pair, world()),
     }
 
 
 def check_logits_loss(
-    group: Gloo, name: str, vocab_size: int, temperature: float = 1.0, dtype: torch.dtype = torch.float32, ties=False
+    group: Gloo, name: str, vocab_size: int, temperature: float = 1.0, dtype: torch.dtype = torch.float32, kind=""
 ) -> None:
     """Value, gradient under an upstream one other than 1, and collectives of every rank."""
     weights = torch.rand(B, S)
-    ranks = group.run(logits_loss, name, vocab_size, temperature, dtype, weights, ties)
-    student, teacher = (x.to(dtype)[..., :vocab_size].double().numpy() for x in make_pair(PADDED, ties=ties))
+    ranks = group.run(logits_loss, name, vocab_size, temperature, dtype, weights, kind)
+    student, teacher = (x.to(dtype)[..., :vocab_size].double().numpy() for x in make_pair(PADDED, kind=kind))
     value, gradient = (temperature**2 * x for x in reference.DIVERGENCES[name][1](student, teacher, temperature))
-    num_gathers = 2 if "jensen" in name else 1
+    num_gathers, top_k = 2 if "jensen" in name else 1, reference.DIVERGENCES[name][0].get("top_k")
+    num_bytes = 8 * (min(top_k, PADDED // len(ranks)) + 2) if top_k else 24 if "jensen" in name else 20
     for rank in ranks:
         assert torch.equal(rank["loss"], ranks[0]["loss"])
         assert rank["collectives"] == ({"all_gather": num_gathers}, {})
-    np.testing.assert_allclose(ranks[0]["loss"], value.T, rtol=0, atol=2e-5 * temperature**2)
+        assert rank["bytes of a token"] == num_bytes
+    size = max(1.0, value.max() / 100)  # in the hundreds where peaks are far apart
+    np.testing.assert_allclose(ranks[0]["loss"], value.T, rtol=0, atol=2e-5 * temperature**2 * size)
     whole = torch.cat([rank["gradient"] for rank in ranks], dim=-1)
     assert whole.dtype == dtype
     resolution = 2.0**-8 if dtype == torch.bfloat16 else 1e-6
@@ -126,7 +143,14 @@ def test_logits_loss(group: Gloo, name: str, vocab_size: int, temperature: float
 
 @pytest.mark.parametrize("name", ["top 1", "top 20", "top 300"])
 def test_ties_go_to_the_lowest_column_of_all_shards(group: Gloo, name: str) -> None:
-    check_logits_loss(group, name, V, ties=True)
+    check_logits_loss(group, name, V, kind="ties")
+
+
+@pytest.mark.parametrize("name", reference.DIVERGENCES)
+@pytest.mark.parametrize("kind", ["offsets", "peaks far apart"])
+def test_no_digit_is_lost_to_offsets_of_tokens_and_shards(group: Gloo, name: str, kind: str) -> None:
+    for temperature in (1.0, 3.0):
+        check_logits_loss(group, name, V, temperature, kind=kind)
 
 
 def agreement(student: Tensor, teacher: Tensor) -> Tensor:

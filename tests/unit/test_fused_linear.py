@@ -90,6 +90,26 @@ def test_values_and_gradients(name: str, masked: str, temperature: float, weight
     assert student.hidden_NH.grad[targets[1] == 0].abs().sum() == 0 and student.weight_vH.grad[V:].abs().max() == 0
 
 
+@pytest.mark.parametrize("name", reference.DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_an_offset_of_all_logits_costs_no_digit(name: str, temperature: float) -> None:
+    """Offsets in the biases, of factors so coarse that fp32 holds every logit exactly."""
+    for offsets in ((0.0, 0.0), (100.0, 100.0), (1000.0, -1000.0)):
+        student, teacher = make_heads()
+        with torch.no_grad():
+            for head, offset in zip((student, teacher), offsets, strict=True):
+                for x in head:
+                    x.copy_((x * 16).round() / 16)  # pyright: ignore
+                head.bias_v.add_(offset)  # pyright: ignore
+        loss = of(name, temperature=temperature, lm_weight=0.3, logits_weight=0.7)
+        found = fused_linear_losses(student, teacher, *make_targets(), loss)
+        expected = oracle(name, student, teacher, *make_targets(), loss)
+        assert relative(found.lm, expected["lm"]) < 3e-7 and relative(found.logits, expected["logits"]) < 1e-6
+        found.total.backward()
+        for x, which in zip(student, ("hidden", "weight", "bias"), strict=True):
+            assert relative(x.grad, expected[which]) < 2e-6, (which, offsets)
+
+
 @pytest.mark.parametrize("chunk_tokens", [1, 7, N, None])
 def test_chunks_only_change_the_rounding(chunk_tokens: int | None) -> None:
     student, teacher = make_heads(bias=False)

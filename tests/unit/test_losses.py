@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from distill_nemo.checks import DIVERGENCES as CONFIG_DIVERGENCES
+from distill_nemo.losses.cross_entropy import vocab_parallel_cross_entropy
 from distill_nemo.losses.divergences import DIVERGENCES
 from distill_nemo.losses.hidden import HiddenStateCosineLoss, HiddenStateMSELoss
 from distill_nemo.losses.logits import LogitsKLLoss
@@ -64,6 +65,15 @@ def test_other_tokens_are_refused() -> None:
 
 def test_config_and_table_name_the_same_divergences() -> None:
     assert tuple(DIVERGENCES) == CONFIG_DIVERGENCES
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0, 1000.0, -1000.0, 1e5])
+def test_an_offset_costs_entropy_and_cross_entropy_no_digit(offset: float) -> None:
+    logits = make_logits(5)[1] + offset
+    labels = torch.arange(S * B).view(S, B)
+    expected = nn.functional.cross_entropy(logits.double().movedim(-1, 1), labels, reduction="none").numpy()
+    assert error(vocab_parallel_entropy(logits), reference.entropy(logits.double().numpy())) < 3e-6
+    assert error(vocab_parallel_cross_entropy(logits, labels), expected) < 1e-6 * expected.max()
 
 
 def test_entropy_and_agreement() -> None:
