@@ -165,17 +165,18 @@ def prepare(
         nemo distill prepare inputs='text/*.jsonl,more/' output=data/corpus tokenizer=/models/Llama-3.2-1B
 
     Args:
-        inputs: files, directories or globs of text, JSONL or parquet, separated by commas.
+        inputs: files, directories or globs of text, JSON lines, CSV or parquet, compressed or not, separated by commas.
         output: prefix of the files written.
         tokenizer: a Hugging Face tokenizer directory.
-        text_key: field of JSONL and parquet records that holds the text.
+        text_key: JSON key or column that holds the text.
         num_workers: processes; 0 takes one per core.
         max_bad_records: how many unreadable records to skip before giving up.
     """
+    from distill_nemo.data.inputs import split_inputs
     from distill_nemo.data.prepare import prepare as prepare_files
 
     prepare_files(
-        inputs.split(","),
+        split_inputs(inputs),
         output,
         tokenizer,
         text_key=text_key,

@@ -19,6 +19,7 @@ import numpy as np
 from distill_nemo.data.manifest import read_json
 from distill_nemo.data.readers import Piece, read
 from distill_nemo.data.tokenizer import TokenizerFacts, encoder
+from distill_nemo.runtime.files import write_atomically
 
 MAX_LISTED = 100  # bad records kept by name
 
@@ -71,10 +72,10 @@ def make_part(part: Part) -> dict[str, Any]:
                 tokens = np.array(ids + end, dtype=part.dtype)
                 file.write(tokens.tobytes())
                 lengths.append(tokens.size)
-    np.array(lengths, dtype=np.int32).tofile(part.prefix + ".len")
+    Path(part.prefix + ".len").write_bytes(np.array(lengths, dtype=np.int32).tobytes())
     counts = {"documents": len(lengths), "tokens": sum(lengths), "bad_records": num_bad}
     manifest = {"key": part.key, "inputs": [asdict(piece) for piece in part.pieces], **counts, "bad": bad}
-    write_json(Path(part.prefix + ".json"), manifest)
+    write_atomically(Path(part.prefix + ".json"), json.dumps(manifest))
     return manifest
 
 
@@ -96,10 +97,3 @@ def digest(value: Any) -> str:
 def file_size(path: str) -> int:
     """Bytes; -1 without a file."""
     return os.path.getsize(path) if os.path.exists(path) else -1
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write whole or not at all."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)

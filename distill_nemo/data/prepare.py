@@ -6,10 +6,10 @@ are joined in order, so the result does not depend on the number of workers or o
 """
 
 import itertools
+import json
 import multiprocessing
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from distill_nemo.data.inputs import find_files
 from distill_nemo.data.manifest import pack_vocabulary, read_manifest
 from distill_nemo.data.parts import (
     MAX_LISTED,
@@ -30,11 +31,14 @@ from distill_nemo.data.parts import (
     make_part,
     read_part,
     start_worker,
-    write_json,
 )
-from distill_nemo.data.readers import Piece, cut, find_files
+from distill_nemo.data.progress import reporter
+from distill_nemo.data.readers import Piece, cut
 from distill_nemo.data.tokenizer import TokenizerFacts, open_tokenizer
+from distill_nemo.runtime.files import fsync, write_atomically
+from distill_nemo.runtime.output_lock import OutputLock
 
+COUNTS = ("documents", "tokens", "bad_records")
 PART_BYTES = 4 << 20  # of input, at least: seconds of work for one process
 MAX_PARTS = 10_000  # about; beyond, parts grow
 
@@ -65,50 +69,48 @@ def prepare(
     Run again after an interruption, it makes the parts that are missing; run again after success, it does nothing.
 
     Args:
-        inputs: files, directories or globs, see `find_files`. A text file is one document.
+        inputs: files, directories or globs, see `find_files`. A text file is one document; other files hold a record a
+            line, row or element.
         output: path prefix of the token files.
         tokenizer: a Hugging Face tokenizer directory. Code in it is not run.
-        text_key: JSONL key or parquet column of the text.
+        text_key: JSON key or column of the text.
         append_eod: end every document with the tokenizer's eos token.
         num_workers: processes; None: one per available core.
         max_bad_records: how many may be skipped before the job fails.
         progress: show progress (a bar, or plain lines when stderr is not a terminal).
 
     Raises:
-        ValueError: no input, no such tokenizer, no end-of-document token, too many bad records, no document at all.
+        ValueError: no input, or one that cannot be read; no such tokenizer, no end-of-document token, too many bad
+            records, no document at all; an output of other inputs, or one that another process writes.
+        OSError: when the output cannot be written; whole parts are kept.
     """
     began = time.monotonic()
-    parts_dir, manifest_path = Path(f"{output}.parts"), Path(f"{output}.json")
-    if not all(inputs):
-        raise ValueError("an input is empty; name files, directories or globs of text, JSONL or parquet")
+    output = _check_output(output)
+    found = find_files(inputs)
+    print("".join(f"{line}\n" for line in found.lines()), end="")
     tok, tokens, snapshot = open_tokenizer(tokenizer, append_eod)
-    parts = _plan(find_files(inputs), parts_dir, tok, text_key)
-    key = digest([part.key for part in parts])
-    done = _finished(output, key)
-    if done:
-        print(f"{output}.bin is complete: {done['documents']:,} documents, {done['tokens']:,} tokens; nothing to do")
-        return PrepareResult(done["documents"], done["tokens"], done["bad_records"], time.monotonic() - began)
+    parts_dir = Path(f"{output}.parts")
+    parts = _plan(list(found.files.values()), parts_dir, tok, text_key)
     sources = [os.path.abspath(source) for source in inputs]
-    _refuse_foreign(output, parts_dir, sources)
-    parts_dir.mkdir(parents=True, exist_ok=True)
-    snapshot(parts_dir / "tokenizer.json")
-    made, fresh = _make_parts(parts, num_workers, max_bad_records, progress)
-    totals = {name: sum(part[name] for part in made) for name in ("documents", "tokens", "bad_records")}
-    bad = [entry for part in made for entry in part["bad"]]
-    _judge(totals, bad, max_bad_records, parts_dir)
-    occurring = _join(parts, output, np.dtype(parts[0].dtype), tok.vocab_size)
-    listed = {"bad": bad[:MAX_LISTED], "append_eod": append_eod, "text_key": text_key, "dtype": parts[0].dtype}
-    about = {"tokenizer": tok.path, "tokenizer_sha256": tok.sha256, "vocab_size": tok.vocab_size, "eod_id": tok.eod}
-    used = {"max_token_id": max(occurring), "vocabulary": pack_vocabulary({i: tokens[i] for i in occurring})}
-    write_json(manifest_path, {"key": key, "inputs": sources, **about, **totals, **listed, **used})
-    shutil.rmtree(parts_dir)
-    seconds = time.monotonic() - began
-    resumed = f" ({totals['tokens'] - fresh:,} from an earlier, interrupted run)" if fresh < totals["tokens"] else ""
-    print(
-        f"{output}.bin: {totals['documents']:,} documents, {totals['tokens']:,} tokens{resumed}, "
-        f"{fresh / seconds:,.0f} tokens/s, {seconds:.1f} s"
-    )
-    return PrepareResult(**totals, seconds=seconds)
+    about: dict[str, Any] = {"key": digest([part.key for part in parts]), "inputs": sources}
+    about |= {"tokenizer": tok.path, "tokenizer_sha256": tok.sha256, "vocab_size": tok.vocab_size, "eod_id": tok.eod}
+    about |= {"append_eod": append_eod, "text_key": text_key, "dtype": parts[0].dtype}
+    manifest, fresh = _finished(output, about["key"]), None
+    if manifest is None or parts_dir.exists():
+        with OutputLock(Path(f"{output}.lock"), f"output = {output}"):
+            manifest = _finished(output, about["key"])  # by another process, meanwhile
+            if manifest is None:
+                _refuse_foreign(output, parts_dir, sources)
+                with _parts_kept(output, parts_dir):
+                    snapshot(parts_dir / "tokenizer.json")
+                    made, fresh = _make_parts(parts, num_workers, max_bad_records, progress)
+                    manifest = about | _total(made, max_bad_records, sources)
+                    manifest |= _join(parts, tokens)
+                    _publish(parts_dir, output, manifest)
+            shutil.rmtree(parts_dir)
+    result = PrepareResult(*(manifest[name] for name in COUNTS), seconds=time.monotonic() - began)
+    _tell(output, result, fresh)
+    return result
 
 
 def _plan(files: list[Path], parts_dir: Path, tok: TokenizerFacts, text_key: str) -> list[Part]:
@@ -123,7 +125,7 @@ def _plan(files: list[Path], parts_dir: Path, tok: TokenizerFacts, text_key: str
         groups[-1].append(piece)
         size += piece.num_bytes
     if not groups:
-        raise ValueError(f"nothing to tokenise: the {len(files)} input files are empty")
+        raise ValueError(f"nothing to tokenise: {files[0]}{' and the others are' if files[1:] else ' is'} empty")
     dtype = "uint16" if tok.vocab_size < 65500 else "int32"  # Megatron's DType.optimal_dtype, without importing it
     what = [tok.sha256, tok.vocab_size, tok.eod, text_key]
     keys = [digest([what, [asdict(piece) for piece in group]]) for group in groups]
@@ -139,7 +141,7 @@ def _make_parts(parts: list[Part], num_workers: int | None, max_bad: int, progre
     todo = [part for part in parts if done[part.prefix] is None]
     workers = min(num_workers or len(os.sched_getaffinity(0)), len(todo))
     old = sum(manifest["tokens"] for manifest in done.values() if manifest)
-    with _reporter(sum(part.num_bytes for part in todo), progress) as report, _mapper(workers) as run:
+    with reporter(sum(part.num_bytes for part in todo), progress) as report, _mapper(workers) as run:
         for part, manifest in run(todo):
             done[part.prefix] = manifest
             report(part.num_bytes, manifest["documents"], manifest["tokens"])
@@ -173,36 +175,33 @@ def _mapper(workers: int) -> Iterator[Callable[[list[Part]], Iterator[tuple[Part
         pool.shutdown(cancel_futures=True)
 
 
-def _judge(totals: dict[str, int], bad: list, max_bad: int, parts_dir: Path) -> None:
-    """Report bad records; refuse too many of them, or no document at all, and remove the parts."""
+def _total(made: list[dict], max_bad: int, sources: list[str]) -> dict[str, Any]:
+    """Add up the parts. Report bad records; refuse too many of them, or no document at all."""
+    totals = {name: sum(part[name] for part in made) for name in COUNTS}
+    bad = [entry for part in made for entry in part["bad"]]
     num_bad = totals["bad_records"]
     lines = [f"  {where} {problem}" for where, problem in bad[:5]] + (["  ..."] if num_bad > 5 else [])
     message = f"{num_bad} bad record{'s' * (num_bad != 1)}"
-    if num_bad <= max_bad and totals["documents"]:
-        if num_bad:
-            print("\n".join([f"skipped {message} (max_bad_records = {max_bad}):", *lines]))
-        return
-    shutil.rmtree(parts_dir)
     if num_bad > max_bad:
         advice = f"more than max_bad_records = {max_bad}; mend them or raise the limit:"
         raise ValueError("\n".join([f"{message}, {advice}", *lines]))
-    raise ValueError("nothing to tokenise: the inputs hold no document with text in it")
+    if not totals["documents"]:
+        raise ValueError(f"nothing to tokenise: no document in {', '.join(sources[:3])} has text in it")
+    if num_bad:
+        print("\n".join([f"skipped {message} (max_bad_records = {max_bad}):", *lines]))
+    return {**totals, "bad": bad[:MAX_LISTED]}
 
 
-def _join(parts: list[Part], output: str, dtype: np.dtype, vocab_size: int) -> list[int]:
-    """Join the parts, in order, into `<output>.bin/.idx`; a half-written file never has that name.
-
-    Returns:
-        The token ids that occur, sorted.
-    """
+def _join(parts: list[Part], tokens: dict[int, str]) -> dict[str, Any]:
+    """Join the parts, in order, into `joined.bin/.idx` beside them. Returns which `tokens` occur, for the manifest."""
     from distill_nemo.runtime.device import quiet_third_parties
 
     quiet_third_parties()
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    joined = Path(parts[0].prefix).parent / "joined"
+    joined, dtype = Path(parts[0].prefix).parent / "joined", np.dtype(parts[0].dtype)
     builder = IndexedDatasetBuilder(f"{joined}.bin", dtype=dtype.type)
-    occurs = np.zeros(vocab_size, dtype=bool)
+    occurs = np.zeros(parts[0].tokenizer.vocab_size, dtype=bool)
     for part in parts:  # add_index, for parts written without importing Megatron
         lengths = np.fromfile(part.prefix + ".len", dtype=np.int32)
         first = len(builder.sequence_lengths) + 1
@@ -213,18 +212,74 @@ def _join(parts: list[Part], output: str, dtype: np.dtype, vocab_size: int) -> l
                 builder.data_file.write(block)  # pyright: ignore[reportAttributeAccessIssue]
                 occurs[np.frombuffer(block, dtype)] = True
     builder.finalize(f"{joined}.idx")
-    Path(f"{output}.json").unlink(missing_ok=True)  # an older manifest must not vouch for new tokens
-    os.replace(f"{joined}.bin", f"{output}.bin")
-    os.replace(f"{joined}.idx", f"{output}.idx")
-    return np.flatnonzero(occurs).tolist()
+    occurring = np.flatnonzero(occurs).tolist()
+    return {"max_token_id": max(occurring), "vocabulary": pack_vocabulary({i: tokens[i] for i in occurring})}
+
+
+def _publish(parts_dir: Path, output: str, manifest: dict[str, Any]) -> None:
+    """Give the joined files, all on the disk by then, their names; an older manifest never vouches for new tokens."""
+    write_atomically(parts_dir / "joined.json", json.dumps(manifest, indent=1))
+    for suffix in (".bin", ".idx"):
+        fsync(parts_dir / f"joined{suffix}")
+    Path(f"{output}.json").unlink(missing_ok=True)
+    for suffix in (".bin", ".idx", ".json"):
+        os.replace(parts_dir / f"joined{suffix}", output + suffix)
+
+
+@contextmanager
+def _parts_kept(output: str, parts_dir: Path) -> Iterator[None]:
+    """Keep the parts that are whole when a disk is full, or the like; remove all when the inputs are refused."""
+    try:
+        parts_dir.mkdir(exist_ok=True)
+        yield
+    except ValueError:
+        shutil.rmtree(parts_dir)
+        raise
+    except OSError as error:
+        for path in parts_dir.glob("*.*"):
+            if not path.with_suffix(".json").exists():
+                path.unlink()
+        if not list(parts_dir.glob("0*.json")):
+            shutil.rmtree(parts_dir, ignore_errors=True)
+        raise OSError(
+            f"output = {output} cannot be written: {error.strerror or error}; when that is mended, the same command "
+            f"goes on with the parts that are whole"
+        ) from None
+
+
+def _tell(output: str, result: PrepareResult, fresh: int | None) -> None:
+    """Print what there is; of its tokens `fresh` were made now, None if there was nothing to do."""
+    counts = f"{result.documents:,} documents, {result.tokens:,} tokens"
+    if fresh is None:
+        print(f"{output}.bin is complete: {counts}; nothing to do")
+        return
+    resumed = f" ({result.tokens - fresh:,} from an earlier, interrupted run)" if fresh < result.tokens else ""
+    print(f"{output}.bin: {counts}{resumed}, {fresh / result.seconds:,.0f} tokens/s, {result.seconds:.1f} s")
+
+
+def _check_output(output: str) -> str:
+    """Return the prefix with `~` expanded.
+
+    Raises:
+        ValueError: for a directory, or the name of one of the files.
+    """
+    if Path(output).suffix in (".bin", ".idx"):
+        raise ValueError(f'output = "{output}" must be without {Path(output).suffix}: it is the prefix of two files')
+    if os.path.basename(output) in ("", ".", ".."):
+        raise ValueError(
+            f'output = "{output}" is a directory: add the name of the files, as in {Path(output, "corpus")}'
+        )
+    return os.path.expanduser(output)
 
 
 def _finished(output: str, key: str) -> dict[str, Any] | None:
     """The manifest of a complete output of the same inputs and options; older ones do not say which tokens occur."""
     manifest = read_manifest(output)
-    if manifest.get("key") != key or "vocabulary" not in manifest or not Path(f"{output}.idx").exists():
+    if manifest.get("key") != key or "vocabulary" not in manifest:
         return None
-    return manifest if file_size(f"{output}.bin") == manifest["tokens"] * np.dtype(manifest["dtype"]).itemsize else None
+    documents, tokens = manifest["documents"], manifest["tokens"]
+    sizes = {".bin": tokens * np.dtype(manifest["dtype"]).itemsize, ".idx": 34 + 12 * documents + 8 * (documents + 1)}
+    return manifest if all(file_size(output + suffix) == size for suffix, size in sizes.items()) else None
 
 
 def _refuse_foreign(output: str, parts_dir: Path, sources: list[str]) -> None:
@@ -239,29 +294,3 @@ def _refuse_foreign(output: str, parts_dir: Path, sources: list[str]) -> None:
     for suffix in (".bin", ".idx", ".json"):
         if Path(output + suffix).exists() and not ours:
             raise ValueError(f"{output}{suffix} exists and was not made by prepare: move it, or choose another output")
-
-
-@contextmanager
-def _reporter(total_bytes: int, show: bool) -> Iterator[Callable[[int, int, int], None]]:
-    """A function (bytes, documents, tokens done) -> None that shows progress on stderr."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    documents = tokens = num_bytes = 0
-    began = last = time.monotonic()
-    console = Console(stderr=True)
-    columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not (show and console.is_terminal)) as bar:
-        task = bar.add_task("tokenising", total=total_bytes)
-
-        def report(new_bytes: int, new_documents: int, new_tokens: int) -> None:
-            nonlocal documents, tokens, num_bytes, last
-            documents, tokens, num_bytes = documents + new_documents, tokens + new_tokens, num_bytes + new_bytes
-            now = time.monotonic()
-            line = f"{documents:,} documents, {tokens:,} tokens, {tokens / (now - began):,.0f} tokens/s"
-            bar.update(task, advance=new_bytes, description=line)
-            if show and not console.is_terminal and (now - last > 10 or num_bytes == total_bytes):
-                last = now
-                print(f"tokenising {num_bytes / max(total_bytes, 1):.0%}: {line}", file=sys.stderr, flush=True)
-
-        yield report

@@ -1,25 +1,38 @@
-"""Documents out of text, JSONL and parquet files, cut into pieces that can be read apart from each other.
+"""Documents out of files, cut into pieces that can be read apart from each other.
 
 Nothing heavy is imported here: the worker processes of `prepare` start with this module.
 """
 
-import glob
+import io
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
-TEXT_SUFFIXES = (".txt", ".md", ".py")
-JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
-DIRECTORY_SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".parquet")  # what is picked up inside a directory
+from distill_nemo.data.formats import errors_named, is_compressed, layout, open_input
+from distill_nemo.data.json_values import json_values
+from distill_nemo.data.tables import (
+    DELIMITERS,
+    arrow_columns,
+    arrow_values,
+    csv_rows,
+    parquet_columns,
+    parquet_values,
+    row_groups,
+)
+
+if TYPE_CHECKING:
+    import pyarrow
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of one file: bytes [start, stop) of text and JSONL, row groups [start, stop) of parquet."""
+    """A part of one file: bytes [start, stop) of JSON lines, row groups [start, stop) of parquet, or all of another."""
 
     path: str
-    kind: str  # text | jsonl | parquet
+    kind: str  # see formats.layout
     start: int
     stop: int
     num_bytes: int
@@ -35,79 +48,51 @@ class Record:
     problem: str = ""
 
 
-def find_files(inputs: list[str]) -> list[Path]:
-    """Files named by `inputs` (files, directories, globs): in the order given, sorted inside each, no file twice.
-
-    Raises:
-        ValueError: an input names nothing.
-    """
-    found: dict[Path, None] = {}
-    for entry in inputs:
-        path = Path(entry).expanduser()
-        matches = [path] if path.exists() else [Path(m) for m in sorted(glob.glob(str(path), recursive=True))]
-        files = [file for match in matches for file in (_inside(match) if match.is_dir() else [match])]
-        if not files:
-            allowed = " ".join(f"*{suffix}" for suffix in DIRECTORY_SUFFIXES)
-            raise ValueError(
-                f'no input found for "{entry}": looked for a file, for {allowed} below a directory, and for a glob'
-            )
-        found |= dict.fromkeys(files)
-    if not found:
-        raise ValueError("no input given: name files, directories or globs of text, JSONL or parquet")
-    return list(found)
-
-
-def _inside(directory: Path) -> list[Path]:
-    return sorted(p for p in directory.rglob("*") if p.suffix in DIRECTORY_SUFFIXES and p.is_file())
-
-
 def cut(path: Path, text_key: str, max_bytes: int) -> list[Piece]:
-    """Cut a file into pieces of about `max_bytes`; a text file is one document and stays whole.
+    """Cut JSON lines and parquet into pieces of about `max_bytes`. Compressed lines and other files stay whole.
 
     Raises:
-        ValueError: a parquet file that cannot be read or has no column `text_key`.
+        ValueError: a file that cannot be read, holds something else than its suffix says, or has no column `text_key`.
     """
-    stat = path.stat()
-    if path.suffix == ".parquet":
-        return [
-            Piece(str(path), "parquet", *group, stat.st_mtime_ns) for group in _row_groups(path, text_key, max_bytes)
+    kind = layout(path)
+    with errors_named(path):
+        stat = path.stat()
+        names = _columns(path, kind)
+        groups = row_groups(path, max_bytes) if kind == "parquet" else [(0, stat.st_size, stat.st_size)]
+    if names and names.count(text_key) != 1:
+        number = "more than one" if text_key in names else "no"
+        raise ValueError(
+            f'{path} has {number} column "{text_key}"; it has {", ".join(names)}. Set text_key to one of them'
+        )
+    if kind == "jsonl" and not is_compressed(path):
+        starts = range(0, stat.st_size, max_bytes)
+        groups = [
+            (start, min(start + max_bytes, stat.st_size), min(max_bytes, stat.st_size - start)) for start in starts
         ]
-    if path.suffix not in JSONL_SUFFIXES:
-        return [Piece(str(path), "text", 0, stat.st_size, stat.st_size, stat.st_mtime_ns)]
-    ends = [(start, min(start + max_bytes, stat.st_size)) for start in range(0, stat.st_size, max_bytes)]
-    return [Piece(str(path), "jsonl", start, stop, stop - start, stat.st_mtime_ns) for start, stop in ends]
+    return [Piece(str(path), kind, *group, stat.st_mtime_ns) for group in groups]
 
 
-def _row_groups(path: Path, text_key: str, max_bytes: int) -> list[tuple[int, int, int]]:
-    """Consecutive row groups of about `max_bytes`, as (first, past the last, bytes)."""
-    import pyarrow.parquet
-
-    try:
-        metadata = pyarrow.parquet.read_metadata(path)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} is not a readable parquet file: {error}") from None
-    names = metadata.schema.to_arrow_schema().names
-    if text_key not in names:
-        raise ValueError(f'{path} has no column "{text_key}"; it has {", ".join(names)}. Set text_key to one of them')
-    groups: list[tuple[int, int, int]] = []
-    for i in range(metadata.num_row_groups):
-        size = metadata.row_group(i).total_byte_size
-        if groups and groups[-1][2] + size <= max_bytes:
-            groups[-1] = (groups[-1][0], i + 1, groups[-1][2] + size)
-        else:
-            groups.append((i, i + 1, size))
-    return groups
+def _columns(path: Path, kind: str) -> list[str]:
+    """Names of the columns of a table; none of other files, nor of an empty one."""
+    if kind in DELIMITERS:
+        with _open_text(path) as file:
+            return next(csv_rows(file, kind), (0, []))[1]
+    return parquet_columns(path) if kind == "parquet" else arrow_columns(path) if kind == "arrow" else []
 
 
 def read(piece: Piece, text_key: str) -> Iterator[Record]:
-    """Documents of one piece, in file order. Blank JSONL lines are skipped; all else without text is a bad record."""
-    if piece.kind == "text":
-        return _read_text(piece)
-    return _read_jsonl(piece, text_key) if piece.kind == "jsonl" else _read_parquet(piece, text_key)
+    """Documents of one piece, in file order. Blank lines are skipped; all else without text is a bad record.
+
+    Raises:
+        ValueError: where the rest of the file cannot be read: it is cut short, say, or its CSV is broken.
+    """
+    with errors_named(piece.path):
+        yield from READERS[piece.kind](piece, text_key)
 
 
-def _read_text(piece: Piece) -> Iterator[Record]:
-    raw = Path(piece.path).read_bytes()
+def _read_text(piece: Piece, text_key: str) -> Iterator[Record]:
+    with open_input(Path(piece.path)) as file:
+        raw = file.read()
     try:
         yield Record(raw.decode().removeprefix("\ufeff"))
     except UnicodeDecodeError as error:
@@ -115,69 +100,116 @@ def _read_text(piece: Piece) -> Iterator[Record]:
         yield Record(where=f"{piece.path}:{line}", problem=_not_utf8(error))
 
 
-def _read_jsonl(piece: Piece, text_key: str) -> Iterator[Record]:
+def _read_lines(piece: Piece, text_key: str) -> Iterator[Record]:
     """Lines that begin inside the piece. The line number costs a read of all before: paid by bad records only."""
-    with open(piece.path, "rb") as file:
+    path = Path(piece.path)
+    stop = sys.maxsize if is_compressed(path) else piece.stop
+    with open_input(path) as file:
         if piece.start:
             file.seek(piece.start - 1)
             file.readline()  # belongs to the piece before, whose line it began
-        first = position = file.tell()
+        first = position = file.tell() if piece.start else 0
         before, line = None, 0
-        while position < piece.stop and (raw := file.readline()):
+        while position < stop and (raw := file.readline()):
             position, line = position + len(raw), line + 1
             if not raw.strip():
                 continue
-            text, problem = _parse(raw.removeprefix(b"\xef\xbb\xbf"), text_key)
-            if problem:
-                before = _count_lines(piece.path, first) if before is None else before
-            yield Record(text, f"{piece.path}:{before + line}" if before is not None and problem else "", problem)
+            record = _of_line(raw.removeprefix(b"\xef\xbb\xbf"), text_key)
+            if record.problem:
+                before = _count_lines(path, first) if before is None else before
+                record = Record(where=f"{path}:{before + line}", problem=record.problem)
+            yield record
 
 
-def _parse(raw: bytes, text_key: str) -> tuple[str, str]:
-    """(text, "") or ("", what is wrong)."""
-    try:
-        value = json.loads(raw.decode())
-        if not isinstance(value, dict):
-            return "", f"is a {type(value).__name__}, not an object"
-        if text_key not in value:
-            return "", f'has no key "{text_key}" (it has {", ".join(list(value)[:5]) or "none"})'
-        text = value[text_key]
-        if not isinstance(text, str):
-            return "", f'"{text_key}" is {type(text).__name__}, not a string'
-        text.encode()  # JSON can spell half of a surrogate pair, which no tokenizer takes
-        return text, ""
-    except UnicodeDecodeError as error:
-        return "", _not_utf8(error)
-    except UnicodeEncodeError:
-        return "", f'"{text_key}" holds half of a surrogate pair'
-    except (ValueError, RecursionError) as error:
-        return "", f"is not valid JSON: {error}"
+def _read_json(piece: Piece, text_key: str) -> Iterator[Record]:
+    with _open_text(Path(piece.path)) as file:
+        for number, value in enumerate(json_values(file), start=1):
+            yield _of_object(value, text_key, f"{piece.path}, record {number}")
+
+
+def _read_csv(piece: Piece, text_key: str) -> Iterator[Record]:
+    with _open_text(Path(piece.path)) as file:
+        rows = csv_rows(file, piece.kind)
+        names = next(rows, (0, []))[1]
+        for line, row in rows:
+            where = f"{piece.path}:{line}"
+            if len(row) == len(names):
+                yield _of_text(row[names.index(text_key)], text_key, where)
+            else:
+                yield Record(where=where, problem=f"has {len(row)} fields, and the header {len(names)}")
 
 
 def _read_parquet(piece: Piece, text_key: str) -> Iterator[Record]:
-    import pyarrow.parquet
+    return _of_scalars(parquet_values(Path(piece.path), text_key, piece.start, piece.stop), piece, text_key)
 
-    with pyarrow.parquet.ParquetFile(piece.path) as file:
-        row = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
-        groups = list(range(piece.start, piece.stop))
-        for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=[text_key]):
-            for value in batch.column(0):
-                row += 1
-                try:
-                    text = value.as_py()
-                    problem = "" if isinstance(text, str) else f'"{text_key}" is {type(text).__name__}, not a string'
-                except UnicodeDecodeError as error:
-                    text, problem = "", _not_utf8(error)
-                yield Record(where=f"{piece.path}:{row}", problem=problem) if problem else Record(text)
+
+def _read_arrow(piece: Piece, text_key: str) -> Iterator[Record]:
+    return _of_scalars(arrow_values(Path(piece.path), text_key), piece, text_key)
+
+
+READERS = {
+    "text": _read_text,
+    "jsonl": _read_lines,
+    "json": _read_json,
+    "csv": _read_csv,
+    "tsv": _read_csv,
+    "parquet": _read_parquet,
+    "arrow": _read_arrow,
+}
+
+
+def _open_text(path: Path) -> TextIO:
+    """Open for reading; bytes that are not UTF-8 come as surrogates, and their record is a bad one."""
+    return io.TextIOWrapper(open_input(path), "utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _of_line(raw: bytes, text_key: str) -> Record:
+    try:
+        return _of_object(json.loads(raw.decode()), text_key)
+    except UnicodeDecodeError as error:
+        return Record(problem=_not_utf8(error))
+    except (ValueError, RecursionError) as error:
+        return Record(problem=f"is not valid JSON: {error}")
+
+
+def _of_object(value: object, text_key: str, where: str = "") -> Record:
+    if not isinstance(value, dict):
+        return Record(where=where, problem=f"is a {type(value).__name__}, not an object")
+    if text_key not in value:
+        return Record(where=where, problem=f'has no key "{text_key}" (it has {", ".join(list(value)[:5]) or "none"})')
+    return _of_text(value[text_key], text_key, where)
+
+
+def _of_text(text: object, text_key: str, where: str = "") -> Record:
+    if not isinstance(text, str):
+        return Record(where=where, problem=f'"{text_key}" is {type(text).__name__}, not a string')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, spelled in JSON; or a byte, see `_open_text`
+        byte = ord(text[error.start]) - 0xDC00
+        problem = "holds half of a surrogate pair"
+        if 0x80 <= byte <= 0xFF:
+            problem = f"is not UTF-8: byte 0x{byte:02x}"
+        return Record(where=where, problem=f'"{text_key}" {problem}')
+    return Record(text)
+
+
+def _of_scalars(scalars: "Iterator[tuple[int, pyarrow.Scalar]]", piece: Piece, text_key: str) -> Iterator[Record]:
+    for row, scalar in scalars:
+        where = f"{piece.path}:{row}"
+        try:
+            yield _of_text(scalar.as_py(), text_key, where)
+        except UnicodeDecodeError as error:
+            yield Record(where=where, problem=_not_utf8(error))
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"is not UTF-8: byte 0x{error.object[error.start]:02x}, {error.reason}"
 
 
-def _count_lines(path: str, stop: int) -> int:
+def _count_lines(path: Path, stop: int) -> int:
     lines = 0
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         while stop > 0 and (block := file.read(min(stop, 1 << 20))):
             lines, stop = lines + block.count(b"\n"), stop - len(block)
     return lines

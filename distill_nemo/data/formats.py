@@ -1,0 +1,123 @@
+"""File formats by suffix, compressed or not; a file whose content is something else is refused by name.
+
+Nothing heavy is imported here: the worker processes of `prepare` start with this module.
+"""
+
+import contextlib
+import errno
+import io
+import lzma
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+KINDS = {
+    "text": (".txt", ".text", ".md", ".py"),
+    "json": (".jsonl", ".jsonlines", ".jl", ".ndjson", ".json"),
+    "csv": (".csv",),
+    "tsv": (".tsv",),
+    "parquet": (".parquet",),
+    "arrow": (".arrow", ".feather"),
+}
+CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4", ".xz": "xz"}
+SUFFIXES = {suffix: kind for kind, suffixes in KINDS.items() for suffix in suffixes}
+TABLES = ("parquet", "arrow")  # pyarrow opens them itself; they compress their own columns
+KNOWN = (
+    f"Known are {' '.join(SUFFIXES)}, and all but {' '.join(KINDS['parquet'] + KINDS['arrow'])} also compressed, with "
+    f"{' '.join(CODECS)} behind"
+)
+HEAD = 1 << 16  # bytes that tell what a file holds
+OTHER_CONTENT = {
+    "gzip": rb"\x1f\x8b",
+    "bzip2": rb"BZh[1-9]1AY&SY",
+    "Zstandard": rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18",
+    "lz4": rb"\x04\x22\x4d\x18",
+    "xz": rb"\xfd7zXZ\x00",
+    "zip": rb"PK\x03\x04",
+    "parquet": rb"PAR1\x15",
+    "Arrow": rb"ARROW1\x00|\xff\xff\xff\xff",
+    "UTF-16 or UTF-32": rb"\xff\xfe|\xfe\xff|\x00\x00\xfe\xff",
+    "NUL bytes": rb"[^\x00]{0,3}\x00",  # UTF-16 without its mark, zeros after a crash
+}
+
+
+def split_suffixes(path: Path) -> tuple[str, str]:
+    """The format's suffix and the compression's, in lower case: "a.JSONL.gz" -> (".jsonl", ".gz")."""
+    compression = path.suffix.lower() if path.suffix.lower() in CODECS else ""
+    return (Path(path.stem) if compression else path).suffix.lower(), compression
+
+
+def is_compressed(path: Path) -> bool:
+    """True if the suffix says so."""
+    return bool(split_suffixes(path)[1])
+
+
+def problem_of(path: Path) -> str:
+    """Return why `path` cannot be an input, by its name and its type; "" if it can."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        return "a link to nothing" if error.errno in (errno.ENOENT, errno.ELOOP) else str(error.strerror)
+    if not stat.S_ISREG(mode):
+        return "a pipe, a socket or a device"
+    suffix, compression = split_suffixes(path)
+    if suffix not in SUFFIXES:
+        return f'unknown suffix "{suffix}{compression}"' if suffix or compression else "no suffix"
+    if compression and SUFFIXES[suffix] in TABLES:
+        return f"{suffix}{compression} is not read: decompress it"
+    return ""
+
+
+def open_input(path: Path) -> BinaryIO:
+    """Open a file for reading, decompressed."""
+    _, compression = split_suffixes(path)
+    if not compression:
+        return path.open("rb")
+    if compression == ".xz":
+        return lzma.open(path)  # pyright: ignore[reportReturnType]
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression=CODECS[compression]))
+
+
+def layout(path: Path) -> str:
+    """How the records of a file lie: text, jsonl, json (an array or a value over lines), csv, tsv, parquet or arrow.
+
+    Raises:
+        ValueError: when the content is not what the suffix says.
+    """
+    suffix, compression = split_suffixes(path)
+    kind = SUFFIXES[suffix]
+    if kind in TABLES:
+        return kind
+    with errors_named(path):
+        if compression and not path.stat().st_size:
+            raise ValueError(f"it is empty, which no whole {compression} file is")
+        with open_input(path) as file:
+            head = file.read(HEAD)
+        for name, pattern in OTHER_CONTENT.items():
+            if re.match(pattern, head, re.S):
+                raise ValueError(f"it holds {name}, which its suffix does not say")
+        return _json_layout(head) if kind == "json" else kind
+
+
+def _json_layout(head: bytes) -> str:
+    """Lines, unless the file begins as an array or as an object that goes on in the next line."""
+    begins = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if begins.startswith(b"[") or begins.partition(b"\n")[0].strip() == b"{":
+        return "json"
+    if b"\r" in begins.rstrip() and b"\n" not in head:
+        raise ValueError("its lines end in CR alone")
+    return "jsonl"
+
+
+@contextlib.contextmanager
+def errors_named(path: Path | str) -> Iterator[None]:
+    """Turn the errors of a file that cannot be read to its end into a ValueError that names it."""
+    try:
+        yield
+    except (OSError, EOFError, ValueError, RecursionError, lzma.LZMAError) as error:
+        words = error.strerror if isinstance(error, OSError) and error.strerror else str(error).rstrip(".")
+        raise ValueError(f"{path} cannot be read: {words}; mend or convert it, or leave it out of the inputs") from None

@@ -1,0 +1,135 @@
+"""The input files that a user's words name: files, directories and globs; what is left out is said."""
+
+import glob
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from distill_nemo.data.formats import KNOWN, problem_of, split_suffixes
+
+ABOUT_TEXT = re.compile(r"readme([-_.].*)?|licen[cs]e([-_.].*)?|copying|notice", re.I)  # the stem of a text file
+ABOUT_JSON = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "tokenizer.json")
+MAX_NAMED = 3  # files named for each reason
+
+
+@dataclass
+class Found:
+    """Input files, each once, in order; and by reason what was left out."""
+
+    files: dict[tuple[int, int], Path] = field(default_factory=dict)  # by device and inode, whatever the spelling
+    skipped: dict[str, list[Path]] = field(default_factory=dict)
+
+    def add(self, path: Path) -> None:
+        """Take a file, unless the same one is there already."""
+        status = path.stat()
+        if self.files.setdefault((status.st_dev, status.st_ino), path) is not path:
+            self.skip(path, "the same file again, counted once")
+
+    def skip(self, path: Path, reason: str) -> None:
+        """Leave a file or a directory out."""
+        self.skipped.setdefault(reason, []).append(path)
+
+    def lines(self) -> list[str]:
+        """A line for each reason, with the number of files and the first of them."""
+        return [f"skipped {len(paths)} ({reason}): {_first(paths)}" for reason, paths in self.skipped.items()]
+
+
+def _first(paths: list[Path]) -> str:
+    return ", ".join(map(str, paths[:MAX_NAMED])) + ", ..." * (len(paths) > MAX_NAMED)
+
+
+def split_inputs(words: str) -> list[str]:
+    """Split "a, b" at its commas; the name of a file that is there may hold one."""
+    return [words] if os.path.lexists(words) else [entry.strip() for entry in words.split(",")]
+
+
+def find_files(inputs: list[str]) -> Found:
+    """Find the files that `inputs` name: files, directories, globs; in the order given, sorted inside each.
+
+    Links are followed. Hidden files, READMEs, licences and what is no text are left out of directories and globs.
+
+    Raises:
+        ValueError: for an input that names nothing, or a file of an unknown suffix.
+    """
+    found = Found()
+    for entry in inputs:
+        if not entry.strip():
+            raise ValueError("an input is empty; name files, directories or globs, separated by commas")
+        path = Path(os.path.expanduser(entry))
+        here = Found()
+        for match in [path] if os.path.lexists(path) else _glob(path, here):
+            if match.is_dir():
+                for file in sorted(directory / name for directory, names in _walk(match, here) for name in names):
+                    _take(file, here)
+            elif match != path:
+                _take(match, here)
+            elif problem := problem_of(path):
+                raise ValueError(f"{path}: {problem}. {KNOWN}. Convert it, for instance to JSONL, or rename it")
+            else:
+                here.add(path)
+        if not here.files:
+            raise ValueError("\n".join([f'no input found for "{entry}". {KNOWN}', *here.lines()]))
+        for file in here.files.values():
+            found.add(file)
+        for reason, paths in here.skipped.items():
+            found.skipped.setdefault(reason, []).extend(paths)
+    if not found.files:
+        raise ValueError(f"no input given: name files, directories or globs. {KNOWN}")
+    return found
+
+
+def _glob(pattern: Path, found: Found) -> list[Path]:
+    """Matches in order. What is there by its very name is no pattern: "data[1]/*.txt" looks into "data[1]"."""
+    there = next(parent for parent in pattern.parents if parent.exists())
+    return sorted(_matches(there, pattern.relative_to(there).parts, found))
+
+
+def _matches(root: Path, parts: tuple[str, ...], found: Found) -> list[Path]:
+    """Paths below `root` that match `parts`; `**` is walked here, since `glob` would follow a link's loop."""
+    if "**" not in parts:
+        return [Path(match) for match in glob.glob(os.path.join(glob.escape(str(root)), *parts))]
+    i = parts.index("**")
+    starts = _matches(root, parts[:i], found)
+    below = [directory for start in starts for directory, _ in _walk(start, found)]
+    return [match for directory in below for match in _matches(directory, parts[i + 1 :], found)]
+
+
+def _walk(top: Path, found: Found) -> Iterator[tuple[Path, list[str]]]:
+    """Yield each directory from `top` down, once, with the names of its files; links are followed."""
+    seen = set()
+    for name, directories, files in os.walk(top, onerror=_refuse, followlinks=True):
+        directory, status = Path(name), os.stat(name)
+        if (status.st_dev, status.st_ino) in seen:
+            found.skip(directory, "a directory that was read already")
+            directories.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        for hidden in sorted(name for name in directories + files if name.startswith(".")):
+            found.skip(directory / hidden, "hidden")
+        directories[:] = sorted(name for name in directories if not name.startswith("."))
+        yield directory, [name for name in files if not name.startswith(".")]
+
+
+def _refuse(error: OSError) -> None:
+    raise ValueError(f"{error.filename} cannot be read: {error.strerror}")
+
+
+def _take(path: Path, found: Found) -> None:
+    """Take a file that was found, not named, or say why not."""
+    if reason := problem_of(path) or _about(path):
+        found.skip(path, reason)
+    else:
+        found.add(path)
+
+
+def _about(path: Path) -> str:
+    """Return why a file is about the documents and not one of them; "" if it may be one."""
+    if split_suffixes(path)[0] in (".txt", ".text", ".md") and ABOUT_TEXT.fullmatch(path.name.partition(".")[0]):
+        return "about the text; to include it, name it as an input"
+    if path.name in ABOUT_JSON:
+        return "about the data"
+    if path.suffix == ".json" and path.with_suffix(".bin").exists():
+        return "the manifest of token files"
+    return ""

@@ -1,0 +1,85 @@
+"""JSON values of a file that has no value a line: the elements of an array, or values one after another."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import TextIO
+
+CHUNK = 1 << 20  # characters
+BLANK = re.compile(r"[ \t\r\n]*")
+
+
+def json_values(file: TextIO) -> Iterator[object]:
+    """Yield the values in `file`; no more than one of them and a chunk of text is in memory.
+
+    Raises:
+        ValueError: where the JSON is broken or cut short, with the number of the last value before that.
+    """
+    scanner, number = _Scanner(file), 0
+    try:
+        for value in _elements(scanner) if scanner.skip("[") else _sequence(scanner):
+            yield value
+            number += 1
+    except json.JSONDecodeError as error:
+        raise ValueError(f"its JSON is broken or cut short after record {number}: {error.msg}") from None
+
+
+def _sequence(scanner: "_Scanner") -> Iterator[object]:
+    while scanner.peek():
+        yield scanner.value()
+
+
+def _elements(scanner: "_Scanner") -> Iterator[object]:
+    if scanner.peek() != "]":
+        yield scanner.value()
+        while scanner.skip(","):
+            yield scanner.value()
+    if not scanner.skip("]"):
+        raise json.JSONDecodeError('"," or "]" is missing', "", 0)
+    if scanner.peek():
+        raise json.JSONDecodeError("something follows the array", "", 0)
+
+
+class _Scanner:
+    """A place in a text of which a part is in memory."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file, self.text, self.at = file, "", 0
+
+    def peek(self) -> str:
+        """The next character that is not blank; "" at the end."""
+        while True:
+            blank = BLANK.match(self.text, self.at)
+            self.at = blank.end() if blank else self.at
+            if self.at < len(self.text):
+                return self.text[self.at]
+            self.text, self.at = self.file.read(CHUNK), 0
+            if not self.text:
+                return ""
+
+    def skip(self, character: str) -> bool:
+        """Step over `character` if it is the next one."""
+        there = self.peek() == character
+        self.at += there
+        return there
+
+    def value(self) -> object:
+        """Decode the next value; the text grows, twofold each time, until it holds the value's end."""
+        self.peek()
+        while True:
+            try:
+                value, end = json.JSONDecoder().raw_decode(self.text, self.at)
+            except json.JSONDecodeError:
+                value, end = None, -1
+                if not self._grow():
+                    raise
+            else:
+                if end < len(self.text) or not self._grow():  # a number at the end of the text may go on
+                    self.at = end
+                    return value
+
+    def _grow(self) -> bool:
+        kept = self.text[self.at :]
+        more = self.file.read(max(CHUNK, len(kept)))
+        self.text, self.at = kept + more, 0
+        return bool(more)

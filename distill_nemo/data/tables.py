@@ -1,0 +1,94 @@
+"""Rows of CSV, TSV, parquet and Arrow files. pyarrow is imported where a file needs it."""
+
+import csv
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    import pyarrow
+
+DELIMITERS = {"csv": ",", "tsv": "\t"}
+
+
+def csv_rows(file: TextIO, kind: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the rows that are not empty, the header first, each with the number of the line where it begins.
+
+    Raises:
+        ValueError: for a quote that is not closed, or closed inside a field.
+    """
+    csv.field_size_limit(sys.maxsize)
+    rows = csv.reader(file, delimiter=DELIMITERS[kind], strict=True)
+    line = 1
+    try:
+        for row in rows:
+            if row:
+                yield line, row
+            line = rows.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"line {line} is not valid {kind.upper()}: {error}") from None
+
+
+def row_groups(path: Path, max_bytes: int) -> list[tuple[int, int, int]]:
+    """Consecutive row groups of a parquet file, of about `max_bytes`: (first, past the last, bytes)."""
+    import pyarrow.parquet
+
+    metadata = pyarrow.parquet.read_metadata(path)
+    groups: list[tuple[int, int, int]] = []
+    for i in range(metadata.num_row_groups):
+        size = metadata.row_group(i).total_byte_size
+        if groups and groups[-1][2] + size <= max_bytes:
+            groups[-1] = (groups[-1][0], i + 1, groups[-1][2] + size)
+        else:
+            groups.append((i, i + 1, size))
+    return groups
+
+
+def parquet_columns(path: Path) -> list[str]:
+    """Names of the columns of a parquet file."""
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_schema(path).names
+
+
+def parquet_values(path: Path, column: str, start: int, stop: int) -> "Iterator[tuple[int, pyarrow.Scalar]]":
+    """Yield the values of a column in the row groups [start, stop), each with the number of its row, from 1 on."""
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        row = sum(file.metadata.row_group(i).num_rows for i in range(start))
+        for batch in file.iter_batches(batch_size=1024, row_groups=list(range(start, stop)), columns=[column]):
+            yield from enumerate(batch.column(0), start=row + 1)
+            row += batch.num_rows
+
+
+def arrow_columns(path: Path) -> list[str]:
+    """Names of the columns of an Arrow file."""
+    import pyarrow
+
+    with pyarrow.OSFile(str(path)) as file:
+        return _open_arrow(file).schema.names
+
+
+def arrow_values(path: Path, column: str) -> "Iterator[tuple[int, pyarrow.Scalar]]":
+    """Yield the values of a column of an Arrow file, each with the number of its row, from 1 on."""
+    import pyarrow
+
+    row = 0
+    with pyarrow.OSFile(str(path)) as file:
+        reader = _open_arrow(file)
+        random_access = isinstance(reader, pyarrow.ipc.RecordBatchFileReader)
+        for batch in map(reader.get_batch, range(reader.num_record_batches)) if random_access else reader:
+            batch.validate()
+            yield from enumerate(batch.column(column), start=row + 1)
+            row += batch.num_rows
+
+
+def _open_arrow(file: "pyarrow.OSFile") -> "pyarrow.ipc.RecordBatchFileReader | pyarrow.ipc.RecordBatchStreamReader":
+    """Both forms: with an index at the end, or a stream, as `datasets` writes it."""
+    import pyarrow
+
+    magic = file.read(6)
+    file.seek(0)
+    return pyarrow.ipc.open_file(file) if magic == b"ARROW1" else pyarrow.ipc.open_stream(file)

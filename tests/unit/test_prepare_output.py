@@ -1,0 +1,144 @@
+"""What `prepare` writes: one process at a time, whole or not at all, kept when the disk is full."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distill_nemo.data import prepare as module
+from distill_nemo.data.prepare import prepare
+from distill_nemo.data.stdlib_corpus import train_tokenizer
+from distill_nemo.runtime.output_lock import OutputLock
+
+LINES = "".join(f'{{"text": "document {i} of a few words"}}\n' for i in range(300))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> str:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    (directory / "text").write_text(LINES)
+    train_tokenizer([directory / "text"], directory / "tokenizer", 300)
+    return str(directory / "tokenizer")
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch) -> list[str]:
+    """One input, of several parts."""
+    monkeypatch.setattr(module, "PART_BYTES", 2000)
+    (tmp_path / "in.jsonl").write_text(LINES)
+    return [str(tmp_path / "in.jsonl")]
+
+
+def made(prefix: Path) -> list[bytes]:
+    return [Path(f"{prefix}{suffix}").read_bytes() for suffix in (".bin", ".idx")]
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_a_second_process_is_refused_and_changes_nothing(tmp_path, tokenizer, source):
+    holder = "import sys\nfrom pathlib import Path\nfrom distill_nemo.runtime.output_lock import OutputLock\n"
+    holder += "with OutputLock(Path(sys.argv[1]), 'output = X'):\n    print('held', flush=True)\n    sys.stdin.read()"
+    command = [sys.executable, "-c", holder, str(tmp_path / "out.lock")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(module.__file__).parents[2])}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, **pipes) as process:  # pyright: ignore
+        assert process.stdout is not None and process.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match=rf"output = .*out: another process writes there \(process {process.pid} "):
+            prepare(source, str(tmp_path / "out"), tokenizer, num_workers=1)
+        assert names(tmp_path) == ["in.jsonl", "out.lock"]
+        process.kill()
+    assert prepare(source, str(tmp_path / "out"), tokenizer, num_workers=1).documents == 300
+    assert names(tmp_path) == ["in.jsonl", "out.bin", "out.idx", "out.json"]
+
+
+@pytest.mark.parametrize("full", ["000000.bin", "000003.bin", "000003.len", "joined.bin", "joined.idx"])
+def test_a_full_disk_is_told_and_what_is_whole_is_kept(tmp_path, tokenizer, source, capsys, full):
+    output, parts = tmp_path / "out", tmp_path / "out.parts"
+    parts.mkdir()
+    (parts / full).symlink_to("/dev/full")
+    with pytest.raises(
+        OSError, match=r"output = .*out cannot be written: No space left on device; .* the same command"
+    ):
+        prepare(source, str(output), tokenizer, num_workers=1)
+    if full.startswith("000000"):
+        assert names(tmp_path) == ["in.jsonl"]
+    else:
+        whole = [path for path in names(parts) if re.fullmatch(r"\d{6}\.json", path)]
+        kept = [f"{path[:6]}.{suffix}" for path in whole for suffix in ("bin", "json", "len")]
+        assert len(whole) >= 3 and names(parts) == [*kept, "tokenizer.json"]
+        assert names(tmp_path) == ["in.jsonl", "out.parts"]
+    prepare(source, str(output), tokenizer, num_workers=1)
+    assert ("from an earlier, interrupted run" in capsys.readouterr().out) == (full != "000000.bin")
+    prepare(source, str(tmp_path / "straight"), tokenizer, num_workers=1)
+    assert made(output) == made(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_damaged_file_refuses_the_whole_and_leaves_nothing(tmp_path, tokenizer, source, workers):
+    (tmp_path / "z.json").write_text('[{"text": "a"}, {"text": "b"')
+    with pytest.raises(ValueError, match=r"z.json cannot be read: its JSON is broken or cut short after record 1"):
+        prepare([*source, str(tmp_path / "z.json")], str(tmp_path / "out"), tokenizer, num_workers=workers)
+    assert names(tmp_path) == ["in.jsonl", "z.json"]
+
+
+@pytest.mark.parametrize("shortened", [".bin", ".idx"])
+def test_an_output_that_was_cut_short_is_made_again(tmp_path, tokenizer, source, shortened):
+    output = tmp_path / "out"
+    prepare(source, str(output), tokenizer, num_workers=1)
+    before = made(output)
+    Path(f"{output}{shortened}").write_bytes(b"")
+    prepare(source, str(output), tokenizer, num_workers=1)
+    assert made(output) == before
+
+
+def test_parts_left_by_a_run_that_was_killed_at_its_very_end_are_removed(tmp_path, tokenizer, source, capsys):
+    prepare(source, str(tmp_path / "out"), tokenizer, num_workers=1)
+    (tmp_path / "out.parts").mkdir()
+    prepare(source, str(tmp_path / "out"), tokenizer, num_workers=1)
+    assert "nothing to do" in capsys.readouterr().out
+    assert names(tmp_path) == ["in.jsonl", "out.bin", "out.idx", "out.json"]
+
+
+def test_a_whole_output_needs_no_right_to_write(tmp_path, tokenizer, source, capsys):
+    (tmp_path / "data").mkdir()
+    prepare(source, str(tmp_path / "data" / "out"), tokenizer, num_workers=1)
+    with OutputLock(tmp_path / "data" / "out.lock", "output = X"):
+        prepare(source, str(tmp_path / "data" / "out"), tokenizer, num_workers=1)
+    assert "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("data/", 'output = "data/" is a directory: add the name of the files, as in data/corpus'),
+        ("", 'output = "" is a directory'),
+        (".", 'output = "." is a directory'),
+        ("data/..", r'output = "data/\.\." is a directory'),
+        ("data/corpus.bin", 'output = "data/corpus.bin" must be without .bin'),
+        ("corpus.idx", 'output = "corpus.idx" must be without .idx'),
+        ("file/corpus", "output = file/corpus: .*cannot be written: "),
+    ],
+)
+def test_an_output_that_is_no_prefix_is_refused(tmp_path, tokenizer, source, monkeypatch, output, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=said):
+        prepare(source, output, tokenizer, num_workers=1)
+    assert names(tmp_path) == ["file", "in.jsonl"]
+
+
+def test_an_output_inside_its_inputs_is_no_input(tmp_path, tokenizer, source):
+    first = prepare([str(tmp_path)], str(tmp_path / "out"), tokenizer, num_workers=1)
+    again = prepare([str(tmp_path)], str(tmp_path / "out"), tokenizer, num_workers=1)
+    assert again.documents == first.documents == 300
+    (tmp_path / "out.bin").write_bytes(b"")
+    (tmp_path / "out.parts").mkdir()
+    (tmp_path / "out.parts" / "000000.bin").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        prepare([str(tmp_path)], str(tmp_path / "out"), tokenizer, num_workers=1)
+    assert prepare([str(tmp_path)], str(tmp_path / "out"), tokenizer, num_workers=1).documents == 300
