@@ -4,6 +4,7 @@ No torch here: the command line reads these in the launcher, which must stay qui
 """
 
 import difflib
+import reprlib
 import types
 import typing
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
@@ -254,15 +255,18 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if plain is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:  # YAML reads 1e-4 as a string
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     ok = isinstance(value, plain) and not (plain is int and isinstance(value, bool))
-    require(ok, f"{where} must be {plain.__name__}, got {value!r}")
+    require(ok, f"{where} must be {plain.__name__}, got {reprlib.repr(value)}")
     if plain is list:
         item = typing.get_args(hint)[0]
         item = typing.get_origin(item) or item
         items = typing.cast(list[Any], value)
-        require(all(isinstance(x, item) for x in items), f"{where} must be a list of {item.__name__}, got {value!r}")
+        require(
+            all(isinstance(x, item) for x in items),
+            f"{where} must be a list of {item.__name__}, got {reprlib.repr(value)}",
+        )
     return value
 
 

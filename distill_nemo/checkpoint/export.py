@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import uuid
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None) -> None:
         tokenizer: tokenizer directory to copy beside the weights; by default the run's, or the checkpoint's own.
 
     Raises:
-        ValueError: when `checkpoint` is no checkpoint.
+        ValueError: when `checkpoint` is no checkpoint, or transformers reads its source otherwise.
         RuntimeError: when the reloaded model's logits differ.
     """
     from distill_nemo.runtime.device import resolve_dtype, setup_device
@@ -74,6 +75,7 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None) -> None:
     from distill_nemo.models.huggingface import check_exportable, check_target, export_hf, tokenizer_files
     from distill_nemo.models.megatron_weights import stored_dtype
     from distill_nemo.models.provider import model_provider
+    from distill_nemo.models.source_check import check_source
     from distill_nemo.models.sources import CheckpointKind, find_checkpoint
     from distill_nemo.runtime.seed import seed_everything
 
@@ -83,7 +85,10 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None) -> None:
     # Of a run this one step, whatever it saves meanwhile; the others say beside their weights what those are.
     student = resolve(StudentConfig(checkpoint=str(where) if found.kind is CheckpointKind.OURS else checkpoint))
     check_exportable(student)
+    check_source(student)
     dtype = resolve_dtype("auto") if found.kind is CheckpointKind.HUGGING_FACE else stored_dtype(where)
+    if found.kind is CheckpointKind.OURS:
+        _check_source_of_run(read_record(where), student)
     if found.kind is CheckpointKind.OURS and not tokenizer:
         tokenizer = _tokenizer_of_run(read_record(where))
     elif tokenizer is None and found.kind is CheckpointKind.HUGGING_FACE and tokenizer_files(where):
@@ -94,6 +99,34 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None) -> None:
         model: Any = model_provider(student=student, parallelism=ParallelismConfig(), dtype=dtype).cuda()
         export_hf(model.eval(), output, student, tokenizer)
     print(f"exported {where.name} to {output}: the reloaded model gives the same logits", flush=True)
+
+
+def _check_source_of_run(record: dict[str, Any], student: StudentConfig) -> None:
+    """Hold the architecture of a run against the Hugging Face directory that its student came from, if that is there.
+
+    Raises:
+        ValueError: when transformers reads that directory otherwise than the run did.
+    """
+    from distill_nemo.models.architecture import with_stored_vocabulary
+    from distill_nemo.models.hf_tensors import check_hf_tensors
+    from distill_nemo.models.source_check import check_source
+    from distill_nemo.models.sources import CheckpointKind, find_checkpoint
+
+    source = replace(student, checkpoint=record["student"]["checkpoint"])
+    if source.checkpoint is None or not Path(source.checkpoint).is_dir():
+        return
+    try:
+        found = find_checkpoint(Path(source.checkpoint))
+        if found.kind is not CheckpointKind.HUGGING_FACE:
+            return
+        check_hf_tensors(found.weights, with_stored_vocabulary(source))
+    except ValueError as error:
+        print(f"warning: the run's source is another model now, and was not compared: {error}", file=sys.stderr)
+        return
+    try:
+        check_source(source)
+    except ValueError as error:
+        raise ValueError(f"the run did not read its student as transformers does; train again: {error}") from None
 
 
 def _tokenizer_of_run(record: dict[str, Any]) -> str | None:

@@ -18,13 +18,24 @@ from megatron.core.transformer.heterogeneous.heterogeneous_config import Heterog
 from torch import Tensor
 from torch.nn.init import zeros_
 
-from distill_nemo.config import ModelConfig, ParallelismConfig, StudentConfig, TeacherConfig, near
+from distill_nemo.config import ModelConfig, ParallelismConfig, StudentConfig, TeacherConfig, from_dict, near
+from distill_nemo.models.config_fields import (
+    MAX_EXPERTS,
+    MAX_EXPERTS_IN_ALL_LAYERS,
+    MAX_LAYERS,
+    MAX_NUMBER,
+    MAX_POSITIONS,
+    MAX_SIZE,
+    read_json,
+)
 from distill_nemo.models.context_parallel import give_own_positions
 from distill_nemo.models.experts import MOE_FAMILIES, MOE_SIZES, check_experts, expert_settings
-from distill_nemo.models.hf_config import FAMILIES, QK_NORM_FAMILIES, check_rope_scaling, from_huggingface
+from distill_nemo.models.hf_config import FAMILIES, QK_NORM_FAMILIES, from_huggingface
+from distill_nemo.models.hf_tensors import check_hf_tensors, has_weights
 from distill_nemo.models.layer_specs import block_spec
 from distill_nemo.models.layers import as_megatron, layers
 from distill_nemo.models.nemo_config import read_nemo_config
+from distill_nemo.models.rope import check_rope_scaling
 from distill_nemo.models.sources import CheckpointKind, find_checkpoint
 from distill_nemo.runtime.process_groups import rank
 
@@ -34,6 +45,12 @@ NOT_IN_TENSORS = ("rotary_base", "norm_epsilon")  # a wrong default would load, 
 LOADED: dict[str, Any] = {"init_method": zeros_, "output_layer_init_method": zeros_}
 VOCAB_MULTIPLE = 128  # whatever the tensor parallel size, so that checkpoints reshard
 MORE_ROWS = 0.01  # of the student's vocabulary, that a teacher may have more without being asked: padding, not tokens
+MOST = {
+    "num_layers": MAX_LAYERS,
+    "num_experts": MAX_EXPERTS,
+    "num_experts_per_tok": MAX_EXPERTS,
+    "max_position_embeddings": MAX_POSITIONS,
+}
 WITHOUT_DEFAULT = ("rope_scaling", "block_configs", *MOE_SIZES)  # None says that the model has none
 
 
@@ -42,13 +59,21 @@ def resolve[T: ModelConfig](model: T) -> T:
 
     Raises:
         ValueError: when the checkpoint is missing or of an unsupported architecture, when a field contradicts it,
-            or when a required field has no value.
+            when a required field has no value, or when a Hugging Face checkpoint's tensors do not fit its config;
+            naming the checkpoint, if there is one.
     """
+    try:
+        return _resolve(model)
+    except ValueError as error:
+        if model.checkpoint is None or model.checkpoint in str(error):
+            raise
+        raise ValueError(f"{model.checkpoint}: {error}") from None
+
+
+def _resolve[T: ModelConfig](model: T) -> T:
     described = describe_checkpoint(Path(model.checkpoint)) if model.checkpoint else {}
     values = dataclasses.asdict(model)
     for name, value in described.items():
-        if name not in values:
-            raise ValueError(f'{model.checkpoint}/architecture.json: unknown field "{name}".{near(name, values)}')
         given = values[name]
         fewer_rows = name == "vocab_size" and given is not None and given < value  # the last ones are left out
         if given is not None and name not in ("init_std", "checkpoint") and given != value and not fewer_rows:
@@ -83,7 +108,17 @@ def resolve[T: ModelConfig](model: T) -> T:
     check_experts(values)
     resolved = type(model)(**values)
     layers(resolved)
+    _check_stored(resolved, described)
     return resolved
+
+
+def _check_stored(resolved: ModelConfig, described: dict[str, Any]) -> None:
+    """Compare a Hugging Face config with the tensors beside it, if there are any."""
+    if resolved.checkpoint is None:
+        return
+    found = find_checkpoint(Path(resolved.checkpoint))
+    if found.kind is CheckpointKind.HUGGING_FACE and has_weights(found.weights):
+        check_hf_tensors(found.weights, dataclasses.replace(resolved, vocab_size=described["vocab_size"]))
 
 
 def _check_complete(checkpoint: str | None, values: dict[str, Any], described: dict[str, Any]) -> None:
@@ -103,6 +138,16 @@ def _check_sizes(who: str, values: dict[str, Any]) -> None:
     for name, value in values.items():
         if type(value) in (int, float) and not (isfinite(value) and value > 0):
             raise ValueError(f"{who}: {name} must be above 0, got {value}")
+        if type(value) in (int, float) and value > (
+            most := MOST.get(name, MAX_SIZE if isinstance(value, int) else MAX_NUMBER)
+        ):
+            raise ValueError(f"{who}: {name} must be at most {most:,}, got {value}")
+    experts = values["num_layers"] * (values["num_experts"] or 0)
+    if experts > MAX_EXPERTS_IN_ALL_LAYERS:
+        raise ValueError(
+            f"{who}: num_layers = {values['num_layers']} times num_experts = {values['num_experts']} must be at most "
+            f"{MAX_EXPERTS_IN_ALL_LAYERS:,}"
+        )
 
 
 def describe_checkpoint(path: Path) -> dict[str, Any]:
@@ -111,21 +156,12 @@ def describe_checkpoint(path: Path) -> dict[str, Any]:
     if found.description is None:
         return {}
     if found.kind is CheckpointKind.OURS:
-        own = _read_json(found.description)
+        stated = from_dict(read_json(found.description), StudentConfig, f"{found.description}: ")
+        own = dataclasses.asdict(stated)
         return {k: v for k, v in own.items() if k != "checkpoint" and (v is not None or k in WITHOUT_DEFAULT)}
     if found.kind is CheckpointKind.HUGGING_FACE:
-        return from_huggingface(_read_json(found.description), found.weights)
+        return from_huggingface(read_json(found.description), found.weights)
     return read_nemo_config(found.description)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return value
 
 
 def with_stored_vocabulary[T: ModelConfig](model: T) -> T:

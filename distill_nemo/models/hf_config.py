@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from distill_nemo.config import ModelConfig, near
+from distill_nemo.models.config_fields import MAX_EXPERTS, MAX_LAYERS, MAX_POSITIONS, Fields, shown
 from distill_nemo.models.experts import MOE_FAMILIES, MOE_FIELDS
-from distill_nemo.models.nemo_config import LLAMA3_ROPE
+from distill_nemo.models.rope import read_rope
 
 FAMILIES = {
     "llama": "LlamaForCausalLM",
@@ -16,92 +17,111 @@ FAMILIES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 QK_NORM_FAMILIES = ("qwen3", "qwen3_moe")
-HF_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+# Values that a config.json leaves out, where the classes of transformers differ; a null has another meaning.
+ABSENT = {
+    "llama": {"max_position_embeddings": 2048},
+    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
+    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+    "qwen3_moe": {"max_position_embeddings": 32768, "num_key_value_heads": 4},
+}
 
 
 def from_huggingface(config: dict[str, Any], where: Path) -> dict[str, Any]:
-    """`ModelConfig` fields out of a Hugging Face config.
+    """Return the `ModelConfig` fields of a Hugging Face config.
+
+    Args:
+        config: what config.json holds, unchecked.
+        where: its directory, for messages.
 
     Raises:
-        ValueError: for a model type or a feature that is not supported, by name.
+        ValueError: for a model type or a feature that is not supported, and a value of the wrong kind, by name.
     """
-    family = config.get("model_type")
+    fields = Fields(config, str(where / "config.json"))
+    family = fields.text("model_type")
     if family not in FAMILIES:
-        raise ValueError(f'{where}: model_type "{family}" is not supported.{near(str(family), FAMILIES)}')
-    _check_sizes(config, HF_SIZES, where)
-    rope = config.get("rope_parameters") or {}  # where transformers 5 keeps what rope_theta and rope_scaling were
-    named = config.get("architectures") or []
+        raise ValueError(f'{fields.where}: model_type "{family:.40}" is not supported.{near(family, FAMILIES)}')
+    fields = Fields(ABSENT[family] | config, fields.where)
+    _refuse_features(family, fields)
+    heads = fields.integer("num_attention_heads")
+    base, scaling = read_rope(fields)
+    return {
+        "family": family,
+        "num_layers": fields.integer("num_hidden_layers", most=MAX_LAYERS),
+        "hidden_size": fields.integer("hidden_size"),
+        "ffn_hidden_size": fields.integer("intermediate_size"),
+        "num_attention_heads": heads,
+        "num_query_groups": fields.integer("num_key_value_heads", heads),
+        "kv_channels": _head_dim(fields),
+        "vocab_size": fields.integer("vocab_size"),
+        "max_position_embeddings": fields.integer(
+            "max_position_embeddings", ABSENT[family]["max_position_embeddings"], most=MAX_POSITIONS
+        ),
+        "rotary_base": base,
+        "rope_scaling": scaling,
+        "norm_epsilon": fields.number("rms_norm_eps", 1e-6),
+        "tie_word_embeddings": fields.flag("tie_word_embeddings"),
+        "block_configs": None,
+        **_experts_from(family, fields),
+    }
+
+
+def _refuse_features(family: str, fields: Fields) -> None:
+    """Refuse what would be computed otherwise than by transformers."""
+    config = fields.values
+    named, kinds = config.get("architectures"), config.get("layer_types")
+    if named and named != [FAMILIES[family]]:
+        raise ValueError(
+            f'{fields.where}: architectures {shown(named)} is not supported; with model_type "{family}" it must be '
+            f'["{FAMILIES[family]}"], null or absent'
+        )
+    activation = fields.text("hidden_act", "silu")
     refused = {
-        f"architectures {named}": named != [FAMILIES[family]],  # the importer goes by it
-        "attention_bias": config.get("attention_bias") and family != "qwen2",
-        "mlp_bias": config.get("mlp_bias"),
-        "sliding window attention": config.get("use_sliding_window"),
-        f"hidden_act {config.get('hidden_act')}": config.get("hidden_act", "silu") != "silu",
-        "partial_rotary_factor": rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0,
+        "attention_bias": family != "qwen2" and fields.flag("attention_bias"),
+        "mlp_bias": fields.flag("mlp_bias"),
+        "sliding window attention (use_sliding_window)": fields.flag("use_sliding_window"),
+        f"sliding window attention (layer_types {shown(kinds)})": not _all_full_attention(kinds),
+        f"hidden_act {activation}": activation != "silu",
+        "quantization_config": bool(config.get("quantization_config")),
     }
     for feature, used in refused.items():
         if used:
-            raise ValueError(f"{where}: {feature} is not supported")
-    scaling = config.get("rope_scaling") or {k: v for k, v in rope.items() if k != "rope_theta"}
-    if scaling.get("rope_type", scaling.get("type", "default")) == "default":
-        scaling = None
-    heads, width = config["num_attention_heads"], config["hidden_size"]
-    return {
-        "family": family,
-        "num_layers": config["num_hidden_layers"],
-        "hidden_size": width,
-        "ffn_hidden_size": config["intermediate_size"],
-        "num_attention_heads": heads,
-        "num_query_groups": config.get("num_key_value_heads") or heads,
-        "kv_channels": config.get("head_dim") or width // heads,
-        "vocab_size": config["vocab_size"],
-        "max_position_embeddings": config.get("max_position_embeddings") or 4096,
-        "rotary_base": float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-        "rope_scaling": scaling,
-        "norm_epsilon": config.get("rms_norm_eps") or 1e-6,
-        "tie_word_embeddings": config.get("tie_word_embeddings") or False,
-        "block_configs": None,
-        **_experts_from(config, where),
-    }
+            advice = "; write its weights out dequantised" if feature == "quantization_config" else ""
+            raise ValueError(f"{fields.where}: {feature} is not supported{advice}")
 
 
-def _check_sizes(config: dict[str, Any], names: tuple[str, ...], where: Path) -> None:
-    for name in names:
-        if type(config.get(name)) is not int or config[name] < 1:
-            raise ValueError(f"{where}/config.json: {name} must be a positive integer, got {config.get(name)!r}")
+def _all_full_attention(kinds: Any) -> bool:
+    return kinds is None or (isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds))
 
 
-def _experts_from(config: dict[str, Any], where: Path) -> dict[str, Any]:
-    """The experts, which transformers counts under `num_experts` up to 4 and `num_local_experts` from 5 on."""
-    if config["model_type"] not in MOE_FAMILIES:
+def _head_dim(fields: Fields) -> int:
+    heads, width = fields.integer("num_attention_heads"), fields.integer("hidden_size")
+    if fields.values.get("head_dim") is None and width % heads:
+        raise ValueError(
+            f"{fields.where}: hidden_size = {width} is not divisible by num_attention_heads = {heads}; state head_dim"
+        )
+    return fields.integer("head_dim", width // heads)
+
+
+def _experts_from(family: str, fields: Fields) -> dict[str, Any]:
+    """Fields of the experts, which transformers counts under `num_experts` or, from 5 on, `num_local_experts`."""
+    if family not in MOE_FAMILIES:
         return dict.fromkeys(MOE_FIELDS)
-    config = config | {"num_experts": config.get("num_experts", config.get("num_local_experts"))}
-    _check_sizes(config, ("num_experts", "num_experts_per_tok", "moe_intermediate_size"), where)
+    config = fields.values
     for name, every in (("decoder_sparse_step", 1), ("mlp_only_layers", [])):
         if (config.get(name) or every) != every:
             raise ValueError(
-                f"{where}: {name} = {config[name]} is not supported: every layer must have experts ({name} = {every})"
+                f"{fields.where}: {name} = {shown(config[name])} is not supported: every layer must have experts "
+                f"({name} = {every})"
             )
+    count = "num_experts" if config.get("num_experts") is not None else "num_local_experts"
+    if config.get(count) is None:
+        raise fields.wrong("num_experts", "a positive integer")
     return {
-        "num_experts": config["num_experts"],
-        "num_experts_per_tok": config["num_experts_per_tok"],
-        "moe_ffn_hidden_size": config["moe_intermediate_size"],
-        "norm_topk_prob": bool(config.get("norm_topk_prob", False)),
+        "num_experts": fields.integer(count, most=MAX_EXPERTS),
+        "num_experts_per_tok": fields.integer("num_experts_per_tok", most=MAX_EXPERTS),
+        "moe_ffn_hidden_size": fields.integer("moe_intermediate_size"),
+        "norm_topk_prob": fields.flag("norm_topk_prob"),
     }
-
-
-def check_rope_scaling(scaling: dict[str, Any] | None) -> None:
-    """Refuse all but what Megatron-Core computes, by name."""
-    if scaling is None:
-        return
-    kind = scaling.get("rope_type", scaling.get("type"))
-    if kind != "llama3":
-        raise ValueError(f'rope_scaling type "{kind}" is not supported; "llama3" is')
-    for name, value in LLAMA3_ROPE.items():
-        if scaling.get(name) != value:
-            raise ValueError(f"rope_scaling.{name} = {scaling.get(name)}: Megatron-Core knows {value} only")
-    if not isinstance(scaling.get("factor"), int | float):
-        raise ValueError(f"rope_scaling.factor must be a number, got {scaling.get('factor')!r}")
 
 
 def to_huggingface(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Weights from and to Hugging Face directories, through ModelOpt's importer and exporter.
 
-What is added: every tensor is checked by name and shape before one is read, vocabularies are padded and cut, only
-safetensors are read, and an export appears only when whole.
+What is added: vocabularies are padded and cut, only safetensors are read, and an export appears only when whole.
 """
 
 import contextlib
@@ -22,37 +21,46 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distill_nemo.config import ModelConfig, first_few
-from distill_nemo.models.architecture import padded_vocab_size, with_stored_vocabulary
+from distill_nemo.config import ModelConfig
+from distill_nemo.models.agreement import logits_apart, open_with_transformers
+from distill_nemo.models.architecture import padded_vocab_size
 from distill_nemo.models.experts import one_expert
-from distill_nemo.models.hf_config import QK_NORM_FAMILIES, to_huggingface
+from distill_nemo.models.hf_config import FAMILIES, to_huggingface
+from distill_nemo.models.hf_tensors import VOCAB_TENSORS, check_tied_weights, expected_tensors
 from distill_nemo.models.megatron_weights import STATE
 from distill_nemo.models.pretrained import open_pretrained
 from distill_nemo.models.sources import find_checkpoint
 
-VOCAB_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
-INDEX = "model.safetensors.index.json"
 METADATA = {"format": "pt", "producer": "distill_nemo"}  # by which an export of ours is known, and may be replaced
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "added_tokens.json", "*.jinja")
-MAX_LISTED = 5
 
 
 def load_hf_weights(built: GPTModel, path: str, model: ModelConfig) -> None:
     """Fill this tensor- and pipeline-parallel part of `built` from the safetensors in `path`.
 
+    Args:
+        built: where the weights go.
+        path: a directory whose headers `check_hf_tensors` has compared with `model`.
+        model: its resolved architecture.
+
     Raises:
-        ValueError: when a tensor is missing, extra or of another shape, or a file is corrupt, by name.
+        ValueError: when embeddings are tied and another output layer is stored beside them.
     """
-    check_hf_tensors(Path(path), model)
-    assert model.vocab_size is not None, "resolved"
-    _Importer(built, path, model.vocab_size)._import_state_dict()
+    check_tied_weights(Path(path), model)
+    _Importer(built, path, model)._import_state_dict()
 
 
 class _Importer(GPTModelImporter):
     """ModelOpt's, with the vocabulary cut or padded to the rows that Megatron has, and without its progress bar."""
 
-    def __init__(self, built: GPTModel, path: str, vocab_size: int) -> None:
-        super().__init__(built, path, dtype=next(built.parameters()).dtype)
+    def __init__(self, built: GPTModel, path: str, model: ModelConfig) -> None:
+        assert model.vocab_size is not None and model.family is not None, "resolved"
+        vocab_size = model.vocab_size
+        with tempfile.TemporaryDirectory() as stated:  # it reads nothing of config.json but the class
+            config = {"model_type": model.family, "architectures": [FAMILIES[model.family]]}
+            Path(stated, "config.json").write_text(json.dumps(config))
+            super().__init__(built, stated, dtype=next(built.parameters()).dtype)
+        self.pretrained_model_path = Path(path)
         self.disable_tqdm = True
         self.vocab_size = vocab_size
         self.rules |= grouped_rules(self.rules)
@@ -91,94 +99,6 @@ def grouped_rules(rules: dict[str, Any]) -> dict[str, Any]:
 
 def _tensor_parallel_size() -> int:
     return parallel_state.get_tensor_model_parallel_world_size()
-
-
-def check_hf_tensors(path: Path, model: ModelConfig) -> None:
-    """Compare the safetensors headers in `path` with what the architecture needs; reads no weights."""
-    files = _weight_files(path)
-    found: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        try:
-            with safe_open(file, "pt") as tensors:
-                found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is corrupt or truncated: {error}") from None
-    wanted = expected_tensors(with_stored_vocabulary(model))
-    ignored = {"lm_head.weight"} if model.tie_word_embeddings else set()
-    problems = [f"missing: {name} {shape}" for name, shape in wanted.items() if name not in found]
-    found = {name: shape for name, shape in found.items() if not name.endswith("rotary_emb.inv_freq")}  # old Llamas
-    problems += [f"extra: {name} {found[name]}" for name in found if name not in wanted and name not in ignored]
-    problems += [
-        f"{name} has shape {found[name]}, needs {shape}"
-        for name, shape in wanted.items()
-        if name in found and found[name] != shape
-    ]
-    if problems:
-        raise ValueError(f"{path} does not fit its architecture:\n  " + "\n  ".join(first_few(problems, MAX_LISTED)))
-    if ignored & found.keys() and not torch.equal(*(_stored(files, name) for name in VOCAB_TENSORS)):
-        raise ValueError(
-            f"{path}: config.json says tie_word_embeddings, but lm_head.weight and model.embed_tokens.weight differ: "
-            "transformers would use both; say tie_word_embeddings: false there"
-        )
-
-
-def _stored(files: list[Path], name: str) -> torch.Tensor:
-    for file in files:
-        with safe_open(file, "pt") as tensors:
-            if name in tensors.keys():
-                return tensors.get_tensor(name)
-    raise KeyError(name)
-
-
-def _weight_files(path: Path) -> list[Path]:
-    """The files that the importer will read, and transformers: `model.safetensors`, else those of the index."""
-    if not any(path.glob("*.safetensors")):
-        raise ValueError(
-            f"{path} holds no *.safetensors files, and pickles (*.bin) can run code when they are opened: they are not "
-            f"read here. If you trust them: nemo distill convert checkpoint={path} output=NEW allow_pickle=true"
-        )
-    if (path / "model.safetensors").is_file():
-        return [path / "model.safetensors"]
-    index = path / INDEX
-    if not index.is_file():
-        raise ValueError(f"{path} has neither model.safetensors nor {INDEX}, which says what its other files hold")
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} cannot be read: {error!r}") from None
-    absent = [name for name in names if not (path / name).is_file()]
-    if absent:
-        raise ValueError(f"{index} names files that are not there: {', '.join(absent[:MAX_LISTED])}")
-    return [path / name for name in names]
-
-
-def expected_tensors(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a resolved model in Hugging Face's naming."""
-    m: Any = model
-    q, kv, h = m.num_attention_heads * m.kv_channels, m.num_query_groups * m.kv_channels, m.hidden_size
-    layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (h,),
-        "post_attention_layernorm.weight": (h,),
-        "self_attn.q_proj.weight": (q, h),
-        "self_attn.k_proj.weight": (kv, h),
-        "self_attn.v_proj.weight": (kv, h),
-        "self_attn.o_proj.weight": (h, q),
-    }
-    ffn, mlps = m.ffn_hidden_size, ["mlp"]
-    if m.num_experts is not None:
-        layer["mlp.gate.weight"] = (m.num_experts, h)
-        ffn, mlps = m.moe_ffn_hidden_size, [f"mlp.experts.{i}" for i in range(m.num_experts)]
-    for mlp in mlps:
-        layer |= {
-            f"{mlp}.{n}_proj.weight": shape for n, shape in (("gate", (ffn, h)), ("up", (ffn, h)), ("down", (h, ffn)))
-        }
-    if m.family == "qwen2":
-        layer |= {f"self_attn.{n}_proj.bias": (size,) for n, size in (("q", q), ("k", kv), ("v", kv))}
-    if m.family in QK_NORM_FAMILIES:
-        layer |= {f"self_attn.{n}_norm.weight": (m.kv_channels,) for n in ("q", "k")}
-    tensors = {f"model.layers.{i}.{name}": shape for i in range(m.num_layers) for name, shape in layer.items()}
-    tensors |= {"model.embed_tokens.weight": (m.vocab_size, h), "model.norm.weight": (h,)}
-    return tensors if m.tie_word_embeddings else tensors | {"lm_head.weight": (m.vocab_size, h)}
 
 
 def check_exportable(model: ModelConfig) -> None:
@@ -293,7 +213,6 @@ def _hf_tensors(built: GPTModel, config: Path, model: ModelConfig, dtype: torch.
     return {name: merged[name].detach().cpu().contiguous().clone() for name in wanted}
 
 
-@torch.no_grad()
 def check_export(built: GPTModel, path: str, tolerance: float = 1e-4) -> None:
     """Reload `path` with transformers and compare its logits with Megatron's on random tokens.
 
@@ -301,20 +220,9 @@ def check_export(built: GPTModel, path: str, tolerance: float = 1e-4) -> None:
         RuntimeError: when the norm of the difference exceeds `tolerance` of the norm of the logits; 0.1 below fp32,
             where other kernels alone give 0.03 and unrelated logits 1.4.
     """
-    from transformers import AutoModelForCausalLM
-
-    weight = next(built.parameters())
-    reloaded = open_pretrained(AutoModelForCausalLM, path, dtype=weight.dtype)
-    reloaded = reloaded.to(weight.device).eval()
-    vocab = reloaded.config.vocab_size
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocab, (2, 32), generator=generator).to(weight.device)
-    positions = torch.arange(32, device=weight.device).expand(2, -1)
-    training = built.training
-    ours = built.eval()(tokens, positions, None)[..., :vocab].float()
-    built.train(training)
-    theirs = reloaded(tokens).logits.float()
-    apart = ((ours - theirs).norm() / theirs.norm().clamp_min(1e-6)).item()
-    allowed = tolerance if weight.dtype == torch.float32 else 0.1
+    dtype = next(built.parameters()).dtype
+    reloaded = open_with_transformers(path, dtype)
+    apart = logits_apart(built, reloaded, reloaded.config.vocab_size)
+    allowed = tolerance if dtype == torch.float32 else 0.1
     if not apart <= allowed:
         raise RuntimeError(f"{path}: the exported model's logits differ by {apart:.2e}, allowed {allowed:.2e}")

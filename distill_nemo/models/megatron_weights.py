@@ -39,27 +39,23 @@ MAX_VOCAB_PADDING = 128 * 64  # Megatron pads to a multiple of 128 times the ten
 MAX_LISTED = 5
 
 
-def load_megatron_weights(directory: Path, built: GPTModel, model: ModelConfig) -> None:
+def load_megatron_weights(directory: Path, built: GPTModel) -> None:
     """Fill this tensor- and pipeline-parallel part of `built`, resharding as needed.
 
     Layers may be stored stacked (`decoder.layers.mlp...` with a leading dimension) or one by one, layer norms under
     Transformer Engine's names or under the local layers', keys with or without NeMo's prefixes.
 
     Args:
-        directory: holds `.metadata`.
+        directory: holds `.metadata`, which `check_megatron_tensors` has compared with the model.
         built: where the weights go.
-        model: its resolved architecture.
 
     Raises:
-        ValueError: when a file is missing or corrupt, or a tensor missing, extra or of another shape, by name.
+        ValueError: when a file is missing or corrupt, by name.
     """
     stored = stored_tensors(directory)
     prefix = key_prefix(stored)
     names = {name.removeprefix(prefix): shape for name, shape in stored.items() if name.startswith(prefix)}
-    stray = [name for name in stored if not name.startswith(prefix)]
-    stacked = not any(LAYER.match(name) for name in names)
-    check_megatron_tensors(directory, names, model, stacked, stray)
-    metadata = {"non_homogeneous_layers": not stacked}
+    metadata = {"non_homogeneous_layers": not _is_stacked(names)}
     part: Any = built.sharded_state_dict(prefix=prefix, metadata=metadata)
     wanted = {name: value for name, value in part.items() if not is_extra(name)}
     for value in nested_values(wanted):
@@ -159,25 +155,31 @@ def _layer_tensors(layer: Layer, m: Any) -> Shapes:
     return tensors
 
 
-def check_megatron_tensors(directory: Path, names: Shapes, model: ModelConfig, stacked: bool, stray: list[str]) -> None:
-    """Compare the tensors of the checkpoint with those that the architecture needs.
+def _is_stacked(names: Shapes) -> bool:
+    """True if a layer's tensors are stored as one for all layers."""
+    return not any(LAYER.match(name) for name in names)
+
+
+def check_megatron_tensors(directory: Path, model: ModelConfig) -> None:
+    """Compare the tensors of a checkpoint with those that the architecture needs, by its table of contents alone.
 
     Args:
-        directory: for the message.
-        names: what is stored of the model, without prefix.
+        directory: holds `.metadata`.
         model: the resolved architecture.
-        stacked: whether a layer's tensors are stored as one for all layers.
-        stray: what is stored beside it.
 
     Raises:
-        ValueError: naming the first few tensors that are missing, extra or of another shape.
+        ValueError: when tensors are missing, extra or of another shape, or a file is missing or short, by name.
     """
+    stored = stored_tensors(directory)
+    prefix = key_prefix(stored)
+    names = {name.removeprefix(prefix): shape for name, shape in stored.items() if name.startswith(prefix)}
+    stray = [name for name in stored if not name.startswith(prefix)]
     by_layer, wanted = expected_tensors(with_stored_vocabulary(model))
     count: Any = model.num_layers
     deep = _stored_layers(names)
     if deep not in (None, count) and model.block_configs is None:  # a last layer without parts leaves nothing to count
         raise ValueError(f"{directory} does not fit the model: it holds {deep} layers, num_layers = {count}")
-    if stacked:
+    if _is_stacked(names):
         wanted |= {f"decoder.layers.{name}": (count, *shape) for name, shape in by_layer[0].items()}
     else:
         wanted |= {f"decoder.layers.{i}.{name}": s for i, layer in enumerate(by_layer) for name, s in layer.items()}

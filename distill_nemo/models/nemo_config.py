@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from distill_nemo.models.config_fields import shown
+
 INTEGERS = {  # ours: theirs, the first that has a value counts
     "num_layers": ("num_layers",),
     "hidden_size": ("hidden_size",),
@@ -57,7 +59,7 @@ def read_nemo_config(path: Path) -> dict[str, Any]:
     """
     try:
         values = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of fields")
@@ -69,16 +71,17 @@ def read_nemo_config(path: Path) -> dict[str, Any]:
         given = given.lower() if isinstance(given, str) else given
         if given is not None and given not in allowed:
             what = " or ".join(str(value) for value in allowed) or "null"
-            raise ValueError(f"{path}: {name} = {values[name]} is not supported; {what} is")
+            raise ValueError(f"{path}: {name} = {shown(values[name]).strip("'")} is not supported; {what} is")
     described: dict[str, Any] = {
         ours: _number(path, int, name, values[name]) for ours, name in _stated(INTEGERS, values)
     }
     described |= {ours: _number(path, float, name, values[name]) for ours, name in _stated(FLOATS, values)}
     described |= {"family": _family(path, values), "rope_scaling": _rope_scaling(path, values)}
-    if values.get("share_embeddings_and_output_weights") is not None:
-        described["tie_word_embeddings"] = bool(values["share_embeddings_and_output_weights"])
-    elif values.get("untie_embeddings_and_output_weights") is not None:
-        described["tie_word_embeddings"] = not values["untie_embeddings_and_output_weights"]
+    for name, tied in (("untie_embeddings_and_output_weights", False), ("share_embeddings_and_output_weights", True)):
+        if values.get(name) is not None:
+            if not isinstance(values[name], bool):
+                raise ValueError(f"{path}: {name} must be true or false, got {shown(values[name])}")
+            described["tie_word_embeddings"] = values[name] is tied
     return described
 
 
@@ -98,10 +101,12 @@ def _number[T: (int, float)](path: Path, kind: type[T], name: str, value: Any) -
     """A positive number; YAML 1.1 reads 1e-5, without a dot, as text."""
     try:
         number = kind(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = None
     if number is None or number <= 0 or isinstance(value, bool) or number != float(value):
-        raise ValueError(f"{path}: {name} must be a positive {'integer' if kind is int else 'number'}, got {value!r}")
+        raise ValueError(
+            f"{path}: {name} must be a positive {'integer' if kind is int else 'number'}, got {shown(value)}"
+        )
     return number
 
 

@@ -17,14 +17,21 @@ from distill_nemo.config import (
     StudentConfig,
     TeacherConfig,
 )
-from distill_nemo.models.architecture import gpt_model, resolve, resolve_pair, transformer_config
+from distill_nemo.models.architecture import (
+    gpt_model,
+    resolve,
+    resolve_pair,
+    transformer_config,
+    with_stored_vocabulary,
+)
 from distill_nemo.models.distillation import convert_to_distillation_model, own_stage
 from distill_nemo.models.experts import initialise_experts, keep_experts_apart
+from distill_nemo.models.hf_tensors import check_hf_tensors
 from distill_nemo.models.huggingface import load_hf_weights
-from distill_nemo.models.megatron_weights import load_megatron_weights
+from distill_nemo.models.megatron_weights import check_megatron_tensors, load_megatron_weights
 from distill_nemo.models.modelopt_state import restore_modelopt_state
 from distill_nemo.models.offload import HostWeights
-from distill_nemo.models.sources import CheckpointKind, find_checkpoint
+from distill_nemo.models.sources import CheckpointKind, FoundCheckpoint, find_checkpoint
 from distill_nemo.runtime.device import setup_device
 from distill_nemo.runtime.seed import seed_apart
 
@@ -120,6 +127,9 @@ def _build(
     model: ModelConfig, model_kwargs: dict[str, Any], load_weights: bool, recompute: str | None = None
 ) -> GPTModel:
     kwargs = dict(model_kwargs)
+    found = find_checkpoint(Path(model.checkpoint)) if model.checkpoint else None
+    if found is not None and load_weights:
+        _check_weights(found, model)  # before memory is taken for them
     config = transformer_config(model, kwargs.pop("parallelism"), kwargs.pop("dtype"), recompute)
     stage = own_stage(kwargs["vp_stage"])
     with seed_apart(STAGES_APART * stage) if stage else contextlib.nullcontext():
@@ -127,11 +137,17 @@ def _build(
     keep_experts_apart(built)
     if model.checkpoint is None:
         initialise_experts(built)
-    if model.checkpoint is not None:
-        found = find_checkpoint(Path(model.checkpoint))
+    if found is not None:
         restore_modelopt_state(built, found.weights)  # a resumed run needs the same modules for its own weights
         if load_weights and found.kind is CheckpointKind.HUGGING_FACE:
             load_hf_weights(built, str(found.weights), model)
         elif load_weights:
-            load_megatron_weights(found.weights, built, model)
+            load_megatron_weights(found.weights, built)
     return built
+
+
+def _check_weights(found: FoundCheckpoint, model: ModelConfig) -> None:
+    if found.kind is CheckpointKind.HUGGING_FACE:
+        check_hf_tensors(found.weights, with_stored_vocabulary(model))
+    else:
+        check_megatron_tensors(found.weights, model)

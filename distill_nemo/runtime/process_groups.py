@@ -62,10 +62,43 @@ def process_groups(parallelism: ParallelismConfig) -> Iterator[None]:
             dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def process_group_of_one() -> Iterator[None]:
+    """A world of this process alone, before it joins the run's; nothing listens.
+
+    Where it has joined one already, that one, and every rank must call it.
+    """
+    if dist.is_initialized():
+        with process_groups(ParallelismConfig()):
+            yield
+        return
+    setup_device()
+    dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with process_groups(ParallelismConfig()):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+def raise_everywhere(refusal: str | None) -> None:
+    """Raise a `ValueError` on every rank where rank 0 has a refusal, so that none waits for it."""
+    said = [refusal]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(said)
+    if said[0] is not None:
+        raise ValueError(said[0])
+
+
 def open_store() -> dist.TCPStore:
     """A connection of its own to the store of this run, which has several ranks: who waits there keeps nobody else."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
+
+
+def is_joined() -> bool:
+    """True if this process is in the run's world already, or in its caller's."""
+    return dist.is_initialized()
 
 
 def rank() -> int:

@@ -113,7 +113,7 @@ def run_config(config: RunConfig) -> None:
     heed_early_warnings()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # the parent is torchrun; a shell's child may outlive it
         end_with_parent()
-    from distill_nemo.runtime.process_groups import process_groups, rank, world_size
+    from distill_nemo.runtime.process_groups import is_joined, process_groups, raise_everywhere, rank, world_size
 
     config = from_dict(to_dict(config))  # a copy, and the one place where types are checked
     check(config, world_size())
@@ -126,7 +126,12 @@ def run_config(config: RunConfig) -> None:
         config.teacher is None or config.teacher.checkpoint is not None,
         "teacher.checkpoint is not set: a teacher of random weights teaches nothing; name one, or say teacher=None",
     )
+    from distill_nemo.models.source_check import refusal_of_sources
+
+    models = (config.student, config.teacher) if rank() == 0 or is_joined() else ()
+    refusal = refusal_of_sources(*models)
     with process_groups(config.parallelism):
+        raise_everywhere(refusal)
         stopped = _train(config)
         if stopped and rank() == 0:  # at once: when another rank ends first, torchrun ends this one
             print(f"stopped by signal {stopped}; checkpoint written; the same command resumes", flush=True)

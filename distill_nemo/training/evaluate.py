@@ -14,6 +14,7 @@ from distill_nemo.data.samplers import batches
 from distill_nemo.data.token_files import check_token_files, check_vocabulary
 from distill_nemo.evaluation import evaluate
 from distill_nemo.models.provider import model_provider
+from distill_nemo.models.source_check import check_source
 from distill_nemo.runtime.device import resolve_dtype, setup_device
 from distill_nemo.runtime.process_groups import process_groups, world_size
 from distill_nemo.runtime.seed import seed_everything
@@ -55,6 +56,9 @@ def evaluate_student(
     check_token_files(config.data)
     check_vocabulary(config.data, config.student.vocab_size)
     check_tokenizers(config)
+    for model in (config.student, config.teacher):
+        if model is not None:
+            check_source(model)
     micro_batch_size = math.gcd(samples, MICRO_BATCH_SIZE)
     setup_device()
     with tempfile.TemporaryDirectory() as temporary, process_groups(config.parallelism):

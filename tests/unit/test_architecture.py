@@ -1,5 +1,6 @@
 """Architectures read from `config.json` or `architecture.json`, and what is refused, by name."""
 
+import copy
 import dataclasses
 import json
 
@@ -54,20 +55,117 @@ def test_defaults_without_a_checkpoint():
         resolve(StudentConfig(num_layers=4, hidden_size=64, num_attention_heads=4))
 
 
-@pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_theta": 5e5, "rope_scaling": LLAMA3},
-        {"rope_parameters": {"rope_theta": 5e5, **LLAMA3}},
+# Spellings of config.json, each with (base, scaled). Transformers' own frequencies are compared too.
+PLAIN = {"rope_type": "default"}
+ROPES = {
+    "nothing": ({}, (1e4, False)),
+    "transformers 4": ({"rope_theta": 5e5}, (5e5, False)),
+    "an integer": ({"rope_theta": 500000}, (5e5, False)),
+    "transformers 4, scaled": ({"rope_theta": 5e5, "rope_scaling": LLAMA3}, (5e5, True)),
+    "transformers 4, null": ({"rope_theta": 5e5, "rope_scaling": None}, (5e5, False)),
+    "transformers 5": ({"rope_parameters": {"rope_theta": 5e5, **PLAIN}}, (5e5, False)),
+    "transformers 5, scaled": ({"rope_parameters": {"rope_theta": 5e5, **LLAMA3}}, (5e5, True)),
+    "transformers 5 without a type": ({"rope_parameters": {"rope_theta": 5e5}}, (5e5, False)),
+    "transformers 5 rewritten by 4": (
+        {"rope_theta": 1e4, "rope_scaling": None, "rope_parameters": {"rope_theta": 5e5, **PLAIN}},
+        (5e5, False),
+    ),
+    "the same, scaled": (
+        {"rope_theta": 1e4, "rope_scaling": None, "rope_parameters": {"rope_theta": 5e5, **LLAMA3}},
+        (5e5, True),
+    ),
+    "base within rope_scaling": ({"rope_scaling": {"rope_theta": 5e5, **LLAMA3}}, (5e5, True)),
+    "base within and beside rope_scaling": ({"rope_theta": 1e4, "rope_scaling": {"rope_theta": 5e5}}, (5e5, False)),
+    "rope_scaling before rope_parameters": (
+        {"rope_scaling": {"rope_theta": 5e5, **LLAMA3}, "rope_parameters": {"rope_theta": 1e6, **PLAIN}},
+        (5e5, True),
+    ),
+    "rope_scaling without a base": (
+        {"rope_scaling": LLAMA3, "rope_parameters": {"rope_theta": 5e5, **PLAIN}},
+        (1e4, True),
+    ),
+    "rope_scaling without a base, one beside": (
+        {"rope_theta": 2e5, "rope_scaling": LLAMA3, "rope_parameters": {"rope_theta": 5e5}},
+        (2e5, True),
+    ),
+    "an empty rope_scaling": ({"rope_scaling": {}, "rope_parameters": {"rope_theta": 5e5, **LLAMA3}}, (5e5, True)),
+    "an empty rope_parameters": ({"rope_theta": 5e5, "rope_parameters": {}}, (5e5, False)),
+    "a null rope_parameters": ({"rope_theta": 5e5, "rope_parameters": None}, (5e5, False)),
+    "both as exported": (
         {"rope_theta": 5e5, "rope_scaling": LLAMA3, "rope_parameters": {"rope_theta": 5e5, **LLAMA3}},
-    ],
-    ids=["transformers 4", "transformers 5", "as exported"],
-)
-def test_rope_is_read_from_every_place_it_is_kept(tmp_path, rope):
-    resolved = resolve_json(tmp_path, num_key_value_heads=2, head_dim=24, tie_word_embeddings=True, **rope)
+        (5e5, True),
+    ),
+    "type": ({"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **SCALING}}, (5e5, True)),
+    "type and rope_type": ({"rope_theta": 5e5, "rope_scaling": {"type": "llama3", **LLAMA3}}, (5e5, True)),
+    "another type beside rope_type": ({"rope_theta": 5e5, "rope_scaling": {"type": "yarn", **LLAMA3}}, (5e5, True)),
+    "default with what llama3 has": ({"rope_theta": 5e5, "rope_scaling": {**SCALING, **PLAIN}}, (5e5, False)),
+    "a null partial_rotary_factor": ({"rope_theta": 5e5, "partial_rotary_factor": None}, (5e5, False)),
+    "a whole partial_rotary_factor": (
+        {"partial_rotary_factor": 1, "rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 1.0, **LLAMA3}},
+        (5e5, True),
+    ),
+}
+
+
+@pytest.mark.parametrize("spelling", ROPES)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe"])
+def test_rotary_frequencies_equal_those_of_transformers(tmp_path, family, spelling):
+    setup_device()
+    import transformers
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rope, (base, scaled) = ROPES[spelling]
+    config = {"model_type": family, "architectures": None, "head_dim": 24, "max_position_embeddings": 131072}
+    config |= {"num_key_value_heads": 2} | (QWEN3_MOE | {"architectures": None} if family == "qwen3_moe" else {})
+    resolved = resolve_json(tmp_path, **copy.deepcopy(config | rope))
     assert type(resolved) is TeacherConfig
-    assert (resolved.rotary_base, resolved.rope_scaling) == (5e5, LLAMA3)
-    assert (resolved.num_query_groups, resolved.kv_channels, resolved.tie_word_embeddings) == (2, 24, True)
+    assert (resolved.rotary_base, resolved.rope_scaling) == (base, LLAMA3 if scaled else None)
+    ours = RotaryEmbedding(
+        24, 1.0, rotary_base=base, rope_scaling=scaled, rope_scaling_factor=32.0, use_cpu_initialization=True
+    ).inv_freq
+    if int(transformers.__version__.split(".")[0]) >= 5:  # 4 knows no rope_parameters
+        opened = transformers.AutoConfig.from_pretrained(tmp_path)
+        torch.testing.assert_close(ours, LlamaRotaryEmbedding(opened).inv_freq, rtol=1e-6, atol=0)
+
+
+NESTED = {"full_attention": {"rope_theta": 5e5, **PLAIN}}
+BAD_ROPES = [
+    ({"rope_scaling": "llama3"}, "rope_scaling must be an object or null, got 'llama3'"),
+    ({"rope_parameters": [LLAMA3]}, "rope_parameters must be an object or null, got [{"),
+    ({"rope_parameters": NESTED}, "rope_parameters: ['full_attention'] holds parameters for one type of layer"),
+    ({"rope_scaling": NESTED | {"rope_theta": 5e5}}, "rope_scaling: ['full_attention'] holds parameters for one type"),
+    ({"rope_theta": None}, "rope_theta must be a positive number, got None"),
+    ({"rope_theta": 5e5, "rope_parameters": {"rope_theta": None}}, "rope_theta must be a positive number, got None"),
+    ({"rope_theta": "5e5"}, "rope_theta must be a positive number, got '5e5'"),
+    ({"rope_theta": True}, "rope_theta must be a positive number, got True"),
+    ({"rope_theta": 0}, "rope_theta must be a positive number, got 0"),
+    ({"rope_theta": float("nan")}, "rope_theta must be a positive number, got nan"),
+    ({"rope_theta": float("inf")}, "rope_theta must be a positive number, got inf"),
+    ({"rope_theta": 10**400}, "rope_theta must be a positive number, got 1000"),
+    ({"rope_scaling": SCALING | {"rope_type": None}}, "rope_type must be a string, got None"),
+    ({"rope_scaling": SCALING | {"type": {}}}, "rope_scaling: ['type'] holds parameters for one type of layer"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, '"linear" is not supported'),
+    ({"rope_scaling": {"rope_type": "yarn", "type": "llama3", **SCALING}}, '"yarn" is not supported'),
+    ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling.low_freq_factor = None"),
+    ({"rope_scaling": LLAMA3 | {"factor": float("nan")}}, "rope_scaling.factor must be a number of at least 1"),
+    ({"rope_scaling": LLAMA3 | {"factor": True}}, "rope_scaling.factor must be a number of at least 1, got True"),
+    ({"rope_scaling": LLAMA3 | {"factor": 0.5}}, "rope_scaling.factor must be a number of at least 1, got 0.5"),
+    (
+        {"rope_scaling": LLAMA3, "original_max_position_embeddings": 4096},
+        "original_max_position_embeddings must be 8192, got 4096",
+    ),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported; 1.0 is"),
+    ({"partial_rotary_factor": "half"}, "partial_rotary_factor must be a positive number, got 'half'"),
+    ({"rope_parameters": PLAIN | {"partial_rotary_factor": 0.25}}, "partial_rotary_factor = 0.25 is not supported"),
+]
+
+
+@pytest.mark.parametrize(("rope", "words"), BAD_ROPES, ids=[str(i) for i in range(len(BAD_ROPES))])
+def test_rotary_embeddings_that_cannot_be_read_for_certain_are_refused(tmp_path, rope, words):
+    with pytest.raises(ValueError) as raised:
+        resolve_json(tmp_path, **rope)
+    assert words in str(raised.value) and f"{tmp_path}/config.json" in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -77,9 +175,16 @@ def test_rope_is_read_from_every_place_it_is_kept(tmp_path, rope):
         ({"hidden_size": "64"}, "hidden_size must be a positive integer, got '64'"),
         ({"num_hidden_layers": None}, "num_hidden_layers must be a positive integer"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures ['LlamaForSequenceClassification']"),
-        ({"architectures": None}, "architectures [] is not supported"),
+        ({"architectures": "LlamaForCausalLM"}, 'it must be ["LlamaForCausalLM"], null or absent'),
+        ({"architectures": [{}]}, "architectures [{}] is not supported"),
+        ({"model_type": "gpt_neo" * 100}, 'model_type "gpt_neogpt_neo'),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is not supported; write its weights"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding window attention (layer_types"),
+        ({"layer_types": 4}, "sliding window attention (layer_types 4)"),
+        ({"hidden_size": 256, "num_attention_heads": 6}, "hidden_size = 256 is not divisible by num_attention_heads"),
+        ({"num_key_value_heads": 3}, "num_attention_heads = 4 is not divisible by num_query_groups = 3"),
         ({"attention_bias": True}, "attention_bias is not supported"),
-        ({"use_sliding_window": True}, "sliding window attention is not supported"),
+        ({"use_sliding_window": True}, "use_sliding_window) is not supported"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_scaling": LLAMA3 | {"low_freq_factor": 2.0}}, "rope_scaling.low_freq_factor = 2.0"),
         ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 4096}}, "Megatron-Core knows 8192 only"),
@@ -89,7 +194,99 @@ def test_rope_is_read_from_every_place_it_is_kept(tmp_path, rope):
 def test_a_config_that_would_be_misread_is_refused_by_name(tmp_path, change, words):
     with pytest.raises(ValueError) as raised:
         resolve_json(tmp_path, **change)
-    assert words in str(raised.value)
+    assert words in str(raised.value) and str(tmp_path) in str(raised.value)
+
+
+WRONG_KINDS = ("x", "4", 0, -1, 1.5, True, [], [4], {}, float("nan"), float("inf"), 10**9 * 10**9, 10**400)
+FLAGS = ("attention_bias", "mlp_bias", "use_sliding_window", "tie_word_embeddings")
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+
+
+@pytest.mark.parametrize("field", [*SIZES, *OPTIONAL_SIZES, *FLAGS, "rms_norm_eps", "hidden_act", "model_type"])
+def test_a_value_of_the_wrong_kind_is_refused_by_file_and_field(tmp_path, field):
+    def is_right(value):
+        if field in FLAGS:
+            return isinstance(value, bool)
+        if field == "rms_norm_eps":
+            return value in (1.5, 10**18)
+        return field in ("hidden_act", "model_type") and value in ("x", "4")  # of the right kind, and unknown
+
+    for value in WRONG_KINDS:
+        if is_right(value):
+            continue
+        with pytest.raises(ValueError) as raised:
+            resolve_json(tmp_path, **{field: value})
+        said = str(raised.value)
+        assert f"{tmp_path}/config.json: {field} must be " in said and len(said) < 400, (value, said)
+
+
+@pytest.mark.parametrize("field", [*OPTIONAL_SIZES, *FLAGS, "rms_norm_eps", "architectures", "layer_types"])
+def test_an_optional_field_may_be_null_or_absent(tmp_path, field):
+    assert resolve_json(tmp_path, **{field: None}) == resolve_json(tmp_path, **{field: "absent"})
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe"])
+def test_fields_that_are_absent_have_the_values_of_transformers(tmp_path, family):
+    import transformers
+
+    moe = {name: QWEN3_MOE[name] for name in QWEN3_MOE if "expert" in name or "moe" in name}
+    heads = {"num_attention_heads": 32, "hidden_size": 512}
+    absent = resolve_json(tmp_path, architectures="absent", **(moe | heads | {"model_type": family}))
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert absent.num_query_groups == theirs.num_key_value_heads
+    assert absent.kv_channels == (getattr(theirs, "head_dim", None) or 512 // 32)
+    assert absent.max_position_embeddings == theirs.max_position_embeddings
+    assert absent.norm_epsilon == theirs.rms_norm_eps
+    assert absent.tie_word_embeddings == theirs.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"", "cannot be read"),
+        (b"[]", "must hold a JSON object, got []"),
+        (b'"' + b"x" * 10**6 + b'"', "must hold a JSON object, got 'xxx"),
+        (b"[" * 10**5, "cannot be read: maximum recursion depth"),
+        (b"\xff\xfe{}", "cannot be read"),
+        (b'{"hidden_size": ' + b"9" * 5000 + b"}", "cannot be read: Exceeds the limit"),
+        (b"{}", "model_type must be a string, got None"),
+    ],
+)
+@pytest.mark.parametrize("name", ["config.json", "architecture.json"])
+def test_a_file_that_is_no_configuration_is_refused_by_name(tmp_path, name, text, words):
+    from distill_nemo.models.architecture import resolve
+
+    (tmp_path / name).write_bytes(text)
+    with pytest.raises(ValueError) as raised:
+        resolve(StudentConfig(checkpoint=str(tmp_path)))
+    said = str(raised.value)
+    assert str(tmp_path) in said and len(said) < 400
+    assert words in said or (name, text) == ("architecture.json", b"{}")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("num_layers", 10**9, "num_layers must be at most 10,000, got 1000000000"),
+        ("num_layers", "4", "num_layers must be int, got '4'"),
+        ("hidden_size", [64], "hidden_size must be int, got [64]"),
+        ("rotary_base", {}, "rotary_base must be float, got {}"),
+        ("rotary_base", 10**400, "rotary_base must be float, got 1000"),
+        ("rope_scaling", "llama3", "rope_scaling must be dict, got 'llama3'"),
+        ("rope_scaling", {"rope_type": {}}, "is not supported"),
+        ("block_configs", [1], "block_configs must be a list of dict, got [1]"),
+        ("family", 7, "family must be str, got 7"),
+    ],
+)
+def test_a_description_of_ours_is_believed_no_more_than_others(tmp_path, field, value, words):
+    from distill_nemo.models.architecture import resolve
+
+    own = dataclasses.asdict(resolve(StudentConfig(**SHAPE))) | {field: value}
+    (tmp_path / "architecture.json").write_text(json.dumps(own))
+    with pytest.raises(ValueError) as raised:
+        resolve(StudentConfig(checkpoint=str(tmp_path)))
+    assert words in str(raised.value) and str(tmp_path) in str(raised.value)
 
 
 def test_our_own_description_is_read_back_and_checked(tmp_path):
@@ -105,7 +302,7 @@ def test_our_own_description_is_read_back_and_checked(tmp_path):
     with pytest.raises(ValueError, match=r"rope_scaling = .* contradicts .* says None"):
         resolve(StudentConfig(checkpoint=str(tmp_path), rope_scaling=LLAMA3))
     own.write_text(json.dumps(dataclasses.asdict(resolved) | {"num_layer": 4}))
-    with pytest.raises(ValueError, match=r'unknown field "num_layer".*num_layers'):
+    with pytest.raises(ValueError, match=r'architecture.json: num_layer".*num_layers'):
         resolve(StudentConfig(checkpoint=str(tmp_path)))
 
 
@@ -185,6 +382,11 @@ def test_experts_are_read_and_written(tmp_path, change, normalised):
     [
         ({"num_experts": "absent"}, "num_experts must be a positive integer, got None"),
         ({"moe_intermediate_size": 0}, "moe_intermediate_size must be a positive integer, got 0"),
+        ({"num_experts": 10**9}, "num_experts must be at most 10,000, got 1000000000"),
+        ({"num_experts": 9000, "num_hidden_layers": 9000}, "times num_experts = 9000 must be at most 200,000"),
+        ({"num_experts": "4"}, "num_experts must be a positive integer, got '4'"),
+        ({"norm_topk_prob": "yes"}, "norm_topk_prob must be true, false or null, got 'yes'"),
+        ({"mlp_only_layers": {}, "decoder_sparse_step": {"a": 1}}, "decoder_sparse_step = {'a': 1} is not supported"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok = 5 is above num_experts = 4"),
         ({"num_experts_per_tok": 1}, "norm_topk_prob = True with num_experts_per_tok = 1"),
         ({"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported: every layer must have experts"),

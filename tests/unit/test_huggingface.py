@@ -125,29 +125,87 @@ def _shard(path, index):
         (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def _header(path, change):
+    """Let `change` edit the header of model.safetensors; the bytes behind it stay."""
+    file = path / "model.safetensors"
+    data = file.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+
+
+def _config(path, **change):
+    config = json.loads((path / "config.json").read_text()) | change
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def _two_files(path, places):
+    """Two files, the norm in both, and an index that says `places` where it is."""
+    tensors = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    save_file(tensors, path / "a.safetensors")
+    save_file({NORM: tensors[NORM]}, path / "b.safetensors")
+    weight_map = {name: "a.safetensors" for name in tensors}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map | places}))
+
+
 NORM, GONE = "model.norm.weight", "gone.safetensors"
+INDEX = "model.safetensors.index.json"
+QUERY = "model.layers.0.self_attn.q_proj.weight"
 BROKEN = {
     f"missing: {NORM}": lambda path: _edit(path, lambda t: t.pop(NORM)),
     "extra: surplus": lambda path: _edit(path, lambda t: t.update(surplus=torch.ones(2))),
     f"{NORM} has shape (3,), needs (64,)": lambda path: _edit(path, lambda t: t.update({NORM: torch.ones(3)})),
+    f"{NORM} has shape (), needs (64,)": lambda path: _edit(path, lambda t: t.update({NORM: torch.ones(())})),
     "corrupt or truncated": _truncate,
+    "model.safetensors is corrupt or truncated: Error while deserializing header": lambda path: (
+        path / "model.safetensors"
+    ).write_bytes(b"\xff" * 64),
     "neither model.safetensors nor model.safetensors.index.json": lambda path: _shard(path, None),
     "names files that are not there: gone.safetensors": lambda path: _shard(path, {"weight_map": {NORM: GONE}}),
+    "weight_map must say in which file each tensor is, got ['x']": lambda path: _shard(path, {"weight_map": ["x"]}),
+    "weight_map must say in which file each tensor is, got None": lambda path: _shard(path, {"other": {}}),
+    f"{INDEX} must hold a JSON object, got [1]": lambda path: _shard(path, [1]),
+    "must name *.safetensors files beside it, got ['../a.safetensors']": lambda path: _shard(
+        path, {"weight_map": {NORM: "../a.safetensors"}}
+    ),
+    "must name *.safetensors files beside it, got ['7']": lambda path: _shard(path, {"weight_map": {NORM: 7}}),
+    f"{NORM} is stored twice": lambda path: _two_files(path, {QUERY: "b.safetensors"}),
     "no *.safetensors": lambda path: (path / "model.safetensors").rename(path / "pytorch_model.bin"),
+    f"weights must be BF16, F16, F32, F64; {QUERY} is F8_E4M3": lambda path: _edit(
+        path, lambda t: t.update({QUERY: t[QUERY].to(torch.float8_e4m3fn)})
+    ),
+    f"weights must be BF16, F16, F32, F64; {QUERY} is I8": lambda path: _edit(
+        path, lambda t: t.update({QUERY: t[QUERY].to(torch.int8)})
+    ),
+    f"{NORM} is BOOL": lambda path: _edit(path, lambda t: t.update({NORM: torch.ones(64, dtype=torch.bool)})),
+    "is corrupt or truncated": lambda path: _header(path, lambda h: h[NORM].update(shape=[10**18])),
+    "corrupt or truncated: Error": lambda path: _header(path, lambda h: h[NORM].update(dtype="X")),
+    "num_hidden_layers = 5, the safetensors hold 4 layers": lambda path: _config(path, num_hidden_layers=5),
+    "num_hidden_layers = 9000, the safetensors hold 4 layers": lambda path: _config(path, num_hidden_layers=9000),
+    "num_hidden_layers must be at most 10,000, got 1000000000": lambda path: _config(path, num_hidden_layers=10**9),
+    "hidden_size must be at most 16,777,216, got 1000000000": lambda path: _config(path, hidden_size=10**9),
+    "model.layers.0.input_layernorm.weight has shape (64,), needs (16000000,)": lambda path: _config(
+        path, hidden_size=16 * 10**6, head_dim=16
+    ),
+    "model.embed_tokens.weight has shape (507, 64), needs (16777216, 64)": lambda path: _config(path, vocab_size=2**24),
+    "has shape (64, 64), needs (96, 64)": lambda path: _config(path, num_attention_heads=6, head_dim=16),
 }
 
 
 @pytest.mark.parametrize("words", BROKEN)
 def test_a_broken_directory_is_refused_by_name(tmp_path, words):
     from distill_nemo.models.architecture import resolve
-    from distill_nemo.models.huggingface import check_hf_tensors
+    from distill_nemo.models.hf_tensors import check_hf_tensors
 
     path = tmp_path / "m"
     write_hf(path)
     BROKEN[words](path)
     with pytest.raises(ValueError) as raised:
         check_hf_tensors(path, resolve(StudentConfig(checkpoint=str(path))))
-    assert words in str(raised.value)
+    assert words in str(raised.value) and str(path) in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +231,7 @@ def test_an_unsupported_config_is_refused_by_name(tmp_path, change, words):
 
 def test_buffers_of_old_llamas_and_surplus_files_beside_an_index_do_not_matter(tmp_path):
     from distill_nemo.models.architecture import resolve
-    from distill_nemo.models.huggingface import check_hf_tensors
+    from distill_nemo.models.hf_tensors import check_hf_tensors
 
     path = tmp_path / "m"
     write_hf(path)
@@ -304,7 +362,7 @@ def _exported_from_nemo(root, dtype):
 def test_an_output_layer_of_its_own_beside_tied_embeddings_is_refused(tmp_path):
     """Transformers would not tie them: the model would be another one."""
     from distill_nemo.models.architecture import resolve
-    from distill_nemo.models.huggingface import check_hf_tensors
+    from distill_nemo.models.hf_tensors import check_tied_weights
 
     path = Path(write_hf(tmp_path / "m", "llama_tied"))
     tensors = load_file(path / "model.safetensors")
@@ -312,9 +370,9 @@ def test_an_output_layer_of_its_own_beside_tied_embeddings_is_refused(tmp_path):
     for head in (embedding.clone(), embedding + 1):
         save_file(tensors | {"lm_head.weight": head}, path / "model.safetensors", {"format": "pt"})
         if torch.equal(head, embedding):
-            check_hf_tensors(path, resolve(StudentConfig(checkpoint=str(path))))
+            check_tied_weights(path, resolve(StudentConfig(checkpoint=str(path))))
     with pytest.raises(ValueError, match=r"lm_head.weight and model.embed_tokens.weight differ"):
-        check_hf_tensors(path, resolve(StudentConfig(checkpoint=str(path))))
+        check_tied_weights(path, resolve(StudentConfig(checkpoint=str(path))))
 
 
 def test_what_deepspeed_leaves_beside_a_model_is_no_tracker(tmp_path):

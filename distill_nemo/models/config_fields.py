@@ -1,0 +1,105 @@
+"""Fields of a configuration that a checkpoint brings. The file may hold anything, so each is checked before it is used.
+
+Sizes have upper limits far above any model's: what is made from a size takes little memory before weights are read.
+"""
+
+import json
+import reprlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+MAX_SIZE = 2**24
+MAX_LAYERS = 10_000
+MAX_EXPERTS = 10_000
+MAX_EXPERTS_IN_ALL_LAYERS = 200_000
+MAX_POSITIONS = 2**31
+MAX_NUMBER = 1e30
+MAX_JSON_BYTES = 256 * 2**20
+_SHORT = reprlib.Repr(maxstring=80, maxother=80)
+
+
+@dataclass(frozen=True)
+class Fields:
+    """A mapping of fields, and where it stands: the file, or a field of it. A null is as good as an absent field.
+
+    Every method raises a `ValueError` for a value of another kind: file, field, what came, what is allowed.
+    """
+
+    values: dict[str, Any]
+    where: str
+
+    def integer(self, name: str, default: int | None = None, most: int = MAX_SIZE) -> int:
+        """A positive integer."""
+        value = self.values.get(name)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise self.wrong(name, "a positive integer")
+        if value > most:
+            raise self.wrong(name, f"at most {most:,}")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A positive, finite number."""
+        value = self.values.get(name)
+        if value is None and default is not None:
+            return default
+        if not is_number(value) or not 0 < value <= MAX_NUMBER:
+            raise self.wrong(name, "a positive number")
+        return float(value)
+
+    def flag(self, name: str) -> bool:
+        """True or false; false when absent."""
+        value = self.values.get(name)
+        if not isinstance(value, bool | None):
+            raise self.wrong(name, "true, false or null")
+        return bool(value)
+
+    def text(self, name: str, default: str | None = None) -> str:
+        """A string. An explicit null is refused."""
+        value = self.values.get(name, default)
+        if not isinstance(value, str):
+            raise self.wrong(name, "a string")
+        return value
+
+    def mapping(self, name: str) -> "Fields":
+        """A JSON object; empty when absent."""
+        value = self.values.get(name)
+        if not isinstance(value, dict | None):
+            raise self.wrong(name, "an object or null")
+        return Fields(value or {}, f"{self.where}: {name}")
+
+    def wrong(self, name: str, wanted: str) -> ValueError:
+        """The error for a field that is not as wanted."""
+        return ValueError(
+            f"{self.where}: {name} must be {wanted}, got {shown(self.values.get(name))}; correct the file"
+        )
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """True for a number that is no truth value."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def shown(value: Any) -> str:
+    """A short `repr`, whatever the value."""
+    return _SHORT.repr(value)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: when it cannot be read, is larger than any configuration, or holds something else.
+    """
+    try:
+        size = path.stat().st_size
+        value = json.loads(path.read_text(encoding="utf-8")) if size <= MAX_JSON_BYTES else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if size > MAX_JSON_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes; a configuration has at most {MAX_JSON_BYTES:,}")
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {shown(value)}")
+    return value

@@ -1,0 +1,112 @@
+"""Import held against an independent reading: transformers opens the same Hugging Face directory, and the logits agree.
+
+An export that is reloaded proves little of how its source was read: both sides of that comparison are ours.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from distill_nemo.config import ModelConfig, ParallelismConfig, StudentConfig
+from distill_nemo.models.agreement import logits_apart, open_with_transformers
+from distill_nemo.models.config_fields import read_json
+from distill_nemo.models.hf_tensors import expected_tensors, has_weights, num_parameters, read_tensor, stored_tensors
+from distill_nemo.models.provider import model_provider
+from distill_nemo.models.sources import CheckpointKind, find_checkpoint
+from distill_nemo.runtime.process_groups import process_group_of_one
+from distill_nemo.runtime.seed import seed_everything
+
+WHOLE = 64 * 2**20  # parameters up to which a model is compared whole
+# Of a larger one the first layers, experts, rows of the vocabulary and of the MLP: heads and widths stay.
+CUT = {"num_layers": 2, "num_experts": 8, "vocab_size": 1024, "ffn_hidden_size": 1024, "moe_ffn_hidden_size": 256}
+NAMES = {  # in config.json
+    "num_layers": ("num_hidden_layers",),
+    "num_experts": ("num_experts", "num_local_experts"),
+    "vocab_size": ("vocab_size",),
+    "ffn_hidden_size": ("intermediate_size",),
+    "moe_ffn_hidden_size": ("moe_intermediate_size",),
+}
+TOLERANCE = 1e-4  # in fp32; tiny models agree to 1e-6
+TOLERANCE_ON_GPU = 1e-2  # Transformer Engine multiplies fp32 in TF32
+
+
+def refusal_of_sources(*models: ModelConfig | None) -> str | None:
+    """Return why a model that comes from a Hugging Face directory must not be trained with, or None."""
+    try:
+        for model in models:
+            if model is not None:
+                check_source(model)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def check_source(model: ModelConfig) -> None:
+    """Compare a resolved model with what transformers makes of its Hugging Face checkpoint; others are not looked at.
+
+    In fp32, by this process alone, before the run's process groups are there. A model of more than 64M parameters is
+    compared by a copy that holds two of its layers, a few experts, and a part of its vocabulary and MLP.
+
+    Raises:
+        ValueError: when transformers refuses the directory, or the logits differ.
+    """
+    if model.checkpoint is None:
+        return
+    found = find_checkpoint(Path(model.checkpoint))
+    if found.kind is not CheckpointKind.HUGGING_FACE or not has_weights(found.weights):
+        return
+    with _small(found.weights, model) as (directory, small), process_group_of_one():
+        reference = open_with_transformers(directory, torch.float32, pad_token_id=None)  # it may have no row
+        seed_everything(0)
+        built: Any = model_provider(student=small, parallelism=ParallelismConfig()).cuda()
+        assert small.vocab_size is not None, "resolved"
+        apart = logits_apart(built, reference, small.vocab_size)
+    del built, reference
+    gc.collect()
+    torch.cuda.empty_cache()
+    allowed = TOLERANCE_ON_GPU if torch.cuda.is_available() else TOLERANCE
+    if not apart <= allowed:
+        raise ValueError(
+            f"{model.checkpoint} is read otherwise by transformers {transformers.__version__} than here: the logits "
+            f"are {apart:.1e} apart, allowed {allowed:.0e}. Please report it with its config.json"
+        )
+
+
+@contextlib.contextmanager
+def _small(source: Path, model: ModelConfig) -> Iterator[tuple[Path, StudentConfig]]:
+    """The directory to compare and its architecture: `source` itself, or a copy of a part of it."""
+    student = StudentConfig(**dataclasses.asdict(model))
+    config = read_json(source / "config.json")
+    unreadable = int(transformers.__version__.split(".")[0]) < 5 and config.get("rope_parameters")
+    if num_parameters(model) <= WHOLE and not unreadable:
+        yield source, student
+        return
+    if unreadable:  # transformers 4 overlooks it, and takes base 10000
+        config |= {"rope_theta": model.rotary_base, "rope_scaling": model.rope_scaling}
+    with tempfile.TemporaryDirectory() as copy:
+        sizes = {name: min(most, size) for name, most in CUT.items() if (size := getattr(model, name)) is not None}
+        if model.num_experts is not None:
+            sizes["num_experts"] = min(model.num_experts, max(CUT["num_experts"], model.num_experts_per_tok or 0))
+        small = dataclasses.replace(student, checkpoint=copy, **sizes)
+        _copy_part(source, Path(copy), small, config, sizes)
+        yield Path(copy), small
+
+
+def _copy_part(source: Path, target: Path, small: StudentConfig, config: dict[str, Any], sizes: dict[str, int]) -> None:
+    """Write the part of `source` that `small` needs; all of `config` stays but the sizes."""
+    config |= {key: size for name, size in sizes.items() for key in NAMES[name] if key in config}
+    if isinstance(config.get("layer_types"), list):
+        config["layer_types"] = config["layer_types"][: sizes["num_layers"]]
+    (target / "config.json").write_text(json.dumps(config))
+    stored = stored_tensors(source)
+    tensors = {name: read_tensor(stored[name], name, shape) for name, shape in expected_tensors(small).items()}
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})

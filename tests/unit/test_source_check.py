@@ -1,0 +1,165 @@
+"""Import held against an independent reading: what is right passes, whole or cut, and any misreading is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+
+from distill_nemo.config import StudentConfig
+from distill_nemo.runtime.device import setup_device
+from tests.tiny_models import FAMILIES, write_hf
+from tests.training import metrics, tiny_run
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sources")
+    return {family: write_hf(root / family, family) for family in (*FAMILIES, "qwen3_moe_not_normalised")}
+
+
+def checked(path, **change):
+    setup_device()
+    from distill_nemo.models.architecture import resolve
+    from distill_nemo.models.source_check import check_source
+
+    check_source(resolve(StudentConfig(checkpoint=str(path), **change)))
+
+
+def always_cut(patch):
+    setup_device()
+    from distill_nemo.models import source_check
+
+    patch.setattr(source_check, "WHOLE", 0)
+    small = {"num_layers": 1, "num_experts": 3, "vocab_size": 100, "ffn_hidden_size": 32, "moe_ffn_hidden_size": 16}
+    patch.setattr(source_check, "CUT", small)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_moe_not_normalised"])
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
+def test_a_model_that_is_read_as_transformers_reads_it_passes(models, monkeypatch, family, cut):
+    if cut:
+        always_cut(monkeypatch)
+    checked(models[family])
+    checked(models[family], vocab_size=300)  # the last rows are left out
+
+
+def misread(patch, **wrong):
+    """Let our reading of config.json come to other values."""
+    setup_device()
+    from distill_nemo.models import architecture
+    from distill_nemo.models.hf_config import from_huggingface
+
+    patch.setattr(architecture, "from_huggingface", lambda config, where: from_huggingface(config, where) | wrong)
+
+
+MISREADINGS = {
+    "base": ("llama", {"rotary_base": 5e5}),
+    "scaling left out": ("llama3_rope", {"rope_scaling": None}),
+    "epsilon": ("qwen3", {"norm_epsilon": 1e-3}),
+    "weights of experts": ("qwen3_moe", {"norm_topk_prob": False}),
+    "experts of a token": ("qwen3_moe", {"num_experts_per_tok": 3}),
+}
+
+
+@pytest.mark.parametrize("wrong", MISREADINGS)
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
+def test_a_misread_configuration_is_refused(models, monkeypatch, wrong, cut):
+    family, values = MISREADINGS[wrong]
+    misread(monkeypatch, **values)
+    if cut:
+        always_cut(monkeypatch)
+    with pytest.raises(ValueError, match=r"is read otherwise by transformers .* than here: the logits are") as raised:
+        checked(models[family])
+    assert models[family] in str(raised.value)
+
+
+@pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="transformers 4 opens it")
+def test_what_transformers_cannot_open_is_refused_in_its_words(tmp_path):
+    """6 heads of 48 in a hidden size of 256, which Megatron could compute."""
+    setup_device()
+    from distill_nemo.models.architecture import resolve
+    from distill_nemo.models.hf_tensors import expected_tensors
+
+    source = Path(write_hf(tmp_path / "m", "llama", width=64))
+    config = json.loads((source / "config.json").read_text())
+    config |= {"hidden_size": 256, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 48}
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "model.safetensors").unlink()
+    shapes = expected_tensors(resolve(StudentConfig(checkpoint=str(source))))
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, source / "model.safetensors")
+    with pytest.raises(ValueError, match=r"/m cannot be opened by transformers .*number of attention heads \(6\)"):
+        checked(source)
+
+
+def test_a_padding_token_without_a_row_does_not_matter(tmp_path):
+    """Some fine-tuned models name one; training reads it nowhere."""
+    source = Path(write_hf(tmp_path / "m", layers=1))
+    config = json.loads((source / "config.json").read_text()) | {"pad_token_id": 507, "eos_token_id": [506, 600]}
+    (source / "config.json").write_text(json.dumps(config))
+    checked(source)
+
+
+def ending(function, patch_values, *args):
+    """The refusal of `function(*args)` while configurations are misread, or None."""
+    with pytest.MonkeyPatch.context() as patch:
+        misread(patch, **patch_values)
+        try:
+            function(*args)
+        except ValueError as error:
+            return str(error)
+    return None
+
+
+def trained(inputs, output, tensor=1):
+    from distill_nemo.training.entry import run_config
+
+    config = tiny_run(inputs, output, steps=4)
+    config.parallelism.tensor_model_parallel_size = tensor
+    run_config(config)
+
+
+def evaluated(inputs):
+    from distill_nemo.training.evaluate import evaluate_student
+
+    evaluate_student(StudentConfig(str(inputs / "student")), str(inputs / "valid"), None, 32, 8)
+
+
+def exported(source, output):
+    from distill_nemo.checkpoint.export import export
+
+    export(str(source), str(output))
+
+
+WRONG = {"rotary_base": 5e5}
+WORDS = "is read otherwise by transformers"
+
+
+def test_train_evaluate_and_export_refuse_a_misread_source(inputs, one, tmp_path):
+    (said,) = one.run(ending, trained, WRONG, inputs, tmp_path / "run")
+    assert WORDS in said and not (tmp_path / "run").exists()
+    (said,) = one.run(ending, evaluated, WRONG, inputs)
+    assert WORDS in said
+    (said,) = one.run(ending, exported, WRONG, inputs / "student", tmp_path / "export")
+    assert WORDS in said and not (tmp_path / "export").exists()
+
+
+def test_every_rank_refuses_a_misread_source(inputs, two, tmp_path):
+    said = two.run(ending, trained, WRONG, inputs, tmp_path / "run", 2)
+    assert said[0] == said[1] and WORDS in said[0]
+    two.run(trained, inputs, tmp_path / "run", 2)  # rank 0 alone has been in another world before
+    assert metrics(tmp_path / "run")[-1]["step"] == 4
+
+
+def test_the_export_of_a_run_is_held_against_the_source_of_its_student(inputs, one, tmp_path):
+    """A run from before the check, whose own logits the export gives again."""
+    one.run(trained, inputs, tmp_path / "run")
+    (described,) = Path(tmp_path, "run", "checkpoints").glob("step_*/architecture.json")
+    described.write_text(json.dumps(json.loads(described.read_text()) | WRONG))
+    sums = described.with_name("SHA256SUMS")
+    sums.write_text("".join(x for x in sums.read_text().splitlines(True) if "architecture.json" not in x))
+    with pytest.raises(ValueError, match=r"did not read its student as transformers does.*rotary_base = 500000"):
+        one.run(exported, tmp_path / "run", tmp_path / "export")
+    assert not (tmp_path / "export").exists()
