@@ -4,8 +4,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from distill_nemo.models.huggingface import check_target, tokenizer_files
 from distill_nemo.models.pretrained import open_pretrained
+from distill_nemo.runtime.output_lock import OutputLock
 
 
 def convert(checkpoint: str, output: str, allow_pickle: bool = False) -> None:
@@ -17,7 +20,7 @@ def convert(checkpoint: str, output: str, allow_pickle: bool = False) -> None:
         ValueError: without `allow_pickle`; where there is nothing to convert; for weights that do not fit the
             configuration, or a pickle that names anything else than tensors.
     """
-    source, target = Path(checkpoint), Path(output)
+    source, target = Path(checkpoint), Path(output).resolve()
     if any(source.glob("*.safetensors")):
         raise ValueError(f"{source} holds safetensors, which training reads as they are")
     if not any(source.glob("pytorch_model*.bin")) or not (source / "config.json").is_file():
@@ -27,21 +30,29 @@ def convert(checkpoint: str, output: str, allow_pickle: bool = False) -> None:
             f"the weights in {source} are pickles, which can run code when they are opened: add allow_pickle=true if "
             "you trust where they come from"
         )
-    if target.is_dir() and any(target.iterdir()):
-        raise ValueError(f"{target} exists and is not empty; name a new directory")
     check_target(target)
+    with OutputLock(target.with_name(f".{target.name}.lock"), f"output = {output}"):
+        if target.is_dir() and any(target.iterdir()):
+            raise ValueError(f"{target} exists and is not empty; name a new directory")
+        _write(_opened(source), tokenizer_files(source), target)
+    print(f"converted {source} to {target}")
+
+
+def _write(model: Any, files: list[Path], target: Path) -> None:
+    """Write the model and copies of `files`; `target` appears when all is there."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        _opened(source).save_pretrained(partial)
-        for file in tokenizer_files(source):
+        model.save_pretrained(partial)
+        for file in files:
             shutil.copy2(file, partial)
         if target.is_dir():
             target.rmdir()
         partial.rename(target)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"output = {target} cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    print(f"converted {source} to {target}")
 
 
 def _opened(source: Path) -> Any:

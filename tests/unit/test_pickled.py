@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from distill_nemo.models.huggingface import METADATA
 from distill_nemo.models.pickled import convert
+from distill_nemo.runtime import output_lock
+from tests.distributed.test_no_space import file_size_limit
 from tests.tiny_models import write_hf
 
 
@@ -72,3 +76,24 @@ def test_refused(old, tmp_path, monkeypatch, change, allow, said):
         convert(str(old), str(tmp_path / "new"), allow)
     assert not (tmp_path / "executed").exists() and not (tmp_path / "new" / "config.json").exists()
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_full_disk_leaves_nothing(old, tmp_path):
+    before = sorted(tmp_path.iterdir())
+    size = (old / "pytorch_model.bin").stat().st_size
+    with file_size_limit(size // 2), pytest.raises(OSError, match=rf"output = {tmp_path}/sub/new cannot be written: "):
+        convert(str(old), str(tmp_path / "sub" / "new"), allow_pickle=True)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_second_process_is_refused(old, tmp_path, monkeypatch):
+    monkeypatch.setattr(output_lock, "LEASE_SECONDS", 0.0)
+    holder = "import fcntl, sys\nfile = open(sys.argv[1], 'w')\nfcntl.lockf(file, fcntl.LOCK_EX)\n"
+    holder += "print('held', flush=True)\nsys.stdin.read()"
+    command = [sys.executable, "-c", holder, str(tmp_path / ".new.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match=rf"output = {tmp_path}/new/: another process writes there"):
+            convert(str(old), f"{tmp_path}/new/", allow_pickle=True)
+        process.kill()
+    assert not (tmp_path / "new").exists()
