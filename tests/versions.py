@@ -144,7 +144,7 @@ def label_torch(site_packages: Path) -> None:
 def torch_files(site_packages: Path) -> dict[Path, tuple[int, int, int]]:
     """Return {file: (inode, size, time)} of torch, its metadata and Triton."""
     found = [path for name in ("torch", "torch-*", "triton*") for path in site_packages.glob(f"{name}/**/*")]
-    states = {path: path.stat() for path in found if path.suffix not in (".pyc", "") and path.is_file()}
+    states = {path: path.stat() for path in found if path.suffix != ".pyc" and path.is_file()}
     return {path: (state.st_ino, state.st_size, state.st_mtime_ns) for path, state in states.items()}
 
 
