@@ -106,7 +106,7 @@ class TrainContext(run.cli.RunContext):
                 experiments.tell_detached(experiment)
 
     def _execute_experiment(self, fn: Callable[..., Any], experiment_args: list[str]) -> None:
-        fdl.build(self.parse_fn(fn, experiment_args, ctx=self))()
+        fdl.build(self.parse_fn(fn, experiment_args))(ctx=self)  # building would copy the context, without its executor
 
     def launch(self, experiment: run.Experiment, sequential: bool = False) -> None:
         """As NeMo-Run's, but without `run.executor=` too the tasks run in processes of their own."""
