@@ -22,7 +22,7 @@ ONE_PASS = True  # see `eager.py`
 ROWS, LANES, LANE_WARPS = 4, 1024, 4
 BLOCK, WARPS = 4096, 8
 LOG2_E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-1e30)  # a peak before any column: finite, as -inf - -inf would be NaN
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # a peak before any column: finite, as -inf - -inf would be NaN
 
 
 @triton.jit

@@ -43,9 +43,8 @@ def test_triton_is_as_exact_as_torch(monkeypatch, device, name, dtype, temperatu
     for kernels in ("triton", "eager"):
         loss, grad = loss_and_gradient(monkeypatch, kernels, name, pair, temperature)
         errors[kernels] = error(loss, value), error(grad, gradient)
-    few_last_places = 1e-6 * abs(value).max(), 1e-6 * abs(gradient).max()
-    assert errors["triton"][0] <= errors["eager"][0] + few_last_places[0], errors
-    assert errors["triton"][1] <= 1.01 * errors["eager"][1] + few_last_places[1], errors
+    for ours, torchs, size in zip(errors["triton"], errors["eager"], (value, gradient), strict=True):
+        assert ours <= 1.5 * torchs + 1e-6 * np.abs(size).max(), errors
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
