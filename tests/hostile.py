@@ -24,9 +24,10 @@ class Runs:
 
 
 def plant(directory: Path, key: str, executed: Path) -> None:
-    """Let an object that runs code stand under the first stored name that begins with `key`, tensor or not."""
+    """Let an object that runs code stand under the first stored name that holds `key`, tensor or not."""
     contents = pickle.loads((directory / ".metadata").read_bytes())
-    name = next(name for name in contents.state_dict_metadata if name.startswith(key))
+    names = sorted(contents.state_dict_metadata, key=lambda name: name.find(key))
+    name = next(name for name in names if key in name)  # where it begins, if there is one
     buffer = io.BytesIO()
     torch.save([Runs(executed)], buffer)
     (directory / HOSTILE).write_bytes(buffer.getvalue())

@@ -1,6 +1,7 @@
 """A student that ModelOpt has quantised (on CPU: simulated INT8) is distilled as such: restored, trained, resumed."""
 
 import contextlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch.distributed.checkpoint.metadata import TensorProperties
 
 from distill_nemo.config import ParallelismConfig, StudentConfig
+from tests.hostile import plant
 from tests.training import metrics, tiny_run
 from tests.unit.test_model_provider import in_one_process, logits, provider
 
@@ -74,6 +76,15 @@ def load_without_help(path, teacher):
 def test_megatron_still_needs_help_with_torchs_strides(quantised, inputs, one):
     with pytest.raises(ValueError, match="unexpected keyword argument 'strides'"):
         one.run(in_one_process, load_without_help, quantised[0], inputs / "teacher")
+
+
+@pytest.mark.parametrize(("place", "key"), [("modelopt_state", "common_state"), (".", "linear_proj._extra_state")])
+def test_a_state_of_modelopts_that_would_run_code_is_refused(quantised, inputs, one, tmp_path, place, key):
+    path, executed = shutil.copytree(quantised[0], tmp_path / "m"), tmp_path / "executed"
+    plant(path / place, key, executed)
+    with pytest.raises(ValueError, match=r"is not loaded: an object in it names \w+\.system, which could run code"):
+        one.run(in_one_process, load, path, inputs / "teacher")
+    assert not executed.exists()
 
 
 def test_its_output_layer_cannot_be_part_of_the_loss(quantised, inputs, one):
