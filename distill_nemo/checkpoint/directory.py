@@ -156,9 +156,7 @@ def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     for line in _difference("training.steps", saved["training"]["steps"], now["training"]["steps"], saved, now):
         decays = now["optimizer"]["decay_steps"] is None and now["optimizer"]["decay_style"] != "constant"
         told.append(line + (", to where the learning rate decays" if decays else ""))
-    if now.get("contents") and not saved.get(
-        "contents"
-    ):  # the first release, where Megatron shuffled all passes together
+    if "identity" in saved:  # of the first release, where Megatron shuffled all passes together
         told.append("samples: in another order from here on, if the run takes more than one pass over its data")
     return told
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from distill_nemo.checkpoint import identity
+from distill_nemo.checkpoint.directory import changes
 from distill_nemo.checkpoint.identity import run_record
 from distill_nemo.config import DataConfig, ParallelismConfig, RunConfig, StudentConfig, TeacherConfig
 from distill_nemo.runtime import file_hashes
@@ -265,3 +266,10 @@ def test_a_teacher_saved_again_is_the_same(tmp_path, alone):
         contents.add(run_record(config)["contents"]["teacher.checkpoint"])
     assert len(headers) > 1, "the header was the same each time: the test shows nothing"
     assert len(contents) == 1
+
+
+def test_a_run_of_the_first_release_is_told_that_its_samples_come_in_another_order():
+    record = {"optimizer": {"lr": 1e-3}, "training": {"steps": 4}, "contents": {}}
+    assert changes(record, record) == []
+    (line,) = changes({**record, "identity": {"data.train": "0f"}}, record)
+    assert line.startswith("samples: in another order from here on")
