@@ -362,7 +362,7 @@ CORRUPT = {
     ".metadata is missing, corrupt or truncated": lambda path: _cut(path / ".metadata", 200),
     "names files that are not there: __0_0.distcp": lambda path: (path / "__0_0.distcp").unlink(),
     "__0_0.distcp is truncated": lambda path: _cut(path / "__0_0.distcp", 1000),
-    "an object in it is neither a tensor nor a plain value": lambda path: _zero(path / "__0_0.distcp"),
+    "cannot be read, and may be corrupt: UnpicklingError": lambda path: _zero(path / "__0_0.distcp"),
 }
 
 
