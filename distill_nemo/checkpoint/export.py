@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import uuid
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from distill_nemo.config import ParallelismConfig, RunConfig, StudentConfig
+from distill_nemo.runtime.errors import errors_in_one_screen
 from distill_nemo.runtime.orphans import end_with_parent
 from distill_nemo.runtime.process_groups import open_store, process_groups
 
@@ -34,7 +36,7 @@ def export_from_run(config: RunConfig) -> None:
         dist.broadcast_object_list(key)  # of no attempt before: torchrun may keep their store
     if dist.get_rank() == 0:
         command = [sys.executable, "-m", "distill_nemo.checkpoint.export", config.output_dir]
-        command += [str(Path(config.output_dir) / "student"), config.data.tokenizer or ""]
+        command += [str(_target(config)), config.data.tokenizer or ""]
         failed = subprocess.run(command, env=_single_process_environment(), check=False).returncode
     if dist.get_world_size() > 1:
         store = open_store()
@@ -47,6 +49,33 @@ def export_from_run(config: RunConfig) -> None:
             f"export failed; the checkpoint is whole. Try again: nemo distill export checkpoint={config.output_dir} "
             f"output={config.output_dir}/student"
         )
+
+
+def prepare_export(config: RunConfig, dtype: torch.dtype) -> None:
+    """Refuse, before the first step, a run whose export would fail; nothing is written.
+
+    Raises:
+        ValueError: if transformers has no class for the student, refuses its sizes, or cannot open the tokenizer that
+            would lie beside it; or if the export's directory may not be replaced.
+    """
+    from distill_nemo.data.tokenizer import load_tokenizer
+    from distill_nemo.models.export_files import NO_EXPORT, export_files, exported_tokenizer
+    from distill_nemo.models.huggingface import check_exportable, check_target
+
+    check_exportable(config.student)
+    check_target(_target(config))
+    source = _source(config.student.checkpoint)
+    tokenizer = exported_tokenizer(source, Path(config.data.tokenizer) if config.data.tokenizer else None)
+    if tokenizer is not None:
+        try:
+            load_tokenizer(str(tokenizer)).token_id("eos_token")
+        except ValueError as error:
+            raise ValueError(f"{error}; mend it, name another directory as data.tokenizer, or {NO_EXPORT}") from None
+    export_files(config.student, dtype, source, tokenizer).check()
+
+
+def _target(config: RunConfig) -> Path:
+    return Path(config.output_dir) / "student"
 
 
 def _single_process_environment() -> dict[str, str]:
@@ -72,7 +101,7 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None) -> None:
     from distill_nemo.checkpoint.directory import read_record
     from distill_nemo.checkpoint.load import check_whole
     from distill_nemo.models.architecture import resolve
-    from distill_nemo.models.huggingface import check_exportable, check_target, export_hf, tokenizer_files
+    from distill_nemo.models.huggingface import check_exportable, check_target, export_hf
     from distill_nemo.models.megatron_weights import stored_dtype
     from distill_nemo.models.provider import model_provider
     from distill_nemo.models.source_check import check_source
@@ -91,13 +120,11 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None) -> None:
         _check_source_of_run(read_record(where), student)
     if found.kind is CheckpointKind.OURS and not tokenizer:
         tokenizer = _tokenizer_of_run(read_record(where))
-    elif tokenizer is None and found.kind is CheckpointKind.HUGGING_FACE and tokenizer_files(where):
-        tokenizer = str(where)
     with process_groups(ParallelismConfig()):
         check_whole(student)
         seed_everything(0)
         model: Any = model_provider(student=student, parallelism=ParallelismConfig(), dtype=dtype).cuda()
-        export_hf(model.eval(), output, student, tokenizer)
+        export_hf(model.eval(), output, student, tokenizer, _source(checkpoint))
     print(f"exported {where.name} to {output}: the reloaded model gives the same logits", flush=True)
 
 
@@ -130,15 +157,41 @@ def _check_source_of_run(record: dict[str, Any], student: StudentConfig) -> None
 
 
 def _tokenizer_of_run(record: dict[str, Any]) -> str | None:
-    """The directory that the run names, else the Hugging Face one that its student came from, if there is one there."""
-    from distill_nemo.models.huggingface import tokenizer_files
-
-    named, student = record["data"]["tokenizer"], record["student"]["checkpoint"]
+    """Return the tokenizer directory that the run names, if it is still there."""
+    named = record["data"]["tokenizer"]
     if named and not Path(named).is_dir():
         print(f"warning: data.tokenizer = {named} is not there", file=sys.stderr, flush=True)
-    return next((each for each in (named, student) if each and tokenizer_files(Path(each))), None)
+        return None
+    return named
+
+
+def _source(checkpoint: str | None) -> Path | None:
+    """Return the Hugging Face directory that a model came from, also through runs of ours, or None."""
+    from distill_nemo.checkpoint.directory import read_record
+    from distill_nemo.models.sources import CheckpointKind, find_checkpoint
+
+    passed: set[Path] = set()
+    while checkpoint:
+        if not Path(checkpoint).is_dir():
+            print(
+                f"warning: {checkpoint}, where the student came from, is not there: what its config.json says besides "
+                "the architecture, its tokenizer and its generation_config.json are missing in the export",
+                file=sys.stderr,
+                flush=True,
+            )
+            return None
+        found = find_checkpoint(Path(checkpoint))
+        if found.kind is CheckpointKind.HUGGING_FACE:
+            return found.weights
+        if found.kind is not CheckpointKind.OURS or found.weights in passed:
+            return None
+        passed.add(found.weights)
+        checkpoint = read_record(found.weights)["student"]["checkpoint"]
+    return None
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # remove what is half-written
     end_with_parent()
-    export(sys.argv[1], sys.argv[2], sys.argv[3] or None)
+    with errors_in_one_screen():
+        export(sys.argv[1], sys.argv[2], sys.argv[3] or None)

@@ -148,6 +148,7 @@ def to_huggingface(model: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
         "bos_token_id": None,  # else LlamaConfig takes 1 and 2, whatever the tokenizer, and generation stops at 2
         "eos_token_id": None,
         "dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": str(dtype).removeprefix("torch."),  # its name in transformers 4
         **_experts_to(model),
     }
 

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,15 @@ from distill_nemo.config import ModelConfig
 from distill_nemo.models.agreement import logits_apart, open_with_transformers
 from distill_nemo.models.architecture import padded_vocab_size
 from distill_nemo.models.experts import one_expert
-from distill_nemo.models.hf_config import FAMILIES, to_huggingface
+from distill_nemo.models.export_files import NO_EXPORT, export_files
+from distill_nemo.models.hf_config import FAMILIES
 from distill_nemo.models.hf_tensors import VOCAB_TENSORS, check_tied_weights, expected_tensors
 from distill_nemo.models.megatron_weights import STATE
-from distill_nemo.models.pretrained import open_pretrained
 from distill_nemo.models.sources import find_checkpoint
+from distill_nemo.runtime.files import replace_directory, restore_replaced
+from distill_nemo.runtime.output_lock import OutputLock
 
 METADATA = {"format": "pt", "producer": "distill_nemo"}  # by which an export of ours is known, and may be replaced
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "added_tokens.json", "*.jinja")
 
 
 def load_hf_weights(built: GPTModel, path: str, model: ModelConfig) -> None:
@@ -107,16 +109,17 @@ def check_exportable(model: ModelConfig) -> None:
     Raises:
         ValueError: saying why, and what can be done.
     """
-    advice = "train with checkpoint.export=false, and keep the Megatron checkpoint"
     if model.block_configs is not None:
-        raise ValueError(f"block_configs: transformers has no model whose layers differ; {advice}")
+        raise ValueError(f"block_configs: transformers has no model whose layers differ; {NO_EXPORT}")
     if model.checkpoint and (find_checkpoint(Path(model.checkpoint)).weights / STATE).is_dir():
         raise ValueError(
-            f"{model.checkpoint} was modified by ModelOpt (quantised, say): that cannot be exported yet; {advice}"
+            f"{model.checkpoint} was modified by ModelOpt (quantised, say): that cannot be exported yet; {NO_EXPORT}"
         )
 
 
-def export_hf(built: GPTModel, path: str, model: ModelConfig, tokenizer: str | None = None) -> None:
+def export_hf(
+    built: GPTModel, path: str, model: ModelConfig, tokenizer: str | None = None, source: Path | None = None
+) -> None:
     """Write `built` (TP=1, PP=1) as a Hugging Face directory that `AutoModelForCausalLM.from_pretrained` opens.
 
     Args:
@@ -124,57 +127,58 @@ def export_hf(built: GPTModel, path: str, model: ModelConfig, tokenizer: str | N
         path: directory to write; it appears only when whole and its logits equal `built`'s. An earlier export there
             is replaced, anything else refused.
         model: the resolved architecture.
-        tokenizer: directory whose tokenizer files are copied.
+        tokenizer: directory whose tokenizer is copied; None copies the source's.
+        source: the Hugging Face directory that the model came from, whose configuration and files are kept.
 
     Raises:
-        ValueError: when `path` holds something else than an export of ours, or `tokenizer` no tokenizer.
+        ValueError: when `path` holds something else than an export of ours, another process writes there, `tokenizer`
+            holds no tokenizer, or transformers refuses what would be written.
+        OSError: when it cannot be written; an earlier export stays as it is.
         RuntimeError: when the reloaded model's logits differ.
     """
     assert _tensor_parallel_size() == 1 and built.pre_process and built.post_process, "export needs the whole model"
-    files = _needed_tokenizer_files(tokenizer)
-    check_target(Path(path))
     dtype = next(built.parameters()).dtype
-    target = Path(path).resolve()
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    config = to_huggingface(model, dtype) | _special_tokens(tokenizer)
-    try:
-        (partial / "config.json").write_text(json.dumps(config, indent=2))
-        save_file(_hf_tensors(built, partial, model, dtype), partial / "model.safetensors", METADATA)
-        for file in files:
-            shutil.copy2(file, partial / file.name)
+    files = export_files(model, dtype, source, Path(tokenizer) if tokenizer else None)
+    files.check()
+    with writing_export(Path(path)) as partial:
+        files.write(partial)
+        _save(_hf_tensors(built, partial, model, dtype), partial / "model.safetensors")
         check_export(built, str(partial))
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-    except BaseException:
+
+
+@contextlib.contextmanager
+def writing_export(path: Path) -> Iterator[Path]:
+    """Yield a directory to write an export into. It takes the place of `path` at the end, or disappears on an error.
+
+    Raises:
+        ValueError: when `path` may not be replaced, or another process writes there.
+        OSError: when it cannot be written.
+    """
+    check_target(path)
+    target = path.resolve()
+    with OutputLock(target.with_name(f".{target.name}.lock"), f"output = {path}"):
+        partial = target.with_name(f".{target.name}.partial")
+        restore_replaced(target)
+        check_target(path)  # again: another export may have ended meanwhile
         shutil.rmtree(partial, ignore_errors=True)
-        raise
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+            replace_directory(partial, target)
+        except OSError as error:
+            raise OSError(
+                f"output = {path}: the export could not be written: {error.strerror or error}; what was there before "
+                "is unchanged"
+            ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
-def _needed_tokenizer_files(tokenizer: str | None) -> list[Path]:
-    if not tokenizer:
-        return []
-    files = tokenizer_files(Path(tokenizer))
-    if not files:
-        raise ValueError(f"{tokenizer} holds no tokenizer files ({', '.join(TOKENIZER_FILES)})")
-    generation = Path(tokenizer, "generation_config.json")  # where an answer may end at several tokens
-    return [*files, generation] if generation.is_file() else files
-
-
-def _special_tokens(tokenizer: str | None) -> dict[str, int | None]:
-    """`bos_token_id` and `eos_token_id`, by which generation starts and ends, as the tokenizer has them."""
-    from transformers import AutoTokenizer
-
-    if not tokenizer:
-        return {}
-    loaded = open_pretrained(AutoTokenizer, tokenizer)
-    return {"bos_token_id": loaded.bos_token_id, "eos_token_id": loaded.eos_token_id}
-
-
-def tokenizer_files(path: Path) -> list[Path]:
-    """The tokenizer's files in a directory; none where it holds no tokenizer."""
-    return [file for pattern in TOKENIZER_FILES for file in path.glob(pattern) if file.is_file()]
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, METADATA)
+    except SafetensorError as error:  # as it says that a disk is full
+        raise OSError(str(error)) from None
 
 
 def check_target(target: Path) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from distill_nemo.models.huggingface import check_target, tokenizer_files
+from distill_nemo.models.export_files import tokenizer_files, write_files
+from distill_nemo.models.huggingface import check_target
 from distill_nemo.models.pretrained import open_pretrained
 from distill_nemo.runtime.output_lock import OutputLock
 
@@ -38,14 +39,13 @@ def convert(checkpoint: str, output: str, allow_pickle: bool = False) -> None:
     print(f"converted {source} to {target}")
 
 
-def _write(model: Any, files: list[Path], target: Path) -> None:
+def _write(model: Any, files: dict[str, Path], target: Path) -> None:
     """Write the model and copies of `files`; `target` appears when all is there."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         model.save_pretrained(partial)
-        for file in files:
-            shutil.copy2(file, partial)
+        write_files(files, partial)
         if target.is_dir():
             target.rmdir()
         partial.rename(target)

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 
 def open_pretrained(auto_class: Any, path: str | Path, **options: Any) -> Any:
     """Return `auto_class.from_pretrained(path)`, from local files, without running code that lies among them.
@@ -23,3 +25,11 @@ def open_pretrained(auto_class: Any, path: str | Path, **options: Any) -> Any:
         if "trust_remote_code" not in str(error):
             raise
         raise ValueError(f"{path} needs the code that its auto_map names, which is never run here") from None
+
+
+def empty_model(config: Any) -> torch.nn.Module:
+    """Return the causal language model of a transformers configuration, without memory for its weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)

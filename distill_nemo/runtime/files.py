@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import shutil
 from pathlib import Path
 
 NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # of a directory, on some network file systems
@@ -38,3 +39,31 @@ def fsync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def replace_directory(new: Path, target: Path) -> None:
+    """Put a whole directory in the place of `target`, durably. A crash loses neither: see `restore_replaced`."""
+    for path in (*new.rglob("*"), new):
+        fsync(path)
+    old = _replaced(target)
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    try:
+        new.rename(target)
+    except BaseException:
+        restore_replaced(target)
+        raise
+    fsync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_replaced(target: Path) -> None:
+    """Bring back the directory that an interrupted `replace_directory` had moved aside, if its successor is missing."""
+    old = _replaced(target)
+    if old.exists() and not target.exists():
+        old.rename(target)
+
+
+def _replaced(target: Path) -> Path:
+    return target.with_name(f".{target.name}.replaced")

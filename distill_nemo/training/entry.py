@@ -6,8 +6,6 @@ Light at import: the launcher reads it to learn the recipe's fields.
 import contextlib
 import os
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from distill_nemo.checks import check
@@ -28,8 +26,7 @@ from distill_nemo.config import (
     save_yaml,
     to_dict,
 )
-
-RANK_0_SECONDS = 10.0  # how long another rank's error waits for rank 0 to say it
+from distill_nemo.runtime.errors import errors_in_one_screen
 
 
 def distill(
@@ -80,29 +77,6 @@ def distill(
     )
     with errors_in_one_screen() if "TORCHELASTIC_RUN_ID" in os.environ else contextlib.nullcontext():
         run_config(config)
-
-
-@contextlib.contextmanager
-def errors_in_one_screen() -> Iterator[None]:
-    """Errors that this package raises are for the user: print `error: ...` and exit 1. Others keep their traceback.
-
-    Under torchrun all ranks meet the same error, and the first one that ends has the others killed. So rank 0 speaks,
-    and the others wait for that; one that is still alive afterwards had an error of its own, and says so.
-    """
-    try:
-        yield
-    except (ValueError, RuntimeError, ArithmeticError, OSError) as error:
-        last = error.__traceback__
-        while last is not None and last.tb_next is not None:
-            last = last.tb_next
-        module = last.tb_frame.f_globals.get("__name__", "") if last else ""
-        if not isinstance(error, OSError) and module.split(".")[0] not in ("distill_nemo", "recipes"):
-            raise
-        rank = int(os.environ.get("RANK", "0"))
-        if rank:
-            time.sleep(RANK_0_SECONDS)
-        print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
 
 
 def run_config(config: RunConfig) -> None:
@@ -172,9 +146,9 @@ def _train_alone(config: RunConfig) -> int | None:
     import torch
 
     from distill_nemo.checkpoint.directory import changes, check_resumable, checkpoint_root, read_record
+    from distill_nemo.checkpoint.export import prepare_export
     from distill_nemo.checkpoint.identity import run_record
     from distill_nemo.checkpoint.load import check_whole, load_checkpoint, newest_whole
-    from distill_nemo.models.huggingface import check_exportable
     from distill_nemo.runtime.device import resolve_dtype, setup_device
     from distill_nemo.runtime.process_groups import rank
     from distill_nemo.runtime.seed import seed_everything
@@ -187,9 +161,9 @@ def _train_alone(config: RunConfig) -> int | None:
         device.type == "cuda" or dtype == torch.float32,
         f'training.dtype = "{config.training.dtype}" needs a GPU, and there is none; set it to "float32" or "auto"',
     )
-    if config.checkpoint.export:
-        check_exportable(config.student)
     check_run_data(config)
+    if config.checkpoint.export:
+        prepare_export(config, dtype)
     newest = newest_whole(checkpoint_root(config.output_dir))
     told = ""
     if newest is not None:

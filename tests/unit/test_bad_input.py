@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import transformers
 
 from distill_nemo.config import StudentConfig
 from distill_nemo.data.prepare import prepare
@@ -224,6 +225,53 @@ def test_damaged_token_files(inputs, one, tmp_path):
     shutil.copy(f"{inputs}/train.bin", f"{tmp_path}/data.bin")
     os.truncate(f"{tmp_path}/data.idx", os.path.getsize(f"{tmp_path}/data.idx") - 8)
     assert "data.idx is truncated" in refused(one, inputs, tmp_path / "out", changes)
+
+
+ODD_SIZES = {"num_layers": 1, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 3, "kv_channels": 16}
+ODD_SIZES |= {"num_query_groups": 3, "vocab_size": 507, "checkpoint": None}
+
+
+@pytest.mark.parametrize(
+    ("files_of_student", "changes", "words"),
+    [
+        ({"tokenizer.json": "{"}, {}, "is not a Hugging Face tokenizer directory that can be loaded"),
+        ({"tokenizer_config.json": '{"eos_token": ["a"]}'}, {}, "eos_token must be one token"),
+        ({"tokenizer_config.json": '{"pad_token": ["a"]}'}, {}, "transformers cannot open the tokenizer in"),
+        (
+            {"tokenizer_config.json": '{"eos_token": "<|no|>"}'},
+            {},
+            'eos_token = "<|no|>" is no token of its vocabulary',
+        ),
+        (
+            {"tokenizer_config.json": '{"auto_map": {"AutoTokenizer": ["t.X", null]}, "tokenizer_class": "X"}'},
+            {},
+            "needs the code that its auto_map names",
+        ),
+        ({"tokenizer.json": None, "tokenizer.model": "\0\0"}, {}, "is neither a sentencepiece nor a tiktoken model"),
+        ({"generation_config.json": "{"}, {}, "transformers refuses its config.json or generation_config.json"),
+        pytest.param(
+            {},
+            {f"student.{name}": value for name, value in ODD_SIZES.items()},
+            "transformers refuses its config.json",
+            marks=pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 has a class for them"),
+        ),
+    ],
+)
+def test_a_student_that_could_not_be_exported_is_not_trained(inputs, one, tmp_path, files_of_student, changes, words):
+    student = shutil.copytree(inputs / "student", tmp_path / "student")
+    shutil.copytree(inputs / "tokenizer", student, dirs_exist_ok=True)
+    for name, content in files_of_student.items():
+        (student / name).unlink(missing_ok=True) if content is None else (student / name).write_text(content)
+    settings = {"student.checkpoint": str(student), "data.tokenizer": None, "checkpoint.export": True}
+    said = refused(one, inputs, tmp_path / "out", settings | changes)
+    assert words in said and (str(student) in said or changes)
+
+
+def test_a_directory_in_the_place_of_the_export_is_refused_before_training(inputs, one, tmp_path):
+    (tmp_path / "out" / "student").mkdir(parents=True)
+    (tmp_path / "out" / "student" / "thesis.txt").write_text("years of work")
+    said = refused(one, inputs, tmp_path / "out", {"checkpoint.export": True})
+    assert f"{tmp_path}/out/student exists and is no export of ours" in said
 
 
 def test_an_output_directory_that_holds_other_checkpoints(inputs, one, tmp_path):

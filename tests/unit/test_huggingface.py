@@ -342,9 +342,8 @@ def _exported_with_the_students_tokenizer(root):
         student = resolve(StudentConfig(checkpoint=hf))
         model = model_provider(student=student, parallelism=ParallelismConfig())
         for named in (None, str(root / "gone")):
-            found = export._tokenizer_of_run({"data": {"tokenizer": named}, "student": {"checkpoint": hf}})
-            assert found == hf
-        export_hf(model, str(root / "link"), student, found)
+            assert export._tokenizer_of_run({"data": {"tokenizer": named}}) is None
+        export_hf(model, str(root / "link"), student, source=export._source(hf))
     return ends
 
 

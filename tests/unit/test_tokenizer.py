@@ -210,7 +210,7 @@ def test_only_one_function_opens_directories_with_transformers():
         for path in sources
     }
     assert {path: names for path, names in found.items() if names} == {
-        "distill_nemo/models/pretrained.py": ["from_pretrained"]
+        "distill_nemo/models/pretrained.py": ["from_pretrained", "from_config"]
     }
 
 

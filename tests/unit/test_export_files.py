@@ -1,0 +1,226 @@
+"""An export keeps its source's configuration and files, is written by one process at a time, and survives crashes."""
+
+import json
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill_nemo.config import StudentConfig
+from distill_nemo.runtime.device import setup_device
+from distill_nemo.runtime.files import replace_directory, restore_replaced
+from tests.tiny_models import FAMILIES, write_hf
+
+STATED = {
+    "attention_dropout": 0.1,
+    "initializer_range": 0.017,
+    "bos_token_id": 3,
+    "eos_token_id": [0, 5],
+    "pad_token_id": 7,
+    "use_cache": False,
+    "torch_dtype": "float16",
+    "pretraining_tp": 1,
+    "transformers_version": "4.57.0",
+    "_name_or_path": "meta/model",
+    "id2label": {"0": "no"},
+    "own_field": {"kept": [1, None]},
+    "problem_type": None,
+}
+
+
+def stated(directory: str | Path) -> dict:
+    return json.loads(Path(directory, "config.json").read_text())
+
+
+def state(directory: str | Path, **values) -> None:
+    Path(directory, "config.json").write_text(json.dumps(stated(directory) | values))
+
+
+def collected(source, tokenizer=None, dtype=torch.bfloat16, **fields):
+    setup_device()
+    from distill_nemo.models.architecture import resolve
+    from distill_nemo.models.export_files import export_files
+
+    return export_files(resolve(StudentConfig(checkpoint=str(source), **fields)), dtype, Path(source), tokenizer)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_field_of_the_source_is_kept(tmp_path, family):
+    source = write_hf(tmp_path / "m", family, layers=1)
+    more = {"layer_types": ["full_attention"], "max_window_layers": 1} if "qwen" in family else {}
+    state(source, **STATED, **more, auto_map={"AutoConfig": "code.X"})
+    config = collected(source).config
+    own = {"dtype", "torch_dtype", "auto_map"}
+    assert {name: config.get(name, "lost") for name in stated(source).keys() - own} == {
+        name: value for name, value in stated(source).items() if name not in own
+    }
+    assert (config["dtype"], config["torch_dtype"]) == ("bfloat16", "bfloat16") and "auto_map" not in config
+    base = stated(source)["rope_parameters"]["rope_theta"] if "rope_parameters" in stated(source) else None
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == (base or stated(source)["rope_theta"])
+
+
+def test_only_where_the_student_differs_the_configuration_does(tmp_path, capsys):
+    source = write_hf(tmp_path / "m", layers=1)
+    state(source, eos_token_id=[2, 506], pad_token_id=506, bos_token_id=1)
+    config = collected(source, vocab_size=500).config
+    assert (config["vocab_size"], config["eos_token_id"], config["pad_token_id"]) == (500, [2], None)
+
+    from distill_nemo.models.architecture import resolve
+    from distill_nemo.models.export_files import export_files
+
+    student = resolve(StudentConfig(checkpoint=write_hf(tmp_path / "other", layers=2)))
+    config = export_files(student, torch.float32, Path(source), None).config
+    assert config["num_hidden_layers"] == 2 and "pad_token_id" not in config
+    assert f"{source} is another model now (num_layers = 1, the student's is 2)" in capsys.readouterr().err
+
+
+def chat_student(directory: Path, kind: str) -> str:
+    """A model with a tokenizer, two chat templates in files or in its configuration, and what else a hub shows."""
+    from distill_nemo.data.stdlib_corpus import stdlib_modules, train_tokenizer
+
+    source = Path(write_hf(directory, layers=1))
+    train_tokenizer(stdlib_modules()[:3], source, 507)
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    if kind == "files":
+        (source / "additional_chat_templates").mkdir()
+        (source / "chat_template.jinja").write_text("D{{ messages }}")
+        (source / "additional_chat_templates" / "tool_use.jinja").write_text("T{{ messages }}")
+    else:
+        named = {"default": "D{{ messages }}", "tool_use": "T{{ messages }}"}
+        config["chat_template"] = [{"name": name, "template": template} for name, template in named.items()]
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 5], "temperature": 0.6}))
+    for name in ("LICENSE", "README.md", "preprocessor_config.json", "tokenizer_code.py", "tokenizer.model"):
+        (source / name).write_text("x")
+    (source / "special_tokens_map.json").write_text('{"eos_token": "<|endoftext|>"}')
+    (source / "added_tokens.json").write_text("{}")
+    return str(source)
+
+
+@pytest.mark.parametrize("kind", ["files", "config"])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_tokenizer_chat_templates_and_generation_config_are_kept(tmp_path, kind, elsewhere):
+    """Also those of the source where the tokenizer of another directory is exported, which has none."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    from distill_nemo.data.stdlib_corpus import stdlib_modules, train_tokenizer
+
+    source = chat_student(tmp_path / "m", kind)
+    train_tokenizer(stdlib_modules()[:3], tmp_path / "tokenizer", 507)
+    files = collected(source, tmp_path / "tokenizer" if elsewhere else None)
+    files.check()
+    (tmp_path / "out").mkdir()
+    files.write(tmp_path / "out")
+    written = {str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    expected = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    if not elsewhere:
+        expected |= {"tokenizer.model", "special_tokens_map.json", "added_tokens.json"}
+    if kind == "files" or elsewhere:
+        expected |= {"chat_template.jinja", "additional_chat_templates/tool_use.jinja"}
+    assert written == expected
+    template = AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    assert template == {"default": "D{{ messages }}", "tool_use": "T{{ messages }}"}
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == [0, 5]
+
+
+def test_a_tokenizer_that_is_named_keeps_its_own_chat_template(tmp_path):
+    source = chat_student(tmp_path / "m", "files")
+    other = Path(chat_student(tmp_path / "other", "config"))
+    files = collected(source, other).files
+    assert "chat_template.jinja" not in files and files["tokenizer_config.json"] == other / "tokenizer_config.json"
+
+
+def export_directory(path: Path) -> Path:
+    """What counts as an earlier export of ours."""
+    from safetensors.torch import save_file
+
+    from distill_nemo.models.huggingface import METADATA
+
+    path.mkdir()
+    save_file({"x": torch.ones(1)}, path / "model.safetensors", METADATA)
+    return path
+
+
+def test_two_exports_into_one_directory(one, tmp_path):
+    """The second is refused while the first writes, and the first is whole."""
+    setup_device()
+    from distill_nemo.models.huggingface import writing_export
+
+    out = export_directory(tmp_path / "out")
+    with writing_export(out) as partial:
+        (partial / "new").touch()
+        with pytest.raises(ValueError, match=f"output = {out}: another process writes there"):
+            one.run(second_export, out)
+        assert partial.exists() and (out / "model.safetensors").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (out / "new").exists()
+
+
+def second_export(out: Path) -> None:
+    setup_device()
+    from distill_nemo.models.huggingface import writing_export
+
+    with writing_export(out):
+        pass
+
+
+def test_a_full_disk_leaves_the_earlier_export(tmp_path):
+    setup_device()
+    from distill_nemo.models.huggingface import _save, writing_export
+
+    out = export_directory(tmp_path / "out")
+    before = (out / "model.safetensors").read_bytes()
+
+    def text(partial: Path) -> None:
+        (partial / "config.json").write_text("x" * 4096)
+
+    def weights(partial: Path) -> None:
+        _save({"x": torch.ones(4096)}, partial / "model.safetensors")
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for write in (text, weights):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))  # EFBIG, where a full disk gives ENOSPC
+        try:
+            with pytest.raises(OSError, match=r"output = .*/out: the export could not be written: .*too large"):
+                with writing_export(out) as partial:
+                    write(partial)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert (out / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_an_export_that_a_crash_left_aside_is_brought_back(tmp_path, moved):
+    target, new = tmp_path / "out", tmp_path / "new"
+    for path in (target, new):
+        path.mkdir()
+        (path / "name").write_text(path.name)
+    if moved:
+        target.rename(tmp_path / ".out.replaced")  # and killed here
+    restore_replaced(target)
+    assert (target / "name").read_text() == "out"
+    replace_directory(new, target)
+    restore_replaced(target)
+    assert (target / "name").read_text() == "new" and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_source_of_a_student_is_found_through_runs(tmp_path, capsys):
+    from distill_nemo.checkpoint.export import _source
+
+    source = write_hf(tmp_path / "m", layers=1)
+
+    def step(name: str, checkpoint: str | None) -> str:
+        directory = tmp_path / name / "checkpoints" / "step_00000004"
+        directory.mkdir(parents=True)
+        record = {section: {} for section in ("teacher", "distillation", "data", "optimizer", "training")}
+        (directory / "run.json").write_text(json.dumps(record | {"student": {"checkpoint": checkpoint}}))
+        (directory / "architecture.json").write_text("{}")
+        return str(directory)
+
+    assert _source(source) == _source(step("a", source)) == _source(step("b", step("c", source))) == Path(source)
+    assert _source(None) is None and _source(step("d", None)) is None
+    shutil.rmtree(source)
+    assert _source(step("e", source)) is None
+    assert f"{source}, where the student came from, is not there" in capsys.readouterr().err
