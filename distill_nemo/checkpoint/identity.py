@@ -5,6 +5,7 @@ share by each rank; what was hashed before, and has the size, mtime and inode th
 """
 
 import contextlib
+import hashlib
 import json
 import re
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from distill_nemo.config import RunConfig, to_dict
+from distill_nemo.data.tokenizer import load_tokenizer
 from distill_nemo.models.megatron_weights import STATE
 from distill_nemo.models.sources import find_checkpoint
 from distill_nemo.runtime.file_hashes import Part, hash_part, join_hashes, parts
@@ -30,7 +32,7 @@ _hashed: dict[Path, tuple[Stat, str]] = {}  # by this process
 
 
 def run_record(config: RunConfig, remember: bool = False) -> dict[str, Any]:
-    """Return `run.json`: the whole config, and under `contents` hashes of teacher and token files.
+    """Return `run.json`: the whole config, and under `contents` hashes of teacher, token files and tokens.
 
     Every rank must call it. With `remember` the hashes are kept in the output directory.
     """
@@ -48,7 +50,15 @@ def run_record(config: RunConfig, remember: bool = False) -> dict[str, Any]:
         field: join_hashes([f"{name}:{hashes[path] if path else ''}\n" for name, path in named]) if named else None
         for field, named in files.items()
     }
+    tokenizer = config.data.tokenizer
+    contents["data.tokenizer"] = vocabulary_hash(tokenizer) if tokenizer else None
     return to_dict(config) | {"contents": contents}
+
+
+def vocabulary_hash(tokenizer: str) -> str:
+    """Return a hash of the token of every id: a copy of the directory, or another chat template in it, is the same."""
+    vocabulary = load_tokenizer(tokenizer).vocab
+    return hashlib.sha256(json.dumps(vocabulary, sort_keys=True).encode()).hexdigest()
 
 
 def hash_files(paths: list[Path], cache: Path) -> dict[Path, str]:

@@ -331,6 +331,14 @@ def test_resuming_knows_teacher_and_data_by_their_contents(inputs, one, base, tm
     shutil.copytree(base, root)
     one.run(run, inputs, root / "out", own(root) | {"training.steps": 5, "optimizer.decay_steps": 4})
     assert metrics(root / "out")[-1]["step"] == 5
+    copied = shutil.copytree(inputs / "tokenizer", root / "tokenizer")
+    (copied / "chat_template.jinja").write_text("{{ messages }}")
+    settings = {"training.steps": 6, "optimizer.decay_steps": 4, "data.tokenizer": str(copied)}
+    one.run(run, inputs, root / "out", own(root) | settings)
+    tokens = {i: token for token, i in tokenizer_vocab(copied).items()}
+    rename(copied, {tokens[300]: 301, tokens[301]: 300})
+    said = refused(one, inputs, root / "out", own(root) | settings)
+    assert f"data.tokenizer: '{copied}' holds other contents" in said or "data.tokenizer: was" in said
     shutil.rmtree(root / "teacher")
     write_hf(root / "teacher", seed=3)  # the same architecture, other weights
     said = refused(one, inputs, root / "out", own(root))

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill_nemo.config import StudentConfig
+from distill_nemo.config import StudentConfig, to_dict
 from distill_nemo.runtime.device import setup_device
 from distill_nemo.runtime.files import replace_directory, restore_replaced
 from tests.tiny_models import FAMILIES, write_hf
+from tests.training import tiny_run
 
 STATED = {
     "attention_dropout": 0.1,
@@ -214,8 +215,9 @@ def test_the_source_of_a_student_is_found_through_runs(tmp_path, capsys):
     def step(name: str, checkpoint: str | None) -> str:
         directory = tmp_path / name / "checkpoints" / "step_00000004"
         directory.mkdir(parents=True)
-        record = {section: {} for section in ("teacher", "distillation", "data", "optimizer", "training")}
-        (directory / "run.json").write_text(json.dumps(record | {"student": {"checkpoint": checkpoint}}))
+        run = tiny_run(tmp_path, tmp_path / name)
+        run.student.checkpoint = checkpoint
+        (directory / "run.json").write_text(json.dumps(to_dict(run)))
         (directory / "architecture.json").write_text("{}")
         return str(directory)
 
