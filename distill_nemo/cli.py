@@ -28,6 +28,7 @@ from distill_nemo.executors import EXECUTORS, Stages, experiments, local, passin
 from distill_nemo.training.entry import distill, errors_in_one_screen
 
 NAMESPACE = "distill"
+NAME = re.compile(r"\w[\w.-]{,63}", re.ASCII)  # NeMo-Run makes directories, files and an address of it
 
 
 class TrainContext(run.cli.RunContext):
@@ -40,12 +41,16 @@ class TrainContext(run.cli.RunContext):
                 if getattr(self, option):
                     raise ValueError(
                         f"--{option.replace('_', '-')} is not supported. Every run writes its complete config to "
-                        "<output_dir>/config.yaml; `torchrun --nproc-per-node N -m distill_nemo CONFIG.yaml` runs that"
+                        "<output_dir>/config.yaml; `torchrun --rdzv-backend loopback --nproc-per-node N -m "
+                        "distill_nemo CONFIG.yaml` runs that"
                     )
             if self.direct:
                 raise ValueError("--direct is not supported: without run.executor= a run is one process of its own")
-            if not re.fullmatch(r"[\w.-]+", self.name, re.ASCII):  # NeMo-Run makes a directory and an address of it
-                raise ValueError(f'--name must be letters, digits, ".", "_" or "-", got "{self.name}"')
+            if not NAME.fullmatch(self.name):
+                raise ValueError(
+                    '--name must be at most 64 letters, digits, ".", "_" or "-", the first a letter, digit or "_", got '
+                    f'"{self.name}"'
+                )
             given, others = split_run_arguments(args)
             self.executor = fdl.build(parse_executor(given.executor, given.of_executor)) if given.executor else None
             self.plugins = self.parse_plugin(given.plugins, *given.of_plugins) if given.plugins else []

@@ -86,6 +86,9 @@ def command_class(text: Callable[[], str]) -> type[TyperCommand]:
             formatter.write(text())
 
         def invoke(self, ctx: Any) -> Any:
+            if ctx.params.get("run_name") == "":  # which NeMo-Run takes for none
+                print("error: --name is empty", file=sys.stderr)
+                ctx.exit(1)
             out: Any = _Skipping(sys.stdout, "Configuring global options\n")
             with contextlib.redirect_stdout(out):
                 return super().invoke(ctx)

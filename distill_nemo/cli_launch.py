@@ -2,8 +2,10 @@
 
 import inspect
 import os
+import re
 import shlex
 import shutil
+import subprocess
 import sys
 import typing
 from collections.abc import Iterable, Iterator
@@ -18,9 +20,10 @@ from distill_nemo.cli_values import parse
 from distill_nemo.config import RunConfig, near
 from distill_nemo.executors import EXECUTORS, KubernetesExecutor
 from distill_nemo.executors.secrets import refuse_secrets
-from distill_nemo.executors.slurm import ADVICE_ON_SECRETS
+from distill_nemo.executors.slurm import ADVICE_ON_SECRETS, SHIPPED
 from distill_nemo.models.sources import find_checkpoint
 
+SRUN_WORDS = ("container_mounts", "container_env", "srun_args")  # lists of words that go to srun unquoted
 LEFT_OUT = (
     "setup_lines",  # the shell would write them to the log, values and all; `setup` does not
     "array",  # a run is one job
@@ -62,7 +65,8 @@ def parse_executor(name: str, arguments: Iterable[str]) -> run.Config:
 def _fields(cls: Any) -> dict[str, Any]:
     """Those of NeMo-Run's that may be set, with their types."""
     hints = typing.get_type_hints(cls)
-    return {field: hints.get(field, Any) for field in inspect.signature(cls).parameters if field not in LEFT_OUT}
+    left_out = (*LEFT_OUT, "env_vars") if cls is run.SlurmExecutor else LEFT_OUT  # `env` is quoted for the script
+    return {field: hints.get(field, Any) for field in inspect.signature(cls).parameters if field not in left_out}
 
 
 def set_field(name: str, config: Any, path: str, value: str) -> None:
@@ -115,16 +119,58 @@ def check_launch(config: RunConfig, executor: run.Executor, dryrun: bool = False
 
 
 def _check_script(executor: run.SlurmExecutor) -> None:
-    """What NeMo-Run would put into the batch script so that the shell reads something else."""
-    folder = executor.tunnel.job_dir or get_nemorun_home()
-    if shlex.quote(folder) != folder:
-        name = "run.executor.job_dir" if executor.tunnel.job_dir else "NEMORUN_HOME"
-        raise ValueError(f'{name} = "{folder}" has characters that NeMo-Run does not quote in its scripts')
-    given = [(name, getattr(executor, name, None)) for name in executor.SBATCH_FLAGS]
-    given += [("additional_parameters", value) for value in (executor.additional_parameters or {}).values()]
-    for name, value in given:
+    """Refuse what would not reach SLURM as typed: NeMo-Run 0.11.1 quotes the values of #SBATCH lines, and no others."""
+    for name, folder in (("run.executor.job_dir", executor.tunnel.job_dir), ("NEMORUN_HOME", get_nemorun_home())):
+        if shlex.quote(folder) != folder and folder:
+            raise ValueError(f'{name} = "{folder}" has characters that NeMo-Run does not quote in its scripts')
+    prefix = executor.job_name_prefix or ""
+    if not re.fullmatch(r"\w[\w.-]*", prefix, re.ASCII):
+        raise ValueError(f'run.executor.job_name_prefix must be letters, digits, ".", "_" or "-", got "{prefix}"')
+    flags = [(name, getattr(executor, name, None)) for name in executor.SBATCH_FLAGS]
+    for key, value in (executor.additional_parameters or {}).items():
+        flags.append(("additional_parameters", value))
+        if not re.fullmatch(r"\w[\w-]*", key, re.ASCII):
+            raise ValueError(f'run.executor.additional_parameters: "{key}" is not the name of an option of sbatch')
+    words = [("container_image", executor.container_image or "x")]
+    words += [(name, each) for name in SRUN_WORDS for each in getattr(executor, name) or []]
+    for name, value in flags:
         if "\n" in str(value):
             raise ValueError(f"run.executor.{name} has two lines, and in a batch script the second is a command")
+    for name, word in words:
+        if not _is_one_word(word):
+            raise ValueError(
+                f"run.executor.{name}: the shell would not read {word} as it is; write {shlex.quote(word)}"
+            )
+    _check_spoiled(executor, [*flags, *words])
+
+
+def _is_one_word(text: str) -> bool:
+    """True if the shell reads `text` as one word, and as it stands between its quotes, if it has any."""
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        return False
+    return len(words) == 1 and (shlex.quote(words[0]) == text or f"'{words[0]}'" == text)
+
+
+def _check_spoiled(executor: run.SlurmExecutor, others: list[tuple[str, Any]]) -> None:
+    """Refuse set-up lines that are no shell, and a path that NeMo-Run replaces where there is no container."""
+    setup = executor.setup_lines or ""
+    parsed = subprocess.run(["bash", "-n"], input=setup, capture_output=True, text=True, check=False)
+    if parsed.returncode:
+        raise ValueError(f"run.executor.setup is not what bash reads: {parsed.stderr.strip().splitlines()[0]}")
+    if executor.container_image is None:
+        texts = [
+            *(("setup", line) for line in setup.splitlines()),
+            *others,
+            *(("env", value) for value in executor.env_vars.values()),
+        ]
+        texts += [("job_dir", executor.tunnel.job_dir or get_nemorun_home())]
+        for name, text in texts:
+            if "/nemo_run" in str(text).replace(SHIPPED, ""):
+                raise ValueError(
+                    f'run.executor.{name}: NeMo-Run replaces "/nemo_run" in its scripts, so no path may hold it: {text}'
+                )
 
 
 def check_fits_nodes(config: RunConfig, executor: run.Executor) -> None:

@@ -99,7 +99,7 @@ def kubernetes_config(
         "mount": mount.rstrip("/"),
         "pvc_size": pvc_size,
         "storage_class": storage_class,
-        "env_vars": {**ENVIRONMENT, **torchrun, **{name: str(value) for name, value in (env or {}).items()}},
+        "env_vars": {**ENVIRONMENT, **torchrun, **{name: _literal(value) for name, value in (env or {}).items()}},
         "env_list": [_secret(name, value) for name, value in (secrets or {}).items()],
         "time": None if time is None else seconds_of(time),
         "stop_seconds": stop_seconds,
@@ -124,6 +124,11 @@ def kubernetes(*args: Any, **kwargs: Any) -> run.Executor:
 kubernetes.__signature__ = inspect.signature(kubernetes_config).replace(  # type: ignore
     return_annotation=run.Executor
 )
+
+
+def _literal(value: str) -> str:
+    """Return `value` so that Kubernetes leaves it alone: it would expand $(NAME), and $$ to $."""
+    return str(value).replace("$", "$$")
 
 
 def _secret(name: str, value: str) -> dict[str, Any]:

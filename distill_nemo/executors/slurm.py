@@ -130,13 +130,13 @@ def slurm_config(
         time=time,
         signal=f"URG@{stop_seconds}" if stop_seconds else None,  # as runtime/signals.py says
         retries=retries,
-        container_image=container_image,
-        container_mounts=list(container_mounts or []),
+        container_image=container_image and shlex.quote(container_image),  # NeMo-Run quotes no word of srun's
+        container_mounts=[shlex.quote(mount) for mount in container_mounts or []],
         srun_args=[f"--chdir={workdir}"] if workdir else [],
         env_vars=_environment(env or {}, stop_seconds, cpus_per_device, devices, here, packager == "git"),
         setup_lines="\n".join([QUIET, *setup, "set -vx"]) if setup else None,
         packager=run.Config(CommittedCode if packager == "git" else run.Packager),
-        launcher=run.Config(run.Torchrun, rdzv_port=PORT),
+        launcher=run.Config(run.Torchrun, rdzv_port=PORT, rdzv_backend=_rendezvous(nodes, here and packager == "none")),
         tunnel=tunnel,
         poll_estimated_start_time=False,
     )
@@ -148,6 +148,13 @@ def slurm(*args: Any, **kwargs: Any) -> run.Executor:
 
 
 slurm.__signature__ = inspect.signature(slurm_config).replace(return_annotation=run.Executor)  # type: ignore
+
+
+def _rendezvous(nodes: int, installed: bool) -> str:
+    """Return the backend that unpickles nothing; on one node without this package installed there is only c10d."""
+    if nodes > 1:
+        return "static"
+    return "loopback" if installed else "c10d"
 
 
 def _check_paths(workdir: str, python: str, container_image: str | None) -> None:
@@ -204,6 +211,10 @@ def _tunnel(**given: Any) -> run.Config:
     for name in ("user", "job_dir"):
         if name not in set_ones:
             raise ValueError(f"run.executor.host needs {name} too")
+    for name in ("host", "user", "identity"):  # words of an rsync that NeMo-Run has a shell start
+        value = set_ones.get(name, "x")
+        if shlex.quote(value) != value or value.startswith("-"):
+            raise ValueError(f'run.executor.{name} = "{value}" has characters that NeMo-Run does not quote')
     if not os.path.isabs(set_ones["job_dir"]):
         raise ValueError(f'run.executor.job_dir must be absolute, got "{set_ones["job_dir"]}"')
     return run.Config(run.SSHTunnel, **set_ones)

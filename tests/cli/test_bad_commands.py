@@ -5,7 +5,7 @@ Only the command line. What is wrong with a run: tests/unit/test_bad_input.py.
 
 import pytest
 
-from tests.cli.command import TWO_RANKS, nemo, nemo_here, shrunk, together
+from tests.cli.command import TWO_RANKS, nemo, nemo_here, nemo_home, shrunk, together
 
 LLAMA = ("train", "--factory", "llama32_3b_to_1b")
 CASES = {
@@ -86,8 +86,11 @@ def test_dryrun_shows_what_would_run_and_leaves_nothing_behind(inputs, tmp_path)
         ([*LLAMA[1:], "run.plugins=pluggin"], "run.plugins: Plugin pluggin not found"),
         ([*LLAMA[1:], "--direct"], "--direct is not supported"),
         ([*LLAMA[1:], "--yaml", "x.yaml"], "--yaml is not supported. Every run writes its complete config to"),
-        ([*LLAMA[1:], "--name", "a/b"], '--name must be letters, digits, ".", "_" or "-", got "a/b"'),
-        ([*LLAMA[1:], "--name", "ü1"], '--name must be letters, digits, ".", "_" or "-", got "ü1"'),
+        ([*LLAMA[1:], "--name", ""], "--name is empty"),
+        *(
+            ([*LLAMA[1:], "--name", name], f'the first a letter, digit or "_", got "{name}"')
+            for name in ("a/b", "ü1", ".", "..", "-a", ".a", " ", "a b", "a$(b)", "a`b`", "a;b", '"a"', "a" * 65)
+        ),
     ],
 )
 def test_more_of_them_in_this_process(capfd, words, said):
@@ -113,3 +116,22 @@ def test_the_other_commands(capfd, tmp_path, monkeypatch, words, said):
     assert (result.code, result.out) == (1, "")
     assert result.err.startswith(f"error: {said}") and len(result.err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("home", "said"),
+    [
+        ("/proc/nowhere/.nemo_run", "which cannot be made: No such file or directory"),
+        ("file/.nemo_run", "which cannot be made: Not a directory"),
+        ("a b", "which has characters that NeMo-Run does not quote"),
+        ("a$(b)", "which has characters that NeMo-Run does not quote"),
+    ],
+)
+def test_a_home_that_nemo_run_cannot_use_is_refused_and_the_way_out_is_named(capfd, tmp_path, monkeypatch, home, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    nemo_home(monkeypatch, tmp_path / home)
+    result = nemo_here(capfd, "quickstart", "--yes")
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("error: NeMo-Run keeps its records in ") and said in result.err
+    assert result.err.endswith("set NEMORUN_HOME to another directory\n") and len(result.err.splitlines()) == 1

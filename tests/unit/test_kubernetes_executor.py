@@ -289,3 +289,8 @@ def test_names_that_kubernetes_takes():
         image="x", namespace="n" * 63, pvc=long, secrets={"A": f"{long}/.k"}, env={".a-b": ""}, labels=labels
     )
     assert (made.pvc, made.labels) == (long, labels)
+
+
+def test_kubernetes_expands_nothing_in_the_environment():
+    executor = kubernetes(image="x", env={"A": "$(HOME) $$ $x", "B": "plain"})
+    assert (executor.env_vars["A"], executor.env_vars["B"]) == ("$$(HOME) $$$$ $$x", "plain")

@@ -106,6 +106,95 @@ def test_every_argument_is_in_the_script(dry, tmp_path):
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
 
 
+SHELL = ["$(touch ran)", "`touch ran`", "a b", "a;touch ran", '"a', "it's", "$HOME", "a|b>ran", "*", "#a", "~"]
+
+
+@pytest.mark.parametrize("text", SHELL)
+def test_what_the_shell_would_read_reaches_srun_as_typed(dry, tmp_path, text):
+    script = dry(
+        "devices=2",
+        f"container_image=image{text}",
+        f"container_mounts={[f'/{text}:/{text}']!r}",
+        f"env={ {'X': text}!r}",
+        output_dir=tmp_path / "out",
+        teacher__checkpoint=tmp_path / "t",
+        student__checkpoint=tmp_path / "s",
+        data__train='["/d"]',
+        data__valid='["/d"]',
+        data__tokenizer="/tok",
+    ).out
+    script = re.sub(r"^(?=srun --output)", "printf '%s\\n' ", script, flags=re.M)
+    script = re.sub(r"^(nodes|head_node_ip)=.*$|^set .*$", "", script, flags=re.M)  # scontrol and srun are not here
+    script = script.replace("exit $exitcode", "").replace("exitcode=$?", 'printf "%s" "$X" > env; exitcode=0')
+    out = subprocess.run(["bash"], input=script, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    words = dict(itertools.pairwise(out.splitlines()))
+    assert words["--container-image"] == f"image{text}"
+    assert words["--container-mounts"].startswith(f"/{text}:/{text},")
+    assert (tmp_path / "env").read_text() == text
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("text", SHELL)
+@pytest.mark.parametrize(
+    "field", ["srun_args=['{}']", "container_env=['{}']", "job_name_prefix={}", "additional_parameters={{'{}': 1}}"]
+)
+def test_what_the_shell_would_read_is_refused_by_name(capfd, monkeypatch, tmp_path, inputs, field, text):
+    monkeypatch.chdir(tmp_path)
+    nemo_home(monkeypatch, tmp_path / "nemo")
+    word = field.format(text.replace("'", "\\'") if "'{}'" in field else text)
+    ended = nemo_here(capfd, *LLAMA, "--dryrun", *shrunk(inputs), "run.executor=slurm", f"run.executor.{word}")
+    assert ended.code == 1 and ended.err.startswith(f"error: run.executor.{field.partition('=')[0]}")
+    assert len(ended.err.splitlines()) == 1 and text in ended.err
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (["setup=['export X=\"a b']"], "run.executor.setup is not what bash reads"),
+        (["setup=['if true']"], "run.executor.setup is not what bash reads"),
+        (["setup=['cd /nemo_run/x']"], 'run.executor.setup: NeMo-Run replaces "/nemo_run"'),
+        (["env={'X': '/data/nemo_run'}"], 'run.executor.env: NeMo-Run replaces "/nemo_run"'),
+        (["comment=/nemo_run"], 'run.executor.comment: NeMo-Run replaces "/nemo_run"'),
+        (["env_vars={'X': '$(touch ran)'}"], 'unknown field "run.executor.env_vars"'),
+        (["env={'x': '1'}"], '"x" is not in capitals'),
+        (["comment=a\nb"], "run.executor.comment has two lines"),
+        (["job_name_prefix="], "run.executor.job_name_prefix has no value"),
+        (["host=a;b", "user=u", "job_dir=/j"], 'run.executor.host = "a;b" has characters'),
+        (["host=-oProxyCommand=x", "user=u", "job_dir=/j"], 'run.executor.host = "-oProxyCommand=x" has'),
+        (["host=h", "user=$(u)", "job_dir=/j"], 'run.executor.user = "$(u)" has characters'),
+        (["host=h", "user=u", "job_dir=/j k"], 'run.executor.job_dir = "/j k" has characters'),
+        (["host=h", "user=u", "job_dir=/j", "identity=/a b"], 'run.executor.identity = "/a b" has characters'),
+    ],
+)
+def test_what_would_not_come_as_typed_is_refused(capfd, monkeypatch, tmp_path, inputs, fields, said):
+    monkeypatch.chdir(tmp_path)
+    nemo_home(monkeypatch, tmp_path / "nemo")
+    words = ["run.executor=slurm", *(f"run.executor.{field}" for field in fields)]
+    absolute = {name: f"{tmp_path}/x" for name in ("output_dir", "teacher__checkpoint", "student__checkpoint")}
+    ended = nemo_here(capfd, *LLAMA, "--dryrun", *shrunk(inputs, **absolute), *words)
+    assert ended.code == 1 and ended.err.startswith("error: ") and said in ended.err
+    assert len(ended.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "backend"),
+    [
+        (["nodes=2"], "static"),
+        (["nodes=1", "devices=2"], "loopback"),
+        (["nodes=1", "devices=2", "packager=git"], "c10d"),
+    ],
+)
+def test_nodes_meet_where_nothing_is_unpickled(dry, monkeypatch, fields, backend):
+    monkeypatch.setattr("distill_nemo.executors.slurm.CommittedCode.package", lambda *_: "")
+    monkeypatch.chdir(os.path.dirname(__file__))
+    words = srun(dry(*fields).out)
+    assert dict(itertools.pairwise(words))["--rdzv-backend"] == backend
+
+
+def test_a_word_that_is_quoted_for_the_shell_is_taken(dry):
+    assert "--comment=a b" in srun(dry("devices=2", "srun_args=[\"'--chdir=/x'\", \"'--comment=a b'\"]").out)
+
+
 def test_the_least_a_user_says(dry):
     found = flags(dry("devices=2").out)
     assert not {"account", "partition", "exclusive", "cpus-per-task"} & set(found)
