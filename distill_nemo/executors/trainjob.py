@@ -63,7 +63,8 @@ class KubernetesExecutor(KubeflowExecutor):
     context: str | None = None
 
     def __post_init__(self) -> None:
-        """Connect to nothing."""
+        """Make it known to NeMo-Run; connect to nothing."""
+        _register()
         self._kube_clients_loaded_at = float("-inf")  # NeMo-Run loads them when they are old
 
     def check(self) -> None:
@@ -246,10 +247,13 @@ class KubernetesExecutor(KubeflowExecutor):
         yield from job.until_the_end() if stream else job.new_lines()
 
 
-# NeMo-Run looks executors up by their exact class; and it would wait where it is told to detach.
-EXECUTOR_MAPPING[KubernetesExecutor] = EXECUTOR_MAPPING[KubeflowExecutor]
-run.Experiment._DETACH_SUPPORTED_EXECUTORS += (KubernetesExecutor,)  # type: ignore
-run.Experiment._PARALLEL_SUPPORTED_EXECUTORS += (KubernetesExecutor,)  # type: ignore
+def _register() -> None:
+    """Add the executor to NeMo-Run's tables: it looks up the exact class, and would wait where it is told to detach."""
+    EXECUTOR_MAPPING[KubernetesExecutor] = EXECUTOR_MAPPING[KubeflowExecutor]
+    for name in ("_DETACH_SUPPORTED_EXECUTORS", "_PARALLEL_SUPPORTED_EXECUTORS"):
+        known = vars(run.Experiment)[name]
+        if KubernetesExecutor not in known:
+            setattr(run.Experiment, name, (*known, KubernetesExecutor))
 
 
 def under_torchrun(command: list[str]) -> list[str]:

@@ -208,7 +208,8 @@ def test_a_run_gives_one_curve_at_every_layout_and_resumes(inputs, models, group
 
 def losses(lines):
     """Training losses and gradient norms, by step."""
-    return {(line["step"], name): line[name] for line in lines for name in ("loss", "grad_norm") if name in line}
+    trained = [line for line in lines if line["kind"] == "train"]
+    return {(line["step"], name): line[name] for line in trained for name in ("lm_loss", "kd_loss", "grad_norm")}
 
 
 def test_extra_states_of_grouped_experts_are_left_out(monkeypatch):

@@ -80,22 +80,59 @@ def resume_without_help(inputs, output):
 
 
 IMPORT_ALL = """
-import importlib, pkgutil, torch
-before = {(owner.__name__, name): getattr(owner, name)
-          for owner in (torch.cuda, torch.Tensor, torch.nn.Module) for name in dir(owner)}
+import importlib, pkgutil, nemo_run, torch
+from nemo_run.core.execution import launcher
+from nemo_run.core.tunnel import client
+from nemo_run.run.torchx_backend.schedulers import api
+from torch.distributed import distributed_c10d
+from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
+
+def owners():
+    return (torch.cuda, torch.Tensor, torch.nn.Module, distributed_c10d, nemo_run, nemo_run.Experiment, api, launcher,
+            client, nemo_run.SlurmExecutor, nemo_run.LocalExecutor, nemo_run.cli.RunContext)
+
+def attributes():
+    return {(owner.__name__, name): getattr(owner, name) for owner in owners() for name in dir(owner)}
+
+def tables():
+    found = (api.EXECUTOR_MAPPING, api.REVERSE_EXECUTOR_MAPPING, launcher.LAUNCHER_MAP)
+    return [dict(table) for table in (*found, rendezvous_handler_registry._registry)]
+
+before, tables_before = attributes(), tables()
+BROKEN
 import distill_nemo, recipes
 for package in (distill_nemo, recipes):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
-for owner in (torch.cuda, torch.Tensor, torch.nn.Module):
-    changed = [n for n in dir(owner) if before.get((owner.__name__, n), getattr(owner, n)) != getattr(owner, n)]
-    assert not changed, (owner, changed)
+after = attributes()  # imports may add some; none of those that were there may change
+changed = [key for key in before if before[key] is not after[key] and before[key] != after[key]]
+assert len(before) > 1000 and not changed, changed
+assert tables() == tables_before, tables()
 """
 
 
+def imported(broken=""):
+    code = IMPORT_ALL.replace("BROKEN", broken)
+    return subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+
+
 def test_importing_the_package_patches_nothing():
-    subprocess.run([sys.executable, "-W", "ignore", "-c", IMPORT_ALL], check=True)
+    ended = imported()
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize(
+    "patch",
+    [
+        "api.EXECUTOR_MAPPING[int] = 'x'",
+        "nemo_run.Experiment._DETACH_SUPPORTED_EXECUTORS += (int,)",
+        "torch.cuda.synchronize = print",
+    ],
+)
+def test_the_test_above_sees_a_patch(patch):
+    ended = imported(patch)
+    assert ended.returncode == 1 and "AssertionError" in ended.stderr
 
 
 WITH_CUDA = """
