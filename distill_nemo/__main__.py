@@ -1,4 +1,4 @@
-"""`torchrun --nproc-per-node N -m distill_nemo CONFIG.yaml`."""
+"""`torchrun --rdzv-backend loopback --nproc-per-node N -m distill_nemo CONFIG.yaml`."""
 
 from distill_nemo.training.entry import main
 

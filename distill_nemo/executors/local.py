@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import fiddle as fdl
@@ -28,8 +29,13 @@ def local_config(processes: int = 1) -> run.Config[run.LocalExecutor]:
         raise ValueError(f"run.executor.processes must be at least 1, got {processes}")
     # torchrun is looked up on PATH, where it need not be: a venv can be used without being activated.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    if not entry_points(group="torchrun.handlers", name="loopback"):
+        raise ValueError("torchrun does not know distill-nemo's rendezvous: install it again, `pip install -e .`")
     return run.Config(
-        run.LocalExecutor, ntasks_per_node=processes, launcher="torchrun", env_vars={"PATH": path, **ENVIRONMENT}
+        run.LocalExecutor,
+        ntasks_per_node=processes,
+        launcher=run.Config(run.Torchrun, rdzv_backend="loopback"),  # runtime/rendezvous.py
+        env_vars={"PATH": path, "DISTILL_NEMO_LAUNCHER": str(os.getpid()), **ENVIRONMENT},
     )
 
 

@@ -1,6 +1,8 @@
 """An experiment whose tasks are seen, and that fails when one of them does."""
 
 import contextlib
+import os
+import shlex
 import shutil
 import sys
 import typing
@@ -10,6 +12,7 @@ from typing import Any
 import nemo_run as run
 import yaml
 from invoke.exceptions import UnexpectedExit
+from nemo_run.config import get_nemorun_home
 from nemo_run.core.frontend.console.api import CONSOLE
 
 from distill_nemo.executors.cluster_jobs import ClusterJob
@@ -34,7 +37,12 @@ class Stages(run.Experiment):
 
     @classmethod
     def titled(cls, title: str) -> "Stages":
-        """Without NeMo-Run's own words."""
+        """Without NeMo-Run's own words.
+
+        Raises:
+            ValueError: if NeMo-Run's records cannot be written where it keeps them.
+        """
+        _check_home(Path(get_nemorun_home()))
         return cls(title, clean_mode=True, enable_goodbye_message=False, log_level="ERROR", skip_status_at_exit=True)
 
     def run(self, **options: Any) -> None:
@@ -93,6 +101,20 @@ class Stages(run.Experiment):
                 print(f"{job.id}: {job.state}; logs in {job.executor.job_dir}", file=sys.stderr)
                 print(why_it_ended(Path(job.executor.job_dir)), file=sys.stderr)
                 sys.exit(1)
+
+
+def _check_home(home: Path) -> None:
+    why = ""
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = f"cannot be made: {error.strerror}"
+    if not why and not os.access(home, os.W_OK | os.X_OK):
+        why = "cannot be written"
+    elif not why and shlex.quote(str(home)) != str(home):
+        why = "has characters that NeMo-Run does not quote"
+    if why:
+        raise ValueError(f"NeMo-Run keeps its records in {home}, which {why}; set NEMORUN_HOME to another directory")
 
 
 def cluster_job(job: Any) -> ClusterJob | None:

@@ -14,6 +14,9 @@ from torch.distributed import ProcessGroupGloo, distributed_c10d
 
 @functools.cache
 def _device() -> Any:
+    interface = os.environ.get("GLOO_SOCKET_IFNAME")
+    if interface:
+        return ProcessGroupGloo.create_device(interface=interface)
     return ProcessGroupGloo.create_default_device()
 
 
@@ -29,6 +32,6 @@ class _OnOneDevice(ProcessGroupGloo):
 
 
 def share_gloo_device() -> None:
-    """Let groups that are made from now on share a device, unless GLOO_SOCKET_IFNAME asks for particular ones."""
-    if "GLOO_SOCKET_IFNAME" not in os.environ:
+    """Let groups that are made from now on share a device, unless GLOO_SOCKET_IFNAME asks for several interfaces."""
+    if "," not in os.environ.get("GLOO_SOCKET_IFNAME", ""):
         distributed_c10d.ProcessGroupGloo = _OnOneDevice

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import socket
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -34,6 +35,7 @@ def process_groups(parallelism: ParallelismConfig) -> Iterator[None]:
         )
     mine = not dist.is_initialized()
     timeout = timedelta(minutes=parallelism.timeout_minutes)
+    stay_on_loopback()
     if backend() == "gloo":
         share_gloo_device()
     if mine:
@@ -73,6 +75,7 @@ def process_group_of_one() -> Iterator[None]:
             yield
         return
     setup_device()
+    stay_on_loopback()
     dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
     try:
         with process_groups(ParallelismConfig()):
@@ -88,6 +91,15 @@ def raise_everywhere(refusal: str | None) -> None:
         dist.broadcast_object_list(said)
     if said[0] is not None:
         raise ValueError(said[0])
+
+
+def stay_on_loopback() -> None:
+    """Let gloo and NCCL listen on loopback alone, if all ranks are on this machine; what the user has set stays."""
+    here = os.environ.get("MASTER_ADDR", "127.0.0.1") in ("127.0.0.1", "::1", "localhost")
+    loopback = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
+    if loopback and (here or os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE", "1")):
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, loopback[0])
 
 
 def open_store() -> dist.TCPStore:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -60,6 +61,12 @@ class Command:
         of_ranks = [process for process in below if "RANK" in process.environ()]
         helpers = [process for process in of_ranks if process.parent() in of_ranks]
         return {int(process.environ()["RANK"]): process for process in of_ranks if process not in helpers}
+
+    def listening(self):
+        """Addresses at which the command and all that it started listen now, as the kernel says."""
+        processes = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+        found = [each for process in processes for each in process.net_connections("inet")]
+        return {each.laddr.ip for each in found if each.status == psutil.CONN_LISTEN or each.type == socket.SOCK_DGRAM}
 
     def at_step(self, output, step):
         """Wait until this command, and no earlier one, has written `step` to `metrics.jsonl` in `output`."""

@@ -8,7 +8,7 @@ import signal
 import psutil
 import pytest
 
-from tests.cli.command import STEPS, TWO_RANKS, last_step, nemo, shrunk, start
+from tests.cli.command import PATIENCE, STEPS, TWO_RANKS, last_step, nemo, shrunk, start
 from tests.training import metrics
 
 pytestmark = pytest.mark.timeout(1800)  # for a machine that does much else; seen: under two minutes
@@ -17,25 +17,40 @@ OUTPUT = "runs/llama32_3b_to_1b"
 
 @pytest.fixture(scope="module")
 def story(inputs, tmp_path_factory):
-    """One command typed three times: a rank is killed, Ctrl-C, to the end. Each time: Ended, step, newest."""
+    """One command typed four times: a rank is killed, the command is, Ctrl-C, to the end. Each: Ended, step, newest.
+
+    The first three also say at which addresses they listened while they trained.
+    """
     cwd = tmp_path_factory.mktemp("interrupted")
     words = ["train", "--factory", "llama32_3b_to_1b", *shrunk(inputs, checkpoint__export="false"), *TWO_RANKS]
     latest, newest, told = cwd / OUTPUT / "checkpoints" / "latest", 4, []
     for interrupt in (
         lambda command, ranks: ranks[1].kill(),
+        lambda command, ranks: command.signal(signal.SIGKILL),
         lambda command, ranks: command.signal(signal.SIGINT),
     ):
         command = start(*words, cwd=cwd).at_step(cwd / OUTPUT, newest)
-        ranks = command.ranks()
+        ranks, listening = command.ranks(), command.listening()
         interrupt(command.at_step(cwd / OUTPUT, newest + 1), ranks)
-        ended, newest = command.ended(), int(latest.read_text()[5:])
-        told.append((ended, last_step(cwd / OUTPUT), newest))
-        assert not [rank for rank in ranks.values() if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE]
+        ended = command.ended()
+        assert not psutil.wait_procs(ranks.values(), timeout=PATIENCE)[1], "ranks that go on"
+        newest = int(latest.read_text()[5:])
+        told.append((ended, last_step(cwd / OUTPUT), newest, listening))
     return [*told, (nemo(*words, cwd=cwd), last_step(cwd / OUTPUT), cwd)]
 
 
+def test_a_local_run_listens_on_loopback_alone(story):
+    assert [listening for *_, listening in story[:3]] == [{"127.0.0.1"}] * 3
+
+
+def test_ranks_save_and_end_when_the_command_is_killed(story):
+    (_, _, before, _), (ended, step, newest, _) = story[:2]
+    assert ended.code == -signal.SIGKILL
+    assert before < step == newest < STEPS
+
+
 def test_a_rank_that_is_killed_is_named_and_the_command_fails(story):
-    ended, step, newest = story[0]
+    ended, step, newest, _ = story[0]
     assert ended.code == 1
     state, error = ended.err.splitlines()
     assert state.startswith("train: FAILED; logs in /")
@@ -45,7 +60,7 @@ def test_a_rank_that_is_killed_is_named_and_the_command_fails(story):
 
 
 def test_ctrl_c_is_passed_on_and_told_in_the_exit_code(story):
-    (_, _, before), (ended, step, newest), _ = story
+    _, (_, _, before, _), (ended, step, newest, _), _ = story
     assert ended.code == 130
     assert f"resumed from {OUTPUT}/checkpoints/step_{before:08d} at step {before} of {STEPS}" in ended.out
     assert "checkpoint written; the same command resumes" in ended.out.splitlines()[-1]
@@ -54,7 +69,7 @@ def test_ctrl_c_is_passed_on_and_told_in_the_exit_code(story):
 
 
 def test_the_same_command_goes_on_to_the_figures_of_an_uninterrupted_run(story, finished):
-    ended, _, cwd = story[2]
+    ended, _, cwd = story[3]
     assert (ended.code, ended.err) == (0, "")
     assert metrics(cwd / OUTPUT) == metrics(finished[0] / OUTPUT)
 
