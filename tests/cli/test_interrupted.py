@@ -55,7 +55,7 @@ def test_a_rank_that_is_killed_is_named_and_the_command_fails(story):
     state, error = ended.err.splitlines()
     assert state.startswith("train: FAILED; logs in /")
     assert error.startswith("error: rank 1 was killed by SIGKILL")
-    assert "Traceback" not in ended.out
+    assert "Traceback" not in ended.out, ended.out
     assert 4 <= newest <= step < STEPS
 
 

@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 
 import nemo_run as run
 import pytest
@@ -185,14 +186,14 @@ def test_what_would_not_come_as_typed_is_refused(capfd, monkeypatch, tmp_path, i
     ],
 )
 def test_nodes_meet_where_nothing_is_unpickled(dry, monkeypatch, fields, backend):
-    monkeypatch.setattr("distill_nemo.executors.slurm.CommittedCode.package", lambda *_: "")
+    monkeypatch.setattr(sys.modules["distill_nemo.executors.slurm"].CommittedCode, "package", lambda *_: "")
     monkeypatch.chdir(os.path.dirname(__file__))
     words = srun(dry(*fields).out)
     assert dict(itertools.pairwise(words))["--rdzv-backend"] == backend
 
 
 def test_a_word_that_is_quoted_for_the_shell_is_taken(dry):
-    assert "--comment=a b" in srun(dry("devices=2", "srun_args=[\"'--chdir=/x'\", \"'--comment=a b'\"]").out)
+    assert "--comment=a b" in srun(dry("devices=2", "srun_args=['--chdir=/x', \"'--comment=a b'\"]").out)
 
 
 def test_the_least_a_user_says(dry):
