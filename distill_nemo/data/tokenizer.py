@@ -15,9 +15,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import tokenizers
+if TYPE_CHECKING:
+    import tokenizers
 
 EOD_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<eod>", "</s>", "<eos>")  # where the tokenizer names no eos_token
 VOCABULARIES = ("*.model", "vocab*", "*.tiktoken", "tekken.json")  # besides tokenizer.json
@@ -44,7 +45,7 @@ class Tokenizer:
     vocab: dict[str, int]  # the id of every token that `encode` can give
     added: set[str]  # tokens that are no part of the model's own vocabulary, but added to it
     invented: set[str]  # those of them that no file states: transformers gave them an id
-    fast: tokenizers.Tokenizer | None
+    fast: "tokenizers.Tokenizer | None"
     encode: Encode  # texts -> ids, without special tokens
 
     def token_id(self, name: str) -> int | None:
@@ -136,8 +137,10 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _added_tokens(directory: Path, config: dict[str, Any]) -> dict[str, tuple[int, tokenizers.AddedToken]]:
+def _added_tokens(directory: Path, config: dict[str, Any]) -> "dict[str, tuple[int, tokenizers.AddedToken]]":
     """Return id and token by content, as `tokenizer_config.json` or the older `added_tokens.json` states them."""
+    import tokenizers
+
     try:
         if "added_tokens_decoder" not in config:
             older = _read_object(directory / "added_tokens.json")
@@ -152,8 +155,10 @@ def _added_tokens(directory: Path, config: dict[str, Any]) -> dict[str, tuple[in
 
 
 def _from_tokenizer_json(
-    path: str, special_tokens: dict[str, Any], added: dict[str, tuple[int, tokenizers.AddedToken]]
+    path: str, special_tokens: dict[str, Any], added: "dict[str, tuple[int, tokenizers.AddedToken]]"
 ) -> Tokenizer:
+    import tokenizers
+
     file = Path(path) / "tokenizer.json"
     fast = tokenizers.Tokenizer.from_file(str(file))
     listed = json.loads(file.read_text(encoding="utf-8")).get("added_tokens") or []
@@ -174,7 +179,7 @@ def _from_tokenizer_json(
     return Tokenizer(path, special_tokens, vocab, beyond, set(), fast, _encoder_of(fast))
 
 
-def _encoder_of(fast: tokenizers.Tokenizer) -> Encode:
+def _encoder_of(fast: "tokenizers.Tokenizer") -> Encode:
     fast.no_truncation()
     fast.no_padding()
     return lambda texts: [encoded.ids for encoded in fast.encode_batch_fast(texts, add_special_tokens=False)]
@@ -237,4 +242,6 @@ def encoder(fast: str, path: str) -> Encode:
     """Return the function from texts to ids. `fast` is the saved fast tokenizer, `path` the directory without one."""
     if not Path(fast).exists():
         return load_tokenizer(path).encode
+    import tokenizers
+
     return _encoder_of(tokenizers.Tokenizer.from_file(fast))
