@@ -25,8 +25,11 @@ FAMILIES = ("llama", "llama_tied", "llama3_rope", "qwen2", "qwen3", "qwen3_moe")
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 
 
-def write_hf(path, family="llama", *, seed=1, layers=4, width=64, vocab=507, heads=4, groups=2):
-    """Save a random fp32 model with grouped-query attention and a vocabulary that needs padding; returns its path."""
+def write_hf(path, family="llama", *, seed=1, layers=4, width=64, vocab=507, heads=4, groups=2, offset=0.0):
+    """Save a random fp32 model with grouped-query attention and a vocabulary that needs padding; returns its path.
+
+    With an offset all logits of a token are about that much higher, as trained models' are.
+    """
     import transformers as hf
 
     extra = {
@@ -53,8 +56,25 @@ def write_hf(path, family="llama", *, seed=1, layers=4, width=64, vocab=507, hea
     for parameter in model.parameters():  # biases and norms too, so that a forgotten one shows
         if parameter.dim() == 1:
             parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    if offset:
+        _add_offset(model, offset)
     model.save_pretrained(str(path))
     return str(path)
+
+
+@torch.no_grad()
+def _add_offset(model, offset):
+    """Give every token one hidden component in common, which the output layer multiplies by one number for all logits.
+
+    It is the last: a product then adds it to sums that are small until then, and rounds once.
+    """
+    seen = []
+    model.lm_head.weight.mul_(8)  # logits of about 4 around the offset
+    model.model.embed_tokens.weight[:, -1] = 1.0
+    hook = model.model.norm.register_forward_hook(lambda _, __, hidden: seen.append(hidden[..., -1].mean()))
+    model(torch.arange(model.config.vocab_size).view(3, -1)[:, :16])
+    hook.remove()
+    model.lm_head.weight[:, -1] = offset / seen[0]
 
 
 LOCAL_NAMES = {

@@ -47,6 +47,10 @@ MODELS: dict[str, dict[str, Any]] = {  # arguments of write_hf; the student's na
     "qwen3 (qk norm)": {"family": "qwen3", "seed": 7, "layers": 8, **NARROW},
     "MoE teacher": {"family": "qwen3_moe", "seed": 10, "layers": 8, **WIDE},
     "MoE": {"family": "qwen3_moe", "seed": 8, "layers": 8, **NARROW},
+    "llama + 30": {"seed": 2, "layers": 8, "offset": 30.0, **NARROW},  # of every logit
+    "llama + 100": {"seed": 2, "layers": 8, "offset": 100.0, **NARROW},
+    "teacher + 30": {"layers": 10, "offset": 30.0, **WIDE},
+    "teacher + 100": {"layers": 10, "offset": 100.0, **WIDE},
 }
 FINAL = "decoder.final_layernorm:decoder.final_layernorm"
 PARTS = ["decoder.layers.0.mlp:decoder.layers.0.mlp", "decoder.layers.5.self_attention:decoder.layers.7"]
@@ -92,6 +96,15 @@ class Cell:
 
 
 DENSE = ("llama", "teacher")
+OFFSET = [  # models and losses
+    (("llama + 30", "teacher + 30"), "Jensen-Shannon, beta=0.3"),
+    (("llama + 100", "teacher + 100"), "Jensen-Shannon, beta=0.3"),
+    (("llama + 100", "teacher"), "Jensen-Shannon, beta=0.3"),
+    (("llama", "teacher + 100"), "Jensen-Shannon, beta=0.3"),
+    (("llama + 100", "teacher + 30"), "forward KL, T=2, and LM"),
+    (("llama + 100", "teacher + 30"), "reverse KL, T=2"),
+    (("llama + 100", "teacher + 30"), "top-8 and tail, T=2"),
+]
 WAYS: dict[str, dict[str, Any]] = {
     "micro batch 2": {"changes": (("micro_batch", 2),)},
     "micro batch 4": {"changes": (("micro_batch", 4),)},
@@ -120,6 +133,7 @@ def _of_layout(layout: str) -> Iterator[Cell]:
     for student in ("llama, 9 layers", "tied llama", "llama3 rope", "qwen2 (biases)", "qwen3 (qk norm)"):
         loss = "cosine, projected, after the last norm" if student == "llama, 9 layers" else HIDDEN
         yield Cell(layout, (student, "teacher"), loss)
+    yield from (Cell(layout, models, loss) for models, loss in OFFSET)
     if LAYOUTS[layout][1].tensor < 4:
         yield Cell(layout, ("llama", "MoE teacher"), "forward KL")
         needs = LAYOUTS[layout][1].tensor > 1 and not LAYOUTS[layout][1].sequence_parallel  # Megatron-Core for experts

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.parity.cells import HIDDEN, LAYOUTS, TOLERANCE, Cell, cells, measure, write_models
+from tests.parity.cells import HIDDEN, LAYOUTS, OFFSET, TOLERANCE, Cell, cells, measure, write_models
 from tests.spawn import Gloo
 
 EVERYWHERE = ("forward KL, T=2, and LM", HIDDEN)
@@ -21,16 +21,18 @@ def groups(one, two):
 
 
 def chosen(layout: str) -> list[Cell]:
-    """Of a layout: every loss under TP=2, every pair of models under TP=2 x PP=2, every way in the virtual pipeline.
+    """Some cells of a layout.
 
+    TP=2 has every loss and offset, TP=2 x PP=2 every other pair of models, the virtual pipeline every way.
     Where nothing is said the losses are fused with the output layers; "whole logits" is without that.
     """
     of_layout = [cell for cell in cells() if cell.layout == layout]
     dense = [cell for cell in of_layout if cell.models == ("llama", "teacher")]
+    offset = [cell for cell in of_layout if (cell.models, cell.loss) in OFFSET]
     usual = [cell for cell in dense if cell.loss in EVERYWHERE and not cell.way]
     more = {
-        "TP=2": [cell for cell in dense if not cell.way],
-        "TP=2, PP=2": [cell for cell in of_layout if not cell.way and cell.models[0] != "llama"],
+        "TP=2": [cell for cell in dense if not cell.way] + offset,
+        "TP=2, PP=2": [cell for cell in of_layout if not cell.way and cell.models[0] != "llama" and cell not in offset],
         "PP=4, VPP=2": [cell for cell in of_layout if cell.way],
         "DP=4": [cell for cell in of_layout if cell.way in ("distributed optimizer", "an all-masked micro batch")],
         "EP=2, DP=2": of_layout,
