@@ -1,4 +1,4 @@
-"""What a distillation should give: transformers and torch in fp64, one process, sharing no code with the package."""
+"""The oracle of a distillation: transformers and torch in fp64, one process, sharing no code with the package."""
 
 from typing import Any
 
@@ -8,16 +8,17 @@ from torch.nn import functional
 
 from tests.distillation import HELD_OUT, PROJECTION, Case
 
-FP64: dict[str, Any] = {"dtype": torch.float64}
+EXPERTS: dict[str, Any] = {}
 if int(transformers.__version__.split(".")[0]) >= 5:  # 4 has no other implementation
-    FP64["experts_implementation"] = "eager"  # torch's grouped_mm has no fp64
+    EXPERTS["experts_implementation"] = "eager"  # torch's grouped_mm has no fp64
 MAX_AMPLIFICATION = 10.0
 
 
-def reference(case: Case) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+def reference(case: Case, dtype: torch.dtype = torch.float64) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """(global token means, gradients of the total loss). Sums over valid tokens, divided by their number.
 
-    The means are those of training, and with `HELD_OUT` before their names those of an evaluation of the same batch.
+    In `torch.float32` it tells which error plain torch has. The means are those of training, and with `HELD_OUT` before
+    their names those of an evaluation of the same batch.
     """
     kd = {"temperature": 1.0, "scale_by_temperature_squared": True, "hidden_layers": []} | case.distillation
     batch = case.batch()
@@ -26,7 +27,7 @@ def reference(case: Case) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     def mean(values: torch.Tensor) -> torch.Tensor:
         return (values * mask).sum() / mask.sum().clamp(min=1)
 
-    student, ours = _forward(case.student, batch["tokens"], kd["hidden_layers"], 0)
+    student, ours = _forward(case.student, batch["tokens"], kd["hidden_layers"], 0, dtype)
     lm = functional.cross_entropy(ours["logits"].transpose(1, 2), batch["labels"], reduction="none")
     losses = {"lm_loss": mean(lm)}
     held_out, projections = {}, {}
@@ -34,7 +35,7 @@ def reference(case: Case) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
         total = losses["lm_loss"]
     else:
         with torch.no_grad():
-            _, theirs = _forward(case.teacher, batch["tokens"], kd["hidden_layers"], 1)
+            _, theirs = _forward(case.teacher, batch["tokens"], kd["hidden_layers"], 1, dtype)
         if kd.get("balancer") == "dynamic" or kd.get("logits_weight", 1.0):
             t = kd["temperature"]
             divergence = _divergence(ours["logits"] / t, theirs["logits"] / t, kd)
@@ -76,11 +77,13 @@ def _as_on_disk(name: str, gradient: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-def _forward(path: str, tokens: torch.Tensor, pairs: list[str], side: int) -> tuple[Any, dict[Any, torch.Tensor]]:
+def _forward(
+    path: str, tokens: torch.Tensor, pairs: list[str], side: int, dtype: torch.dtype
+) -> tuple[Any, dict[Any, torch.Tensor]]:
     """The model, and its logits and hidden states, these by number of the pair."""
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(path, **FP64)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **EXPERTS)
     outputs: dict[Any, torch.Tensor] = {}
     for number, pair in enumerate(pairs):
         parts = pair.split(":")[side].split(".")

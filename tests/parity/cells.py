@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tests.distillation import Case, Layout, gradients_of, megatron_steps, worst_errors
 from tests.distillation_reference import reference
 from tests.spawn import Gloo
@@ -16,6 +18,7 @@ from tests.tiny_models import write_hf
 
 # Sums run in another order: in fp32 the last of 7 digits differ. Measured worst values are in docs/parity.md.
 TOLERANCE = 1e-5
+OFFSET_FACTOR = 3.0  # where logits have an offset, errors allowed in units of those of plain torch in fp32
 
 LAYOUTS: dict[str, tuple[int, Layout]] = {  # processes, sizes
     "one process": (1, Layout()),
@@ -154,10 +157,16 @@ def _possible(layout: str, differs: dict[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Errors:
-    """The worst relative errors of a cell."""
+    """The worst relative errors of a cell, and how large that of a gradient may be."""
 
     metric: float
     gradient: float
+    allowed: float = TOLERANCE
+
+    @property
+    def beyond(self) -> bool:
+        """True if an error is larger than allowed, or not a number."""
+        return not (self.metric < TOLERANCE and self.gradient < self.allowed)
 
 
 def write_models(root: Path) -> dict[str, str]:
@@ -175,7 +184,19 @@ def measure(wanted: Iterable[Cell], models: dict[str, str], group: Gloo, one: Gl
         ranks = group.run(megatron_steps, work)
         found = one.run(gradients_of, outputs)[0]
     for i, (cell, case) in enumerate(zip(wanted, cases, strict=True)):
-        yield cell, Errors(*worst_errors([rank[i] for rank in ranks], found[i], _reference(case)))
+        allowed = _allowed(case) if (cell.models, cell.loss) in OFFSET else TOLERANCE
+        metric, gradient = worst_errors([rank[i] for rank in ranks], found[i], _reference(case))
+        yield cell, Errors(metric, gradient, allowed)
+
+
+def _allowed(case: Case) -> float:
+    """Bound a gradient's error where fp32 logits are themselves rounded: at 100 to 8e-6, whatever a loss does."""
+    key = f"{case!r} in fp32"
+    if key not in _REFERENCES:
+        _, gradients = reference(case, torch.float32)
+        means, _ = _reference(case)
+        _REFERENCES[key] = OFFSET_FACTOR * worst_errors([means], gradients, _reference(case))[1]
+    return max(TOLERANCE, _REFERENCES[key])
 
 
 _REFERENCES: dict[str, Any] = {}
