@@ -6,7 +6,7 @@ from typing import Any
 import nemo_run as run
 
 ERROR = re.compile(r"^error( on rank \d+)?: .*", re.M | re.S)
-_OF_RANK = re.compile(r"\[default(\d+)\]:(?:\[rank\d+\]: ?)?(.*)", re.S)  # torchrun's mark, torch's own
+_OF_RANK = re.compile(r"\[default(\d+)\]:(?:\[rank\d+\]: ?)*(.*)", re.S)  # torchrun's mark; torch's, once a group
 
 
 class RankLines:
