@@ -8,7 +8,7 @@ from distill_nemo.config import DataConfig, RunConfig, StudentConfig
 from distill_nemo.data.datasets import build_datasets
 from distill_nemo.data.manifest import read_manifest, vocabulary
 from distill_nemo.data.token_files import OWN_TOKENIZER, check_token_files, check_vocabulary, named_token_files
-from distill_nemo.data.tokenizer import load_tokenizer
+from distill_nemo.data.tokenizer import Tokenizer, load_tokenizer
 from distill_nemo.models.architecture import with_stored_vocabulary
 from distill_nemo.models.export_files import tokenizer_files
 
@@ -35,24 +35,27 @@ def check_tokenizers(config: RunConfig) -> None:
 
     Raises:
         ValueError: with the first id that is another token, or that was one for the token files; for a
-            `data.tokenizer` with more ids than the student; for a `vocab_size` that cuts tokens of the student off,
-            which its export would still have.
+            `data.tokenizer` with more ids, added tokens aside, than the student; for a `vocab_size` that cuts tokens of
+            the student off, which its export would still have.
     """
     named = {
         "data.tokenizer": config.data.tokenizer,
         "student.checkpoint": config.student.checkpoint,
         "teacher.checkpoint": config.teacher.checkpoint if config.teacher else None,
     }
-    known: dict[str, tuple[str, dict[int, str]]] = {}  # by path: the field that names it, and the token of each id
+    known: dict[str, tuple[str, Tokenizer]] = {}  # by path: the field that names it
     for field, path in named.items():
         asked_for = field == "data.tokenizer"
         if path and path not in known and (asked_for or tokenizer_files(Path(path))):
             # One that only lies there and cannot be loaded is not compared.
             with contextlib.nullcontext() if asked_for else contextlib.suppress(ValueError):
-                known[path] = field, {i: token for token, i in load_tokenizer(path).vocab.items()}
-    for path, (field, tokens) in known.items():
-        _check_size(field, path, max(tokens, default=-1) + 1, config.student)
-    named_tokens = [(f"{field} = {path}", tokens) for path, (field, tokens) in known.items()]
+                known[path] = field, load_tokenizer(path)
+    for field, tokenizer in known.values():
+        _check_size(field, tokenizer, config.student)
+    named_tokens = [
+        (f"{field} = {path}", {i: token for token, i in tokenizer.vocab.items()})
+        for path, (field, tokenizer) in known.items()
+    ]
     for other, theirs in named_tokens[1:]:
         first, ours = named_tokens[0]
         shared = sorted(ours.keys() & theirs.keys())
@@ -88,18 +91,25 @@ def _check_corpora(data: DataConfig, tokenizer: str, tokens: dict[int, str]) -> 
         others_by_id |= made_with
 
 
-def _check_size(field: str, path: str, num_ids: int, student: StudentConfig) -> None:
+def _check_size(field: str, tokenizer: Tokenizer, student: StudentConfig) -> None:
+    """Refuse a tokenizer with more ids than the student has rows.
+
+    Tokens added to a `data.tokenizer`, such as a [PAD], may lie beyond the rows: `check_vocabulary` and the
+    datasets look at the ids that occur.
+    """
     vocab_size = student.vocab_size or 0
+    left_out = tokenizer.added if field == "data.tokenizer" else set()
+    num_ids = 1 + max((i for token, i in tokenizer.vocab.items() if token not in left_out), default=-1)
     if num_ids <= vocab_size:
         return
     if field == "data.tokenizer":
         raise ValueError(
-            f"data.tokenizer = {path} has {num_ids} ids, but student.vocab_size = {vocab_size}: name the "
+            f"data.tokenizer = {tokenizer.path} has {num_ids} ids, but student.vocab_size = {vocab_size}: name the "
             "student's own tokenizer, and prepare the text with it"
         )
     if field == "student.checkpoint" and (with_stored_vocabulary(student).vocab_size or 0) > vocab_size:
         raise ValueError(
-            f"student.vocab_size = {vocab_size} cuts off tokens: {path} has a tokenizer of {num_ids} ids "
+            f"student.vocab_size = {vocab_size} cuts off tokens: {tokenizer.path} has a tokenizer of {num_ids} ids "
             "with its special tokens"
         )
 

@@ -18,7 +18,7 @@ from distill_nemo.data.prepare import prepare
 from distill_nemo.data.stdlib_corpus import stdlib_modules
 from tests.tiny_models import write_hf
 from tests.token_files import write_documents
-from tests.training import metrics, tiny_run
+from tests.training import changed, metrics, tiny_run
 
 
 def run(inputs, output, changes=(), world_size=1):
@@ -108,6 +108,24 @@ def test_vocabularies(inputs, one, tmp_path):
     assert "data.tokenizer" in said and "has 507 ids, but student.vocab_size = 400" in said
     said = refused(one, inputs, output, {"teacher.checkpoint": str(tmp_path / "larger")})
     assert "student.vocab_size = 507" in said and "teacher.vocab_size = 600" in said
+
+
+def test_an_added_token_beyond_the_rows_of_the_model_is_harmless_unless_it_occurs(inputs, one, tmp_path):
+    """As the [PAD] that is often added to Llama 2's tokenizer."""
+    student = shutil.copytree(inputs / "student", tmp_path / "student")
+    shutil.copytree(inputs / "tokenizer", student, dirs_exist_ok=True)
+    stated = json.loads((student / "tokenizer.json").read_text())
+    pad = stated["added_tokens"][0] | {"id": 507, "content": "[PAD]"}
+    (student / "tokenizer.json").write_text(json.dumps(stated | {"added_tokens": [*stated["added_tokens"], pad]}))
+    for tokenizer in (str(student), None):
+        config = changed(tiny_run(inputs, tmp_path / "out", steps=4), {"student.checkpoint": str(student)})
+        config.data.tokenizer, config.student.vocab_size = tokenizer, 507
+        one.run(checked_data, config)
+    (tmp_path / "text.txt").write_text("padded [PAD]")
+    prepare([str(tmp_path / "text.txt")], str(tmp_path / "padded"), str(student), num_workers=1, progress=False)
+    changes = {"data.train": [str(tmp_path / "padded")], "data.tokenizer": str(student)}
+    said = refused(one, inputs, tmp_path / "out", changes)
+    assert "padded.bin holds the token id 507" in said and "vocab_size is 507" in said
 
 
 def test_tokenizers_of_one_size_whose_ids_differ(inputs, one, tmp_path):
