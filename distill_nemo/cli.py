@@ -5,6 +5,7 @@ commands, exits non-zero when a rank fails.
 """
 
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,8 @@ from distill_nemo.executors import EXECUTORS, Stages, experiments, local, passin
 from distill_nemo.training.entry import distill, errors_in_one_screen
 
 NAMESPACE = "distill"
+# NeMo-Run gives -y to two of its options, and older versions of typer have click say so on every command.
+warnings.filterwarnings("ignore", message=r"The parameter -y is used more than once")
 NAME = re.compile(r"\w[\w.-]{,63}", re.ASCII)  # NeMo-Run makes directories, files and an address of it
 
 

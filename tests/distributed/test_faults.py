@@ -143,12 +143,18 @@ def test_an_export_may_take_longer_than_a_collective(inputs, two, tmp_path):
     assert (tmp_path / "student" / "model.safetensors").is_file()
 
 
+def a_file_where_the_export_belongs(output, rank):
+    """Appears during training, since a target that cannot be written is refused before it."""
+    waiting((output / "metrics.jsonl").is_file)
+    if rank == 0:
+        (output / "student").write_text("")
+
+
 def test_an_export_that_failed_before_is_not_taken_for_the_next(inputs, two, tmp_path):
     """When torchrun starts ranks again it keeps the store, through which the other ranks learn how it went."""
     exporting = {"checkpoint.export": True}
-    (tmp_path / "student").write_text("a file where the export belongs")
     with pytest.raises(RuntimeError, match="export failed; the checkpoint is whole"):
-        two.run(train, inputs, tmp_path, exporting)
+        two.run(train, inputs, tmp_path, exporting, a_file_where_the_export_belongs)
     (tmp_path / "student").unlink()
     two.run(train, inputs, tmp_path, exporting)
     assert (tmp_path / "student" / "model.safetensors").is_file()

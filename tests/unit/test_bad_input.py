@@ -29,11 +29,11 @@ def run(inputs, output, changes=(), world_size=1):
     for path, value in dict(changes).items():
         section, field = path.split(".")
         setattr(getattr(config, section), field, value)
-    os.environ["WORLD_SIZE"] = str(world_size)
+    before, os.environ["WORLD_SIZE"] = os.environ["WORLD_SIZE"], str(world_size)
     try:
         run_config(config)
     finally:
-        os.environ["WORLD_SIZE"] = "1"
+        os.environ["WORLD_SIZE"] = before
 
 
 def files(directory):
