@@ -151,10 +151,12 @@ slurm.__signature__ = inspect.signature(slurm_config).replace(return_annotation=
 
 
 def _rendezvous(nodes: int, installed: bool) -> str:
-    """Return the backend that unpickles nothing; on one node without this package installed there is only c10d."""
-    if nodes > 1:
-        return "static"
-    return "loopback" if installed else "c10d"
+    """Return our backend on one node where this package is installed, else torch's c10d, which unpickles.
+
+    Not torch's static one: NeMo-Run 0.11.1 has the first node's shell put `$SLURM_NODEID` into the words of every
+    node's torchrun, so all of them would be the first.
+    """
+    return "loopback" if nodes == 1 and installed else "c10d"
 
 
 def _check_paths(workdir: str, python: str, container_image: str | None) -> None:
