@@ -5,6 +5,7 @@ import sysconfig
 from pathlib import Path
 
 from distill_nemo.data.prepare import prepare
+from distill_nemo.runtime.files import write_atomically
 
 HELD_OUT_EVERY = 20  # every 20th module is never trained on
 
@@ -34,9 +35,7 @@ def write_stdlib_corpus(output: str, vocab_size: int = 2048) -> None:
         text = directory / f"{name}.jsonl"
         if not text.is_file():
             lines = (json.dumps({"text": path.read_text(encoding="utf-8", errors="replace")}) for path in files)
-            partial = text.with_suffix(".partial")
-            partial.write_text("\n".join(lines) + "\n")
-            partial.rename(text)
+            write_atomically(text, "\n".join(lines) + "\n")
         prepare([str(text)], str(directory / name), str(directory / "tokenizer"))
 
 

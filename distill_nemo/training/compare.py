@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_nemo.config import RunConfig, StudentConfig, load_yaml
+from distill_nemo.runtime.files import replace_directory
 
 PROMPT = "def __init__(self"
 
@@ -62,8 +63,7 @@ def _publish(directory: Path) -> None:
     partial = directory / "student.partial"
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(directory / "distilled" / "student", partial)
-    shutil.rmtree(directory / "student", ignore_errors=True)
-    partial.rename(directory / "student")
+    replace_directory(partial, directory / "student")
 
 
 def _parameters(path: Path) -> int:
