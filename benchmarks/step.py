@@ -88,7 +88,7 @@ def compare(shape: Shape, repeats: int, root: str) -> dict[str, Any]:
         STUDENT: stepper(config, teacher=False),
     }
     if not torch.cuda.is_available():
-        with mock.patch("distill_nemo.models.layer_specs.CausalAttention", DotProductAttention):
+        with mock.patch("distill_nemo.models.layers.specs.CausalAttention", DotProductAttention):
             runs[AS_SHIPPED] = stepper(config, modelopt=True)
     runs[TEACHER] = teacher_forward(config)
     memory: dict[str, dict[str, int]] = {name: tensors_at_peak(run, shape) for name, run in runs.items()}

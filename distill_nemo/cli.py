@@ -228,7 +228,7 @@ def convert(checkpoint: str, output: str, allow_pickle: bool = False) -> None:
     from distill_nemo.runtime.device import setup_device
 
     setup_device()  # before Megatron is imported
-    from distill_nemo.models.pickled import convert as convert_weights
+    from distill_nemo.models.checkpoints.pickled import convert as convert_weights
 
     convert_weights(checkpoint, output, allow_pickle)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from distill_nemo.balancers import LOGITS_PREFIX
 from distill_nemo.losses.figures import figures_against_teacher
 from distill_nemo.losses.reduction import masked_sum
-from distill_nemo.models.context_parallel import split_batch
+from distill_nemo.models.layers.context_parallel import split_batch
 from distill_nemo.runtime.watchdog import beat
 
 Report = dict[str, Tensor]

@@ -11,6 +11,6 @@ import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401, E402
 
 import distill_nemo.checkpoint.export  # noqa: E402
 import distill_nemo.evaluation  # noqa: E402
-import distill_nemo.models.huggingface  # noqa: E402
+import distill_nemo.models.checkpoints.huggingface  # noqa: E402
 import distill_nemo.training.loop  # noqa: E402
 import distill_nemo.training.setup  # noqa: F401, E402

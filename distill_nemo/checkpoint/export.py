@@ -59,8 +59,8 @@ def prepare_export(config: RunConfig, dtype: torch.dtype) -> None:
             would lie beside it; or if the export's directory may not be replaced.
     """
     from distill_nemo.data.tokenizer import load_tokenizer
-    from distill_nemo.models.export_files import NO_EXPORT, export_files, exported_tokenizer
-    from distill_nemo.models.huggingface import check_exportable, check_target
+    from distill_nemo.models.checkpoints.export_files import NO_EXPORT, export_files, exported_tokenizer
+    from distill_nemo.models.checkpoints.huggingface import check_exportable, check_target
 
     check_exportable(config.student)
     check_target(_target(config))
@@ -101,11 +101,11 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None) -> None:
     from distill_nemo.checkpoint.directory import read_record
     from distill_nemo.checkpoint.load import check_whole
     from distill_nemo.models.architecture import resolve
-    from distill_nemo.models.huggingface import check_exportable, check_target, export_hf
-    from distill_nemo.models.megatron_weights import stored_dtype
+    from distill_nemo.models.checkpoints.huggingface import check_exportable, check_target, export_hf
+    from distill_nemo.models.checkpoints.megatron import stored_dtype
+    from distill_nemo.models.checkpoints.sources import CheckpointKind, find_checkpoint
     from distill_nemo.models.provider import model_provider
     from distill_nemo.models.source_check import check_source
-    from distill_nemo.models.sources import CheckpointKind, find_checkpoint
     from distill_nemo.runtime.seed import seed_everything
 
     found = find_checkpoint(Path(checkpoint))
@@ -135,9 +135,9 @@ def _check_source_of_run(record: dict[str, Any], student: StudentConfig) -> None
         ValueError: when transformers reads that directory otherwise than the run did.
     """
     from distill_nemo.models.architecture import with_stored_vocabulary
-    from distill_nemo.models.hf_tensors import check_hf_tensors
+    from distill_nemo.models.checkpoints.hf_tensors import check_hf_tensors
+    from distill_nemo.models.checkpoints.sources import CheckpointKind, find_checkpoint
     from distill_nemo.models.source_check import check_source
-    from distill_nemo.models.sources import CheckpointKind, find_checkpoint
 
     source = replace(student, checkpoint=record["student"]["checkpoint"])
     if source.checkpoint is None or not Path(source.checkpoint).is_dir():
@@ -168,7 +168,7 @@ def _tokenizer_of_run(record: dict[str, Any]) -> str | None:
 def _source(checkpoint: str | None) -> Path | None:
     """Return the Hugging Face directory that a model came from, also through runs of ours, or None."""
     from distill_nemo.checkpoint.directory import read_record
-    from distill_nemo.models.sources import CheckpointKind, find_checkpoint
+    from distill_nemo.models.checkpoints.sources import CheckpointKind, find_checkpoint
 
     passed: set[Path] = set()
     while checkpoint:

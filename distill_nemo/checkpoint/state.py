@@ -11,8 +11,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import nn
 
-from distill_nemo.models.megatron_weights import is_extra
-from distill_nemo.models.modelopt_state import is_modified
+from distill_nemo.models.checkpoints.megatron import is_extra
+from distill_nemo.models.checkpoints.modelopt_state import is_modified
 
 PREFIX = "model."
 RANDOM_STATE = "random_state"  # `rng` of the first release is a pickle

@@ -189,7 +189,7 @@ def _from_transformers(path: str, special_tokens: dict[str, Any], added: set[str
     """Let transformers convert files of another kind. It gives special tokens that the files lack new ids."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    from distill_nemo.models.pretrained import open_pretrained
+    from distill_nemo.models.checkpoints.pretrained import open_pretrained
 
     loaded = open_pretrained(AutoTokenizer, path)
     vocab = loaded.get_vocab()

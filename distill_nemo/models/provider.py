@@ -17,21 +17,16 @@ from distill_nemo.config import (
     StudentConfig,
     TeacherConfig,
 )
-from distill_nemo.models.architecture import (
-    gpt_model,
-    resolve,
-    resolve_pair,
-    transformer_config,
-    with_stored_vocabulary,
-)
-from distill_nemo.models.distillation import convert_to_distillation_model, own_stage
-from distill_nemo.models.experts import initialise_experts, keep_experts_apart
-from distill_nemo.models.hf_tensors import check_hf_tensors
-from distill_nemo.models.huggingface import load_hf_weights
-from distill_nemo.models.megatron_weights import check_megatron_tensors, load_megatron_weights
-from distill_nemo.models.modelopt_state import restore_modelopt_state
-from distill_nemo.models.offload import HostWeights
-from distill_nemo.models.sources import CheckpointKind, FoundCheckpoint, find_checkpoint
+from distill_nemo.models.architecture import resolve, resolve_pair, with_stored_vocabulary
+from distill_nemo.models.checkpoints.hf_tensors import check_hf_tensors
+from distill_nemo.models.checkpoints.huggingface import load_hf_weights
+from distill_nemo.models.checkpoints.megatron import check_megatron_tensors, load_megatron_weights
+from distill_nemo.models.checkpoints.modelopt_state import restore_modelopt_state
+from distill_nemo.models.checkpoints.sources import CheckpointKind, FoundCheckpoint, find_checkpoint
+from distill_nemo.models.distillation.convert import convert_to_distillation_model, own_stage
+from distill_nemo.models.distillation.offload import HostWeights
+from distill_nemo.models.layers.experts import initialise_experts, keep_experts_apart
+from distill_nemo.models.megatron import gpt_model, transformer_config
 from distill_nemo.runtime.device import setup_device
 from distill_nemo.runtime.seed import seed_apart
 

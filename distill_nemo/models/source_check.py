@@ -17,11 +17,17 @@ import transformers
 from safetensors.torch import save_file
 
 from distill_nemo.config import ModelConfig, ParallelismConfig, StudentConfig
-from distill_nemo.models.agreement import logits_apart, open_with_transformers
-from distill_nemo.models.config_fields import read_json
-from distill_nemo.models.hf_tensors import expected_tensors, has_weights, num_parameters, read_tensor, stored_tensors
+from distill_nemo.models.checkpoints.agreement import logits_apart, open_with_transformers
+from distill_nemo.models.checkpoints.config_fields import read_json
+from distill_nemo.models.checkpoints.hf_tensors import (
+    expected_tensors,
+    has_weights,
+    num_parameters,
+    read_tensor,
+    stored_tensors,
+)
+from distill_nemo.models.checkpoints.sources import CheckpointKind, find_checkpoint
 from distill_nemo.models.provider import model_provider
-from distill_nemo.models.sources import CheckpointKind, find_checkpoint
 from distill_nemo.runtime.process_groups import process_group_of_one
 from distill_nemo.runtime.seed import seed_everything
 

@@ -11,8 +11,8 @@ channels (N, K, F on one tensor-parallel rank).
 from typing import Any
 
 from distill_nemo.config import ModelConfig
-from distill_nemo.models.hf_config import QK_NORM_FAMILIES
-from distill_nemo.models.layers import Layer
+from distill_nemo.models.families.huggingface import QK_NORM_FAMILIES
+from distill_nemo.models.layers.block_configs import Layer
 from distill_nemo.planning.setting import Setting
 
 

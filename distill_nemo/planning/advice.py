@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from distill_nemo.checks import check
-from distill_nemo.models.architecture import transformer_config
+from distill_nemo.models.megatron import transformer_config
 from distill_nemo.planning.memory import fullest
 from distill_nemo.planning.setting import Setting
 

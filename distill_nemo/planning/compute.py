@@ -9,7 +9,7 @@ from typing import Any
 
 from distill_nemo.config import ModelConfig
 from distill_nemo.models.architecture import padded_vocab_size
-from distill_nemo.models.layers import Layer
+from distill_nemo.models.layers.block_configs import Layer
 from distill_nemo.planning.parameters import layers_of, stages_of, total_parameters
 from distill_nemo.planning.setting import Setting
 

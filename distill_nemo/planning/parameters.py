@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from distill_nemo.config import ModelConfig, ParallelismConfig
 from distill_nemo.models.architecture import padded_vocab_size
-from distill_nemo.models.hf_config import QK_NORM_FAMILIES
-from distill_nemo.models.layers import Layer, layers
+from distill_nemo.models.families.huggingface import QK_NORM_FAMILIES
+from distill_nemo.models.layers.block_configs import Layer, layers
 
 
 class Count(NamedTuple):

@@ -94,7 +94,7 @@ def _samples(models: dict[str, StudentConfig]) -> list[dict[str, str]]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from distill_nemo.models.pretrained import open_pretrained
+    from distill_nemo.models.checkpoints.pretrained import open_pretrained
 
     samples = []
     for name, exported in models.items():

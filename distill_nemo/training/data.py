@@ -10,7 +10,7 @@ from distill_nemo.data.manifest import read_manifest, vocabulary
 from distill_nemo.data.token_files import OWN_TOKENIZER, check_token_files, check_vocabulary, named_token_files
 from distill_nemo.data.tokenizer import Tokenizer, load_tokenizer
 from distill_nemo.models.architecture import with_stored_vocabulary
-from distill_nemo.models.export_files import tokenizer_files
+from distill_nemo.models.checkpoints.export_files import tokenizer_files
 
 RENAMED = 0.01  # share of ids that may name other tokens: fine-tuned models rename reserved ones
 

@@ -38,7 +38,7 @@ def loss_func(
 
     Returns:
         The loss to differentiate (a sum over tokens), the number of valid tokens (int), and the report. Hidden losses
-        are not in it: they are differentiated and counted where their layers are (`models/hidden_losses.py`).
+        are not in it: they are differentiated and counted where their layers are (`distillation.hidden_losses`).
     """
     unwrapped: Any = unwrap_model(model)
     num_tokens = loss_mask.sum()

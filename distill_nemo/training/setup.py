@@ -18,7 +18,7 @@ from torch import nn
 
 from distill_nemo.checkpoint.state import torch_adams
 from distill_nemo.config import OptimizerConfig, RunConfig
-from distill_nemo.models.distillation import wire_config
+from distill_nemo.models.distillation.convert import wire_config
 from distill_nemo.models.provider import model_provider
 
 

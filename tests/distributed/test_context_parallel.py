@@ -56,7 +56,7 @@ def split(parallelism, batch):
     with process_groups(parallelism):
         from megatron.core import parallel_state
 
-        from distill_nemo.models.context_parallel import split_batch
+        from distill_nemo.models.layers.context_parallel import split_batch
 
         before = {name: tensor.clone() for name, tensor in batch.items()}
         parts = split_batch(batch)
@@ -119,7 +119,7 @@ def attend(size, dtype, scale=None, plain=False, **fields):
         from megatron.core.transformer.dot_product_attention import DotProductAttention
         from megatron.core.transformer.enums import AttnMaskType
 
-        from distill_nemo.models.context_parallel import CausalAttention
+        from distill_nemo.models.layers.context_parallel import CausalAttention
         from distill_nemo.runtime.seed import seed_everything
 
         seed_everything(0)  # DotProductAttention forks Megatron's random state, dropout or not
@@ -182,7 +182,7 @@ def rotate(times):
         from megatron.core import parallel_state
         from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
-        from distill_nemo.models.context_parallel import give_own_positions
+        from distill_nemo.models.layers.context_parallel import give_own_positions
 
         rotary = RotaryEmbedding(8, 1.0, use_cpu_initialization=True)
         for _ in range(times):
@@ -229,7 +229,7 @@ def step(student, parallelism):
         from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
         from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
-        from distill_nemo.models.context_parallel import give_own_positions, split_batch
+        from distill_nemo.models.layers.context_parallel import give_own_positions, split_batch
         from distill_nemo.models.provider import model_provider
         from distill_nemo.runtime.seed import seed_everything
 

@@ -334,7 +334,7 @@ def test_sizes_that_no_model_has_are_refused(field, value, words):
 )
 def test_a_layout_that_does_not_divide_a_loaded_architecture_is_refused(tmp_path, layout, words):
     setup_device()
-    from distill_nemo.models.architecture import transformer_config
+    from distill_nemo.models.megatron import transformer_config
 
     with pytest.raises(ValueError, match=words):
         transformer_config(resolve_json(tmp_path), ParallelismConfig(**layout), torch.float32)
@@ -342,7 +342,8 @@ def test_a_layout_that_does_not_divide_a_loaded_architecture_is_refused(tmp_path
 
 def test_megatron_config_by_family():
     setup_device()
-    from distill_nemo.models.architecture import padded_vocab_size, resolve, transformer_config
+    from distill_nemo.models.architecture import padded_vocab_size, resolve
+    from distill_nemo.models.megatron import transformer_config
 
     flags = {}
     for family in ("llama", "qwen2", "qwen3", "qwen3_moe"):
@@ -362,8 +363,8 @@ def test_megatron_config_by_family():
 )
 def test_experts_are_read_and_written(tmp_path, change, normalised):
     setup_device()
-    from distill_nemo.models.architecture import transformer_config
-    from distill_nemo.models.hf_config import from_huggingface, to_huggingface
+    from distill_nemo.models.families.huggingface import from_huggingface, to_huggingface
+    from distill_nemo.models.megatron import transformer_config
 
     resolved = resolve_json(tmp_path, **(QWEN3_MOE | change))
     assert {name: getattr(resolved, name) for name in EXPERTS} == EXPERTS
@@ -416,7 +417,7 @@ def test_fields_of_experts_go_with_a_family_that_has_them():
 
 def test_a_layout_that_does_not_divide_experts_is_refused(tmp_path):
     setup_device()
-    from distill_nemo.models.architecture import transformer_config
+    from distill_nemo.models.megatron import transformer_config
 
     layout = ParallelismConfig(expert_model_parallel_size=3)
     with pytest.raises(ValueError, match=r"num_experts = 4 is not divisible by parallelism\.expert"):
@@ -425,7 +426,8 @@ def test_a_layout_that_does_not_divide_experts_is_refused(tmp_path):
 
 def test_a_dense_model_beside_one_with_experts_is_not_split_over_expert_parallel_ranks():
     setup_device()
-    from distill_nemo.models.architecture import resolve, transformer_config
+    from distill_nemo.models.architecture import resolve
+    from distill_nemo.models.megatron import transformer_config
 
     parallelism = ParallelismConfig(expert_model_parallel_size=2)
     dense, sparse = StudentConfig(**SHAPE), StudentConfig(family="qwen3_moe", **(SHAPE | EXPERTS))

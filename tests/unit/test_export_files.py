@@ -42,7 +42,7 @@ def state(directory: str | Path, **values) -> None:
 def collected(source, tokenizer=None, dtype=torch.bfloat16, **fields):
     setup_device()
     from distill_nemo.models.architecture import resolve
-    from distill_nemo.models.export_files import export_files
+    from distill_nemo.models.checkpoints.export_files import export_files
 
     return export_files(resolve(StudentConfig(checkpoint=str(source), **fields)), dtype, Path(source), tokenizer)
 
@@ -69,7 +69,7 @@ def test_only_where_the_student_differs_the_configuration_does(tmp_path, capsys)
     assert (config["vocab_size"], config["eos_token_id"], config["pad_token_id"]) == (500, [2], None)
 
     from distill_nemo.models.architecture import resolve
-    from distill_nemo.models.export_files import export_files
+    from distill_nemo.models.checkpoints.export_files import export_files
 
     student = resolve(StudentConfig(checkpoint=write_hf(tmp_path / "other", layers=2)))
     config = export_files(student, torch.float32, Path(source), None).config
@@ -137,7 +137,7 @@ def export_directory(path: Path) -> Path:
     """What counts as an earlier export of ours."""
     from safetensors.torch import save_file
 
-    from distill_nemo.models.huggingface import METADATA
+    from distill_nemo.models.checkpoints.huggingface import METADATA
 
     path.mkdir()
     save_file({"x": torch.ones(1)}, path / "model.safetensors", METADATA)
@@ -147,7 +147,7 @@ def export_directory(path: Path) -> Path:
 def test_two_exports_into_one_directory(one, tmp_path):
     """The second is refused while the first writes, and the first is whole."""
     setup_device()
-    from distill_nemo.models.huggingface import writing_export
+    from distill_nemo.models.checkpoints.huggingface import writing_export
 
     out = export_directory(tmp_path / "out")
     with writing_export(out) as partial:
@@ -160,7 +160,7 @@ def test_two_exports_into_one_directory(one, tmp_path):
 
 def second_export(out: Path) -> None:
     setup_device()
-    from distill_nemo.models.huggingface import writing_export
+    from distill_nemo.models.checkpoints.huggingface import writing_export
 
     with writing_export(out):
         pass
@@ -168,7 +168,7 @@ def second_export(out: Path) -> None:
 
 def test_a_full_disk_leaves_the_earlier_export(tmp_path):
     setup_device()
-    from distill_nemo.models.huggingface import _save, writing_export
+    from distill_nemo.models.checkpoints.huggingface import _save, writing_export
 
     out = export_directory(tmp_path / "out")
     before = (out / "model.safetensors").read_bytes()

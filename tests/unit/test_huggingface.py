@@ -89,7 +89,7 @@ def test_round_trip_gives_identical_tensors(models, tmp_path, family):
     setup_device()
     with process_groups(ParallelismConfig()):
         from distill_nemo.models.architecture import resolve
-        from distill_nemo.models.huggingface import check_export, export_hf
+        from distill_nemo.models.checkpoints.huggingface import check_export, export_hf
         from distill_nemo.models.provider import model_provider
         from distill_nemo.runtime.seed import seed_everything
 
@@ -198,7 +198,7 @@ BROKEN = {
 @pytest.mark.parametrize("words", BROKEN)
 def test_a_broken_directory_is_refused_by_name(tmp_path, words):
     from distill_nemo.models.architecture import resolve
-    from distill_nemo.models.hf_tensors import check_hf_tensors
+    from distill_nemo.models.checkpoints.hf_tensors import check_hf_tensors
 
     path = tmp_path / "m"
     write_hf(path)
@@ -231,7 +231,7 @@ def test_an_unsupported_config_is_refused_by_name(tmp_path, change, words):
 
 def test_buffers_of_old_llamas_and_surplus_files_beside_an_index_do_not_matter(tmp_path):
     from distill_nemo.models.architecture import resolve
-    from distill_nemo.models.hf_tensors import check_hf_tensors
+    from distill_nemo.models.checkpoints.hf_tensors import check_hf_tensors
 
     path = tmp_path / "m"
     write_hf(path)
@@ -251,7 +251,7 @@ def test_export_replaces_nothing_but_an_earlier_export_and_leaves_nothing_half_w
     with process_groups(ParallelismConfig()):
         from distill_nemo.data.stdlib_corpus import stdlib_modules, train_tokenizer
         from distill_nemo.models.architecture import resolve
-        from distill_nemo.models.huggingface import export_hf
+        from distill_nemo.models.checkpoints.huggingface import export_hf
         from distill_nemo.models.provider import model_provider
         from distill_nemo.runtime.seed import seed_everything
 
@@ -291,7 +291,7 @@ def test_a_right_export_in_bf16_is_not_refused(tmp_path):
     setup_device()
     with process_groups(ParallelismConfig()):
         from distill_nemo.models.architecture import resolve
-        from distill_nemo.models.huggingface import check_export, export_hf
+        from distill_nemo.models.checkpoints.huggingface import check_export, export_hf
         from distill_nemo.models.provider import model_provider
         from distill_nemo.runtime.seed import seed_everything
 
@@ -326,7 +326,7 @@ def _exported_with_the_students_tokenizer(root):
     from distill_nemo.checkpoint import export
     from distill_nemo.data.stdlib_corpus import stdlib_modules, train_tokenizer
     from distill_nemo.models.architecture import resolve
-    from distill_nemo.models.huggingface import export_hf
+    from distill_nemo.models.checkpoints.huggingface import export_hf
     from distill_nemo.models.provider import model_provider
     from distill_nemo.runtime.seed import seed_everything
 
@@ -361,7 +361,7 @@ def _exported_from_nemo(root, dtype):
 def test_an_output_layer_of_its_own_beside_tied_embeddings_is_refused(tmp_path):
     """Transformers would not tie them: the model would be another one."""
     from distill_nemo.models.architecture import resolve
-    from distill_nemo.models.hf_tensors import check_tied_weights
+    from distill_nemo.models.checkpoints.hf_tensors import check_tied_weights
 
     path = Path(write_hf(tmp_path / "m", "llama_tied"))
     tensors = load_file(path / "model.safetensors")

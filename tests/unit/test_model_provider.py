@@ -210,7 +210,7 @@ def test_a_teacher_padded_to_more_rows_is_cut_to_the_students(one, two, tmp_path
 
 def cut_and_exported(checkpoint, output, rows):
     from distill_nemo.models.architecture import resolve
-    from distill_nemo.models.huggingface import export_hf
+    from distill_nemo.models.checkpoints.huggingface import export_hf
     from distill_nemo.models.provider import model_provider
 
     student = resolve(StudentConfig(checkpoint, vocab_size=rows))

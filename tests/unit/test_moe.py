@@ -144,8 +144,8 @@ def grouped_weights(path, output, sizes):
 
     setup_device()
     with process_groups(sizes.config()):
-        from distill_nemo.models import huggingface
         from distill_nemo.models.architecture import resolve
+        from distill_nemo.models.checkpoints import huggingface
         from distill_nemo.models.provider import model_provider
 
         student = resolve(StudentConfig(path))
@@ -226,7 +226,7 @@ def test_extra_states_of_grouped_experts_are_left_out(monkeypatch):
 @pytest.mark.parametrize(("dtype", "usable"), [(torch.bfloat16, True), (torch.float32, False)])
 def test_fp32_is_not_left_to_transformer_engine(monkeypatch, dtype, usable):
     """Its products would be TF32."""
-    from distill_nemo.models.layer_specs import transformer_engine_usable
+    from distill_nemo.models.layers.specs import transformer_engine_usable
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in ("transformer_engine", "transformer_engine.pytorch"):

@@ -29,7 +29,7 @@ def lent(layers):
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_layers_have_weights_in_their_turn_only(count):
-    from distill_nemo.models.offload import HostWeights
+    from distill_nemo.models.distillation.offload import HostWeights
 
     device = setup_device()
     x = torch.randn(4, 16, device=device)
@@ -46,7 +46,7 @@ def test_layers_have_weights_in_their_turn_only(count):
 
 
 def test_weights_that_learn_are_refused():
-    from distill_nemo.models.offload import HostWeights
+    from distill_nemo.models.distillation.offload import HostWeights
 
     with pytest.raises(ValueError, match="only frozen layers"):
         HostWeights([torch.nn.Linear(4, 4)], setup_device())

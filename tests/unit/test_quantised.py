@@ -63,7 +63,7 @@ def test_the_students_quantizers_are_restored_and_the_teacher_has_none(quantised
 
 
 def load_without_help(path, teacher):
-    from distill_nemo.models import modelopt_state
+    from distill_nemo.models.checkpoints import modelopt_state
 
     helped, modelopt_state._without_strides = modelopt_state._without_strides, contextlib.nullcontext
     try:

@@ -50,7 +50,7 @@ def misread(patch, **wrong):
     """Let our reading of config.json come to other values."""
     setup_device()
     from distill_nemo.models import architecture
-    from distill_nemo.models.hf_config import from_huggingface
+    from distill_nemo.models.families.huggingface import from_huggingface
 
     patch.setattr(architecture, "from_huggingface", lambda config, where: from_huggingface(config, where) | wrong)
 
@@ -81,7 +81,7 @@ def test_what_transformers_cannot_open_is_refused_in_its_words(tmp_path):
     """6 heads of 48 in a hidden size of 256, which Megatron could compute."""
     setup_device()
     from distill_nemo.models.architecture import resolve
-    from distill_nemo.models.hf_tensors import expected_tensors
+    from distill_nemo.models.checkpoints.hf_tensors import expected_tensors
 
     source = Path(write_hf(tmp_path / "m", "llama", width=64))
     config = json.loads((source / "config.json").read_text())

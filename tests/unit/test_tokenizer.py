@@ -210,7 +210,7 @@ def test_only_one_function_opens_directories_with_transformers():
         for path in sources
     }
     assert {path: names for path, names in found.items() if names} == {
-        "distill_nemo/models/pretrained.py": ["from_pretrained", "from_config"]
+        "distill_nemo/models/checkpoints/pretrained.py": ["from_pretrained", "from_config"]
     }
 
 
@@ -218,7 +218,7 @@ def test_code_beside_a_tokenizer_is_not_run(tmp_path, trained):
     """Through both roads: our own, and transformers'."""
     from transformers import AutoTokenizer
 
-    from distill_nemo.models.pretrained import open_pretrained
+    from distill_nemo.models.checkpoints.pretrained import open_pretrained
 
     config = {"auto_map": {"AutoTokenizer": ["code.X", None]}, "tokenizer_class": "X"}
     path = directory_of(tmp_path / "t", trained, **config)

@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from distill_nemo.config import ModelConfig, first_few
 from distill_nemo.models.architecture import with_stored_vocabulary
-from distill_nemo.models.hf_config import QK_NORM_FAMILIES
-from distill_nemo.models.layers import Layer, layers
+from distill_nemo.models.families.huggingface import QK_NORM_FAMILIES
+from distill_nemo.models.layers.block_configs import Layer, layers
 from distill_nemo.runtime.pickles import read_contents, weights_only
 
 Shapes = dict[str, tuple[int, ...]]

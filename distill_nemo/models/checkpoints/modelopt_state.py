@@ -17,7 +17,7 @@ from modelopt.torch.opt.plugins import mcore_dist_checkpointing as sharded
 from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from distill_nemo.models.megatron_weights import STATE, key_prefix, stored_tensors
+from distill_nemo.models.checkpoints.megatron import STATE, key_prefix, stored_tensors
 from distill_nemo.runtime.pickles import read_contents, weights_only
 
 

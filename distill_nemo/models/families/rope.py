@@ -7,8 +7,8 @@ beside it: transformers 4 rewrites a configuration of transformers 5 with its ow
 
 from typing import Any
 
-from distill_nemo.models.config_fields import MAX_NUMBER, Fields, is_number, shown
-from distill_nemo.models.nemo_config import LLAMA3_ROPE
+from distill_nemo.models.checkpoints.config_fields import MAX_NUMBER, Fields, is_number, shown
+from distill_nemo.models.checkpoints.nemo import LLAMA3_ROPE
 
 DEFAULT_THETA = 10000.0
 

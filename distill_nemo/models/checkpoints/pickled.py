@@ -6,9 +6,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from distill_nemo.models.export_files import tokenizer_files, write_files
-from distill_nemo.models.huggingface import check_target
-from distill_nemo.models.pretrained import open_pretrained
+from distill_nemo.models.checkpoints.export_files import tokenizer_files, write_files
+from distill_nemo.models.checkpoints.huggingface import check_target
+from distill_nemo.models.checkpoints.pretrained import open_pretrained
 from distill_nemo.runtime.output_lock import OutputLock
 
 

@@ -23,14 +23,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from distill_nemo.config import ModelConfig
-from distill_nemo.models.agreement import logits_apart, open_with_transformers
 from distill_nemo.models.architecture import padded_vocab_size
-from distill_nemo.models.experts import one_expert
-from distill_nemo.models.export_files import NO_EXPORT, export_files
-from distill_nemo.models.hf_config import FAMILIES
-from distill_nemo.models.hf_tensors import VOCAB_TENSORS, check_tied_weights, expected_tensors
-from distill_nemo.models.megatron_weights import STATE
-from distill_nemo.models.sources import find_checkpoint
+from distill_nemo.models.checkpoints.agreement import logits_apart, open_with_transformers
+from distill_nemo.models.checkpoints.export_files import NO_EXPORT, export_files
+from distill_nemo.models.checkpoints.hf_tensors import VOCAB_TENSORS, check_tied_weights, expected_tensors
+from distill_nemo.models.checkpoints.megatron import STATE
+from distill_nemo.models.checkpoints.sources import find_checkpoint
+from distill_nemo.models.families.huggingface import FAMILIES
+from distill_nemo.models.layers.experts import one_expert
 from distill_nemo.runtime.files import replace_directory, restore_replaced
 from distill_nemo.runtime.output_lock import OutputLock
 

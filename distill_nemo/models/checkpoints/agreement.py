@@ -7,7 +7,7 @@ import torch
 import transformers
 from megatron.core.models.gpt import GPTModel
 
-from distill_nemo.models.pretrained import open_pretrained
+from distill_nemo.models.checkpoints.pretrained import open_pretrained
 
 TOKENS = (2, 32)
 

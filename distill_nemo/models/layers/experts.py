@@ -14,7 +14,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor, nn
 
 from distill_nemo.config import ParallelismConfig
-from distill_nemo.models.layer_specs import transformer_engine_usable
+from distill_nemo.models.layers.specs import transformer_engine_usable
 from distill_nemo.runtime.seed import seed_apart
 
 MOE_FAMILIES = ("qwen3_moe",)

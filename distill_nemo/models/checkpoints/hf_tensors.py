@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from distill_nemo.config import ModelConfig, first_few
-from distill_nemo.models.config_fields import read_json, shown
-from distill_nemo.models.hf_config import QK_NORM_FAMILIES
+from distill_nemo.models.checkpoints.config_fields import read_json, shown
+from distill_nemo.models.families.huggingface import QK_NORM_FAMILIES
 
 VOCAB_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
 INDEX = "model.safetensors.index.json"

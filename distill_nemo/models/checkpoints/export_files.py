@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from distill_nemo.config import ModelConfig
 from distill_nemo.models.architecture import describe_checkpoint
-from distill_nemo.models.hf_config import to_huggingface
-from distill_nemo.models.pretrained import empty_model, open_pretrained
+from distill_nemo.models.checkpoints.pretrained import empty_model, open_pretrained
+from distill_nemo.models.families.huggingface import to_huggingface
 
 TOKENIZER_FILES = (
     "tokenizer*",

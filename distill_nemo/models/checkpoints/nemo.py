@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from distill_nemo.models.config_fields import shown
+from distill_nemo.models.checkpoints.config_fields import shown
 
 INTEGERS = {  # ours: theirs, the first that has a value counts
     "num_layers": ("num_layers",),

@@ -22,8 +22,8 @@ from distill_nemo.balancers import LogitsAndIntermediatesLossBalancer, WeightedL
 from distill_nemo.config import DistillationConfig
 from distill_nemo.losses.hidden import HiddenStateCosineLoss, HiddenStateMSELoss
 from distill_nemo.losses.logits import LogitsKLLoss
-from distill_nemo.models.fused_output import FusedOutput, hand_on_hidden_states, why_not_fused
-from distill_nemo.models.hidden_losses import HiddenLosses
+from distill_nemo.models.distillation.fused_output import FusedOutput, hand_on_hidden_states, why_not_fused
+from distill_nemo.models.distillation.hidden_losses import HiddenLosses
 
 HIDDEN = {"cosine": HiddenStateCosineLoss, "mse": HiddenStateMSELoss}
 FINAL_NORM = "decoder.final_layernorm"
@@ -220,7 +220,7 @@ def adjust_distillation_model_for_mcore(
     - Megatron's vocab-parallel cross entropy writes into fp32 logits, so it gets a copy and the KD loss the original;
     - between pipeline stages travels student‖teacher, of the summed width (`wire_config`);
     - the loss mask reaches the hidden losses on every stage;
-    - with a fused output, the last stage hands on hidden states too (`models/fused_output.py`).
+    - with a fused output, the last stage hands on hidden states too (`models/distillation/fused_output.py`).
     """
     overrides = (_train, _sharded_state_dict, _forward, _set_input_tensor)
     for function in overrides:

@@ -1,0 +1,1 @@
+"""Read, check and write checkpoints: Hugging Face, Megatron, NeMo and our own."""

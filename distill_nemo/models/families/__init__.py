@@ -1,0 +1,1 @@
+"""Model families, as Hugging Face configurations describe them."""

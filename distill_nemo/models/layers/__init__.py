@@ -1,0 +1,1 @@
+"""Modules of a transformer layer, and sizes of layers that differ."""

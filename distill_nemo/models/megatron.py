@@ -1,0 +1,185 @@
+"""Megatron's config and model of an architecture at a layout."""
+
+import json
+import logging
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.parallel_state import get_tensor_model_parallel_rank
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
+from torch import Tensor
+from torch.nn.init import zeros_
+
+from distill_nemo.config import ModelConfig, ParallelismConfig
+from distill_nemo.models.architecture import padded_vocab_size
+from distill_nemo.models.families.huggingface import QK_NORM_FAMILIES
+from distill_nemo.models.layers.block_configs import as_megatron, layers
+from distill_nemo.models.layers.context_parallel import give_own_positions
+from distill_nemo.models.layers.experts import expert_settings
+from distill_nemo.models.layers.specs import block_spec
+
+# Weights that are loaded anyway: every rank draws the whole of every tensor, a minute for 8B parameters and more.
+LOADED: dict[str, Any] = {"init_method": zeros_, "output_layer_init_method": zeros_}
+
+
+def transformer_config(
+    model: ModelConfig, parallelism: ParallelismConfig, dtype: torch.dtype, recompute: str | None = None
+) -> TransformerConfig:
+    """Megatron's config of a resolved model at a layout.
+
+    Args:
+        model: resolved.
+        parallelism: Megatron's parallel sizes. Layers that do not divide evenly over stages are spread.
+        dtype: of weights and activations.
+        recompute: `full` (every layer), `selective` (the core attention) or None.
+
+    Raises:
+        ValueError: when the layout does not divide heads, experts or vocabulary, naming both numbers.
+    """
+    _check_layout(model, parallelism)
+    on_cpu = not torch.cuda.is_available()
+    resolved: Any = model
+    granularity: Any = recompute
+    kind, differing = TransformerConfig, {}
+    if model.block_configs is not None:
+        kind = HeterogeneousTransformerConfig
+        differing["heterogeneous_layers_config_encoded_json"] = json.dumps({"block_configs": as_megatron(model)})
+    return kind(
+        **differing,
+        **expert_settings(resolved, parallelism, dtype),
+        num_layers=resolved.num_layers,
+        hidden_size=resolved.hidden_size,
+        ffn_hidden_size=resolved.ffn_hidden_size,
+        num_attention_heads=resolved.num_attention_heads,
+        num_query_groups=resolved.num_query_groups,
+        kv_channels=resolved.kv_channels,
+        layernorm_epsilon=resolved.norm_epsilon,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=resolved.family == "qwen2",
+        qk_layernorm=resolved.family in QK_NORM_FAMILIES,
+        init_method_std=resolved.init_std,
+        **({} if resolved.checkpoint is None else LOADED),
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        attention_softmax_in_fp32=True,
+        calculate_per_token_loss=True,  # before DDP is built: it scales gradients by it
+        tensor_model_parallel_size=parallelism.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallelism.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallelism.virtual_pipeline_model_parallel_size,
+        pipeline_model_parallel_layout=_stage_layout(resolved.num_layers, parallelism),
+        context_parallel_size=parallelism.context_parallel_size,
+        sequence_parallel=parallelism.sequence_parallel,
+        recompute_granularity=granularity,
+        recompute_method="uniform" if recompute == "full" else None,
+        recompute_num_layers=1 if recompute == "full" else None,
+        use_cpu_initialization=True,  # the same weights at every tensor parallel size
+        bias_activation_fusion=not on_cpu,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        deterministic_mode=False,
+    )
+
+
+def _stage_layout(num_layers: int, parallelism: ParallelismConfig) -> list[list[str]] | None:
+    """What each pipeline stage holds, in the order of the model, in Megatron's words."""
+    if parallelism.num_stages == 1:
+        return None
+    if num_layers < parallelism.num_stages:
+        raise ValueError(f"num_layers = {num_layers} cannot fill {parallelism.num_stages} pipeline stages")
+    stages = [["decoder"] * size for size in parallelism.stage_sizes(num_layers)]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
+
+
+def _check_layout(model: ModelConfig, parallelism: ParallelismConfig) -> None:
+    tensor, expert = parallelism.tensor_model_parallel_size, parallelism.expert_model_parallel_size
+    assert model.vocab_size is not None, "resolved"
+    who = model.checkpoint or type(model).__name__
+    if model.num_experts is not None and model.num_experts % expert:
+        raise ValueError(
+            f"{who}: num_experts = {model.num_experts} is not divisible by "
+            f"parallelism.expert_model_parallel_size = {expert}"
+        )
+    by_layer = [
+        (
+            f"{'moe_' if model.num_experts and name == 'ffn_hidden_size' else ''}{name} of layer {i}",
+            getattr(layer, name),
+        )
+        for i, layer in enumerate(layers(model))
+        for name in ("num_query_groups", "ffn_hidden_size")
+    ]
+    for name, value in (
+        ("num_attention_heads", model.num_attention_heads),
+        *by_layer,
+        ("padded vocabulary", padded_vocab_size(model.vocab_size)),
+    ):
+        if value is not None and value % tensor:
+            raise ValueError(
+                f"{who}: {name} = {value} is not divisible by parallelism.tensor_model_parallel_size = {tensor}"
+            )
+
+
+def gpt_model(
+    model: ModelConfig,
+    config: TransformerConfig,
+    *,
+    pre_process: bool = True,
+    post_process: bool = True,
+    parallel_output: bool = True,
+    vp_stage: int | None = None,
+) -> GPTModel:
+    """This pipeline stage, with random weights. Megatron calls the class deprecated; only this function names it."""
+    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
+    assert model.vocab_size is not None and model.max_position_embeddings is not None, "resolved"
+    scaling: dict[str, Any] = model.rope_scaling or {}
+    spec: Any = block_spec(config, vp_stage)
+    base: Any = model.rotary_base
+    built = GPTModel(
+        config,
+        spec,
+        vocab_size=padded_vocab_size(model.vocab_size),
+        max_sequence_length=model.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        parallel_output=parallel_output,
+        share_embeddings_and_output_weights=bool(model.tie_word_embeddings),
+        position_embedding_type="rope",
+        rotary_base=base,
+        rope_scaling=bool(scaling),
+        rope_scaling_factor=scaling.get("factor", 8.0),
+        vp_stage=vp_stage,
+    )
+    rotary: Any = built.rotary_pos_emb
+    give_own_positions(rotary)
+    if post_process:
+        built.output_layer.register_forward_hook(_MaskPadding(model.vocab_size))
+    return built
+
+
+class _MaskPadding:
+    """Forward hook of the output layer: logits of the padded vocabulary columns are -inf.
+
+    Megatron leaves them in the softmax of its cross entropy, where each untrained column counts as one more token:
+    log(512 / 507) = 0.01 nats for 5 columns over a small vocabulary.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def __call__(self, layer: Any, args: Any, output: tuple[Tensor, Tensor | None]) -> None:
+        logits_SBv = output[0]
+        width = logits_SBv.size(-1)
+        start = 0 if layer.gather_output else get_tensor_model_parallel_rank() * width
+        if start + width > self.vocab_size:
+            logits_SBv[..., max(self.vocab_size - start, 0) :] = -torch.inf
