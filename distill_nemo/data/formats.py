@@ -11,7 +11,7 @@ import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 KINDS = {
     "text": (".txt", ".text", ".md", ".py"),
@@ -29,6 +29,7 @@ KNOWN = (
     f"{' '.join(CODECS)} behind"
 )
 HEAD = 1 << 16  # bytes that tell what a file holds
+BLOCK = 1 << 16  # bytes read at a time
 OTHER_CONTENT = {
     "gzip": rb"\x1f\x8b",
     "bzip2": rb"BZh[1-9]1AY&SY",
@@ -39,6 +40,7 @@ OTHER_CONTENT = {
     "parquet": rb"PAR1\x15",
     "Arrow": rb"ARROW1\x00|\xff\xff\xff\xff",
     "UTF-16 or UTF-32": rb"\xff\xfe|\xfe\xff|\x00\x00\xfe\xff",
+    "a pointer of Git LFS": rb"version https://git-lfs",
     "NUL bytes": rb"[^\x00]{0,3}\x00",  # UTF-16 without its mark, zeros after a crash
 }
 
@@ -76,10 +78,39 @@ def open_input(path: Path) -> BinaryIO:
     if not compression:
         return path.open("rb")
     if compression == ".xz":
-        return lzma.open(path)  # pyright: ignore[reportReturnType]
+        return io.BufferedReader(_Xz(path))
     import pyarrow
 
     return io.BufferedReader(pyarrow.input_stream(str(path), compression=CODECS[compression]))
+
+
+class _Xz(io.RawIOBase):
+    """Decompress every stream of an .xz file; `lzma.open` silently ends before one whose header is damaged."""
+
+    def __init__(self, path: Path) -> None:
+        self._file, self._stream = path.open("rb"), lzma.LZMADecompressor()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = b""
+        while not data:
+            raw = b""
+            if self._stream.eof:
+                raw = self._stream.unused_data.lstrip(b"\0")  # padding between streams
+                if not raw and not (raw := self._file.read(BLOCK)):
+                    return 0
+                self._stream = lzma.LZMADecompressor()
+            elif self._stream.needs_input and not (raw := self._file.read(BLOCK)):
+                raise EOFError("it was cut short")
+            data = self._stream.decompress(raw, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def layout(path: Path) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     import pyarrow
 
+END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"  # of Arrow: a message without length
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 
 
@@ -56,7 +57,7 @@ def parquet_values(path: Path, column: str, start: int, stop: int) -> "Iterator[
     """Yield the values of a column in the row groups [start, stop), each with the number of its row, from 1 on."""
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path) as file:
+    with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
         row = sum(file.metadata.row_group(i).num_rows for i in range(start))
         for batch in file.iter_batches(batch_size=1024, row_groups=list(range(start, stop)), columns=[column]):
             yield from enumerate(batch.column(0), start=row + 1)
@@ -86,9 +87,19 @@ def arrow_values(path: Path, column: str) -> "Iterator[tuple[int, pyarrow.Scalar
 
 
 def _open_arrow(file: "pyarrow.OSFile") -> "pyarrow.ipc.RecordBatchFileReader | pyarrow.ipc.RecordBatchStreamReader":
-    """Both forms: with an index at the end, or a stream, as `datasets` writes it."""
+    """Open either form: with an index at the end, or a stream, as `datasets` writes it.
+
+    Raises:
+        ValueError: for a stream without its end mark, which pyarrow reads as if it were whole.
+    """
     import pyarrow
 
     magic = file.read(6)
+    file.seek(max(file.size() - len(END_OF_STREAM), 0))
+    last = file.read()
     file.seek(0)
-    return pyarrow.ipc.open_file(file) if magic == b"ARROW1" else pyarrow.ipc.open_stream(file)
+    if magic == b"ARROW1":
+        return pyarrow.ipc.open_file(file)
+    if last != END_OF_STREAM:
+        raise ValueError("it is no whole Arrow stream: its end mark is missing")
+    return pyarrow.ipc.open_stream(file)

@@ -150,6 +150,7 @@ REFUSED = [
     ("empty.jsonl.gz", b"", "it is empty, which no whole .gz file is"),
     ("a.jsonl.gz", LINES, "cannot be read"),
     ("a.jsonl.xz", LINES, "cannot be read"),
+    ("a.txt", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "it holds a pointer of Git LFS"),
     ("a.csv", b"id,body\n1,x\n", 'no column "text"; it has id, body'),
     ("a.csv", b"text,text\n1,x\n", 'more than one column "text"'),
     ("a.csv", b'id,text\n1,"open\n2,x\n', "line 2 is not valid CSV"),
@@ -176,6 +177,32 @@ def test_an_archive_that_was_cut_short_is_refused(tmp_path, suffix, missing):
     path = write(tmp_path / f"a.jsonl{suffix}", COMPRESS[suffix](lines)[:-missing])
     with pytest.raises(ValueError, match=f"^{path} cannot be read: "):
         documents(path)
+
+
+def test_an_arrow_stream_that_lost_its_last_batches_is_refused(tmp_path):
+    path = tmp_path / "a.arrow"
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, pa.schema([("text", pa.string())])) as stream:
+        for text in DOCS:
+            whole = file.tell()
+            stream.write(pa.record_batch({"text": [text]}))
+    os.truncate(path, whole)  # between two batches, where pyarrow sees an end
+    with pytest.raises(ValueError, match=f"^{path} cannot be read: .*end mark is missing"):
+        documents(path)
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("second", ["whole", "header damaged"])
+def test_every_stream_of_an_archive_is_read_or_refused(tmp_path, suffix, second):
+    compress, lines = COMPRESS[suffix], LINES.splitlines(keepends=True)
+    parts = [compress(line) for line in lines]
+    if second != "whole":
+        parts[1] = b"\xfe" + parts[1][1:]
+    path = write(tmp_path / f"a.jsonl{suffix}", b"".join(parts))
+    if second == "whole":
+        assert documents(path) == DOCS
+    else:
+        with pytest.raises(ValueError, match=f"^{path} cannot be read: "):
+            documents(path)
 
 
 BAD_RECORDS = [
