@@ -84,6 +84,7 @@ def kubernetes_config(
     torchrun = {
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(stop_seconds or STOP_SECONDS),  # or it kills ranks that still save
         "PYTHONUNBUFFERED": "1",  # or the log gets their words at the end
+        "PET_RDZV_BACKEND": "loopback" if nodes == 1 else "nodes",  # runtime/rendezvous.py
     }
     fields: dict[str, Any] = {
         "image": image,

@@ -29,8 +29,7 @@ def local_config(processes: int = 1) -> run.Config[run.LocalExecutor]:
         raise ValueError(f"run.executor.processes must be at least 1, got {processes}")
     # torchrun is looked up on PATH, where it need not be: a venv can be used without being activated.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    if not entry_points(group="torchrun.handlers", name="loopback"):
-        raise ValueError("torchrun does not know distill-nemo's rendezvous: install it again, `pip install -e .`")
+    check_rendezvous()
     return run.Config(
         run.LocalExecutor,
         ntasks_per_node=processes,
@@ -42,6 +41,12 @@ def local_config(processes: int = 1) -> run.Config[run.LocalExecutor]:
 def local(processes: int = 1) -> run.Executor:
     """The executor that `run.executor=local` names on the command line, for Python."""
     return fdl.build(local_config(processes))
+
+
+def check_rendezvous() -> None:
+    """Refuse an environment whose torchrun does not know runtime/rendezvous.py."""
+    if not {"loopback", "nodes"} <= entry_points(group="torchrun.handlers").names:
+        raise ValueError("torchrun does not know distill-nemo's rendezvous: install it again, `pip install -e .`")
 
 
 def num_gpus() -> int:

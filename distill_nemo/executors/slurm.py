@@ -16,7 +16,7 @@ import fiddle as fdl
 import nemo_run as run
 
 from distill_nemo.config import near
-from distill_nemo.executors.local import ENVIRONMENT
+from distill_nemo.executors.local import ENVIRONMENT, check_rendezvous
 from distill_nemo.executors.secrets import refuse_secrets
 
 PACKAGERS = ("none", "git")
@@ -112,6 +112,7 @@ def slurm_config(
     tunnel = _tunnel(host=host, user=user, job_dir=job_dir, identity=identity, port=port)
     here = host is None and container_image is None
     if here:
+        check_rendezvous()
         workdir = os.path.abspath(workdir or os.getcwd())
     elif workdir is not None and not os.path.isabs(workdir):
         raise ValueError(f'run.executor.workdir must be absolute with host, got "{workdir}"')
@@ -136,7 +137,7 @@ def slurm_config(
         env_vars=_environment(env or {}, stop_seconds, cpus_per_device, devices, here, packager == "git"),
         setup_lines="\n".join([QUIET, *setup, "set -vx"]) if setup else None,
         packager=run.Config(CommittedCode if packager == "git" else run.Packager),
-        launcher=run.Config(run.Torchrun, rdzv_port=PORT, rdzv_backend=_rendezvous(nodes, here and packager == "none")),
+        launcher=run.Config(run.Torchrun, rdzv_port=PORT, rdzv_backend=_rendezvous(nodes, packager)),
         tunnel=tunnel,
         poll_estimated_start_time=False,
     )
@@ -150,13 +151,11 @@ def slurm(*args: Any, **kwargs: Any) -> run.Executor:
 slurm.__signature__ = inspect.signature(slurm_config).replace(return_annotation=run.Executor)  # type: ignore
 
 
-def _rendezvous(nodes: int, installed: bool) -> str:
-    """Return our backend on one node where this package is installed, else torch's c10d, which unpickles.
-
-    Not torch's static one: NeMo-Run 0.11.1 has the first node's shell put `$SLURM_NODEID` into the words of every
-    node's torchrun, so all of them would be the first.
-    """
-    return "loopback" if nodes == 1 and installed else "c10d"
+def _rendezvous(nodes: int, packager: str) -> str:
+    """Return our backend, or torch's c10d, which unpickles, for shipped code: torchrun knows what is installed."""
+    if packager == "git":
+        return "c10d"
+    return "loopback" if nodes == 1 else "nodes"
 
 
 def _check_paths(workdir: str, python: str, container_image: str | None) -> None:

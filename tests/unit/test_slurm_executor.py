@@ -180,12 +180,12 @@ def test_what_would_not_come_as_typed_is_refused(capfd, monkeypatch, tmp_path, i
 @pytest.mark.parametrize(
     ("fields", "backend"),
     [
-        (["nodes=2"], "c10d"),
+        (["nodes=2"], "nodes"),
         (["nodes=1", "devices=2"], "loopback"),
         (["nodes=1", "devices=2", "packager=git"], "c10d"),
     ],
 )
-def test_one_node_meets_on_loopback(dry, monkeypatch, fields, backend):
+def test_the_rendezvous_is_ours_where_it_is_installed(dry, monkeypatch, fields, backend):
     monkeypatch.setattr(sys.modules["distill_nemo.executors.slurm"].CommittedCode, "package", lambda *_: "")
     monkeypatch.chdir(os.path.dirname(__file__))
     words = srun(dry(*fields).out)
