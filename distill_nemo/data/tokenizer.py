@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 EOD_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<eod>", "</s>", "<eos>")  # where the tokenizer names no eos_token
 VOCABULARIES = ("*.model", "vocab*", "*.tiktoken", "tekken.json")  # besides tokenizer.json
 HASHED = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+MAX_IDS = 2**24  # far above any model's vocabulary; a table of all ids is made
 Encode = Callable[[list[str]], list[list[int]]]
 
 
@@ -122,6 +123,9 @@ def load_tokenizer(path: str) -> Tokenizer:
         raise ValueError(f"{path} is not a Hugging Face tokenizer directory that can be loaded: {error}") from error
     if not tokenizer.vocab:
         raise ValueError(f"{path}: its tokenizer has no tokens")
+    token, largest = max(tokenizer.vocab.items(), key=lambda item: item[1])
+    if largest >= MAX_IDS:
+        raise ValueError(f'{path}: its token "{token:.40}" has the id {largest}; ids must be below {MAX_IDS:,}')
     return tokenizer
 
 
@@ -176,13 +180,20 @@ def _from_tokenizer_json(
         )
     vocab = fast.get_vocab()
     beyond = vocab.keys() - fast.get_vocab(with_added_tokens=False)
-    return Tokenizer(path, special_tokens, vocab, beyond, set(), fast, _encoder_of(fast))
+    return Tokenizer(path, special_tokens, vocab, beyond, set(), fast, _encoder_of(fast, path))
 
 
-def _encoder_of(fast: "tokenizers.Tokenizer") -> Encode:
+def _encoder_of(fast: "tokenizers.Tokenizer", path: str) -> Encode:
     fast.no_truncation()
     fast.no_padding()
-    return lambda texts: [encoded.ids for encoded in fast.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        try:
+            return [encoded.ids for encoded in fast.encode_batch_fast(texts, add_special_tokens=False)]
+        except Exception as error:  # the library's only class of errors
+            raise ValueError(f"{path}: its tokenizer cannot encode the text: {error}") from None
+
+    return encode
 
 
 def _from_transformers(path: str, special_tokens: dict[str, Any], added: set[str]) -> Tokenizer:
@@ -195,7 +206,7 @@ def _from_transformers(path: str, special_tokens: dict[str, Any], added: set[str
     vocab = loaded.get_vocab()
     if isinstance(loaded, PreTrainedTokenizerFast):
         fast = loaded.backend_tokenizer
-        beyond, encode = vocab.keys() - fast.get_vocab(with_added_tokens=False), _encoder_of(fast)
+        beyond, encode = vocab.keys() - fast.get_vocab(with_added_tokens=False), _encoder_of(fast, path)
     else:
         fast = None
         beyond = {token for token, i in vocab.items() if i >= loaded.vocab_size}
@@ -244,4 +255,4 @@ def encoder(fast: str, path: str) -> Encode:
         return load_tokenizer(path).encode
     import tokenizers
 
-    return _encoder_of(tokenizers.Tokenizer.from_file(fast))
+    return _encoder_of(tokenizers.Tokenizer.from_file(fast), path)

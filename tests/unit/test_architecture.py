@@ -200,7 +200,7 @@ def test_a_config_that_would_be_misread_is_refused_by_name(tmp_path, change, wor
 WRONG_KINDS = ("x", "4", 0, -1, 1.5, True, [], [4], {}, float("nan"), float("inf"), 10**9 * 10**9, 10**400)
 FLAGS = ("attention_bias", "mlp_bias", "use_sliding_window", "tie_word_embeddings")
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings", "num_labels")
 
 
 @pytest.mark.parametrize("field", [*SIZES, *OPTIONAL_SIZES, *FLAGS, "rms_norm_eps", "hidden_act", "model_type"])

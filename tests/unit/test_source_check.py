@@ -94,6 +94,15 @@ def test_what_transformers_cannot_open_is_refused_in_its_words(tmp_path):
         checked(source)
 
 
+@pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="transformers 4 does not look at it")
+def test_what_transformers_cannot_run_is_refused_in_its_words(tmp_path):
+    source = Path(write_hf(tmp_path / "m", "llama"))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"sliding_window": "x"}))
+    with pytest.raises(ValueError, match=r"/m cannot be run by transformers .*invalid data type 'str'"):
+        checked(source)
+
+
 def test_a_padding_token_without_a_row_does_not_matter(tmp_path):
     """Some fine-tuned models name one; training reads it nowhere."""
     source = Path(write_hf(tmp_path / "m", layers=1))

@@ -179,6 +179,12 @@ TIKTOKEN = b"IQ== 0\nIg== 1\n"
         ({"tokenizer_config.json": b"{", "tokenizer.json": b"{}"}, "tokenizer_config.json cannot be read"),
         ({"tokenizer_config.json": b"[]", "tokenizer.json": b"{}"}, "tokenizer_config.json must hold a JSON object"),
         ({"tokenizer_config.json": b'{"added_tokens_decoder": {"a": 1}}'}, "its added tokens cannot be read"),
+        (
+            {
+                "tokenizer.json": b'{"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 2000000000}, "unk_token": "a"}}'
+            },
+            'its token "b" has the id 2000000000; ids must be below 16,777,216',
+        ),
         ({"tokenizer.model": b"\n\x05\n"}, "is a sentencepiece model, which needs sentencepiece and protobuf"),
         ({"tokenizer.model": TIKTOKEN}, "is a tiktoken model, which needs tiktoken: pip install tiktoken"),
         ({"tokenizer.model": b"\x00" * 9}, "is neither a sentencepiece nor a tiktoken model"),
@@ -195,6 +201,12 @@ def test_a_directory_that_cannot_be_opened_is_named(tmp_path, monkeypatch, files
     with pytest.raises(ValueError) as raised:
         load_tokenizer(str(tmp_path))
     assert words in str(raised.value) and str(tmp_path) in str(raised.value)
+
+
+def test_a_text_that_the_tokenizer_cannot_encode_is_refused_by_its_directory(tmp_path):
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "b"}}')
+    with pytest.raises(ValueError, match=rf"^{tmp_path}: its tokenizer cannot encode the text: .*Missing \[UNK\]"):
+        load_tokenizer(str(tmp_path)).encode(["c"])
 
 
 def test_only_one_function_opens_directories_with_transformers():

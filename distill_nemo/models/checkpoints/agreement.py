@@ -27,8 +27,12 @@ def open_with_transformers(path: str | Path, dtype: torch.dtype, **config: Any) 
     try:
         return open_pretrained(transformers.AutoModelForCausalLM, path, **options).eval()
     except Exception as error:  # transformers raises whatever the files provoked
-        reason = " ".join(str(error).split()) or repr(error)
-        raise ValueError(f"{path} cannot be opened by transformers {transformers.__version__}: {reason:.400}") from None
+        raise _refusal(path, "opened", error) from None
+
+
+def _refusal(path: str | Path, done: str, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split()) or repr(error)
+    return ValueError(f"{path} cannot be {done} by transformers {transformers.__version__}: {reason:.400}")
 
 
 @torch.no_grad()
@@ -39,6 +43,9 @@ def logits_apart(built: GPTModel, reference: transformers.PreTrainedModel, vocab
         built: a whole model (TP=1, PP=1).
         reference: of transformers; it is moved to the device of `built`.
         vocab_size: tokens that both know.
+
+    Raises:
+        ValueError: when transformers cannot compute the reference's logits, with its reason.
     """
     device = next(built.parameters()).device
     reference.to(device)  # pyright: ignore[reportArgumentType]
@@ -48,5 +55,8 @@ def logits_apart(built: GPTModel, reference: transformers.PreTrainedModel, vocab
     tokens = torch.randint(vocab_size, TOKENS, generator=generator).to(device)
     ours = built.eval()(tokens, positions, None)[..., :vocab_size].float()
     built.train(training)
-    theirs = reference(tokens).logits[..., :vocab_size].float()
+    try:
+        theirs = reference(tokens).logits[..., :vocab_size].float()
+    except Exception as error:  # transformers raises whatever its configuration provoked
+        raise _refusal(reference.config._name_or_path, "run", error) from None
     return ((ours - theirs).norm() / theirs.norm().clamp_min(1e-6)).item()

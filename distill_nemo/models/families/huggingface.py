@@ -16,6 +16,7 @@ FAMILIES = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
 }
+MAX_LABELS = 100_000
 QK_NORM_FAMILIES = ("qwen3", "qwen3_moe")
 # Values that a config.json leaves out, where the classes of transformers differ; a null has another meaning.
 ABSENT = {
@@ -42,6 +43,7 @@ def from_huggingface(config: dict[str, Any], where: Path) -> dict[str, Any]:
         raise ValueError(f'{fields.where}: model_type "{family:.40}" is not supported.{near(family, FAMILIES)}')
     fields = Fields(ABSENT[family] | config, fields.where)
     _refuse_features(family, fields)
+    fields.integer("num_labels", 2, most=MAX_LABELS)  # transformers names each one as soon as it opens the file
     heads = fields.integer("num_attention_heads")
     base, scaling = read_rope(fields)
     return {
