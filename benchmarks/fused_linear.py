@@ -19,9 +19,9 @@ from torch import Tensor
 
 from benchmarks.kl import modelopt, ours
 from benchmarks.measure import interleaved, peak_bytes, write_result
-from distill_nemo.losses.divergences import choose_parts
-from distill_nemo.losses.fused_chunks import FusedLoss, Head
-from distill_nemo.losses.fused_linear import fused_linear_losses
+from distill_nemo.losses.divergences import choose_divergence
+from distill_nemo.losses.fused_linear.chunks import FusedLoss, Head
+from distill_nemo.losses.fused_linear.loss import fused_linear_losses
 from distill_nemo.runtime.device import setup_device
 
 Way = Callable[["Inputs"], None]
@@ -151,7 +151,7 @@ def fused(inputs: Inputs) -> None:
     weight: Any = inputs.student.weight_vH
     weight.main_grad = inputs.main_grad_vH
     mask_N = torch.ones(len(inputs.labels_N), device=weight.device)
-    loss = FusedLoss(choose_parts("forward_kl"))
+    loss = FusedLoss(choose_divergence("forward_kl"))
     fused_linear_losses(inputs.student, inputs.teacher, inputs.labels_N, mask_N, loss).total.backward()
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from benchmarks.measure import interleaved, peak_bytes, write_result
 from distill_nemo.config import ParallelismConfig
-from distill_nemo.losses.local import implementation
-from distill_nemo.losses.vocab_parallel import vocab_parallel_forward_kl
+from distill_nemo.losses.divergences.forward_kl import ForwardKL
+from distill_nemo.losses.kernels.dispatch import choose_kernels
 from distill_nemo.runtime.device import setup_device
 
 GPU_SHAPE = (8192, 128256)
@@ -73,7 +73,7 @@ def compare(num_tokens: int, width: int, repeats: int, losses: dict[str, Callabl
         student.grad = None
         gc.collect()
         found[name]["extra_memory"] = (peak_bytes(run) - gradient_bytes) / fp32_bytes
-    kernels = implementation(student, teacher).__name__.rsplit(".", 1)[-1]
+    kernels = choose_kernels(student, teacher)
     return {"tokens": num_tokens, "vocabulary": width, "dtype": "bfloat16", "kernels": kernels, "ways": found}
 
 
@@ -92,7 +92,7 @@ def ways() -> dict[str, Callable[..., Tensor]]:
 
 def ours(student: Tensor, teacher: Tensor) -> Tensor:
     """As the training loop calls it."""
-    return vocab_parallel_forward_kl(student, teacher)
+    return ForwardKL()(student, teacher)
 
 
 def plain(student: Tensor, teacher: Tensor) -> Tensor:
@@ -152,7 +152,7 @@ def _rank(num_tokens: int, width: int, repeats: int) -> dict[str, Any]:
     with process_groups(ParallelismConfig(tensor_model_parallel_size=2)):
         group = parallel_state.get_tensor_model_parallel_group()
         losses = {
-            "distill-nemo": lambda student, teacher: vocab_parallel_forward_kl(student, teacher, 1.0, group),
+            "distill-nemo": lambda student, teacher: ForwardKL()(student, teacher, group),
             "ModelOpt": modelopt(2),
         }
         return compare(num_tokens, width // 2, repeats, losses)["ways"]

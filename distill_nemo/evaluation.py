@@ -18,7 +18,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
 from distill_nemo.balancers import LOGITS_PREFIX
-from distill_nemo.losses.figures import figures_against_teacher
+from distill_nemo.losses.metrics import metrics_against_teacher
 from distill_nemo.losses.reduction import masked_sum
 from distill_nemo.models.layers.context_parallel import split_batch
 from distill_nemo.runtime.watchdog import beat
@@ -103,7 +103,7 @@ def _against_teacher(model: Any, labels: Tensor) -> dict[str, Tensor]:
     student, teacher = model.output_layer._intermediate_output, model.teacher_model.output_layer._intermediate_output
     kl: Any = next(f for f in model._layers_to_loss.values() if type(f).__name__.startswith(LOGITS_PREFIX))
     pair: tuple[Tensor, Tensor] = kl.prepare(student, teacher)
-    found_SB = figures_against_teacher(*pair, labels.transpose(0, 1), kl.group, kl.vocab_start)
+    found_SB = metrics_against_teacher(*pair, labels.transpose(0, 1), kl.group, kl.vocab_start)
     for student_layer, teacher_layer in model._layers_to_loss:
         student_layer._intermediate_output = teacher_layer._intermediate_output = None
     return {name: values_SB.transpose(0, 1) for name, values_SB in found_SB.items()}

@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from distill_nemo.losses import triton_kernels as kernels
+from distill_nemo.losses.kernels import triton_kernels as kernels
 
 LOGITS = {"P", "Q", "Z", "T"}
 LANES = {"ROWS": kernels.ROWS, "LANES": kernels.LANES}

@@ -6,13 +6,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
-from distill_nemo.losses.vocab_parallel import gather_sequence
+from distill_nemo.losses.collectives import gather_sequence
 
 Output = Tensor | tuple[Tensor, Any]  # Megatron's layers return (hidden, context)
 
 
 class _HiddenStateLoss(_Loss):
-    """What both losses share: projection, fp32, gathering, layout.
+    """Base of both losses: projection, fp32, gathering, layout.
 
     Args:
         student_width: H of the student.

@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules.loss import _Loss
 
-from distill_nemo.losses.divergences import choose
+from distill_nemo.losses.divergences import choose_divergence
 
 Output = Tensor | tuple[Tensor, Tensor | None]  # Megatron's ColumnParallelLinear returns (logits, bias)
 
@@ -25,8 +25,6 @@ class LogitsKLLoss(_Loss):
         beta: with jensen_shannon, the teacher's share of the mixture, 0 < beta < 1; the others do not look at it.
         top_k: with forward_kl, how many of the teacher's most likely tokens to match one by one, the rest being one
             bucket; None: the whole vocabulary.
-        overwrite_student_logits: let backward put the gradient where the student's logits were: one tensor of logits
-            less. For those who read them nowhere else; see `vocab_parallel_forward_kl`.
 
     Raises:
         ValueError: for an unknown divergence, a temperature that is not positive, or a beta or top_k that does not fit.
@@ -43,13 +41,9 @@ class LogitsKLLoss(_Loss):
         *,
         beta: float = 0.5,
         top_k: int | None = None,
-        overwrite_student_logits: bool = False,
     ) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
-        self.divergence = choose(divergence, beta, top_k, overwrite_student_logits)
-        self.temperature = temperature
+        self.divergence = choose_divergence(divergence, temperature, beta, top_k)
         self.factor = temperature**2 if scale_by_temperature_squared else 1.0
         self.true_vocab_size = true_vocab_size
         self.group = group
@@ -62,7 +56,7 @@ class LogitsKLLoss(_Loss):
             ValueError: when the vocabularies differ beyond padding; see `prepare`.
         """
         pair = self.prepare(student_logits_SBv, teacher_logits_SBv)
-        loss_SB = self.divergence(*pair, temperature=self.temperature, group=self.group)
+        loss_SB = self.divergence(*pair, self.group)
         return (loss_SB * self.factor).transpose(0, 1).contiguous()
 
     def prepare(self, student_logits_SBv: Output, teacher_logits_SBv: Output) -> tuple[Tensor, Tensor]:

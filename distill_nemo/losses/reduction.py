@@ -1,9 +1,9 @@
-"""From losses per token to sums that pay no heed to masked tokens."""
+"""Reduce per-token losses over unmasked tokens."""
 
 import torch
 from torch import Tensor
 
 
 def masked_sum(values_BS: Tensor, loss_mask_BS: Tensor) -> Tensor:
-    """Sum over valid tokens, fp32. A masked token cannot leak: not even a NaN times zero."""
+    """Return the sum over valid tokens, fp32. A masked token cannot leak: not even a NaN times zero."""
     return torch.where(loss_mask_BS > 0, values_BS.float() * loss_mask_BS, 0.0).sum()

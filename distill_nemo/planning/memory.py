@@ -6,7 +6,7 @@ Legend: T tokens of a micro batch on a rank, H width, v this rank's shard of the
 from dataclasses import dataclass, field
 from typing import Any
 
-from distill_nemo.losses.fused_chunks import chunk_size
+from distill_nemo.losses.fused_linear.chunks import chunk_size
 from distill_nemo.models.architecture import padded_vocab_size
 from distill_nemo.planning import activations
 from distill_nemo.planning.parameters import rank_layers, stages_of

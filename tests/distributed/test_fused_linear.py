@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distill_nemo.losses.fused_chunks import Head
-from distill_nemo.losses.fused_linear import fused_linear_losses
+from distill_nemo.losses.fused_linear.chunks import Head
+from distill_nemo.losses.fused_linear.loss import fused_linear_losses
 from tests import reference
 from tests.distributed.test_vocab_parallel import Collectives, shard, world
 from tests.spawn import Gloo
@@ -70,9 +70,10 @@ def test_fused_linear(group: Gloo, name: str, temperature: float, num_true: int)
 
 def order_of_events() -> list[str]:
     """What rank 0 does when, of three chunks."""
-    from distill_nemo.losses import fused_linear, gemm
+    from distill_nemo.losses.collectives import Gather
+    from distill_nemo.losses.fused_linear import gemm
 
-    events, start, logits = [], fused_linear.start_gather, gemm.logits
+    events, start, logits = [], Gather.start, gemm.logits
 
     def starting(*args: Any) -> Any:
         events.append("gather begins")
@@ -88,12 +89,12 @@ def order_of_events() -> list[str]:
         events.append("logits")
         return logits(*args)
 
-    fused_linear.start_gather, gemm.logits = starting, multiplying
+    Gather.start, gemm.logits = starting, multiplying
     try:
         student, teacher = (Head(h.detach(), shard(w.detach(), 0)) for h, w, _ in make_heads())
         fused_linear_losses(student, teacher, *make_targets("none"), of("forward_kl", world(), chunk_tokens=8))
     finally:
-        fused_linear.start_gather, gemm.logits = start, logits
+        Gather.start, gemm.logits = start, logits
     return events
 
 
@@ -114,12 +115,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 def train(inputs: Any, output: Any, changes: dict[str, Any]) -> list[str]:
     """A run in chunks of 6 tokens; the shapes of what its last stage hands to the loss function."""
-    from distill_nemo.losses import fused_chunks
+    from distill_nemo.losses.fused_linear import chunks
     from distill_nemo.training import forward_step
     from distill_nemo.training.entry import run_config
 
-    sizes = fused_chunks.CHUNK_BYTES, fused_chunks.CHUNK_TOKENS
-    fused_chunks.CHUNK_BYTES, fused_chunks.CHUNK_TOKENS = 6 * 4 * PADDED, 1
+    sizes = chunks.CHUNK_BYTES, chunks.CHUNK_TOKENS
+    chunks.CHUNK_BYTES, chunks.CHUNK_TOKENS = 6 * 4 * PADDED, 1
     shapes, fused = [], forward_step._fused
 
     def watching(model: Any, batch: Any, *args: Any) -> Any:
@@ -131,7 +132,7 @@ def train(inputs: Any, output: Any, changes: dict[str, Any]) -> list[str]:
         run_config(changed(tiny_run(inputs, output, steps=3, eval_interval=3), changes))
     finally:
         forward_step._fused = fused
-        fused_chunks.CHUNK_BYTES, fused_chunks.CHUNK_TOKENS = sizes
+        chunks.CHUNK_BYTES, chunks.CHUNK_TOKENS = sizes
     return shapes
 
 

@@ -13,7 +13,7 @@ from torch.distributed.distributed_c10d import ProcessGroup
 
 from distill_nemo.losses.hidden import HiddenStateCosineLoss, HiddenStateMSELoss
 from distill_nemo.losses.logits import LogitsKLLoss
-from distill_nemo.losses.vocab_parallel import vocab_parallel_entropy, vocab_parallel_top1_agreement
+from distill_nemo.losses.metrics import vocab_parallel_entropy, vocab_parallel_top1_agreement
 from tests import reference
 from tests.spawn import Gloo
 

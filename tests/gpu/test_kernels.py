@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from distill_nemo.losses.divergences import DIVERGENCES
-from distill_nemo.losses.fused_chunks import Head
-from distill_nemo.losses.fused_linear import fused_linear_losses
-from distill_nemo.losses.local import VARIABLE
+from distill_nemo.losses.fused_linear.chunks import Head
+from distill_nemo.losses.fused_linear.loss import fused_linear_losses
+from distill_nemo.losses.kernels.dispatch import VARIABLE
 from tests import reference
 from tests.gpu.conftest import REHEARSAL
 from tests.unit.test_fused_linear import make_heads, make_targets, of, oracle, relative
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("device")
 def loss_and_gradient(monkeypatch, kernels, name, pair, temperature):
     monkeypatch.setenv(VARIABLE, kernels)
     student, teacher = pair[0].detach().clone().requires_grad_(), pair[1].clone()
-    loss = DIVERGENCES[name](student, teacher, temperature)
+    loss = DIVERGENCES[name](temperature)(student, teacher)
     loss.sum().backward()
     return loss.detach(), student.grad
 

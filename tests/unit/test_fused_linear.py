@@ -8,9 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill_nemo.losses.divergences import choose_parts
-from distill_nemo.losses.fused_chunks import FusedLoss, Head
-from distill_nemo.losses.fused_linear import fused_linear_losses
+from distill_nemo.losses.divergences import choose_divergence
+from distill_nemo.losses.fused_linear.chunks import FusedLoss, Head
+from distill_nemo.losses.fused_linear.loss import fused_linear_losses
 from tests import reference
 
 N, H, TEACHER_H, V, PADDED = 23, 24, 40, 507, 512
@@ -36,12 +36,12 @@ def make_targets(masked: str = "some") -> tuple[Tensor, Tensor]:
     return labels, {"none": torch.ones(N), "some": mask * (mask > 0.4), "all": torch.zeros(N)}[masked]
 
 
-def of(name: str, group: Any = None, **changes: Any) -> FusedLoss:
+def of(name: str, group: Any = None, temperature: float = 1.0, **changes: Any) -> FusedLoss:
     """As `reference.DIVERGENCES` names them."""
     arguments = {"name" if k == "divergence" else k: v for k, v in reference.DIVERGENCES[name][0].items()}
-    parts = choose_parts(**{"name": "forward_kl"} | arguments, group=group)
+    divergence = choose_divergence(**{"name": "forward_kl"} | arguments, temperature=temperature)
     settings: dict[str, Any] = {"num_true": V, "chunk_tokens": 5, "group": group}
-    return FusedLoss(parts, **settings | changes)
+    return FusedLoss(divergence, **settings | changes)
 
 
 def oracle(
@@ -54,7 +54,7 @@ def oracle(
 
     (h, w, b), (g, u, c) = ([numpy(x) for x in head] for head in (student, teacher))
     z, t = h @ w[:num_true].T + b[:num_true], g @ u[:num_true].T + c[:num_true]
-    kd, kd_slope = (loss.factor * x for x in reference.DIVERGENCES[name][1](z, t, loss.temperature))
+    kd, kd_slope = (loss.factor * x for x in reference.DIVERGENCES[name][1](z, t, loss.divergence.temperature))
     target, weight = np.eye(num_true)[labels], numpy(mask)
     q = reference.softmax(z)
     lm, lm_slope = -np.log((q * target).sum(-1)), q - target

@@ -12,11 +12,13 @@ import pytest
 import torch
 from packaging.version import Version
 
-from distill_nemo.losses import cpu_kernels, eager
-from distill_nemo.losses.cross_entropy import CrossEntropy, local_lse
-from distill_nemo.losses.divergences import DIVERGENCES, choose_parts
-from distill_nemo.losses.local import VARIABLE, implementation
-from distill_nemo.losses.vocab_parallel import gathered, vocab_parallel_forward_kl
+from distill_nemo.losses.collectives import Gather
+from distill_nemo.losses.cross_entropy import lm_gradient, local_lse
+from distill_nemo.losses.divergences import DIVERGENCES
+from distill_nemo.losses.divergences.forward_kl import ForwardKL
+from distill_nemo.losses.divergences.reverse_kl import ReverseKL
+from distill_nemo.losses.kernels import cpu_kernels, eager
+from distill_nemo.losses.kernels.dispatch import VARIABLE, choose_kernels
 from tests import reference
 from tests.unit.test_losses import B, V, error, make_logits
 
@@ -71,7 +73,7 @@ def test_kernels_are_as_exact_as_torch_over_many_blocks(
             student[1:4].add_(4 * columns)
             teacher[2:5].sub_(40 * columns)
             student[..., 3000:6000] = teacher[..., 3000:6000] = -torch.inf
-        loss = DIVERGENCES[name](student, teacher, 3.0)
+        loss = DIVERGENCES[name](3.0)(student, teacher)
         loss.sum().backward()
         finite = student.detach().isfinite()[0, 0].numpy()
         pair = (x.detach().double().numpy()[..., finite] for x in (student, teacher))
@@ -83,20 +85,22 @@ def test_kernels_are_as_exact_as_torch_over_many_blocks(
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_a_gradient_in_another_dtype_is_that_of_fp32_rounded(name: str) -> None:
-    """With the LM loss in it, and a token that has only that. All but Triton write fp32 over the teacher's logits."""
-    parts, (student, teacher) = choose_parts(name), make_logits(seed=3, width=5000)
+def test_a_gradient_in_another_dtype_is_that_of_fp32_rounded(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """With the LM loss in it, and a token that has only that; by torch or Triton, as C writes no other dtype."""
+    monkeypatch.setenv(VARIABLE, os.environ.get(VARIABLE, "eager"))
+    divergence, (student, teacher) = DIVERGENCES[name](2.0), make_logits(seed=3, width=5000)
     z, t = (x.detach().flatten(0, 1) for x in (student, teacher))
-    numbers = gathered(parts.steps(z, t, 2.0), None)[1]
+    stats = divergence.begin(z, t)
+    _, saved = divergence.finish(stats._replace(shard=stats.shard[None]), Gather())
     grad = torch.linspace(0, 1, len(z))
-    lm = CrossEntropy.of(torch.arange(len(z)) * 700, 0, 5000, local_lse(z), 1 - grad)
+    lm = lm_gradient(torch.arange(len(z)) * 700, 0, 5000, local_lse(z), 1 - grad)
     found = {}
     for dtype in (torch.float32, torch.float16):
-        over = t.clone()
-        found[dtype] = parts.gradient(z.clone(), over, numbers, grad, 2.0, lm, dtype)
-        assert (found[dtype].data_ptr() == over.data_ptr()) == (found[dtype].dtype == torch.float32)
-    assert (found[torch.float16].dtype == torch.float16) == (os.environ.get(VARIABLE) == "triton")
-    assert torch.equal(found[torch.float32].half(), found[torch.float16].half())
+        out = t.clone() if dtype == torch.float32 else torch.empty_like(t, dtype=dtype)
+        teacher_logits = out if dtype == torch.float32 else t
+        found[dtype] = divergence.gradient(z.clone(), teacher_logits, saved, grad, out, lm)
+        assert found[dtype] is out
+    assert torch.equal(found[torch.float32].half(), found[torch.float16])
     alone = (z[0].softmax(-1) - torch.nn.functional.one_hot(torch.tensor(0), 5000)).double()
     torch.testing.assert_close(found[torch.float32][0].double(), alone, atol=1e-6, rtol=1e-5)
 
@@ -107,10 +111,10 @@ def test_c_is_chosen_and_gives_the_same_bits_on_any_number_of_threads(dtype: tor
     found = []
     for num_threads in (1, 2, 3):
         student, teacher = make_logits(dtype=dtype)
-        assert implementation(student, teacher) is cpu_kernels
+        assert choose_kernels(student, teacher) == "c"
         torch.set_num_threads(num_threads)
         try:
-            loss = vocab_parallel_forward_kl(student, teacher)
+            loss = ForwardKL()(student, teacher)
             loss.sum().backward()
         finally:
             torch.set_num_threads(1)
@@ -134,18 +138,23 @@ EXTREME = {
 @HAS_C
 @pytest.mark.parametrize("change", EXTREME.values(), ids=EXTREME)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_c_is_torch_at_the_ends_of_what_fp32_holds(change: Callable[..., object], dtype: torch.dtype) -> None:
+def test_c_is_torch_at_the_ends_of_what_fp32_holds(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[..., object], dtype: torch.dtype
+) -> None:
     generator = torch.Generator().manual_seed(1)
     x, y = (torch.randn(512, generator=generator).mul_(4).to(dtype) for _ in range(2))
     change(x, y)
     pair, found = (x[None, None], y[None, None]), []
-    for kernels in (cpu_kernels, eager):
-        statistics = kernels.kl_statistics(*pair, 1.0)
-        gradients = []
-        for of in (kernels.forward_kl_gradient, kernels.reverse_kl_gradient):
-            gradients.append(torch.empty_like(pair[0]))
-            others = (statistics[2:4],) if of is kernels.forward_kl_gradient else (statistics[2], statistics[4])
-            of(*pair, statistics[:2], *others, torch.ones(1, 1), 1.0, gradients[-1])
+    for kernels, kl_statistics in (("c", cpu_kernels.kl_statistics), ("eager", eager.kl_statistics)):
+        monkeypatch.setenv(VARIABLE, kernels)
+        statistics, gradients = kl_statistics(*pair, 1.0), []
+        of_student, of_teacher, mean = statistics[:2], statistics[2:4], statistics[4]
+        for divergence, saved in (
+            (ForwardKL(), (of_student, of_teacher)),
+            (ReverseKL(), (of_student, of_teacher[0], mean)),
+        ):
+            out = torch.empty_like(pair[0])
+            gradients.append(divergence.gradient(*pair, saved, torch.ones(1, 1), out))
         found.append((statistics, *gradients))
     for c, torchs in zip(*found, strict=True):
         rtol = 2e-6 + (0.0 if c.dtype == torch.float32 else 16e-3)  # two last places of bf16
@@ -157,7 +166,7 @@ def test_c_is_torch_at_the_ends_of_what_fp32_holds(change: Callable[..., object]
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000], ids=hex)
 def test_no_upstream_nan_is_rounded_to_a_number(bits: int, dtype: torch.dtype) -> None:
     student, teacher = make_logits(dtype=dtype)
-    loss = vocab_parallel_forward_kl(student, teacher)
+    loss = ForwardKL()(student, teacher)
     loss.backward(torch.tensor([bits], dtype=torch.uint32).view(torch.float32).expand_as(loss))
     assert student.grad is not None and student.grad.isnan().all()
 
@@ -166,21 +175,22 @@ def test_no_upstream_nan_is_rounded_to_a_number(bits: int, dtype: torch.dtype) -
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
 def test_c_writes_fp32_whatever_the_default_dtype(default: torch.dtype) -> None:
     student, teacher = make_logits()
-    expected = vocab_parallel_forward_kl(student, teacher)
+    expected = ForwardKL()(student, teacher)
     torch.set_default_dtype(default)
     try:
-        assert torch.equal(vocab_parallel_forward_kl(student, teacher), expected)
+        assert torch.equal(ForwardKL()(student, teacher), expected)
     finally:
         torch.set_default_dtype(torch.float32)
 
 
 def test_what_c_cannot_take_goes_to_torch() -> None:
     student, teacher = make_logits()
-    assert implementation(student.half(), teacher.half()) is eager
-    assert implementation(student.half(), teacher) is eager
-    assert implementation(student.transpose(0, 2), teacher.transpose(0, 2)) is eager
-    assert implementation(student, teacher[:1]) is eager
-    assert implementation(student, teacher.to("meta")) is eager
+    assert choose_kernels(student.half(), teacher.half()) == "eager"
+    assert choose_kernels(student.half(), teacher) == "eager"
+    assert choose_kernels(student.transpose(0, 2), teacher.transpose(0, 2)) == "eager"
+    assert choose_kernels(student, teacher[:1]) == "eager"
+    assert choose_kernels(student, teacher.to("meta")) == "eager"
+    assert choose_kernels(student, teacher, student.half()) == "eager"
 
 
 @pytest.mark.parametrize("missing", ["compiler", "place to write"])
@@ -193,8 +203,8 @@ def test_without_c_torch_does_it(tmp_path: Path, missing: str) -> None:
         else {"XDG_CACHE_HOME": str(tmp_path / "file")}
     )
     code = (
-        "import torch; from distill_nemo.losses import eager, local; x = torch.zeros(2, 3, 8);"
-        "assert local.implementation(x, x) is eager; print('torch')"
+        "import torch; from distill_nemo.losses.kernels.dispatch import choose_kernels; x = torch.zeros(2, 3, 8);"
+        "assert choose_kernels(x, x) == 'eager'; print('torch')"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=os.environ | changes, capture_output=True, text=True
@@ -205,7 +215,7 @@ def test_without_c_torch_does_it(tmp_path: Path, missing: str) -> None:
 def test_a_misspelt_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "fast")
     with pytest.raises(ValueError, match='DISTILL_NEMO_KERNELS is "fast"; leave it unset, or say eager, c or triton'):
-        implementation(torch.zeros(1, 1, 8))
+        choose_kernels(torch.zeros(1, 1, 8))
 
 
 # What memory leaves time for on an H200 (132 multiprocessors at 1.75 GHz with 4 schedulers, a copy at 4.1 TB/s) is 30

@@ -5,10 +5,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from distill_nemo.losses.top_k import vocab_parallel_top_k_forward_kl
-from distill_nemo.losses.vocab_parallel import vocab_parallel_forward_kl
+from distill_nemo.losses.divergences import choose_divergence
 from tests import reference
 from tests.unit.test_losses import PADDED, B, S, V, error, make_logits
+
+
+def top_k_loss(top_k: int, student: Tensor, teacher: Tensor) -> Tensor:
+    return choose_divergence("forward_kl", top_k=top_k)(student, teacher)
 
 
 def differentiate(student: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,17 +28,15 @@ def test_the_whole_vocabulary_is_forward_kl(top_k: int) -> None:
     student, teacher = make_logits(width=PADDED)
     with torch.no_grad():
         student[..., V:] = teacher[..., V:] = -torch.inf
-    loss, gradient = differentiate(student, vocab_parallel_top_k_forward_kl(student, teacher, top_k=top_k))
-    expected = differentiate(student, vocab_parallel_forward_kl(student, teacher))
+    loss, gradient = differentiate(student, top_k_loss(top_k, student, teacher))
+    expected = differentiate(student, choose_divergence("forward_kl")(student, teacher))
     torch.testing.assert_close(loss, expected[0], atol=2e-5, rtol=0)
     torch.testing.assert_close(gradient, expected[1], atol=1e-6, rtol=0)
 
 
 def test_more_tokens_bring_it_closer_to_forward_kl_from_below() -> None:
     student, teacher = make_logits(1)
-    losses = torch.stack(
-        [vocab_parallel_top_k_forward_kl(student, teacher, top_k=k).detach() for k in (1, 5, 20, 100, V)]
-    )
+    losses = torch.stack([top_k_loss(k, student, teacher).detach() for k in (1, 5, 20, 100, V)])
     assert (losses.diff(dim=0) > -1e-5).all()
     assert losses[0].mean() < 0.8 * losses[-1].mean()
 
@@ -44,8 +45,8 @@ def test_equal_to_forward_kl_where_the_tails_have_the_same_shape() -> None:
     _, teacher = make_logits(2)
     top = teacher.topk(7).indices
     student = (teacher + 2.0).scatter(-1, top, torch.randn(S, B, 7)).requires_grad_()
-    loss, gradient = differentiate(student, vocab_parallel_top_k_forward_kl(student, teacher, top_k=7))
-    expected = differentiate(student, vocab_parallel_forward_kl(student, teacher))
+    loss, gradient = differentiate(student, top_k_loss(7, student, teacher))
+    expected = differentiate(student, choose_divergence("forward_kl")(student, teacher))
     torch.testing.assert_close(loss, expected[0], atol=5e-6, rtol=0)
     torch.testing.assert_close(gradient, expected[1], atol=1e-6, rtol=0)
 
@@ -56,7 +57,7 @@ def test_ties_go_to_the_lowest_column(top_k: int, dtype: torch.dtype) -> None:
     student, teacher = make_logits(3)
     teacher = (teacher / 2).round().to(dtype)  # about 15 levels, 0.0 and -0.0 among them
     assert teacher.signbit().logical_and(teacher == 0).any() and (teacher == teacher.amax(-1, True)).sum() > 2 * S * B
-    loss, gradient = differentiate(student, vocab_parallel_top_k_forward_kl(student, teacher, top_k=top_k))
+    loss, gradient = differentiate(student, top_k_loss(top_k, student, teacher))
     value, slope = oracle(student, teacher, top_k)
     assert error(loss, value) < 1e-5 * value.max()
     assert error(gradient, slope) < 3e-6
@@ -69,7 +70,7 @@ def test_a_student_with_next_to_no_tail(peak: float) -> None:
     teacher /= 4  # so that most of its mass is in the tail
     with torch.no_grad():
         student.div_(4).scatter_(-1, teacher.topk(5).indices, peak)
-    loss, gradient = differentiate(student, vocab_parallel_top_k_forward_kl(student, teacher, top_k=5))
+    loss, gradient = differentiate(student, top_k_loss(5, student, teacher))
     value, slope = oracle(student, teacher, 5)
     assert value.min() > 0.5 * peak
     assert error(loss, value) < 1e-6 * peak
@@ -81,8 +82,8 @@ def test_a_teacher_without_a_tail(top_k: int) -> None:
     """It knows 10 tokens and is -inf elsewhere: forward KL again, and the student's tail has gradient q."""
     student, teacher = make_logits(5)
     teacher = teacher.scatter(-1, teacher.topk(V - 10, largest=False).indices, -torch.inf)
-    loss, gradient = differentiate(student, vocab_parallel_top_k_forward_kl(student, teacher, top_k=top_k))
-    expected = differentiate(student, vocab_parallel_forward_kl(student, teacher))
+    loss, gradient = differentiate(student, top_k_loss(top_k, student, teacher))
+    expected = differentiate(student, choose_divergence("forward_kl")(student, teacher))
     torch.testing.assert_close(loss, expected[0], atol=1e-5, rtol=0)
     torch.testing.assert_close(gradient, expected[1], atol=1e-6, rtol=0)
     outside = teacher == -torch.inf

@@ -1,8 +1,8 @@
 """The losses of a distillation model whose output layers are part of the loss: its logits never exist as a whole.
 
 The last stage hands on what every other stage does, the hidden states of student and teacher side by side; the loss
-function gives them to `losses/fused_linear.py` with the weights of both output layers. Megatron's `output_processor`
-is what makes a `GPTModel` end before its output layer.
+function gives them to `losses/fused_linear` with the weights of both output layers. Megatron's `output_processor` is
+what makes a `GPTModel` end before its output layer.
 
 Legend: S sequence (s: this rank's slice of it under sequence parallelism), B batch, N = S B tokens, H width.
 """
@@ -19,10 +19,10 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from distill_nemo.config import DistillationConfig
-from distill_nemo.losses.divergences import choose_parts
-from distill_nemo.losses.figures import FIGURES, figures_against_teacher
-from distill_nemo.losses.fused_chunks import CountedTokens, FusedLoss, Head, chunk_logits
-from distill_nemo.losses.fused_linear import Losses, fused_linear_losses
+from distill_nemo.losses.divergences import choose_divergence
+from distill_nemo.losses.fused_linear.chunks import FusedLoss, Head, ValidTokens, chunk_logits
+from distill_nemo.losses.fused_linear.loss import Losses, fused_linear_losses
+from distill_nemo.losses.metrics import METRICS, metrics_against_teacher
 
 
 def hand_on_hidden_states(hidden_states: Tensor, **_: Any) -> Tensor:
@@ -57,8 +57,9 @@ class FusedOutput:
         width = student.output_layer.output_size_per_partition
         start = parallel_state.get_tensor_model_parallel_rank() * width
         self.settings: dict[str, Any] = {
-            "divergence": choose_parts(distill_cfg.divergence, distill_cfg.beta, distill_cfg.top_k, group),
-            "temperature": distill_cfg.temperature,
+            "divergence": choose_divergence(
+                distill_cfg.divergence, distill_cfg.temperature, distill_cfg.beta, distill_cfg.top_k
+            ),
             "factor": distill_cfg.temperature**2 if distill_cfg.scale_by_temperature_squared else 1.0,
             "group": group,
             "vocab_start": start,
@@ -72,7 +73,7 @@ class FusedOutput:
         loss_mask_BS: Tensor,
         lm_weight: float | Tensor,
         logits_weight: float | Tensor,
-        num_counted: int | None,
+        num_valid: int | None,
     ) -> Losses:
         """Sums over valid tokens, and the weighted one to differentiate.
 
@@ -85,24 +86,24 @@ class FusedOutput:
             loss_mask_BS: [B, S].
             lm_weight: of the LM loss.
             logits_weight: of the logits loss.
-            num_counted: tokens with a positive mask, where the host knows it.
+            num_valid: tokens with a positive mask, where the host knows it.
         """
-        loss = FusedLoss(**self.settings, lm_weight=lm_weight, logits_weight=logits_weight, num_counted=num_counted)
+        loss = FusedLoss(**self.settings, lm_weight=lm_weight, logits_weight=logits_weight, num_valid=num_valid)
         labels_N, loss_mask_N = (x.transpose(0, 1).flatten() for x in (labels_BS, loss_mask_BS))
         return fused_linear_losses(*self._heads(hidden_sBW), labels_N, loss_mask_N, loss)
 
     @torch.no_grad()
     def figures(
-        self, hidden_sBW: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor, num_counted: int | None
+        self, hidden_sBW: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor, num_valid: int | None
     ) -> dict[str, Tensor]:
-        """Sums over valid tokens of `losses.figures.figures_against_teacher`."""
+        """Sums over valid tokens of `losses.metrics.metrics_against_teacher`."""
         loss, (student, teacher) = FusedLoss(**self.settings), self._heads(hidden_sBW)
         labels_N, loss_mask_N = (x.transpose(0, 1).flatten() for x in (labels_BS, loss_mask_BS))
-        counted = CountedTokens.of(student, teacher, labels_N, loss_mask_N, num_counted)
-        sums = {name: counted.weight_M.new_zeros(()) for name in FIGURES}
-        for rows, z_nv, t_nv in chunk_logits(counted, loss):
-            each = figures_against_teacher(z_nv, t_nv, counted.labels_M[rows], loss.group, loss.vocab_start)
-            sums = {name: sums[name] + (value_n * counted.weight_M[rows]).sum() for name, value_n in each.items()}
+        valid = ValidTokens.of(student, teacher, labels_N, loss_mask_N, num_valid)
+        sums = {name: valid.weight_M.new_zeros(()) for name in METRICS}
+        for rows, z_nv, t_nv in chunk_logits(valid, loss):
+            each = metrics_against_teacher(z_nv, t_nv, valid.labels_M[rows], loss.group, loss.vocab_start)
+            sums = {name: sums[name] + (value_n * valid.weight_M[rows]).sum() for name, value_n in each.items()}
         return sums
 
     def _heads(self, hidden_sBW: Tensor) -> tuple[Head, Head]:

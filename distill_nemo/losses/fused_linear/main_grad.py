@@ -1,7 +1,7 @@
-"""Where the gradient of a parameter is added up in fp32, piece by piece.
+"""Add up the gradient of a parameter in fp32, piece by piece.
 
-Megatron's DDP gives a parameter an fp32 `main_grad`, to which its backward hook adds `.grad`. Who adds there by himself
-says so with `grad_added_to_main_grad` and gives autograd no gradient (megatron/core/tensor_parallel/layers.py and
+Megatron's DDP gives a parameter an fp32 `main_grad`, to which its backward hook adds `.grad`. Code that adds there
+itself sets `grad_added_to_main_grad` and gives autograd no gradient (megatron/core/tensor_parallel/layers.py and
 distributed/distributed_data_parallel.py, 0.19). A tied embedding's own gradient still comes through the hook, which
 looks at `zero_out_wgrad`.
 """
@@ -22,7 +22,7 @@ class GradientSum:
         self.sum: Any = main_grad if self.direct else torch.zeros_like(parameter, dtype=torch.float32)
 
     def finish(self, scale: Tensor) -> Tensor | None:
-        """In backward: what to give autograd, `scale * sum` in the parameter's dtype, or None after adding directly.
+        """Return the gradient for autograd, `scale * sum` in the parameter's dtype, or None after adding directly.
 
         Raises:
             RuntimeError: when it was added directly and `scale` is not 1 (on CUDA an asynchronous assertion).

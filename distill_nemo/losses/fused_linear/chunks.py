@@ -1,6 +1,6 @@
-"""What a fused linear loss is made of: its inputs, the tokens that count, their logits chunk by chunk, gradient sums.
+"""Parts of a fused linear loss: its inputs, the valid tokens, their logits chunk by chunk, the gradient sums.
 
-Legend: `fused_linear.py`.
+Legend: `loss.py`.
 """
 
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distill_nemo.losses import gemm
-from distill_nemo.losses.divergences import Parts
-from distill_nemo.losses.main_grad import GradientSum
+from distill_nemo.losses.divergence import Divergence
+from distill_nemo.losses.fused_linear import gemm
+from distill_nemo.losses.fused_linear.main_grad import GradientSum
 
 # Of one side's fp32 logits of a chunk; there are two sides, and under tensor parallelism two chunks.
 CHUNK_BYTES, CUDA_CHUNK_BYTES = 64 * 2**20, 512 * 2**20
@@ -31,11 +31,10 @@ class Head(NamedTuple):
 
 @dataclass(frozen=True)
 class FusedLoss:
-    """What to compute.
+    """The losses to compute, and their weights.
 
     Args:
-        divergence: from `divergences.choose_parts`.
-        temperature: T > 0, divides the logits of both sides in the divergence.
+        divergence: the logits loss; its temperature is not the LM loss's, which is 1.
         factor: of the divergence; T^2 where gradients should keep their size.
         lm_weight: of the LM loss in the total; a tensor is not read by the host. 0.0: it has no gradient.
         logits_weight: of the divergence in the total.
@@ -45,11 +44,10 @@ class FusedLoss:
         upstream: the upstream gradient to expect. Any other is right too, unless a parameter has Megatron's
             `main_grad`: its gradient is added there in forward, before the upstream gradient is known.
         chunk_tokens: n; None: by the memory that a chunk's logits take.
-        num_counted: M, where the host knows it; else on CUDA it waits for the mask.
+        num_valid: M, where the host knows it; else on CUDA it waits for the mask.
     """
 
-    divergence: Parts
-    temperature: float = 1.0
+    divergence: Divergence
     factor: float = 1.0
     lm_weight: float | Tensor = 0.0
     logits_weight: float | Tensor = 1.0
@@ -58,87 +56,83 @@ class FusedLoss:
     num_true: int | None = None  # None: all
     upstream: float = 1.0
     chunk_tokens: int | None = None
-    num_counted: int | None = None
+    num_valid: int | None = None
 
     @property
-    def lm_counts(self) -> bool:
-        """Whether the LM loss is differentiated."""
+    def differentiates_lm(self) -> bool:
+        """True if the LM loss has a gradient."""
         return isinstance(self.lm_weight, Tensor) or self.lm_weight != 0
 
 
-class CountedTokens(NamedTuple):
-    """Both heads with the hidden states of the tokens that count, their labels and masks."""
+class ValidTokens(NamedTuple):
+    """Both heads with the hidden states of the valid tokens, their labels and masks."""
 
     student: Head
     teacher: Head
     labels_M: Tensor
     weight_M: Tensor
-    index_M: Tensor | None  # among all tokens; None: all count
+    index_M: Tensor | None  # among all tokens; None: all are valid
 
     @staticmethod
-    def of(
-        student: Head, teacher: Head, labels_N: Tensor, loss_mask_N: Tensor, num_counted: int | None
-    ) -> "CountedTokens":
+    def of(student: Head, teacher: Head, labels_N: Tensor, loss_mask_N: Tensor, num_valid: int | None) -> "ValidTokens":
         """Leave the masked tokens out."""
         loss_mask_N = loss_mask_N.float()
-        counts_N = loss_mask_N > 0
-        num_counted = int(counts_N.sum()) if num_counted is None else num_counted
-        if num_counted == len(loss_mask_N):
-            return CountedTokens(student, teacher, labels_N, loss_mask_N, None)
-        index_M = counts_N.nonzero_static(size=num_counted).flatten()
+        valid_N = loss_mask_N > 0
+        num_valid = int(valid_N.sum()) if num_valid is None else num_valid
+        if num_valid == len(loss_mask_N):
+            return ValidTokens(student, teacher, labels_N, loss_mask_N, None)
+        index_M = valid_N.nonzero_static(size=num_valid).flatten()
         student, teacher = (head._replace(hidden_NH=head.hidden_NH[index_M]) for head in (student, teacher))
-        return CountedTokens(student, teacher, labels_N[index_M], loss_mask_N[index_M], index_M)
+        return ValidTokens(student, teacher, labels_N[index_M], loss_mask_N[index_M], index_M)
 
 
 class Gradients(NamedTuple):
-    """What is added up in forward; None where nothing is wanted."""
+    """Sums that forward adds to; None where no gradient is wanted."""
 
     hidden_MH: Tensor | None
     weight: GradientSum | None
     bias: GradientSum | None
 
     @staticmethod
-    def of(student: Head, wanted: Any, counted: CountedTokens) -> "Gradients":
+    def of(student: Head, wanted: Any, valid: ValidTokens) -> "Gradients":
         """Zeros, or Megatron's sums so far."""
-        hidden_MH = counted.student.hidden_NH.new_empty(counted.student.hidden_NH.shape, dtype=torch.float32)
+        hidden_MH = valid.student.hidden_NH.new_empty(valid.student.hidden_NH.shape, dtype=torch.float32)
         pairs = zip(student[1:], wanted[1:], strict=True)
         parameters = (GradientSum(x) if x is not None and needed else None for x, needed in pairs)
         return Gradients(hidden_MH if wanted[0] else None, *parameters)
 
-    def add(self, counted: CountedTokens, rows: slice, grad_nv: Tensor) -> None:
-        """What the gradient of some tokens' logits gives."""
+    def add(self, valid: ValidTokens, rows: slice, grad_nv: Tensor) -> None:
+        """Add what the gradient of some tokens' logits gives."""
         if self.hidden_MH is not None:
-            gemm.hidden_gradient(grad_nv, counted.student.weight_vH, self.hidden_MH[rows])
+            gemm.hidden_gradient(grad_nv, valid.student.weight_vH, self.hidden_MH[rows])
         if self.weight is not None:
-            gemm.add_weight_gradient(grad_nv, counted.student.hidden_NH[rows], self.weight.sum)
+            gemm.add_weight_gradient(grad_nv, valid.student.hidden_NH[rows], self.weight.sum)
         if self.bias is not None:
             self.bias.sum.add_(grad_nv.sum(0, dtype=torch.float32))
 
 
 def chunk_size(num_tokens: int, width: int, on_gpu: bool, most: int | None = None) -> int:
-    """Tokens of a chunk of logits of `width` columns: `most`, or what memory allows, less where all are then even."""
+    """Return the tokens of a chunk of logits of `width` columns: at most `most`, or what memory allows, and even."""
     most = most or max((CUDA_CHUNK_BYTES if on_gpu else CHUNK_BYTES) // (4 * width), CHUNK_TOKENS)
     return -(-num_tokens // -(-num_tokens // most))
 
 
-def chunk_logits(
-    counted: CountedTokens, loss: FusedLoss, num_buffers: int = 1
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Successive tokens and their logits, student's and teacher's [n, v] fp32, padding -inf, free to be overwritten.
+def chunk_logits(valid: ValidTokens, loss: FusedLoss, num_buffers: int = 1) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield successive tokens and their logits, student's and teacher's [n, v] fp32, free to be overwritten.
 
-    A chunk's logits stay until `num_buffers` more are asked for.
+    Padding holds -inf. A chunk's logits stay until `num_buffers` more are asked for.
     """
-    num_tokens, width = len(counted.labels_M), counted.student.weight_vH.shape[0]
+    num_tokens, width = len(valid.labels_M), valid.student.weight_vH.shape[0]
     if num_tokens == 0:
         return
-    size = chunk_size(num_tokens, width, counted.labels_M.is_cuda, loss.chunk_tokens)
+    size = chunk_size(num_tokens, width, valid.labels_M.is_cuda, loss.chunk_tokens)
     num_chunks = -(-num_tokens // size)
     pair = 2, size, width
-    buffers = [counted.weight_M.new_empty(pair, dtype=torch.float32) for _ in range(min(num_buffers, num_chunks))]
+    buffers = [valid.weight_M.new_empty(pair, dtype=torch.float32) for _ in range(min(num_buffers, num_chunks))]
     for number, start in enumerate(range(0, num_tokens, size)):
         rows = slice(start, min(start + size, num_tokens))
         outs = buffers[number % len(buffers)][:, : rows.stop - start]
-        for head, out_nv in zip((counted.student, counted.teacher), outs, strict=True):
+        for head, out_nv in zip((valid.student, valid.teacher), outs, strict=True):
             gemm.logits(head.hidden_NH[rows], head.weight_vH, head.bias_v, out_nv)
             out_nv[:, width if loss.num_true is None else loss.num_true :] = -torch.inf
         yield rows, outs[0], outs[1]

@@ -1,4 +1,4 @@
-"""The products of an output layer with fp32 results, whatever the dtype of its weight.
+"""Multiply with an output layer, with fp32 results whatever the dtype of its weight.
 
 Rounding logits to bf16 before the softmax would cost more than all else in a loss. On CUDA low-precision factors are
 multiplied as they are and the accumulator is kept. A CPU has no such product in torch: there the weight is made fp32 a
@@ -16,7 +16,7 @@ BLOCK_BYTES = 16 * 2**20
 
 
 def logits(hidden_nH: Tensor, weight_vH: Tensor, bias_v: Tensor | None, out_nv: Tensor) -> Tensor:
-    """`out = hidden @ weight.T + bias` in fp32."""
+    """Compute `out = hidden @ weight.T + bias` in fp32."""
     if _keeps_accumulator(hidden_nH, weight_vH):
         torch.mm(hidden_nH, weight_vH.t(), out_dtype=torch.float32, out=out_nv)
     else:
@@ -27,12 +27,12 @@ def logits(hidden_nH: Tensor, weight_vH: Tensor, bias_v: Tensor | None, out_nv: 
 
 
 def gradient_dtype(weight_vH: Tensor) -> torch.dtype:
-    """Of the gradient of the logits as it is multiplied; another is converted first."""
+    """Return the dtype in which the gradient of the logits is multiplied."""
     return weight_vH.dtype if _low_precision_cuda(weight_vH) else torch.float32
 
 
 def hidden_gradient(grad_nv: Tensor, weight_vH: Tensor, out_nH: Tensor) -> None:
-    """`out = grad @ weight` in fp32."""
+    """Compute `out = grad @ weight` in fp32."""
     if _low_precision_cuda(weight_vH):
         torch.mm(grad_nv.to(weight_vH.dtype), weight_vH, out_dtype=torch.float32, out=out_nH)
         return
@@ -42,7 +42,7 @@ def hidden_gradient(grad_nv: Tensor, weight_vH: Tensor, out_nH: Tensor) -> None:
 
 
 def add_weight_gradient(grad_nv: Tensor, hidden_nH: Tensor, sum_vH: Tensor) -> None:
-    """`sum += grad.T @ hidden` in fp32."""
+    """Compute `sum += grad.T @ hidden` in fp32."""
     if _low_precision_cuda(hidden_nH):
         grad_vn = grad_nv.to(hidden_nH.dtype).t()
         torch.addmm(sum_vH, grad_vn, hidden_nH, out_dtype=torch.float32, out=sum_vH)
@@ -59,7 +59,7 @@ def _keeps_accumulator(hidden_nH: Tensor, weight_vH: Tensor) -> bool:
 
 
 def _blocks(weight_vH: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of the weight in fp32, and which; the weight itself where it is fp32. Valid until the next are asked for."""
+    """Yield which rows, and those rows of the weight in fp32, valid until the next are asked for."""
     num_rows, width = weight_vH.shape
     if weight_vH.dtype == torch.float32:
         yield slice(0, num_rows), weight_vH

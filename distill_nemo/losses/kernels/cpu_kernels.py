@@ -1,7 +1,7 @@
-"""The functions of `eager.py` in C (`cpu_kernels.c`), for bf16 and fp32 on CPU: several times as fast.
+"""Kernels in C (`cpu_kernels.c`) for bf16 and fp32 logits on CPU: several times as fast as torch.
 
 Compiled by the machine's own C compiler ($CC, cc, gcc or clang) at first use, in about a second, and kept in
-~/.cache/distill_nemo (or $XDG_CACHE_HOME). Without a compiler, or a place to write, `eager.py` does the work.
+~/.cache/distill_nemo (or $XDG_CACHE_HOME). Without a compiler, or a place to write, torch does the work.
 Tokens are shared out among `torch.get_num_threads()` threads, torch's own where both use the same OpenMP; a token's
 bits do not depend on how many.
 """
@@ -19,17 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What C does not have yet.
-from distill_nemo.losses.eager import ONE_PASS, jensen_shannon_gradient, jensen_shannon_kls
-
-__all__ = [
-    "ONE_PASS",
-    "forward_kl_gradient",
-    "jensen_shannon_gradient",
-    "jensen_shannon_kls",
-    "kl_statistics",
-    "reverse_kl_gradient",
-]
+from distill_nemo.losses.kernels.eager import LMGradient, add_lm_gradient
 
 SOURCE = Path(__file__).with_suffix(".c")
 # Strict floating point but for fused multiply-adds: infinities and NaN mean what they say. Scheduling lets the
@@ -40,14 +30,14 @@ SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
 
 def can_take(*logits_SBv: Tensor) -> bool:
-    """Whether these can be handed over: on CPU, one dtype and shape, columns side by side, and a compiled library."""
+    """Return True on CPU for one dtype and shape with columns side by side, if there is a compiled library."""
     kinds = {(x.device.type, x.dtype, x.shape) for x in logits_SBv}
     fits = len(kinds) == 1 and logits_SBv[0].device.type == "cpu" and logits_SBv[0].dtype in SUFFIXES
     return fits and all(x.stride(-1) == 1 for x in logits_SBv) and library() is not None
 
 
 def kl_statistics(p_logits_SBv: Tensor, q_logits_SBv: Tensor, temperature: float) -> Tensor:
-    """See `eager.kl_statistics`."""
+    """Replace `eager.kl_statistics`."""
     out = torch.empty(5, *p_logits_SBv.shape[:-1], dtype=torch.float32, device="cpu")
     _call("kl_statistics", (p_logits_SBv, q_logits_SBv), temperature, tuple(out.view(5, -1)))
     return out
@@ -59,12 +49,13 @@ def forward_kl_gradient(
     student_lse_2SB: Tensor,
     teacher_lse_2SB: Tensor,
     grad_SB: Tensor,
-    temperature: float,
     out_SBv: Tensor,
-) -> None:
-    """See `eager.forward_kl_gradient`."""
-    numbers = _flat(*student_lse_2SB, *teacher_lse_2SB, grad_SB)
-    _call("forward_kl_gradient", (student_SBv, teacher_SBv), temperature, numbers, out_SBv)
+    lm: LMGradient | None,
+    temperature: float,
+) -> Tensor:
+    """Replace `Divergence.gradient` of `ForwardKL`."""
+    numbers = *student_lse_2SB, *teacher_lse_2SB, grad_SB
+    return _gradient("forward_kl_gradient", student_SBv, teacher_SBv, numbers, out_SBv, lm, temperature)
 
 
 def reverse_kl_gradient(
@@ -74,16 +65,36 @@ def reverse_kl_gradient(
     teacher_peak_SB: Tensor,
     mean_SB: Tensor,
     grad_SB: Tensor,
-    temperature: float,
     out_SBv: Tensor,
-) -> None:
-    """See `eager.reverse_kl_gradient`."""
-    numbers = _flat(*student_lse_2SB, teacher_peak_SB, mean_SB, grad_SB)
-    _call("reverse_kl_gradient", (student_SBv, teacher_SBv), temperature, numbers, out_SBv)
+    lm: LMGradient | None,
+    temperature: float,
+) -> Tensor:
+    """Replace `Divergence.gradient` of `ReverseKL`."""
+    numbers = *student_lse_2SB, teacher_peak_SB, mean_SB, grad_SB
+    return _gradient("reverse_kl_gradient", student_SBv, teacher_SBv, numbers, out_SBv, lm, temperature)
 
 
-def _flat(*numbers_SB: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x.float().flatten().contiguous() for x in numbers_SB)
+KERNELS = {
+    "kl_statistics": kl_statistics,
+    "forward_kl_gradient": forward_kl_gradient,
+    "reverse_kl_gradient": reverse_kl_gradient,
+}
+
+
+def _gradient(
+    name: str,
+    student_SBv: Tensor,
+    teacher_SBv: Tensor,
+    numbers_SB: tuple[Tensor, ...],
+    out_SBv: Tensor,
+    lm: LMGradient | None,
+    temperature: float,
+) -> Tensor:
+    numbers_N = tuple(x.float().flatten().contiguous() for x in numbers_SB)
+    _call(name, (student_SBv, teacher_SBv), temperature, numbers_N, out_SBv)
+    if lm is not None:
+        add_lm_gradient(student_SBv, lm, slice(None), out_SBv)
+    return out_SBv
 
 
 def _call(

@@ -1,4 +1,4 @@
-"""The functions of `eager.py` as Triton kernels, for CUDA; on CPU only through the interpreter (TRITON_INTERPRET=1).
+"""Kernels in Triton for CUDA; on CPU only through the interpreter (TRITON_INTERPRET=1).
 
 Forward reads every logit once (online log-sum-exp; twice for Jensen-Shannon), one program to a token. Backward reads
 once and writes once, one program to a token and block of columns; a token without a gradient is not read. With the LM
@@ -15,9 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distill_nemo.losses.cross_entropy import CrossEntropy
+from distill_nemo.losses.kernels.eager import LMGradient
 
-ONE_PASS = True  # see `eager.py`
 # Forward: one thread has ROWS of the columns of a lane. Backward: BLOCK columns of one token.
 ROWS, LANES, LANE_WARPS = 4, 1024, 4
 BLOCK, WARPS = 4096, 8
@@ -79,7 +78,7 @@ def _statistics(
 
 @triton.jit
 def _log_ratios(log_p_q, beta):
-    """See `eager._log_ratios`; exp(-|x|) - 1 in place of expm1."""
+    """Compute `_log_ratios` of divergences/jensen_shannon.py with exp(-|x|) - 1 in place of expm1."""
     share = tl.where(log_p_q > 0, 1 - beta, beta)
     larger = -tl.log(1 + share * (_exp(-tl.abs(log_p_q)) - 1))
     return larger + tl.minimum(log_p_q, 0.0), larger - tl.maximum(log_p_q, 0.0)
@@ -139,7 +138,7 @@ def _gradient(
 
 
 def kl_statistics(p_logits_SBv: Tensor, q_logits_SBv: Tensor, temperature: float) -> Tensor:
-    """See `eager.kl_statistics`."""
+    """Replace `eager.kl_statistics`."""
     p_Nv, q_Nv = _rows(p_logits_SBv), _rows(q_logits_SBv)
     out = p_Nv.new_empty(5, *p_logits_SBv.shape[:-1], dtype=torch.float32)
     num_tokens, width = p_Nv.shape
@@ -156,14 +155,14 @@ def forward_kl_gradient(
     student_lse_2SB: Tensor,
     teacher_lse_2SB: Tensor,
     grad_SB: Tensor,
-    temperature: float,
     out_SBv: Tensor,
-    lm: CrossEntropy | None = None,
-) -> None:
-    """See `eager.forward_kl_gradient`."""
+    lm: LMGradient | None,
+    temperature: float,
+) -> Tensor:
+    """Replace `Divergence.gradient` of `ForwardKL`."""
     z_scale_SB, t_scale_SB = (_scale(grad_SB, x, temperature) for x in (student_lse_2SB, teacher_lse_2SB))
     numbers = student_lse_2SB[0], z_scale_SB, teacher_lse_2SB[0], t_scale_SB, t_scale_SB
-    _launch_gradient("forward_kl", student_SBv, teacher_SBv, numbers, temperature, 0.0, out_SBv, lm)
+    return _launch_gradient("forward_kl", student_SBv, teacher_SBv, numbers, temperature, 0.0, out_SBv, lm)
 
 
 def reverse_kl_gradient(
@@ -173,14 +172,14 @@ def reverse_kl_gradient(
     teacher_peak_SB: Tensor,
     mean_SB: Tensor,
     grad_SB: Tensor,
-    temperature: float,
     out_SBv: Tensor,
-    lm: CrossEntropy | None = None,
-) -> None:
-    """See `eager.reverse_kl_gradient`."""
+    lm: LMGradient | None,
+    temperature: float,
+) -> Tensor:
+    """Replace `Divergence.gradient` of `ReverseKL`."""
     z_scale_SB = _scale(grad_SB, student_lse_2SB, temperature)
     numbers = student_lse_2SB[0], z_scale_SB, teacher_peak_SB, mean_SB, mean_SB
-    _launch_gradient("reverse_kl", student_SBv, teacher_SBv, numbers, temperature, 0.0, out_SBv, lm)
+    return _launch_gradient("reverse_kl", student_SBv, teacher_SBv, numbers, temperature, 0.0, out_SBv, lm)
 
 
 def jensen_shannon_kls(
@@ -191,7 +190,7 @@ def jensen_shannon_kls(
     temperature: float,
     beta: float,
 ) -> Tensor:
-    """See `eager.jensen_shannon_kls`."""
+    """Replace `divergences.jensen_shannon.jensen_shannon_kls`."""
     z_Nv, t_Nv = _rows(student_SBv), _rows(teacher_SBv)
     out = z_Nv.new_empty(2, *student_SBv.shape[:-1], dtype=torch.float32)
     num_tokens, width = z_Nv.shape
@@ -208,17 +207,26 @@ def jensen_shannon_gradient(
     teacher_lse_2SB: Tensor,
     student_kl_SB: Tensor,
     grad_SB: Tensor,
+    out_SBv: Tensor,
+    lm: LMGradient | None,
     temperature: float,
     beta: float,
-    out_SBv: Tensor,
-    lm: CrossEntropy | None = None,
-) -> None:
-    """See `eager.jensen_shannon_gradient`."""
+) -> Tensor:
+    """Replace `Divergence.gradient` of `JensenShannon`."""
     (z_peak_SB, z_total_SB), (t_peak_SB, t_total_SB) = student_lse_2SB, teacher_lse_2SB
     log_totals_SB = (z_total_SB / t_total_SB).log()
     z_scale_SB = _scale(grad_SB, student_lse_2SB, temperature)
     numbers = z_peak_SB, z_scale_SB, t_peak_SB, log_totals_SB, student_kl_SB
-    _launch_gradient("jensen_shannon", student_SBv, teacher_SBv, numbers, temperature, beta, out_SBv, lm)
+    return _launch_gradient("jensen_shannon", student_SBv, teacher_SBv, numbers, temperature, beta, out_SBv, lm)
+
+
+KERNELS = {
+    "kl_statistics": kl_statistics,
+    "jensen_shannon_kls": jensen_shannon_kls,
+    "forward_kl_gradient": forward_kl_gradient,
+    "reverse_kl_gradient": reverse_kl_gradient,
+    "jensen_shannon_gradient": jensen_shannon_gradient,
+}
 
 
 def _scale(grad: Tensor, lse: Tensor, temperature: float) -> Tensor:
@@ -234,14 +242,14 @@ def _launch_gradient(
     temperature: float,
     beta: float,
     out_SBv: Tensor,
-    lm: CrossEntropy | None,
-) -> None:
+    lm: LMGradient | None,
+) -> Tensor:
     """Numbers: z_peak, z_scale, t_peak; t_scale, or the mean, or log(z_total / t_total); KL(q || m).
 
     The kernel reads each token's beside one another, with the LM loss's peak, scale and gradient.
     """
     z_Nv, t_Nv = _rows(student_SBv), _rows(teacher_SBv)
-    assert out_SBv.is_contiguous(), "gradient_buffer gives contiguous memory"
+    assert out_SBv.is_contiguous(), "the kernel writes rows side by side"
     num_tokens, width = z_Nv.shape
     block = _block(width, BLOCK)
     sizes = z_Nv.stride(0), t_Nv.stride(0), width, 1 / temperature, float(beta)
@@ -251,6 +259,7 @@ def _launch_gradient(
     grid = num_tokens, triton.cdiv(width, block)
     constants = {"DIVERGENCE": divergence, "LM": lm is not None, "BLOCK": block}
     _gradient[grid](z_Nv, t_Nv, numbers_N8, column_N, out_SBv, *sizes, **constants, num_warps=WARPS)  # pyright: ignore
+    return out_SBv
 
 
 def _block(width: int, most: int) -> int:
