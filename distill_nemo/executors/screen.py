@@ -5,7 +5,8 @@ from typing import Any
 
 import nemo_run as run
 
-ERROR = re.compile(r"^error( on rank \d+)?: .*", re.M | re.S)
+# Up to the next rank's, where nodes share a log: it waits for rank 0, but a slow machine may not end it in time.
+ERROR = re.compile(r"^error(?: on rank \d+)?: .*?(?=\nerror on rank \d+: |\Z)", re.M | re.S)
 _OF_RANK = re.compile(r"\[default(\d+)\]:(?:\[rank\d+\]: ?)*(.*)", re.S)  # torchrun's mark; torch's, once a group
 
 

@@ -30,3 +30,10 @@ def test_words_without_torchs_mark_are_those_of_the_nodes_own_rank():
 def test_a_log_for_each_node():
     assert why_nodes_ended([(0, OF_RANK_0), (8, OF_RANK_8 + ENDED_8)]) == SAID
     assert why_nodes_ended([(0, "[default0]:step 7/9\n"), (8, "[default0]:KeyError: 'text'\n" + ENDED_8)]) == SAID
+
+
+def test_the_first_rank_that_says_why_is_heard_whole_and_alone():
+    said = "error: step 2: the loss is not finite\n  lower optimizer.lr"
+    lines = f"{said}\nerror on rank 1: step 2: the loss is not finite\n  lower optimizer.lr".splitlines()
+    log = "".join(f"[default0]:{line}\n" for line in lines)
+    assert why_a_log_ended(log + ENDED_0) == said
