@@ -10,7 +10,7 @@ help: ## list the targets
 		{ echo "error: Python 3.12 or 3.13 is needed; $(PYTHON) is another. Say: make PYTHON=/path/to/python3.12"; exit 1; }
 	@echo "installing into .venv: a few minutes, about 5 GB"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install -q -c constraints.txt -e '.[test,dev]'
+	@$(BIN)/pip install -q -c constraints.txt -e '.[test,dev,docs]'
 	@touch $@
 
 quickstart: .venv/installed ## the main job: distil a small model on this machine, about ten minutes
@@ -40,10 +40,13 @@ gpu: .venv/installed ## on a machine with a GPU: its tests and benchmarks, in pa
 soak: .venv/installed ## a run struck by twenty faults must end as one left alone; writes docs/reliability.md
 	@$(BIN)/python -W ignore -m tests.soak $(ARGS)
 
-lint: .venv/installed ## ruff, pyright, import layers
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright && $(BIN)/lint-imports
+docs: .venv/installed ## the documentation as a site, in build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet && echo build/site/index.html
+
+lint: .venv/installed ## ruff, codespell, pyright, import layers
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/codespell && $(BIN)/pyright && $(BIN)/lint-imports
 
 clean: ## remove what runs and tests left, keep .venv
 	@rm -rf runs build .pytest_cache .ruff_cache
 
-.PHONY: help quickstart test test-launch test-versions parity soak gpu bench lint clean
+.PHONY: help quickstart test test-launch test-versions parity soak gpu bench docs lint clean

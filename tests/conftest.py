@@ -1,5 +1,7 @@
 """What many test files share: the inputs of a tiny run, and processes that have already imported Megatron."""
 
+import os
+
 import pytest
 import torch
 from xdist.scheduler import LoadScopeScheduling
@@ -31,6 +33,14 @@ def inputs(tmp_path_factory):
     root = tmp_path_factory.mktemp("inputs")
     write_inputs(root)
     return root
+
+
+@pytest.fixture
+def empty_stdin(monkeypatch):
+    """Let this process read nothing, where pytest would let it not read at all: NeMo-Run's commands do."""
+    with open(os.devnull) as nothing:
+        monkeypatch.setattr("sys.stdin", nothing)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -28,12 +28,7 @@ from tests.cli.command import nemo_here, nemo_home, shrunk
 LLAMA = ("train", "--factory", "llama32_3b_to_1b")
 
 
-@pytest.fixture(autouse=True)
-def no_input(monkeypatch):
-    """NeMo-Run's commands would read what pytest forbids."""
-    with open(os.devnull) as nothing:
-        monkeypatch.setattr("sys.stdin", nothing)
-        yield
+pytestmark = pytest.mark.usefixtures("empty_stdin")
 
 
 @pytest.fixture

@@ -1,0 +1,68 @@
+"""What README.md and docs/ show is done here: Python snippets, and `nemo distill prepare`, `train` and `plan`."""
+
+import ast
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests.cli.command import nemo_here, nemo_home, shrunk
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SNIPPET = r"^```python\n(.*?)^```"
+COMMAND = r"^ *nemo distill (?:train|plan|prepare) (?:.*\\\n)*.*"
+
+
+def found(pattern):
+    """Every match in the pages, named by its page."""
+    return [
+        pytest.param(match[1] if match.re.groups else match[0], id=f"{page.name}-{number}")
+        for page in PAGES
+        for number, match in enumerate(re.finditer(pattern, page.read_text(), re.M | re.S * (pattern is SNIPPET)))
+    ]
+
+
+@pytest.fixture
+def with_small_models(inputs, tmp_path, monkeypatch, empty_stdin):
+    """Go to a directory like the one where the examples are typed; returns what replaces their models by small ones."""
+    nemo_home(monkeypatch, tmp_path / "nemo")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.jsonl").write_text(json.dumps({"text": "Call me Ishmael. " * 99}) + "\n")
+    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
+    (tmp_path / "runs" / "quickstart" / "student").symlink_to(inputs / "student")
+    small = {r"/\w+/Llama-3.2-3B\b": inputs / "teacher", r"/\w+/Llama-3.2-1B\b": inputs / "student"}
+
+    def replaced(text):
+        for pattern, path in small.items():
+            text = re.sub(pattern, str(path), text)
+        return text
+
+    return replaced
+
+
+@pytest.mark.parametrize("snippet", found(SNIPPET))
+def test_python_snippets_run(with_small_models, snippet):
+    """As printed, but launches are dry runs."""
+    tree = ast.parse(with_small_models(snippet))
+    for call in ast.walk(tree):
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "run.run":
+            call.keywords.append(ast.keyword("dryrun", ast.Constant(True)))
+    exec(compile(ast.fix_missing_locations(tree), "snippet", "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("command", found(COMMAND))
+def test_commands_are_taken(with_small_models, inputs, capfd, command):
+    """As printed, on small models in one layout; what would train is a dry run."""
+    words = shlex.split(with_small_models(command).replace("\\\n", " ").replace(" ... ", " "), comments=True)[2:]
+    if words[0] == "prepare":
+        words.append(f"tokenizer={inputs}/tokenizer")
+    else:
+        layout = {"parallelism__tensor_model_parallel_size": 1, "parallelism__sequence_parallel": "false"}
+        words += shrunk(inputs, training__global_batch_size=16, **layout)
+        words += ["--dryrun"] * (words[0] == "train" and "--dryrun" not in words)
+    ended = nemo_here(capfd, *words)
+    assert ended.code == 0, ended.err
