@@ -1,4 +1,4 @@
-"""What every recipe starts from."""
+"""Defaults that every recipe starts from."""
 
 import nemo_run as run
 

@@ -33,7 +33,7 @@ FOREIGN = ("*.safetensors", ".metadata", "latest_checkpointed_iteration.txt", "i
 
 
 def checkpoint_root(output_dir: str) -> Path:
-    """Where a run's checkpoints lie."""
+    """Return the directory of a run's checkpoints."""
     return Path(output_dir) / "checkpoints"
 
 
@@ -85,9 +85,9 @@ def point_latest_at(directory: Path) -> None:
 
 
 def prune(newest: Path, keep_last: int) -> None:
-    """Of `newest` and what is older keep `keep_last` steps; delete what interrupted saves left.
+    """Keep `keep_last` steps, `newest` included, and delete older ones and what interrupted saves left.
 
-    Later steps, of a run that then went on from an earlier one, stay until this one comes there.
+    Later steps stay: they are of a run that was resumed from an earlier one, which will replace them.
     """
     steps = saved_steps(newest.parent)
     for old in steps[steps.index(newest) + max(keep_last, 1) :]:
@@ -149,7 +149,7 @@ def check_resumable(saved: dict[str, Any], now: dict[str, Any], resume: bool) ->
 
 
 def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What a run that may go on does otherwise from here on: optimizer, schedule, number of steps."""
+    """List what a resumed run changes from here on: optimizer, schedule, number of steps."""
     told = []
     for name in now["optimizer"]:
         told += _difference(f"optimizer.{name}", saved["optimizer"].get(name), now["optimizer"][name], saved, now)

@@ -103,7 +103,7 @@ class CheckpointWriter:
 
     @contextlib.contextmanager
     def _naming_the_last_good(self) -> Iterator[None]:
-        """What cannot be written is cleared away, and the error names the newest checkpoint that is whole.
+        """Clear away a checkpoint that cannot be written; the error names the newest whole one.
 
         Megatron tells every rank when one could not write: with torch's CheckpointException, a BaseException.
         """

@@ -20,7 +20,7 @@ CONFIGURED = ("max_lr", "min_lr", "betas", "eps", "fused")  # of all groups of p
 
 
 def _metadata() -> dict[str, Any]:
-    """Which ranks hold copies, and the one kind of optimizer state that any layout can load."""
+    """Metadata for Megatron: which ranks hold copies, and the kind of optimizer state that any layout can load."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     return {
         "dp_cp_group": group,

@@ -1,4 +1,4 @@
-"""What was written, from the process that wrote it to the one that trains."""
+"""Results of a write, passed from the process that wrote to the one that trains."""
 
 import os
 import pickle

@@ -114,7 +114,7 @@ class _Xz(io.RawIOBase):
 
 
 def layout(path: Path) -> str:
-    """How the records of a file lie: text, jsonl, json (an array or a value over lines), csv, tsv, parquet or arrow.
+    """Return a file's format: text, jsonl, json (an array, or a value over several lines), csv, tsv, parquet or arrow.
 
     Raises:
         ValueError: when the content is not what the suffix says.

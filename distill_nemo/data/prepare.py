@@ -45,7 +45,7 @@ MAX_PARTS = 10_000  # about; beyond, parts grow
 
 @dataclass(frozen=True)
 class PrepareResult:
-    """What `prepare` made. `bad_records` were skipped."""
+    """Result of `prepare`. `bad_records` were skipped."""
 
     documents: int
     tokens: int

@@ -1,4 +1,4 @@
-"""How far `prepare` has come, on stderr: a bar, or plain lines where it is no terminal."""
+"""Progress of `prepare` on stderr: a bar on a terminal, else plain lines."""
 
 import sys
 import time

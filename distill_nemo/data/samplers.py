@@ -1,4 +1,4 @@
-"""Which rank gets which samples: the same global batches under every layout, from any point of the run."""
+"""Assignment of samples to ranks: the same global batches under every layout, from any point of the run."""
 
 import signal
 from collections.abc import Iterator

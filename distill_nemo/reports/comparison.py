@@ -112,7 +112,7 @@ def render_table(table: list[Row]) -> Table:
 
 
 def finding(table: list[Row]) -> str:
-    """How much of the gap in LM loss between the student alone and the teacher the distilled student closes."""
+    """Say how much of the LM-loss gap between teacher and student alone the distilled student closes."""
     rows = {name: _lowest([row for row in table if role(row["model"]) == name]) for name in ROLES}
     teacher, alone, distilled = rows["teacher"], rows["alone"], rows["distilled"]
     if not (teacher and alone and distilled):

@@ -126,7 +126,7 @@ def _finish(axes: Axes, drawn: list[float], title: str, label: str) -> None:
 
 
 def _clock(runs: Iterable[Lines]) -> tuple[str, float, str]:
-    """What the x axis counts: tokens where every line has them, else steps; its unit and label."""
+    """Return key, unit and label of the x axis: tokens where every line has them, else steps."""
     lines = [line for run in runs for line in run]
     if any(math.isnan(finite(line.get("tokens"))) for line in lines):
         return "step", 1.0, "optimizer step"

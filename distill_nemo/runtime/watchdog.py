@@ -24,7 +24,7 @@ MAX_LISTED = 8
 
 
 class _Progress:
-    """What the rank does now, and since when; None: it may take as long as it likes."""
+    """Activity of this rank, and when it began; None means that it may take as long as it likes."""
 
     doing: str = "starting"
     at: float | None = None

@@ -35,7 +35,7 @@ class NotFiniteError(RuntimeError):
 
 
 def _where(reports: list[Report]) -> str:
-    """Which ranks' own losses are not finite; every rank must call it."""
+    """Name the ranks whose own losses are not finite; every rank must call it."""
     mine = all(bool(value.isfinite().all()) for report in reports for value in report.values())
     finite: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(finite, mine)
@@ -205,7 +205,7 @@ class Loop:
         )
 
     def _finite(self, means: dict[str, float], reports: list[Report], grad_norm: float, updated: bool) -> bool:
-        """Whether the step was good; a bad one stops the run, or was left out and is told. The same on all ranks."""
+        """Return True for a good step, the same on all ranks; a bad one stops the run, or has been skipped."""
         bad = [name for name, value in means.items() if not math.isfinite(value)]
         if not math.isfinite(grad_norm):
             bad.append("gradient norm")

@@ -1,4 +1,4 @@
-"""Where figures go: `metrics.jsonl`, TensorBoard, W&B, and one line for the person."""
+"""Outputs of metrics: `metrics.jsonl`, TensorBoard, W&B, and one line on the screen."""
 
 import hashlib
 import math

@@ -24,7 +24,7 @@ from distill_nemo.models.provider import model_provider
 
 @dataclass
 class Trainee:
-    """What one rank trains."""
+    """Models, optimizer and scheduler of one rank."""
 
     chunks: list[nn.Module]  # this stage, wrapped in Megatron's DDP; several of them in a virtual pipeline
     unwrapped: list[nn.Module]
