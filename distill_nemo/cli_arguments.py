@@ -6,15 +6,15 @@ import importlib
 import inspect
 import re
 import typing
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import nemo_run as run
 
-from distill_nemo.cli_help import sections
 from distill_nemo.cli_values import parse
-from distill_nemo.config import near
+from distill_nemo.config import sections
+from distill_nemo.fields import NO_METADATA, near, sections_of
 
 RECIPE = re.compile(r"([A-Za-z_][\w.]*)(?:\((.*)\))?", re.S)  # a name, or with its own arguments
 OVERRIDE = re.compile(r"([\w.]+)=(.*)", re.S)
@@ -24,7 +24,7 @@ def parse_arguments(function: Callable[..., Any], arguments: Iterable[str], comm
     """Values by dotted field.
 
     Raises:
-        ValueError: for what is no override, an unknown field (with near names), a value of the wrong type.
+        ValueError: for a word that is no override, an unknown field (with close matches), a wrong value.
     """
     known = dict(_paths(function))
     parsed = {}
@@ -36,7 +36,7 @@ def parse_arguments(function: Callable[..., Any], arguments: Iterable[str], comm
         if path not in known:
             names = _near(path, known) if known else " There are none."
             raise ValueError(f'unknown field "{path}".{names} See `nemo distill {command} --help`')
-        parsed[path] = parse(path, value, known[path])
+        parsed[path] = parse(path, value, *known[path])
     return parsed
 
 
@@ -45,7 +45,7 @@ def override(recipe: Any, values: dict[str, Any]) -> None:
 
     Not by NeMo-Run, whose parser knows no `str | None`.
     """
-    parts = sections(recipe.__fn_or_cls__)
+    parts = sections()
     for path, value in values.items():
         section, _, field = path.rpartition(".")
         if section and getattr(recipe, section) is None:
@@ -157,16 +157,13 @@ def split_run_arguments(arguments: Iterable[str]) -> tuple[RunArguments, list[st
     return ours, others
 
 
-def _paths(function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
-    """Every dotted field that may be set, with its type."""
-    parts = sections(function)
-    for name, hint in typing.get_type_hints(function).items():
-        if name in ("return", "ctx"):
-            continue
-        yield name, hint
-        if name in parts:
-            hints = typing.get_type_hints(parts[name])
-            yield from ((f"{name}.{field.name}", hints[field.name]) for field in fields(parts[name]))
+def _paths(function: Callable[..., Any]) -> Iterator[tuple[str, tuple[Any, Mapping[str, Any]]]]:
+    """Yield every dotted field that may be set, with its type and metadata."""
+    hints = typing.get_type_hints(function)
+    yield from ((name, (hint, NO_METADATA)) for name, hint in hints.items() if name not in ("return", "ctx"))
+    for name, section in sections_of(hints).items():
+        types = typing.get_type_hints(section)
+        yield from ((f"{name}.{each.name}", (types[each.name], each.metadata)) for each in fields(section))
 
 
 def _near(path: str, known: Iterable[str]) -> str:

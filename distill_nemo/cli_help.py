@@ -5,13 +5,15 @@ import inspect
 import re
 import sys
 import textwrap
-import types
 import typing
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, fields
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
+
+from distill_nemo.config import RunConfig
+from distill_nemo.fields import help_of, sections_of, type_name
 
 WIDTH = 110
 
@@ -140,45 +142,29 @@ def _rows(function: Callable[..., Any], prefix: str = "") -> list[str]:
 
 
 def train_help(function: Callable[..., Any], executors: dict[str, Callable[..., Any]]) -> str:
-    """The page of `train`: every dotted field, with the default it has where a recipe does not set it."""
+    """Return the page of `train`: every dotted field, with its default where no recipe sets it."""
     parts = _sections(function)
     usage = "Usage: nemo distill train RECIPE [FIELD=VALUE ...] [run.executor=EXECUTOR] [OPTIONS]"
     page = [usage, parts[""], _example(parts), TRAIN, "Fields, and their values where the recipe sets no other:"]
-    page.append(_row("output_dir", str, inspect.Parameter.empty, "everything the run writes goes below it"))
-    for name, section in sections(function).items():
+    hints = typing.get_type_hints(RunConfig)
+    page += _field_rows({name: hint for name, hint in hints.items() if name not in sections_of(hints)}, RunConfig, "")
+    for name, section in sections_of(hints).items():
         about = [inspect.cleandoc(cls.__doc__ or "") for cls in section.__mro__[:-1]]
-        page.append("\n".join([f"{name}: " + "\n".join(about).replace("`", ""), *_section_rows(name, section)]))
+        rows = _field_rows(typing.get_type_hints(section), section, f"{name}.")
+        page.append("\n".join([f"{name}: " + "\n".join(about).replace("`", ""), *rows]))
     for name, factory in executors.items():
         page.append("\n".join([f"run.executor={name}: {summary(factory)}", *_rows(factory, "run.executor.")]))
     return "\n\n".join(page) + "\n"
 
 
-def sections(function: Callable[..., Any]) -> dict[str, Any]:
-    """Arguments that are dataclasses, by name."""
-    hints = {name: plain_type(hint) for name, hint in typing.get_type_hints(function).items()}
-    return {name: hint for name, hint in hints.items() if is_dataclass(hint)}
-
-
-def plain_type(hint: Any) -> Any:
-    """`X` of `X | None`."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return next(arg for arg in typing.get_args(hint) if arg is not type(None))
-    return hint
-
-
-def type_name(hint: Any) -> str:
-    """As one would write it."""
-    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
-
-
-def _section_rows(name: str, section: type) -> Iterator[str]:
-    comments = {}
-    for cls in reversed(section.__mro__[:-1]):  # a field's comment is its documentation, on the same line
-        comments |= dict(re.findall(r"^    (\w+): [^#\n]*# (.*)$", inspect.getsource(cls), re.M))
-    hints = typing.get_type_hints(section)
-    for field in fields(section):
-        default = field.default if field.default_factory is MISSING else field.default_factory()
-        yield _row(f"{name}.{field.name}", hints[field.name], default, comments.get(field.name, ""))
+def _field_rows(hints: dict[str, Any], section: type, prefix: str) -> Iterator[str]:
+    known = {each.name: each for each in fields(section)}
+    for name, hint in hints.items():
+        each = known[name]
+        default = inspect.Parameter.empty if each.default is MISSING else each.default
+        if each.default_factory is not MISSING:
+            default = each.default_factory()
+        yield _row(f"{prefix}{name}", hint, default, help_of(each.metadata))
 
 
 def _row(name: str, hint: Any, default: Any, about: str) -> str:

@@ -17,10 +17,11 @@ from nemo_run.config import get_nemorun_home
 
 from distill_nemo.checks import check
 from distill_nemo.cli_values import parse
-from distill_nemo.config import RunConfig, near
+from distill_nemo.config import RunConfig
 from distill_nemo.executors import EXECUTORS, KubernetesExecutor
 from distill_nemo.executors.secrets import refuse_secrets
 from distill_nemo.executors.slurm import ADVICE_ON_SECRETS, SHIPPED
+from distill_nemo.fields import near
 from distill_nemo.models.checkpoints.sources import find_checkpoint
 
 SRUN_WORDS = ("container_mounts", "container_env", "srun_args")  # lists of words that go to srun unquoted

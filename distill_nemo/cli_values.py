@@ -7,35 +7,34 @@ imports what a value names, and hands out one list twice.
 import ast
 import contextlib
 import re
-import types
 import typing
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from distill_nemo.cli_help import plain_type, type_name
+from distill_nemo.fields import NO_METADATA, checked, is_union, plain_type
 
 BOOLEANS = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
 _QUOTED = re.compile(r"""(["'])((?:(?!\1).)*)\1""", re.S)  # in one pair of quotes, and no such quote between them
 
 
-def parse(path: str, text: str, hint: Any) -> Any:
-    """Return `text` as a `hint`.
+def parse(path: str, text: str, hint: Any, metadata: Mapping[str, Any] = NO_METADATA) -> Any:
+    """Return `text` as a `hint` in the range of `metadata`.
 
     A string is taken as typed, but for one pair of quotes around all of it. Lists and dictionaries are Python's.
 
     Raises:
-        ValueError: naming the field `path`, if it does not fit.
+        ValueError: as `fields.checked`.
     """
     if type(None) in typing.get_args(hint) and text in ("None", "null"):
         return None
     plain = plain_type(hint)
     if is_dataclass(plain):
         raise ValueError(f'{path} is a section, got "{text}"; set its fields, such as {path}.{fields(plain)[0].name}=')
-    try:
-        return _parse(text.strip(), plain) if typing.get_origin(plain) in (list, dict) else _scalar(text, plain)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):  # the last two: brackets nested too deeply
-        example = """, such as '["a", "b"]'""" if "list[str]" in str(hint) else ""
-        raise ValueError(f'{path} must be {type_name(hint)}{example}, got "{text}"') from None
+    value: Any = text  # refused as text, where it is nothing else
+    with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):  # the last two: nested too deeply
+        value = _parse(text.strip(), plain) if typing.get_origin(plain) in (list, dict) else _scalar(text, plain)
+    return checked(path, value, hint, metadata)
 
 
 def _parse(text: str, hint: Any) -> Any:
@@ -43,9 +42,9 @@ def _parse(text: str, hint: Any) -> Any:
 
 
 def _element(node: ast.expr, text: str, hint: Any) -> Any:
-    """Return a part of a list or dictionary; `text` is the whole."""
+    """Return an element of a list or dictionary; `text` is all of it."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if isinstance(hint, types.UnionType) or origin is typing.Union:
+    if is_union(hint):
         return _element(node, text, plain_type(hint))
     if origin is list and isinstance(node, ast.List):
         return [_element(each, text, args[0]) for each in node.elts]
@@ -64,7 +63,7 @@ def _element(node: ast.expr, text: str, hint: Any) -> Any:
 def _scalar(text: str, hint: Any) -> Any:
     quoted = _QUOTED.fullmatch(text)
     text = quoted[2] if quoted else text
-    if hint is str:
+    if hint is str or typing.get_origin(hint) is typing.Literal:
         return text
     if hint is bool:
         if text.lower() not in BOOLEANS:
@@ -72,8 +71,6 @@ def _scalar(text: str, hint: Any) -> Any:
         return BOOLEANS[text.lower()]
     if hint in (int, float):
         return hint(text)
-    if typing.get_origin(hint) is typing.Literal and text in typing.get_args(hint):
-        return text
     if hint is Any:
         with contextlib.suppress(ValueError, SyntaxError):
             return ast.literal_eval(text)

@@ -1,15 +1,15 @@
-"""Everything a run needs, as plain dataclasses of primitive fields; what spans several of them is in `checks.py`.
+"""Everything a run needs, as plain dataclasses of primitive fields; `checks.py` has what spans several of them.
 
-No torch here: the command line reads these in the launcher, which must stay quick.
+A choice is a `Literal`; `setting` gives a field its help and its range, which `--help` shows and `from_dict` checks.
+No torch: the command line reads these in the launcher, which must stay quick.
 """
 
-import difflib
-import reprlib
-import types
 import typing
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from distill_nemo.fields import checked, is_union, near, require, sections_of, setting
 
 
 @dataclass
@@ -21,25 +21,25 @@ class ModelConfig:
     """
 
     checkpoint: str | None = None
-    family: str | None = None  # llama | qwen2 | qwen3 | qwen3_moe
+    family: str | None = setting(None, "llama | qwen2 | qwen3 | qwen3_moe")
     num_layers: int | None = None
     hidden_size: int | None = None
     ffn_hidden_size: int | None = None
     num_attention_heads: int | None = None
     num_query_groups: int | None = None
     kv_channels: int | None = None
-    vocab_size: int | None = None  # fewer than the checkpoint has leaves its last rows out
+    vocab_size: int | None = setting(None, "fewer than the checkpoint has leaves its last rows out")
     max_position_embeddings: int | None = None
     rotary_base: float | None = None
-    rope_scaling: dict[str, Any] | None = None  # config.json's rope_scaling, llama3 type only
+    rope_scaling: dict[str, Any] | None = setting(None, "config.json's rope_scaling, llama3 type only")
     norm_epsilon: float | None = None
     tie_word_embeddings: bool | None = None
-    block_configs: list[dict[str, Any]] | None = None  # layers that differ, as in Nemotron's config.json
-    num_experts: int | None = None  # of every layer; this and the next three for mixtures of experts only
+    block_configs: list[dict[str, Any]] | None = setting(None, "layers that differ, as in Nemotron's config.json")
+    num_experts: int | None = setting(None, "of every layer; this and the next three for mixtures of experts only")
     num_experts_per_tok: int | None = None
-    moe_ffn_hidden_size: int | None = None  # of one expert
-    norm_topk_prob: bool | None = None  # the weights of a token's experts sum to 1
-    init_std: float = 0.02
+    moe_ffn_hidden_size: int | None = setting(None, "of one expert")
+    norm_topk_prob: bool | None = setting(None, "the weights of a token's experts sum to 1")
+    init_std: float = setting(0.02, "standard deviation of random weights", at_least=0)
 
 
 @dataclass
@@ -60,34 +60,40 @@ class DistillationConfig:
     With "dynamic" the distillation loss is scaled to `kd_loss_scale` times the size of the LM loss.
     """
 
-    divergence: str = "forward_kl"  # forward_kl | reverse_kl | jensen_shannon
-    beta: float = 0.5  # jensen_shannon only: the teacher's share of the mixture
-    top_k: int | None = None  # forward_kl only: the teacher's k most likely tokens, and one bucket for all others
-    temperature: float = 1.0
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl"
+    beta: float = setting(0.5, "jensen_shannon only: the teacher's share of the mixture", above=0, below=1)
+    top_k: int | None = setting(
+        None, "forward_kl only: the teacher's k most likely tokens, and one bucket for all others", at_least=1
+    )
+    temperature: float = setting(1.0, "fp32 rounding would hide the loss at more", above=0, at_most=100)
     scale_by_temperature_squared: bool = True
-    hidden_loss: str | None = None  # cosine | mse
-    hidden_layers: list[str] = field(default_factory=list)  # "student_layer:teacher_layer", e.g. "decoder.layers.3:..."
-    balancer: str = "static"
-    lm_weight: float = 0.0
-    logits_weight: float = 1.0
-    hidden_weight: float = 0.0
-    kd_loss_scale: float = 1.0
-    skip_lm_loss: bool = True  # dynamic balancer only: train on the distillation loss alone
-    fused_linear: bool | None = None  # output layers as part of the loss, logits never whole; None: where possible
-    offload_teacher: bool = False  # its layers' weights stay in host memory; each is copied to the GPU for its turn
+    hidden_loss: Literal["cosine", "mse"] | None = None
+    hidden_layers: list[str] = setting([], '"student_layer:teacher_layer", e.g. "decoder.layers.3:..."')
+    balancer: Literal["static", "dynamic"] = "static"
+    lm_weight: float = setting(0.0, at_least=0)
+    logits_weight: float = setting(1.0, at_least=0)
+    hidden_weight: float = setting(0.0, at_least=0)
+    kd_loss_scale: float = setting(1.0, "dynamic balancer only", at_least=0)
+    skip_lm_loss: bool = setting(True, "dynamic balancer only: train on the distillation loss alone")
+    fused_linear: bool | None = setting(
+        None, "output layers as part of the loss, logits never whole; None: where possible"
+    )
+    offload_teacher: bool = setting(
+        False, "its layers' weights stay in host memory; each is copied to the GPU for its turn"
+    )
 
 
 @dataclass
 class ParallelismConfig:
     """Megatron's parallel sizes; what is left of the world is data parallel."""
 
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    virtual_pipeline_model_parallel_size: int | None = None
-    context_parallel_size: int = 1
-    expert_model_parallel_size: int = 1
+    tensor_model_parallel_size: int = setting(1, at_least=1)
+    pipeline_model_parallel_size: int = setting(1, at_least=1)
+    virtual_pipeline_model_parallel_size: int | None = setting(None, "pieces of a pipeline stage", at_least=2)
+    context_parallel_size: int = setting(1, at_least=1)
+    expert_model_parallel_size: int = setting(1, at_least=1)
     sequence_parallel: bool = False
-    timeout_minutes: float = 10.0
+    timeout_minutes: float = setting(10.0, "how long a rank waits for the others", above=0)
 
     @property
     def model_parallel_size(self) -> int:
@@ -120,13 +126,13 @@ class DataConfig:
     Without `valid`, `split` divides the documents of `train` (train, valid, test).
     """
 
-    train: list[str] = field(default_factory=list)
-    valid: list[str] = field(default_factory=list)
+    train: list[str] = setting([])
+    valid: list[str] = setting([])
     split: str = "969,30,1"
-    tokenizer: str | None = None  # a Hugging Face tokenizer directory; copied beside the exported student
-    sequence_length: int = 4096
-    cache: str | None = None  # index cache; default: beside the checkpoints
-    num_workers: int = 0
+    tokenizer: str | None = setting(None, "a Hugging Face tokenizer directory; copied beside the exported student")
+    sequence_length: int = setting(4096, at_least=1)
+    cache: str | None = setting(None, "index cache; default: beside the checkpoints")
+    num_workers: int = setting(0, at_least=0)
 
     def __post_init__(self) -> None:
         """Take the name of either file for their common prefix."""
@@ -137,16 +143,16 @@ class DataConfig:
 class OptimizerConfig:
     """Adam with decoupled weight decay, and a warm-up then decay schedule. Steps are optimizer steps."""
 
-    lr: float = 1e-4
-    min_lr: float = 1e-5
-    warmup_steps: int = 0
-    decay_steps: int | None = None  # None: to the last step
-    decay_style: str = "cosine"
-    weight_decay: float = 0.1
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0
+    lr: float = setting(1e-4, above=0)
+    min_lr: float = setting(1e-5, at_least=0)
+    warmup_steps: int = setting(0, at_least=0)
+    decay_steps: int | None = setting(None, "None: to the last step", at_least=0)
+    decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = "cosine"
+    weight_decay: float = setting(0.1, at_least=0)
+    adam_beta1: float = setting(0.9, at_least=0, below=1)
+    adam_beta2: float = setting(0.95, at_least=0, below=1)
+    adam_eps: float = setting(1e-8, above=0)
+    clip_grad: float = setting(1.0, at_least=0)
     use_distributed_optimizer: bool = True
 
 
@@ -154,43 +160,50 @@ class OptimizerConfig:
 class TrainingConfig:
     """How long and in what pieces. A step is one global batch."""
 
-    steps: int = 1000
-    micro_batch_size: int = 1
-    global_batch_size: int = 128
-    eval_interval: int = 100
-    eval_batches: int = 10  # global batches per evaluation
-    seed: int = 1234
-    data_seed: int | None = None  # None: seed
-    dtype: str = "auto"  # auto: bfloat16 on CUDA, float32 on CPU
-    recompute: str | None = None  # full | selective: compute activations again in backward, to save memory
-    on_nan: str = "stop"  # stop | skip: leave out the update of a step whose loss or gradient is not finite
+    steps: int = setting(1000, at_least=1)
+    micro_batch_size: int = setting(1, at_least=1)
+    global_batch_size: int = setting(128, at_least=1)
+    eval_interval: int = setting(100, at_least=1)
+    eval_batches: int = setting(10, "global batches per evaluation", at_least=1)
+    seed: int = setting(1234, at_least=0, below=2**31)
+    data_seed: int | None = setting(None, "None: seed", at_least=0, below=2**31)
+    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: bfloat16 on CUDA, float32 on CPU")
+    recompute: Literal["full", "selective"] | None = setting(
+        None, "compute activations again in backward, to save memory"
+    )
+    on_nan: Literal["stop", "skip"] = setting(
+        "stop", "skip: leave out the update of a step whose loss or gradient is not finite"
+    )
 
 
 @dataclass
 class CheckpointConfig:
     """Checkpoints under `<output_dir>/checkpoints/step_XXXXXXXX`; `latest` names the newest whole one."""
 
-    save_interval: int = 1000
-    keep_last: int = 2
+    save_interval: int = setting(1000, at_least=1)
+    keep_last: int = setting(2, at_least=1)
     async_save: bool = False
     resume: bool = True
-    export: bool = True  # write <output_dir>/student in Hugging Face format at the end
+    export: bool = setting(True, "write <output_dir>/student in Hugging Face format at the end")
 
 
 @dataclass
 class LoggingConfig:
     """Metrics always go to `<output_dir>/metrics.jsonl`."""
 
-    log_interval: int = 10
+    log_interval: int = setting(10, at_least=1)
     tensorboard: bool = True
     wandb_project: str | None = None
 
 
 @dataclass
 class RunConfig:
-    """One whole run: what `python -m distill_nemo CONFIG.yaml` reads and what every run writes."""
+    """One whole run: what `python -m distill_nemo CONFIG.yaml` reads and what every run writes.
 
-    output_dir: str
+    Its fields are the sections of a recipe; nothing else lists them.
+    """
+
+    output_dir: str = field(metadata={"help": "everything the run writes goes below it"})
     student: StudentConfig
     teacher: TeacherConfig | None = None  # None: plain training, without distillation
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
@@ -202,72 +215,46 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def num_microbatches(self, data_parallel_size: int) -> int:
-        """Micro batches of one rank in one step."""
+        """Return the micro batches of one rank in one step."""
         return self.training.global_batch_size // (self.training.micro_batch_size * data_parallel_size)
 
 
-def require(ok: bool, message: str) -> None:
-    """Raise `ValueError(message)` unless ok."""
-    if not ok:
-        raise ValueError(message)
-
-
-def near(word: str, allowed: typing.Iterable[str]) -> str:
-    """A ' Did you mean ...?' for a word that is not allowed, or the list of what is."""
-    allowed = list(allowed)
-    close = difflib.get_close_matches(word, allowed, n=3, cutoff=0.5)
-    return f" Did you mean {' or '.join(close)}?" if close else f" Known: {', '.join(allowed)}."
-
-
-def first_few(words: list[str], most: int) -> list[str]:
-    """The first `most` of them and, where there are more, how many."""
-    return words[:most] + ([f"and {len(words) - most} more"] if len(words) > most else [])
+def sections() -> dict[str, type]:
+    """Return the sections of a run by name."""
+    return sections_of(typing.get_type_hints(RunConfig))
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
-    """Nested plain values, every field present; the inverse of `from_dict`."""
+    """Return nested plain values, every field present; the inverse of `from_dict`."""
     return asdict(config)
 
 
-def from_dict(values: dict[str, Any], cls: type = RunConfig, where: str = "") -> Any:
-    """Build a config from nested plain values, refusing unknown fields and wrong types by name."""
+def from_dict(values: object, cls: type = RunConfig, where: str = "") -> Any:
+    """Build a config from nested plain values.
+
+    Raises:
+        ValueError: for an unknown field, or a value of the wrong type or out of range, by name.
+    """
     name_of_it = where.rstrip(".") or "config"
-    require(isinstance(values, dict), f"{name_of_it} must be a mapping of fields, got {type(values).__name__}")
-    hints = typing.get_type_hints(cls)
-    known = {f.name for f in fields(cls)}
+    if not isinstance(values, dict):
+        raise ValueError(f"{name_of_it} must be a mapping of fields, got {type(values).__name__}")
+    known = {each.name: each for each in fields(cls)}
     for name in values:
         require(name in known, f'unknown field "{where}{name}".{near(str(name), sorted(known))}')
-    built = {name: _convert(value, hints[name], f"{where}{name}") for name, value in values.items()}
-    needed = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+    hints = typing.get_type_hints(cls)
+    parts = sections_of(hints)
+    built = {}
+    for name, value in values.items():
+        if name not in parts:
+            built[name] = checked(f"{where}{name}", value, hints[name], known[name].metadata)
+        elif value is None and is_union(hints[name]):
+            built[name] = None
+        else:
+            built[name] = from_dict(value, parts[name], f"{where}{name}.")
+    needed = [each.name for each in known.values() if each.default is MISSING and each.default_factory is MISSING]
     missing = [name for name in needed if name not in values]
     require(not missing, f"{name_of_it} leaves out {', '.join(missing)}, which must be set")
     return cls(**built)
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    if isinstance(hint, types.UnionType):
-        if value is None:
-            return None
-        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
-    if is_dataclass(hint):
-        return from_dict(value, typing.cast(type, hint), where + ".")
-    plain = typing.get_origin(hint) or hint
-    if plain is float and isinstance(value, int | str) and not isinstance(value, bool):
-        try:  # YAML reads 1e-4 as a string
-            return float(value)
-        except (ValueError, OverflowError):
-            pass
-    ok = isinstance(value, plain) and not (plain is int and isinstance(value, bool))
-    require(ok, f"{where} must be {plain.__name__}, got {reprlib.repr(value)}")
-    if plain is list:
-        item = typing.get_args(hint)[0]
-        item = typing.get_origin(item) or item
-        items = typing.cast(list[Any], value)
-        require(
-            all(isinstance(x, item) for x in items),
-            f"{where} must be a list of {item.__name__}, got {reprlib.repr(value)}",
-        )
-    return value
 
 
 def save_yaml(config: RunConfig, path: Path) -> None:

@@ -17,7 +17,8 @@ from distill_nemo.checkpoint.state import (
     sharded_state,
 )
 from distill_nemo.checkpoint.whole import damages
-from distill_nemo.config import ModelConfig, first_few
+from distill_nemo.config import ModelConfig
+from distill_nemo.fields import first_few
 from distill_nemo.models.checkpoints.sources import CheckpointKind, candidates, find_checkpoint, tracker_fault
 from distill_nemo.runtime.pickles import read_contents, weights_only
 from distill_nemo.runtime.process_groups import rank

@@ -7,9 +7,9 @@ from typing import Any
 import nemo_run as run
 from nemo_run.config import get_nemorun_home
 
-from distill_nemo.config import near
 from distill_nemo.executors.cluster_jobs import ClusterJob
 from distill_nemo.executors.stages import Stages, cluster_job, submitted, watch
+from distill_nemo.fields import near
 
 
 def tell_detached(experiment: Stages) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 import fiddle as fdl
 import nemo_run as run
 
-from distill_nemo.config import near
 from distill_nemo.executors.local import ENVIRONMENT, check_rendezvous
 from distill_nemo.executors.secrets import refuse_secrets
+from distill_nemo.fields import near
 
 PACKAGERS = ("none", "git")
 JOB_NAME_PREFIX = "distill."  # accounting's name of a job is read back up to its last dot

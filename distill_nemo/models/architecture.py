@@ -8,7 +8,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from distill_nemo.config import ModelConfig, StudentConfig, TeacherConfig, from_dict, near
+from distill_nemo.config import ModelConfig, StudentConfig, TeacherConfig, from_dict
+from distill_nemo.fields import near
 from distill_nemo.models.checkpoints.config_fields import (
     MAX_EXPERTS,
     MAX_EXPERTS_IN_ALL_LAYERS,

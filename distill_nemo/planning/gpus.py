@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from distill_nemo.config import near, require
+from distill_nemo.fields import near, require
 
 
 @dataclass(frozen=True)

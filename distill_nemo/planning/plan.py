@@ -1,6 +1,7 @@
 """`nemo distill plan`: from a recipe's config to what is printed. No model is built and no GPU needed."""
 
-from distill_nemo.config import RunConfig, require
+from distill_nemo.config import RunConfig
+from distill_nemo.fields import require
 from distill_nemo.planning.advice import check_setting, what_would_fit
 from distill_nemo.planning.gpus import Gpu
 from distill_nemo.planning.memory import fullest

@@ -9,7 +9,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from distill_nemo.config import ParallelismConfig, require
+from distill_nemo.config import ParallelismConfig
+from distill_nemo.fields import require
 from distill_nemo.runtime.device import backend, setup_device
 from distill_nemo.runtime.gloo import share_gloo_device
 

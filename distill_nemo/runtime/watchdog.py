@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from distill_nemo.config import first_few
+from distill_nemo.fields import first_few
 from distill_nemo.runtime.process_groups import open_store
 
 SILENT = 5  # intervals without a word

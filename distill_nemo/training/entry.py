@@ -4,43 +4,21 @@ Light at import: the launcher reads it to learn the recipe's fields.
 """
 
 import contextlib
+import inspect
 import os
 import sys
+import typing
+from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
 from distill_nemo.checks import check
-from distill_nemo.config import (
-    CheckpointConfig,
-    DataConfig,
-    DistillationConfig,
-    LoggingConfig,
-    OptimizerConfig,
-    ParallelismConfig,
-    RunConfig,
-    StudentConfig,
-    TeacherConfig,
-    TrainingConfig,
-    from_dict,
-    load_yaml,
-    require,
-    save_yaml,
-    to_dict,
-)
+from distill_nemo.config import RunConfig, from_dict, load_yaml, save_yaml, to_dict
+from distill_nemo.fields import require
 from distill_nemo.runtime.errors import errors_in_one_screen
 
 
-def distill(
-    output_dir: str,
-    student: StudentConfig,
-    teacher: TeacherConfig | None = None,
-    distillation: DistillationConfig | None = None,
-    parallelism: ParallelismConfig | None = None,
-    data: DataConfig | None = None,
-    optimizer: OptimizerConfig | None = None,
-    training: TrainingConfig | None = None,
-    checkpoint: CheckpointConfig | None = None,
-    logging: LoggingConfig | None = None,
-) -> None:
+def distill(**sections: Any) -> None:
     r"""Train a student, with a teacher to imitate or without one, and export it to Hugging Face format.
 
     Example:
@@ -49,34 +27,30 @@ def distill(
             data.train='["data/corpus"]' distillation.temperature=2.0 run.executor=local run.executor.processes=8
 
     Args:
-        output_dir: everything the run writes goes below it.
-        student: the model to train.
-        teacher: the frozen model to imitate; None trains on the data alone.
-        distillation: divergence, temperature, hidden losses, balancer.
-        parallelism: tensor, pipeline and data parallel sizes.
-        data: token files made by `nemo distill prepare`.
-        optimizer: Adam and its schedule.
-        training: steps, batch sizes, evaluation.
-        checkpoint: when to save, how many to keep.
-        logging: where the metrics go besides `metrics.jsonl`.
+        **sections: the fields of `RunConfig`; one left at None has its defaults.
 
     Raises:
         ValueError: for a config that cannot run, before anything is written.
     """
-    config = RunConfig(
-        output_dir,
-        student,
-        teacher,
-        distillation or DistillationConfig(),
-        parallelism or ParallelismConfig(),
-        data or DataConfig(),
-        optimizer or OptimizerConfig(),
-        training or TrainingConfig(),
-        checkpoint or CheckpointConfig(),
-        logging or LoggingConfig(),
-    )
+    config = RunConfig(**{name: value for name, value in sections.items() if value is not None})
     with errors_in_one_screen() if "TORCHELASTIC_RUN_ID" in os.environ else contextlib.nullcontext():
         run_config(config)
+
+
+def _takes_the_fields_of(config: type, function: Any) -> None:
+    """Give `function` the signature of a config, which Fiddle and the command line read; defaults become None."""
+    hints = typing.get_type_hints(config)
+    required = [each.name for each in fields(config) if each.default is MISSING and each.default_factory is MISSING]
+    kind, empty = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.empty
+    parameters = [
+        inspect.Parameter(name, kind, default=empty if name in required else None, annotation=hint)
+        for name, hint in hints.items()
+    ]
+    function.__signature__ = inspect.Signature(parameters, return_annotation=None)
+    function.__annotations__ = {**hints, "return": None}
+
+
+_takes_the_fields_of(RunConfig, distill)
 
 
 def run_config(config: RunConfig) -> None:

@@ -6,8 +6,7 @@ from dataclasses import fields
 
 import pytest
 
-from distill_nemo.cli_help import sections
-from distill_nemo.training.entry import distill
+from distill_nemo.config import sections
 from tests.cli.command import BIN, Command, nemo, nemo_here, the_recipes, together
 
 EXECUTORS = {
@@ -21,7 +20,7 @@ EXECUTORS = {
 FIELDS = {
     "train": [
         "output_dir",
-        *(f"{name}.{f.name}" for name, part in sections(distill).items() for f in fields(part)),
+        *(f"{name}.{f.name}" for name, part in sections().items() for f in fields(part)),
         *(f"run.executor.{name}" for names in EXECUTORS.values() for name in names),
     ],
     "prepare": ["inputs", "output", "tokenizer", "text_key", "num_workers", "max_bad_records"],

@@ -269,14 +269,14 @@ def test_a_file_that_is_no_configuration_is_refused_by_name(tmp_path, name, text
     ("field", "value", "words"),
     [
         ("num_layers", 10**9, "num_layers must be at most 10,000, got 1000000000"),
-        ("num_layers", "4", "num_layers must be int, got '4'"),
-        ("hidden_size", [64], "hidden_size must be int, got [64]"),
-        ("rotary_base", {}, "rotary_base must be float, got {}"),
-        ("rotary_base", 10**400, "rotary_base must be float, got 1000"),
-        ("rope_scaling", "llama3", "rope_scaling must be dict, got 'llama3'"),
+        ("num_layers", "4", "num_layers must be int | None, got '4'"),
+        ("hidden_size", [64], "hidden_size must be int | None, got [64]"),
+        ("rotary_base", {}, "rotary_base must be float | None, got {}"),
+        ("rotary_base", 10**400, "rotary_base must be float | None, got 1000"),
+        ("rope_scaling", "llama3", "rope_scaling must be dict[str, Any] | None, got 'llama3'"),
         ("rope_scaling", {"rope_type": {}}, "is not supported"),
-        ("block_configs", [1], "block_configs must be a list of dict, got [1]"),
-        ("family", 7, "family must be str, got 7"),
+        ("block_configs", [1], "block_configs must be list[dict[str, Any]] | None, got [1]"),
+        ("family", 7, "family must be str | None, got 7"),
     ],
 )
 def test_a_description_of_ours_is_believed_no_more_than_others(tmp_path, field, value, words):

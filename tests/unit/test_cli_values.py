@@ -151,7 +151,6 @@ def test_values_by_type(text, hint, value):
         ("1.5", int),
         ("", float),
         ("maybe", bool),
-        ("c", Literal["a", "b"]),
         ("a", list[str]),
         ("[a]", list[str]),
         ("[None]", list[str]),
@@ -166,8 +165,10 @@ def test_values_by_type(text, hint, value):
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(text, hint):
-    with pytest.raises(ValueError, match=r"^data\.train must be "):
+    with pytest.raises(ValueError, match=r"^data\.train must be .*, got "):
         parse("data.train", text, hint)
+    with pytest.raises(ValueError, match=r'^training.dtype = "c" is not known. Known: a, b.$'):
+        parse("training.dtype", "c", Literal["a", "b"])
 
 
 def test_two_fields_of_one_text_share_no_list():

@@ -1,13 +1,14 @@
 """Configs: the YAML round trip, and every refusal."""
 
 import dataclasses
+import inspect
 import re
-import types
 import typing
 
 import pytest
 
 from distill_nemo.checks import check
+from distill_nemo.cli_arguments import parse_arguments
 from distill_nemo.config import (
     DataConfig,
     RunConfig,
@@ -18,6 +19,10 @@ from distill_nemo.config import (
     save_yaml,
     to_dict,
 )
+from distill_nemo.executors import run_config_of
+from distill_nemo.fields import plain_type
+from distill_nemo.training.entry import distill
+from recipes.base import base
 
 EP2 = {"parallelism__expert_model_parallel_size": 2}
 MOE_TEACHER = {"teacher__num_experts": 4, "teacher__family": "qwen3_moe"}
@@ -62,10 +67,12 @@ def all_different(cls, odd):
     """A `cls` with every field another value than its default; the strings are odd ones."""
     values = {}
     for name, hint in typing.get_type_hints(cls).items():
-        if isinstance(hint, types.UnionType):
-            hint = typing.get_args(hint)[0]
+        hint = plain_type(hint)
         default = next(f.default for f in dataclasses.fields(cls) if f.name == name)
         number = default if isinstance(default, int | float) else 0
+        if typing.get_origin(hint) is typing.Literal:
+            values[name] = next(choice for choice in typing.get_args(hint) if choice != default)
+            continue
         makers = {int: lambda n=number: n + 7, float: lambda n=number: n / 3 + 1e-9, bool: lambda n=number: not n}
         makers |= {str: lambda: next(odd), list[str]: lambda: [next(odd), next(odd)]}
         makers |= {dict[str, typing.Any]: lambda: {next(odd): [1.5, None, True], "nested": {"x": next(odd)}}}
@@ -112,12 +119,13 @@ def test_no_teacher_round_trips(tmp_path):
         ({"training__global_batch_size": 10, "training__micro_batch_size": 4}, 1, "global_batch_size 10 is not"),
         ({"training__dtype": "float8"}, 1, 'training.dtype = "float8" is not known. Did you mean'),
         ({"distillation__divergence": "foward_kl"}, 1, "Did you mean forward_kl"),
-        ({"distillation__temperature": 0.0}, 1, "temperature must be positive"),
+        ({"distillation__temperature": 0.0}, 1, "temperature must be above 0 and at most 100, got 0.0"),
         ({"distillation__hidden_loss": "mse"}, 1, "go together"),
         ({"distillation__hidden_loss": "mse", "distillation__hidden_layers": ["a"]}, 1, "student_layer:teacher_layer"),
         ({"data__train": []}, 1, "data.train is empty"),
         ({"parallelism__context_parallel_size": 2, "data__sequence_length": 30}, 2, "30 is not divisible by 4"),
-        ({"parallelism__virtual_pipeline_model_parallel_size": 2}, 1, "number of pieces of a stage: 2 or more"),
+        ({"parallelism__virtual_pipeline_model_parallel_size": 2}, 1, "model_parallel_size > 1, got 1"),
+        ({"parallelism__virtual_pipeline_model_parallel_size": 1}, 1, "must be at least 2, got 1"),
         (
             {
                 "parallelism__pipeline_model_parallel_size": 2,
@@ -128,9 +136,13 @@ def test_no_teacher_round_trips(tmp_path):
             "micro batches in multiples of pipeline_model_parallel_size = 2, got 3",
         ),
         ({"distillation__hidden_weight": 0.5}, 1, "hidden_weight = 0.5 weighs nothing"),
-        ({"distillation__temperature": 200.0}, 1, "distillation.temperature must be at most 100, got 200"),
-        ({"distillation__lm_weight": float("inf")}, 1, "distillation.lm_weight must be 0 or more, got inf"),
-        ({"distillation__kd_loss_scale": -1.0}, 1, "distillation.kd_loss_scale must be 0 or more, got -1"),
+        (
+            {"distillation__temperature": 200.0},
+            1,
+            "distillation.temperature must be above 0 and at most 100, got 200",
+        ),
+        ({"distillation__lm_weight": float("inf")}, 1, "distillation.lm_weight must be a finite number, got inf"),
+        ({"distillation__kd_loss_scale": -1.0}, 1, "distillation.kd_loss_scale must be at least 0, got -1"),
         (
             {"distillation__balancer": "dynamic", "distillation__lm_weight": 0.5, "distillation__logits_weight": 0.0},
             1,
@@ -149,7 +161,7 @@ def test_no_teacher_round_trips(tmp_path):
             'with divergence = "forward_kl"',
         ),
         ({"distillation__fused_linear": True, "distillation__logits_weight": 0.0}, 1, "fused_linear = true needs a"),
-        ({"distillation__beta": 1.0}, 1, "distillation.beta must be between 0 and 1"),
+        ({"distillation__beta": 1.0}, 1, "distillation.beta must be above 0 and below 1, got 1.0"),
         ({"distillation__beta": 0.1}, 1, 'beta = 0.1 goes with divergence = "jensen_shannon", not "forward_kl"'),
         (
             {"distillation__balancer": "dynamic", "distillation__kd_loss_scale": 0.1},
@@ -157,19 +169,19 @@ def test_no_teacher_round_trips(tmp_path):
             "distillation.kd_loss_scale = 0.1 weighs the loss beside the LM loss, which",
         ),
         ({"distillation__logits_weight": 0.0}, 1, "are all 0: there is nothing to learn"),
-        ({"training__seed": -1}, 1, "training.seed must be 0 or more and below 2^31, got -1"),
-        ({"training__data_seed": 2**40}, 1, "training.data_seed must be 0 or more and below 2^31"),
-        ({"optimizer__adam_beta2": 1.0}, 1, "optimizer.adam_beta2 must be 0 or more and below 1, got 1.0"),
+        ({"training__seed": -1}, 1, "training.seed must be at least 0 and below 2147483648, got -1"),
+        ({"training__data_seed": 2**40}, 1, "training.data_seed must be at least 0 and below 2147483648"),
+        ({"optimizer__adam_beta2": 1.0}, 1, "optimizer.adam_beta2 must be at least 0 and below 1, got 1.0"),
         ({"training__recompute": "ful"}, 1, "Did you mean full"),
         ({"parallelism__sequence_parallel": True}, 1, "needs parallelism.tensor_model_parallel_size"),
         ({"optimizer__warmup_steps": 1000}, 1, "warmup_steps must be below the 1000 steps"),
         ({"training__steps": 0}, 1, "training.steps must be at least 1"),
         ({"checkpoint__save_interval": 0}, 1, "checkpoint.save_interval must be at least 1, got 0"),
         ({"logging__log_interval": 0}, 1, "logging.log_interval must be at least 1, got 0"),
-        ({"optimizer__lr": float("nan")}, 1, "optimizer.lr must be positive, got nan"),
+        ({"optimizer__lr": float("nan")}, 1, "optimizer.lr must be a finite number, got nan"),
         ({"optimizer__min_lr": 1.0}, 1, "optimizer.min_lr = 1.0 is above optimizer.lr"),
         ({"optimizer__decay_style": "cosin"}, 1, "Did you mean cosine"),
-        ({"optimizer__weight_decay": -0.1}, 1, "optimizer.weight_decay must be 0 or more, got -0.1"),
+        ({"optimizer__weight_decay": -0.1}, 1, "optimizer.weight_decay must be at least 0, got -0.1"),
         (
             {
                 "parallelism__tensor_model_parallel_size": 4,
@@ -206,7 +218,7 @@ def test_no_teacher_round_trips(tmp_path):
 )
 def test_what_cannot_run_is_refused_by_name(changes, world_size, words):
     with pytest.raises(ValueError, match=re.escape(words)):
-        check(config(**changes), world_size)
+        check(from_dict(to_dict(config(**changes))), world_size)
 
 
 def test_an_output_directory_must_be_named():
@@ -226,20 +238,58 @@ def test_what_can_run_is_let_through():
     [
         ({"studnet": {}}, 'unknown field "studnet". Did you mean student'),
         ({"student": {"num_layer": 1}}, 'unknown field "student.num_layer". Did you mean num_layers'),
-        ({"student": {"num_layers": "x"}}, "student.num_layers must be int, got 'x'"),
-        ({"student": {"num_layers": True}}, "student.num_layers must be int"),
+        ({"student": {"num_layers": "x"}}, "student.num_layers must be int | None, got 'x'"),
+        ({"student": {"num_layers": True}}, "student.num_layers must be int | None, got True"),
         ({"student": []}, "must be a mapping"),
         ({"student": {}}, "config leaves out output_dir, which must be set"),
         ({"output_dir": "out", "student": {}, "training": 5}, "training must be a mapping of fields, got int"),
-        ({"data": {"train": [1]}}, "data.train must be a list of str, got [1]"),
-        ({"data": {"train": "corpus"}}, "data.train must be list, got 'corpus'"),
+        ({"data": {"train": [1]}}, """data.train must be list[str], such as '["a", "b"]', got [1]"""),
+        ({"data": {"train": "corpus"}}, "data.train must be list[str]"),
         ({"optimizer": {"lr": "fast"}}, "optimizer.lr must be float, got 'fast'"),
+        ({"training": {"recompute": 5}}, "training.recompute must be full | selective | None, got 5"),
+        ({"training": None}, "training must be a mapping of fields, got NoneType"),
+        ({"student": None}, "student must be a mapping of fields, got NoneType"),
     ],
 )
 def test_bad_fields_are_named(values, words):
     with pytest.raises(ValueError) as raised:
         from_dict(values)
     assert words in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "value", "words"),
+    [
+        ("training.steps", "0", 0, "training.steps must be at least 1, got 0"),
+        (
+            "training.dtype",
+            "float8",
+            "float8",
+            'training.dtype = "float8" is not known. Did you mean float32 or bfloat16?',
+        ),
+        ("optimizer.lr", "fast", "fast", "optimizer.lr must be float, got 'fast'"),
+        ("optimizer.lr", "nan", float("nan"), "optimizer.lr must be a finite number, got nan"),
+        ("distillation.beta", "1.5", 1.5, "distillation.beta must be above 0 and below 1, got 1.5"),
+    ],
+)
+def test_the_command_line_python_and_yaml_refuse_a_wrong_value_in_the_same_words(tmp_path, path, text, value, words):
+    section, name = path.split(".")
+    with pytest.raises(ValueError, match=f"^{re.escape(words)}$"):
+        parse_arguments(distill, [f"{path}={text}"], "train")
+    recipe = base("one")
+    setattr(getattr(recipe, section), name, value)
+    with pytest.raises(ValueError, match=f"^{re.escape(words)}$"):
+        run_config_of(recipe)
+    run = config(**{f"{section}__{name}": value})
+    save_yaml(run, tmp_path / "config.yaml")
+    with pytest.raises(ValueError, match=f"^{re.escape(words)}$"):
+        load_yaml(tmp_path / "config.yaml")
+
+
+def test_a_recipe_and_the_command_line_take_the_fields_of_run_config():
+    names = [field.name for field in dataclasses.fields(RunConfig)]
+    assert list(inspect.signature(distill).parameters) == names
+    assert set(base("one").__arguments__) == set(names)
 
 
 def test_yaml_cannot_execute_code(tmp_path):

@@ -192,7 +192,7 @@ def test_the_least_a_user_says(dry):
             "the value of AWS_SECRET_ACCESS_KEY would be written down in clear",
         ),
         ([*LEAST, "nprocs_per_node=0"], {}, "run.executor: 1 nodes x 0 ranks are none"),
-        ([*LEAST, "env_list=[1]"], {}, 'run.executor.env_list must be list[dict[str, Any]], got "[1]"'),
+        ([*LEAST, "env_list=[1]"], {}, "run.executor.env_list must be list[dict[str, Any]], got '[1]'"),
         (LEAST, {"output_dir": "/workspace/../x"}, "would be lost with the pods: it must be below /workspace"),
         ([*LEAST, 'env={"PET_NNODES": "2"}'], {}, '"PET_NNODES" is set by Trainer'),
         ([*LEAST, 'tolerations=["a b"]'], {}, "run.executor.tolerations must be KEY=VALUE:EFFECT"),

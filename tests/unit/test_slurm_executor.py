@@ -242,7 +242,7 @@ def test_shipped_code_comes_first_and_what_is_not_shipped_is_said(dry, tmp_path)
         (["nodes=3"], {}, "You asked for 3 nodes x 1 devices; with 1 devices a node, run.executor.nodes = 2, 4 fit"),
         (["nodes=1"], {}, "world size 1 is not divisible by tensor x pipeline x context parallel size = 2 x 1 x 1"),
         (["devices=0"], {}, "run.executor.devices must be at least 1, got 0"),
-        (["nodes=two"], {}, 'run.executor.nodes must be int, got "two"'),
+        (["nodes=two"], {}, "run.executor.nodes must be int, got 'two'"),
         (["time=soon"], {}, 'run.executor.time must be MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS, got "soon"'),
         (["time=3"], {}, "run.executor.stop_seconds = 300 must be less than time = 3, 180 s"),
         (["time=0-0", "stop_seconds=0"], {}, 'run.executor.time must be more than nothing, got "0-0"'),
@@ -264,7 +264,7 @@ def test_shipped_code_comes_first_and_what_is_not_shipped_is_said(dry, tmp_path)
         (["job_details.folder=x"], {}, 'unknown field "run.executor.job_details.folder". It has no fields.'),
         (["launcher.nsys=true"], {}, 'unknown field "run.executor.launcher.nsys". Did you mean nsys_trace'),
         (["launcher=ft"], {}, "run.executor.launcher is a section"),
-        (["srun_args=3"], {}, "run.executor.srun_args must be Optional[list[str]]"),
+        (["srun_args=3"], {}, "run.executor.srun_args must be list[str] | None"),
         (['container_mounts=["a:b"]'], {}, "run.executor.container_mounts needs container_image"),
         (
             ["devices=2", "container_image=x"],

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from distill_nemo.config import ModelConfig, first_few
+from distill_nemo.config import ModelConfig
+from distill_nemo.fields import first_few
 from distill_nemo.models.checkpoints.config_fields import read_json, shown
 from distill_nemo.models.families.huggingface import QK_NORM_FAMILIES
 

@@ -17,7 +17,8 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from distill_nemo.config import ModelConfig, first_few
+from distill_nemo.config import ModelConfig
+from distill_nemo.fields import first_few
 from distill_nemo.models.architecture import with_stored_vocabulary
 from distill_nemo.models.families.huggingface import QK_NORM_FAMILIES
 from distill_nemo.models.layers.block_configs import Layer, layers

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from distill_nemo.config import ModelConfig, near
+from distill_nemo.config import ModelConfig
+from distill_nemo.fields import near
 from distill_nemo.models.checkpoints.config_fields import MAX_EXPERTS, MAX_LAYERS, MAX_POSITIONS, Fields, shown
 from distill_nemo.models.families.rope import read_rope
 from distill_nemo.models.layers.experts import MOE_FAMILIES, MOE_FIELDS

@@ -1,0 +1,144 @@
+"""Fields of configs: each carries its help and its range, and one function refuses a wrong value.
+
+No torch: the command line reads these in the launcher, which must stay quick.
+"""
+
+import difflib
+import math
+import operator
+import reprlib
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import field, is_dataclass
+from typing import Any
+
+NO_METADATA: Mapping[str, Any] = types.MappingProxyType({})
+_LIMITS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
+    "at_least": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "at_most": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
+_SHOWN = reprlib.Repr(maxstring=100, maxother=100)
+
+
+def setting[T](
+    default: T,
+    help: str = "",
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> T:
+    """Return a dataclass field with its default, its line in `--help`, and its range."""
+    limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    metadata = {"help": help, "limits": {name: limit for name, limit in limits.items() if limit is not None}}
+    if isinstance(default, list):
+        return typing.cast(T, field(default_factory=default.copy, metadata=metadata))
+    return field(default=default, metadata=metadata)
+
+
+def help_of(metadata: Mapping[str, Any]) -> str:
+    """Return a field's help, with its range."""
+    return "; ".join(text for text in (_range_of(metadata), metadata.get("help", "")) if text)
+
+
+def checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any] = NO_METADATA) -> Any:
+    """Return `value` if it has the type `hint` and the range in `metadata`. A float may come as int or as text.
+
+    Raises:
+        ValueError: naming the field, what came and what is allowed.
+    """
+    try:
+        value = _converted(value, hint)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(_wrong_type(name, value, hint)) from None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value}")
+    limits = metadata.get("limits", {})
+    if value is not None and not all(_LIMITS[limit][1](value, limits[limit]) for limit in limits):
+        raise ValueError(f"{name} must be {_range_of(metadata)}, got {value}")
+    return value
+
+
+def _converted(value: Any, hint: Any) -> Any:
+    """Return `value` as a `hint`.
+
+    Raises:
+        TypeError, ValueError, OverflowError: if it is none.
+    """
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or (value is None and type(None) in args):
+        return value
+    if is_union(hint):
+        return _converted(value, plain_type(hint))
+    if origin is typing.Literal and isinstance(value, str) and value in args:
+        return value
+    if origin is list and isinstance(value, list):
+        return [_converted(each, args[0]) for each in value]
+    if origin is dict and isinstance(value, dict):
+        return {_converted(key, args[0]): _converted(each, args[1]) for key, each in value.items()}
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        return float(value)  # YAML reads 1e-4 as text
+    if hint in (int, str, bool) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise TypeError
+
+
+def _wrong_type(name: str, value: Any, hint: Any) -> str:
+    plain = plain_type(hint)
+    if typing.get_origin(plain) is typing.Literal and isinstance(value, str):
+        return f'{name} = "{value}" is not known.{near(value, typing.get_args(plain))}'
+    example = """, such as '["a", "b"]'""" if plain == list[str] else ""
+    return f"{name} must be {type_name(hint)}{example}, got {_SHOWN.repr(value)}"
+
+
+def _range_of(metadata: Mapping[str, Any]) -> str:
+    return " and ".join(f"{_LIMITS[name][0]} {limit}" for name, limit in metadata.get("limits", {}).items())
+
+
+def is_union(hint: Any) -> bool:
+    """Return True for `X | Y` and `Union[X, Y]`."""
+    return isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+
+
+def plain_type(hint: Any) -> Any:
+    """Return `X` of `X | None`."""
+    return next(arg for arg in typing.get_args(hint) if arg is not type(None)) if is_union(hint) else hint
+
+
+def type_name(hint: Any) -> str:
+    """Return a type as one would write it; a `Literal` by its choices."""
+    if is_union(hint):
+        return " | ".join(map(type_name, typing.get_args(hint)))
+    if typing.get_origin(hint) is typing.Literal:
+        return " | ".join(typing.get_args(hint))
+    if hint is type(None):
+        return "None"
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")
+
+
+def sections_of(hints: Mapping[str, Any]) -> dict[str, type]:
+    """Return the dataclasses among types by name: the sections of a config."""
+    plain = {name: plain_type(hint) for name, hint in hints.items()}
+    return {name: hint for name, hint in plain.items() if isinstance(hint, type) and is_dataclass(hint)}
+
+
+def require(ok: bool, message: str) -> None:
+    """Raise `ValueError(message)` unless ok."""
+    if not ok:
+        raise ValueError(message)
+
+
+def near(word: str, allowed: Iterable[str]) -> str:
+    """Return ' Did you mean ...?' for a word that is not allowed, or the list of all that are."""
+    allowed = list(allowed)
+    close = difflib.get_close_matches(word, allowed, n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(close)}?" if close else f" Known: {', '.join(allowed)}."
+
+
+def first_few(words: list[str], most: int) -> list[str]:
+    """Return the first `most` words and, where there are more, how many."""
+    return words[:most] + ([f"and {len(words) - most} more"] if len(words) > most else [])
