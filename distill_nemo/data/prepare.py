@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from distill_nemo.data.inputs import find_files
-from distill_nemo.data.manifest import pack_vocabulary, read_manifest
+from distill_nemo.data.manifest import pack_vocabulary, read_json, read_manifest
 from distill_nemo.data.parts import (
     MAX_LISTED,
     Part,
@@ -81,10 +81,15 @@ def prepare(
 
     Raises:
         ValueError: no input, or one that cannot be read; no such tokenizer, no end-of-document token, too many bad
-            records, no document at all; an output of other inputs, or one that another process writes.
-        OSError: when the output cannot be written; whole parts are kept.
+            records, no document at all; an output of other inputs, or one that another process writes; a negative
+            number.
+        OSError: when the output cannot be written.
+            Whole parts are kept, in either case.
     """
     began = time.monotonic()
+    for name, number in (("num_workers", num_workers), ("max_bad_records", max_bad_records)):
+        if number is not None and number < 0:
+            raise ValueError(f"{name} must be at least 0, got {number}")
     output = _check_output(output)
     found = find_files(inputs)
     print("".join(f"{line}\n" for line in found.lines()), end="")
@@ -228,23 +233,29 @@ def _publish(parts_dir: Path, output: str, manifest: dict[str, Any]) -> None:
 
 @contextmanager
 def _parts_kept(output: str, parts_dir: Path) -> Iterator[None]:
-    """Keep the parts that are whole when a disk is full, or the like; remove all when the inputs are refused."""
+    """Keep the parts that are whole when a disk is full or an input is refused: they may be hours of work."""
     try:
         parts_dir.mkdir(exist_ok=True)
         yield
-    except ValueError:
-        shutil.rmtree(parts_dir)
-        raise
-    except OSError as error:
-        for path in parts_dir.glob("*.*"):
-            if not path.with_suffix(".json").exists():
-                path.unlink()
-        if not list(parts_dir.glob("0*.json")):
-            shutil.rmtree(parts_dir, ignore_errors=True)
-        raise OSError(
-            f"output = {output} cannot be written: {error.strerror or error}; when that is mended, the same command "
-            f"goes on with the parts that are whole"
-        ) from None
+    except (ValueError, OSError) as error:
+        kept = _remove_unfinished(parts_dir)
+        again = "\nThe parts that are whole are kept: the same command goes on with them" if kept else ""
+        if isinstance(error, ValueError):
+            raise ValueError(f"{error}{again}") from None
+        raise OSError(f"output = {output} cannot be written: {error.strerror or error}{again}") from None
+
+
+def _remove_unfinished(parts_dir: Path) -> bool:
+    """Remove parts that are not whole, hold bad records or hold no document; return True if others are left."""
+    manifests = {path.stem: read_json(path) or {} for path in parts_dir.glob("0*.json")}
+    whole = [name for name, part in manifests.items() if part.get("documents") and not part.get("bad_records")]
+    names = {*whole, "tokenizer"}
+    for path in parts_dir.glob("*.*"):
+        if path.stem not in names:
+            path.unlink()
+    if not whole:
+        shutil.rmtree(parts_dir, ignore_errors=True)
+    return bool(whole)
 
 
 def _tell(output: str, result: PrepareResult, fresh: int | None) -> None:

@@ -238,5 +238,8 @@ def test_what_cannot_be_prepared_is_refused(tmp_path: Path, tokenizer: str):
         prepare([str(tmp_path / "empty.txt")], out, tokenizer)
     with pytest.raises(ValueError, match=r"mine\.bin exists and was not made by prepare"):
         prepare(text, str(tmp_path / "mine"), tokenizer)
+    for name in ("num_workers", "max_bad_records"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 0, got -1"):
+            prepare(text, out, tokenizer, **{name: -1})
     assert leftovers(tmp_path) == ["a.txt", "empty.txt", "mine.bin", "plain"]
     assert prepare(text, out, without_eod, append_eod=False).documents == 1
