@@ -167,6 +167,6 @@ def _difference(field: str, before: Any, after: Any, saved: dict[str, Any], now:
     if None not in contents:
         if contents[0] == contents[1]:
             return []
-        if before == after:
+        if before == after and field != "student.checkpoint":  # the checkpoint has the student's weights
             return [f"{field}: {after!r} holds other contents than when the run began"]
     return [f"{field}: was {before!r}, is {after!r}"] if before != after else []

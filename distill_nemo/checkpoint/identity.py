@@ -37,6 +37,7 @@ def run_record(config: RunConfig, remember: bool = False) -> dict[str, Any]:
     Every rank must call it. With `remember` the hashes are kept in the output directory.
     """
     files: dict[str, list[tuple[str, Path | None]]] = {
+        "student.checkpoint": _weights(config.student.checkpoint),
         "teacher.checkpoint": _weights(config.teacher.checkpoint if config.teacher else None),
         "data.train": _token_files(config.data.train),
         "data.valid": _token_files(config.data.valid),
@@ -130,7 +131,7 @@ def _hash_share(todo: list[Part]) -> list[str] | str:
         done += part.length
         if dist.get_rank() == 0 and time.monotonic() - said > PROGRESS_SECONDS:
             said = time.monotonic()
-            print(f"hashing teacher and token files: {done / own_bytes:.0%} of {total / 1e9:,.0f} GB", flush=True)
+            print(f"hashing models and token files: {done / own_bytes:.0%} of {total / 1e9:,.0f} GB", flush=True)
     return hashes
 
 

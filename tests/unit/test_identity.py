@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from distill_nemo.checkpoint import identity
-from distill_nemo.checkpoint.directory import changes
+from distill_nemo.checkpoint.directory import changes, check_resumable
 from distill_nemo.checkpoint.identity import run_record
 from distill_nemo.config import DataConfig, ParallelismConfig, RunConfig, StudentConfig, TeacherConfig
 from distill_nemo.runtime import file_hashes
@@ -201,6 +201,22 @@ def test_moved_files_are_the_same(tmp_path, alone):
     for name in ("here", "there"):
         write_run_files(tmp_path / name)
     assert record(tmp_path / "here", tmp_path) == record(tmp_path / "there", tmp_path)
+
+
+def test_a_student_is_known_by_its_weights_where_they_moved_and_by_its_path_where_they_changed(tmp_path, alone):
+    def resumed(name):
+        config = RunConfig(str(tmp_path / "run"), StudentConfig(checkpoint=str(tmp_path / name / "teacher")))
+        check_resumable(json.loads(json.dumps(saved)), run_record(config), True)
+
+    for name in ("here", "there", "other"):
+        write_run_files(tmp_path / name)
+    (tmp_path / "other" / "teacher" / "model.safetensors").write_bytes(b"others")
+    saved = run_record(RunConfig(str(tmp_path / "run"), StudentConfig(checkpoint=str(tmp_path / "here" / "teacher"))))
+    resumed("there")
+    with pytest.raises(ValueError, match=r"student\.checkpoint: was '.*here/teacher', is '.*other/teacher'"):
+        resumed("other")
+    (tmp_path / "here" / "teacher" / "model.safetensors").write_bytes(b"trained further")
+    resumed("here")
 
 
 def shares(root, paths, part_bytes):
