@@ -23,7 +23,7 @@ from distill_nemo.models.checkpoints.huggingface import load_hf_weights
 from distill_nemo.models.checkpoints.megatron import check_megatron_tensors, load_megatron_weights
 from distill_nemo.models.checkpoints.modelopt_state import restore_modelopt_state
 from distill_nemo.models.checkpoints.sources import CheckpointKind, FoundCheckpoint, find_checkpoint
-from distill_nemo.models.distillation.convert import convert_to_distillation_model, own_stage
+from distill_nemo.models.distillation.convert import convert_to_distillation_model, detach, own_stage
 from distill_nemo.models.distillation.offload import HostWeights
 from distill_nemo.models.layers.experts import initialise_experts, keep_experts_apart
 from distill_nemo.models.megatron import gpt_model, transformer_config
@@ -86,16 +86,7 @@ def finalise(model: nn.Module) -> nn.Module:
     """The clean student out of a distillation model (`mtd.export`); any other model as it is."""
     if not isinstance(model, mtd.DistillationModel):
         return model
-    vars(model).pop("hidden_losses").remove()
-    for name in (
-        "fused_output",
-        "train",
-        "sharded_state_dict",
-        "forward",
-        "set_input_tensor",
-        "compute_language_model_loss",
-    ):
-        vars(model).pop(name, None)
+    detach(model)
     student = mtd.export(model)
     state = ModeloptStateManager(student).state_dict()
     state[:] = [mode for mode in state if mode[0] not in ("kd_loss", "export_student")]  # they cannot be restored

@@ -76,7 +76,7 @@ def shape_of_modes(student, teacher):
 
     plain = provider(student)(True, True, True)
     pair = provider(student, teacher)(True, True, True)
-    is_pair, pair_logits = isinstance(pair, mtd.DistillationModel), logits(pair)
+    is_pair, pair_logits, used = isinstance(pair, mtd.DistillationModel), logits(pair), pair.teacher_model
     clean = finalise(pair)
     hooks = [
         (name, hook)
@@ -90,7 +90,7 @@ def shape_of_modes(student, teacher):
         "pair": is_pair,
         "clean": type(clean) is GPTModel,
         "hooks": [str(hook) for hook in hooks],
-        "left_over": sorted(set(vars(clean)) - set(vars(plain))),
+        "left_over": sorted({*vars(clean), *vars(used)} - set(vars(plain))),
         "same_keys": list(clean.state_dict()) == list(plain.state_dict()),
         "same_weights": same,
         "logits": (logits(plain), pair_logits, logits(clean)),

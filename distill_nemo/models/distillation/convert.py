@@ -26,6 +26,7 @@ from distill_nemo.models.distillation.fused_output import FusedOutput, hand_on_h
 from distill_nemo.models.distillation.hidden_losses import HiddenLosses
 
 HIDDEN = {"cosine": HiddenStateCosineLoss, "mse": HiddenStateMSELoss}
+ATTACHED = "_attached_by_distillation"  # the names that `attach` has set on an instance
 FINAL_NORM = "decoder.final_layernorm"
 LAYER = re.compile(r"^decoder\.layers\.(\d+)(|\.self_attention|\.mlp)$")  # outputs that are whole on every rank
 
@@ -56,9 +57,23 @@ def convert_to_distillation_model(
     modules = {str(number): loss for number, (_, _, loss) in pairs.items() if loss.projection is not None}
     model._loss_modules = nn.ModuleDict(modules)  # by the number in the config: the same at every layout
     losses = HiddenLosses(pairs, len(distill_cfg.hidden_layers), lambda: balancer.weights()[2])
-    object.__setattr__(model, "hidden_losses", losses)
-    object.__setattr__(model, "fused_output", fused)
+    attach(model, hidden_losses=losses, fused_output=fused)
     return adjust_distillation_model_for_mcore(model, distill_cfg)
+
+
+def attach(model: nn.Module, **attributes: object) -> None:
+    """Set attributes of this instance until `detach`, past the registration of modules and ModelOpt's `__setattr__`."""
+    for name, value in attributes.items():
+        object.__setattr__(model, name, value)
+    object.__setattr__(model, ATTACHED, {*vars(model).get(ATTACHED, ()), *attributes})
+
+
+def detach(model: mtd.DistillationModel) -> None:
+    """Remove everything that was attached to the model and its teacher, and the hooks of the hidden losses."""
+    vars(model)["hidden_losses"].remove()
+    for each in (model, model.teacher_model):
+        for name in vars(each).pop(ATTACHED):
+            del vars(each)[name]
 
 
 def build_balancer(distill_cfg: DistillationConfig) -> mtd.DistillationLossBalancer:
@@ -223,8 +238,7 @@ def adjust_distillation_model_for_mcore(
     - with a fused output, the last stage hands on hidden states too (`models/distillation/fused_output.py`).
     """
     overrides = (_train, _sharded_state_dict, _forward, _set_input_tensor)
-    for function in overrides:
-        object.__setattr__(model, function.__name__[1:], MethodType(function, model))
+    attach(model, **{function.__name__[1:]: MethodType(function, model) for function in overrides})
     lm_counts = distill_cfg.balancer == "dynamic" and not distill_cfg.skip_lm_loss
     lm_counts = lm_counts or (distill_cfg.balancer == "static" and distill_cfg.lm_weight != 0)
     lm_counts = lm_counts or not logits_count(distill_cfg)  # backward has to begin somewhere, if with weight 0
@@ -238,8 +252,8 @@ def adjust_distillation_model_for_mcore(
         return torch.zeros_like(labels, dtype=logits.dtype)
 
     teacher: Any = model.teacher_model
-    object.__setattr__(model, "compute_language_model_loss", MethodType(student_lm_loss, model))
-    teacher.compute_language_model_loss = MethodType(teacher_lm_loss, teacher)
+    attach(model, compute_language_model_loss=MethodType(student_lm_loss, model))
+    attach(teacher, compute_language_model_loss=MethodType(teacher_lm_loss, teacher))
     teacher.eval()
     return model
 
