@@ -158,9 +158,7 @@ def run_config(shape: Shape, root: str) -> RunConfig:
     config.data = DataConfig(sequence_length=shape.length)
     config.training = TrainingConfig(steps=10**6, micro_batch_size=shape.samples, global_batch_size=shape.samples)
     config.training.dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    from distill_nemo.training.entry import resolve_models
-
-    return resolve_models(config)
+    return config
 
 
 class RandomTokens(Dataset):
@@ -190,6 +188,7 @@ def stepper(
     """A run's next step, each time it is called."""
     import copy
 
+    from distill_nemo.training.entry import resolve_models
     from distill_nemo.training.loop import Loop
     from distill_nemo.training.setup import build_chunks, wrap
 
@@ -197,8 +196,9 @@ def stepper(
     config.distillation.fused_linear = fused
     if not teacher:
         config.teacher = None
+    config, models = resolve_models(config)
     dtype = getattr(torch, config.training.dtype)
-    chunks = [modelopt_model(config, dtype)] if modelopt else build_chunks(config, dtype, load_weights=True)
+    chunks = [modelopt_model(config, dtype)] if modelopt else build_chunks(config, models, dtype, load_weights=True)
     data = RandomTokens(config.data.sequence_length, config.student.vocab_size or 0)
     loop = Loop(config, wrap(chunks, config, dtype, load_weights=True), (data, None), setup_device())
     if modelopt:
@@ -209,11 +209,12 @@ def stepper(
 def teacher_forward(config: RunConfig) -> Callable[[], Tensor]:
     """The logits of one micro batch by the teacher."""
     from distill_nemo.models.provider import model_provider
+    from distill_nemo.models.resolve import resolve
 
     assert config.teacher is not None
     dtype = getattr(torch, config.training.dtype)
     data = RandomTokens(config.data.sequence_length, config.student.vocab_size or 0)
-    teacher: Any = model_provider(student=config.teacher, parallelism=config.parallelism, dtype=dtype)  # type: ignore
+    teacher: Any = model_provider(student=resolve(config.teacher), parallelism=config.parallelism, dtype=dtype)
     teacher = teacher.cuda().requires_grad_(False).eval()
     rows = [data[number] for number in range(config.training.micro_batch_size)]
     inputs = [torch.stack([row[name] for row in rows]).cuda() for name in ("tokens", "position_ids")]
@@ -226,10 +227,11 @@ def modelopt_model(config: RunConfig, dtype: torch.dtype) -> Any:
     from modelopt.torch.distill.plugins import megatron as plugin
 
     from distill_nemo.models.provider import model_provider
+    from distill_nemo.models.resolve import resolve
 
     assert config.teacher is not None
     student: Any = model_provider(student=config.student, parallelism=config.parallelism, dtype=dtype)
-    teacher: Any = model_provider(student=config.teacher, parallelism=config.parallelism, dtype=dtype)  # type: ignore
+    teacher: Any = model_provider(student=resolve(config.teacher), parallelism=config.parallelism, dtype=dtype)
     teacher.requires_grad_(False)
     settings = plugin.setup_distillation_config(plugin.DistillationConfig(), student.config, teacher.config)
     mode = {"teacher_model": teacher, "criterion": settings.criterion, "loss_balancer": settings.loss_balancer}

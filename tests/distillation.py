@@ -101,12 +101,12 @@ def megatron_steps(cells: list[tuple[Case, Layout, str]]) -> list[dict[str, Any]
     setup_device()
     from distill_nemo.training.entry import resolve_models
 
-    runs = [(case, resolve_models(case.run_config(output, layout)), output) for case, layout, output in cells]
+    runs = [(case, *resolve_models(case.run_config(output, layout)), output) for case, layout, output in cells]
     with process_groups(runs[0][1].parallelism):
-        return [_step(case, run, output) for case, run, output in runs]
+        return [_step(*cell) for cell in runs]
 
 
-def _step(case: Case, run: RunConfig, output: str) -> dict[str, Any]:
+def _step(case: Case, run: RunConfig, models: Any, output: str) -> dict[str, Any]:
     from distill_nemo.checkpoint.save import CheckpointWriter
     from distill_nemo.checkpoint.state import _allocate_adam_state
     from distill_nemo.runtime.seed import seed_everything
@@ -114,7 +114,7 @@ def _step(case: Case, run: RunConfig, output: str) -> dict[str, Any]:
     from distill_nemo.training.setup import build_trainee
 
     seed_everything(0)
-    trainee = build_trainee(run, torch.float32, load_weights=True)
+    trainee = build_trainee(run, models, torch.float32, load_weights=True)
     held_out = _evaluated(case, run, trainee)
     if case.distillation.get("balancer") == "dynamic":
         first = _evaluated(case, run, trainee, forward_step)

@@ -9,7 +9,7 @@ import uuid
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,9 @@ from distill_nemo.config import ParallelismConfig, RunConfig, StudentConfig
 from distill_nemo.runtime.errors import errors_in_one_screen
 from distill_nemo.runtime.orphans import end_with_parent
 from distill_nemo.runtime.process_groups import open_store, process_groups
+
+if TYPE_CHECKING:
+    from distill_nemo.models.architecture import Architecture
 
 
 def export_from_run(config: RunConfig) -> None:
@@ -51,7 +54,7 @@ def export_from_run(config: RunConfig) -> None:
         )
 
 
-def prepare_export(config: RunConfig, dtype: torch.dtype) -> None:
+def prepare_export(config: RunConfig, student: "Architecture", dtype: torch.dtype) -> None:
     """Refuse, before the first step, a run whose export would fail; nothing is written.
 
     Raises:
@@ -62,7 +65,7 @@ def prepare_export(config: RunConfig, dtype: torch.dtype) -> None:
     from distill_nemo.models.checkpoints.export_files import NO_EXPORT, export_files, exported_tokenizer
     from distill_nemo.models.checkpoints.huggingface import check_exportable, check_target
 
-    check_exportable(config.student)
+    check_exportable(student)
     check_target(_target(config))
     source = _source(config.student.checkpoint)
     tokenizer = exported_tokenizer(source, Path(config.data.tokenizer) if config.data.tokenizer else None)
@@ -71,7 +74,7 @@ def prepare_export(config: RunConfig, dtype: torch.dtype) -> None:
             load_tokenizer(str(tokenizer)).token_id("eos_token")
         except ValueError as error:
             raise ValueError(f"{error}; mend it, name another directory as data.tokenizer, or {NO_EXPORT}") from None
-    export_files(config.student, dtype, source, tokenizer).check()
+    export_files(student, dtype, source, tokenizer).check()
 
 
 def _target(config: RunConfig) -> Path:
@@ -98,13 +101,15 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None) -> None:
     from distill_nemo.runtime.device import resolve_dtype, setup_device
 
     setup_device()  # before Megatron is imported
+    from megatron.core.models.gpt import GPTModel
+
     from distill_nemo.checkpoint.directory import read_record
     from distill_nemo.checkpoint.load import check_whole
-    from distill_nemo.models.architecture import resolve
     from distill_nemo.models.checkpoints.huggingface import check_exportable, check_target, export_hf
     from distill_nemo.models.checkpoints.megatron import stored_dtype
     from distill_nemo.models.checkpoints.sources import CheckpointKind, find_checkpoint
     from distill_nemo.models.provider import model_provider
+    from distill_nemo.models.resolve import resolve
     from distill_nemo.models.source_check import check_source
     from distill_nemo.runtime.seed import seed_everything
 
@@ -121,37 +126,39 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None) -> None:
     if found.kind is CheckpointKind.OURS and not tokenizer:
         tokenizer = _tokenizer_of_run(read_record(where))
     with process_groups(ParallelismConfig()):
-        check_whole(student)
+        check_whole(student.name)
         seed_everything(0)
-        model: Any = model_provider(student=student, parallelism=ParallelismConfig(), dtype=dtype).cuda()
-        export_hf(model.eval(), output, student, tokenizer, _source(checkpoint))
+        model = model_provider(student=student, parallelism=ParallelismConfig(), dtype=dtype)
+        assert isinstance(model, GPTModel)
+        export_hf(model.cuda().eval(), output, student, tokenizer, _source(checkpoint))
     print(f"exported {where.name} to {output}: the reloaded model gives the same logits", flush=True)
 
 
-def _check_source_of_run(record: dict[str, Any], student: StudentConfig) -> None:
+def _check_source_of_run(record: dict[str, Any], student: "Architecture") -> None:
     """Hold the architecture of a run against the Hugging Face directory that its student came from, if that is there.
 
     Raises:
         ValueError: when transformers reads that directory otherwise than the run did.
     """
-    from distill_nemo.models.architecture import with_stored_vocabulary
     from distill_nemo.models.checkpoints.hf_tensors import check_hf_tensors
-    from distill_nemo.models.checkpoints.sources import CheckpointKind, find_checkpoint
+    from distill_nemo.models.checkpoints.sources import CheckpointKind
+    from distill_nemo.models.resolve import read_source
     from distill_nemo.models.source_check import check_source
 
-    source = replace(student, checkpoint=record["student"]["checkpoint"])
-    if source.checkpoint is None or not Path(source.checkpoint).is_dir():
+    checkpoint = record["student"]["checkpoint"]
+    if checkpoint is None or not Path(checkpoint).is_dir():
         return
     try:
-        found = find_checkpoint(Path(source.checkpoint))
-        if found.kind is not CheckpointKind.HUGGING_FACE:
+        source, _ = read_source(checkpoint)
+        if source.kind is not CheckpointKind.HUGGING_FACE:
             return
-        check_hf_tensors(found.weights, with_stored_vocabulary(source))
+        model = replace(student, name=checkpoint, source=source)
+        check_hf_tensors(source.weights, model.as_stored)
     except ValueError as error:
         print(f"warning: the run's source is another model now, and was not compared: {error}", file=sys.stderr)
         return
     try:
-        check_source(source)
+        check_source(model)
     except ValueError as error:
         raise ValueError(f"the run did not read its student as transformers does; train again: {error}") from None
 

@@ -17,7 +17,6 @@ from distill_nemo.checkpoint.state import (
     sharded_state,
 )
 from distill_nemo.checkpoint.whole import damages
-from distill_nemo.config import ModelConfig
 from distill_nemo.fields import first_few
 from distill_nemo.models.checkpoints.sources import CheckpointKind, candidates, find_checkpoint, tracker_fault
 from distill_nemo.runtime.pickles import read_contents, weights_only
@@ -52,13 +51,13 @@ def newest_whole(root: Path) -> Path | None:
     return None
 
 
-def check_whole(*models: ModelConfig | None) -> None:
+def check_whole(*checkpoints: str | None) -> None:
     """Refuse models from a run of ours whose files are not what was written; every rank must call it.
 
     Raises:
         ValueError: naming the files.
     """
-    for checkpoint in (model.checkpoint for model in models if model is not None and model.checkpoint):
+    for checkpoint in filter(None, checkpoints):
         found = find_checkpoint(Path(checkpoint))
         if found.kind is not CheckpointKind.OURS:
             continue

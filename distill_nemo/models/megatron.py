@@ -5,6 +5,7 @@ import logging
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.parallel_state import get_tensor_model_parallel_rank
 from megatron.core.transformer import TransformerConfig
@@ -12,10 +13,9 @@ from megatron.core.transformer.heterogeneous.heterogeneous_config import Heterog
 from torch import Tensor
 from torch.nn.init import zeros_
 
-from distill_nemo.config import ModelConfig, ParallelismConfig
-from distill_nemo.models.architecture import padded_vocab_size
-from distill_nemo.models.families.huggingface import QK_NORM_FAMILIES
-from distill_nemo.models.layers.block_configs import as_megatron, layers
+from distill_nemo.config import ParallelismConfig
+from distill_nemo.models.architecture import Architecture, padded_vocab_size
+from distill_nemo.models.layers.block_configs import write_block_configs
 from distill_nemo.models.layers.context_parallel import give_own_positions
 from distill_nemo.models.layers.experts import expert_settings
 from distill_nemo.models.layers.specs import block_spec
@@ -25,12 +25,12 @@ LOADED: dict[str, Any] = {"init_method": zeros_, "output_layer_init_method": zer
 
 
 def transformer_config(
-    model: ModelConfig, parallelism: ParallelismConfig, dtype: torch.dtype, recompute: str | None = None
+    model: Architecture, parallelism: ParallelismConfig, dtype: torch.dtype, recompute: str | None = None
 ) -> TransformerConfig:
-    """Megatron's config of a resolved model at a layout.
+    """Megatron's config of an architecture at a layout.
 
     Args:
-        model: resolved.
+        model: the architecture.
         parallelism: Megatron's parallel sizes. Layers that do not divide evenly over stages are spread.
         dtype: of weights and activations.
         recompute: `full` (every layer), `selective` (the core attention) or None.
@@ -40,30 +40,28 @@ def transformer_config(
     """
     _check_layout(model, parallelism)
     on_cpu = not torch.cuda.is_available()
-    resolved: Any = model
-    granularity: Any = recompute
     kind, differing = TransformerConfig, {}
     if model.block_configs is not None:
-        kind = HeterogeneousTransformerConfig
-        differing["heterogeneous_layers_config_encoded_json"] = json.dumps({"block_configs": as_megatron(model)})
+        kind, blocks = HeterogeneousTransformerConfig, {"block_configs": write_block_configs(model.layers)}
+        differing["heterogeneous_layers_config_encoded_json"] = json.dumps(blocks)
     return kind(
         **differing,
-        **expert_settings(resolved, parallelism, dtype),
-        num_layers=resolved.num_layers,
-        hidden_size=resolved.hidden_size,
-        ffn_hidden_size=resolved.ffn_hidden_size,
-        num_attention_heads=resolved.num_attention_heads,
-        num_query_groups=resolved.num_query_groups,
-        kv_channels=resolved.kv_channels,
-        layernorm_epsilon=resolved.norm_epsilon,
+        **expert_settings(model.experts, parallelism, dtype),
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        layernorm_epsilon=model.norm_epsilon,
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
-        add_qkv_bias=resolved.family == "qwen2",
-        qk_layernorm=resolved.family in QK_NORM_FAMILIES,
-        init_method_std=resolved.init_std,
-        **({} if resolved.checkpoint is None else LOADED),
+        add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
+        init_method_std=model.init_std,
+        **({} if model.source is None else LOADED),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -74,10 +72,10 @@ def transformer_config(
         tensor_model_parallel_size=parallelism.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallelism.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallelism.virtual_pipeline_model_parallel_size,
-        pipeline_model_parallel_layout=_stage_layout(resolved.num_layers, parallelism),
+        pipeline_model_parallel_layout=_stage_layout(model.num_layers, parallelism),
         context_parallel_size=parallelism.context_parallel_size,
         sequence_parallel=parallelism.sequence_parallel,
-        recompute_granularity=granularity,
+        recompute_granularity=recompute,  # pyright: ignore[reportArgumentType]  # "full", "selective" or None
         recompute_method="uniform" if recompute == "full" else None,
         recompute_num_layers=1 if recompute == "full" else None,
         use_cpu_initialization=True,  # the same weights at every tensor parallel size
@@ -102,21 +100,19 @@ def _stage_layout(num_layers: int, parallelism: ParallelismConfig) -> list[list[
     return stages
 
 
-def _check_layout(model: ModelConfig, parallelism: ParallelismConfig) -> None:
+def _check_layout(model: Architecture, parallelism: ParallelismConfig) -> None:
     tensor, expert = parallelism.tensor_model_parallel_size, parallelism.expert_model_parallel_size
-    assert model.vocab_size is not None, "resolved"
-    who = model.checkpoint or type(model).__name__
-    if model.num_experts is not None and model.num_experts % expert:
+    if model.experts is not None and model.experts.num_experts % expert:
         raise ValueError(
-            f"{who}: num_experts = {model.num_experts} is not divisible by "
+            f"{model.name}: num_experts = {model.experts.num_experts} is not divisible by "
             f"parallelism.expert_model_parallel_size = {expert}"
         )
     by_layer = [
         (
-            f"{'moe_' if model.num_experts and name == 'ffn_hidden_size' else ''}{name} of layer {i}",
+            f"{'moe_' if model.experts and name == 'ffn_hidden_size' else ''}{name} of layer {i}",
             getattr(layer, name),
         )
-        for i, layer in enumerate(layers(model))
+        for i, layer in enumerate(model.layers)
         for name in ("num_query_groups", "ffn_hidden_size")
     ]
     for name, value in (
@@ -126,12 +122,12 @@ def _check_layout(model: ModelConfig, parallelism: ParallelismConfig) -> None:
     ):
         if value is not None and value % tensor:
             raise ValueError(
-                f"{who}: {name} = {value} is not divisible by parallelism.tensor_model_parallel_size = {tensor}"
+                f"{model.name}: {name} = {value} is not divisible by parallelism.tensor_model_parallel_size = {tensor}"
             )
 
 
 def gpt_model(
-    model: ModelConfig,
+    model: Architecture,
     config: TransformerConfig,
     *,
     pre_process: bool = True,
@@ -139,29 +135,26 @@ def gpt_model(
     parallel_output: bool = True,
     vp_stage: int | None = None,
 ) -> GPTModel:
-    """This pipeline stage, with random weights. Megatron calls the class deprecated; only this function names it."""
+    """Build this pipeline stage, with random weights. Megatron calls the class deprecated; only this names it."""
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
-    assert model.vocab_size is not None and model.max_position_embeddings is not None, "resolved"
-    scaling: dict[str, Any] = model.rope_scaling or {}
-    spec: Any = block_spec(config, vp_stage)
-    base: Any = model.rotary_base
+    scaling = model.rope_scaling or {}
     built = GPTModel(
         config,
-        spec,
+        block_spec(config, vp_stage),  # pyright: ignore[reportArgumentType]  # it takes the layers of a block, too
         vocab_size=padded_vocab_size(model.vocab_size),
         max_sequence_length=model.max_position_embeddings,
         pre_process=pre_process,
         post_process=post_process,
         parallel_output=parallel_output,
-        share_embeddings_and_output_weights=bool(model.tie_word_embeddings),
+        share_embeddings_and_output_weights=model.tie_word_embeddings,
         position_embedding_type="rope",
-        rotary_base=base,
+        rotary_base=model.rotary_base,  # pyright: ignore[reportArgumentType]  # a float is a base, too
         rope_scaling=bool(scaling),
         rope_scaling_factor=scaling.get("factor", 8.0),
         vp_stage=vp_stage,
     )
-    rotary: Any = built.rotary_pos_emb
-    give_own_positions(rotary)
+    assert isinstance(built.rotary_pos_emb, RotaryEmbedding)
+    give_own_positions(built.rotary_pos_emb)
     if post_process:
         built.output_layer.register_forward_hook(_MaskPadding(model.vocab_size))
     return built

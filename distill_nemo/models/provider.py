@@ -1,7 +1,6 @@
 """Build the models of a run: the student, its teacher, or the pair as one distillation model."""
 
 import contextlib
-from pathlib import Path
 from typing import Any
 
 import modelopt.torch.distill as mtd
@@ -10,23 +9,18 @@ from megatron.core.models.gpt import GPTModel
 from modelopt.torch.opt.conversion import ModeloptStateManager
 from torch import nn
 
-from distill_nemo.config import (
-    DistillationConfig,
-    ModelConfig,
-    ParallelismConfig,
-    StudentConfig,
-    TeacherConfig,
-)
-from distill_nemo.models.architecture import resolve, resolve_pair, with_stored_vocabulary
+from distill_nemo.config import DistillationConfig, ParallelismConfig, StudentConfig, TeacherConfig
+from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.hf_tensors import check_hf_tensors
 from distill_nemo.models.checkpoints.huggingface import load_hf_weights
 from distill_nemo.models.checkpoints.megatron import check_megatron_tensors, load_megatron_weights
 from distill_nemo.models.checkpoints.modelopt_state import restore_modelopt_state
-from distill_nemo.models.checkpoints.sources import CheckpointKind, FoundCheckpoint, find_checkpoint
+from distill_nemo.models.checkpoints.sources import CheckpointKind, Source
 from distill_nemo.models.distillation.convert import convert_to_distillation_model, detach, own_stage
 from distill_nemo.models.distillation.offload import HostWeights
 from distill_nemo.models.layers.experts import initialise_experts, keep_experts_apart
 from distill_nemo.models.megatron import gpt_model, transformer_config
+from distill_nemo.models.resolve import resolve, resolve_pair
 from distill_nemo.runtime.device import setup_device
 from distill_nemo.runtime.seed import seed_apart
 
@@ -39,16 +33,16 @@ def model_provider(
     post_process: bool = True,
     parallel_output: bool = True,
     *,
-    student: StudentConfig,
+    student: StudentConfig | Architecture,
     parallelism: ParallelismConfig,
     dtype: torch.dtype = torch.float32,
-    teacher: TeacherConfig | None = None,
+    teacher: TeacherConfig | Architecture | None = None,
     distillation: DistillationConfig | None = None,
     load_weights: bool = True,
     recompute: str | None = None,
     vp_stage: int | None = None,
 ) -> nn.Module:
-    """This pipeline stage of the student, as the mode asks.
+    """Build this pipeline stage of the student, as the mode asks.
 
     Without `teacher`: plain training. With it: a `mtd.DistillationModel`. `finalise` gives the clean student back.
 
@@ -56,10 +50,10 @@ def model_provider(
         pre_process: this stage holds the embedding.
         post_process: this stage holds the output layer.
         parallel_output: logits stay split over tensor-parallel ranks.
-        student: the student's architecture and where its weights come from (None: random).
+        student: its architecture, or a config from which that is resolved; without a checkpoint its weights are random.
         parallelism: Megatron's parallel sizes.
         dtype: of weights and activations.
-        teacher: the teacher, or None for training without one.
+        teacher: likewise, or None for training without one.
         distillation: what to learn from the teacher.
         load_weights: False skips the student's weights: a resumed run has its own.
         recompute: activations of the student to compute again in backward: `full`, `selective` or None.
@@ -70,20 +64,19 @@ def model_provider(
     """
     where = {"pre_process": pre_process, "post_process": post_process, "parallel_output": parallel_output}
     model_kwargs = {**where, "vp_stage": vp_stage, "parallelism": parallelism, "dtype": dtype}
-    student, teacher = resolve_pair(student, teacher)
-    if teacher is None:
-        return _build(student, model_kwargs, load_weights, recompute)
-    assert student.vocab_size is not None, "resolve fills it"
-    model = _build(student, model_kwargs, load_weights, recompute)
+    models = resolve_pair(student, teacher)
+    model = _build(models.student, model_kwargs, load_weights, recompute)
+    if models.teacher is None:
+        return model
     distillation = distillation or DistillationConfig()
-    frozen = _teacher_provider(teacher, model_kwargs)
+    frozen = _teacher_provider(models.teacher, model_kwargs)
     if distillation.offload_teacher:
         HostWeights([*frozen.decoder.layers], setup_device())
-    return convert_to_distillation_model(model, frozen, distillation, student.vocab_size)
+    return convert_to_distillation_model(model, frozen, distillation, models.student.vocab_size)
 
 
 def finalise(model: nn.Module) -> nn.Module:
-    """The clean student out of a distillation model (`mtd.export`); any other model as it is."""
+    """Return the clean student of a distillation model (`mtd.export`); any other model as it is."""
     if not isinstance(model, mtd.DistillationModel):
         return model
     detach(model)
@@ -96,11 +89,11 @@ def finalise(model: nn.Module) -> nn.Module:
     return student
 
 
-def _teacher_provider(config: TeacherConfig, model_kwargs: dict[str, Any]) -> GPTModel:
-    """The frozen teacher, of its own architecture, loaded from any supported checkpoint, in eval mode.
+def _teacher_provider(config: TeacherConfig | Architecture, model_kwargs: dict[str, Any]) -> GPTModel:
+    """Build the frozen teacher, of its own architecture, loaded from any supported checkpoint, in eval mode.
 
     Args:
-        config: the teacher; `checkpoint` None (random weights) is for tests only.
+        config: the teacher, or its architecture; random weights (no checkpoint) are for tests only.
         model_kwargs: `pre_process`, `post_process`, `parallel_output`, `vp_stage`, `parallelism`, `dtype`.
 
     Raises:
@@ -110,30 +103,30 @@ def _teacher_provider(config: TeacherConfig, model_kwargs: dict[str, Any]) -> GP
 
 
 def _build(
-    model: ModelConfig, model_kwargs: dict[str, Any], load_weights: bool, recompute: str | None = None
+    model: Architecture, model_kwargs: dict[str, Any], load_weights: bool, recompute: str | None = None
 ) -> GPTModel:
     kwargs = dict(model_kwargs)
-    found = find_checkpoint(Path(model.checkpoint)) if model.checkpoint else None
-    if found is not None and load_weights:
-        _check_weights(found, model)  # before memory is taken for them
+    source = model.source
+    if source is not None and load_weights:
+        _check_weights(source, model)  # before memory is taken for them
     config = transformer_config(model, kwargs.pop("parallelism"), kwargs.pop("dtype"), recompute)
     stage = own_stage(kwargs["vp_stage"])
     with seed_apart(STAGES_APART * stage) if stage else contextlib.nullcontext():
         built = gpt_model(model, config, **kwargs)
     keep_experts_apart(built)
-    if model.checkpoint is None:
+    if source is None:
         initialise_experts(built)
-    if found is not None:
-        restore_modelopt_state(built, found.weights)  # a resumed run needs the same modules for its own weights
-        if load_weights and found.kind is CheckpointKind.HUGGING_FACE:
-            load_hf_weights(built, str(found.weights), model)
-        elif load_weights:
-            load_megatron_weights(found.weights, built)
+        return built
+    restore_modelopt_state(built, source.weights)  # a resumed run needs the same modules for its own weights
+    if load_weights and source.kind is CheckpointKind.HUGGING_FACE:
+        load_hf_weights(built, source.weights, model)
+    elif load_weights:
+        load_megatron_weights(source.weights, built)
     return built
 
 
-def _check_weights(found: FoundCheckpoint, model: ModelConfig) -> None:
-    if found.kind is CheckpointKind.HUGGING_FACE:
-        check_hf_tensors(found.weights, with_stored_vocabulary(model))
+def _check_weights(source: Source, model: Architecture) -> None:
+    if source.kind is CheckpointKind.HUGGING_FACE:
+        check_hf_tensors(source.weights, model.as_stored)
     else:
-        check_megatron_tensors(found.weights, model)
+        check_megatron_tensors(source.weights, model.as_stored)

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 import transformers
+from megatron.core.models.gpt import GPTModel
 from safetensors.torch import save_file
 
-from distill_nemo.config import ModelConfig, ParallelismConfig, StudentConfig
+from distill_nemo.config import ParallelismConfig, StudentConfig
+from distill_nemo.models.architecture import Architecture, Layer
 from distill_nemo.models.checkpoints.agreement import logits_apart, open_with_transformers
-from distill_nemo.models.checkpoints.config_fields import read_json
 from distill_nemo.models.checkpoints.hf_tensors import (
     expected_tensors,
     has_weights,
@@ -26,7 +27,7 @@ from distill_nemo.models.checkpoints.hf_tensors import (
     read_tensor,
     stored_tensors,
 )
-from distill_nemo.models.checkpoints.sources import CheckpointKind, find_checkpoint
+from distill_nemo.models.checkpoints.sources import CheckpointKind, Source
 from distill_nemo.models.provider import model_provider
 from distill_nemo.runtime.process_groups import process_group_of_one
 from distill_nemo.runtime.seed import seed_everything
@@ -45,7 +46,7 @@ TOLERANCE = 1e-4  # in fp32; tiny models agree to 1e-6
 TOLERANCE_ON_GPU = 1e-2  # Transformer Engine multiplies fp32 in TF32
 
 
-def refusal_of_sources(*models: ModelConfig | None) -> str | None:
+def refusal_of_sources(*models: Architecture | None) -> str | None:
     """Return why a model that comes from a Hugging Face directory must not be trained with, or None."""
     try:
         for model in models:
@@ -56,8 +57,8 @@ def refusal_of_sources(*models: ModelConfig | None) -> str | None:
     return None
 
 
-def check_source(model: ModelConfig) -> None:
-    """Compare a resolved model with what transformers makes of its Hugging Face checkpoint; others are not looked at.
+def check_source(model: Architecture) -> None:
+    """Compare a model with what transformers makes of its Hugging Face checkpoint; others are not looked at.
 
     In fp32, by this process alone, before the run's process groups are there. A model of more than 64M parameters is
     compared by a copy that holds two of its layers, a few experts, and a part of its vocabulary and MLP.
@@ -65,54 +66,70 @@ def check_source(model: ModelConfig) -> None:
     Raises:
         ValueError: when transformers refuses the directory, or the logits differ.
     """
-    if model.checkpoint is None:
+    source = model.source
+    if source is None or source.kind is not CheckpointKind.HUGGING_FACE or not has_weights(source.weights):
         return
-    found = find_checkpoint(Path(model.checkpoint))
-    if found.kind is not CheckpointKind.HUGGING_FACE or not has_weights(found.weights):
-        return
-    with _small(found.weights, model) as (directory, small), process_group_of_one():
+    with _small(source, model) as (directory, small), process_group_of_one():
         reference = open_with_transformers(directory, torch.float32, pad_token_id=None)  # it may have no row
         seed_everything(0)
-        built: Any = model_provider(student=small, parallelism=ParallelismConfig()).cuda()
-        assert small.vocab_size is not None, "resolved"
-        apart = logits_apart(built, reference, small.vocab_size)
+        built = model_provider(student=small, parallelism=ParallelismConfig())
+        assert isinstance(built, GPTModel)
+        apart = logits_apart(built.cuda(), reference, small.vocab_size)
     del built, reference
     gc.collect()
     torch.cuda.empty_cache()
     allowed = TOLERANCE_ON_GPU if torch.cuda.is_available() else TOLERANCE
     if not apart <= allowed:
         raise ValueError(
-            f"{model.checkpoint} is read otherwise by transformers {transformers.__version__} than here: the logits "
+            f"{model.name} is read otherwise by transformers {transformers.__version__} than here: the logits "
             f"are {apart:.1e} apart, allowed {allowed:.0e}. Please report it with its config.json"
         )
 
 
 @contextlib.contextmanager
-def _small(source: Path, model: ModelConfig) -> Iterator[tuple[Path, StudentConfig]]:
-    """The directory to compare and its architecture: `source` itself, or a copy of a part of it."""
-    student = StudentConfig(**dataclasses.asdict(model))
-    config = read_json(source / "config.json")
+def _small(source: Source, model: Architecture) -> Iterator[tuple[Path, Architecture]]:
+    """Yield the directory to compare and its architecture: the source itself, or a copy of a part of it."""
+    config = dict(source.config)
     unreadable = int(transformers.__version__.split(".")[0]) < 5 and config.get("rope_parameters")
     if num_parameters(model) <= WHOLE and not unreadable:
-        yield source, student
+        yield source.weights, model
         return
     if unreadable:  # transformers 4 overlooks it, and takes base 10000
         config |= {"rope_theta": model.rotary_base, "rope_scaling": model.rope_scaling}
     with tempfile.TemporaryDirectory() as copy:
-        sizes = {name: min(most, size) for name, most in CUT.items() if (size := getattr(model, name)) is not None}
-        if model.num_experts is not None:
-            sizes["num_experts"] = min(model.num_experts, max(CUT["num_experts"], model.num_experts_per_tok or 0))
-        small = dataclasses.replace(student, checkpoint=copy, **sizes)
-        _copy_part(source, Path(copy), small, config, sizes)
+        small = _cut(model, dataclasses.replace(source, weights=Path(copy)))
+        _copy_part(source, small, config)
         yield Path(copy), small
 
 
-def _copy_part(source: Path, target: Path, small: StudentConfig, config: dict[str, Any], sizes: dict[str, int]) -> None:
+def _cut(model: Architecture, source: Source) -> Architecture:
+    """Cut every size in `CUT`, but not below the experts of a token."""
+    ffn, experts = min(CUT["ffn_hidden_size"], model.ffn_hidden_size), model.experts
+    if experts is not None:
+        count = min(experts.num_experts, max(CUT["num_experts"], experts.num_experts_per_tok))
+        width = min(CUT["moe_ffn_hidden_size"], experts.moe_ffn_hidden_size)
+        experts = dataclasses.replace(experts, num_experts=count, moe_ffn_hidden_size=width)
+    layer = Layer(model.num_query_groups, experts.moe_ffn_hidden_size if experts else ffn)
+    rows = min(CUT["vocab_size"], model.vocab_size)
+    return dataclasses.replace(
+        model,
+        source=dataclasses.replace(source, vocab_size=rows),
+        layers=(layer,) * min(CUT["num_layers"], model.num_layers),
+        vocab_size=rows,
+        ffn_hidden_size=ffn,
+        experts=experts,
+    )
+
+
+def _copy_part(source: Source, small: Architecture, config: dict[str, Any]) -> None:
     """Write the part of `source` that `small` needs; all of `config` stays but the sizes."""
-    config |= {key: size for name, size in sizes.items() for key in NAMES[name] if key in config}
+    own = dataclasses.asdict(small.filled(StudentConfig()))
+    config |= {key: own[name] for name in CUT for key in NAMES[name] if key in config and own[name] is not None}
     if isinstance(config.get("layer_types"), list):
-        config["layer_types"] = config["layer_types"][: sizes["num_layers"]]
+        config["layer_types"] = config["layer_types"][: small.num_layers]
+    assert small.source is not None
+    target = small.source.weights
     (target / "config.json").write_text(json.dumps(config))
-    stored = stored_tensors(source)
+    stored = stored_tensors(source.weights)
     tensors = {name: read_tensor(stored[name], name, shape) for name, shape in expected_tensors(small).items()}
     save_file(tensors, target / "model.safetensors", {"format": "pt"})

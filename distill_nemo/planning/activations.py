@@ -8,29 +8,25 @@ Legend: T tokens of a micro batch on a rank, H width, F width of an MLP, N = hea
 channels (N, K, F on one tensor-parallel rank).
 """
 
-from typing import Any
-
-from distill_nemo.config import ModelConfig
-from distill_nemo.models.families.huggingface import QK_NORM_FAMILIES
-from distill_nemo.models.layers.block_configs import Layer
+from distill_nemo.models.architecture import Architecture, Layer
 from distill_nemo.planning.setting import Setting
 
 
-def saved(setting: Setting, model: ModelConfig, layer: Layer, recompute: str | None) -> int:
+def saved(setting: Setting, model: Architecture, layer: Layer, recompute: str | None) -> int:
     """Bytes that a layer of one micro batch saves for backward; with full recomputation only its input."""
-    m: Any = model
     if recompute == "full":
-        return setting.item * setting.split_tokens * m.hidden_size
-    attention = 0 if layer.num_query_groups is None else _saved_by_attention(setting, m, layer, recompute)
-    return attention + saved_by_mlp(setting, m, layer)
+        return setting.item * setting.split_tokens * model.hidden_size
+    attention = 0 if layer.num_query_groups is None else _saved_by_attention(setting, model, layer, recompute)
+    return attention + saved_by_mlp(setting, model, layer)
 
 
-def _saved_by_attention(setting: Setting, m: Any, layer: Layer, recompute: str | None) -> int:
+def _saved_by_attention(setting: Setting, model: Architecture, layer: Layer, recompute: str | None) -> int:
     tensor, item, tokens = setting.config.parallelism.tensor_model_parallel_size, setting.item, setting.tokens
-    n, k = (count * m.kv_channels // tensor for count in (m.num_attention_heads, layer.num_query_groups))
-    qk_norm = m.family in QK_NORM_FAMILIES
-    bytes_ = _norm(setting, m.hidden_size)
-    softmax_statistics = 4 * tokens * m.num_attention_heads // tensor
+    n = model.num_attention_heads * model.kv_channels // tensor
+    k = (layer.num_query_groups or 0) * model.kv_channels // tensor
+    qk_norm = model.qk_norm
+    bytes_ = _norm(setting, model.hidden_size)
+    softmax_statistics = 4 * tokens * model.num_attention_heads // tensor
     if setting.transformer_engine:
         return bytes_ + softmax_statistics + item * tokens * (2 * n + 2 * k + (n + k if qk_norm else 0))
     grouped = k < n
@@ -48,19 +44,19 @@ def _saved_by_attention(setting: Setting, m: Any, layer: Layer, recompute: str |
     return bytes_ + item * tokens * numbers
 
 
-def saved_by_mlp(setting: Setting, model: ModelConfig, layer: Layer) -> int:
+def saved_by_mlp(setting: Setting, model: Architecture, layer: Layer) -> int:
     """The MLP's part, or the experts', with its norm; tokens are taken to be spread evenly over experts."""
-    m: Any = model
     if layer.ffn_hidden_size is None:
         return 0
-    bytes_ = _norm(setting, m.hidden_size)
+    bytes_ = _norm(setting, model.hidden_size)
     pieces = 3 if setting.on_gpu else 5  # both halves and their product; CPU does not fuse SwiGLU
     f = layer.ffn_hidden_size // setting.config.parallelism.tensor_model_parallel_size
-    if m.num_experts is None:
+    if model.experts is None:
         return bytes_ + setting.item * setting.tokens * pieces * f
-    rows = setting.tokens * m.num_experts_per_tok
+    rows = setting.tokens * model.mlps_per_token
     pieces += 0 if setting.on_gpu else 1
-    return bytes_ + setting.item * rows * (pieces * f + 2 * m.hidden_size) + 8 * setting.tokens * m.num_experts
+    router = 8 * setting.tokens * model.experts.num_experts
+    return bytes_ + setting.item * rows * (pieces * f + 2 * model.hidden_size) + router
 
 
 def _norm(setting: Setting, width: int) -> int:
@@ -71,34 +67,32 @@ def _norm(setting: Setting, width: int) -> int:
     return setting.split_tokens * width * each
 
 
-def final_norm(setting: Setting, model: ModelConfig) -> int:
+def final_norm(setting: Setting, model: Architecture) -> int:
     """What the norm after the last layer saves."""
-    m: Any = model
-    return _norm(setting, m.hidden_size)
+    return _norm(setting, model.hidden_size)
 
 
-def backward_workspace(setting: Setting, model: ModelConfig, layer: Layer) -> int:
+def backward_workspace(setting: Setting, model: Architecture, layer: Layer) -> int:
     """What the backward pass of a layer needs beyond what the layer has saved, at most.
 
     Gradients of both halves of the MLP; that of their product takes the product's place.
     """
-    m: Any = model
     width = layer.ffn_hidden_size or 0
-    f = width // setting.config.parallelism.tensor_model_parallel_size * (m.num_experts_per_tok or 1)
-    return 2 * setting.item * setting.tokens * f + 2 * setting.item * setting.split_tokens * m.hidden_size
+    f = width // setting.config.parallelism.tensor_model_parallel_size * model.mlps_per_token
+    return 2 * setting.item * setting.tokens * f + 2 * setting.item * setting.split_tokens * model.hidden_size
 
 
-def forward_workspace(setting: Setting, model: ModelConfig, layer: Layer) -> int:
+def forward_workspace(setting: Setting, model: Architecture, layer: Layer) -> int:
     """What a layer needs for a forward pass that saves nothing, its input included."""
-    m: Any = model
     tensor, item, tokens = setting.config.parallelism.tensor_model_parallel_size, setting.item, setting.tokens
-    residual = 2 * item * setting.split_tokens * m.hidden_size
+    residual = 2 * item * setting.split_tokens * model.hidden_size
     pieces = 3 if setting.on_gpu else 5
-    rows, f = tokens * (m.num_experts_per_tok or 1), (layer.ffn_hidden_size or 0) // tensor
-    mlp = item * rows * pieces * f + (2 * item * rows * m.hidden_size if m.num_experts else 0)
+    rows, f = tokens * model.mlps_per_token, (layer.ffn_hidden_size or 0) // tensor
+    mlp = item * rows * pieces * f + (2 * item * rows * model.hidden_size if model.experts else 0)
     if layer.num_query_groups is None:
         return residual + mlp
-    n, k = (count * m.kv_channels // tensor for count in (m.num_attention_heads, layer.num_query_groups))
+    n = model.num_attention_heads * model.kv_channels // tensor
+    k = layer.num_query_groups * model.kv_channels // tensor
     numbers = (n + 2 * k) + (n + k) + n  # together, then rotated, the output
     if setting.transformer_engine:
         return residual + max(mlp, item * tokens * numbers)

@@ -44,7 +44,7 @@ def check_setting(setting: Setting) -> None:
     config = setting.config
     check(config, setting.world_size)
     dtype = torch.bfloat16 if setting.item == 2 else torch.float32
-    for model in (config.student, config.teacher):
+    for model in setting.models:
         if model is not None:
             transformer_config(model, config.parallelism, dtype, config.training.recompute)
 

@@ -5,36 +5,31 @@ the scores. What else a step computes (norms, softmax, the divergence, Adam) is 
 """
 
 from dataclasses import dataclass
-from typing import Any
 
-from distill_nemo.config import ModelConfig
-from distill_nemo.models.architecture import padded_vocab_size
-from distill_nemo.models.layers.block_configs import Layer
+from distill_nemo.models.architecture import Architecture, Layer, padded_vocab_size
 from distill_nemo.planning.parameters import layers_of, stages_of, total_parameters
 from distill_nemo.planning.setting import Setting
 
 
-def layer_flops(model: ModelConfig, layer: Layer, length: int) -> tuple[float, float]:
+def layer_flops(model: Architecture, layer: Layer, length: int) -> tuple[float, float]:
     """Operations of a forward pass, per token of a sequence of `length`: all, and the core attention's share."""
-    m: Any = model
     products = core = 0.0
     if layer.num_query_groups is not None:
-        n, k = m.num_attention_heads * m.kv_channels, layer.num_query_groups * m.kv_channels
-        products += 2 * m.hidden_size * (n + 2 * k) + 2 * n * m.hidden_size
+        n, k = model.num_attention_heads * model.kv_channels, layer.num_query_groups * model.kv_channels
+        products += 2 * model.hidden_size * (n + 2 * k) + 2 * n * model.hidden_size
         core = 2 * length * n  # scores and their product with the values, 2 * 2 * length * n, half of it
     if layer.ffn_hidden_size is not None:
-        products += 6 * m.hidden_size * layer.ffn_hidden_size * (m.num_experts_per_tok or 1)
-        products += 2 * m.hidden_size * (m.num_experts or 0)
+        products += 6 * model.hidden_size * layer.ffn_hidden_size * model.mlps_per_token
+        products += 2 * model.hidden_size * (model.experts.num_experts if model.experts else 0)
     return products + core, core
 
 
-def stage_flops(setting: Setting, model: ModelConfig, stage: int, output: bool) -> tuple[float, float, float]:
+def stage_flops(setting: Setting, model: Architecture, stage: int, output: bool) -> tuple[float, float, float]:
     """Forward operations per token on a stage: layers, core attention in them, output layer."""
-    m: Any = model
     par, length = setting.config.parallelism, setting.config.data.sequence_length
     each = [layer_flops(model, layer, length) for layer in layers_of(model, par, stage)]
     last = output and stage == par.num_stages - 1
-    head = 2 * m.hidden_size * padded_vocab_size(m.vocab_size) if last else 0
+    head = 2 * model.hidden_size * padded_vocab_size(model.vocab_size) if last else 0
     return sum(x for x, _ in each), sum(x for _, x in each), head
 
 
@@ -55,13 +50,13 @@ class Work:
 
 def rank_work(setting: Setting, rank: int) -> Work:
     """What the stages of one pipeline rank do for a token."""
-    config, student, again, teacher = setting.config, 0.0, 0.0, 0.0
+    config, models, student, again, teacher = setting.config, setting.models, 0.0, 0.0, 0.0
     for stage in stages_of(config.parallelism, rank):
-        layers, core, head = stage_flops(setting, config.student, stage, True)
+        layers, core, head = stage_flops(setting, models.student, stage, True)
         student += layers + head
         again += {"full": layers, "selective": core}.get(config.training.recompute or "", 0.0)
-        if config.teacher is not None:
-            teacher += sum(stage_flops(setting, config.teacher, stage, setting.logits_count)[::2])
+        if models.teacher is not None:
+            teacher += sum(stage_flops(setting, models.teacher, stage, setting.logits_count)[::2])
     return Work(3 * student, again, teacher, student + teacher)
 
 
@@ -119,4 +114,4 @@ def copied_bytes(setting: Setting, rank: int) -> float:
 
 def checkpoint_bytes(setting: Setting) -> float:
     """A saved step: the student's weights, fp32 masters and Adam's two moments."""
-    return (setting.item + 12) * total_parameters(setting.config.student)
+    return (setting.item + 12) * total_parameters(setting.models.student)

@@ -4,7 +4,6 @@ Legend: T tokens of a micro batch on a rank, H width, v this rank's shard of the
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from distill_nemo.losses.fused_linear.chunks import chunk_size
 from distill_nemo.models.architecture import padded_vocab_size
@@ -63,17 +62,16 @@ def memory_of(setting: Setting, rank: int) -> Memory:
 
 def _moments(setting: Setting, rank: int) -> dict[str, tuple[str, float]]:
     """By moment: whose activations are there, of the micro batches before or all; and the workspace."""
-    student, teacher = setting.config.student, setting.config.teacher
-    s: Any = student
-    own = rank_layers(s, setting.config.parallelism, rank)
+    student, teacher = setting.models
+    own = rank_layers(student, setting.config.parallelism, rank)
     recompute, largest = setting.config.training.recompute, _output_weight(setting)
     again = recompute == "full"
     moments: dict[str, tuple[str, float]] = {
         "a layer's backward": (
             "all",
             max(
-                activations.backward_workspace(setting, s, layer)
-                + (activations.saved(setting, s, layer, None) if again else 0)
+                activations.backward_workspace(setting, student, layer)
+                + (activations.saved(setting, student, layer, None) if again else 0)
                 for layer in own
             ),
         ),
@@ -90,19 +88,17 @@ def _moments(setting: Setting, rank: int) -> dict[str, tuple[str, float]]:
         moments["the loss"] = ("all", fused_workspace(setting) if setting.fused else whole_workspace(setting))
         if not setting.fused:
             logits = setting.item * setting.tokens * _columns(setting)
-            hidden = setting.item * setting.tokens * s.hidden_size
+            hidden = setting.item * setting.tokens * student.hidden_size
             moments["the output layer's backward"] = ("all", logits + hidden + setting.item * largest)
     return moments
 
 
 def _columns(setting: Setting) -> int:
-    vocab: Any = setting.config.student.vocab_size
-    return padded_vocab_size(vocab) // setting.config.parallelism.tensor_model_parallel_size
+    return padded_vocab_size(setting.models.student.vocab_size) // setting.config.parallelism.tensor_model_parallel_size
 
 
 def _output_weight(setting: Setting) -> int:
-    s: Any = setting.config.student
-    return _columns(setting) * s.hidden_size
+    return _columns(setting) * setting.models.student.hidden_size
 
 
 def in_flight(setting: Setting, rank: int) -> float:
@@ -117,13 +113,12 @@ def in_flight(setting: Setting, rank: int) -> float:
 
 def _saved(setting: Setting, rank: int) -> tuple[float, float]:
     """Bytes that one micro batch saves for backward on a pipeline rank, and that all do that are under way."""
-    s: Any = setting.config.student
+    student, teacher = setting.models
     par, recompute = setting.config.parallelism, setting.config.training.recompute
-    one = sum(activations.saved(setting, s, layer, recompute) for layer in rank_layers(s, par, rank))
+    one = sum(activations.saved(setting, student, layer, recompute) for layer in rank_layers(student, par, rank))
     if setting.is_last(rank):
-        one += activations.final_norm(setting, s)
-    teacher: Any = setting.config.teacher
-    width = s.hidden_size + (teacher.hidden_size if teacher else 0)
+        one += activations.final_norm(setting, student)
+    width = student.hidden_size + (teacher.hidden_size if teacher else 0)
     sent_and_received = 2 * len(stages_of(par, rank)) - setting.is_first(rank) - setting.is_last(rank)
     one += sent_and_received * setting.item * setting.split_tokens * width
     return one, one * in_flight(setting, rank)
@@ -131,16 +126,16 @@ def _saved(setting: Setting, rank: int) -> tuple[float, float]:
 
 def fused_workspace(setting: Setting) -> float:
     """Of `losses/fused_linear.py`: chunks of both sides' fp32 logits, both hidden states, the fp32 gradient of one."""
-    s: Any = setting.config.student
-    t: Any = setting.config.teacher
+    student, teacher = setting.models
+    assert teacher is not None, "there is a fused loss only with a teacher"
     par, columns = setting.config.parallelism, _columns(setting)
     rows = chunk_rows(setting)
     buffers = min(1 if par.tensor_model_parallel_size == 1 else 2, -(-setting.tokens // rows))
-    hidden = setting.item * setting.split_tokens * (s.hidden_size + t.hidden_size)
+    hidden = setting.item * setting.split_tokens * (student.hidden_size + teacher.hidden_size)
     if par.sequence_parallel:
-        hidden += setting.item * setting.tokens * (s.hidden_size + t.hidden_size)  # gathered
+        hidden += setting.item * setting.tokens * (student.hidden_size + teacher.hidden_size)  # gathered
     low_precision_gradient = 2 * rows * columns if setting.item == 2 else 0
-    return buffers * 8 * rows * columns + low_precision_gradient + hidden + 4 * setting.tokens * s.hidden_size
+    return buffers * 8 * rows * columns + low_precision_gradient + hidden + 4 * setting.tokens * student.hidden_size
 
 
 def chunk_rows(setting: Setting) -> int:
@@ -154,15 +149,15 @@ def whole_workspace(setting: Setting) -> float:
     Forward: an fp32 copy for Megatron's cross entropy. Backward: the gradient of the divergence, beside that copy if
     the LM loss counts; both sides' padding is cut off, which takes a gradient more, or masked in copies.
     """
-    s: Any = setting.config.student
+    student, teacher = setting.models
     kd, par = setting.config.distillation, setting.config.parallelism
     logits, copy = setting.item * setting.tokens * _columns(setting), 4 * setting.tokens * _columns(setting)
-    if setting.config.teacher is None or not setting.logits_count:
-        in_place = setting.item == 4 and setting.config.teacher is None
+    if teacher is None or not setting.logits_count:
+        in_place = setting.item == 4 and teacher is None
         return logits if in_place else 2 * logits + copy if setting.item == 2 else logits + copy
     lm_counts = kd.lm_weight != 0 if kd.balancer == "static" else not kd.skip_lm_loss
     backward = logits + (copy if lm_counts else 0)
-    padded = padded_vocab_size(s.vocab_size) != s.vocab_size
+    padded = padded_vocab_size(student.vocab_size) != student.vocab_size
     masked = 2 * logits if padded and par.tensor_model_parallel_size > 1 else 0
     if padded and not masked:
         backward += logits

@@ -3,12 +3,10 @@
 Legend: H width, F width of an MLP, n heads, g query groups, d channels of a head, V vocabulary, padded.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from distill_nemo.config import ModelConfig, ParallelismConfig
-from distill_nemo.models.architecture import padded_vocab_size
-from distill_nemo.models.families.huggingface import QK_NORM_FAMILIES
-from distill_nemo.models.layers.block_configs import Layer, layers
+from distill_nemo.config import ParallelismConfig
+from distill_nemo.models.architecture import Architecture, Layer, padded_vocab_size
 
 
 class Count(NamedTuple):
@@ -27,12 +25,12 @@ class Count(NamedTuple):
         return Count(self.dense + other.dense, self.experts + other.experts)
 
 
-def total_parameters(model: ModelConfig) -> int:
-    """Of a resolved model, tied embeddings counted once."""
+def total_parameters(model: Architecture) -> int:
+    """Count a whole model, tied embeddings once."""
     return rank_parameters(model, ParallelismConfig(), 0).total
 
 
-def rank_parameters(model: ModelConfig, parallelism: ParallelismConfig, rank: int, output: bool = True) -> Count:
+def rank_parameters(model: Architecture, parallelism: ParallelismConfig, rank: int, output: bool = True) -> Count:
     """Of all chunks that pipeline rank `rank` holds; without the output layer where `output` is False."""
     count = Count()
     for stage in stages_of(parallelism, rank):
@@ -45,51 +43,49 @@ def stages_of(parallelism: ParallelismConfig, rank: int) -> range:
     return range(rank, parallelism.num_stages, parallelism.pipeline_model_parallel_size)
 
 
-def layers_of(model: ModelConfig, parallelism: ParallelismConfig, stage: int) -> list[Layer]:
-    """The layers of a stage."""
-    every = layers(model)
-    sizes = parallelism.stage_sizes(len(every))
+def layers_of(model: Architecture, parallelism: ParallelismConfig, stage: int) -> tuple[Layer, ...]:
+    """Return the layers of a stage."""
+    sizes = parallelism.stage_sizes(model.num_layers)
     start = sum(sizes[:stage])
-    return every[start : start + sizes[stage]]
+    return model.layers[start : start + sizes[stage]]
 
 
-def rank_layers(model: ModelConfig, parallelism: ParallelismConfig, rank: int) -> list[Layer]:
+def rank_layers(model: Architecture, parallelism: ParallelismConfig, rank: int) -> list[Layer]:
     """The layers of all stages on a pipeline rank."""
     return [layer for stage in stages_of(parallelism, rank) for layer in layers_of(model, parallelism, stage)]
 
 
-def stage_parameters(model: ModelConfig, parallelism: ParallelismConfig, stage: int, output: bool = True) -> Count:
+def stage_parameters(model: Architecture, parallelism: ParallelismConfig, stage: int, output: bool = True) -> Count:
     """Of one stage on one tensor- and expert-parallel rank."""
-    m: Any = model
     last = stage == parallelism.num_stages - 1
-    table = padded_vocab_size(m.vocab_size) // parallelism.tensor_model_parallel_size * m.hidden_size
+    table = padded_vocab_size(model.vocab_size) // parallelism.tensor_model_parallel_size * model.hidden_size
     count = Count()
     for layer in layers_of(model, parallelism, stage):
-        count = count.plus(layer_parameters(m, layer, parallelism))
+        count = count.plus(layer_parameters(model, layer, parallelism))
     if stage == 0:
         count = count.plus(Count(table))
     if last:
-        shared = m.tie_word_embeddings and stage == 0  # on another stage, a tied output layer is a copy
-        count = count.plus(Count(m.hidden_size + (table if output and not shared else 0)))
+        shared = model.tie_word_embeddings and stage == 0  # on another stage, a tied output layer is a copy
+        count = count.plus(Count(model.hidden_size + (table if output and not shared else 0)))
     return count
 
 
-def layer_parameters(model: ModelConfig, layer: Layer, parallelism: ParallelismConfig) -> Count:
+def layer_parameters(model: Architecture, layer: Layer, parallelism: ParallelismConfig) -> Count:
     """Of one layer on one tensor- and expert-parallel rank."""
-    m: Any = model
-    tensor, width = parallelism.tensor_model_parallel_size, m.hidden_size
+    tensor, width = parallelism.tensor_model_parallel_size, model.hidden_size
     dense = experts = 0
     if layer.num_query_groups is not None:
-        heads, groups = (count * m.kv_channels // tensor for count in (m.num_attention_heads, layer.num_query_groups))
+        heads = model.num_attention_heads * model.kv_channels // tensor
+        groups = layer.num_query_groups * model.kv_channels // tensor
         dense += width + (heads + 2 * groups) * width + heads * width
-        dense += heads + 2 * groups if m.family == "qwen2" else 0
-        dense += 2 * m.kv_channels if m.family in QK_NORM_FAMILIES else 0
+        dense += heads + 2 * groups if model.qkv_bias else 0
+        dense += 2 * model.kv_channels if model.qk_norm else 0
     if layer.ffn_hidden_size is not None:
         mlp = 3 * layer.ffn_hidden_size // tensor * width
         dense += width
-        if m.num_experts is None:
+        if model.experts is None:
             dense += mlp
         else:
-            dense += m.num_experts * width
-            experts += m.num_experts // parallelism.expert_model_parallel_size * mlp
+            dense += model.experts.num_experts * width
+            experts += model.experts.num_experts // parallelism.expert_model_parallel_size * mlp
     return Count(dense, experts)

@@ -2,6 +2,7 @@
 
 from distill_nemo.config import RunConfig
 from distill_nemo.fields import require
+from distill_nemo.models.architecture import Models
 from distill_nemo.planning.advice import check_setting, what_would_fit
 from distill_nemo.planning.gpus import Gpu
 from distill_nemo.planning.memory import fullest
@@ -27,8 +28,8 @@ def print_plan(
         ValueError: for what a run would refuse; after printing, when it does not fit, with what would.
     """
     require(0 < utilisation <= 1, f"utilisation must be above 0 and at most 1, got {utilisation:g}")
-    config = _resolved(config)
-    setting = Setting(config, world_size, transformer_engine=transformer_engine)
+    config, models = _resolved(config)
+    setting = Setting(config, models, world_size, transformer_engine=transformer_engine)
     check_setting(setting)
     print(report(name, setting, gpu, utilisation))
     too_much = fullest(setting).total / GB - gpu.memory_gb
@@ -38,7 +39,7 @@ def print_plan(
         raise ValueError(f"does not fit: {too_much:.1f} GB too much on a {gpu.name} of {gpu.memory_gb:g} GB; {advice}")
 
 
-def _resolved(config: RunConfig) -> RunConfig:
+def _resolved(config: RunConfig) -> tuple[RunConfig, Models]:
     try:
         return resolve_models(config)
     except ValueError as error:

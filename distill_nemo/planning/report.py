@@ -44,8 +44,8 @@ def _parameters(setting: Setting) -> list[str]:
     ranks = range(setting.config.parallelism.pipeline_model_parallel_size)
     rows = [f"{'parameters':28}{'in all':>16}{'on the largest rank':>24}"]
     for role, model, on_rank in (
-        ("student", setting.config.student, setting.student),
-        ("teacher", setting.config.teacher, setting.teacher),
+        ("student", setting.models.student, setting.student),
+        ("teacher", setting.models.teacher, setting.teacher),
     ):
         if model is not None:
             most = max(on_rank(rank).total for rank in ranks)

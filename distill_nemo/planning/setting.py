@@ -3,7 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from distill_nemo.config import ModelConfig, RunConfig
+from distill_nemo.config import RunConfig
+from distill_nemo.models.architecture import Architecture, Models
 from distill_nemo.planning.parameters import Count, layer_parameters, rank_layers, rank_parameters, stages_of
 
 
@@ -12,13 +13,15 @@ class Setting:
     """What is planned.
 
     Args:
-        config: the run, resolved and checked.
+        config: the run, checked.
+        models: its architectures.
         world_size: ranks.
         on_gpu: False for Megatron's local layers on CPU, as tests run them.
         transformer_engine: its layers; False for Megatron's local ones.
     """
 
     config: RunConfig
+    models: Models
     world_size: int
     on_gpu: bool = True
     transformer_engine: bool = True
@@ -61,7 +64,7 @@ class Setting:
     def fused(self) -> bool:
         """Whether the output layers are part of the loss."""
         return (
-            self.config.teacher is not None and self.logits_count and self.config.distillation.fused_linear is not False
+            self.models.teacher is not None and self.logits_count and self.config.distillation.fused_linear is not False
         )
 
     def shards(self, count: Count) -> float:
@@ -70,22 +73,22 @@ class Setting:
             return count.total
         par = self.config.parallelism
         copies = self.data_parallel_size * par.context_parallel_size
-        experts = self.expert_parallel_size(self.config.student)
+        experts = self.expert_parallel_size(self.models.student)
         return count.dense / copies + count.experts / (copies / experts)
 
-    def expert_parallel_size(self, model: ModelConfig) -> int:
+    def expert_parallel_size(self, model: Architecture) -> int:
         """Ranks that share a model's experts; a dense model beside one with experts is not split over them."""
-        return 1 if model.num_experts is None else self.config.parallelism.expert_model_parallel_size
+        return 1 if model.experts is None else self.config.parallelism.expert_model_parallel_size
 
     def student(self, rank: int) -> Count:
         """The student's parameters on a pipeline rank."""
-        return rank_parameters(self.config.student, self.config.parallelism, rank)
+        return rank_parameters(self.models.student, self.config.parallelism, rank)
 
     def teacher(self, rank: int) -> Count:
         """The teacher's."""
-        if self.config.teacher is None:
+        if self.models.teacher is None:
             return Count()
-        return rank_parameters(self.config.teacher, self.config.parallelism, rank, self.logits_count)
+        return rank_parameters(self.models.teacher, self.config.parallelism, rank, self.logits_count)
 
     def in_host_memory(self, rank: int) -> int:
         """The teacher's parameters that `offload_teacher` keeps there: those of its layers."""
@@ -96,7 +99,7 @@ class Setting:
         return max(self._offloaded_layers(rank), default=0)
 
     def _offloaded_layers(self, rank: int) -> list[int]:
-        teacher, par = self.config.teacher, self.config.parallelism
+        teacher, par = self.models.teacher, self.config.parallelism
         if teacher is None or not self.config.distillation.offload_teacher:
             return []
         return [layer_parameters(teacher, layer, par).total for layer in rank_layers(teacher, par, rank)]

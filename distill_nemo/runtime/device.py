@@ -114,7 +114,7 @@ def _replace_cuda_by_cpu() -> None:
 def cpu_replacements() -> list[tuple[Any, str, Any]]:
     """(where, what, by what) for Megatron-Core 0.19; tests/unit/test_patches.py takes each back and sees a run fail."""
     cpu, cuda = torch.device("cpu"), torch.cuda
-    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
     return [
         (cuda, "current_device", lambda: cpu),  # DDP buffers, optimizer and MoE put tensors there
         (cuda, "synchronize", lambda *a, **k: None),

@@ -4,31 +4,30 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from distill_nemo.config import DataConfig, RunConfig, StudentConfig
+from distill_nemo.config import DataConfig, RunConfig
 from distill_nemo.data.datasets import build_datasets
 from distill_nemo.data.manifest import read_manifest, vocabulary
 from distill_nemo.data.token_files import OWN_TOKENIZER, check_token_files, check_vocabulary, named_token_files
 from distill_nemo.data.tokenizer import Tokenizer, load_tokenizer
-from distill_nemo.models.architecture import with_stored_vocabulary
+from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.export_files import tokenizer_files
 
 RENAMED = 0.01  # share of ids that may name other tokens: fine-tuned models rename reserved ones
 
 
-def check_run_data(config: RunConfig) -> None:
+def check_run_data(config: RunConfig, student: Architecture) -> None:
     """Refuse token files and tokenizers that do not fit the student; reads little and writes nothing.
 
     Raises:
         ValueError: for files that are missing, empty, truncated, or of a larger vocabulary than the model's; and as
             `check_tokenizers`.
     """
-    assert config.student.vocab_size is not None, "resolved before"
     check_token_files(config.data)
-    check_vocabulary(config.data, config.student.vocab_size)
-    check_tokenizers(config)
+    check_vocabulary(config.data, student.vocab_size)
+    check_tokenizers(config, student)
 
 
-def check_tokenizers(config: RunConfig) -> None:
+def check_tokenizers(config: RunConfig, student: Architecture) -> None:
     """Compare the tokenizers that the config names and that lie beside the models, id by id.
 
     Vocabularies of one size may still be others, and a loss between them falls and means nothing.
@@ -51,7 +50,7 @@ def check_tokenizers(config: RunConfig) -> None:
             with contextlib.nullcontext() if asked_for else contextlib.suppress(ValueError):
                 known[path] = field, load_tokenizer(path)
     for field, tokenizer in known.values():
-        _check_size(field, tokenizer, config.student)
+        _check_size(field, tokenizer, student)
     named_tokens = [
         (f"{field} = {path}", {i: token for token, i in tokenizer.vocab.items()})
         for path, (field, tokenizer) in known.items()
@@ -91,13 +90,13 @@ def _check_corpora(data: DataConfig, tokenizer: str, tokens: dict[int, str]) -> 
         others_by_id |= made_with
 
 
-def _check_size(field: str, tokenizer: Tokenizer, student: StudentConfig) -> None:
+def _check_size(field: str, tokenizer: Tokenizer, student: Architecture) -> None:
     """Refuse a tokenizer with more ids than the student has rows.
 
     Tokens added to a `data.tokenizer`, such as a [PAD], may lie beyond the rows: `check_vocabulary` and the
     datasets look at the ids that occur.
     """
-    vocab_size = student.vocab_size or 0
+    vocab_size = student.vocab_size
     left_out = tokenizer.added if field == "data.tokenizer" else set()
     num_ids = 1 + max((i for token, i in tokenizer.vocab.items() if token not in left_out), default=-1)
     if num_ids <= vocab_size:
@@ -107,17 +106,16 @@ def _check_size(field: str, tokenizer: Tokenizer, student: StudentConfig) -> Non
             f"data.tokenizer = {tokenizer.path} has {num_ids} ids, but student.vocab_size = {vocab_size}: name the "
             "student's own tokenizer, and prepare the text with it"
         )
-    if field == "student.checkpoint" and (with_stored_vocabulary(student).vocab_size or 0) > vocab_size:
+    if field == "student.checkpoint" and student.as_stored.vocab_size > vocab_size:
         raise ValueError(
             f"student.vocab_size = {vocab_size} cuts off tokens: {tokenizer.path} has a tokenizer of {num_ids} ids "
             "with its special tokens"
         )
 
 
-def build_run_datasets(config: RunConfig) -> tuple[Any, Any]:
+def build_run_datasets(config: RunConfig, student: Architecture) -> tuple[Any, Any]:
     """Training and held-out dataset. Writes the index cache."""
     train = config.training
     cache = Path(config.data.cache or Path(config.output_dir) / "index_cache")
     num_train, num_valid = (batches * train.global_batch_size for batches in (train.steps, train.eval_batches))
-    assert config.student.vocab_size is not None, "resolved before"
-    return build_datasets(config.data, train, cache, num_train, num_valid, config.student.vocab_size)
+    return build_datasets(config.data, train, cache, num_train, num_valid, student.vocab_size)

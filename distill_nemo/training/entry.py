@@ -8,14 +8,17 @@ import inspect
 import os
 import sys
 import typing
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distill_nemo.checks import check
 from distill_nemo.config import RunConfig, from_dict, load_yaml, save_yaml, to_dict
 from distill_nemo.fields import require
 from distill_nemo.runtime.errors import errors_in_one_screen
+
+if TYPE_CHECKING:
+    from distill_nemo.models.architecture import Models
 
 
 def distill(**sections: Any) -> None:
@@ -68,7 +71,7 @@ def run_config(config: RunConfig) -> None:
     from distill_nemo.runtime.device import setup_device
 
     setup_device()
-    config = resolve_models(config)
+    config, models = resolve_models(config)
     check(config, world_size())
     require(
         config.teacher is None or config.teacher.checkpoint is not None,
@@ -76,39 +79,44 @@ def run_config(config: RunConfig) -> None:
     )
     from distill_nemo.models.source_check import refusal_of_sources
 
-    models = (config.student, config.teacher) if rank() == 0 or is_joined() else ()
-    refusal = refusal_of_sources(*models)
+    refusal = refusal_of_sources(*models) if rank() == 0 or is_joined() else None
     with process_groups(config.parallelism):
         raise_everywhere(refusal)
-        stopped = _train(config)
+        stopped = _train(config, models)
         if stopped and rank() == 0:  # at once: when another rank ends first, torchrun ends this one
             print(f"stopped by signal {stopped}; checkpoint written; the same command resumes", flush=True)
     if stopped:
         sys.exit(128 + stopped)
 
 
-def resolve_models(config: RunConfig) -> RunConfig:
-    """The config with every architecture field filled in from the checkpoints."""
-    from distill_nemo.models.architecture import resolve_pair
+def resolve_models(config: RunConfig) -> "tuple[RunConfig, Models]":
+    """Return the config with every open field of its models filled in from their checkpoints, and their architectures.
 
-    config.student, config.teacher = resolve_pair(config.student, config.teacher)
-    for role, model in (("student", config.student), ("teacher", config.teacher)):
-        limit = model.max_position_embeddings if model else None
-        if limit is not None and config.data.sequence_length > limit:
+    Raises:
+        ValueError: as `resolve_pair`, and where a sequence is longer than a model's positions.
+    """
+    from distill_nemo.models.resolve import resolve_pair
+
+    models = resolve_pair(config.student, config.teacher)
+    for role, model in (("student", models.student), ("teacher", models.teacher)):
+        if model is not None and config.data.sequence_length > model.max_position_embeddings:
             raise ValueError(
                 f"data.sequence_length = {config.data.sequence_length} is longer than the {role}'s "
-                f"max_position_embeddings = {limit}"
+                f"max_position_embeddings = {model.max_position_embeddings}"
             )
-    return config
+    config = replace(config, student=models.student.filled(config.student))
+    if config.teacher is not None and models.teacher is not None:
+        config.teacher = models.teacher.filled(config.teacher)
+    return config, models
 
 
-def _train(config: RunConfig) -> int | None:
+def _train(config: RunConfig, models: "Models") -> int | None:
     from distill_nemo.checkpoint.directory import check_output_dir
     from distill_nemo.runtime.output_lock import locked_by_rank_0
 
     check_output_dir(config.output_dir)
     with locked_by_rank_0(Path(config.output_dir) / "run.lock", f"output_dir = {config.output_dir}"):
-        stopped = _train_alone(config)
+        stopped = _train_alone(config, models)
         if stopped is None and config.checkpoint.export:
             from distill_nemo.checkpoint.export import export_from_run
 
@@ -116,7 +124,7 @@ def _train(config: RunConfig) -> int | None:
         return stopped
 
 
-def _train_alone(config: RunConfig) -> int | None:
+def _train_alone(config: RunConfig, models: "Models") -> int | None:
     import torch
 
     from distill_nemo.checkpoint.directory import changes, check_resumable, checkpoint_root, read_record
@@ -135,19 +143,21 @@ def _train_alone(config: RunConfig) -> int | None:
         device.type == "cuda" or dtype == torch.float32,
         f'training.dtype = "{config.training.dtype}" needs a GPU, and there is none; set it to "float32" or "auto"',
     )
-    check_run_data(config)
+    check_run_data(config, models.student)
     if config.checkpoint.export:
-        prepare_export(config, dtype)
+        prepare_export(config, models.student, dtype)
     newest = newest_whole(checkpoint_root(config.output_dir))
     told = ""
     if newest is not None:
         saved, now = read_record(newest), run_record(config)
         check_resumable(saved, now, config.checkpoint.resume)
         told = "".join(f"\n{line}" for line in changes(saved, now))
-    check_whole(config.teacher, config.student if newest is None else None)
+    teacher = config.teacher.checkpoint if config.teacher else None
+    check_whole(teacher, config.student.checkpoint if newest is None else None)
     seed_everything(config.training.seed)
-    trainee = build_trainee(config, dtype, load_weights=newest is None)
-    loop = Loop(config, trainee, build_run_datasets(config), device)  # the first to write: models are refused before
+    trainee = build_trainee(config, models, dtype, load_weights=newest is None)
+    datasets = build_run_datasets(config, models.student)  # the first to write: models are refused before
+    loop = Loop(config, trainee, datasets, device)
     if newest is not None:
         state = load_checkpoint(newest, trainee.unwrapped, trainee.optimizer, trainee.scheduler)
         loop.state.update(state)

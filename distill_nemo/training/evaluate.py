@@ -13,6 +13,7 @@ from distill_nemo.data.datasets import build_datasets
 from distill_nemo.data.samplers import batches
 from distill_nemo.data.token_files import check_token_files, check_vocabulary
 from distill_nemo.evaluation import evaluate
+from distill_nemo.models.architecture import Models
 from distill_nemo.models.provider import model_provider
 from distill_nemo.models.source_check import check_source
 from distill_nemo.runtime.device import resolve_dtype, setup_device
@@ -51,22 +52,21 @@ def evaluate_student(
         raise ValueError(f"evaluate runs in one process, not {world_size()}: start it without torchrun")
     config = RunConfig("", student, teacher)
     config.data = DataConfig(train=[data], valid=[data], sequence_length=sequence_length)
-    config = resolve_models(config)
-    assert config.student.vocab_size is not None, "resolve fills it"
+    config, models = resolve_models(config)
     check_token_files(config.data)
-    check_vocabulary(config.data, config.student.vocab_size)
-    check_tokenizers(config)
-    for model in (config.student, config.teacher):
+    check_vocabulary(config.data, models.student.vocab_size)
+    check_tokenizers(config, models.student)
+    for model in models:
         if model is not None:
             check_source(model)
     micro_batch_size = math.gcd(samples, MICRO_BATCH_SIZE)
     setup_device()
     with tempfile.TemporaryDirectory() as temporary, process_groups(config.parallelism):
-        check_whole(student, teacher)
+        check_whole(student.checkpoint, teacher.checkpoint if teacher else None)
         seed_everything(seed)
-        model = _model(config)
+        model = _model(models)
         valid: Any
-        directory, vocab_size = Path(cache or temporary), config.student.vocab_size
+        directory, vocab_size = Path(cache or temporary), models.student.vocab_size
         _, valid = build_datasets(config.data, TrainingConfig(), directory, samples, samples, vocab_size)
         stream = batches(
             valid,
@@ -87,10 +87,10 @@ def evaluate_student(
     return means
 
 
-def _model(config: RunConfig) -> torch.nn.Module:
+def _model(models: Models) -> torch.nn.Module:
     return model_provider(
-        student=config.student,
-        teacher=config.teacher,
+        student=models.student,
+        teacher=models.teacher,
         parallelism=ParallelismConfig(),
         dtype=resolve_dtype("auto"),
     ).cuda()

@@ -18,6 +18,7 @@ from torch import nn
 
 from distill_nemo.checkpoint.state import torch_adams
 from distill_nemo.config import OptimizerConfig, RunConfig
+from distill_nemo.models.architecture import Models
 from distill_nemo.models.distillation.convert import wire_config
 from distill_nemo.models.provider import model_provider
 
@@ -32,7 +33,7 @@ class Trainee:
     scheduler: OptimizerParamScheduler
 
 
-def build_chunks(config: RunConfig, dtype: torch.dtype, load_weights: bool) -> list[Any]:
+def build_chunks(config: RunConfig, models: Models, dtype: torch.dtype, load_weights: bool) -> list[Any]:
     """This rank's stage of the run's model, on its device: one chunk, or those of its virtual pipeline stages."""
     virtual = config.parallelism.virtual_pipeline_model_parallel_size
     chunks = []
@@ -41,8 +42,8 @@ def build_chunks(config: RunConfig, dtype: torch.dtype, load_weights: bool) -> l
         chunk = model_provider(
             parallel_state.is_pipeline_first_stage(**where),
             parallel_state.is_pipeline_last_stage(**where),
-            student=config.student,
-            teacher=config.teacher,
+            student=models.student,
+            teacher=models.teacher,
             distillation=config.distillation,
             parallelism=config.parallelism,
             dtype=dtype,
@@ -54,15 +55,16 @@ def build_chunks(config: RunConfig, dtype: torch.dtype, load_weights: bool) -> l
     return chunks
 
 
-def build_trainee(config: RunConfig, dtype: torch.dtype, load_weights: bool) -> Trainee:
+def build_trainee(config: RunConfig, models: Models, dtype: torch.dtype, load_weights: bool) -> Trainee:
     """Model, Megatron's DDP, optimizer and schedule.
 
     Args:
         config: the run.
+        models: its architectures.
         dtype: of the weights; below fp32, gradients are reduced and the optimizer keeps masters in fp32.
         load_weights: False when a checkpoint of this run follows.
     """
-    return wrap(build_chunks(config, dtype, load_weights), config, dtype, load_weights)
+    return wrap(build_chunks(config, models, dtype, load_weights), config, dtype, load_weights)
 
 
 def wrap(unwrapped: list[Any], config: RunConfig, dtype: torch.dtype, load_weights: bool) -> Trainee:

@@ -204,7 +204,8 @@ def _export_and_measure(inputs, run, where):
         export(f"{run}/checkpoints/step_{step:08d}", output, str(inputs / "tokenizer"))
         model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
         assert len(AutoTokenizer.from_pretrained(output)) <= model.config.vocab_size
-        _, valid = build_run_datasets(resolve_models(tiny_run(inputs, run)))
+        config, models = resolve_models(tiny_run(inputs, run))
+        _, valid = build_run_datasets(config, models.student)
         tokens, labels = (torch.stack([torch.as_tensor(valid[i][k]) for i in range(4)]) for k in ("tokens", "labels"))
         with torch.no_grad():
             logits = model(tokens.long()).logits.double()

@@ -282,7 +282,7 @@ def evaluated(inputs, run, root):
 
 
 def planned(inputs, run, root):
-    from distill_nemo.models.architecture import resolve
+    from distill_nemo.models.resolve import resolve
 
     resolve(StudentConfig(str(run)))
 

@@ -4,6 +4,7 @@ Each case is a whole run in a real process, up to its refusal. Weights that do n
 and test_teacher_provider.py; fields: test_config.py; the command line: tests/cli.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -225,9 +226,12 @@ def rename(directory, ids):
 
 
 def checked_data(config):
+    from distill_nemo.models.resolve import resolve
     from distill_nemo.training.data import check_run_data
 
-    check_run_data(config)
+    student = resolve(dataclasses.replace(config.student, vocab_size=None))
+    rows = config.student.vocab_size or student.vocab_size
+    check_run_data(config, dataclasses.replace(student, vocab_size=rows))
 
 
 def test_damaged_token_files(inputs, one, tmp_path):

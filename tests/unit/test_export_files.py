@@ -41,8 +41,8 @@ def state(directory: str | Path, **values) -> None:
 
 def collected(source, tokenizer=None, dtype=torch.bfloat16, **fields):
     setup_device()
-    from distill_nemo.models.architecture import resolve
     from distill_nemo.models.checkpoints.export_files import export_files
+    from distill_nemo.models.resolve import resolve
 
     return export_files(resolve(StudentConfig(checkpoint=str(source), **fields)), dtype, Path(source), tokenizer)
 
@@ -68,8 +68,8 @@ def test_only_where_the_student_differs_the_configuration_does(tmp_path, capsys)
     config = collected(source, vocab_size=500).config
     assert (config["vocab_size"], config["eos_token_id"], config["pad_token_id"]) == (500, [2], None)
 
-    from distill_nemo.models.architecture import resolve
     from distill_nemo.models.checkpoints.export_files import export_files
+    from distill_nemo.models.resolve import resolve
 
     student = resolve(StudentConfig(checkpoint=write_hf(tmp_path / "other", layers=2)))
     config = export_files(student, torch.float32, Path(source), None).config

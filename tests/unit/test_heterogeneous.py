@@ -140,7 +140,7 @@ def test_what_cannot_be_is_refused(llama, inputs, one, two, tmp_path):
     ],
 )
 def test_block_configs_that_cannot_be_read_are_named(change, words):
-    from distill_nemo.models.architecture import resolve
+    from distill_nemo.models.resolve import resolve
 
     blocks = copy.deepcopy(BLOCKS)
     change(blocks)

@@ -88,9 +88,9 @@ def test_logits_after_import_equal_transformers(models, two, family, layout):
 def test_round_trip_gives_identical_tensors(models, tmp_path, family):
     setup_device()
     with process_groups(ParallelismConfig()):
-        from distill_nemo.models.architecture import resolve
         from distill_nemo.models.checkpoints.huggingface import check_export, export_hf
         from distill_nemo.models.provider import model_provider
+        from distill_nemo.models.resolve import resolve
         from distill_nemo.runtime.seed import seed_everything
 
         seed_everything(0)
@@ -197,8 +197,8 @@ BROKEN = {
 
 @pytest.mark.parametrize("words", BROKEN)
 def test_a_broken_directory_is_refused_by_name(tmp_path, words):
-    from distill_nemo.models.architecture import resolve
     from distill_nemo.models.checkpoints.hf_tensors import check_hf_tensors
+    from distill_nemo.models.resolve import resolve
 
     path = tmp_path / "m"
     write_hf(path)
@@ -218,7 +218,7 @@ def test_a_broken_directory_is_refused_by_name(tmp_path, words):
     ],
 )
 def test_an_unsupported_config_is_refused_by_name(tmp_path, change, words):
-    from distill_nemo.models.architecture import resolve
+    from distill_nemo.models.resolve import resolve
 
     path = tmp_path / "m"
     write_hf(path)
@@ -230,8 +230,8 @@ def test_an_unsupported_config_is_refused_by_name(tmp_path, change, words):
 
 
 def test_buffers_of_old_llamas_and_surplus_files_beside_an_index_do_not_matter(tmp_path):
-    from distill_nemo.models.architecture import resolve
     from distill_nemo.models.checkpoints.hf_tensors import check_hf_tensors
+    from distill_nemo.models.resolve import resolve
 
     path = tmp_path / "m"
     write_hf(path)
@@ -250,9 +250,9 @@ def test_export_replaces_nothing_but_an_earlier_export_and_leaves_nothing_half_w
     setup_device()
     with process_groups(ParallelismConfig()):
         from distill_nemo.data.stdlib_corpus import stdlib_modules, train_tokenizer
-        from distill_nemo.models.architecture import resolve
         from distill_nemo.models.checkpoints.huggingface import export_hf
         from distill_nemo.models.provider import model_provider
+        from distill_nemo.models.resolve import resolve
         from distill_nemo.runtime.seed import seed_everything
 
         seed_everything(0)
@@ -290,9 +290,9 @@ def test_a_right_export_in_bf16_is_not_refused(tmp_path):
     """Rounding sends tokens to other experts, which changes single logits by several hundredths of the largest."""
     setup_device()
     with process_groups(ParallelismConfig()):
-        from distill_nemo.models.architecture import resolve
         from distill_nemo.models.checkpoints.huggingface import check_export, export_hf
         from distill_nemo.models.provider import model_provider
+        from distill_nemo.models.resolve import resolve
         from distill_nemo.runtime.seed import seed_everything
 
         seed_everything(0)
@@ -325,9 +325,9 @@ def test_without_a_tokenizer_of_the_run_an_export_has_the_students(one, tmp_path
 def _exported_with_the_students_tokenizer(root):
     from distill_nemo.checkpoint import export
     from distill_nemo.data.stdlib_corpus import stdlib_modules, train_tokenizer
-    from distill_nemo.models.architecture import resolve
     from distill_nemo.models.checkpoints.huggingface import export_hf
     from distill_nemo.models.provider import model_provider
+    from distill_nemo.models.resolve import resolve
     from distill_nemo.runtime.seed import seed_everything
 
     setup_device()
@@ -360,8 +360,8 @@ def _exported_from_nemo(root, dtype):
 
 def test_an_output_layer_of_its_own_beside_tied_embeddings_is_refused(tmp_path):
     """Transformers would not tie them: the model would be another one."""
-    from distill_nemo.models.architecture import resolve
     from distill_nemo.models.checkpoints.hf_tensors import check_tied_weights
+    from distill_nemo.models.resolve import resolve
 
     path = Path(write_hf(tmp_path / "m", "llama_tied"))
     tensors = load_file(path / "model.safetensors")
@@ -375,7 +375,7 @@ def test_an_output_layer_of_its_own_beside_tied_embeddings_is_refused(tmp_path):
 
 
 def test_what_deepspeed_leaves_beside_a_model_is_no_tracker(tmp_path):
-    from distill_nemo.models.architecture import resolve
+    from distill_nemo.models.resolve import resolve
 
     write_hf(tmp_path / "m")
     (tmp_path / "m" / "latest").write_text("global_step500")
@@ -385,7 +385,7 @@ def test_what_deepspeed_leaves_beside_a_model_is_no_tracker(tmp_path):
 
 
 def test_missing_corrupt_and_contradicting_are_refused(tmp_path):
-    from distill_nemo.models.architecture import resolve
+    from distill_nemo.models.resolve import resolve
 
     with pytest.raises(ValueError, match="not found"):
         resolve(StudentConfig(checkpoint=str(tmp_path / "none")))

@@ -24,18 +24,18 @@ def call(case, output, num_rows=GLOBAL_BATCH):
     setup_device()
     from distill_nemo.training.entry import resolve_models
 
-    run = resolve_models(case.run_config(output, Layout()))
+    run, models = resolve_models(case.run_config(output, Layout()))
     with process_groups(run.parallelism):
-        return _call(case, run, num_rows)
+        return _call(case, run, models, num_rows)
 
 
-def _call(case, run, num_rows):
+def _call(case, run, models, num_rows):
     from distill_nemo.runtime.seed import seed_everything
     from distill_nemo.training.forward_step import loss_func
     from distill_nemo.training.setup import build_chunks
 
     seed_everything(0)
-    (model,) = build_chunks(run, torch.float32, load_weights=True)
+    (model,) = build_chunks(run, models, torch.float32, load_weights=True)
     model.train()
     batch = {name: tensor[:num_rows] for name, tensor in case.batch().items()}
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])

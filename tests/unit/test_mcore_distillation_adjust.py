@@ -64,12 +64,12 @@ def structure(case, layout, output):
     setup_device()
     from distill_nemo.training.entry import resolve_models
 
-    run = resolve_models(case.run_config(output, layout))
+    run, models = resolve_models(case.run_config(output, layout))
     with process_groups(run.parallelism):
-        return _structure(run, output)
+        return _structure(run, models, output)
 
 
-def _structure(run, output):
+def _structure(run, models, output):
     from pathlib import Path
 
     import torch
@@ -80,7 +80,7 @@ def _structure(run, output):
     from distill_nemo.training.setup import build_trainee
 
     seed_everything(0)
-    trainee = build_trainee(run, torch.float32, load_weights=True)
+    trainee = build_trainee(run, models, torch.float32, load_weights=True)
     (model,) = trainee.unwrapped
     trainee.chunks[0].train()
     in_training = [module.training for module in model.teacher_model.modules()]

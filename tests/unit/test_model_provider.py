@@ -209,9 +209,9 @@ def test_a_teacher_padded_to_more_rows_is_cut_to_the_students(one, two, tmp_path
 
 
 def cut_and_exported(checkpoint, output, rows):
-    from distill_nemo.models.architecture import resolve
     from distill_nemo.models.checkpoints.huggingface import export_hf
     from distill_nemo.models.provider import model_provider
+    from distill_nemo.models.resolve import resolve
 
     student = resolve(StudentConfig(checkpoint, vocab_size=rows))
     model = model_provider(student=student, parallelism=ParallelismConfig())

@@ -314,8 +314,8 @@ def their_model(pairs: list[tuple[str, ...]], **changes: Any) -> Any:
     """A distillation model made by ModelOpt's own functions, of two random models of one shape; fp32."""
     import modelopt.torch.distill as mtd
 
-    from distill_nemo.models.architecture import resolve
     from distill_nemo.models.megatron import gpt_model, transformer_config
+    from distill_nemo.models.resolve import resolve
     from distill_nemo.runtime.seed import seed_everything
 
     seed_everything(0)

@@ -144,9 +144,9 @@ def grouped_weights(path, output, sizes):
 
     setup_device()
     with process_groups(sizes.config()):
-        from distill_nemo.models.architecture import resolve
         from distill_nemo.models.checkpoints import huggingface
         from distill_nemo.models.provider import model_provider
+        from distill_nemo.models.resolve import resolve
 
         student = resolve(StudentConfig(path))
         single = model_provider(student=student, parallelism=sizes.config())
@@ -155,7 +155,7 @@ def grouped_weights(path, output, sizes):
             layer.mlp.experts = GroupedExperts(layer.mlp.experts)
             for parameter in layer.mlp.experts.parameters():
                 nn.init.zeros_(parameter)
-        huggingface.load_hf_weights(grouped, path, student)
+        huggingface.load_hf_weights(grouped, student.source.weights, student)
         equal = [
             torch.equal(getattr(expert, name).weight, getattr(getattr(b.mlp.experts, name), f"weight{i}"))
             for a, b in zip(single.decoder.layers, grouped.decoder.layers, strict=True)

@@ -53,11 +53,11 @@ def built(models, sizes):
             student = StudentConfig(**{**SHAPE, **fields})
             run = RunConfig("nowhere", student, TeacherConfig(**{**SHAPE, **fields, "hidden_size": 128}))
             run.parallelism, run.data.sequence_length = parallelism, 32
-            run = resolve_models(run)
-            (chunk,) = build_chunks(run, torch.float32, load_weights=True)
+            run, architectures = resolve_models(run)
+            (chunk,) = build_chunks(run, architectures, torch.float32, load_weights=True)
             teacher = sum(p.numel() for p in chunk.teacher_model.parameters())
             trained = sum(p.numel() for p in chunk.parameters() if p.requires_grad)
-            setting = Setting(run, world, on_gpu=False, transformer_engine=False)
+            setting = Setting(run, architectures, world, on_gpu=False, transformer_engine=False)
             found[name] = (trained, teacher), (setting.student(rank).total, setting.teacher(rank).total)
     return found
 
@@ -109,10 +109,10 @@ def counted_flops(case):
     from distill_nemo.training.entry import resolve_models
     from distill_nemo.training.setup import build_chunks
 
-    run = resolve_models(case.config())
+    run, models = resolve_models(case.config())
     with process_groups(run.parallelism), torch.no_grad():
         seed_everything(0)
-        (model,) = build_chunks(run, torch.float32, load_weights=True)
+        (model,) = build_chunks(run, models, torch.float32, load_weights=True)
         tokens = torch.zeros(case.micro_batch, case.length, dtype=torch.long)
         with FlopCounterMode(display=False) as counter:
             model(tokens, torch.arange(case.length).expand_as(tokens), None)
@@ -127,8 +127,8 @@ def test_operations_are_those_that_torch_counts(one, family):
     from distill_nemo.training.entry import resolve_models
 
     case = replace(SMALL, family=family, teacher=None)
-    setting = Setting(resolve_models(case.config()), 1)
-    layers, core, head = stage_flops(setting, setting.config.student, 0, True)
+    setting = Setting(*resolve_models(case.config()), 1)
+    layers, core, head = stage_flops(setting, setting.models.student, 0, True)
     tokens = case.micro_batch * case.length
     (theirs,) = one.run(counted_flops, case)
     # Torch counts all of attention's two products or, before 2.15, none.
@@ -148,9 +148,9 @@ def test_time_counts_the_pipelines_ends_and_its_slowest_rank():
     case = replace(
         SMALL, student=(4, 128), fields={"parallelism.pipeline_model_parallel_size": 2, "training.steps": 10}
     )
-    run = resolve_models(case.config())
+    run, models = resolve_models(case.config())
     run.training.global_batch_size = 8 * case.micro_batch
-    setting = Setting(run, 2)
+    setting = Setting(run, models, 2)
     works = [rank_work(setting, rank).total for rank in (0, 1)]
     assert works[1] > works[0]  # the output layers
     time = time_of(setting, tflops=1e-6, utilisation=0.5)
@@ -173,10 +173,10 @@ def test_a_published_models_parameters_and_what_would_fit():
     teacher = {"num_layers": 28, "hidden_size": 3072, "num_attention_heads": 24, "kv_channels": 128}
     run = RunConfig("nowhere", StudentConfig(**student, **shared), TeacherConfig(**teacher, **shared))
     run.data.train, run.training.micro_batch_size = ["any"], 8
-    run = resolve_models(run)
-    assert total_parameters(run.student) == 1_235_814_400  # Llama 3.2 1B and 3B, as their model cards say
-    assert total_parameters(run.teacher) == 3_212_749_824
-    setting = Setting(run, 8)
+    run, models = resolve_models(run)
+    assert total_parameters(models.student) == 1_235_814_400  # Llama 3.2 1B and 3B, as their model cards say
+    assert total_parameters(models.teacher) == 3_212_749_824
+    setting = Setting(run, models, 8)
     needed = fullest(setting).total
     assert what_would_fit(setting, needed)[0] == "training.micro_batch_size=4"
     assert what_would_fit(setting, needed / 3)[1] == "training.recompute=full distillation.offload_teacher=True"

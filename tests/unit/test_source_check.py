@@ -22,7 +22,7 @@ def models(tmp_path_factory):
 
 def checked(path, **change):
     setup_device()
-    from distill_nemo.models.architecture import resolve
+    from distill_nemo.models.resolve import resolve
     from distill_nemo.models.source_check import check_source
 
     check_source(resolve(StudentConfig(checkpoint=str(path), **change)))
@@ -49,10 +49,10 @@ def test_a_model_that_is_read_as_transformers_reads_it_passes(models, monkeypatc
 def misread(patch, **wrong):
     """Let our reading of config.json come to other values."""
     setup_device()
-    from distill_nemo.models import architecture
+    from distill_nemo.models import resolve
     from distill_nemo.models.families.huggingface import from_huggingface
 
-    patch.setattr(architecture, "from_huggingface", lambda config, where: from_huggingface(config, where) | wrong)
+    patch.setattr(resolve, "from_huggingface", lambda config, where: from_huggingface(config, where) | wrong)
 
 
 MISREADINGS = {
@@ -80,8 +80,8 @@ def test_a_misread_configuration_is_refused(models, monkeypatch, wrong, cut):
 def test_what_transformers_cannot_open_is_refused_in_its_words(tmp_path):
     """6 heads of 48 in a hidden size of 256, which Megatron could compute."""
     setup_device()
-    from distill_nemo.models.architecture import resolve
     from distill_nemo.models.checkpoints.hf_tensors import expected_tensors
+    from distill_nemo.models.resolve import resolve
 
     source = Path(write_hf(tmp_path / "m", "llama", width=64))
     config = json.loads((source / "config.json").read_text())

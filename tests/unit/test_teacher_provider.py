@@ -59,9 +59,9 @@ def models(tmp_path_factory):
 
 def described(path):
     """The architecture of a Hugging Face directory as a user would write it into the config."""
-    from distill_nemo.models.architecture import resolve
+    from distill_nemo.models.resolve import resolve
 
-    return vars(resolve(TeacherConfig(checkpoint=path))) | {"checkpoint": None}
+    return vars(resolve(TeacherConfig(checkpoint=path)).filled(TeacherConfig()))
 
 
 def provide(config, layout=None):
@@ -165,15 +165,16 @@ def _save_ours(inputs, output, parallelism):
     """A checkpoint as a run with a hidden loss leaves it: optimizer states, a projection, random states."""
     from distill_nemo.checkpoint.save import CheckpointWriter
     from distill_nemo.checkpoint.state import _allocate_adam_state
-    from distill_nemo.models.architecture import resolve
+    from distill_nemo.training.entry import resolve_models
     from distill_nemo.training.setup import build_trainee
 
-    run = RunConfig(str(output), resolve(StudentConfig(inputs["qwen3"])), resolve(TeacherConfig(inputs["wide"])))
+    run = RunConfig(str(output), StudentConfig(inputs["qwen3"]), TeacherConfig(inputs["wide"]))
     hidden = ["decoder.final_layernorm:decoder.final_layernorm"]
     run.distillation = DistillationConfig(hidden_loss="mse", hidden_layers=hidden, hidden_weight=1.0)
-    run.parallelism, run.checkpoint = parallelism, CheckpointConfig(export=False)
+    run.parallelism, run.checkpoint, run.data.sequence_length = parallelism, CheckpointConfig(export=False), 32
     run.optimizer = OptimizerConfig(lr=1e-3)
-    trainee = build_trainee(run, torch.float32, load_weights=True)
+    run, models = resolve_models(run)
+    trainee = build_trainee(run, models, torch.float32, load_weights=True)
     _allocate_adam_state(trainee.optimizer)
     writer = CheckpointWriter(Path(output, "checkpoints"), run)
     writer.save(7, trainee.unwrapped, trainee.optimizer, trainee.scheduler, {"step": 7})
@@ -429,7 +430,7 @@ def test_a_nemo_config_that_would_be_misread_is_refused_by_field(models, tmp_pat
 
 
 def test_nemo_config_in_its_variants(models, tmp_path):
-    from distill_nemo.models.architecture import resolve
+    from distill_nemo.models.resolve import resolve
 
     def read(**change):
         text = json.dumps(nemo_config(models["llama"], "llama") | change)

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from distill_nemo.config import ModelConfig
-from distill_nemo.models.architecture import describe_checkpoint
+from distill_nemo.config import StudentConfig
+from distill_nemo.models.architecture import Architecture
+from distill_nemo.models.checkpoints.config_fields import read_json
 from distill_nemo.models.checkpoints.pretrained import empty_model, open_pretrained
-from distill_nemo.models.families.huggingface import to_huggingface
+from distill_nemo.models.families.huggingface import from_huggingface, to_huggingface
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -90,11 +91,11 @@ def _said(error: Exception, directory: str | Path) -> str:
     return str(error).replace(str(directory), "its directory")[:400] or repr(error)
 
 
-def export_files(model: ModelConfig, dtype: torch.dtype, source: Path | None, tokenizer: Path | None) -> ExportFiles:
+def export_files(model: Architecture, dtype: torch.dtype, source: Path | None, tokenizer: Path | None) -> ExportFiles:
     """Collect an export's files; nothing is written.
 
     Args:
-        model: the student, resolved.
+        model: the student.
         dtype: of its weights.
         source: the Hugging Face directory that it came from, if any.
         tokenizer: a directory whose tokenizer goes before the source's.
@@ -167,7 +168,7 @@ def _chat_templates(directory: Path) -> Files:
     }
 
 
-def _config(model: ModelConfig, dtype: torch.dtype, source: Path | None, tokenizer: Path | None) -> dict[str, Any]:
+def _config(model: Architecture, dtype: torch.dtype, source: Path | None, tokenizer: Path | None) -> dict[str, Any]:
     ours = to_huggingface(model, dtype)
     theirs = {} if source is None else _source_config(source, model)
     kept = {name: value for name, value in theirs.items() if value is not None or ours.get(name) is None}
@@ -175,18 +176,20 @@ def _config(model: ModelConfig, dtype: torch.dtype, source: Path | None, tokeniz
     config = ours | kept | {name: ours[name] for name in forced}
     if tokenizer is not None and not {"bos_token_id", "eos_token_id"} <= theirs.keys():
         config |= {name: i for name, i in _token_ids(tokenizer).items() if name not in theirs}
-    assert model.vocab_size is not None, "resolved"
     ids = {name: value for name, value in config.items() if name.endswith("_token_id")}
     config |= {name: _within(value, model.vocab_size) for name, value in ids.items()}
     return {name: value for name, value in config.items() if name not in DROPPED}
 
 
-def _source_config(source: Path, model: ModelConfig) -> dict[str, Any]:
+def _source_config(source: Path, model: Architecture) -> dict[str, Any]:
     """Return `config.json` of the source, or nothing if another model is there by now."""
-    stated, own = describe_checkpoint(source), dataclasses.asdict(model)
+    if model.source is not None and model.source.weights == source:
+        return model.source.config
+    config = read_json(source / "config.json")
+    stated, own = from_huggingface(config, source), dataclasses.asdict(model.filled(StudentConfig()))
     differing = [name for name, value in stated.items() if name != "vocab_size" and own[name] != value]
     if not differing:
-        return _read_json(source / "config.json")
+        return config
     print(
         f"warning: {source} is another model now ({differing[0]} = {stated[differing[0]]}, the student's is "
         f"{own[differing[0]]}): the export does not take over its config.json",

@@ -5,15 +5,14 @@ Only headers are read. They come with the checkpoint, like `config.json`, so nei
 
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from distill_nemo.config import ModelConfig
 from distill_nemo.fields import first_few
+from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.config_fields import read_json, shown
-from distill_nemo.models.families.huggingface import QK_NORM_FAMILIES
 
 VOCAB_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
 INDEX = "model.safetensors.index.json"
@@ -36,12 +35,12 @@ def has_weights(path: Path) -> bool:
     return any(path.glob("*.safetensors"))
 
 
-def check_hf_tensors(path: Path, model: ModelConfig) -> None:
+def check_hf_tensors(path: Path, model: Architecture) -> None:
     """Compare the safetensors headers in `path` with the tensors that an architecture needs.
 
     Args:
         path: the directory.
-        model: resolved, with the vocabulary that `path` states.
+        model: with the vocabulary that `path` states.
 
     Raises:
         ValueError: when tensors are missing, extra, of another shape or no plain floats, or a file is corrupt, by name.
@@ -68,7 +67,7 @@ def check_hf_tensors(path: Path, model: ModelConfig) -> None:
         raise ValueError(f"{path} does not fit its architecture:\n  " + "\n  ".join(first_few(problems, MAX_LISTED)))
 
 
-def check_tied_weights(path: Path, model: ModelConfig) -> None:
+def check_tied_weights(path: Path, model: Architecture) -> None:
     """Refuse tied embeddings beside which another output layer is stored; reads both.
 
     Raises:
@@ -144,7 +143,7 @@ def _indexed_files(path: Path) -> dict[str, str]:
     index = path / INDEX
     if not index.is_file():
         raise ValueError(f"{path} has neither model.safetensors nor {INDEX}, which says what its other files hold")
-    places: Any = read_json(index).get("weight_map")
+    places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ValueError(f"{index}: weight_map must say in which file each tensor is, got {shown(places)}")
     names = {str(name) for name in places.values()}
@@ -157,10 +156,10 @@ def _indexed_files(path: Path) -> dict[str, str]:
     return places
 
 
-def expected_tensors(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a resolved model in Hugging Face's naming."""
-    m: Any = model
-    q, kv, h = m.num_attention_heads * m.kv_channels, m.num_query_groups * m.kv_channels, m.hidden_size
+def expected_tensors(model: Architecture) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a model in Hugging Face's naming."""
+    q, kv = model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
+    h = model.hidden_size
     layer: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (h,),
         "post_attention_layernorm.weight": (h,),
@@ -169,23 +168,23 @@ def expected_tensors(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         "self_attn.v_proj.weight": (kv, h),
         "self_attn.o_proj.weight": (h, q),
     }
-    ffn, mlps = m.ffn_hidden_size, ["mlp"]
-    if m.num_experts is not None:
-        layer["mlp.gate.weight"] = (m.num_experts, h)
-        ffn, mlps = m.moe_ffn_hidden_size, [f"mlp.experts.{i}" for i in range(m.num_experts)]
+    ffn, mlps, experts = model.ffn_hidden_size, ["mlp"], model.experts
+    if experts is not None:
+        layer["mlp.gate.weight"] = (experts.num_experts, h)
+        ffn, mlps = experts.moe_ffn_hidden_size, [f"mlp.experts.{i}" for i in range(experts.num_experts)]
     for mlp in mlps:
         layer |= {
             f"{mlp}.{n}_proj.weight": shape for n, shape in (("gate", (ffn, h)), ("up", (ffn, h)), ("down", (h, ffn)))
         }
-    if m.family == "qwen2":
+    if model.qkv_bias:
         layer |= {f"self_attn.{n}_proj.bias": (size,) for n, size in (("q", q), ("k", kv), ("v", kv))}
-    if m.family in QK_NORM_FAMILIES:
-        layer |= {f"self_attn.{n}_norm.weight": (m.kv_channels,) for n in ("q", "k")}
-    tensors = {f"model.layers.{i}.{name}": shape for i in range(m.num_layers) for name, shape in layer.items()}
-    tensors |= {"model.embed_tokens.weight": (m.vocab_size, h), "model.norm.weight": (h,)}
-    return tensors if m.tie_word_embeddings else tensors | {"lm_head.weight": (m.vocab_size, h)}
+    if model.qk_norm:
+        layer |= {f"self_attn.{n}_norm.weight": (model.kv_channels,) for n in ("q", "k")}
+    tensors = {f"model.layers.{i}.{name}": shape for i in range(model.num_layers) for name, shape in layer.items()}
+    tensors |= {"model.embed_tokens.weight": (model.vocab_size, h), "model.norm.weight": (h,)}
+    return tensors if model.tie_word_embeddings else tensors | {"lm_head.weight": (model.vocab_size, h)}
 
 
-def num_parameters(model: ModelConfig) -> int:
-    """Parameters of a resolved model."""
+def num_parameters(model: Architecture) -> int:
+    """Number of parameters of a model."""
     return sum(torch.Size(shape).numel() for shape in expected_tensors(model).values())

@@ -22,14 +22,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from distill_nemo.config import ModelConfig
-from distill_nemo.models.architecture import padded_vocab_size
+from distill_nemo.models.architecture import Architecture, padded_vocab_size
 from distill_nemo.models.checkpoints.agreement import logits_apart, open_with_transformers
+from distill_nemo.models.checkpoints.config_fields import read_json
 from distill_nemo.models.checkpoints.export_files import NO_EXPORT, export_files
 from distill_nemo.models.checkpoints.hf_tensors import VOCAB_TENSORS, check_tied_weights, expected_tensors
 from distill_nemo.models.checkpoints.megatron import STATE
-from distill_nemo.models.checkpoints.sources import find_checkpoint
-from distill_nemo.models.families.huggingface import FAMILIES
+from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.layers.experts import one_expert
 from distill_nemo.runtime.files import replace_directory, restore_replaced
 from distill_nemo.runtime.output_lock import OutputLock
@@ -37,34 +36,31 @@ from distill_nemo.runtime.output_lock import OutputLock
 METADATA = {"format": "pt", "producer": "distill_nemo"}  # by which an export of ours is known, and may be replaced
 
 
-def load_hf_weights(built: GPTModel, path: str, model: ModelConfig) -> None:
+def load_hf_weights(built: GPTModel, path: Path, model: Architecture) -> None:
     """Fill this tensor- and pipeline-parallel part of `built` from the safetensors in `path`.
 
     Args:
         built: where the weights go.
         path: a directory whose headers `check_hf_tensors` has compared with `model`.
-        model: its resolved architecture.
+        model: its architecture.
 
     Raises:
         ValueError: when embeddings are tied and another output layer is stored beside them.
     """
-    check_tied_weights(Path(path), model)
+    check_tied_weights(path, model)
     _Importer(built, path, model)._import_state_dict()
 
 
 class _Importer(GPTModelImporter):
     """ModelOpt's, with the vocabulary cut or padded to the rows that Megatron has, and without its progress bar."""
 
-    def __init__(self, built: GPTModel, path: str, model: ModelConfig) -> None:
-        assert model.vocab_size is not None and model.family is not None, "resolved"
-        vocab_size = model.vocab_size
+    def __init__(self, built: GPTModel, path: Path, model: Architecture) -> None:
         with tempfile.TemporaryDirectory() as stated:  # it reads nothing of config.json but the class
-            config = {"model_type": model.family, "architectures": [FAMILIES[model.family]]}
-            Path(stated, "config.json").write_text(json.dumps(config))
+            Path(stated, "config.json").write_text(json.dumps(_stated_for_modelopt(model)))
             super().__init__(built, stated, dtype=next(built.parameters()).dtype)
-        self.pretrained_model_path = Path(path)
+        self.pretrained_model_path = path
         self.disable_tqdm = True
-        self.vocab_size = vocab_size
+        self.vocab_size = model.vocab_size
         self.rules |= grouped_rules(self.rules)
 
     def _get_safetensor(self, key: str, parallel_config: Any = None) -> Tensor:
@@ -77,11 +73,18 @@ class _Importer(GPTModelImporter):
         return padded.chunk(size)[rank]
 
 
+def _stated_for_modelopt(model: Architecture) -> dict[str, Any]:
+    """Return the fields by which ModelOpt chooses its rules."""
+    family = FAMILIES[model.family]
+    family = FAMILIES[family.tensors_like or family.model_type]
+    return {"model_type": family.model_type, "architectures": [family.hf_class]}
+
+
 class _Exporter(GPTModelExporter):
     """ModelOpt's, which has no rule for Qwen3's experts where they are one grouped module."""
 
     def _populate_rule_book(self) -> dict[str, Any]:
-        books: Any = super()._populate_rule_book()
+        books = super()._populate_rule_book()
         return {name: rules | grouped_rules(rules) for name, rules in books.items()}
 
 
@@ -103,7 +106,7 @@ def _tensor_parallel_size() -> int:
     return parallel_state.get_tensor_model_parallel_world_size()
 
 
-def check_exportable(model: ModelConfig) -> None:
+def check_exportable(model: Architecture) -> None:
     """Refuse a model that no class of transformers can hold.
 
     Raises:
@@ -111,14 +114,14 @@ def check_exportable(model: ModelConfig) -> None:
     """
     if model.block_configs is not None:
         raise ValueError(f"block_configs: transformers has no model whose layers differ; {NO_EXPORT}")
-    if model.checkpoint and (find_checkpoint(Path(model.checkpoint)).weights / STATE).is_dir():
+    if model.source is not None and (model.source.weights / STATE).is_dir():
         raise ValueError(
-            f"{model.checkpoint} was modified by ModelOpt (quantised, say): that cannot be exported yet; {NO_EXPORT}"
+            f"{model.name} was modified by ModelOpt (quantised, say): that cannot be exported yet; {NO_EXPORT}"
         )
 
 
 def export_hf(
-    built: GPTModel, path: str, model: ModelConfig, tokenizer: str | None = None, source: Path | None = None
+    built: GPTModel, path: str, model: Architecture, tokenizer: str | None = None, source: Path | None = None
 ) -> None:
     """Write `built` (TP=1, PP=1) as a Hugging Face directory that `AutoModelForCausalLM.from_pretrained` opens.
 
@@ -126,7 +129,7 @@ def export_hf(
         built: the whole model.
         path: directory to write; it appears only when whole and its logits equal `built`'s. An earlier export there
             is replaced, anything else refused.
-        model: the resolved architecture.
+        model: its architecture.
         tokenizer: directory whose tokenizer is copied; None copies the source's.
         source: the Hugging Face directory that the model came from, whose configuration and files are kept.
 
@@ -201,11 +204,12 @@ def check_target(target: Path) -> None:
         raise ValueError(f"{target} exists and is no export of ours; name a new directory, or remove it yourself")
 
 
-def _hf_tensors(built: GPTModel, config: Path, model: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
-    with tempfile.TemporaryDirectory() as empty:
-        shutil.copy2(config / "config.json", empty)
+def _hf_tensors(built: GPTModel, export: Path, model: Architecture, dtype: torch.dtype) -> dict[str, Tensor]:
+    with tempfile.TemporaryDirectory() as stated:
+        config = read_json(export / "config.json") | _stated_for_modelopt(model)
+        Path(stated, "config.json").write_text(json.dumps(config))
         with contextlib.redirect_stdout(io.StringIO()):  # ModelOpt prints its MoE settings
-            exporter = _Exporter(built, empty, dtype=dtype)
+            exporter = _Exporter(built, stated, dtype=dtype)
         merged = {name: t for part in exporter.layer_state_dicts.values() for name, t in part.items()}
     for name in VOCAB_TENSORS:
         if name in merged:

@@ -6,7 +6,6 @@ contents, so each rank alone finds what is wrong anywhere.
 
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -17,11 +16,8 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from distill_nemo.config import ModelConfig
 from distill_nemo.fields import first_few
-from distill_nemo.models.architecture import with_stored_vocabulary
-from distill_nemo.models.families.huggingface import QK_NORM_FAMILIES
-from distill_nemo.models.layers.block_configs import Layer, layers
+from distill_nemo.models.architecture import Architecture, Layer
 from distill_nemo.runtime.pickles import read_contents, weights_only
 
 Shapes = dict[str, tuple[int, ...]]
@@ -57,7 +53,7 @@ def load_megatron_weights(directory: Path, built: GPTModel) -> None:
     prefix = key_prefix(stored)
     names = {name.removeprefix(prefix): shape for name, shape in stored.items() if name.startswith(prefix)}
     metadata = {"non_homogeneous_layers": not _is_stacked(names)}
-    part: Any = built.sharded_state_dict(prefix=prefix, metadata=metadata)
+    part = built.sharded_state_dict(prefix=prefix, metadata=metadata)
     wanted = {name: value for name, value in part.items() if not is_extra(name)}
     for value in nested_values(wanted):
         value.key = prefix + _stored_name(value.key.removeprefix(prefix), names)
@@ -118,34 +114,34 @@ def stored_dtype(directory: Path) -> torch.dtype:
     return next((t.properties.dtype for t in found), torch.float32)
 
 
-def expected_tensors(model: ModelConfig) -> tuple[list[Shapes], Shapes]:
+def expected_tensors(model: Architecture) -> tuple[list[Shapes], Shapes]:
     """Name and shape of each layer's tensors, and of those around the layers, in Transformer Engine's naming."""
-    m: Any = model
-    around: Shapes = {EMBEDDING: (m.vocab_size, m.hidden_size), "decoder.final_layernorm.weight": (m.hidden_size,)}
-    if not m.tie_word_embeddings:
-        around[OUTPUT] = (m.vocab_size, m.hidden_size)
-    return [_layer_tensors(layer, m) for layer in layers(model)], around
+    table = (model.vocab_size, model.hidden_size)
+    around: Shapes = {EMBEDDING: table, "decoder.final_layernorm.weight": (model.hidden_size,)}
+    if not model.tie_word_embeddings:
+        around[OUTPUT] = table
+    return [_layer_tensors(layer, model) for layer in model.layers], around
 
 
-def _layer_tensors(layer: Layer, m: Any) -> Shapes:
-    h, tensors = m.hidden_size, {}
+def _layer_tensors(layer: Layer, model: Architecture) -> Shapes:
+    h, tensors, experts = model.hidden_size, {}, model.experts
     if layer.num_query_groups is not None:
-        q, kv = m.num_attention_heads * m.kv_channels, layer.num_query_groups * m.kv_channels
+        q, kv = model.num_attention_heads * model.kv_channels, layer.num_query_groups * model.kv_channels
         tensors |= {
             "self_attention.linear_qkv.layer_norm_weight": (h,),
             "self_attention.linear_qkv.weight": (q + 2 * kv, h),
             "self_attention.linear_proj.weight": (h, q),
         }
-        if m.family == "qwen2":
+        if model.qkv_bias:
             tensors["self_attention.linear_qkv.bias"] = (q + 2 * kv,)
-        if m.family in QK_NORM_FAMILIES:
-            tensors |= {f"self_attention.{n}_layernorm.weight": (m.kv_channels,) for n in ("q", "k")}
-    if m.num_experts is not None:
+        if model.qk_norm:
+            tensors |= {f"self_attention.{n}_layernorm.weight": (model.kv_channels,) for n in ("q", "k")}
+    if experts is not None:
         tensors |= {
             "pre_mlp_layernorm.weight": (h,),
-            "mlp.router.weight": (m.num_experts, h),
-            "mlp.experts.experts.linear_fc1.weight": (m.num_experts, 2 * m.moe_ffn_hidden_size, h),
-            "mlp.experts.experts.linear_fc2.weight": (m.num_experts, h, m.moe_ffn_hidden_size),
+            "mlp.router.weight": (experts.num_experts, h),
+            "mlp.experts.experts.linear_fc1.weight": (experts.num_experts, 2 * experts.moe_ffn_hidden_size, h),
+            "mlp.experts.experts.linear_fc2.weight": (experts.num_experts, h, experts.moe_ffn_hidden_size),
         }
     elif layer.ffn_hidden_size is not None:
         tensors |= {
@@ -161,12 +157,12 @@ def _is_stacked(names: Shapes) -> bool:
     return not any(LAYER.match(name) for name in names)
 
 
-def check_megatron_tensors(directory: Path, model: ModelConfig) -> None:
+def check_megatron_tensors(directory: Path, model: Architecture) -> None:
     """Compare the tensors of a checkpoint with those that the architecture needs, by its table of contents alone.
 
     Args:
         directory: holds `.metadata`.
-        model: the resolved architecture.
+        model: with the vocabulary that the checkpoint states.
 
     Raises:
         ValueError: when tensors are missing, extra or of another shape, or a file is missing or short, by name.
@@ -175,8 +171,8 @@ def check_megatron_tensors(directory: Path, model: ModelConfig) -> None:
     prefix = key_prefix(stored)
     names = {name.removeprefix(prefix): shape for name, shape in stored.items() if name.startswith(prefix)}
     stray = [name for name in stored if not name.startswith(prefix)]
-    by_layer, wanted = expected_tensors(with_stored_vocabulary(model))
-    count: Any = model.num_layers
+    by_layer, wanted = expected_tensors(model)
+    count = model.num_layers
     deep = _stored_layers(names)
     if deep not in (None, count) and model.block_configs is None:  # a last layer without parts leaves nothing to count
         raise ValueError(f"{directory} does not fit the model: it holds {deep} layers, num_layers = {count}")
@@ -226,9 +222,9 @@ def _fits(name: str, stored: tuple[int, ...], needed: tuple[int, ...]) -> bool:
 
 def _read(directory: Path, wanted: dict[str, ShardedBase], prefix: str) -> dict[str, Tensor]:
     """The tensors alone: what lies beside them (arguments, in Megatron's and NeMo's pickles) is not opened."""
-    preprocessed: Any = load_preprocess(wanted)
-    sharded, _, factories = preprocessed
+    sharded, _, factories = load_preprocess(wanted)
     with weights_only(directory):
         loaded = TorchDistLoadShardedStrategy().load(sharded, directory)
+    assert isinstance(factories, dict)
     loaded = apply_factory_merges(loaded, factories)
     return {name.removeprefix(prefix): loaded[name] for name in wanted}

@@ -7,6 +7,8 @@ from typing import Any
 import yaml
 
 from distill_nemo.models.checkpoints.config_fields import shown
+from distill_nemo.models.families import FAMILIES
+from distill_nemo.models.families.rope import LLAMA3_ROPE
 
 INTEGERS = {  # ours: theirs, the first that has a value counts
     "num_layers": ("num_layers",),
@@ -47,8 +49,6 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "num_moe_experts": (0,),
     "num_experts": (0,),
 }
-# Megatron-Core knows no other values.
-LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def read_nemo_config(path: Path) -> dict[str, Any]:
@@ -111,11 +111,14 @@ def _number[T: (int, float)](path: Path, kind: type[T], name: str, value: Any) -
 
 
 def _family(path: Path, values: dict[str, Any]) -> str:
-    """By what tells the families apart in Megatron: norms of queries and keys, bias of queries, keys and values."""
-    bias = values.get("add_qkv_bias") or values.get("qkv_bias")
-    if bias and values.get("qk_layernorm"):
-        raise ValueError(f"{path}: qk_layernorm together with a bias of queries, keys and values is not supported")
-    return "qwen3" if values.get("qk_layernorm") else "qwen2" if bias else "llama"
+    """Return the dense family with the same norms of queries and keys and the same bias: Megatron names none."""
+    qkv_bias, qk_norm = (
+        bool(value) for value in (values.get("add_qkv_bias") or values.get("qkv_bias"), values.get("qk_layernorm"))
+    )
+    for name, family in FAMILIES.items():
+        if (family.qkv_bias, family.qk_norm, family.has_experts) == (qkv_bias, qk_norm, False):
+            return name
+    raise ValueError(f"{path}: qk_layernorm together with a bias of queries, keys and values is not supported")
 
 
 def _rope_scaling(path: Path, values: dict[str, Any]) -> dict[str, Any] | None:

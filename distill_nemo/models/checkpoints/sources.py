@@ -4,6 +4,7 @@ import enum
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 OURS = ("architecture.json", "run.json", "SHA256SUMS")  # each tells, as the others may be lost
 STEP = re.compile(r"step_\d{8,}")
@@ -25,6 +26,25 @@ class FoundCheckpoint:
     kind: CheckpointKind
     weights: Path
     description: Path | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint that an architecture was read from.
+
+    Args:
+        checkpoint: as the config names it.
+        kind: who wrote it.
+        weights: directory of its tensors.
+        config: content of a Hugging Face `config.json`; empty for other kinds.
+        vocab_size: rows that its description states; None where it states none.
+    """
+
+    checkpoint: str
+    kind: CheckpointKind
+    weights: Path
+    config: dict[str, Any]
+    vocab_size: int | None
 
 
 def find_checkpoint(path: Path) -> FoundCheckpoint:

@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from torch import Tensor, nn
 
 from distill_nemo.balancers import LogitsAndIntermediatesLossBalancer, WeightedLossBalancer
@@ -216,9 +217,10 @@ def locate_layer(name: str, model: GPTModel) -> tuple[int, str]:
 
 def _stage_sizes(model: GPTModel) -> list[int]:
     """Layers of every stage, in the order of the model."""
-    layout: Any = model.config.pipeline_model_parallel_layout
+    layout = model.config.pipeline_model_parallel_layout
     if layout is None:
         return [model.config.num_layers]
+    assert isinstance(layout, PipelineParallelLayerLayout), "Megatron reads it when a config is made"
     chunks = [
         layout.layout[rank][virtual] for virtual in range(len(layout.layout[0])) for rank in range(len(layout.layout))
     ]
@@ -296,6 +298,7 @@ def wire_config(model: Any) -> TransformerConfig:
     """The config that the pipeline schedule reads: as the student's, of the width that crosses stages."""
     config = copy.copy(model.config)
     if isinstance(model, mtd.DistillationModel):
-        teacher: Any = model.teacher_model
+        teacher = model.teacher_model
+        assert isinstance(teacher, GPTModel)
         config.hidden_size += teacher.config.hidden_size
     return config

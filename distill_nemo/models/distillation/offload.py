@@ -5,8 +5,6 @@ layers at a time are on the device. Every micro batch copies all of them, so thi
 tokens: a layer computes 2 operations per weight and token, and a weight is 2 bytes.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -27,7 +25,7 @@ class HostWeights:
     def __init__(self, layers: list[nn.Module], device: torch.device) -> None:
         self.layers, self.device = layers, device
         self.copies: dict[int, list[Tensor]] = {}  # by layer: its weights on the device
-        self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.hosts = [[self._keep(parameter) for parameter in layer.parameters()] for layer in layers]
         for number, layer in enumerate(layers):
             layer.register_forward_pre_hook(lambda *_, number=number: self._lend(number))

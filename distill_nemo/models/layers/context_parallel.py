@@ -8,16 +8,18 @@ tensor-parallel rank, d channels of a head.
 """
 
 import math
-from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import functional
 
 
@@ -56,14 +58,13 @@ def give_own_positions(rotary: RotaryEmbedding) -> None:
 
     Megatron's own selection (`get_pos_emb_on_this_cp_rank`, 0.19) asks for pinned memory, which needs a GPU.
     """
-    group: Any = rotary.cp_group
-    if torch.cuda.is_available() or group is None or group.size() == 1:
+    if torch.cuda.is_available() or parallel_state.get_context_parallel_world_size() == 1 or rotary.cp_group is None:
         return
     rotary.cp_group = None  # no selection by Megatron
     rotary.register_forward_hook(_select_own_positions)
 
 
-def _select_own_positions(rotary: Any, args: Any, angles_S11d: Tensor) -> Tensor:
+def _select_own_positions(rotary: RotaryEmbedding, args: tuple[object, ...], angles_S11d: Tensor) -> Tensor:
     return split_batch({"angles": angles_S11d.transpose(0, 1)})["angles"].transpose(0, 1)
 
 
@@ -91,7 +92,7 @@ class CausalAttention(MegatronModule):
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
-        pg_collection: Any = None,
+        pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config=config)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -101,7 +102,9 @@ class CausalAttention(MegatronModule):
         assert config.window_size is None and config.softmax_type == "vanilla", "no config of ours asks for these"
         assert config.kv_channels is not None, "Megatron fills it"
         self.softmax_scale = 1 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
-        self.group: Any = parallel_state.get_context_parallel_group()
+        group = parallel_state.get_context_parallel_group()
+        assert isinstance(group, ProcessGroup)
+        self.group = group
 
     def forward(
         self,
@@ -111,7 +114,7 @@ class CausalAttention(MegatronModule):
         attention_mask: Tensor | None,
         attn_mask_type: AttnMaskType | None = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: Any = None,
+        packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
         """Attend; collective over the context-parallel group, forward and backward.
 

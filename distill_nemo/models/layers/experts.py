@@ -1,4 +1,4 @@
-"""Mixtures of experts (Qwen3-MoE): what Megatron needs to know of them, what it cannot do, and their random weights.
+"""Mixtures of experts in Megatron: settings, optimizer, random weights.
 
 Every layer is a router and `num_experts` MLPs, of which a token takes `num_experts_per_tok`. Under expert parallelism
 each data (and context) parallel rank holds some of the experts, and tokens travel to them.
@@ -10,64 +10,31 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from distill_nemo.config import ParallelismConfig
+from distill_nemo.models.architecture import Experts
 from distill_nemo.models.layers.specs import transformer_engine_usable
 from distill_nemo.runtime.seed import seed_apart
 
-MOE_FAMILIES = ("qwen3_moe",)
-MOE_SIZES = ("num_experts", "num_experts_per_tok", "moe_ffn_hidden_size")
-MOE_FIELDS = (*MOE_SIZES, "norm_topk_prob")
 
-
-def check_experts(values: dict[str, Any]) -> None:
-    """Refuse what cannot be a mixture of experts, or one that Megatron-Core does not compute as transformers does.
-
-    Args:
-        values: every field of a `ModelConfig`, defaults filled in.
-
-    Raises:
-        ValueError: naming the field, what came, what is allowed.
-    """
-    if values["family"] not in MOE_FAMILIES:
-        given = [f"{name} = {values[name]}" for name in MOE_FIELDS if values[name] is not None]
-        if given:
-            raise ValueError(
-                f'{", ".join(given)}: family "{values["family"]}" has no experts; {" or ".join(MOE_FAMILIES)} has'
-            )
-        return
-    for name in MOE_SIZES:
-        if values[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {values[name]}")
-    experts, chosen = values["num_experts"], values["num_experts_per_tok"]
-    if chosen > experts:
-        raise ValueError(f"num_experts_per_tok = {chosen} is above num_experts = {experts}")
-    if chosen == 1 and values["norm_topk_prob"]:
-        raise ValueError(
-            "norm_topk_prob = True with num_experts_per_tok = 1 gives every expert the weight 1, which Megatron-Core "
-            "refuses: the router would have no gradient. Set norm_topk_prob to False, or num_experts_per_tok above 1"
-        )
-    if values["block_configs"] is not None:
-        raise ValueError(
-            f'block_configs: layers that differ are not supported with experts (family "{values["family"]}")'
-        )
-
-
-def expert_settings(model: Any, parallelism: ParallelismConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """Fields of Megatron's TransformerConfig of a resolved model; a dense one beside experts is not split over them.
+def expert_settings(experts: Experts | None, parallelism: ParallelismConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Fields of Megatron's TransformerConfig; a dense model beside one with experts is not split over them.
 
     norm_topk_prob: softmax over the chosen logits is the softmax over all, divided by its sum over the chosen.
     """
-    if model.num_experts is None:
+    if experts is None:
         return {"expert_model_parallel_size": 1}
     on_cuda = torch.cuda.is_available()
     return {
-        "num_moe_experts": model.num_experts,
-        "moe_router_topk": model.num_experts_per_tok,
-        "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
-        "moe_router_pre_softmax": not model.norm_topk_prob,
+        "num_moe_experts": experts.num_experts,
+        "moe_router_topk": experts.num_experts_per_tok,
+        "moe_ffn_hidden_size": experts.moe_ffn_hidden_size,
+        "moe_router_pre_softmax": not experts.norm_topk_prob,
         # An auxiliary loss would change the objective: the loss that is reported would not be the one that is followed.
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
@@ -81,9 +48,9 @@ def expert_settings(model: Any, parallelism: ParallelismConfig, dtype: torch.dty
 
 def one_expert(grouped: nn.Module, number: int) -> nn.Module:
     """A module whose `weight` is that of local expert `number` inside Transformer Engine's grouped linear layer."""
-    one: Any = nn.Module()
-    one.weight = getattr(grouped, f"weight{number}")
-    one.config = SimpleNamespace(ffn_hidden_size=len(one.weight) // 2)  # where ModelOpt parts linear_fc1's gate and up
+    one, weight = nn.Module(), grouped.get_parameter(f"weight{number}")
+    one.register_parameter("weight", weight)
+    one.__dict__["config"] = SimpleNamespace(ffn_hidden_size=len(weight) // 2)  # where ModelOpt parts gate and up
     return one
 
 
@@ -94,9 +61,8 @@ def keep_experts_apart(built: GPTModel) -> None:
     """
     for layer in built.modules():
         if isinstance(layer, MoELayer):
-            experts: Any = layer.experts
-            for parameter in experts.parameters():
-                parameter.allreduce = False
+            for parameter in layer.get_submodule("experts").parameters():
+                vars(parameter)["allreduce"] = False
 
 
 @torch.no_grad()
@@ -108,26 +74,28 @@ def initialise_experts(built: GPTModel) -> None:
     """
     for layer in built.modules():
         if isinstance(layer, MoELayer):
-            local: Any = layer
-            before = (local.layer_number - 1) * local.config.num_moe_experts
-            for i, number in enumerate(local.local_expert_indices):
+            assert layer.layer_number is not None and layer.config.num_moe_experts is not None
+            before = (layer.layer_number - 1) * layer.config.num_moe_experts
+            for i, number in enumerate(layer.local_expert_indices):
                 for kind in ("linear_fc1", "linear_fc2"):
-                    _weight(local.experts, kind, i).copy_(_drawn(kind, before + number, local.config))
+                    _weight(layer.get_submodule("experts"), kind, i).copy_(_drawn(kind, before + number, layer.config))
 
 
-def _weight(experts: Any, kind: str, number: int) -> Tensor:
-    if hasattr(experts, "local_experts"):
-        return getattr(experts.local_experts[number], kind).weight
-    return getattr(getattr(experts, kind), f"weight{number}")
+def _weight(experts: nn.Module, kind: str, number: int) -> Tensor:
+    if isinstance(experts, SequentialMLP):
+        return experts.get_parameter(f"local_experts.{number}.{kind}.weight")
+    return experts.get_parameter(f"{kind}.weight{number}")
 
 
-def _drawn(kind: str, number: int, config: Any) -> Tensor:
-    """This rank's part of an expert's weight, drawn whole; gate and up are each split over tensor parallel ranks."""
+def _drawn(kind: str, number: int, config: TransformerConfig) -> Tensor:
+    """Draw an expert's whole weight; return this rank's part. Gate and up are each split over tensor parallel ranks."""
     first = kind == "linear_fc1"
     init = config.init_method if first else config.output_layer_init_method
     ffn, hidden = config.moe_ffn_hidden_size, config.hidden_size
+    assert init is not None and ffn is not None, "Megatron fills them"
     whole = torch.empty((2, ffn, hidden) if first else (1, hidden, ffn))
     with seed_apart(2 * number + first + 1):
         init(whole)
-    group: Any = parallel_state.get_expert_tensor_parallel_group()
+    group = parallel_state.get_expert_tensor_parallel_group()
+    assert isinstance(group, ProcessGroup)
     return whole.chunk(group.size(), dim=1 if first else 2)[group.rank()].flatten(0, 1)

@@ -1,6 +1,4 @@
-"""What a transformer layer is made of: Transformer Engine's modules where they run, else Megatron's with our norm."""
-
-from typing import Any
+"""Specs of transformer layers: Transformer Engine's modules where they run, else Megatron's with our norm."""
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -9,18 +7,19 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import get_gpt_heterogeneous_layer_spec
 from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from distill_nemo.models.layers.context_parallel import CausalAttention
 from distill_nemo.models.layers.norms import RMSNorm
 
 
 def transformer_engine_usable(dtype: torch.dtype) -> bool:
-    """Whether Transformer Engine can run here: it imports without CUDA, but then builds no module.
+    """Return True if Transformer Engine can run here: it imports without CUDA, but then builds no module.
 
     In fp32 it multiplies in TF32, and has no attention but one that keeps all scores and knows no context parallelism.
     """
@@ -34,7 +33,7 @@ def transformer_engine_usable(dtype: torch.dtype) -> bool:
 
 
 def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage and the norm after the last one."""
+    """Return the layers of this pipeline stage and the norm after the last one."""
     if isinstance(config, HeterogeneousTransformerConfig):
         return _heterogeneous_spec(config, vp_stage)
     if transformer_engine_usable(config.params_dtype):
@@ -56,7 +55,8 @@ def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Transf
         if config.num_moe_experts is not None:  # stored under Transformer Engine's names: this norm is not fused there
             submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
         submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
-        attention: Any = submodules.self_attention.submodules
+        attention = submodules.self_attention.submodules
+        assert isinstance(attention, SelfAttentionSubmodules)
         attention.core_attention = CausalAttention
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
@@ -68,8 +68,10 @@ def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Transf
 def _heterogeneous_spec(config: HeterogeneousTransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     """Megatron's spec of layers that differ, with our norm and attention where it would take its local ones."""
     use_te = transformer_engine_usable(config.params_dtype)
-    block: Any = get_gpt_heterogeneous_layer_spec(config, use_te=use_te, vp_stage=vp_stage)
+    block = get_gpt_heterogeneous_layer_spec(config, use_te=use_te, vp_stage=vp_stage)
+    assert block.layer_specs is not None
     for layer in block.layer_specs:
+        assert isinstance(layer.submodules, TransformerLayerSubmodules)
         attention = getattr(layer.submodules.self_attention, "submodules", None)
         for part in (layer.submodules, attention):
             for name, module in list(vars(part).items()) if part else ():

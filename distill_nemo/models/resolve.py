@@ -1,0 +1,232 @@
+"""Resolve a model: its config and its checkpoint's own description become an `Architecture`, once a rank."""
+
+import dataclasses
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from distill_nemo.config import ModelConfig, StudentConfig, TeacherConfig, from_dict
+from distill_nemo.fields import near
+from distill_nemo.models.architecture import EXPERT_FIELDS, Architecture, Experts, Layer, Models
+from distill_nemo.models.checkpoints.config_fields import (
+    MAX_EXPERTS,
+    MAX_EXPERTS_IN_ALL_LAYERS,
+    MAX_LAYERS,
+    MAX_NUMBER,
+    MAX_POSITIONS,
+    MAX_SIZE,
+    read_json,
+)
+from distill_nemo.models.checkpoints.hf_tensors import check_hf_tensors, has_weights
+from distill_nemo.models.checkpoints.nemo import read_nemo_config
+from distill_nemo.models.checkpoints.sources import CheckpointKind, Source, find_checkpoint
+from distill_nemo.models.families import FAMILIES
+from distill_nemo.models.families.huggingface import from_huggingface
+from distill_nemo.models.families.rope import check_rope_scaling
+from distill_nemo.models.layers.block_configs import read_block_configs
+from distill_nemo.runtime.process_groups import rank
+
+REQUIRED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
+EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "moe_ffn_hidden_size")
+NOT_IN_TENSORS = ("rotary_base", "norm_epsilon")  # a wrong default would load, and give other logits
+MORE_ROWS = 0.01  # of the student's vocabulary, that a teacher may have more without being asked: padding, not tokens
+MOST = {
+    "num_layers": MAX_LAYERS,
+    "num_experts": MAX_EXPERTS,
+    "num_experts_per_tok": MAX_EXPERTS,
+    "max_position_embeddings": MAX_POSITIONS,
+}
+WITHOUT_DEFAULT = ("rope_scaling", "block_configs", *EXPERT_SIZES)  # None says that the model has none
+
+
+def resolve(model: ModelConfig | Architecture) -> Architecture:
+    """Fill in every field, from the checkpoint's own description, else by default. An architecture stays as it is.
+
+    Raises:
+        ValueError: when the checkpoint is missing or of an unsupported architecture, when a field contradicts it,
+            when a required field has no value, or when a Hugging Face checkpoint's tensors do not fit its config;
+            naming the checkpoint, if there is one.
+    """
+    if isinstance(model, Architecture):
+        return model
+    try:
+        return _resolve(model)
+    except ValueError as error:
+        if model.checkpoint is None or model.checkpoint in str(error):
+            raise
+        raise ValueError(f"{model.checkpoint}: {error}") from None
+
+
+def _resolve(model: ModelConfig) -> Architecture:
+    source, described = read_source(model.checkpoint) if model.checkpoint else (None, {})
+    values = dataclasses.asdict(model)
+    for name, value in described.items():
+        given = values[name]
+        fewer_rows = name == "vocab_size" and given is not None and given < value  # the last ones are left out
+        if given is not None and name not in ("init_std", "checkpoint") and given != value and not fewer_rows:
+            raise ValueError(f"{name} = {given} contradicts {model.checkpoint}, which says {value}; leave it unset")
+        if given is None:
+            values[name] = value
+    _check_complete(model.checkpoint, values, described)
+    name = model.checkpoint or type(model).__name__
+    _check_sizes(name, values)
+    values |= {field: value for field, value in _defaults(values).items() if values[field] is None}
+    _check_values(name, values)
+    resolved = _architecture(name, source, values)
+    if source is not None and source.kind is CheckpointKind.HUGGING_FACE and has_weights(source.weights):
+        check_hf_tensors(source.weights, resolved.as_stored)
+    return resolved
+
+
+def _defaults(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "family": "llama",
+        "ffn_hidden_size": values["moe_ffn_hidden_size"],  # no layer of a mixture of experts has it
+        "norm_topk_prob": True if _has_experts(values["family"]) else None,
+        "num_query_groups": values["num_attention_heads"],
+        "kv_channels": values["hidden_size"] // values["num_attention_heads"],
+        "max_position_embeddings": 4096,
+        "rotary_base": 10000.0,
+        "norm_epsilon": 1e-5,
+        "tie_word_embeddings": False,
+    }
+
+
+def _architecture(name: str, source: Source | None, values: dict[str, Any]) -> Architecture:
+    family = FAMILIES[values["family"]]
+    experts = Experts(**{field: values[field] for field in EXPERT_FIELDS}) if family.has_experts else None
+    own = {field.name for field in dataclasses.fields(Architecture)}
+    return Architecture(
+        name=name,
+        source=source,
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        layers=_layers(values),
+        experts=experts,
+        **{field: value for field, value in values.items() if field in own},
+    )
+
+
+def _layers(values: dict[str, Any]) -> tuple[Layer, ...]:
+    blocks, count = values["block_configs"], values["num_layers"]
+    if blocks is None:
+        return (Layer(values["num_query_groups"], values["moe_ffn_hidden_size"] or values["ffn_hidden_size"]),) * count
+    if len(blocks) != count:
+        raise ValueError(f"block_configs has {len(blocks)} entries, num_layers = {count}")
+    return read_block_configs(blocks, values["num_attention_heads"], values["hidden_size"])
+
+
+def _has_experts(family: str | None) -> bool:
+    return family in FAMILIES and FAMILIES[family].has_experts
+
+
+def _check_complete(checkpoint: str | None, values: dict[str, Any], described: dict[str, Any]) -> None:
+    silent = checkpoint is not None and not described
+    moe = _has_experts(values["family"])
+    required = [name for name in REQUIRED if not (moe and name == "ffn_hidden_size")]
+    required += EXPERT_SIZES if moe else ()
+    if silent:
+        required += [*NOT_IN_TENSORS, *(["norm_topk_prob"] if moe else [])]
+    missing = [name for name in required if values[name] is None]
+    if missing and checkpoint is None:
+        raise ValueError(f"the model needs {', '.join(missing)}: set them, or checkpoint to read them from")
+    if missing:
+        raise ValueError(f"{checkpoint} does not say {', '.join(missing)}: set them beside checkpoint")
+
+
+def _check_sizes(model: str, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if type(value) in (int, float) and not (isfinite(value) and value > 0):
+            raise ValueError(f"{model}: {name} must be above 0, got {value}")
+        if type(value) in (int, float) and value > (
+            most := MOST.get(name, MAX_SIZE if isinstance(value, int) else MAX_NUMBER)
+        ):
+            raise ValueError(f"{model}: {name} must be at most {most:,}, got {value}")
+    experts = values["num_layers"] * (values["num_experts"] or 0)
+    if experts > MAX_EXPERTS_IN_ALL_LAYERS:
+        raise ValueError(
+            f"{model}: num_layers = {values['num_layers']} times num_experts = {values['num_experts']} must be at most "
+            f"{MAX_EXPERTS_IN_ALL_LAYERS:,}"
+        )
+
+
+def _check_values(name: str, values: dict[str, Any]) -> None:
+    """Refuse values that contradict each other, defaults filled in."""
+    if values["family"] not in FAMILIES:
+        raise ValueError(f'family "{values["family"]}" is not known.{near(str(values["family"]), FAMILIES)}')
+    check_rope_scaling(values["rope_scaling"])
+    if values["kv_channels"] < 2 or values["kv_channels"] % 2:
+        kv_channels = values["kv_channels"]
+        raise ValueError(f"{name}: kv_channels = {kv_channels} is not even: rotary embeddings turn pairs of channels")
+    heads, groups = values["num_attention_heads"], values["num_query_groups"]
+    if heads % groups:
+        raise ValueError(f"num_attention_heads = {heads} is not divisible by num_query_groups = {groups}")
+    if _has_experts(values["family"]):
+        _check_experts(values)
+    elif given := [f"{field} = {values[field]}" for field in EXPERT_FIELDS if values[field] is not None]:
+        having = " or ".join(name for name in FAMILIES if _has_experts(name))
+        raise ValueError(f'{", ".join(given)}: family "{values["family"]}" has no experts; {having} has')
+
+
+def _check_experts(values: dict[str, Any]) -> None:
+    """Refuse a mixture of experts that is none, or that Megatron-Core does not compute as transformers does."""
+    for name in EXPERT_SIZES:
+        if values[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {values[name]}")
+    experts, chosen = values["num_experts"], values["num_experts_per_tok"]
+    if chosen > experts:
+        raise ValueError(f"num_experts_per_tok = {chosen} is above num_experts = {experts}")
+    if chosen == 1 and values["norm_topk_prob"]:
+        raise ValueError(
+            "norm_topk_prob = True with num_experts_per_tok = 1 gives every expert the weight 1, which Megatron-Core "
+            "refuses: the router would have no gradient. Set norm_topk_prob to False, or num_experts_per_tok above 1"
+        )
+    if values["block_configs"] is not None:
+        raise ValueError(
+            f'block_configs: layers that differ are not supported with experts (family "{values["family"]}")'
+        )
+
+
+def read_source(checkpoint: str) -> tuple[Source, dict[str, Any]]:
+    """Read a checkpoint's description: the source, and `ModelConfig` fields, none where it states none."""
+    found = find_checkpoint(Path(checkpoint))
+    config: dict[str, Any] = {}
+    described: dict[str, Any] = {}
+    if found.description is None:
+        pass
+    elif found.kind is CheckpointKind.OURS:
+        stated = from_dict(read_json(found.description), StudentConfig, f"{found.description}: ")
+        own = dataclasses.asdict(stated)
+        described = {k: v for k, v in own.items() if k != "checkpoint" and (v is not None or k in WITHOUT_DEFAULT)}
+    elif found.kind is CheckpointKind.HUGGING_FACE:
+        config = read_json(found.description)
+        described = from_huggingface(config, found.weights)
+    else:
+        described = read_nemo_config(found.description)
+    return Source(checkpoint, found.kind, found.weights, config, described.get("vocab_size")), described
+
+
+def resolve_pair(student: StudentConfig | Architecture, teacher: TeacherConfig | Architecture | None) -> Models:
+    """Resolve both, with the student's vocabulary. A teacher's last rows are left out, up to `MORE_ROWS`.
+
+    Models of one tokenizer are padded to different sizes (Qwen2.5: 151,936 rows at 1.5B, 152,064 at 7B).
+
+    Raises:
+        ValueError: as `resolve` does, and when the vocabularies differ otherwise, stating both sizes.
+    """
+    own = resolve(student)
+    if teacher is None:
+        return Models(own, None)
+    other = resolve(teacher)
+    more = other.vocab_size - own.vocab_size
+    if 0 < more <= MORE_ROWS * own.vocab_size:
+        if rank() == 0:
+            print(f"teacher: the last {more:,} of its {other.vocab_size:,} ids are left out, which the student lacks")
+        other = dataclasses.replace(other, vocab_size=own.vocab_size)
+    elif more:
+        raise ValueError(
+            f"student and teacher must share a vocabulary: student.vocab_size = {own.vocab_size}, "
+            f"teacher.vocab_size = {other.vocab_size}; where the last rows of the larger are padding, set both to "
+            "the smaller size, which leaves them out"
+        )
+    return Models(own, other)
