@@ -22,7 +22,7 @@ from distill_nemo.executors import EXECUTORS, KubernetesExecutor
 from distill_nemo.executors.secrets import refuse_secrets
 from distill_nemo.executors.slurm import ADVICE_ON_SECRETS, SHIPPED
 from distill_nemo.fields import near
-from distill_nemo.models.checkpoints.sources import find_checkpoint
+from distill_nemo.models.sources import find_checkpoint
 
 SRUN_WORDS = ("container_mounts", "container_env", "srun_args")  # lists of words that go to srun unquoted
 LEFT_OUT = (

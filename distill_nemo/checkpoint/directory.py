@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_nemo.config import DataConfig, DistillationConfig, StudentConfig, TeacherConfig
-from distill_nemo.models.checkpoints.sources import saved_steps
+from distill_nemo.models.sources import saved_steps
 from distill_nemo.runtime.files import write_atomically
 
 MAY_CHANGE = ("num_workers", "cache", "fused_linear", "offload_teacher")

@@ -107,10 +107,10 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None) -> None:
     from distill_nemo.checkpoint.load import check_whole
     from distill_nemo.models.checkpoints.huggingface import check_exportable, check_target, export_hf
     from distill_nemo.models.checkpoints.megatron import stored_dtype
-    from distill_nemo.models.checkpoints.sources import CheckpointKind, find_checkpoint
     from distill_nemo.models.provider import model_provider
     from distill_nemo.models.resolve import resolve
     from distill_nemo.models.source_check import check_source
+    from distill_nemo.models.sources import CheckpointKind, find_checkpoint
     from distill_nemo.runtime.seed import seed_everything
 
     found = find_checkpoint(Path(checkpoint))
@@ -141,9 +141,9 @@ def _check_source_of_run(record: dict[str, Any], student: "Architecture") -> Non
         ValueError: when transformers reads that directory otherwise than the run did.
     """
     from distill_nemo.models.checkpoints.hf_tensors import check_hf_tensors
-    from distill_nemo.models.checkpoints.sources import CheckpointKind
     from distill_nemo.models.resolve import read_source
     from distill_nemo.models.source_check import check_source
+    from distill_nemo.models.sources import CheckpointKind
 
     checkpoint = record["student"]["checkpoint"]
     if checkpoint is None or not Path(checkpoint).is_dir():
@@ -175,7 +175,7 @@ def _tokenizer_of_run(record: dict[str, Any]) -> str | None:
 def _source(checkpoint: str | None) -> Path | None:
     """Return the Hugging Face directory that a model came from, also through runs of ours, or None."""
     from distill_nemo.checkpoint.directory import read_record
-    from distill_nemo.models.checkpoints.sources import CheckpointKind, find_checkpoint
+    from distill_nemo.models.sources import CheckpointKind, find_checkpoint
 
     passed: set[Path] = set()
     while checkpoint:

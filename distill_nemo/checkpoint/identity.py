@@ -17,7 +17,7 @@ import torch.distributed as dist
 from distill_nemo.config import RunConfig, to_dict
 from distill_nemo.data.tokenizer import load_tokenizer
 from distill_nemo.models.checkpoints.megatron import STATE
-from distill_nemo.models.checkpoints.sources import find_checkpoint
+from distill_nemo.models.sources import find_checkpoint
 from distill_nemo.runtime.file_hashes import Part, hash_part, join_hashes, parts
 from distill_nemo.runtime.files import write_atomically
 

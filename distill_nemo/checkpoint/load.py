@@ -18,7 +18,7 @@ from distill_nemo.checkpoint.state import (
 )
 from distill_nemo.checkpoint.whole import damages
 from distill_nemo.fields import first_few
-from distill_nemo.models.checkpoints.sources import CheckpointKind, candidates, find_checkpoint, tracker_fault
+from distill_nemo.models.sources import CheckpointKind, candidates, find_checkpoint, tracker_fault
 from distill_nemo.runtime.pickles import read_contents, weights_only
 from distill_nemo.runtime.process_groups import rank
 

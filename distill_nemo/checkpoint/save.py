@@ -19,7 +19,7 @@ from distill_nemo.checkpoint.state import RANDOM_STATE, random_state, rng_layout
 from distill_nemo.checkpoint.write_results import WriteResults
 from distill_nemo.config import RunConfig
 from distill_nemo.models.checkpoints.modelopt_state import save_modelopt_state
-from distill_nemo.models.checkpoints.sources import candidates
+from distill_nemo.models.sources import candidates
 from distill_nemo.runtime.checksums import join_sums, sum_own_files, then_sum_own_files
 from distill_nemo.runtime.files import fsync
 

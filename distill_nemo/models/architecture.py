@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from distill_nemo.config import ModelConfig
-from distill_nemo.models.checkpoints.sources import Source
+from distill_nemo.models.sources import Source
 
 VOCAB_MULTIPLE = 128  # at every tensor parallel size, so that checkpoints reshard
 

@@ -15,12 +15,12 @@ from distill_nemo.models.checkpoints.hf_tensors import check_hf_tensors
 from distill_nemo.models.checkpoints.huggingface import load_hf_weights
 from distill_nemo.models.checkpoints.megatron import check_megatron_tensors, load_megatron_weights
 from distill_nemo.models.checkpoints.modelopt_state import restore_modelopt_state
-from distill_nemo.models.checkpoints.sources import CheckpointKind, Source
 from distill_nemo.models.distillation.convert import convert_to_distillation_model, detach, own_stage
 from distill_nemo.models.distillation.offload import HostWeights
 from distill_nemo.models.layers.experts import initialise_experts, keep_experts_apart
 from distill_nemo.models.megatron import gpt_model, transformer_config
 from distill_nemo.models.resolve import resolve, resolve_pair
+from distill_nemo.models.sources import CheckpointKind, Source
 from distill_nemo.runtime.device import setup_device
 from distill_nemo.runtime.seed import seed_apart
 

@@ -8,7 +8,9 @@ from typing import Any
 from distill_nemo.config import ModelConfig, StudentConfig, TeacherConfig, from_dict
 from distill_nemo.fields import near
 from distill_nemo.models.architecture import EXPERT_FIELDS, Architecture, Experts, Layer, Models
-from distill_nemo.models.checkpoints.config_fields import (
+from distill_nemo.models.checkpoints.hf_tensors import check_hf_tensors, has_weights
+from distill_nemo.models.checkpoints.nemo import read_nemo_config
+from distill_nemo.models.config_fields import (
     MAX_EXPERTS,
     MAX_EXPERTS_IN_ALL_LAYERS,
     MAX_LAYERS,
@@ -17,13 +19,11 @@ from distill_nemo.models.checkpoints.config_fields import (
     MAX_SIZE,
     read_json,
 )
-from distill_nemo.models.checkpoints.hf_tensors import check_hf_tensors, has_weights
-from distill_nemo.models.checkpoints.nemo import read_nemo_config
-from distill_nemo.models.checkpoints.sources import CheckpointKind, Source, find_checkpoint
 from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.families.huggingface import from_huggingface
 from distill_nemo.models.families.rope import check_rope_scaling
 from distill_nemo.models.layers.block_configs import read_block_configs
+from distill_nemo.models.sources import CheckpointKind, Source, find_checkpoint
 from distill_nemo.runtime.process_groups import rank
 
 REQUIRED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")

@@ -27,8 +27,8 @@ from distill_nemo.models.checkpoints.hf_tensors import (
     read_tensor,
     stored_tensors,
 )
-from distill_nemo.models.checkpoints.sources import CheckpointKind, Source
 from distill_nemo.models.provider import model_provider
+from distill_nemo.models.sources import CheckpointKind, Source
 from distill_nemo.runtime.process_groups import process_group_of_one
 from distill_nemo.runtime.seed import seed_everything
 

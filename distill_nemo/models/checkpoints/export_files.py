@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from distill_nemo.config import StudentConfig
 from distill_nemo.models.architecture import Architecture
-from distill_nemo.models.checkpoints.config_fields import read_json
 from distill_nemo.models.checkpoints.pretrained import empty_model, open_pretrained
+from distill_nemo.models.config_fields import read_json
 from distill_nemo.models.families.huggingface import from_huggingface, to_huggingface
 
 TOKENIZER_FILES = (

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from distill_nemo.fields import first_few
 from distill_nemo.models.architecture import Architecture
-from distill_nemo.models.checkpoints.config_fields import read_json, shown
+from distill_nemo.models.config_fields import read_json, shown
 
 VOCAB_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
 INDEX = "model.safetensors.index.json"

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from distill_nemo.models.architecture import Architecture, padded_vocab_size
 from distill_nemo.models.checkpoints.agreement import logits_apart, open_with_transformers
-from distill_nemo.models.checkpoints.config_fields import read_json
 from distill_nemo.models.checkpoints.export_files import NO_EXPORT, export_files
 from distill_nemo.models.checkpoints.hf_tensors import VOCAB_TENSORS, check_tied_weights, expected_tensors
 from distill_nemo.models.checkpoints.megatron import STATE
+from distill_nemo.models.config_fields import read_json
 from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.layers.experts import one_expert
 from distill_nemo.runtime.files import replace_directory, restore_replaced

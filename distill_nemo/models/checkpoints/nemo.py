@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from distill_nemo.models.checkpoints.config_fields import shown
+from distill_nemo.models.config_fields import shown
 from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.families.rope import LLAMA3_ROPE
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distill_nemo.models.architecture import Architecture
-from distill_nemo.models.checkpoints.config_fields import Fields
+from distill_nemo.models.config_fields import Fields
 
 
 @dataclass(frozen=True)

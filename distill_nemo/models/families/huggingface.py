@@ -7,7 +7,7 @@ import torch
 
 from distill_nemo.fields import near
 from distill_nemo.models.architecture import EXPERT_FIELDS, Architecture
-from distill_nemo.models.checkpoints.config_fields import MAX_LAYERS, MAX_POSITIONS, Fields, shown
+from distill_nemo.models.config_fields import MAX_LAYERS, MAX_POSITIONS, Fields, shown
 from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.families.family import Family
 from distill_nemo.models.families.rope import read_rope

@@ -3,7 +3,7 @@
 from typing import Any
 
 from distill_nemo.models.architecture import Architecture
-from distill_nemo.models.checkpoints.config_fields import MAX_EXPERTS, Fields, shown
+from distill_nemo.models.config_fields import MAX_EXPERTS, Fields, shown
 from distill_nemo.models.families.family import Family
 
 

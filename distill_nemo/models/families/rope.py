@@ -7,7 +7,7 @@ beside it: transformers 4 rewrites a configuration of transformers 5 with its ow
 
 from typing import Any
 
-from distill_nemo.models.checkpoints.config_fields import MAX_NUMBER, Fields, is_number, shown
+from distill_nemo.models.config_fields import MAX_NUMBER, Fields, is_number, shown
 
 # Megatron-Core knows no other values.
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
