@@ -307,6 +307,21 @@ def test_a_step_that_is_not_finite_stops_the_run(inputs, two, tmp_path, steps, o
     assert ("the 10th step in a row" in str(stopped.value)) == (on_nan == "skip")
 
 
+def not_finite_without_help(*args):
+    from distill_nemo.training import setup
+
+    helped, setup._skip_not_finite = setup._skip_not_finite, lambda optimizer: None
+    try:
+        return not_finite(*args)
+    finally:
+        setup._skip_not_finite = helped
+
+
+def test_megatron_still_updates_by_a_gradient_that_is_not_finite(inputs, two, tmp_path):
+    with pytest.raises(Exception, match="the 10th step in a row"):  # one NaN, and every weight is NaN
+        two.run(not_finite_without_help, inputs, tmp_path, [3], "skip")
+
+
 def test_two_runs_in_one_directory(inputs, one, two, whole, tmp_path):
     refused = []
 

@@ -79,6 +79,64 @@ def resume_without_help(inputs, output):
         load.load_optimizer_state = helped
 
 
+THREADS = """
+import os
+import torch.distributed as dist
+from distill_nemo.runtime.gloo import share_gloo_device
+
+def started(count=4):
+    before = len(os.listdir("/proc/self/task"))
+    groups.extend(dist.new_group([0], backend="gloo") for _ in range(count))
+    return len(os.listdir("/proc/self/task")) - before
+
+groups = []
+dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+alone = started()
+share_gloo_device()
+started(1)  # with the device
+print(alone - started(), flush=True)
+os._exit(0)
+"""
+
+
+def test_torch_still_gives_every_gloo_group_a_device_and_its_thread():
+    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", THREADS], capture_output=True, text=True, check=True)
+    assert ended.stdout == "4\n"
+
+
+def managers_started():
+    """Number of processes that Megatron starts to hold the results of an asynchronous save."""
+    from multiprocessing.context import BaseContext
+    from unittest import mock
+
+    from distill_nemo.runtime.device import setup_device
+
+    setup_device()
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    with (
+        mock.patch.object(BaseContext, "Manager") as manager,
+        mock.patch.object(filesystem_async, "_results_queue", None),
+    ):
+        filesystem_async.get_write_results_queue()
+        return manager.call_count
+
+
+def test_megatron_still_starts_a_process_for_the_results_of_a_save(one):
+    assert one.run(managers_started) == [1]
+
+
+def test_nemo_run_still_knows_an_executor_by_its_exact_class():
+    from nemo_run.core.execution.kubeflow import KubeflowExecutor
+    from nemo_run.run.torchx_backend.schedulers.api import get_executor_str
+
+    class Derived(KubeflowExecutor):
+        pass
+
+    with pytest.raises(KeyError, match="Derived"):
+        get_executor_str(object.__new__(Derived))
+
+
 IMPORT_ALL = """
 import importlib, pkgutil, nemo_run, torch
 from nemo_run.core.execution import launcher
