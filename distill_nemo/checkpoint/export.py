@@ -141,7 +141,7 @@ def _check_source_of_run(record: dict[str, Any], student: "Architecture") -> Non
         ValueError: when transformers reads that directory otherwise than the run did.
     """
     from distill_nemo.models.checkpoints.hf_tensors import check_hf_tensors
-    from distill_nemo.models.resolve import read_source
+    from distill_nemo.models.resolve import read_source, resolve
     from distill_nemo.models.source_check import check_source
     from distill_nemo.models.sources import CheckpointKind
 
@@ -152,13 +152,12 @@ def _check_source_of_run(record: dict[str, Any], student: "Architecture") -> Non
         source, _ = read_source(checkpoint)
         if source.kind is not CheckpointKind.HUGGING_FACE:
             return
-        model = replace(student, name=checkpoint, source=source)
-        check_hf_tensors(source.weights, model.as_stored)
+        check_hf_tensors(source.weights, replace(student, source=source).as_stored)
     except ValueError as error:
         print(f"warning: the run's source is another model now, and was not compared: {error}", file=sys.stderr)
         return
     try:
-        check_source(model)
+        check_source(resolve(student.filled(StudentConfig(checkpoint))))
     except ValueError as error:
         raise ValueError(f"the run did not read its student as transformers does; train again: {error}") from None
 

@@ -1,6 +1,6 @@
 """The architecture of one model: every size and trait, resolved once and handed down."""
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 from distill_nemo.config import ModelConfig
@@ -32,7 +32,7 @@ EXPERT_FIELDS = tuple(f.name for f in fields(Experts))
 
 @dataclass(frozen=True)
 class Architecture:
-    """One decoder-only transformer.
+    """One decoder-only transformer. Two are equal if they are the same network, whatever they come from.
 
     Args:
         name: for messages: the checkpoint as the config names it, or the config's class.
@@ -48,8 +48,8 @@ class Architecture:
         init_std: of random weights.
     """
 
-    name: str
-    source: Source | None
+    name: str = field(compare=False)
+    source: Source | None = field(compare=False)
     family: str
     hidden_size: int
     ffn_hidden_size: int

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -23,9 +23,11 @@ from distill_nemo.models.layers.specs import block_spec
 # Weights that are loaded anyway: every rank draws the whole of every tensor, a minute for 8B parameters and more.
 LOADED: dict[str, Any] = {"init_method": zeros_, "output_layer_init_method": zeros_}
 
+Recompute = Literal["full", "selective"]
+
 
 def transformer_config(
-    model: Architecture, parallelism: ParallelismConfig, dtype: torch.dtype, recompute: str | None = None
+    model: Architecture, parallelism: ParallelismConfig, dtype: torch.dtype, recompute: Recompute | None = None
 ) -> TransformerConfig:
     """Megatron's config of an architecture at a layout.
 
@@ -75,7 +77,7 @@ def transformer_config(
         pipeline_model_parallel_layout=_stage_layout(model.num_layers, parallelism),
         context_parallel_size=parallelism.context_parallel_size,
         sequence_parallel=parallelism.sequence_parallel,
-        recompute_granularity=recompute,  # pyright: ignore[reportArgumentType]  # "full", "selective" or None
+        recompute_granularity=recompute,
         recompute_method="uniform" if recompute == "full" else None,
         recompute_num_layers=1 if recompute == "full" else None,
         use_cpu_initialization=True,  # the same weights at every tensor parallel size

@@ -18,7 +18,7 @@ from distill_nemo.models.checkpoints.modelopt_state import restore_modelopt_stat
 from distill_nemo.models.distillation.convert import convert_to_distillation_model, detach, own_stage
 from distill_nemo.models.distillation.offload import HostWeights
 from distill_nemo.models.layers.experts import initialise_experts, keep_experts_apart
-from distill_nemo.models.megatron import gpt_model, transformer_config
+from distill_nemo.models.megatron import Recompute, gpt_model, transformer_config
 from distill_nemo.models.resolve import resolve, resolve_pair
 from distill_nemo.models.sources import CheckpointKind, Source
 from distill_nemo.runtime.device import setup_device
@@ -39,7 +39,7 @@ def model_provider(
     teacher: TeacherConfig | Architecture | None = None,
     distillation: DistillationConfig | None = None,
     load_weights: bool = True,
-    recompute: str | None = None,
+    recompute: Recompute | None = None,
     vp_stage: int | None = None,
 ) -> nn.Module:
     """Build this pipeline stage of the student, as the mode asks.
@@ -103,7 +103,7 @@ def _teacher_provider(config: TeacherConfig | Architecture, model_kwargs: dict[s
 
 
 def _build(
-    model: Architecture, model_kwargs: dict[str, Any], load_weights: bool, recompute: str | None = None
+    model: Architecture, model_kwargs: dict[str, Any], load_weights: bool, recompute: Recompute | None = None
 ) -> GPTModel:
     kwargs = dict(model_kwargs)
     source = model.source
