@@ -23,6 +23,12 @@ LLAMA3_ROPE = {  # in the words of transformers 4, which 5 takes too
 }
 FAMILIES = ("llama", "llama_tied", "llama3_rope", "qwen2", "qwen3", "qwen3_moe")
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+OWN_FIELDS = {  # of config.json
+    "llama_tied": {"tie_word_embeddings": True},
+    "llama3_rope": LLAMA3_ROPE,
+    "qwen3_moe": {**EXPERTS, "norm_topk_prob": True},
+    "qwen3_moe_not_normalised": {**EXPERTS, "norm_topk_prob": False},
+}
 
 
 def write_hf(path, family="llama", *, seed=1, layers=4, width=64, vocab=507, heads=4, groups=2, offset=0.0):
@@ -32,12 +38,6 @@ def write_hf(path, family="llama", *, seed=1, layers=4, width=64, vocab=507, hea
     """
     import transformers as hf
 
-    extra = {
-        "llama_tied": {"tie_word_embeddings": True},
-        "llama3_rope": LLAMA3_ROPE,
-        "qwen3_moe": {**EXPERTS, "norm_topk_prob": True},
-        "qwen3_moe_not_normalised": {**EXPERTS, "norm_topk_prob": False},
-    }
     name = {"qwen2": "Qwen2", "qwen3": "Qwen3"}.get(family, "Qwen3Moe" if "moe" in family else "Llama")
     config = getattr(hf, f"{name}Config")(
         hidden_size=width,
@@ -49,7 +49,7 @@ def write_hf(path, family="llama", *, seed=1, layers=4, width=64, vocab=507, hea
         max_position_embeddings=128,
         initializer_range=0.1,
         **({"head_dim": 24} if family.startswith("qwen3") else {}),
-        **extra.get(family, {}),
+        **OWN_FIELDS.get(family, {}),
     )
     torch.manual_seed(seed)
     model = getattr(hf, f"{name}ForCausalLM")(config).float()

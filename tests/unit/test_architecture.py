@@ -10,6 +10,7 @@ import torch
 from distill_nemo.config import ParallelismConfig, StudentConfig, TeacherConfig
 from distill_nemo.models.families import FAMILIES
 from distill_nemo.runtime.device import setup_device
+from tests.tiny_models import OWN_FIELDS
 
 LLAMA = {
     "model_type": "llama",
@@ -35,7 +36,6 @@ QWEN3_MOE = {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [],
 }
-EXPERTS_IN_JSON = {name: value for name, value in QWEN3_MOE.items() if name not in ("model_type", "architectures")}
 
 
 def resolve_json(path, **change):
@@ -118,7 +118,7 @@ def test_rotary_frequencies_equal_those_of_transformers(tmp_path, family, spelli
 
     rope, (base, scaled) = ROPES[spelling]
     config = {"model_type": family, "architectures": None, "head_dim": 24, "max_position_embeddings": 131072}
-    config |= {"num_key_value_heads": 2} | (EXPERTS_IN_JSON if FAMILIES[family].has_experts else {})
+    config |= {"num_key_value_heads": 2} | OWN_FIELDS.get(family, {})
     resolved = resolve_json(tmp_path, **copy.deepcopy(config | rope))
     assert (resolved.rotary_base, resolved.rope_scaling) == (base, LLAMA3 if scaled else None)
     ours = RotaryEmbedding(
@@ -230,8 +230,8 @@ def test_an_optional_field_may_be_null_or_absent(tmp_path, field):
 def test_fields_that_are_absent_have_the_values_of_transformers(tmp_path, family):
     import transformers
 
-    heads = {"num_attention_heads": 32, "hidden_size": 512}
-    absent = resolve_json(tmp_path, architectures="absent", **(EXPERTS_IN_JSON | heads | {"model_type": family}))
+    own = OWN_FIELDS.get(family, {}) | {"model_type": family, "num_attention_heads": 32, "hidden_size": 512}
+    absent = resolve_json(tmp_path, architectures="absent", **own)
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     assert absent.num_query_groups == theirs.num_key_value_heads
     assert absent.kv_channels == (getattr(theirs, "head_dim", None) or 512 // 32)
