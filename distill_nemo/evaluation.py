@@ -21,7 +21,7 @@ from distill_nemo.balancers import LOGITS_PREFIX
 from distill_nemo.losses.metrics import metrics_against_teacher
 from distill_nemo.losses.reduction import masked_sum
 from distill_nemo.models.layers.context_parallel import split_batch
-from distill_nemo.runtime.watchdog import beat
+from distill_nemo.runtime.watchdog import heartbeat
 
 Report = dict[str, Tensor]
 Batches = Iterator[dict[str, Tensor]]
@@ -74,7 +74,7 @@ def run_model(batches: Batches, model: nn.Module) -> tuple[dict[str, Tensor], in
 
     Between them the number of its tokens that count, counted on the host.
     """
-    beat("forward and backward passes" if torch.is_grad_enabled() else "an evaluation")
+    heartbeat("forward and backward passes" if torch.is_grad_enabled() else "an evaluation")
     device = next(model.parameters()).device
     own = split_batch(next(batches))
     num_counted = int((own["loss_mask"] > 0).sum())

@@ -24,7 +24,13 @@ class Runs:
 
 
 def plant(directory: Path, key: str, executed: Path) -> None:
-    """Let an object that runs code stand under the first stored name that holds `key`, tensor or not."""
+    """Let an object that runs code stand under the first stored name that holds `key`, tensor or not.
+
+    Megatron-Core 0.18 keeps ModelOpt's `common_state` in a file of its own.
+    """
+    if key == "common_state" and (directory / "common.pt").is_file():
+        torch.save([Runs(executed)], directory / "common.pt")
+        return
     contents = pickle.loads((directory / ".metadata").read_bytes())
     names = sorted(contents.state_dict_metadata, key=lambda name: name.find(key))
     name = next(name for name in names if key in name)  # where it begins, if there is one

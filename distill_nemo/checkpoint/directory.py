@@ -150,15 +150,15 @@ def check_resumable(saved: dict[str, Any], now: dict[str, Any], resume: bool) ->
 
 def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """List what a resumed run changes from here on: optimizer, schedule, number of steps."""
-    told = []
+    found = []
     for name in now["optimizer"]:
-        told += _difference(f"optimizer.{name}", saved["optimizer"].get(name), now["optimizer"][name], saved, now)
+        found += _difference(f"optimizer.{name}", saved["optimizer"].get(name), now["optimizer"][name], saved, now)
     for line in _difference("training.steps", saved["training"]["steps"], now["training"]["steps"], saved, now):
         decays = now["optimizer"]["decay_steps"] is None and now["optimizer"]["decay_style"] != "constant"
-        told.append(line + (", to where the learning rate decays" if decays else ""))
+        found.append(line + (", to where the learning rate decays" if decays else ""))
     if "identity" in saved:  # of the first release, where Megatron shuffled all passes together
-        told.append("samples: in another order from here on, if the run takes more than one pass over its data")
-    return told
+        found.append("samples: in another order from here on, if the run takes more than one pass over its data")
+    return found
 
 
 def _difference(field: str, before: Any, after: Any, saved: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -122,15 +122,15 @@ def _hash_share(todo: list[Part]) -> list[str] | str:
             mine.append(part)
             own_bytes += part.length
         before = min(before + part.length, total - 1)
-    hashes, done, said = [], 0, time.monotonic()
+    hashes, done, reported = [], 0, time.monotonic()
     for part in mine:
         try:
             hashes.append(hash_part(part))
         except (OSError, ValueError) as error:
             return str(error)
         done += part.length
-        if dist.get_rank() == 0 and time.monotonic() - said > PROGRESS_SECONDS:
-            said = time.monotonic()
+        if dist.get_rank() == 0 and time.monotonic() - reported > PROGRESS_SECONDS:
+            reported = time.monotonic()
             print(f"hashing models and token files: {done / own_bytes:.0%} of {total / 1e9:,.0f} GB", flush=True)
     return hashes
 

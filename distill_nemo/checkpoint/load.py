@@ -33,9 +33,9 @@ def newest_whole(root: Path) -> Path | None:
     Raises:
         ValueError: when all are damaged.
     """
-    said: list[Any] = [(candidates(root), tracker_fault(root)) if rank() == 0 else None]
-    dist.broadcast_object_list(said, src=0)
-    found, fault = said[0]
+    of_rank_0: list[Any] = [(candidates(root), tracker_fault(root)) if rank() == 0 else None]
+    dist.broadcast_object_list(of_rank_0, src=0)
+    found, fault = of_rank_0[0]
     if fault:
         _warn(f"{fault}: the newest whole checkpoint is taken")
     for directory in found:
@@ -62,15 +62,15 @@ def check_whole(*checkpoints: str | None) -> None:
         if found.kind is not CheckpointKind.OURS:
             continue
         if wrong := damages(found.weights):
-            said = "; ".join(first_few(wrong, MAX_LISTED))
-            raise ValueError(f"{found.weights} is damaged: {said}; name another step")
+            problems = "; ".join(first_few(wrong, MAX_LISTED))
+            raise ValueError(f"{found.weights} is damaged: {problems}; name another step")
         if found.weights != Path(checkpoint) and (fault := tracker_fault(found.weights.parent)):
             _warn(f"{fault}: {found.weights} is taken")
 
 
-def _warn(words: str) -> None:
+def _warn(message: str) -> None:
     if rank() == 0:
-        print(f"warning: {words}", file=sys.stderr, flush=True)
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def load_checkpoint(directory: Path, chunks: list[Any], optimizer: Any, scheduler: Any) -> dict[str, Any]:
@@ -104,6 +104,6 @@ def load_checkpoint(directory: Path, chunks: list[Any], optimizer: Any, schedule
     return loaded["run_state"]
 
 
-def _say(words: str) -> None:
+def _say(message: str) -> None:
     if rank() == 0:
-        print(words, flush=True)
+        print(message, flush=True)

@@ -112,10 +112,10 @@ class CheckpointWriter:
         except (OSError, RuntimeError, CheckpointException) as error:  # torch.save says a full disk by RuntimeError
             if dist.get_rank() == 0:
                 shutil.rmtree(self._partial, ignore_errors=True)
-            said = str(error).strip().splitlines() or [type(error).__name__]
+            lines = str(error).strip().splitlines() or [type(error).__name__]
             there = next(path for path in self._partial.absolute().parents if path.exists())
             free, good = shutil.disk_usage(there).free / 2**30, next(iter(candidates(self.root)), "none")
             raise OSError(
-                f"checkpoint {self._partial} could not be written ({free:.2f} GiB free): {said[-1]}. "
+                f"checkpoint {self._partial} could not be written ({free:.2f} GiB free): {lines[-1]}. "
                 f"The last good one: {good}; free space and run the same command again"
             ) from error

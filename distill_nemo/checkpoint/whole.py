@@ -21,10 +21,10 @@ def damages(directory: Path) -> list[str]:
     if isinstance(agreed[0], str):
         return [agreed[0]]
     mine = list(agreed[0].items())[dist.get_rank() :: dist.get_world_size()]
-    own = [words for name, expected in mine if (words := _damage(directory, name, expected))]
+    own = [damage for name, expected in mine if (damage := _damage(directory, name, expected))]
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, own)
-    return sorted(words for of_rank in found for words in of_rank)
+    return sorted(damage for of_rank in found for damage in of_rank)
 
 
 def _sums(directory: Path) -> dict[str, str] | str:
@@ -34,8 +34,8 @@ def _sums(directory: Path) -> dict[str, str] | str:
     except (OSError, ValueError) as error:
         return f"{SUMS} cannot be read ({error})"
     for name in ("run.json", "architecture.json", ".metadata", f"{STATE}/.metadata"):
-        if name in sums and (words := _damage(directory, name, sums[name])):
-            return words
+        if name in sums and (damage := _damage(directory, name, sums[name])):
+            return damage
     try:
         unnamed = sorted(_needed(directory) - sums.keys())
     except ValueError as error:

@@ -68,17 +68,17 @@ class OutputLock:
     def _wait(self) -> str | None:
         self._made = [path for path in self.path.parents if not path.exists()]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        until, said = time.monotonic() + LEASE_SECONDS, False
+        deadline, is_reported = time.monotonic() + LEASE_SECONDS, False
         while not self._lock():
             holder = self._holder()
-            words = "{what}: another process writes there ({process} on {host}, since {since})".format(
+            problem = "{what}: another process writes there ({process} on {host}, since {since})".format(
                 **holder, what=self.what
             )
-            if _machine().items() <= holder.items() or time.monotonic() > until:
-                return f"{words}; wait for it, stop it, or choose another output"
-            if not said:
-                print(f"{words}: waiting {LEASE_SECONDS:.0f} s, in case that machine has died", flush=True)
-            said = True
+            if _machine().items() <= holder.items() or time.monotonic() > deadline:
+                return f"{problem}; wait for it, stop it, or choose another output"
+            if not is_reported:
+                print(f"{problem}: waiting {LEASE_SECONDS:.0f} s, in case that machine has died", flush=True)
+            is_reported = True
             time.sleep(1)
         return None
 
@@ -115,12 +115,12 @@ class OutputLock:
         return True
 
     def _holder(self, content: bytes | None = None) -> dict[str, str]:
-        """Return the holder's own words, as far as they can be read."""
-        told = {"host": "unknown host", "process": "a process", "since": "unknown time", "boot": ""}
+        """Return what the holder wrote about itself, as far as it can be read."""
+        holder = {"host": "unknown host", "process": "a process", "since": "unknown time", "boot": ""}
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            said = json.loads(self.path.read_bytes() if content is None else content)
-            told |= {name: str(value) for name, value in said.items() if name in told}
-        return told
+            written = json.loads(self.path.read_bytes() if content is None else content)
+            holder |= {name: str(value) for name, value in written.items() if name in holder}
+        return holder
 
 
 @contextlib.contextmanager

@@ -87,11 +87,11 @@ def process_group_of_one() -> Iterator[None]:
 
 def raise_everywhere(refusal: str | None) -> None:
     """Raise a `ValueError` on every rank where rank 0 has a refusal, so that none waits for it."""
-    said = [refusal]
+    of_rank_0 = [refusal]
     if dist.get_world_size() > 1:
-        dist.broadcast_object_list(said)
-    if said[0] is not None:
-        raise ValueError(said[0])
+        dist.broadcast_object_list(of_rank_0)
+    if of_rank_0[0] is not None:
+        raise ValueError(of_rank_0[0])
 
 
 def stay_on_loopback() -> None:

@@ -181,14 +181,14 @@ def _endpoint_of_trainer() -> str:
 def _node(parameters: RendezvousParameters) -> int:
     """Return this node's number, which torchrun gives to its static rendezvous alone.
 
-    Not the `--node-rank` of NeMo-Run 0.11.1 under SLURM: the first node's shell writes its own into every node's words.
+    Not NeMo-Run 0.11.1's `--node-rank` under SLURM: the first node's shell writes its own into every node's command.
     """
-    said = {
+    known = {
         "--rdzv-conf rank": parameters.get("rank"),
         "PET_NODE_RANK": os.environ.get("PET_NODE_RANK"),
         "SLURM_NODEID": os.environ.get("SLURM_NODEID"),
     }
-    for name, value in said.items():
+    for name, value in known.items():
         if value is not None:
             if not value.isdecimal() or int(value) >= parameters.max_nodes:
                 raise ValueError(f"{name} must be from 0 to {parameters.max_nodes - 1}, got {value}")

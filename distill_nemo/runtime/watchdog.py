@@ -1,7 +1,7 @@
-"""A rank that hangs is named and the run ends, instead of everybody waiting in a collective that never comes.
+"""Watchdog: a rank that hangs is named and the run ends, instead of all waiting in a collective that never comes.
 
-A thread of every rank tells, through a store, how far its rank has come and where in the code it is. It lives in C++
-calls that hang, too; a rank whose thread falls silent was stopped, or its machine is gone.
+A thread of every rank reports, through a store, how far its rank has come and where in the code it is, also while the
+rank hangs in C++. A rank whose thread falls silent was stopped, or its machine is gone.
 """
 
 import json
@@ -30,13 +30,16 @@ class _Progress:
     at: float | None = None
 
 
-def beat(doing: str, watched: bool = True) -> None:
-    """Say that this rank has come to something new; unless `watched`, it may last (collectives keep their timeout)."""
+def heartbeat(doing: str, watched: bool = True) -> None:
+    """Report that this rank begins something new, which may take any time unless `watched`.
+
+    Collectives keep their own timeout.
+    """
     _Progress.doing, _Progress.at = doing, time.monotonic() if watched else None
 
 
 class Watchdog:
-    """`with Watchdog(seconds):` around code that calls `beat`: ends this process when none came for so long."""
+    """`with Watchdog(seconds):` around code that calls `heartbeat` ends this process when none comes for so long."""
 
     def __init__(self, seconds: float) -> None:
         self.interval = max(0.1, min(5.0, seconds / 20))
@@ -49,7 +52,7 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         if self.world_size > 1:
             self._store = open_store()
-        beat("starting")
+        heartbeat("starting")
         self._thread.start()
         return self
 
@@ -64,47 +67,47 @@ class Watchdog:
             since = _Progress.at
             waited = time.monotonic() - since if since is not None else 0.0
             try:
-                self._tell()
+                self._report()
                 if waited < self.seconds - (SILENT + 2) * self.interval:
                     before = None
                 elif before is None:
-                    before, looked = self._heard(), time.monotonic()
+                    before, looked = self._reports(), time.monotonic()
                 elif waited > self.seconds and time.monotonic() - looked > SILENT * self.interval:
                     self._end(before)
             except (RuntimeError, OSError):  # the store's process is gone, or stopped: that of rank 0, or torchrun's
                 if waited > self.seconds:
                     self._exit("the store on rank 0's machine does not answer")
 
-    def _said(self) -> dict[str, Any]:
+    def _own_report(self) -> dict[str, Any]:
         where = _place(sys._current_frames()[self._watched])
         return {"clock": time.monotonic(), "doing": _Progress.doing, "where": where}
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         if self._store is not None:
-            self._store.set(f"watchdog/{self.rank}", json.dumps(self._said()))
+            self._store.set(f"watchdog/{self.rank}", json.dumps(self._own_report()))
 
     def _end(self, before: list[Any]) -> None:
-        """`before`: what was heard SILENT intervals ago. Who has said nothing since is silent; clocks may differ."""
-        heard = self._heard()
-        silent = [rank for rank, said in enumerate(heard) if said == before[rank]]
+        """End this process; a rank whose report is as it was SILENT intervals `before` is silent. Clocks may differ."""
+        now = self._reports()
+        silent = [rank for rank, report in enumerate(now) if report == before[rank]]
         alive = [rank for rank in range(self.world_size) if rank not in silent]
         if self.rank != min(alive, default=self.rank):
             time.sleep(GRACE_SECONDS)
             os._exit(1)
-        lines = [f"rank {rank} gives no sign of life, last in: {_words(heard[rank])}" for rank in silent]
-        lines += [f"rank {rank} is in: {_words(heard[rank])}" for rank in alive]
+        lines = [f"rank {rank} gives no sign of life, last in: {_place_of(now[rank])}" for rank in silent]
+        lines += [f"rank {rank} is in: {_place_of(now[rank])}" for rank in alive]
         self._exit("; ".join(first_few(lines, MAX_LISTED)))
 
-    def _heard(self) -> list[Any]:
-        """The last words of every rank, None without."""
+    def _reports(self) -> list[Any]:
+        """Return the last report of every rank, None without."""
         if self._store is None:
-            return [self._said()]
+            return [self._own_report()]
         keys = [f"watchdog/{rank}" for rank in range(self.world_size)]
         return [json.loads(self._store.get(key)) if self._store.check([key]) else None for key in keys]
 
-    def _exit(self, words: str) -> None:
+    def _exit(self, problem: str) -> None:
         print(
-            f"error: no progress for {self.seconds:.0f} s (parallelism.timeout_minutes): {words}. The same command "
+            f"error: no progress for {self.seconds:.0f} s (parallelism.timeout_minutes): {problem}. The same command "
             "goes on from the last checkpoint",
             file=sys.stderr,
             flush=True,
@@ -112,25 +115,25 @@ class Watchdog:
         os._exit(1)
 
 
-def _words(said: dict[str, Any] | None) -> str:
-    return f"{said['doing']}, {said['where']}" if said else "nothing it told"
+def _place_of(report: dict[str, Any] | None) -> str:
+    return f"{report['doing']}, {report['where']}" if report else "no report"
 
 
 def _place(frame: FrameType | None) -> str:
-    """The collective that is waiting and who called it, else the innermost call; and the line of ours it came from."""
-    told: list[str] = []
+    """Return the waiting collective and its caller, else the innermost call; and the line of ours it came from."""
+    calls: list[str] = []
     waits = False  # in torch.distributed
     while frame is not None:
         path = Path(frame.f_code.co_filename)
         place = f"{frame.f_code.co_name} ({path.name}:{frame.f_lineno})"
         if "distributed_c10d" in path.name:
-            told, waits = [place], True  # the collective itself, rather than what it consists of
-        elif not told or "distill_nemo" in path.parts:
-            told.append(place)
+            calls, waits = [place], True  # the collective itself, rather than what it consists of
+        elif not calls or "distill_nemo" in path.parts:
+            calls.append(place)
         elif waits and "torch" not in path.parts and path.name != "contextlib.py":
-            told.append(place)  # _coalescing_manager says little without it
+            calls.append(place)  # _coalescing_manager says little without it
             waits = False
         if "distill_nemo" in path.parts:
             break
         frame = frame.f_back
-    return " from ".join(told) or "no Python code"
+    return " from ".join(calls) or "no Python code"

@@ -21,7 +21,7 @@ from distill_nemo.data.samplers import batches
 from distill_nemo.evaluation import Report, StepFunc, evaluate, reduce_reports
 from distill_nemo.runtime.process_groups import rank
 from distill_nemo.runtime.signals import StopSignal
-from distill_nemo.runtime.watchdog import Watchdog, beat
+from distill_nemo.runtime.watchdog import Watchdog, heartbeat
 from distill_nemo.training.forward_step import forward_step
 from distill_nemo.training.metrics import MetricsLog
 from distill_nemo.training.setup import Trainee
@@ -129,13 +129,13 @@ class Loop:
         return stopped
 
     def _close_writer(self) -> None:
-        beat("waiting for the last checkpoint", watched=False)
+        heartbeat("waiting for the last checkpoint", watched=False)
         with self.save_clock:
             self.writer.close()
 
     def save(self) -> None:
         """Write a checkpoint of this step."""
-        beat(f"saving step {self.state['step']}", watched=False)
+        heartbeat(f"saving step {self.state['step']}", watched=False)
         t = self.trainee
         with self.save_clock:
             self.writer.save(self.state["step"], t.unwrapped, t.optimizer, t.scheduler, dict(self.state))
@@ -170,7 +170,7 @@ class Loop:
 
     def step(self, iterators: list[Iterator[dict[str, Tensor]]]) -> dict[str, float]:
         """One optimizer step; returns the global token means."""
-        beat(f"step {self.state['step'] + 1}")
+        heartbeat(f"step {self.state['step'] + 1}")
         start, _ = time.monotonic(), self.data_clock.take()
         t: Any = self.trainee
         for chunk in t.chunks:

@@ -36,7 +36,7 @@ def test_a_rank_is_silent_when_it_says_nothing_new_whatever_its_clock(monkeypatc
 
     monkeypatch.setattr(watchdog.Watchdog, "_exit", exit_)
     with watchdog.Watchdog(1.0) as watched:
-        watchdog.beat("step 9")
+        watchdog.heartbeat("step 9")
         assert watched._ended.wait(60)
     seconds, words = told[0]
     assert words.startswith("rank 2 gives no sign of life, last in: step 9, read; rank 0 is in: step 9, ")
