@@ -29,7 +29,7 @@ Recompute = Literal["full", "selective"]
 def transformer_config(
     model: Architecture, parallelism: ParallelismConfig, dtype: torch.dtype, recompute: Recompute | None = None
 ) -> TransformerConfig:
-    """Megatron's config of an architecture at a layout.
+    """Make Megatron's config of an architecture at a layout.
 
     Args:
         model: the architecture.
@@ -91,7 +91,7 @@ def transformer_config(
 
 
 def _stage_layout(num_layers: int, parallelism: ParallelismConfig) -> list[list[str]] | None:
-    """What each pipeline stage holds, in the order of the model, in Megatron's words."""
+    """Return the contents of each pipeline stage, in the order of the model, in Megatron's words."""
     if parallelism.num_stages == 1:
         return None
     if num_layers < parallelism.num_stages:

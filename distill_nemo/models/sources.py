@@ -11,7 +11,7 @@ STEP = re.compile(r"step_\d{8,}")
 
 
 class CheckpointKind(enum.Enum):
-    """Who wrote the directory."""
+    """Writer of the directory."""
 
     HUGGING_FACE = "Hugging Face"
     MEGATRON = "Megatron distributed"
@@ -21,7 +21,7 @@ class CheckpointKind(enum.Enum):
 
 @dataclass(frozen=True)
 class FoundCheckpoint:
-    """Where the weights lie, and the file that states the architecture, if any does."""
+    """Directory of the weights, and the file that states the architecture, if any does."""
 
     kind: CheckpointKind
     weights: Path
@@ -111,7 +111,7 @@ def _named_by_tracker(root: Path) -> Path | None:
 
 
 def _newest_iteration(path: Path) -> Path:
-    """What Megatron's tracker file names: an iteration, or `release` for converted weights."""
+    """Return the directory that Megatron's tracker file names: an iteration, or `release` for converted weights."""
     tracker = path / "latest_checkpointed_iteration.txt"
     if not tracker.is_file():
         return path

@@ -13,7 +13,7 @@ from distill_nemo.planning.setting import Setting
 
 
 def saved(setting: Setting, model: Architecture, layer: Layer, recompute: str | None) -> int:
-    """Bytes that a layer of one micro batch saves for backward; with full recomputation only its input."""
+    """Return bytes that a layer of one micro batch saves for backward; with full recomputation only its input."""
     if recompute == "full":
         return setting.item * setting.split_tokens * model.hidden_size
     attention = 0 if layer.num_query_groups is None else _saved_by_attention(setting, model, layer, recompute)
@@ -45,7 +45,7 @@ def _saved_by_attention(setting: Setting, model: Architecture, layer: Layer, rec
 
 
 def saved_by_mlp(setting: Setting, model: Architecture, layer: Layer) -> int:
-    """The MLP's part, or the experts', with its norm; tokens are taken to be spread evenly over experts."""
+    """Return the part of the MLP or the experts, with its norm; tokens are assumed to be spread evenly over experts."""
     if layer.ffn_hidden_size is None:
         return 0
     bytes_ = _norm(setting, model.hidden_size)
@@ -60,7 +60,7 @@ def saved_by_mlp(setting: Setting, model: Architecture, layer: Layer) -> int:
 
 
 def _norm(setting: Setting, width: int) -> int:
-    """A norm's input, which is the residual stream, and its output; ours also keeps the normalised input."""
+    """Return bytes of a norm's input (the residual stream) and output; ours also keeps the normalised input."""
     each = 2 * setting.item
     if not setting.transformer_engine:
         each = 12 if setting.item == 4 else 8
@@ -68,12 +68,12 @@ def _norm(setting: Setting, width: int) -> int:
 
 
 def final_norm(setting: Setting, model: Architecture) -> int:
-    """What the norm after the last layer saves."""
+    """Return the bytes that the norm after the last layer saves."""
     return _norm(setting, model.hidden_size)
 
 
 def backward_workspace(setting: Setting, model: Architecture, layer: Layer) -> int:
-    """What the backward pass of a layer needs beyond what the layer has saved, at most.
+    """Return the most bytes that a layer's backward pass needs beyond what the layer has saved.
 
     Gradients of both halves of the MLP; that of their product takes the product's place.
     """
@@ -83,7 +83,7 @@ def backward_workspace(setting: Setting, model: Architecture, layer: Layer) -> i
 
 
 def forward_workspace(setting: Setting, model: Architecture, layer: Layer) -> int:
-    """What a layer needs for a forward pass that saves nothing, its input included."""
+    """Return the bytes of a layer's forward pass that saves nothing, its input included."""
     tensor, item, tokens = setting.config.parallelism.tensor_model_parallel_size, setting.item, setting.tokens
     residual = 2 * item * setting.split_tokens * model.hidden_size
     pieces = 3 if setting.on_gpu else 5

@@ -1,4 +1,4 @@
-"""What would make a run fit."""
+"""Changes that would make a run fit."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +14,7 @@ MOST = 3
 
 
 def what_would_fit(setting: Setting, memory_bytes: float) -> list[str]:
-    """Overrides that make the run fit on as many ranks, the simplest first; a few, and none that has another in it."""
+    """Return a few overrides that make the run fit on as many ranks, the simplest first; none contains another."""
     found: list[dict[str, Any]] = []
     for changes in _changes(setting):
         if len(found) == MOST:
@@ -27,7 +27,7 @@ def what_would_fit(setting: Setting, memory_bytes: float) -> list[str]:
 
 
 def allowed(setting: Setting) -> bool:
-    """Whether such a run would be let through."""
+    """Return True if such a run would be accepted."""
     try:
         check_setting(setting)
     except ValueError:

@@ -12,7 +12,7 @@ from distill_nemo.planning.setting import Setting
 
 
 def layer_flops(model: Architecture, layer: Layer, length: int) -> tuple[float, float]:
-    """Operations of a forward pass, per token of a sequence of `length`: all, and the core attention's share."""
+    """Return operations of a forward pass, per token of a sequence of `length`: all, and the core attention's share."""
     products = core = 0.0
     if layer.num_query_groups is not None:
         n, k = model.num_attention_heads * model.kv_channels, layer.num_query_groups * model.kv_channels
@@ -25,7 +25,7 @@ def layer_flops(model: Architecture, layer: Layer, length: int) -> tuple[float, 
 
 
 def stage_flops(setting: Setting, model: Architecture, stage: int, output: bool) -> tuple[float, float, float]:
-    """Forward operations per token on a stage: layers, core attention in them, output layer."""
+    """Return forward operations per token on a stage: layers, core attention in them, output layer."""
     par, length = setting.config.parallelism, setting.config.data.sequence_length
     each = [layer_flops(model, layer, length) for layer in layers_of(model, par, stage)]
     last = output and stage == par.num_stages - 1
@@ -44,12 +44,12 @@ class Work:
 
     @property
     def total(self) -> float:
-        """Of a training step."""
+        """Operations per token of a training step."""
         return self.student + self.recompute + self.teacher
 
 
 def rank_work(setting: Setting, rank: int) -> Work:
-    """What the stages of one pipeline rank do for a token."""
+    """Return the operations per token of one pipeline rank's stages."""
     config, models, student, again, teacher = setting.config, setting.models, 0.0, 0.0, 0.0
     for stage in stages_of(config.parallelism, rank):
         layers, core, head = stage_flops(setting, models.student, stage, True)
@@ -61,7 +61,7 @@ def rank_work(setting: Setting, rank: int) -> Work:
 
 
 def all_work(setting: Setting) -> Work:
-    """Per token, on all pipeline ranks together."""
+    """Return the operations per token of all pipeline ranks together."""
     ranks = [rank_work(setting, rank) for rank in range(setting.config.parallelism.pipeline_model_parallel_size)]
     return Work(*(sum(getattr(work, name) for work in ranks) for name in Work.__dataclass_fields__))
 
@@ -77,7 +77,7 @@ class Time:
 
 
 def time_of(setting: Setting, tflops: float, utilisation: float) -> Time:
-    """Of the whole run, with ranks that do `utilisation` of `tflops` while they do not wait for the pipeline.
+    """Estimate the time of a run with ranks that reach `utilisation` of `tflops` while they do not wait.
 
     A pipeline goes at the pace of its slowest rank; its ends cost `(ranks - 1) / virtual` micro batches.
     """
@@ -96,7 +96,7 @@ def time_of(setting: Setting, tflops: float, utilisation: float) -> Time:
 
 
 def traffic_bytes(setting: Setting, rank: int) -> float:
-    """GPU memory read and written in a step for weights, gradients and the optimizer; activations are not counted.
+    """Return bytes of GPU memory that weights, gradients and the optimizer move in a step; activations are not counted.
 
     A micro batch reads the student's weights forward and backward (and once more if layers are recomputed) and the
     teacher's once, and adds to fp32 gradients. The optimizer reads these, and reads and writes masters and moments.
@@ -108,10 +108,10 @@ def traffic_bytes(setting: Setting, rank: int) -> float:
 
 
 def copied_bytes(setting: Setting, rank: int) -> float:
-    """What a rank copies from host memory in a step: an offloaded teacher's layers, once a micro batch."""
+    """Return bytes that a rank copies from host memory in a step: an offloaded teacher's layers, once a micro batch."""
     return setting.num_microbatches * setting.item * setting.in_host_memory(rank)
 
 
 def checkpoint_bytes(setting: Setting) -> float:
-    """A saved step: the student's weights, fp32 masters and Adam's two moments."""
+    """Return the bytes of a saved step: the student's weights, fp32 masters and Adam's two moments."""
     return (setting.item + 12) * total_parameters(setting.models.student)

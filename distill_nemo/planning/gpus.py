@@ -7,7 +7,7 @@ from distill_nemo.fields import near, require
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a data sheet says: 10^9 bytes of memory, 10^12 dense bf16 operations a second."""
+    """A data sheet's numbers: 10^9 bytes of memory, 10^12 dense bf16 operations a second."""
 
     name: str
     memory_gb: float

@@ -34,13 +34,13 @@ class Memory:
 
 
 def fullest(setting: Setting) -> Memory:
-    """The pipeline rank that needs most."""
+    """Return the memory of the pipeline rank that needs most."""
     ranks = range(setting.config.parallelism.pipeline_model_parallel_size)
     return max((memory_of(setting, rank) for rank in ranks), key=lambda memory: memory.total)
 
 
 def memory_of(setting: Setting, rank: int) -> Memory:
-    """Of one pipeline rank."""
+    """Return the memory of one pipeline rank."""
     memory = Memory(rank)
     student, teacher, shards = setting.student(rank), setting.teacher(rank), setting.shards(setting.student(rank))
     masters = 4 if setting.item == 2 else 0
@@ -125,7 +125,7 @@ def _saved(setting: Setting, rank: int) -> tuple[float, float]:
 
 
 def fused_workspace(setting: Setting) -> float:
-    """Of `losses/fused_linear.py`: chunks of both sides' fp32 logits, both hidden states, the fp32 gradient of one."""
+    """Return bytes of the fused loss: chunks of both sides' fp32 logits, both hidden states, one fp32 gradient."""
     student, teacher = setting.models
     assert teacher is not None, "there is a fused loss only with a teacher"
     par, columns = setting.config.parallelism, _columns(setting)

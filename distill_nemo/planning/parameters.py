@@ -1,4 +1,4 @@
-"""How many parameters a model has, and each rank of a layout. Exact: tests compare with the models that are built.
+"""Number of parameters of a model, and of each rank of a layout. Exact: tests compare with the models that are built.
 
 Legend: H width, F width of an MLP, n heads, g query groups, d channels of a head, V vocabulary, padded.
 """
@@ -31,7 +31,7 @@ def total_parameters(model: Architecture) -> int:
 
 
 def rank_parameters(model: Architecture, parallelism: ParallelismConfig, rank: int, output: bool = True) -> Count:
-    """Of all chunks that pipeline rank `rank` holds; without the output layer where `output` is False."""
+    """Count all chunks of pipeline rank `rank`; without the output layer where `output` is False."""
     count = Count()
     for stage in stages_of(parallelism, rank):
         count = count.plus(stage_parameters(model, parallelism, stage, output))
@@ -39,7 +39,7 @@ def rank_parameters(model: Architecture, parallelism: ParallelismConfig, rank: i
 
 
 def stages_of(parallelism: ParallelismConfig, rank: int) -> range:
-    """The stages on a pipeline rank, by their place in the order of the model."""
+    """Return the stages of a pipeline rank, by their place in the order of the model."""
     return range(rank, parallelism.num_stages, parallelism.pipeline_model_parallel_size)
 
 
@@ -51,12 +51,12 @@ def layers_of(model: Architecture, parallelism: ParallelismConfig, stage: int) -
 
 
 def rank_layers(model: Architecture, parallelism: ParallelismConfig, rank: int) -> list[Layer]:
-    """The layers of all stages on a pipeline rank."""
+    """Return the layers of all stages on a pipeline rank."""
     return [layer for stage in stages_of(parallelism, rank) for layer in layers_of(model, parallelism, stage)]
 
 
 def stage_parameters(model: Architecture, parallelism: ParallelismConfig, stage: int, output: bool = True) -> Count:
-    """Of one stage on one tensor- and expert-parallel rank."""
+    """Count one stage on one tensor- and expert-parallel rank."""
     last = stage == parallelism.num_stages - 1
     table = padded_vocab_size(model.vocab_size) // parallelism.tensor_model_parallel_size * model.hidden_size
     count = Count()
@@ -71,7 +71,7 @@ def stage_parameters(model: Architecture, parallelism: ParallelismConfig, stage:
 
 
 def layer_parameters(model: Architecture, layer: Layer, parallelism: ParallelismConfig) -> Count:
-    """Of one layer on one tensor- and expert-parallel rank."""
+    """Count one layer on one tensor- and expert-parallel rank."""
     tensor, width = parallelism.tensor_model_parallel_size, model.hidden_size
     dense = experts = 0
     if layer.num_query_groups is not None:

@@ -10,7 +10,7 @@ from distill_nemo.planning.parameters import Count, layer_parameters, rank_layer
 
 @dataclass(frozen=True)
 class Setting:
-    """What is planned.
+    """Run that is planned.
 
     Args:
         config: the run, checked.
@@ -95,7 +95,7 @@ class Setting:
         return sum(self._offloaded_layers(rank))
 
     def lent(self, rank: int) -> int:
-        """Those of the largest of these layers: one of each stage waits on the device, in its forward pass two."""
+        """Parameters of the largest of these layers: one of each stage waits on the device, in its forward pass two."""
         return max(self._offloaded_layers(rank), default=0)
 
     def _offloaded_layers(self, rank: int) -> list[int]:
@@ -105,11 +105,11 @@ class Setting:
         return [layer_parameters(teacher, layer, par).total for layer in rank_layers(teacher, par, rank)]
 
     def is_first(self, rank: int) -> bool:
-        """Whether this pipeline rank holds the embedding."""
+        """Return True if this pipeline rank holds the embedding."""
         return rank == 0
 
     def is_last(self, rank: int) -> bool:
-        """Whether it computes the loss."""
+        """Return True if it computes the loss."""
         return self.config.parallelism.num_stages - 1 in stages_of(self.config.parallelism, rank)
 
     def with_fields(self, **fields: Any) -> "Setting":

@@ -101,7 +101,7 @@ def read_tensor(stored: StoredTensor, name: str, shape: tuple[int, ...] | None =
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor in the files that the importer will read, and transformers.
+    """Return every tensor in the files that the importer and transformers read.
 
     Raises:
         ValueError: when there are no safetensors, or a file or the index is corrupt or names what is not there.
@@ -132,7 +132,7 @@ def _header(file: Path) -> dict[str, StoredTensor]:
 
 
 def _indexed_files(path: Path) -> dict[str, str]:
-    """The file of each tensor, as the index says; empty where `model.safetensors` holds all, which goes before it."""
+    """Return each tensor's file from the index; empty where `model.safetensors` holds all, which takes precedence."""
     if not has_weights(path):
         raise ValueError(
             f"{path} holds no *.safetensors files, and pickles (*.bin) can run code when they are opened: they are not "
@@ -157,7 +157,7 @@ def _indexed_files(path: Path) -> dict[str, str]:
 
 
 def expected_tensors(model: Architecture) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a model in Hugging Face's naming."""
+    """Return name and shape of every tensor of a model in Hugging Face's naming."""
     q, kv = model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
     h = model.hidden_size
     layer: dict[str, tuple[int, ...]] = {
@@ -186,5 +186,5 @@ def expected_tensors(model: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def num_parameters(model: Architecture) -> int:
-    """Number of parameters of a model."""
+    """Return the number of parameters of a model."""
     return sum(torch.Size(shape).numel() for shape in expected_tensors(model).values())

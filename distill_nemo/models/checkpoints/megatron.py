@@ -63,17 +63,17 @@ def load_megatron_weights(directory: Path, built: GPTModel) -> None:
 
 
 def is_extra(name: str) -> bool:
-    """Whether a state is no tensor but what Transformer Engine keeps of fp8; those of grouped experts are numbered."""
+    """Return True for Transformer Engine's fp8 state, which is no tensor; grouped experts number theirs."""
     return re.search(r"_extra_state\d*$", name) is not None
 
 
 def key_prefix(stored: Shapes) -> str:
-    """What the model's keys begin with."""
+    """Return the prefix of the model's keys."""
     return next((p for p in PREFIXES if any(name.startswith(p + "decoder.") for name in stored)), "")
 
 
 def stored_tensors(directory: Path) -> Shapes:
-    """Name and global shape of every tensor that the model of this checkpoint consists of, quantizers left out.
+    """Return name and global shape of every tensor of the checkpoint's model, quantizers left out.
 
     Raises:
         ValueError: when the table of contents cannot be read, could run code, or names files that are missing or too
@@ -104,7 +104,7 @@ def stored_tensors(directory: Path) -> Shapes:
 
 
 def stored_dtype(directory: Path) -> torch.dtype:
-    """Of the embedding; fp32 when there is none.
+    """Return the embedding's dtype; fp32 when there is none.
 
     Raises:
         ValueError: when the table of contents could run code.
@@ -115,7 +115,7 @@ def stored_dtype(directory: Path) -> torch.dtype:
 
 
 def expected_tensors(model: Architecture) -> tuple[list[Shapes], Shapes]:
-    """Name and shape of each layer's tensors, and of those around the layers, in Transformer Engine's naming."""
+    """Return name and shape of each layer's tensors, and of those around the layers, in Transformer Engine's naming."""
     table = (model.vocab_size, model.hidden_size)
     around: Shapes = {EMBEDDING: table, "decoder.final_layernorm.weight": (model.hidden_size,)}
     if not model.tie_word_embeddings:
@@ -194,7 +194,7 @@ def check_megatron_tensors(directory: Path, model: Architecture) -> None:
 
 
 def _stored_layers(names: Shapes) -> int | None:
-    """How many layers the checkpoint holds; None when that cannot be told."""
+    """Return the number of layers in the checkpoint; None when that cannot be told."""
     numbers = [int(match[1]) for name in names if (match := LAYER.match(name))]
     if numbers:
         return max(numbers) + 1
@@ -203,7 +203,7 @@ def _stored_layers(names: Shapes) -> int | None:
 
 
 def _stored_name(name: str, names: Shapes) -> str:
-    """`name`, or what the local layers call it where the checkpoint has only that."""
+    """Return `name`, or the local layers' name where the checkpoint has only that."""
     # The norm before experts is not fused, but Megatron's local layers call it so.
     reverse = {local: fused for fused, local in LOCAL_NAMES.items()}
     for ours, theirs in (LOCAL_NAMES | reverse).items():
@@ -214,14 +214,14 @@ def _stored_name(name: str, names: Shapes) -> str:
 
 
 def _fits(name: str, stored: tuple[int, ...], needed: tuple[int, ...]) -> bool:
-    """Equal shapes; the vocabulary may be padded, to whatever multiple."""
+    """Return True if the shapes are equal; the vocabulary may be padded, to any multiple."""
     if name in (EMBEDDING, OUTPUT) and len(stored) == 2:
         return stored[1] == needed[1] and 0 <= stored[0] - needed[0] < MAX_VOCAB_PADDING
     return stored == needed
 
 
 def _read(directory: Path, wanted: dict[str, ShardedBase], prefix: str) -> dict[str, Tensor]:
-    """The tensors alone: what lies beside them (arguments, in Megatron's and NeMo's pickles) is not opened."""
+    """Read the tensors alone; the pickles beside them (arguments of Megatron and NeMo) are not opened."""
     sharded, _, factories = load_preprocess(wanted)
     with weights_only(directory):
         loaded = TorchDistLoadShardedStrategy().load(sharded, directory)

@@ -1,4 +1,4 @@
-"""What ModelOpt did to a model before (quantised it, say) is part of the model: kept and restored with its checkpoint.
+"""ModelOpt's earlier changes to a model (quantisation, say), kept and restored with its checkpoint.
 
 Megatron's convention: a directory `modelopt_state` beside the tensors, and the quantizers' settings as extra states.
 """
@@ -22,7 +22,7 @@ from distill_nemo.runtime.pickles import read_contents, weights_only
 
 
 def is_modified(model: nn.Module) -> bool:
-    """Whether a mode of ModelOpt's is in force that a checkpoint must keep; distillation itself is none."""
+    """Return True if a ModelOpt mode is in force that a checkpoint must keep; distillation itself is not one."""
     return mto.ModeloptStateManager.is_converted(model) and bool(mto.modelopt_state(model)["modelopt_state_dict"])
 
 

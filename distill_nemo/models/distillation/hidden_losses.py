@@ -38,9 +38,9 @@ def attach_loss(activation: Tensor, loss: Tensor) -> Tensor:
 class _Pair:
     number: int  # in the config's list
     loss: nn.Module
-    teacher_output: Any = None
+    teacher_output: Tensor | None = None
     # Of a layer that is recomputed in backward: what its first pass saw, a micro batch each; backwards come in order.
-    waiting: deque[tuple[Any, Tensor]] = field(default_factory=deque)
+    waiting: deque[tuple[Tensor | None, Tensor]] = field(default_factory=deque)
     sums: list[Tensor] = field(default_factory=list)
 
 

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 
 def split_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """This context-parallel rank's two pieces of every tensor, where the tensor is: on the host, that asks no device.
+    """Return this context-parallel rank's two pieces of every tensor, on the tensor's device, without waiting for it.
 
     Args:
         batch: tensors [B, S]; every context-parallel rank has the same. It is left as it is.
@@ -163,6 +163,6 @@ class CausalAttention(MegatronModule):
 
 
 def in_sequence_order(gathered: Tensor, size: int) -> Tensor:
-    """The rows [S, ...] that `size` ranks' rows [s, ...], one after the other, make when put back in order."""
+    """Put gathered rows, `size` ranks' [s, ...] one after the other, into the order of the sequence [S, ...]."""
     pieces = gathered.chunk(2 * size)
     return torch.cat(pieces[::2] + pieces[1::2][::-1])

@@ -23,7 +23,7 @@ from distill_nemo.runtime.seed import seed_apart
 
 
 def expert_settings(experts: Experts | None, parallelism: ParallelismConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """Fields of Megatron's TransformerConfig; a dense model beside one with experts is not split over them.
+    """Return fields of Megatron's TransformerConfig; a dense model beside one with experts is not split over them.
 
     norm_topk_prob: softmax over the chosen logits is the softmax over all, divided by its sum over the chosen.
     """
@@ -47,7 +47,7 @@ def expert_settings(experts: Experts | None, parallelism: ParallelismConfig, dty
 
 
 def one_expert(grouped: nn.Module, number: int) -> nn.Module:
-    """A module whose `weight` is that of local expert `number` inside Transformer Engine's grouped linear layer."""
+    """Return a module whose `weight` is that of local expert `number` in Transformer Engine's grouped linear layer."""
     one, weight = nn.Module(), grouped.get_parameter(f"weight{number}")
     one.register_parameter("weight", weight)
     one.__dict__["config"] = SimpleNamespace(ffn_hidden_size=len(weight) // 2)  # where ModelOpt parts gate and up
@@ -67,7 +67,7 @@ def keep_experts_apart(built: GPTModel) -> None:
 
 @torch.no_grad()
 def initialise_experts(built: GPTModel) -> None:
-    """Random weights of each expert by its number in the model, so the same at every layout.
+    """Draw each expert's random weights by its number in the model: the same at every layout.
 
     Megatron draws those of the local experts from the generator that all ranks share: experts of different ranks would
     be copies of each other.
