@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from benchmarks.measure import interleaved, peak_bytes, write_result
 from benchmarks.memory import LiveBytes
 from distill_nemo.config import DataConfig, ParallelismConfig, RunConfig, StudentConfig, TeacherConfig, TrainingConfig
+from distill_nemo.models.distillation.objective import Objective, Targets
 from distill_nemo.runtime.device import setup_device
 
 OURS, WHOLE, MODELOPT = "distill-nemo", "distill-nemo, whole logits", "ModelOpt"
@@ -201,8 +202,6 @@ def stepper(
     chunks = [modelopt_model(config, dtype)] if modelopt else build_chunks(config, models, dtype, load_weights=True)
     data = RandomTokens(config.data.sequence_length, config.student.vocab_size or 0)
     loop = Loop(config, wrap(chunks, config, dtype, load_weights=True), (data, None), setup_device())
-    if modelopt:
-        loop.step_func = modelopt_forward_step
     return functools.partial(loop.step, loop.batches(data, 0))
 
 
@@ -226,6 +225,7 @@ def modelopt_model(config: RunConfig, dtype: torch.dtype) -> Any:
     import modelopt.torch.distill as mtd
     from modelopt.torch.distill.plugins import megatron as plugin
 
+    from distill_nemo.models.distillation.convert import attach
     from distill_nemo.models.provider import model_provider
     from distill_nemo.models.resolve import resolve
 
@@ -237,29 +237,31 @@ def modelopt_model(config: RunConfig, dtype: torch.dtype) -> Any:
     mode = {"teacher_model": teacher, "criterion": settings.criterion, "loss_balancer": settings.loss_balancer}
     model: Any = mtd.convert(student, mode=[("kd_loss", mode)])
     plugin.adjust_distillation_model_for_mcore(model, settings)
+    attach(model, objective=ModelOptObjective(model))
     return model.cuda()
 
 
-def modelopt_forward_step(batches: Any, model: Any) -> Any:
-    """As Megatron-LM's pretraining script for ModelOpt calls it (megatron/post_training/loss_func.py)."""
-    from megatron.core.utils import unwrap_model
+class ModelOptObjective(Objective):
+    """Megatron-LM's pretraining script for ModelOpt (megatron/post_training/loss_func.py)."""
 
-    from distill_nemo.evaluation import counted
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
 
-    batch = {name: tensor.cuda(non_blocking=True) for name, tensor in next(batches).items()}
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    def loss(self, output: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of ModelOpt's balancer."""
 
-    def masked(losses: Any) -> Tensor:
-        losses = losses[0] if isinstance(losses, tuple) else losses  # with two flags about reductions
-        return (losses.float() * batch["loss_mask"]).sum()
+        def masked(losses: Any) -> Tensor:
+            losses = losses[0] if isinstance(losses, tuple) else losses  # with two flags about reductions
+            return (losses.float() * targets.loss_mask_BS).sum()
 
-    def loss_func(output_tensor: Tensor) -> Any:
-        lm_sum, num_tokens = masked(output_tensor), batch["loss_mask"].sum()
-        losses = unwrap_model(model).compute_kd_loss(student_loss=lm_sum, loss_reduction_fn=masked)
-        loss = losses["kd_loss"]
-        return loss, num_tokens.int(), counted({"lm_loss": lm_sum, "kd_loss": loss}, num_tokens)
+        lm_sum = masked(output)
+        loss = self.model.compute_kd_loss(student_loss=lm_sum, loss_reduction_fn=masked)["kd_loss"]
+        return loss, {"lm_loss": lm_sum, "kd_loss": loss}
 
-    return output, loss_func
+    def metrics(self, output: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """Refuse: only training steps are measured."""
+        raise NotImplementedError
 
 
 if __name__ == "__main__":

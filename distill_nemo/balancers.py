@@ -73,6 +73,11 @@ class LogitsAndIntermediatesLossBalancer(DistillationLossBalancer):
         losses = split_losses(self, loss_dict)
         return _weighted_sum(self._weights(losses) if self.observed is None else self.weights(), losses)
 
+    @property
+    def knows_weights(self) -> bool:
+        """True if `weights` are known before the losses are: something was observed."""
+        return self.observed is not None
+
     def weights(self) -> Losses:
         """Of student (None: left out), logits and mean intermediate loss, as observed."""
         assert self.observed is not None, "observe the losses first"
@@ -120,6 +125,7 @@ class WeightedLossBalancer(DistillationLossBalancer):
         if not any(weights.values()):
             raise ValueError(f"{', '.join(weights)} are all zero: nothing would be learnt; set one above zero")
         self._weights = (lm_weight, logits_weight, hidden_weight)
+        self.knows_weights = True  # before the losses are known
 
     def weights(self) -> tuple[float, float, float]:
         """Of student, logits and mean intermediate loss."""

@@ -82,6 +82,16 @@ class DistillationConfig:
         False, "its layers' weights stay in host memory; each is copied to the GPU for its turn"
     )
 
+    @property
+    def uses_logits(self) -> bool:
+        """True if the loss needs the teacher's logits."""
+        return self.balancer == "dynamic" or self.logits_weight != 0
+
+    @property
+    def uses_lm_loss(self) -> bool:
+        """True if the student's LM loss is part of the total."""
+        return not self.skip_lm_loss if self.balancer == "dynamic" else self.lm_weight != 0
+
 
 @dataclass
 class ParallelismConfig:

@@ -1,4 +1,4 @@
-"""Held-out figures, the same code for training's evaluations and for `nemo distill evaluate`.
+"""Held-out metrics, the same code for training's evaluations and for `nemo distill evaluate`.
 
 Legend: B batch, S sequence. A `Report` maps a metric to a tensor `[sum over valid tokens, valid tokens]` of one micro
 batch on one data-parallel rank; `reduce_reports` makes global token means of many.
@@ -9,17 +9,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import modelopt.torch.distill as mtd
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
-from distill_nemo.balancers import LOGITS_PREFIX
-from distill_nemo.losses.metrics import metrics_against_teacher
-from distill_nemo.losses.reduction import masked_sum
+from distill_nemo.models.distillation.objective import Targets, objective_of
 from distill_nemo.models.layers.context_parallel import split_batch
 from distill_nemo.runtime.watchdog import heartbeat
 
@@ -38,7 +34,7 @@ def evaluate(
     micro_batch_size: int,
     step: StepFunc | None = None,
 ) -> dict[str, float]:
-    """Global token means of the next `num_microbatches` of `batches`, without gradients.
+    """Return the global token means of the next `num_microbatches` of `batches`, without gradients.
 
     Args:
         chunks: this pipeline stage's pieces of the model; left in eval mode.
@@ -64,58 +60,39 @@ def evaluate(
 
 
 def eval_forward_step(batches: Batches, model: nn.Module) -> tuple[Tensor, LossFunc]:
-    """Run the model on the next micro batch, for figures only."""
-    batch, num_counted, output = run_model(batches, model)
-    return output, partial(eval_loss_func, batch["loss_mask"], model, labels=batch["labels"], num_counted=num_counted)
+    """Run the model on the next micro batch, for metrics only."""
+    targets, output = run_model(batches, model)
+    return output, partial(eval_loss_func, targets, model)
 
 
-def run_model(batches: Batches, model: nn.Module) -> tuple[dict[str, Tensor], int, Tensor]:
-    """This rank's part of the next micro batch, on the model's device, and the model's output for it.
+def run_model(batches: Batches, model: nn.Module) -> tuple[Targets, Tensor]:
+    """Return what to predict in this rank's part of the next micro batch, and the model's output for it.
 
-    Between them the number of its tokens that count, counted on the host.
+    Valid tokens are counted on the host.
     """
     heartbeat("forward and backward passes" if torch.is_grad_enabled() else "an evaluation")
     device = next(model.parameters()).device
     own = split_batch(next(batches))
-    num_counted = int((own["loss_mask"] > 0).sum())
+    num_valid = int((own["loss_mask"] > 0).sum())
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in own.items()}
     inputs = (batch["tokens"], batch["position_ids"], None)
-    return batch, num_counted, model(*inputs, labels=batch["labels"], loss_mask=batch["loss_mask"])
+    output = model(*inputs, labels=batch["labels"], loss_mask=batch["loss_mask"])
+    return Targets(batch["labels"], batch["loss_mask"], num_valid), output
 
 
-def eval_loss_func(
-    loss_mask: Tensor, model: nn.Module, output_tensor: Tensor, labels: Tensor, num_counted: int | None = None
-) -> tuple[Tensor, Tensor, Report]:
-    """As `loss_func`, without a gradient, with what a teacher lets one measure: forward KL, agreement, entropy."""
-    unwrapped: Any = unwrap_model(model)
-    num_tokens = loss_mask.sum()
-    if getattr(unwrapped, "fused_output", None) is not None:
-        report = unwrapped.fused_output.figures(output_tensor, labels, loss_mask, num_counted)
-        return report["lm_loss"], num_tokens.int(), counted(report, num_tokens)
-    report = {"lm_loss": masked_sum(output_tensor, loss_mask)}
-    if isinstance(unwrapped, mtd.DistillationModel) and unwrapped._layers_to_loss:
-        report |= {name: masked_sum(x, loss_mask) for name, x in _against_teacher(unwrapped, labels).items()}
-    return report["lm_loss"], num_tokens.int(), counted(report, num_tokens)
+def eval_loss_func(targets: Targets, model: nn.Module, output_tensor: Tensor) -> tuple[Tensor, Tensor, Report]:
+    """Return LM loss, valid tokens and report, without a gradient; with a teacher forward KL, agreement and entropy."""
+    report, num_tokens = objective_of(model).metrics(output_tensor, targets), targets.loss_mask_BS.sum()
+    return report["lm_loss"], num_tokens.int(), with_token_counts(report, num_tokens)
 
 
-def _against_teacher(model: Any, labels: Tensor) -> dict[str, Tensor]:
-    """Per-token figures [B, S] from the captured logits; the same KL module as in training, at temperature 1."""
-    student, teacher = model.output_layer._intermediate_output, model.teacher_model.output_layer._intermediate_output
-    kl: Any = next(f for f in model._layers_to_loss.values() if type(f).__name__.startswith(LOGITS_PREFIX))
-    pair: tuple[Tensor, Tensor] = kl.prepare(student, teacher)
-    found_SB = metrics_against_teacher(*pair, labels.transpose(0, 1), kl.group, kl.vocab_start)
-    for student_layer, teacher_layer in model._layers_to_loss:
-        student_layer._intermediate_output = teacher_layer._intermediate_output = None
-    return {name: values_SB.transpose(0, 1) for name, values_SB in found_SB.items()}
-
-
-def counted(report: dict[str, Tensor], num_tokens: Tensor) -> Report:
+def with_token_counts(report: dict[str, Tensor], num_tokens: Tensor) -> Report:
     """Pair every sum with the number of tokens it runs over."""
     return {name: torch.stack([value.detach(), num_tokens]) for name, value in report.items()}
 
 
 def reduce_reports(reports: list[Report], chunks: list[nn.Module]) -> dict[str, float]:
-    """Global token means, the same on every rank. A metric over no valid token is NaN.
+    """Return global token means, the same on every rank. A metric over no valid token is NaN.
 
     Sums run over micro batches, data- and context-parallel ranks (one all-reduce); tensor-parallel ranks already
     agree. The last pipeline stage tells the others. Hidden losses are collected from the stages that have them, and
@@ -144,8 +121,8 @@ def reduce_reports(reports: list[Report], chunks: list[nn.Module]) -> dict[str, 
 
 
 def _hidden_sums(chunks: list[nn.Module], device: torch.device) -> Tensor:
-    """[number of hidden losses] masked sums of this stage."""
-    found: list[Any] = [getattr(unwrap_model(chunk), "hidden_losses", None) for chunk in chunks]
+    """Return the masked sums of this stage: [number of hidden losses]."""
+    found = [objective_of(chunk).hidden_losses for chunk in chunks]
     sums = [losses.sums(device) for losses in found if losses is not None]
     return torch.stack(sums).sum(dim=0) if sums else torch.zeros(0, dtype=torch.float64, device=device)
 
@@ -157,10 +134,11 @@ def _hidden_means(
         return {}
     each = {f"hidden_loss_{i}": value / tokens if tokens else math.nan for i, value in enumerate(sums)}
     found = {"hidden_loss": sum(each.values()) / len(sums)}
-    model: Any = unwrap_model(chunks[0])
-    balancer = model.loss_balancer
-    if "kd_loss" in means and getattr(balancer, "observed", {}) is not None:
-        found["kd_loss"] = means["kd_loss"] + float(balancer.weights()[2]) * found["hidden_loss"]
+    balancer = objective_of(chunks[0]).balancer
+    if "kd_loss" in means and balancer is not None and balancer.knows_weights:
+        weight = balancer.weights()[2]
+        assert weight is not None, "there are hidden losses"
+        found["kd_loss"] = means["kd_loss"] + float(weight) * found["hidden_loss"]
     return found | (each if len(sums) > 1 else {})
 
 

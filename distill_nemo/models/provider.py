@@ -15,7 +15,8 @@ from distill_nemo.models.checkpoints.hf_tensors import check_hf_tensors
 from distill_nemo.models.checkpoints.huggingface import load_hf_weights
 from distill_nemo.models.checkpoints.megatron import check_megatron_tensors, load_megatron_weights
 from distill_nemo.models.checkpoints.modelopt_state import restore_modelopt_state
-from distill_nemo.models.distillation.convert import convert_to_distillation_model, detach, own_stage
+from distill_nemo.models.distillation.convert import attach, convert_to_distillation_model, detach, own_stage
+from distill_nemo.models.distillation.objective import LanguageModelling
 from distill_nemo.models.distillation.offload import HostWeights
 from distill_nemo.models.layers.experts import initialise_experts, keep_experts_apart
 from distill_nemo.models.megatron import Recompute, gpt_model, transformer_config
@@ -67,6 +68,7 @@ def model_provider(
     models = resolve_pair(student, teacher)
     model = _build(models.student, model_kwargs, load_weights, recompute)
     if models.teacher is None:
+        attach(model, objective=LanguageModelling())
         return model
     distillation = distillation or DistillationConfig()
     frozen = _teacher_provider(models.teacher, model_kwargs)

@@ -155,8 +155,7 @@ def whole_workspace(setting: Setting) -> float:
     if teacher is None or not setting.logits_count:
         in_place = setting.item == 4 and teacher is None
         return logits if in_place else 2 * logits + copy if setting.item == 2 else logits + copy
-    lm_counts = kd.lm_weight != 0 if kd.balancer == "static" else not kd.skip_lm_loss
-    backward = logits + (copy if lm_counts else 0)
+    backward = logits + (copy if kd.uses_lm_loss else 0)
     padded = padded_vocab_size(student.vocab_size) != student.vocab_size
     masked = 2 * logits if padded and par.tensor_model_parallel_size > 1 else 0
     if padded and not masked:

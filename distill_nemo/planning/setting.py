@@ -56,9 +56,8 @@ class Setting:
 
     @property
     def logits_count(self) -> bool:
-        """Whether the teacher has an output layer; see `models.distillation.logits_count`."""
-        kd = self.config.distillation
-        return kd.balancer == "dynamic" or kd.logits_weight != 0
+        """True if the teacher has an output layer."""
+        return self.config.distillation.uses_logits
 
     @property
     def fused(self) -> bool:

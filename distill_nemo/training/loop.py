@@ -19,6 +19,7 @@ from distill_nemo.checkpoint.save import CheckpointWriter
 from distill_nemo.config import RunConfig
 from distill_nemo.data.samplers import batches
 from distill_nemo.evaluation import Report, StepFunc, evaluate, reduce_reports
+from distill_nemo.models.distillation.objective import objective_of
 from distill_nemo.runtime.process_groups import rank
 from distill_nemo.runtime.signals import StopSignal
 from distill_nemo.runtime.watchdog import Watchdog, heartbeat
@@ -72,8 +73,6 @@ class Clock:
 
 class Loop:
     """One run of one rank. `run` returns the signal that stopped it, or None when all steps are done."""
-
-    step_func: StepFunc | None = None  # in place of `forward_step`, for another way of distilling
 
     def __init__(self, config: RunConfig, trainee: Trainee, datasets: tuple[Any, Any], device: torch.device) -> None:
         self.config, self.trainee, self.device = config, trainee, device
@@ -158,14 +157,15 @@ class Loop:
 
     def _observe(self, means: dict[str, float] | None = None) -> None:
         """Let a dynamic balancer weigh by the last step's means: at the start by the first batch's, or as saved."""
-        balancers: list[Any] = [getattr(chunk, "loss_balancer", None) for chunk in self.trainee.unwrapped]
-        if not isinstance(balancers[0], LogitsAndIntermediatesLossBalancer):
+        balancers = [objective_of(chunk).balancer for chunk in self.trainee.unwrapped]
+        dynamic = [each for each in balancers if isinstance(each, LogitsAndIntermediatesLossBalancer)]
+        if not dynamic:
             return
         if means is None and "observed" not in self.state:
             means = self._evaluated(self.train_data, 1, forward_step)
         if means is not None:
             self.state["observed"] = {name: means[name] for name in OBSERVED if name in means}
-        for balancer in balancers:
+        for balancer in dynamic:
             balancer.observe(self.state["observed"])
 
     def step(self, iterators: list[Iterator[dict[str, Tensor]]]) -> dict[str, float]:
@@ -195,7 +195,7 @@ class Loop:
     def forward_backward(self, iterators: list[Iterator[dict[str, Tensor]]]) -> list[Report]:
         """The micro batches of one step, through Megatron's schedule; the host waits for no device of its own will."""
         return get_forward_backward_func()(
-            forward_step_func=self.step_func or forward_step,
+            forward_step_func=forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.trainee.chunks,
             num_microbatches=self.num_microbatches,

@@ -116,22 +116,22 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 def train(inputs: Any, output: Any, changes: dict[str, Any]) -> list[str]:
     """A run in chunks of 6 tokens; the shapes of what its last stage hands to the loss function."""
     from distill_nemo.losses.fused_linear import chunks
-    from distill_nemo.training import forward_step
+    from distill_nemo.models.distillation.fused_output import FusedLogits
     from distill_nemo.training.entry import run_config
 
     sizes = chunks.CHUNK_BYTES, chunks.CHUNK_TOKENS
     chunks.CHUNK_BYTES, chunks.CHUNK_TOKENS = 6 * 4 * PADDED, 1
-    shapes, fused = [], forward_step._fused
+    shapes, loss = [], FusedLogits.loss
 
-    def watching(model: Any, batch: Any, *args: Any) -> Any:
-        shapes.append(batch[0].shape[-1])
-        return fused(model, batch, *args)
+    def watching(self: FusedLogits, output: Any, targets: Any) -> Any:
+        shapes.append(output.shape[-1])
+        return loss(self, output, targets)
 
-    forward_step._fused = watching
+    FusedLogits.loss = watching
     try:
         run_config(changed(tiny_run(inputs, output, steps=3, eval_interval=3), changes))
     finally:
-        forward_step._fused = fused
+        FusedLogits.loss = loss
         chunks.CHUNK_BYTES, chunks.CHUNK_TOKENS = sizes
     return shapes
 

@@ -30,6 +30,7 @@ def call(case, output, num_rows=GLOBAL_BATCH):
 
 
 def _call(case, run, models, num_rows):
+    from distill_nemo.models.distillation.objective import objective_of
     from distill_nemo.runtime.seed import seed_everything
     from distill_nemo.training.forward_step import loss_func
     from distill_nemo.training.setup import build_chunks
@@ -39,7 +40,7 @@ def _call(case, run, models, num_rows):
     model.train()
     batch = {name: tensor[:num_rows] for name, tensor in case.batch().items()}
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-    fused = getattr(model, "fused_output", None) is not None
+    fused = objective_of(model).takes_hidden_states
     assert output.shape == ((SEQUENCE, num_rows, 2 * 64) if fused else (num_rows, SEQUENCE))
     loss, num_tokens, report = loss_func(batch["loss_mask"], model, output, batch["labels"])
     loss.backward()

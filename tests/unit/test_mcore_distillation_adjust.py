@@ -103,7 +103,7 @@ def _structure(run, models, output):
         "lm_of_teacher": lm_of_teacher,
         "criterion": sorted(
             type(loss).__name__
-            for loss in (*model._layers_to_loss.values(), *(p.loss for p in model.hidden_losses._pairs))
+            for loss in (*model._layers_to_loss.values(), *(p.loss for p in model.objective.hidden_losses._pairs))
         ),
     }
 

@@ -49,7 +49,7 @@ def load(path, teacher, fused_linear=None):
         distillation=DistillationConfig(fused_linear=fused_linear),
         parallelism=ParallelismConfig(),
     )
-    assert pair.fused_output is None
+    assert not pair.objective.takes_hidden_states
     quantizers = sum("Quantizer" in type(module).__name__ for module in pair.teacher_model.modules())
     return logits(pair), logits(finalise(pair)), quantizers
 

@@ -23,8 +23,9 @@ from distill_nemo.balancers import LogitsAndIntermediatesLossBalancer, WeightedL
 from distill_nemo.config import DistillationConfig
 from distill_nemo.losses.hidden import HiddenStateCosineLoss, HiddenStateMSELoss
 from distill_nemo.losses.logits import LogitsKLLoss
-from distill_nemo.models.distillation.fused_output import FusedOutput, hand_on_hidden_states, why_not_fused
+from distill_nemo.models.distillation.fused_output import FusedLogits, hand_on_hidden_states, why_not_fused
 from distill_nemo.models.distillation.hidden_losses import HiddenLosses
+from distill_nemo.models.distillation.objective import Balancer, WholeLogits, objective_of
 
 HIDDEN = {"cosine": HiddenStateCosineLoss, "mse": HiddenStateMSELoss}
 ATTACHED = "_attached_by_distillation"  # the names that `attach` has set on an instance
@@ -48,17 +49,23 @@ def convert_to_distillation_model(
             last one for an output layer that cannot be part of the loss, if it must.
     """
     pairs = hidden_pairs(student, teacher, distill_cfg)
-    fused = build_fused_output(student, teacher, distill_cfg, vocab_size)
-    if not logits_count(distill_cfg):
+    fuses = fuses_output(student, teacher, distill_cfg)
+    if not distill_cfg.uses_logits:
         _drop_output_layer(teacher)
-    balancer: Any = build_balancer(distill_cfg)
-    criterion = build_criterion(student, distill_cfg, vocab_size)
+    balancer = build_balancer(distill_cfg)
+    logits_loss = build_logits_loss(student, distill_cfg, vocab_size)
+    criterion = {} if logits_loss is None else {("output_layer", "output_layer"): logits_loss}
     mode = {"teacher_model": teacher, "criterion": criterion, "loss_balancer": balancer}
     model: Any = mtd.convert(student, mode=[("kd_loss", mode)])
     modules = {str(number): loss for number, (_, _, loss) in pairs.items() if loss.projection is not None}
     model._loss_modules = nn.ModuleDict(modules)  # by the number in the config: the same at every layout
-    losses = HiddenLosses(pairs, len(distill_cfg.hidden_layers), lambda: balancer.weights()[2])
-    attach(model, hidden_losses=losses, fused_output=fused)
+    hidden_losses = HiddenLosses(pairs, len(distill_cfg.hidden_layers), balancer)
+    if fuses:
+        group = _tensor_parallel_group(student)
+        objective = FusedLogits(student, teacher, distill_cfg, vocab_size, group, balancer, hidden_losses)
+    else:
+        objective = WholeLogits(model, logits_loss, balancer, hidden_losses)
+    attach(model, objective=objective)
     return adjust_distillation_model_for_mcore(model, distill_cfg)
 
 
@@ -71,40 +78,35 @@ def attach(model: nn.Module, **attributes: object) -> None:
 
 def detach(model: mtd.DistillationModel) -> None:
     """Remove everything that was attached to the model and its teacher, and the hooks of the hidden losses."""
-    vars(model)["hidden_losses"].remove()
+    hidden_losses = objective_of(model).hidden_losses
+    if hidden_losses is not None:
+        hidden_losses.remove()
     for each in (model, model.teacher_model):
         for name in vars(each).pop(ATTACHED):
             del vars(each)[name]
 
 
-def build_balancer(distill_cfg: DistillationConfig) -> mtd.DistillationLossBalancer:
-    """The static balancer (fixed weights) or the dynamic one."""
+def build_balancer(distill_cfg: DistillationConfig) -> Balancer:
+    """Return the static balancer (fixed weights) or the dynamic one."""
     if distill_cfg.balancer == "static":
         return WeightedLossBalancer(distill_cfg.lm_weight, distill_cfg.logits_weight, distill_cfg.hidden_weight)
     return LogitsAndIntermediatesLossBalancer(distill_cfg.kd_loss_scale, distill_cfg.skip_lm_loss)
 
 
-def logits_count(distill_cfg: DistillationConfig) -> bool:
-    """Whether the teacher's logits are needed: otherwise its output layer is not there."""
-    return distill_cfg.balancer == "dynamic" or distill_cfg.logits_weight != 0
-
-
 def _drop_output_layer(teacher: Any) -> None:
-    """The teacher ends with its last norm."""
+    """Let the teacher end with its last norm."""
     if teacher.post_process:
         teacher.post_process = False
         del teacher.output_layer
 
 
-def build_criterion(
-    student: GPTModel, distill_cfg: DistillationConfig, vocab_size: int
-) -> dict[tuple[str, str], nn.Module]:
-    """The logits loss where the logits are, by (student layer, teacher layer)."""
-    if not student.post_process or not logits_count(distill_cfg):
-        return {}
+def build_logits_loss(student: GPTModel, distill_cfg: DistillationConfig, vocab_size: int) -> LogitsKLLoss | None:
+    """Return the logits loss on the last stage, if it is used."""
+    if not student.post_process or not distill_cfg.uses_logits:
+        return None
     group = _tensor_parallel_group(student)
     width = student.output_layer.output_size_per_partition
-    logits = LogitsKLLoss(
+    return LogitsKLLoss(
         divergence=distill_cfg.divergence,
         temperature=distill_cfg.temperature,
         scale_by_temperature_squared=distill_cfg.scale_by_temperature_squared,
@@ -114,27 +116,23 @@ def build_criterion(
         beta=distill_cfg.beta,
         top_k=distill_cfg.top_k,
     )
-    return {("output_layer", "output_layer"): logits}
 
 
-def build_fused_output(
-    student: GPTModel, teacher: GPTModel, distill_cfg: DistillationConfig, vocab_size: int
-) -> FusedOutput | None:
-    """The losses of hidden states on the last stage, unless they are off or cannot be.
+def fuses_output(student: GPTModel, teacher: GPTModel, distill_cfg: DistillationConfig) -> bool:
+    """Return True on the last stage if the output layers are part of the loss.
 
     Raises:
         ValueError: where `fused_linear` is true, but cannot be.
     """
-    if not student.post_process or not logits_count(distill_cfg) or distill_cfg.fused_linear is False:
-        return None
+    if not student.post_process or not distill_cfg.uses_logits or distill_cfg.fused_linear is False:
+        return False
     reason = why_not_fused(student, teacher)
     if reason is not None and distill_cfg.fused_linear:
         raise ValueError(f"distillation.fused_linear = true is not possible: {reason}; leave it unset")
     if reason is not None:
         if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0 == _tensor_parallel_rank():
             print(f"note: losses are computed from whole logits: {reason}", file=sys.stderr, flush=True)
-        return None
-    return FusedOutput(student, teacher, distill_cfg, vocab_size, _tensor_parallel_group(student))
+    return reason is None
 
 
 def _tensor_parallel_rank() -> int:
@@ -241,13 +239,12 @@ def adjust_distillation_model_for_mcore(
     """
     overrides = (_train, _sharded_state_dict, _forward, _set_input_tensor)
     attach(model, **{function.__name__[1:]: MethodType(function, model) for function in overrides})
-    lm_counts = distill_cfg.balancer == "dynamic" and not distill_cfg.skip_lm_loss
-    lm_counts = lm_counts or (distill_cfg.balancer == "static" and distill_cfg.lm_weight != 0)
-    lm_counts = lm_counts or not logits_count(distill_cfg)  # backward has to begin somewhere, if with weight 0
+    # Backward has to begin somewhere, if with weight 0.
+    differentiates_lm = distill_cfg.uses_lm_loss or not distill_cfg.uses_logits
 
     def student_lm_loss(self: Any, labels: Tensor, logits: Tensor) -> Tensor:
         copied = logits.clone() if logits.dtype == torch.float32 else logits
-        with torch.set_grad_enabled(lm_counts and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(differentiates_lm and torch.is_grad_enabled()):
             return type(self).compute_language_model_loss(self, labels, copied)
 
     def teacher_lm_loss(self: Any, labels: Tensor, logits: Tensor) -> Tensor:
@@ -272,8 +269,8 @@ def _sharded_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _forward(self: Any, *args: Any, loss_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-    self.hidden_losses.loss_mask_BS = loss_mask
-    fused = self.fused_output is not None and kwargs.get("labels") is not None
+    self.objective.hidden_losses.loss_mask_BS = loss_mask
+    fused = self.objective.takes_hidden_states and kwargs.get("labels") is not None
     if fused:
         kwargs["output_processor"] = hand_on_hidden_states
     with torch.no_grad():

@@ -1,16 +1,19 @@
-"""The losses of a distillation model whose output layers are part of the loss: its logits never exist as a whole.
+"""The objective of a distillation model whose output layers are part of the loss: its logits never exist as a whole.
 
-The last stage hands on what every other stage does, the hidden states of student and teacher side by side; the loss
-function gives them to `losses/fused_linear` with the weights of both output layers. Megatron's `output_processor` is
+The last stage hands on what every other stage does, the hidden states of student and teacher side by side; the
+objective gives them to `losses/fused_linear` with the weights of both output layers. Megatron's `output_processor` is
 what makes a `GPTModel` end before its output layer.
 
 Legend: S sequence (s: this rank's slice of it under sequence parallelism), B batch, N = S B tokens, H width.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -18,11 +21,16 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
+from distill_nemo.balancers import LOGITS_PREFIX, STUDENT_LOSS
 from distill_nemo.config import DistillationConfig
 from distill_nemo.losses.divergences import choose_divergence
 from distill_nemo.losses.fused_linear.chunks import FusedLoss, Head, ValidTokens, chunk_logits
 from distill_nemo.losses.fused_linear.loss import Losses, fused_linear_losses
 from distill_nemo.losses.metrics import METRICS, metrics_against_teacher
+from distill_nemo.models.distillation.hidden_losses import HiddenLosses
+from distill_nemo.models.distillation.objective import Balancer, Objective, Targets
+
+Weight = float | Tensor
 
 
 def hand_on_hidden_states(hidden_states: Tensor, **_: Any) -> Tensor:
@@ -31,7 +39,7 @@ def hand_on_hidden_states(hidden_states: Tensor, **_: Any) -> Tensor:
 
 
 def why_not_fused(student: Any, teacher: Any) -> str | None:
-    """What keeps these models of the last stage from it, or None."""
+    """Return what keeps these models of the last stage from it, or None."""
     for name, model in (("student", student), ("teacher", teacher)):
         layer = type(model.output_layer)
         if layer is not ColumnParallelLinear:
@@ -39,8 +47,12 @@ def why_not_fused(student: Any, teacher: Any) -> str | None:
     return None
 
 
-class FusedOutput:
-    """What the last stage computes of hidden states.
+class FusedLogits(Objective):
+    """LM loss and logits loss, computed together with the output layers of student and teacher.
+
+    The output is [s, B, student's H + teacher's H]. Under tensor parallelism the gradient of the hidden states is
+    summed in backward, as by Megatron's output layer: one all-reduce, under sequence parallelism one reduce-scatter,
+    and one all-gather of each side in forward.
 
     Args:
         student: the last stage, a `GPTModel`.
@@ -48,63 +60,74 @@ class FusedOutput:
         distill_cfg: what to learn.
         vocab_size: the true vocabulary.
         group: the ranks that share the vocabulary, or None.
+        balancer: weighs the losses.
+        hidden_losses: of this stage.
     """
 
+    takes_hidden_states = True
+
     def __init__(
-        self, student: Any, teacher: Any, distill_cfg: DistillationConfig, vocab_size: int, group: Any
+        self,
+        student: GPTModel,
+        teacher: GPTModel,
+        distill_cfg: DistillationConfig,
+        vocab_size: int,
+        group: dist.ProcessGroup | None,
+        balancer: Balancer,
+        hidden_losses: HiddenLosses,
     ) -> None:
+        super().__init__(balancer, hidden_losses)
         self.student, self.teacher = student, teacher
         width = student.output_layer.output_size_per_partition
         start = parallel_state.get_tensor_model_parallel_rank() * width
-        self.settings: dict[str, Any] = {
-            "divergence": choose_divergence(
-                distill_cfg.divergence, distill_cfg.temperature, distill_cfg.beta, distill_cfg.top_k
-            ),
-            "factor": distill_cfg.temperature**2 if distill_cfg.scale_by_temperature_squared else 1.0,
-            "group": group,
-            "vocab_start": start,
-            "num_true": min(max(vocab_size - start, 0), width),
-        }
+        self.fused_loss = FusedLoss(
+            choose_divergence(distill_cfg.divergence, distill_cfg.temperature, distill_cfg.beta, distill_cfg.top_k),
+            factor=distill_cfg.temperature**2 if distill_cfg.scale_by_temperature_squared else 1.0,
+            group=group,
+            vocab_start=start,
+            num_true=min(max(vocab_size - start, 0), width),
+        )
 
-    def losses(
-        self,
-        hidden_sBW: Tensor,
-        labels_BS: Tensor,
-        loss_mask_BS: Tensor,
-        lm_weight: float | Tensor,
-        logits_weight: float | Tensor,
-        num_valid: int | None,
-    ) -> Losses:
-        """Sums over valid tokens, and the weighted one to differentiate.
+    def loss(self, output: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted total.
 
-        Under tensor parallelism the gradient of the hidden states is summed in backward, as by Megatron's output layer:
-        one all-reduce, under sequence parallelism one reduce-scatter, and one all-gather of each side in forward.
-
-        Args:
-            hidden_sBW: [s, B, student's H + teacher's H].
-            labels_BS: [B, S].
-            loss_mask_BS: [B, S].
-            lm_weight: of the LM loss.
-            logits_weight: of the logits loss.
-            num_valid: tokens with a positive mask, where the host knows it.
+        A balancer that has observed nothing weighs by losses that are not known before the gradient would be: that is
+        for the first batch, without gradients.
         """
-        loss = FusedLoss(**self.settings, lm_weight=lm_weight, logits_weight=logits_weight, num_valid=num_valid)
-        labels_N, loss_mask_N = (x.transpose(0, 1).flatten() for x in (labels_BS, loss_mask_BS))
-        return fused_linear_losses(*self._heads(hidden_sBW), labels_N, loss_mask_N, loss)
+        assert self.balancer is not None
+        if self.balancer.knows_weights:
+            lm_weight, logits_weight, _ = self.balancer.weights()
+            losses = self._losses(output, targets, lm_weight, logits_weight)
+            total = losses.total
+        else:
+            assert not torch.is_grad_enabled(), "let the balancer observe the first losses"
+            losses = self._losses(output, targets, None, 0.0)
+            total = self.balancer({STUDENT_LOSS: losses.lm, LOGITS_PREFIX: losses.logits})
+        return total, {"lm_loss": losses.lm, "kd_loss": total, "logit_loss": losses.logits}
 
     @torch.no_grad()
-    def figures(
-        self, hidden_sBW: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor, num_valid: int | None
-    ) -> dict[str, Tensor]:
-        """Sums over valid tokens of `losses.metrics.metrics_against_teacher`."""
-        loss, (student, teacher) = FusedLoss(**self.settings), self._heads(hidden_sBW)
-        labels_N, loss_mask_N = (x.transpose(0, 1).flatten() for x in (labels_BS, loss_mask_BS))
-        valid = ValidTokens.of(student, teacher, labels_N, loss_mask_N, num_valid)
+    def metrics(self, output: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """Return the sums of `losses.metrics.METRICS`."""
+        labels_N, loss_mask_N = _flat(targets)
+        valid = ValidTokens.of(*self._heads(output), labels_N, loss_mask_N, targets.num_valid)
         sums = {name: valid.weight_M.new_zeros(()) for name in METRICS}
-        for rows, z_nv, t_nv in chunk_logits(valid, loss):
-            each = metrics_against_teacher(z_nv, t_nv, valid.labels_M[rows], loss.group, loss.vocab_start)
+        group, vocab_start = self.fused_loss.group, self.fused_loss.vocab_start
+        for rows, z_nv, t_nv in chunk_logits(valid, self.fused_loss):
+            each = metrics_against_teacher(z_nv, t_nv, valid.labels_M[rows], group, vocab_start)
             sums = {name: sums[name] + (value_n * valid.weight_M[rows]).sum() for name, value_n in each.items()}
         return sums
+
+    def _losses(
+        self,
+        hidden_sBW: Tensor,
+        targets: Targets,
+        lm_weight: float | Tensor | None,
+        logits_weight: float | Tensor | None,
+    ) -> Losses:
+        weights = {"lm_weight": lm_weight, "logits_weight": logits_weight}
+        given = {name: 0.0 if weight is None else weight for name, weight in weights.items()}  # None: left out
+        loss = replace(self.fused_loss, **given, num_valid=targets.num_valid)
+        return fused_linear_losses(*self._heads(hidden_sBW), *_flat(targets), loss)
 
     def _heads(self, hidden_sBW: Tensor) -> tuple[Head, Head]:
         widths = self.student.config.hidden_size, self.teacher.config.hidden_size
@@ -114,8 +137,13 @@ class FusedOutput:
         return _head(self.student, student_SBH), _head(self.teacher, teacher_SBH)
 
 
+def _flat(targets: Targets) -> tuple[Tensor, Tensor]:
+    """Return labels and mask in the order of the hidden states, [N] each."""
+    return targets.labels_BS.transpose(0, 1).flatten(), targets.loss_mask_BS.transpose(0, 1).flatten()
+
+
 def _whole(hidden_sBH: Tensor, sequence_parallel: bool) -> Tensor:
-    """[S, B, H] on every tensor-parallel rank; the gradients of all are summed in backward."""
+    """Return [S, B, H] on every tensor-parallel rank; the gradients of all are summed in backward."""
     if sequence_parallel:
         return gather_from_sequence_parallel_region(hidden_sBH, tensor_parallel_output_grad=True)
     return copy_to_tensor_model_parallel_region(hidden_sBH)

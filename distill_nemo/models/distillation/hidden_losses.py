@@ -6,7 +6,6 @@ to the last stage, and one inside a recomputed layer gets its gradient. Legend: 
 """
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
+from distill_nemo.balancers import LogitsAndIntermediatesLossBalancer, WeightedLossBalancer
 from distill_nemo.losses.reduction import masked_sum
 
 
@@ -50,16 +50,16 @@ class HiddenLosses:
     Args:
         pairs: number of the pair -> (student layer, teacher layer, loss module).
         num_pairs: of the whole model.
-        weight: what the mean of all pairs weighs in the total loss, asked in every forward pass.
+        balancer: weighs the mean of all pairs in the total loss, asked in every forward pass.
     """
 
     def __init__(
         self,
         pairs: dict[int, tuple[nn.Module, nn.Module, nn.Module]],
         num_pairs: int,
-        weight: Callable[[], Tensor | float],
+        balancer: WeightedLossBalancer | LogitsAndIntermediatesLossBalancer,
     ) -> None:
-        self.num_pairs, self.weight = num_pairs, weight
+        self.num_pairs, self.balancer = num_pairs, balancer
         self.loss_mask_BS: Tensor | None = None
         self._pairs, self._handles = [], []
         for number, (student_layer, teacher_layer, loss) in pairs.items():
@@ -115,7 +115,9 @@ class _AttachHook:
                 pair.waiting.append((teacher_output, mask_BS))
         if not differentiable:
             return None
-        loss = loss * (self.losses.weight() / self.losses.num_pairs)
+        weight = self.losses.balancer.weights()[2]
+        assert weight is not None, "hidden losses are never left out"
+        loss = loss * (weight / self.losses.num_pairs)
         if isinstance(output, tuple):
             return (attach_loss(output[0], loss), *output[1:])
         return attach_loss(output, loss)
