@@ -7,8 +7,7 @@ import sys
 
 import nemo_run as run
 
-from distill_nemo.cli_launch import check_launch
-from distill_nemo.executors import Stages, kubernetes, run_config_of
+from distill_nemo.executors import Stages, check_launch, kubernetes, run_config_of
 from recipes import llama32_3b_to_1b
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from pathlib import Path
 import nemo_run as run
 
 from distill_nemo.checks import check
-from distill_nemo.cli import NAMESPACE, Command, TrainContext
 from distill_nemo.data.stdlib_corpus import write_stdlib_corpus
 from distill_nemo.executors import Stages, local, num_gpus, run_config_of
 from distill_nemo.training.compare import compare_quickstart
@@ -64,9 +63,6 @@ def quickstart_alone(steps: int = 160, root: str = ROOT, seed: int = 0) -> run.P
     return recipe
 
 
-@run.cli.entrypoint(
-    name="quickstart", namespace=NAMESPACE, type="experiment", run_ctx_cls=TrainContext, entrypoint_cls=Command
-)
 def run_quickstart(
     ctx: run.cli.RunContext,
     steps: int = 160,

@@ -10,6 +10,9 @@ from pathlib import Path
 import fiddle as fdl
 import nemo_run as run
 
+from distill_nemo.executors.descriptor import ExecutorDescriptor, WorkDir
+from distill_nemo.executors.secrets import refuse_secrets
+
 ENVIRONMENT = {
     "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),  # torchrun sets 1 too, and warns about it
     "LOGLEVEL": os.environ.get("LOGLEVEL", "ERROR"),  # NeMo-Run would have torchrun tell its own every step
@@ -18,7 +21,6 @@ ENVIRONMENT = {
 }
 
 
-@run.cli.factory(name="local", target=run.Executor)
 def local_config(processes: int = 1) -> run.Config[run.LocalExecutor]:
     """This machine, `processes` ranks under torchrun: one per GPU, where there are GPUs.
 
@@ -58,3 +60,14 @@ def num_gpus() -> int:
         return 0
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+def _check(executor: run.LocalExecutor) -> None:
+    refuse_secrets(vars(executor), "export it before this command")
+    if executor.nodes != 1:
+        raise ValueError(f"run.executor.nodes = {executor.nodes}: this machine is one; processes= are its ranks")
+
+
+LOCAL = ExecutorDescriptor(
+    run.LocalExecutor, local_config, check=_check, work_dir=lambda executor: WorkDir(here=Path("."))
+)

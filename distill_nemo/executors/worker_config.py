@@ -1,5 +1,7 @@
 """What the workers get of a recipe: a complete config."""
 
+from collections.abc import Iterator
+
 import fiddle as fdl
 
 from distill_nemo.config import RunConfig, from_dict, to_dict
@@ -16,3 +18,23 @@ def run_config_of(recipe: fdl.Buildable) -> RunConfig:
         if name not in given:
             raise ValueError(f"{name} is not set, and a run needs it")
     return from_dict(to_dict(RunConfig(**given)))
+
+
+def paths_of(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Yield every path of a config, with its field."""
+    yield "output_dir", config.output_dir
+    for role, model in (("student", config.student), ("teacher", config.teacher)):
+        if model is not None and model.checkpoint is not None:
+            yield f"{role}.checkpoint", model.checkpoint
+    for name, values in (("data.train", config.data.train), ("data.valid", config.data.valid)):
+        yield from ((name, value) for value in values if not _is_number(value))
+    if config.data.tokenizer is not None:
+        yield "data.tokenizer", config.data.tokenizer
+
+
+def _is_number(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True

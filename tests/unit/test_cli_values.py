@@ -6,11 +6,11 @@ import nemo_run as run
 import pytest
 from nemo_run.cli.cli_parser import parse_value
 
-from distill_nemo.cli import evaluate, export, prepare
-from distill_nemo.cli_arguments import called_recipe, parse_arguments, split_run_arguments
-from distill_nemo.cli_launch import parse_executor, set_field
-from distill_nemo.cli_plan import plan
-from distill_nemo.cli_values import parse
+from distill_nemo.cli.arguments import called_recipe, parse_arguments, split_run_arguments
+from distill_nemo.cli.commands import evaluate, export, prepare
+from distill_nemo.cli.launch import parse_executor, set_field
+from distill_nemo.cli.plan import plan
+from distill_nemo.cli.values import parse
 from distill_nemo.training.entry import distill
 
 TEXTS = [
@@ -188,7 +188,7 @@ def test_a_plugins_field_is_as_typed():
 
 
 def test_nemo_runs_own_parser_still_loses_quotes():
-    """When this fails, `cli_values` can go: NeMo-Run takes texts as typed."""
+    """When this fails, `cli/values.py` can go: NeMo-Run takes texts as typed."""
     assert parse_value('say "hi"', str) == 'say "hi'
     assert parse_value("""['echo "a"']""", list[str]) == ['echo "a']
     assert parse_value("""{"A": 'say "hi"'}""", dict[str, str]) == {"A": 'say "hi'}

@@ -8,7 +8,7 @@ import typing
 import pytest
 
 from distill_nemo.checks import check
-from distill_nemo.cli_arguments import parse_arguments
+from distill_nemo.cli.arguments import parse_arguments
 from distill_nemo.config import (
     DataConfig,
     RunConfig,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from distill_nemo.executors.endings import why_a_log_ended, why_nodes_ended
+from distill_nemo.executors.watch.endings import why_a_log_ended, why_nodes_ended
 
 OF_RANK_8 = """\
 [default0]:[rank8]: Traceback (most recent call last):

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from distill_nemo.executors import local
-from distill_nemo.executors.interrupts import left_running, passing_on_signals
+from distill_nemo.executors.watch.interrupts import left_running, passing_on_signals
 
 
 class Closed(io.StringIO):

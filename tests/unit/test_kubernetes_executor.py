@@ -13,7 +13,7 @@ import yaml
 
 from distill_nemo.config import RunConfig, StudentConfig, from_dict, load_yaml
 from distill_nemo.executors import Stages, kubernetes, run_config_of
-from distill_nemo.executors.trainjob import PATCHES, under_torchrun
+from distill_nemo.executors.kubernetes.trainjob import PATCHES, under_torchrun
 from tests.cli.command import nemo_here, nemo_home, shrunk, the_recipes
 
 LLAMA = ("train", "--factory", "llama32_3b_to_1b")

@@ -10,11 +10,14 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from distill_nemo.executors import cluster_jobs, kubernetes, kubernetes_api, kubernetes_pods
-from distill_nemo.executors.cluster_jobs import UNSEEN, UnseenError
-from distill_nemo.executors.kubernetes_api import Refused, created
-from distill_nemo.executors.kubernetes_jobs import KubernetesJob, State
-from distill_nemo.executors.kubernetes_pods import NODE
+from distill_nemo.executors import kubernetes
+from distill_nemo.executors.kubernetes import api
+from distill_nemo.executors.kubernetes import pods as kubernetes_pods
+from distill_nemo.executors.kubernetes.api import Refused, created
+from distill_nemo.executors.kubernetes.jobs import KubernetesJob, State
+from distill_nemo.executors.kubernetes.pods import NODE
+from distill_nemo.executors.watch import jobs
+from distill_nemo.executors.watch.jobs import UNSEEN, UnseenError
 from tests.launch.kubernetes.api import ApiError, serve
 
 FAILED = State("Failed", "BackoffLimitExceeded")
@@ -116,7 +119,7 @@ def connect(tmp_path, monkeypatch):
         executor = kubernetes(image="x", nodes=nodes, devices=2)
         return KubernetesJob("train", "train-1", executor, str(tmp_path / "logs"))
 
-    monkeypatch.setattr(cluster_jobs, "INTERVAL", 0)
+    monkeypatch.setattr(jobs, "INTERVAL", 0)
     return job
 
 
@@ -198,8 +201,8 @@ def test_why_tells_what_could_be_read(cluster, watcher):
 
 @pytest.mark.timeout(30)
 def test_a_call_that_is_never_answered_ends(connect, monkeypatch):
-    assert kubernetes_api.TIMEOUT == (10, 60)
-    monkeypatch.setattr(kubernetes_api, "TIMEOUT", (1, 0.5))
+    assert api.TIMEOUT == (10, 60)
+    monkeypatch.setattr(api, "TIMEOUT", (1, 0.5))
     with socket.create_server(("127.0.0.1", 0)) as silent:
         job = connect(silent.getsockname()[1])
         pod = Pod(Cluster(), "p").shown()

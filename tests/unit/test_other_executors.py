@@ -7,8 +7,7 @@ import pytest
 from nemo_run.core.execution.docker import DockerExecutor
 from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
-from distill_nemo.cli_launch import check_launch
-from distill_nemo.executors import run_config_of
+from distill_nemo.executors import check_launch, run_config_of
 from tests.cli.command import nemo_home, the_recipes
 
 COMMON = {"container_image": "registry.io/distill:1", "launcher": "torchrun"}

@@ -138,7 +138,7 @@ def test_nemo_run_still_knows_an_executor_by_its_exact_class():
 
 
 IMPORT_ALL = """
-import importlib, pkgutil, nemo_run, torch
+import catalogue, importlib, pkgutil, nemo_run, torch
 from nemo_run.core.execution import launcher
 from nemo_run.core.tunnel import client
 from nemo_run.run.torchx_backend.schedulers import api
@@ -156,13 +156,19 @@ def tables():
     found = (api.EXECUTOR_MAPPING, api.REVERSE_EXECUTOR_MAPPING, launcher.LAUNCHER_MAP)
     return [dict(table) for table in (*found, rendezvous_handler_registry._registry)]
 
-before, tables_before = attributes(), tables()
-BROKEN
-import distill_nemo, recipes
-for package in (distill_nemo, recipes):
-    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+def import_all_of(name):
+    package = importlib.import_module(name)
+    for module in pkgutil.walk_packages(package.__path__, name + "."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
+
+before, tables_before, registered = attributes(), tables(), dict(catalogue.REGISTRY)
+BROKEN
+import_all_of("distill_nemo")
+assert catalogue.REGISTRY == registered, catalogue.REGISTRY.keys() - registered.keys()
+import_all_of("recipes")  # what NeMo-Run's entry point names: it registers commands and recipes, by calls
+added = {key[:-1] for key in catalogue.REGISTRY.keys() - registered.keys()}
+assert added == {("distill_nemo.training.entry.distill",), ("nemo_run.cli.entrypoints", "distill")}, added
 after = attributes()  # imports may add some; none of those that were there may change
 changed = [key for key in before if before[key] is not after[key] and before[key] != after[key]]
 assert len(before) > 1000 and not changed, changed
@@ -184,6 +190,7 @@ def test_importing_the_package_patches_nothing():
     "patch",
     [
         "api.EXECUTOR_MAPPING[int] = 'x'",
+        "nemo_run.cli.factory(lambda: None, target=nemo_run.Executor, name='x')",
         "nemo_run.Experiment._DETACH_SUPPORTED_EXECUTORS += (int,)",
         "torch.cuda.synchronize = print",
     ],

@@ -2,7 +2,7 @@
 
 import pytest
 
-from distill_nemo.executors.screen import RankLines
+from distill_nemo.executors.watch.screen import RankLines
 
 TRACEBACK = ["Traceback (most recent call last):", '  File "a.py", line 1, in <module>', "RuntimeError: gone"]
 

@@ -4,9 +4,9 @@ import fiddle as fdl
 import nemo_run as run
 import pytest
 
-from distill_nemo.cli_launch import check_launch, parse_executor
+from distill_nemo.cli.launch import parse_executor
 from distill_nemo.config import RunConfig, StudentConfig
-from distill_nemo.executors import kubernetes, slurm
+from distill_nemo.executors import check_launch, kubernetes, slurm
 from distill_nemo.executors.secrets import is_secret, refuse_secrets
 
 VALUE = "hf_hunter2"

@@ -9,7 +9,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 
 import nemo_run as run
 import pytest
@@ -19,10 +18,10 @@ from paramiko import SSHException
 
 from distill_nemo.config import ParallelismConfig, RunConfig, StudentConfig
 from distill_nemo.executors import slurm
-from distill_nemo.executors.cluster_jobs import UnseenError
 from distill_nemo.executors.secrets import refuse_secrets
-from distill_nemo.executors.slurm import seconds_of
-from distill_nemo.executors.slurm_jobs import SlurmJob, State
+from distill_nemo.executors.slurm.arguments import CommittedCode, seconds_of
+from distill_nemo.executors.slurm.jobs import SlurmJob, State
+from distill_nemo.executors.watch.jobs import UnseenError
 from tests.cli.command import nemo_here, nemo_home, shrunk
 
 LLAMA = ("train", "--factory", "llama32_3b_to_1b")
@@ -181,7 +180,7 @@ def test_what_would_not_come_as_typed_is_refused(capfd, monkeypatch, tmp_path, i
     ],
 )
 def test_the_rendezvous_is_ours_where_it_is_installed(dry, monkeypatch, fields, backend):
-    monkeypatch.setattr(sys.modules["distill_nemo.executors.slurm"].CommittedCode, "package", lambda *_: "")
+    monkeypatch.setattr(CommittedCode, "package", lambda *_: "")
     monkeypatch.chdir(os.path.dirname(__file__))
     words = srun(dry(*fields).out)
     assert dict(itertools.pairwise(words))["--rdzv-backend"] == backend
@@ -399,7 +398,7 @@ def test_the_formats_of_a_time_limit(time, seconds):
 
 
 def test_node_counts_that_fit_are_those_that_check_accepts():
-    from distill_nemo.cli_launch import check_launch
+    from distill_nemo.executors import check_launch
 
     config = RunConfig("/runs/x", StudentConfig(), None)
     config.data.train, config.training.global_batch_size = ["1"], 64

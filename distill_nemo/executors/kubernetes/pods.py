@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distill_nemo.executors.cluster_jobs import UnseenError
-from distill_nemo.executors.kubernetes_api import asked
+from distill_nemo.executors.kubernetes.api import asked
+from distill_nemo.executors.watch.jobs import UnseenError
 
 NODE = "batch.kubernetes.io/job-completion-index"  # label of a pod: which node it is
 STAMP = re.compile(r"\d{4}-\d\d-\d\dT\S+ ")  # before each line of a log

@@ -12,7 +12,7 @@ from typing import Any
 
 import nemo_run as run
 
-from distill_nemo.cli_values import parse
+from distill_nemo.cli.values import parse
 from distill_nemo.config import sections
 from distill_nemo.fields import NO_METADATA, near, sections_of
 

@@ -5,12 +5,13 @@ from typing import Any
 
 import nemo_run as run
 
-from distill_nemo.cli import NAMESPACE, Command, TrainContext
-from distill_nemo.cli_arguments import parse_arguments
-from distill_nemo.cli_help import PLAN, command_help
-from distill_nemo.cli_launch import check_fits_nodes
+from distill_nemo.cli.arguments import parse_arguments
+from distill_nemo.cli.entrypoint import Command
+from distill_nemo.cli.help import PLAN, command_help
+from distill_nemo.cli.launch import TrainContext
 from distill_nemo.config import RunConfig
 from distill_nemo.executors import run_config_of
+from distill_nemo.executors.preflight import check_fits_nodes
 from distill_nemo.training.entry import distill
 
 ANY_DATA = ["any"]  # a plan reads no tokens, and may come before there are any
@@ -45,7 +46,6 @@ class PlanCommand(Command):
         return command_help(self.name, self.fn, PLAN, " RECIPE")
 
 
-@run.cli.entrypoint(type="experiment", namespace=NAMESPACE, run_ctx_cls=PlanContext, entrypoint_cls=PlanCommand)
 def plan(ctx: run.cli.RunContext, gpu: str = "h100", utilisation: float = 0.4, transformer_engine: bool = True) -> None:
     r"""What a run would need, and whether it fits: parameters, memory by part, operations, hours.
 

@@ -7,17 +7,16 @@ from typing import Any
 import fiddle as fdl
 import nemo_run as run
 
-from distill_nemo.executors.kubernetes_names import LABEL, LABEL_VALUE, NAME, SECRET_KEY
+from distill_nemo.executors.kubernetes.names import LABEL, LABEL_VALUE, NAME, SECRET_KEY
+from distill_nemo.executors.kubernetes.trainjob import ADVICE_ON_SECRETS, SINCE, KubernetesExecutor
 from distill_nemo.executors.local import ENVIRONMENT
 from distill_nemo.executors.secrets import refuse_secrets
-from distill_nemo.executors.slurm import seconds_of
-from distill_nemo.executors.trainjob import ADVICE_ON_SECRETS, SINCE, KubernetesExecutor
+from distill_nemo.executors.slurm.arguments import seconds_of
 
 STOP_SECONDS = 300  # to finish a step and save, where a TrainJob can say so
 _TAINT = re.compile(r"([^=:]+)(?:=([^:]*))?(?::(NoSchedule|PreferNoSchedule|NoExecute))?")
 
 
-@run.cli.factory(name="kubernetes", target=run.Executor)
 def kubernetes_config(
     image: str = "",
     namespace: str = "default",

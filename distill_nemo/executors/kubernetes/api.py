@@ -7,7 +7,7 @@ from typing import Any
 
 from urllib3.exceptions import HTTPError
 
-from distill_nemo.executors.cluster_jobs import UnseenError
+from distill_nemo.executors.watch.jobs import UnseenError
 
 TIMEOUT = (10, 60)  # seconds for a connection, and for each piece of an answer
 TRAIN_JOBS = {"group": "trainer.kubeflow.org", "version": "v1alpha1", "plural": "trainjobs"}

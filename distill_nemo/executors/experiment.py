@@ -10,19 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import nemo_run as run
-import yaml
 from invoke.exceptions import UnexpectedExit
 from nemo_run.config import get_nemorun_home
 from nemo_run.core.frontend.console.api import CONSOLE
 
-from distill_nemo.executors.cluster_jobs import ClusterJob
-from distill_nemo.executors.endings import why_it_ended
-from distill_nemo.executors.interrupts import left_running
-from distill_nemo.executors.kubernetes_api import Refused
-from distill_nemo.executors.kubernetes_jobs import KubernetesJob
-from distill_nemo.executors.screen import JobOutput
-from distill_nemo.executors.slurm_jobs import SlurmJob
-from distill_nemo.executors.trainjob import KubernetesExecutor
+from distill_nemo.executors.known import cluster_job, descriptor_of
+from distill_nemo.executors.kubernetes.api import Refused
+from distill_nemo.executors.watch.endings import why_it_ended
+from distill_nemo.executors.watch.interrupts import left_running
+from distill_nemo.executors.watch.jobs import ClusterJob
+from distill_nemo.executors.watch.screen import JobOutput
 
 
 class Stages(run.Experiment):
@@ -69,19 +66,16 @@ class Stages(run.Experiment):
             CONSOLE.quiet = before
 
     def show(self) -> None:
-        """Print what would submit each task, a command and its batch script or objects of Kubernetes; leave nothing."""
+        """Print the manifest of each task, as its descriptor makes it; leave nothing behind."""
         with contextlib.redirect_stdout(sys.stderr):
             self.dryrun(log=False, delete_exp_dir=False)
         try:
             for job in typing.cast(list[Any], self.jobs):
-                print(_manifests(job) if isinstance(job.executor, KubernetesExecutor) else self._script(job))
+                manifest = descriptor_of(job.executor).manifest
+                assert manifest is not None, "an executor of a cluster of ours"
+                print(manifest(job, Path(self._exp_dir)))
         finally:
             shutil.rmtree(self._exp_dir)
-
-    def _script(self, job: Any) -> str:
-        path = Path(self._exp_dir, f"{job.executor.job_name}_sbatch.sh")
-        command = " ".join(job._dryrun_info.request.launch_cmd)
-        return f"# {command} {job.executor.tunnel.job_dir}/{path.name}\n{path.read_text()}"
 
     def _wait_for_jobs(self, jobs: list[Any]) -> None:
         self._wait_here([job for job in jobs if cluster_job(job) is None])
@@ -115,35 +109,6 @@ def _check_home(home: Path) -> None:
         why = "has characters that NeMo-Run does not quote"
     if why:
         raise ValueError(f"NeMo-Run keeps its records in {home}, which {why}; set NEMORUN_HOME to another directory")
-
-
-def cluster_job(job: Any) -> ClusterJob | None:
-    """What NeMo-Run has submitted of `job`; None when it is not on a cluster."""
-    kinds = {run.SlurmExecutor: SlurmJob, KubernetesExecutor: KubernetesJob}
-    return kinds[type(job.executor)].of(job) if type(job.executor) in kinds and job.handle else None
-
-
-def _manifests(job: Any) -> str:
-    """YAML that `kubectl create -f` takes."""
-    request = job._dryrun_info.request
-    objects = job.executor.manifests(job.executor._trainjob_name(request.name), request.cmd)
-    owned = "# Submitted after the TrainJob, as its property: it is deleted with it.\n"
-    return "".join(f"---\n{owned if each['kind'] == 'ConfigMap' else ''}{_yaml(each)}" for each in objects).rstrip()
-
-
-def _yaml(manifest: dict[str, Any]) -> str:
-    """With files as a user would write them."""
-
-    class Dumper(yaml.SafeDumper):
-        def ignore_aliases(self, data: Any) -> bool:
-            return True
-
-    def text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
-        style = "|" if "\n" in value else None
-        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
-
-    Dumper.add_representer(str, text)
-    return yaml.dump(manifest, Dumper=Dumper, sort_keys=False, width=10_000)
 
 
 def submitted(job: ClusterJob, experiment: str) -> str:

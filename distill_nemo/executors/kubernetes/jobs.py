@@ -7,10 +7,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from distill_nemo.executors.cluster_jobs import ClusterJob, UnseenError
-from distill_nemo.executors.endings import why_a_log_ended, why_nodes_ended
-from distill_nemo.executors.kubernetes_api import TRAIN_JOBS, asked
-from distill_nemo.executors.kubernetes_pods import (
+from distill_nemo.executors.kubernetes.api import TRAIN_JOBS, asked
+from distill_nemo.executors.kubernetes.pods import (
     PodLogs,
     containers,
     is_between,
@@ -19,7 +17,9 @@ from distill_nemo.executors.kubernetes_pods import (
     restarts,
     text_of,
 )
-from distill_nemo.executors.screen import RankLines
+from distill_nemo.executors.watch.endings import why_a_log_ended, why_nodes_ended
+from distill_nemo.executors.watch.jobs import ClusterJob, UnseenError
+from distill_nemo.executors.watch.screen import RankLines
 
 OF_JOB = "jobset.sigs.k8s.io/jobset-name"  # label of its pods
 STUCK = (  # reasons for which a container does not start, and that seldom pass

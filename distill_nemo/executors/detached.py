@@ -7,8 +7,9 @@ from typing import Any
 import nemo_run as run
 from nemo_run.config import get_nemorun_home
 
-from distill_nemo.executors.cluster_jobs import ClusterJob
-from distill_nemo.executors.stages import Stages, cluster_job, submitted, watch
+from distill_nemo.executors.experiment import Stages, submitted, watch
+from distill_nemo.executors.known import cluster_job
+from distill_nemo.executors.watch.jobs import ClusterJob
 from distill_nemo.fields import near
 
 

@@ -47,7 +47,6 @@ class CommittedCode(run.GitArchivePackager):
         return super().package(path, job_dir, name)
 
 
-@run.cli.factory(name="slurm", target=run.Executor)
 def slurm_config(
     account: str | None = None,
     partition: str | None = None,

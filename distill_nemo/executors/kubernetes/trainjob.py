@@ -13,11 +13,11 @@ from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 from nemo_run.run.torchx_backend.schedulers.api import EXECUTOR_MAPPING
 
 from distill_nemo.config import save_yaml
-from distill_nemo.executors.cluster_jobs import UnseenError
-from distill_nemo.executors.kubernetes_api import Refused, connected, created
-from distill_nemo.executors.kubernetes_jobs import KubernetesJob
-from distill_nemo.executors.kubernetes_names import check_labels, check_names, check_variables
+from distill_nemo.executors.kubernetes.api import Refused, connected, created
+from distill_nemo.executors.kubernetes.jobs import KubernetesJob
+from distill_nemo.executors.kubernetes.names import check_labels, check_names, check_variables
 from distill_nemo.executors.secrets import refuse_secrets
+from distill_nemo.executors.watch.jobs import UnseenError
 from distill_nemo.executors.worker_config import run_config_of
 from distill_nemo.fields import near
 from distill_nemo.training.entry import distill

@@ -14,9 +14,9 @@ from typing import Any
 from invoke.exceptions import Failure, ThreadException
 from paramiko import SSHException
 
-from distill_nemo.executors.cluster_jobs import ClusterJob, UnseenError
-from distill_nemo.executors.endings import why_a_log_ended
-from distill_nemo.executors.screen import RankLines
+from distill_nemo.executors.watch.endings import why_a_log_ended
+from distill_nemo.executors.watch.jobs import ClusterJob, UnseenError
+from distill_nemo.executors.watch.screen import RankLines
 
 ENDED = (
     "COMPLETED FAILED CANCELLED TIMEOUT NODE_FAIL OUT_OF_MEMORY PREEMPTED BOOT_FAIL DEADLINE REVOKED LAUNCH_FAILED"

@@ -4,7 +4,7 @@ import re
 import signal
 from pathlib import Path
 
-from distill_nemo.executors.screen import ERROR
+from distill_nemo.executors.watch.screen import ERROR
 
 # torchrun's own words: how each rank ended, and which ones it ended itself because of that
 _ENDED = re.compile(r"rank +: (\d+) \(local_rank: (\d+)\)\s+exitcode +: (-?\d+) +\(pid: (\d+)\)")

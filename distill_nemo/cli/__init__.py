@@ -1,0 +1,1 @@
+"""`nemo distill`: nothing is registered with NeMo-Run until `commands.register_commands()` is called."""

@@ -1,0 +1,187 @@
+"""The commands of `nemo distill`. Light at import: torch's and Megatron's work happens in the worker.
+
+A recipe is a `run.Partial(distill, ...)`. `train` launches one through NeMo-Run and, unlike NeMo-Run's own task
+commands, exits non-zero when a rank fails.
+"""
+
+import warnings
+
+from distill_nemo.cli.entrypoint import Command, register
+from distill_nemo.cli.help import summary, train_help
+from distill_nemo.cli.launch import TrainContext, registered_recipes
+from distill_nemo.cli.plan import PlanCommand, PlanContext, plan
+from distill_nemo.executors import EXECUTORS, detached
+from distill_nemo.training.entry import distill
+
+
+class TrainCommand(Command):
+    """`train`."""
+
+    def page(self) -> str:
+        """Return the text of `--help`."""
+        return train_help(self.fn, {name: executor.arguments for name, executor in EXECUTORS.items()})
+
+
+def register_commands() -> None:
+    """Register the commands with NeMo-Run, in the order of `nemo distill --help`."""
+    # NeMo-Run gives -y to two of its options, and older versions of typer have click say so on every command.
+    warnings.filterwarnings("ignore", message=r"The parameter -y is used more than once")
+    register(distill, name="train", context=TrainContext, command=TrainCommand)
+    for function in (prepare, export, convert, evaluate, recipes, status, logs, cancel):
+        register(function)
+    register(plan, context=PlanContext, kind="experiment", command=PlanCommand)
+
+
+def prepare(
+    inputs: str, output: str, tokenizer: str, text_key: str = "text", num_workers: int = 0, max_bad_records: int = 0
+) -> None:
+    """Tokenise text into the .bin/.idx files that training reads.
+
+    Several processes work on it, and what an interrupted job has done is kept: the same command goes on.
+    Documents, tokens and tokens per second are stated at the end, and bad records with file and line.
+
+    Example:
+        nemo distill prepare inputs='text/*.jsonl,more/' output=data/corpus tokenizer=/models/Llama-3.2-1B
+
+    Args:
+        inputs: files, directories or globs of text, JSON lines, CSV or parquet, compressed or not, separated by commas.
+        output: prefix of the files written.
+        tokenizer: a Hugging Face tokenizer directory.
+        text_key: JSON key or column that holds the text.
+        num_workers: processes; 0 takes one per core.
+        max_bad_records: how many unreadable records to skip before giving up.
+    """
+    from distill_nemo.data.inputs import split_inputs
+    from distill_nemo.data.prepare import prepare as prepare_files
+
+    prepare_files(
+        split_inputs(inputs),
+        output,
+        tokenizer,
+        text_key=text_key,
+        num_workers=num_workers or None,
+        max_bad_records=max_bad_records,
+    )
+
+
+def export(checkpoint: str, output: str, tokenizer: str = "") -> None:
+    """Write a saved step as a Hugging Face directory, and check that it gives the same logits.
+
+    Every run that ends does this by itself (`checkpoint.export`); this is for other steps and interrupted runs.
+
+    Example:
+        nemo distill export checkpoint=runs/quickstart/distilled output=student
+        nemo distill export checkpoint=runs/big/checkpoints/step_00004000 output=student_4000 tokenizer=/models/tok
+
+    Args:
+        checkpoint: a run's output directory, its checkpoints directory, or one step_* directory.
+        output: the Hugging Face directory to write.
+        tokenizer: tokenizer directory to copy beside the weights.
+    """
+    from distill_nemo.checkpoint.export import export as export_checkpoint
+
+    export_checkpoint(checkpoint, output, tokenizer or None)
+
+
+def convert(checkpoint: str, output: str, allow_pickle: bool = False) -> None:
+    """Make safetensors, which training reads, of an old Hugging Face checkpoint, whose weights are pickles.
+
+    Example:
+        nemo distill convert checkpoint=/models/old output=/models/new allow_pickle=true
+
+    Args:
+        checkpoint: directory with config.json and pytorch_model*.bin.
+        output: the directory to write.
+        allow_pickle: you trust these weights; a pickle can run code when it is opened.
+    """
+    from distill_nemo.runtime.device import setup_device
+
+    setup_device()  # before Megatron is imported
+    from distill_nemo.models.checkpoints.pickled import convert as convert_weights
+
+    convert_weights(checkpoint, output, allow_pickle)
+
+
+def evaluate(
+    student: str, data: str, teacher: str = "", sequence_length: int = 1024, samples: int = 64, vocab_size: int = 0
+) -> None:
+    r"""Held-out LM loss of a checkpoint and, with a teacher, forward KL, top-1 agreement and teacher entropy.
+
+    Token means in nats, in one process, on the GPU where there is one.
+
+    Example:
+        nemo distill evaluate student=runs/quickstart/student data=runs/quickstart/data/valid \
+            teacher=runs/quickstart/teacher/student sequence_length=128
+
+    Args:
+        student: checkpoint directory, of any kind that `train` reads.
+        data: prefix of the held-out .bin/.idx files.
+        teacher: checkpoint directory; empty for none.
+        sequence_length: tokens per sample.
+        samples: how many; more than the data holds repeats it.
+        vocab_size: ids that both models keep, where the checkpoints have more; 0 for the student's.
+    """
+    from distill_nemo.config import StudentConfig, TeacherConfig
+    from distill_nemo.runtime.device import setup_device
+
+    for name, value in (("sequence_length", sequence_length), ("samples", samples)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    setup_device()  # before Megatron is imported
+    from distill_nemo.training.evaluate import evaluate_student
+
+    rows = vocab_size or None
+    reference = TeacherConfig(checkpoint=teacher, vocab_size=rows) if teacher else None
+    model = StudentConfig(checkpoint=student, vocab_size=rows)
+    means = evaluate_student(model, data, reference, sequence_length, samples)
+    for name, value in means.items():
+        print(f"{name:18} {value:,.0f}" if name == "tokens" else f"{name:18} {value:.4f}")
+
+
+def recipes() -> None:
+    """List the recipes, a line each.
+
+    Example:
+        nemo distill recipes
+    """
+    for recipe in registered_recipes():
+        print(f"{recipe.__name__:22} {summary(recipe)}")
+
+
+def status(experiment: str) -> None:
+    """How the jobs of a run on a cluster are: a line each.
+
+    Exit code: 0 while they wait or run, and when they completed; 1 when one ended otherwise, with the reason.
+
+    Example:
+        nemo distill status experiment=train_1764030000000000000
+
+    Args:
+        experiment: the id that `train` printed.
+    """
+    detached.status(experiment)
+
+
+def logs(experiment: str, follow: bool = False) -> None:
+    """What the ranks of a run on a cluster have said, of every attempt.
+
+    Example:
+        nemo distill logs experiment=train_1764030000000000000 follow=true
+
+    Args:
+        experiment: the id that `train` printed.
+        follow: go on until the jobs have ended, and exit as `train` does.
+    """
+    detached.logs(experiment, follow)
+
+
+def cancel(experiment: str) -> None:
+    """End the jobs of a run on a cluster. The same `train` command goes on from the last checkpoint.
+
+    Example:
+        nemo distill cancel experiment=train_1764030000000000000
+
+    Args:
+        experiment: the id that `train` printed.
+    """
+    detached.cancel(experiment)

@@ -1,0 +1,162 @@
+"""From a command line to a launch: the recipe with its overrides, `run.executor=NAME run.executor.FIELD=VALUE`."""
+
+import inspect
+import re
+import typing
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import fiddle as fdl
+import nemo_run as run
+from nemo_run.cli.api import list_factories
+from nemo_run.config import get_type_namespace
+
+from distill_nemo.cli.arguments import RECIPE, called_recipe, override, parse_arguments, split_run_arguments
+from distill_nemo.cli.values import parse
+from distill_nemo.executors import EXECUTORS, Stages, check_launch, detached, local, passing_on_signals, run_config_of
+from distill_nemo.executors.known import descriptor_of
+from distill_nemo.fields import near
+from distill_nemo.training.entry import distill, errors_in_one_screen
+
+NAME = re.compile(r"\w[\w.-]{,63}", re.ASCII)  # NeMo-Run makes directories, files and an address of it
+
+
+class TrainContext(run.cli.RunContext):
+    """NeMo-Run's task command, with a true exit code, our messages, and checks before anything starts."""
+
+    def cli_execute(self, fn: Callable[..., Any], args: list[str], entrypoint_type: Any = "task") -> None:
+        """Run the command; what the user did wrong is one `error:` on stderr."""
+        with errors_in_one_screen(), passing_on_signals():
+            for option in ("load", "yaml", "repl", "to_yaml", "to_toml", "to_json"):
+                if getattr(self, option):
+                    raise ValueError(
+                        f"--{option.replace('_', '-')} is not supported. Every run writes its complete config to "
+                        "<output_dir>/config.yaml; `torchrun --rdzv-backend loopback --nproc-per-node N -m "
+                        "distill_nemo CONFIG.yaml` runs that"
+                    )
+            if self.direct:
+                raise ValueError("--direct is not supported: without run.executor= a run is one process of its own")
+            if not NAME.fullmatch(self.name):
+                raise ValueError(
+                    '--name must be at most 64 letters, digits, ".", "_" or "-", the first a letter, digit or "_", got '
+                    f'"{self.name}"'
+                )
+            given, others = split_run_arguments(args)
+            self.executor = fdl.build(parse_executor(given.executor, given.of_executor)) if given.executor else None
+            self.plugins = self.parse_plugin(given.plugins, *given.of_plugins) if given.plugins else []
+            execute = self._execute_task if entrypoint_type == "task" else self._execute_experiment
+            execute(fn, others)
+
+    def parse_plugin(self, name: str, *args: str) -> Any:
+        """Return the plugins that `run.plugins=NAME run.plugins.FIELD=VALUE` means: the user's own code."""
+        try:
+            config = super().parse_plugin(name)
+        except ValueError as error:
+            raise ValueError(f"run.plugins: {error}") from None
+        for argument in args:
+            field, _, value = argument.partition("=")
+            set_field("run.plugins", config, field, value)
+        plugins = fdl.build(config)
+        return plugins if isinstance(plugins, list) else [plugins]
+
+    def parse_fn(self, fn: Any, args: list[str], **default_kwargs: Any) -> Any:
+        """The recipe that `--factory` or the first word names, or an experiment, with the overrides applied."""
+        if fn is not distill:
+            return run.Partial(fn, **parse_arguments(fn, args, self.name), **default_kwargs)
+        args = self.without_recipe(args)
+        if self.factory is None:
+            known = ", ".join(recipe.__name__ for recipe in registered_recipes())
+            raise ValueError(f"name a recipe, as the first word or by --factory. Known: {known}")
+        recipe = called_recipe(self.factory, registered_recipes())
+        if not isinstance(recipe, fdl.Partial) or recipe.__fn_or_cls__ is not distill:
+            raise ValueError(f"recipe {self.factory}: must return run.Partial(distill, ...), got {recipe!r:.80}")
+        override(recipe, parse_arguments(fn, args, "train"))
+        return recipe
+
+    def without_recipe(self, args: list[str]) -> list[str]:
+        """The arguments without a first word that names the recipe, as `--factory` would."""
+        if self.factory is None and args and RECIPE.fullmatch(args[0]):
+            self.factory, *args = args
+        return args
+
+    def built_executor(self) -> run.Executor:
+        """The one that was asked for; without, one process of this machine."""
+        return self.executor or local()
+
+    def _execute_task(self, fn: Callable[..., Any], task_args: list[str]) -> None:
+        task = self.parse_fn(fn, task_args)
+        executor = self.built_executor()
+        check_launch(run_config_of(task), executor, self.dryrun)
+        if self.dryrun and descriptor_of(executor).manifest is None:
+            run.dryrun_fn(task, executor=executor)
+            return
+        self.executor = executor
+        with Stages.titled(self.name) as experiment:
+            experiment.add(task, executor=executor, name=self.name, tail_logs=True, plugins=self.plugins or None)
+            if self.dryrun:
+                experiment.show()
+                return
+            self.launch(experiment)
+            if self.detach:
+                detached.tell_detached(experiment)
+
+    def _execute_experiment(self, fn: Callable[..., Any], experiment_args: list[str]) -> None:
+        fdl.build(self.parse_fn(fn, experiment_args))(ctx=self)  # building would copy the context, without its executor
+
+    def launch(self, experiment: run.Experiment, sequential: bool = False) -> None:
+        """As NeMo-Run's, but without `run.executor=` too the tasks run in processes of their own."""
+        self.executor = self.executor or run.LocalExecutor()
+        super().launch(experiment, sequential)
+
+
+def registered_recipes() -> list[Callable[..., Any]]:
+    """Every function registered as a recipe, by name."""
+    return sorted(list_factories(get_type_namespace(distill)), key=lambda factory: factory.__name__)
+
+
+def parse_executor(name: str, arguments: Iterable[str]) -> run.Config:
+    """`slurm`, `["nodes=2", "qos=high"]`: arguments of the factory, and fields of NeMo-Run's executor.
+
+    Raises:
+        ValueError: for an executor or a field of it that is not known, with close matches, or a value of it that is
+            not allowed.
+    """
+    if name not in EXECUTORS:
+        base, called, _ = name.partition("(")
+        advice = f" Write run.executor={base} run.executor.FIELD=VALUE." if called else near(base, EXECUTORS)
+        raise ValueError(f'run.executor: unknown executor "{name}".{advice}')
+    descriptor = EXECUTORS[name]
+    own = typing.get_type_hints(descriptor.arguments)
+    del own["return"]
+    others_known = _fields(descriptor.executor)
+    known = {**own, **{field: hint for field, hint in others_known.items() if field not in descriptor.hidden}}
+    call, others = {}, {}
+    for argument in arguments:
+        field, _, value = argument.partition("=")
+        if field.partition(".")[0] not in known:
+            raise ValueError(f'unknown field "run.executor.{field}".{near(field, known)}')
+        if field in own:
+            call[field] = parse(f"run.executor.{field}", value, own[field])
+        else:
+            others[field] = value
+    config = descriptor.arguments(**call)
+    for field, value in others.items():
+        set_field("run.executor", config, field, value)
+    return config
+
+
+def _fields(cls: Callable[..., Any]) -> dict[str, Any]:
+    """Return the fields of a class of NeMo-Run's, with their types."""
+    hints = typing.get_type_hints(cls)
+    return {field: hints.get(field, Any) for field in inspect.signature(cls).parameters}
+
+
+def set_field(name: str, config: Any, path: str, value: str) -> None:
+    """Set a field. Not by NeMo-Run, whose messages print the whole executor, environment included."""
+    *sections, field = path.split(".")
+    for section in sections:
+        config = config.__arguments__.get(section) if isinstance(config, run.Config) else None
+    known = _fields(config.__fn_or_cls__) if isinstance(config, run.Config) else {}
+    if field not in known:
+        raise ValueError(f'unknown field "{name}.{path}".{near(field, known) if known else " It has no fields."}')
+    setattr(config, field, parse(f"{name}.{path}", value, known[field]))

@@ -1,0 +1,16 @@
+"""Kubernetes with Kubeflow Trainer: a TrainJob, the config that it ships, and its pods' logs."""
+
+from distill_nemo.executors.descriptor import ExecutorDescriptor
+from distill_nemo.executors.kubernetes.arguments import kubernetes_config
+from distill_nemo.executors.kubernetes.jobs import KubernetesJob
+from distill_nemo.executors.kubernetes.manifests import check_cluster, manifests_text
+from distill_nemo.executors.kubernetes.trainjob import KubernetesExecutor
+
+KUBERNETES = ExecutorDescriptor(
+    KubernetesExecutor,
+    kubernetes_config,
+    check=KubernetesExecutor.check,
+    preflight=check_cluster,
+    job=KubernetesJob.of,
+    manifest=manifests_text,
+)

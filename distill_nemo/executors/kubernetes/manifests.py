@@ -1,0 +1,60 @@
+"""Objects that are submitted: printed by a dry run. Before, what only the cluster and its volumes can say."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distill_nemo.config import RunConfig
+from distill_nemo.executors.kubernetes.trainjob import KubernetesExecutor
+from distill_nemo.executors.worker_config import paths_of
+
+
+def check_cluster(config: RunConfig, executor: KubernetesExecutor, dryrun: bool) -> None:
+    """Refuse a run whose output would be lost and, unless it is a dry run, a cluster that is not there.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    _check_mounted(config, executor)
+    if not dryrun:
+        executor._load_kube_clients()
+
+
+def _check_mounted(config: RunConfig, executor: KubernetesExecutor) -> None:
+    where = " or ".join(executor.mounts) or "a volume: run.executor.pvc="
+    mounts = tuple(f"{path}/" for path in executor.mounts)
+    outside = {name: path for name, path in paths_of(config) if not f"{os.path.normpath(path)}/".startswith(mounts)}
+    if "output_dir" in outside:
+        raise ValueError(
+            f'output_dir = "{config.output_dir}" would be lost with the pods: it must be below {where}'
+            + ("" if executor.mounts else f", mounted at {executor.mount}")
+        )
+    if outside:
+        said = ", ".join(f"{name} = {path}" for name, path in outside.items())
+        print(f"warning: not below {where}, so they must be in the image: {said}", file=sys.stderr)
+
+
+def manifests_text(job: Any, directory: Path) -> str:
+    """Return the objects of a job of NeMo-Run's as YAML, which `kubectl create -f` takes."""
+    request = job._dryrun_info.request
+    objects = job.executor.manifests(job.executor._trainjob_name(request.name), request.cmd)
+    owned = "# Submitted after the TrainJob, as its property: it is deleted with it.\n"
+    return "".join(f"---\n{owned if each['kind'] == 'ConfigMap' else ''}{_yaml(each)}" for each in objects).rstrip()
+
+
+def _yaml(manifest: dict[str, Any]) -> str:
+    """Return YAML in which files look as a user would write them."""
+
+    class Dumper(yaml.SafeDumper):
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    def text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+        style = "|" if "\n" in value else None
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+    Dumper.add_representer(str, text)
+    return yaml.dump(manifest, Dumper=Dumper, sort_keys=False, width=10_000)

@@ -1,0 +1,114 @@
+"""The batch script that NeMo-Run writes: checked before it is submitted, and printed by a dry run."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import nemo_run as run
+from nemo_run.config import get_nemorun_home
+
+from distill_nemo.config import RunConfig
+from distill_nemo.executors.descriptor import IN_A_CONTAINER, WorkDir
+from distill_nemo.executors.secrets import refuse_secrets
+from distill_nemo.executors.slurm.arguments import ADVICE_ON_SECRETS, SHIPPED
+
+SRUN_WORDS = ("container_mounts", "container_env", "srun_args")  # lists of words that go to srun unquoted
+ELSEWHERE = WorkDir(
+    anew="on another machine",
+    advice=", or name the directory that it is relative to: run.executor.workdir=",
+)
+
+
+def check_script(executor: run.SlurmExecutor) -> None:
+    """Refuse secrets, and values that would not reach SLURM as typed.
+
+    NeMo-Run 0.11.1 quotes the values of #SBATCH lines, and no others.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    refuse_secrets(vars(executor), ADVICE_ON_SECRETS)
+    for name, folder in (("run.executor.job_dir", executor.tunnel.job_dir), ("NEMORUN_HOME", get_nemorun_home())):
+        if shlex.quote(folder) != folder and folder:
+            raise ValueError(f'{name} = "{folder}" has characters that NeMo-Run does not quote in its scripts')
+    prefix = executor.job_name_prefix or ""
+    if not re.fullmatch(r"\w[\w.-]*", prefix, re.ASCII):
+        raise ValueError(f'run.executor.job_name_prefix must be letters, digits, ".", "_" or "-", got "{prefix}"')
+    flags = [(name, getattr(executor, name, None)) for name in executor.SBATCH_FLAGS]
+    for key, value in (executor.additional_parameters or {}).items():
+        flags.append(("additional_parameters", value))
+        if not re.fullmatch(r"\w[\w-]*", key, re.ASCII):
+            raise ValueError(f'run.executor.additional_parameters: "{key}" is not the name of an option of sbatch')
+    words = [("container_image", executor.container_image or "x")]
+    words += [(name, each) for name in SRUN_WORDS for each in getattr(executor, name) or []]
+    for name, value in flags:
+        if "\n" in str(value):
+            raise ValueError(f"run.executor.{name} has two lines, and in a batch script the second is a command")
+    for name, word in words:
+        if not _is_one_word(word):
+            raise ValueError(
+                f"run.executor.{name}: the shell would not read {word} as it is; write {shlex.quote(word)}"
+            )
+    _check_spoiled(executor, [*flags, *words])
+
+
+def _is_one_word(text: str) -> bool:
+    """True if the shell reads `text` as one word, and as it stands between its quotes, if it has any."""
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        return False
+    return len(words) == 1 and (shlex.quote(words[0]) == text or f"'{words[0]}'" == text)
+
+
+def _check_spoiled(executor: run.SlurmExecutor, others: list[tuple[str, Any]]) -> None:
+    """Refuse set-up lines that are no shell, and a path that NeMo-Run replaces where there is no container."""
+    setup = executor.setup_lines or ""
+    parsed = subprocess.run(["bash", "-n"], input=setup, capture_output=True, text=True, check=False)
+    if parsed.returncode:
+        raise ValueError(f"run.executor.setup is not what bash reads: {parsed.stderr.strip().splitlines()[0]}")
+    if executor.container_image is None:
+        texts = [
+            *(("setup", line) for line in setup.splitlines()),
+            *others,
+            *(("env", value) for value in executor.env_vars.values()),
+        ]
+        texts += [("job_dir", executor.tunnel.job_dir or get_nemorun_home())]
+        for name, text in texts:
+            if "/nemo_run" in str(text).replace(SHIPPED, ""):
+                raise ValueError(
+                    f'run.executor.{name}: NeMo-Run replaces "/nemo_run" in its scripts, so no path may hold it: {text}'
+                )
+
+
+def work_dir(executor: run.SlurmExecutor) -> WorkDir:
+    """Return the directory that `srun --chdir` names; it is on this machine unless a tunnel leads to another."""
+    given = [value.partition("=")[2] for value in executor.srun_args or [] if value.startswith("--chdir=")]
+    if executor.container_image is not None:
+        return IN_A_CONTAINER
+    if not given:
+        return ELSEWHERE
+    return WorkDir(here=Path(given[-1])) if isinstance(executor.tunnel, run.LocalTunnel) else WorkDir()
+
+
+def check_sbatch(config: RunConfig, executor: run.SlurmExecutor, dryrun: bool) -> None:
+    """Refuse a machine that cannot submit.
+
+    Raises:
+        ValueError: without `sbatch`, where no login node is named.
+    """
+    if isinstance(executor.tunnel, run.LocalTunnel) and not dryrun and shutil.which("sbatch") is None:
+        raise ValueError(
+            "`sbatch` is not on PATH: type this on a login node of the cluster, or name one with "
+            "run.executor.host=, user= and job_dir=; --dryrun shows what would be submitted"
+        )
+
+
+def batch_script(job: Any, directory: Path) -> str:
+    """Return the script of a job of NeMo-Run's, below the command that submits it."""
+    path = directory / f"{job.executor.job_name}_sbatch.sh"
+    command = " ".join(job._dryrun_info.request.launch_cmd)
+    return f"# {command} {job.executor.tunnel.job_dir}/{path.name}\n{path.read_text()}"

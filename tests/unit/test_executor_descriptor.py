@@ -1,0 +1,83 @@
+"""A new kind of executor is one descriptor: the command line asks it, and knows nothing else of it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import nemo_run as run
+import pytest
+from nemo_run.run.torchx_backend.schedulers.api import EXECUTOR_MAPPING
+
+from distill_nemo.executors import EXECUTORS
+from distill_nemo.executors.descriptor import ExecutorDescriptor, WorkDir
+from distill_nemo.fields import require
+from tests.cli.command import nemo_here, nemo_home
+
+TRAIN = ("train", "llama32_3b_to_1b", "data.train=['1']", "run.executor=cloud")
+
+
+@dataclass(kw_only=True)
+class CloudExecutor(run.LocalExecutor):
+    """A cluster that nobody else knows."""
+
+    region: str = "north"
+    internal: str = ""
+
+
+def cloud(machines: int = 2) -> run.Config[CloudExecutor]:
+    """A cloud.
+
+    Args:
+        machines: how many.
+    """
+    return run.Config(CloudExecutor, ntasks_per_node=machines, launcher="torchrun")
+
+
+def check(executor):
+    require(executor.region != "moon", "run.executor.region = moon is too far")
+
+
+def preflight(config, executor, dryrun):
+    require(dryrun, f"no cloud for {config.output_dir}")
+
+
+@pytest.fixture(autouse=True)
+def described(monkeypatch, tmp_path):
+    nemo_home(monkeypatch, tmp_path / "nemo")
+    descriptor = ExecutorDescriptor(
+        CloudExecutor,
+        cloud,
+        hidden=("internal",),
+        check=check,
+        work_dir=lambda executor: WorkDir() if executor.region == "south" else WorkDir(anew="in a cloud"),
+        preflight=preflight,
+        manifest=lambda job, directory: f"{job.id} in {job.executor.region}, {Path(directory).is_dir()}",
+    )
+    monkeypatch.setattr("distill_nemo.executors.known.EXECUTORS", {"cloud": descriptor, **EXECUTORS})
+    monkeypatch.setitem(EXECUTORS, "cloud", descriptor)
+    monkeypatch.setitem(EXECUTOR_MAPPING, CloudExecutor, EXECUTOR_MAPPING[run.LocalExecutor])
+
+
+def test_help_lists_its_arguments(capfd):
+    page = nemo_here(capfd, "train", "--help").out
+    assert "run.executor=cloud: A cloud.\n  run.executor.machines: int = 2            how many." in page
+
+
+def test_a_dry_run_prints_its_manifest(capfd):
+    ended = nemo_here(capfd, *TRAIN, "run.executor.region=south", "--dryrun")
+    assert (ended.code, ended.out) == (0, "train in south, True\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run.executor.internal=x"], 'unknown field "run.executor.internal"'),
+        (["run.executor.region=moon"], "run.executor.region = moon is too far"),
+        ([], 'output_dir = "runs/llama32_3b_to_1b" is relative, and the job runs in a cloud'),
+        (["run.executor.region=south", "run.executor.machines=3"], "world size 3 is not divisible"),
+        (["run.executor.region=south"], "no cloud for runs/llama32_3b_to_1b"),
+    ],
+)
+def test_it_refuses_before_anything_starts(capfd, words, said):
+    ended = nemo_here(capfd, *TRAIN, *words)
+    assert (ended.code, ended.out) == (1, "")
+    assert ended.err.startswith("error: ") and said in ended.err
