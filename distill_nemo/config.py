@@ -11,6 +11,12 @@ from typing import Any, Literal
 
 from distill_nemo.fields import checked, is_union, near, require, sections_of, setting
 
+if typing.TYPE_CHECKING:
+    DivergenceName = str
+else:  # a file of losses/divergences is a choice, unless its name begins with _
+    _FILES = (Path(__file__).parent / "losses" / "divergences").glob("[!_]*.py")
+    DivergenceName = Literal[tuple(sorted(file.stem for file in _FILES))]
+
 
 @dataclass
 class ModelConfig:
@@ -60,7 +66,7 @@ class DistillationConfig:
     With "dynamic" the distillation loss is scaled to `kd_loss_scale` times the size of the LM loss.
     """
 
-    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl"
+    divergence: DivergenceName = "forward_kl"
     beta: float = setting(0.5, "jensen_shannon only: the teacher's share of the mixture", above=0, below=1)
     top_k: int | None = setting(
         None, "forward_kl only: the teacher's k most likely tokens, and one bucket for all others", at_least=1

@@ -6,7 +6,7 @@ respect to the student's probabilities and send that through the softmax, so non
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,15 +64,27 @@ def top_k_forward_kl(
 
 Oracle = Callable[..., tuple[Array, Array]]
 
-# By name: the arguments of LogitsKLLoss and what it should then be.
-DIVERGENCES: dict[str, tuple[dict[str, Any], Oracle]] = {
-    "forward_kl": ({"divergence": "forward_kl"}, forward_kl),
-    "reverse_kl": ({"divergence": "reverse_kl"}, reverse_kl),
-    "jensen_shannon": ({"divergence": "jensen_shannon"}, jensen_shannon),
-    "jensen_shannon 0.1": ({"divergence": "jensen_shannon", "beta": 0.1}, partial(jensen_shannon, beta=0.1)),
-    "top 1": ({"top_k": 1}, partial(top_k_forward_kl, top_k=1)),
-    "top 20": ({"top_k": 20}, partial(top_k_forward_kl, top_k=20)),
-    "top 300": ({"top_k": 300}, partial(top_k_forward_kl, top_k=300)),  # more than a shard of four holds
+
+class Expected(NamedTuple):
+    """A divergence as it should be."""
+
+    arguments: dict[str, Any]  # of LogitsKLLoss
+    oracle: Oracle
+    num_gathers: int = 1
+    num_bytes: int = 20  # gathered of a token and rank; with top-k it depends on the shard
+    num_saved: int = 4  # fp32 numbers for backward of a token; likewise
+
+
+DIVERGENCES = {
+    "forward_kl": Expected({"divergence": "forward_kl"}, forward_kl),
+    "reverse_kl": Expected({"divergence": "reverse_kl"}, reverse_kl),
+    "jensen_shannon": Expected({"divergence": "jensen_shannon"}, jensen_shannon, 2, 24, 5),
+    "jensen_shannon 0.1": Expected(
+        {"divergence": "jensen_shannon", "beta": 0.1}, partial(jensen_shannon, beta=0.1), 2, 24, 5
+    ),
+    "top 1": Expected({"top_k": 1}, partial(top_k_forward_kl, top_k=1)),
+    "top 20": Expected({"top_k": 20}, partial(top_k_forward_kl, top_k=20)),
+    "top 300": Expected({"top_k": 300}, partial(top_k_forward_kl, top_k=300)),  # more than a shard of four holds
 }
 
 

@@ -56,7 +56,7 @@ def test_fused_linear(group: Gloo, name: str, temperature: float, num_true: int)
     (student, teacher), (labels, mask) = make_heads(), make_targets()
     loss = of(name, temperature=temperature, factor=temperature**2, **WEIGHTS)
     expected = oracle(name, student, teacher, labels % num_true, mask, loss, num_true)
-    num_gathers = NUM_CHUNKS * (2 if "jensen" in name else 1)
+    num_gathers = NUM_CHUNKS * reference.DIVERGENCES[name].num_gathers
     for rank in ranks:
         assert all(torch.equal(x, y) for x, y in zip(rank["losses"], ranks[0]["losses"], strict=True))
         assert rank["collectives"] == (Counter(all_gather=num_gathers), Counter())

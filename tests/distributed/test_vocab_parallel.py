@@ -113,11 +113,12 @@ def check_logits_loss(
     ranks = group.run(logits_loss, name, vocab_size, temperature, dtype, weights, kind)
     student, teacher = (x.to(dtype)[..., :vocab_size].double().numpy() for x in make_pair(PADDED, kind=kind))
     value, gradient = (temperature**2 * x for x in reference.DIVERGENCES[name][1](student, teacher, temperature))
-    num_gathers, top_k = 2 if "jensen" in name else 1, reference.DIVERGENCES[name][0].get("top_k")
-    num_bytes = 8 * (min(top_k, PADDED // len(ranks)) + 2) if top_k else 24 if "jensen" in name else 20
+    expected = reference.DIVERGENCES[name]
+    top_k = expected.arguments.get("top_k")
+    num_bytes = 8 * (min(top_k, PADDED // len(ranks)) + 2) if top_k else expected.num_bytes
     for rank in ranks:
         assert torch.equal(rank["loss"], ranks[0]["loss"])
-        assert rank["collectives"] == ({"all_gather": num_gathers}, {})
+        assert rank["collectives"] == ({"all_gather": expected.num_gathers}, {})
         assert rank["bytes of a token"] == num_bytes
     size = max(1.0, value.max() / 100)  # in the hundreds where peaks are far apart
     np.testing.assert_allclose(ranks[0]["loss"], value.T, rtol=0, atol=2e-5 * temperature**2 * size)
