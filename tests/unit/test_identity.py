@@ -105,8 +105,9 @@ def test_a_damaged_safetensors_file_is_hashed_as_it_lies(tmp_path, damage):
 
 
 @pytest.mark.parametrize("name", ["a.bin", "a.safetensors"])
-def test_every_byte_counts_however_the_file_is_divided(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(file_hashes, "PART_BYTES", 7)
+@pytest.mark.parametrize("size", ["PART_BYTES", "BLOCK_BYTES"])
+def test_every_byte_counts_however_the_file_is_divided(tmp_path, monkeypatch, name, size):
+    monkeypatch.setattr(file_hashes, size, 7)
     path, content = tmp_path / name, os.urandom(50)
     write_safetensors(path, {"a": ("U8", [50], content)}) if name.endswith("s") else path.write_bytes(content)
     whole, seen = path.read_bytes(), set()

@@ -166,6 +166,14 @@ def test_pad_tokens_outside_the_vocabulary_get_no_id(tmp_path, trained):
     assert open_tokenizer(path, append_eod=True)[0].vocab_size == 400
 
 
+def test_an_end_of_document_that_transformers_would_invent_is_refused(tmp_path):
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer", "eos_token": "<stop>"}')
+    with pytest.raises(ValueError, match='eos_token = "<stop>" is no token of its vocabulary'):
+        open_tokenizer(str(tmp_path), append_eod=True)
+
+
 TIKTOKEN = b"IQ== 0\nIg== 1\n"
 
 
