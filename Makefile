@@ -43,8 +43,8 @@ soak: .venv/installed ## a run struck by twenty faults must end as one left alon
 docs: .venv/installed ## the documentation as a site, in build/site
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet && echo build/site/index.html
 
-lint: .venv/installed ## ruff, codespell, pyright, import layers
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/codespell && $(BIN)/pyright && $(BIN)/lint-imports
+lint: .venv/installed ## ruff, codespell, docstrings, pyright, import layers
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/codespell && $(BIN)/python .ci/docstrings.py && $(BIN)/pyright && $(BIN)/lint-imports
 
 clean: ## remove what runs and tests left, keep .venv
 	@rm -rf runs build .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""How the student's own loss and the distillation losses become one scalar to differentiate.
+"""Balancers: the student's own loss and the distillation losses become one scalar to differentiate.
 
 A balancer gets scalars by name, as ModelOpt makes them: `student_loss`, and for each loss module its class name and
 number (`LogitsKLLoss_0`, `HiddenStateCosineLoss_1`). Class names that start with `Logits` are logits losses, the others
@@ -79,7 +79,7 @@ class LogitsAndIntermediatesLossBalancer(DistillationLossBalancer):
         return self.observed is not None
 
     def weights(self) -> Losses:
-        """Of student (None: left out), logits and mean intermediate loss, as observed."""
+        """Weights of student (None: left out), logits and mean intermediate loss, as observed."""
         assert self.observed is not None, "observe the losses first"
         found = (self.observed.get(name) for name in ("lm_loss", "logit_loss", "hidden_loss"))
         student, logits, intermediate = (None if value is None else torch.tensor(value) for value in found)
@@ -128,7 +128,7 @@ class WeightedLossBalancer(DistillationLossBalancer):
         self.knows_weights = True  # before the losses are known
 
     def weights(self) -> tuple[float, float, float]:
-        """Of student, logits and mean intermediate loss."""
+        """Weights of student, logits and mean intermediate loss."""
         return self._weights
 
     def forward(self, loss_dict: dict[str, Tensor]) -> Tensor:

@@ -60,7 +60,7 @@ class TeacherConfig(ModelConfig):
 
 @dataclass
 class DistillationConfig:
-    """What the student learns from the teacher.
+    """Losses between student and teacher.
 
     With `balancer="static"` the loss is `lm_weight * lm + logits_weight * logits + hidden_weight * hidden`.
     With "dynamic" the distillation loss is scaled to `kd_loss_scale` times the size of the LM loss.
@@ -174,7 +174,7 @@ class OptimizerConfig:
 
 @dataclass
 class TrainingConfig:
-    """How long and in what pieces. A step is one global batch."""
+    """Length of the run and the size of its batches. A step is one global batch."""
 
     steps: int = setting(1000, at_least=1)
     micro_batch_size: int = setting(1, at_least=1)

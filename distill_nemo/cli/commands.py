@@ -149,7 +149,7 @@ def recipes() -> None:
 
 
 def status(experiment: str) -> None:
-    """How the jobs of a run on a cluster are: a line each.
+    """Show the state of a run's jobs on a cluster, a line each.
 
     Exit code: 0 while they wait or run, and when they completed; 1 when one ended otherwise, with the reason.
 
@@ -163,7 +163,7 @@ def status(experiment: str) -> None:
 
 
 def logs(experiment: str, follow: bool = False) -> None:
-    """What the ranks of a run on a cluster have said, of every attempt.
+    """Show the output of a run's ranks on a cluster, of every attempt.
 
     Example:
         nemo distill logs experiment=train_1764030000000000000 follow=true

@@ -1,4 +1,4 @@
-"""What `--help` says, as plain text made from signatures, docstrings and config fields: so it cannot fall behind."""
+"""Text of `--help`, made from signatures, docstrings and config fields, so that it cannot fall behind."""
 
 import contextlib
 import inspect

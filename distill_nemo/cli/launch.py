@@ -104,7 +104,7 @@ class TrainContext(run.cli.RunContext):
         fdl.build(self.parse_fn(fn, experiment_args))(ctx=self)  # building would copy the context, without its executor
 
     def launch(self, experiment: run.Experiment, sequential: bool = False) -> None:
-        """As NeMo-Run's, but without `run.executor=` too the tasks run in processes of their own."""
+        """Launch as NeMo-Run does, but in processes of their own also without `run.executor=`."""
         self.executor = self.executor or run.LocalExecutor()
         super().launch(experiment, sequential)
 

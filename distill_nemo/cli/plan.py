@@ -18,7 +18,7 @@ ANY_DATA = ["any"]  # a plan reads no tokens, and may come before there are any
 
 
 class PlanContext(TrainContext):
-    """As `train`, but what a recipe and an executor come to is handed to `plan`."""
+    """Context of `train` that hands the resolved recipe and executor to `plan`."""
 
     planned: tuple[str, RunConfig, int]  # recipe, its config, ranks
 
@@ -42,12 +42,12 @@ class PlanCommand(Command):
     """`plan`."""
 
     def page(self) -> str:
-        """What `--help` shows."""
+        """Return the text of `--help`."""
         return command_help(self.name, self.fn, PLAN, " RECIPE")
 
 
 def plan(ctx: run.cli.RunContext, gpu: str = "h100", utilisation: float = 0.4, transformer_engine: bool = True) -> None:
-    r"""What a run would need, and whether it fits: parameters, memory by part, operations, hours.
+    r"""Compute what a run would need and if it fits: parameters, memory by part, operations, hours.
 
     Computed from the config and the checkpoints' config.json: no GPU, no weights, no data.
 

@@ -1,4 +1,4 @@
-"""Where a recipe runs, and what is seen of it: `local()`, `slurm()`, `kubernetes()`. Light at import."""
+"""Executors, which launch a recipe and watch it: `local()`, `slurm()`, `kubernetes()`. Light at import."""
 
 from distill_nemo.executors.experiment import Stages
 from distill_nemo.executors.known import EXECUTORS

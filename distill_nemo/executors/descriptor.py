@@ -1,4 +1,4 @@
-"""What the launcher asks about a kind of executor. A new kind is one descriptor, named in `known.py`."""
+"""Descriptor of a kind of executor, asked by the launcher. A new kind is one descriptor, named in `known.py`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

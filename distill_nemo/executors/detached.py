@@ -14,7 +14,7 @@ from distill_nemo.fields import near
 
 
 def tell_detached(experiment: Stages) -> None:
-    """What was submitted, and what to type about it; nothing of a local run, which was waited for."""
+    """Print what was submitted and the commands for it; nothing for a local run, which was waited for."""
     for job in _cluster_jobs(experiment):
         print(submitted(job, experiment._id))
         print(f"see to it with `nemo distill status|logs|cancel experiment={experiment._id}`")
@@ -34,7 +34,7 @@ def status(experiment: str) -> None:
 
 
 def logs(experiment: str, follow: bool = False) -> None:
-    """What the ranks said; with `follow` until the end, and then as the run itself would exit."""
+    """Print the output of the ranks; with `follow` until the end, and exit as the run itself would."""
     for job in _jobs(experiment):
         if follow:
             watch(job, experiment)

@@ -43,7 +43,7 @@ class Stages(run.Experiment):
         return cls(title, clean_mode=True, enable_goodbye_message=False, log_level="ERROR", skip_status_at_exit=True)
 
     def run(self, **options: Any) -> None:
-        """As NeMo-Run's.
+        """Run as NeMo-Run does.
 
         Raises:
             ValueError: in its words, when a cluster refuses a job.

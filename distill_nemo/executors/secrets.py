@@ -17,7 +17,7 @@ _ASSIGNED = re.compile(r"(?<![\w-])-*(\w[\w-]*)=(?=[^\s$`])(?![\"'][$`])")
 
 
 def is_secret(name: str) -> bool:
-    """Whether an environment variable of this name holds one: HF_TOKEN, WANDB_API_KEY."""
+    """Return True if an environment variable of this name holds a secret: HF_TOKEN, WANDB_API_KEY."""
     return bool(_SECRET.search(name.upper().replace("-", "_")))
 
 

@@ -1,4 +1,4 @@
-"""What the workers get of a recipe: a complete config."""
+"""Config for the workers, complete, out of a recipe."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from distill_nemo.config import RunConfig, from_dict, to_dict
 
 
 def run_config_of(recipe: fdl.Buildable) -> RunConfig:
-    """What the workers will get, with every type checked.
+    """Return the config that the workers will get, with every type checked.
 
     Raises:
         ValueError: for a field of the wrong type, or a recipe without a student.

@@ -1,4 +1,4 @@
-"""What a divergence between student and teacher is: a loss of every token, from logits whose vocabulary is sharded.
+"""Divergence between student and teacher: a loss of every token, from logits whose vocabulary is sharded.
 
 Each is a file in `divergences/`. To use one: `ForwardKL(temperature=2.0)(student_logits, teacher_logits, group)`.
 

@@ -61,7 +61,7 @@ class Setting:
 
     @property
     def fused(self) -> bool:
-        """Whether the output layers are part of the loss."""
+        """True if the output layers are part of the loss."""
         return (
             self.models.teacher is not None and self.logits_count and self.config.distillation.fused_linear is not False
         )

@@ -39,12 +39,6 @@ def backend() -> str:
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
-def synchronize() -> None:
-    """Wait for the device's queue, for timings."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def resolve_dtype(name: str) -> torch.dtype:
     """`auto` is bfloat16 on CUDA and float32 on CPU."""
     if name == "auto":

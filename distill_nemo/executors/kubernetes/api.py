@@ -14,7 +14,7 @@ TRAIN_JOBS = {"group": "trainer.kubeflow.org", "version": "v1alpha1", "plural": 
 
 
 class Refused(ValueError):  # noqa: N818
-    """What Kubernetes does not take."""
+    """Refusal by Kubernetes."""
 
 
 def connected(context: str | None) -> tuple[Any, Any]:
@@ -89,7 +89,7 @@ def said_by(error: Any) -> str:
 
 
 def asked(call: Callable[..., Any], raw: bool = False, **given: Any) -> Any:
-    """What Kubernetes answers, `raw` the bytes of it; None for what is not there (any more, or yet).
+    """Return the answer of Kubernetes, as bytes if `raw`; None for an object that is not there.
 
     Raises:
         UnseenError: for another answer, or none.

@@ -43,12 +43,12 @@ class State:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will come of it."""
+        """True when the job is over."""
         return self.name in ("Complete", "Failed", "Deleted")
 
     @property
     def completed(self) -> bool:
-        """Whether it ended well."""
+        """True when the job succeeded."""
         return self.name == "Complete"
 
     @property
@@ -86,7 +86,7 @@ class KubernetesJob(ClusterJob):
         return cls(name, name, executor, executor.job_dir)
 
     def state(self) -> State:
-        """How it is.
+        """Return the job's state.
 
         Raises:
             UnseenError: when Kubernetes does not answer.
@@ -111,7 +111,7 @@ class KubernetesJob(ClusterJob):
         return State("Running" if running else "Pending", reason, stuck=stuck, **about)
 
     def new_lines(self) -> Iterator[str]:
-        """What the pods have said since the last call, each line with its node where there are several."""
+        """Return the pods' output since the last call, each line with its node where there are several."""
         for path, lines in self._logs.new(self._pods()):
             for line in lines:
                 yield f"node {node_of(path)} {line}" if self.executor.nnodes() > 1 else line
@@ -119,7 +119,7 @@ class KubernetesJob(ClusterJob):
     new_text = new_lines
 
     def new_shown(self) -> Iterator[str]:
-        """What the ranks have said since the last call, as it is shown."""
+        """Return the ranks' output since the last call, as it is shown."""
         before: dict[int, Path] = {}
         for path, lines in self._logs.new(self._pods()):
             node = node_of(path)
@@ -181,7 +181,7 @@ class KubernetesJob(ClusterJob):
             raise RuntimeError(f"job {self.id} could not be deleted: {error}") from None
 
     def _pods(self) -> list[dict[str, Any]]:
-        """Those of its ranks, by node and age."""
+        """Return the pods of the job's ranks, by node and age."""
         api, label = self.executor._core_v1_api, f"{OF_JOB}={self.id}"
         listed = asked(api.list_namespaced_pod, raw=True, namespace=self.executor.namespace, label_selector=label)
         return sorted(
@@ -203,7 +203,7 @@ def _waits(pod: dict[str, Any]) -> tuple[str, str] | None:
 
 
 def _killed(pod: dict[str, Any]) -> str:
-    """How Kubernetes ended a pod; empty when it ended by itself."""
+    """Say how Kubernetes ended a pod; empty when it ended by itself."""
     if pod["status"].get("reason"):  # such as Evicted
         return f"ended by Kubernetes: {pod['status']['reason']}: {pod['status'].get('message', '')}".rstrip(": ")
     for each in containers(pod):

@@ -1,4 +1,4 @@
-"""What Kubernetes takes as names, variables, labels and quantities; it refuses others when half is submitted."""
+"""Checks of names, variables, labels and quantities: Kubernetes would refuse them when half is submitted."""
 
 import re
 from typing import Any

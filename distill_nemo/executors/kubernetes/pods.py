@@ -19,7 +19,7 @@ OVERLAP = 30  # seconds of a log that are asked for again: clocks differ
 
 @dataclass
 class PodLogs:
-    """What pods have said, an attempt a file in `folder`, because a pod's log goes with the pod."""
+    """Output of pods, an attempt a file in `folder`, because a pod's log goes with the pod."""
 
     executor: Any
     folder: str
@@ -28,7 +28,7 @@ class PodLogs:
     _asked: dict[Path, tuple[float, float]] = field(default_factory=dict)  # file -> when its log was, by two clocks
 
     def kept(self) -> list[Path]:
-        """What is in `folder`: a file for each attempt, by node and age."""
+        """List the files in `folder`, one an attempt, by node and age."""
         return sorted(Path(self.folder).glob("log-[0-9]*.out"), key=_by_age)
 
     def new(self, pods: list[dict[str, Any]]) -> Iterator[tuple[Path, list[str]]]:
@@ -59,7 +59,7 @@ class PodLogs:
             raise error
 
     def _path(self, pod: dict[str, Any], attempt: int) -> Path:
-        """Its file: names of a node sort by age."""
+        """Return the file of an attempt; a node's names sort by age."""
         about = pod["metadata"]
         created = re.sub(r"\D", "", about.get("creationTimestamp", ""))
         return Path(self.folder, f"log-{node_of_pod(pod)}-{created}-{about['name']}-{attempt:03}.out")
@@ -81,7 +81,7 @@ class PodLogs:
         return [_said(line) for line in new + more]
 
     def _after(self, pod: str, lines: list[str]) -> list[str]:
-        """Those that are later than all that was read of a pod."""
+        """Keep the lines that are later than all that was read of a pod."""
         new = [line for line in lines if _stamp(line) > self._last.get(pod, "")]
         if new:
             self._last[pod] = _stamp(new[-1])
@@ -109,7 +109,7 @@ def _lines(log: bytes) -> list[str]:
 
 
 def _stamp(line: str) -> str:
-    """Its time, with all of the nine decimals."""
+    """Return a line's time, with all nine decimals."""
     seconds, _, fraction = line.partition(" ")[0].rstrip("Z").partition(".")
     return f"{seconds}.{fraction:0<9}"
 
@@ -119,7 +119,7 @@ def _said(line: str) -> str:
 
 
 def text_of(path: Path) -> str:
-    """What an attempt has said."""
+    """Return the output of an attempt."""
     return "".join(map(_said, _lines(path.read_bytes())))
 
 
@@ -133,20 +133,20 @@ def node_of(path: Path) -> int:
 
 
 def node_of_pod(pod: dict[str, Any]) -> int:
-    """Which node of the job a pod is."""
+    """Return the number of a pod's node in the job."""
     return int(pod["metadata"].get("labels", {}).get(NODE, 0))
 
 
 def containers(pod: dict[str, Any]) -> list[dict[str, Any]]:
-    """How its containers are, as far as Kubernetes says."""
+    """Return the status of a pod's containers, as far as Kubernetes says."""
     return pod.get("status", {}).get("containerStatuses") or []
 
 
 def restarts(pod: dict[str, Any]) -> int:
-    """How often they were started again."""
+    """Return how often a pod's containers were started again."""
     return sum(each.get("restartCount", 0) for each in containers(pod))
 
 
 def is_between(pod: dict[str, Any]) -> bool:
-    """Whether the last attempt has ended and the next has not begun: then it is `lastState`, and `previous`."""
+    """Return True between two attempts: the last one is `lastState` then, and its log `previous`."""
     return any("waiting" in each.get("state", {}) for each in containers(pod))

@@ -113,11 +113,11 @@ class KubernetesExecutor(KubeflowExecutor):
 
     @property
     def mounts(self) -> list[str]:
-        """Where the pods see volumes that outlive them."""
+        """Return the paths at which pods see volumes that outlive them."""
         return [self.mount] * (self.pvc is not None) + [mount["mountPath"] for mount in self.volume_mounts]
 
     def package_configs(self, *cfgs: tuple[str, str]) -> list[str]:
-        """As NeMo-Run's, but returns the pods' paths; a recipe of ours goes as the plain config that it is."""
+        """Package as NeMo-Run does, but return the pods' paths, and ship a recipe of ours as its plain config."""
         paths = []
         for name, text in cfgs:
             recipe = ZlibJSONSerializer().deserialize(text) if name.endswith("_fn_or_script") else None
@@ -154,7 +154,7 @@ class KubernetesExecutor(KubeflowExecutor):
         return body
 
     def _volumes(self, name: str, command: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Those of a pod, and where its container sees them."""
+        """Return the volumes of a pod, and the paths at which its container sees them."""
         volumes, mounts = [], []
         if files := self._shipped(command):
             items = [{"key": Path(path).name, "path": path} for path in files]
@@ -243,7 +243,7 @@ class KubernetesExecutor(KubeflowExecutor):
         return KubeflowJobState.RUNNING if state.name == "Running" else KubeflowJobState.CREATED
 
     def fetch_logs(self, job_name: str, stream: bool = False, lines: int = 100, timeout: int = 60) -> Any:
-        """What the ranks say, without kubectl."""
+        """Yield the ranks' output, without kubectl."""
         job = KubernetesJob.named(self, job_name)
         yield from job.until_the_end() if stream else job.new_lines()
 

@@ -38,12 +38,12 @@ class State:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will come of it."""
+        """True when the job is over."""
         return self.name in ENDED
 
     @property
     def completed(self) -> bool:
-        """Whether it ended well."""
+        """True when the job succeeded."""
         return self.name == "COMPLETED"
 
     @property
@@ -83,7 +83,7 @@ class SlurmJob(ClusterJob):
         return cls(job.id, job.handle.rpartition("/")[2], executor.tunnel, folder, executor.nnodes() == 1)
 
     def state(self) -> State:
-        """How it is.
+        """Return the job's state.
 
         Raises:
             UnseenError: when neither SLURM nor its accounting knows.
@@ -102,16 +102,16 @@ class SlurmJob(ClusterJob):
         return State(state.split()[0], reason, elapsed, limit, nodes, exit_code)
 
     def logs(self) -> list[str]:
-        """Its log files, one for each attempt."""
+        """Return the job's log files, one for each attempt."""
         listed = self._run(f"ls -1 {shlex.quote(self.folder)}/log-*_{self.id}_*.out")
         return sorted(listed.stdout.split("\n")[:-1] if listed.ok else [], key=lambda path: (len(path), path))
 
     def new_text(self) -> Iterator[str]:
-        """What the logs have got since the last call, whole lines only."""
+        """Return the lines that the logs have gained since the last call, whole ones only."""
         return map(self._new, self.logs())
 
     def new_shown(self) -> Iterator[str]:
-        """What the ranks have said since the last call, as it is shown."""
+        """Return the ranks' output since the last call, as it is shown."""
         before = ""
         for path in self.logs():
             if path not in self._lines:

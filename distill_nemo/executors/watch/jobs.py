@@ -15,16 +15,16 @@ class UnseenError(RuntimeError):
 
 
 class State(Protocol):
-    """How a job is; `str()` of it is for the user."""
+    """State of a job; its `str()` is for the user."""
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will come of it."""
+        """True when the job is over."""
         ...
 
     @property
     def completed(self) -> bool:
-        """Whether it ended well."""
+        """True when the job succeeded."""
         ...
 
     @property
@@ -34,7 +34,7 @@ class State(Protocol):
 
     @property
     def stuck(self) -> bool:
-        """Whether it will hardly ever run."""
+        """True when the job will hardly ever run."""
         ...
 
 
@@ -47,7 +47,7 @@ class ClusterJob(abc.ABC):
 
     @abc.abstractmethod
     def state(self) -> Any:
-        """How it is.
+        """Return the job's state.
 
         Raises:
             UnseenError: when the cluster does not say.
@@ -55,11 +55,11 @@ class ClusterJob(abc.ABC):
 
     @abc.abstractmethod
     def new_text(self) -> Iterator[str]:
-        """What its logs have got since the last call, whole lines only."""
+        """Return the lines that the logs have gained since the last call, whole ones only."""
 
     @abc.abstractmethod
     def new_shown(self) -> Iterator[str]:
-        """What its ranks have said since the last call, as it is shown."""
+        """Return the ranks' output since the last call, as it is shown."""
 
     @abc.abstractmethod
     def why(self, state: Any) -> str:

@@ -1,4 +1,4 @@
-"""What is shown of a job's ranks while it runs."""
+"""Filter of a job's output: the lines of its ranks that are shown while it runs."""
 
 import re
 from typing import Any

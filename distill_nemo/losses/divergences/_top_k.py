@@ -133,7 +133,7 @@ def _ranking(ranks_R2SBc: Tensor) -> Tensor:
 
 
 def _below(ranks_R2SBc: Tensor, peak_2SB: Tensor, temperature: float) -> Tensor:
-    """Of `_split`s c candidates' logits and the log-sum-exp of the others, less the peak: [R, 2, S, B, c + 1]."""
+    """Subtract the peak from `_split`'s c candidates and the log-sum-exp of the others: [R, 2, S, B, c + 1]."""
     left = below(ranks_R2SBc[..., :-1].clone(), peak_2SB, temperature)
     left[..., -1] += ranks_R2SBc[..., -1].log()
     return left

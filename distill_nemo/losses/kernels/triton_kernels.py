@@ -37,7 +37,7 @@ def _exp(x):
 
 @triton.jit
 def _weigh(weights, values):
-    """Where weight 0 counts for nothing, be the value infinite."""
+    """Multiply by a weight; 0 gives 0, be the value infinite."""
     return tl.where(weights == 0, 0.0, weights * values)
 
 

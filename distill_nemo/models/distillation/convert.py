@@ -176,7 +176,7 @@ def hidden_pairs(
 
 
 def _initialise(weight: Tensor, number: int) -> None:
-    """As `nn.Linear`, from a generator of its own: the same projection on every rank and at every layout."""
+    """Initialise like `nn.Linear`, from its own generator: the same projection on every rank and at every layout."""
     generator = torch.Generator().manual_seed(torch.initial_seed() + number)
     nn.init.kaiming_uniform_(weight, a=5**0.5, generator=generator)
 
