@@ -128,12 +128,12 @@ def measured(case: Case) -> int:
     from distill_nemo.runtime.seed import seed_everything
     from distill_nemo.training.entry import resolve_models
     from distill_nemo.training.loop import Loop
-    from distill_nemo.training.setup import build_trainee
+    from distill_nemo.training.setup import build_train_state
 
     run, models = resolve_models(case.config())
     with process_groups(run.parallelism), LiveBytes() as live:
         seed_everything(0)
-        loop = Loop(run, build_trainee(run, models, torch.float32, load_weights=True), (None, None), device)
+        loop = Loop(run, build_train_state(run, models, torch.float32, load_weights=True), (None, None), device)
         tokens = torch.randint(case.vocab, (run.training.micro_batch_size, case.length))
         positions = torch.arange(case.length).expand_as(tokens)
         batch = {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(tokens.shape), "position_ids": positions}
@@ -149,12 +149,12 @@ def predicted(case: Case) -> list[int]:
 
     setup_device()
     from distill_nemo.planning.memory import memory_of
-    from distill_nemo.planning.setting import Setting
+    from distill_nemo.planning.planned import PlannedRun
     from distill_nemo.training.entry import resolve_models
 
-    setting = Setting(*resolve_models(case.config()), case.ranks, on_gpu=False, transformer_engine=False)
-    ranks = range(setting.config.parallelism.pipeline_model_parallel_size)
-    return [round(memory_of(setting, rank).total) for rank in ranks]
+    planned = PlannedRun(*resolve_models(case.config()), case.ranks, on_gpu=False, transformer_engine=False)
+    ranks = range(planned.config.parallelism.pipeline_model_parallel_size)
+    return [round(memory_of(planned, rank).total) for rank in ranks]
 
 
 def compared(case: Case, group: Any) -> tuple[int, int]:

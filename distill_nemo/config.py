@@ -9,7 +9,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from distill_nemo.fields import checked, is_union, near, require, sections_of, setting
+from distill_nemo.fields import checked, is_union, require, sections_of, setting, suggest
 
 if typing.TYPE_CHECKING:
     DivergenceName = str
@@ -256,7 +256,7 @@ def from_dict(values: object, cls: type = RunConfig, where: str = "") -> Any:
         raise ValueError(f"{name_of_it} must be a mapping of fields, got {type(values).__name__}")
     known = {each.name: each for each in fields(cls)}
     for name in values:
-        require(name in known, f'unknown field "{where}{name}".{near(str(name), sorted(known))}')
+        require(name in known, f'unknown field "{where}{name}".{suggest(str(name), sorted(known))}')
     hints = typing.get_type_hints(cls)
     parts = sections_of(hints)
     built = {}

@@ -90,7 +90,7 @@ def _converted(value: Any, hint: Any) -> Any:
 def _wrong_type(name: str, value: Any, hint: Any) -> str:
     plain = plain_type(hint)
     if typing.get_origin(plain) is typing.Literal and isinstance(value, str):
-        return f'{name} = "{value}" is not known.{near(value, typing.get_args(plain))}'
+        return f'{name} = "{value}" is not known.{suggest(value, typing.get_args(plain))}'
     example = """, such as '["a", "b"]'""" if plain == list[str] else ""
     return f"{name} must be {type_name(hint)}{example}, got {_SHOWN.repr(value)}"
 
@@ -132,13 +132,13 @@ def require(ok: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def near(word: str, allowed: Iterable[str]) -> str:
+def suggest(word: str, allowed: Iterable[str]) -> str:
     """Return ' Did you mean ...?' for a word that is not allowed, or the list of all that are."""
     allowed = list(allowed)
     close = difflib.get_close_matches(word, allowed, n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(close)}?" if close else f" Known: {', '.join(allowed)}."
 
 
-def first_few(words: list[str], most: int) -> list[str]:
-    """Return the first `most` words and, where there are more, how many."""
-    return words[:most] + ([f"and {len(words) - most} more"] if len(words) > most else [])
+def first_few(items: list[str], most: int = 5) -> list[str]:
+    """Return the first `most` items and, where there are more, how many."""
+    return items[:most] + ([f"and {len(items) - most} more"] if len(items) > most else [])

@@ -7,7 +7,7 @@ import sys
 
 import nemo_run as run
 
-from distill_nemo.executors import Stages, check_launch, kubernetes, run_config_of
+from distill_nemo.executors import WatchedExperiment, check_launch, kubernetes, run_config_of
 from recipes import llama32_3b_to_1b
 
 if __name__ == "__main__":
@@ -36,6 +36,6 @@ if __name__ == "__main__":
     if submit:
         run.run(recipe, executor=executor, name="llama32_3b_to_1b", detach=True)
     else:
-        with Stages.titled("llama32_3b_to_1b") as experiment:
+        with WatchedExperiment.titled("llama32_3b_to_1b") as experiment:
             experiment.add(recipe, executor=executor, name="llama32_3b_to_1b")
             experiment.show()

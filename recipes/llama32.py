@@ -13,7 +13,8 @@ def llama32_3b_to_1b(teacher: str = "Llama-3.2-3B", student: str = "Llama-3.2-1B
     nemo distill train --factory llama32_3b_to_1b data.train='["corpus"]' run.executor=local run.executor.processes=8
     """
     recipe = base("llama32_3b_to_1b")
-    recipe.teacher.checkpoint, recipe.student.checkpoint = teacher, student
+    recipe.teacher.checkpoint = teacher
+    recipe.student.checkpoint = student
     recipe.parallelism.tensor_model_parallel_size = 2
     recipe.parallelism.sequence_parallel = True
     recipe.optimizer.warmup_steps = 100

@@ -11,7 +11,7 @@ import nemo_run as run
 
 from distill_nemo.checks import check
 from distill_nemo.data.stdlib_corpus import write_stdlib_corpus
-from distill_nemo.executors import Stages, local, num_gpus, run_config_of
+from distill_nemo.executors import WatchedExperiment, local, num_gpus, run_config_of
 from distill_nemo.training.compare import compare_quickstart
 from distill_nemo.training.entry import distill
 from recipes.base import base
@@ -24,16 +24,28 @@ def _small(name: str, root: str, layers: int, width: int, steps: int, lr: float,
     recipe = base(name)
     recipe.output_dir = f"{root}/{name}"
     model = recipe.student
-    model.family, model.num_layers, model.hidden_size, model.ffn_hidden_size = "llama", layers, width, width * 3
-    model.num_attention_heads, model.num_query_groups, model.vocab_size = width // 32, width // 64, VOCAB_SIZE
+    model.family = "llama"
+    model.num_layers = layers
+    model.hidden_size = width
+    model.ffn_hidden_size = width * 3
+    model.num_attention_heads = width // 32
+    model.num_query_groups = width // 64
+    model.vocab_size = VOCAB_SIZE
     model.max_position_embeddings = 512
-    recipe.data.train, recipe.data.valid = [f"{root}/data/train"], [f"{root}/data/valid"]
-    recipe.data.tokenizer, recipe.data.sequence_length = f"{root}/data/tokenizer", 128
-    recipe.training.steps, recipe.training.seed = steps, seed
+    recipe.data.train = [f"{root}/data/train"]
+    recipe.data.valid = [f"{root}/data/valid"]
+    recipe.data.tokenizer = f"{root}/data/tokenizer"
+    recipe.data.sequence_length = 128
+    recipe.training.steps = steps
+    recipe.training.seed = seed
     recipe.training.data_seed = 1
-    recipe.training.micro_batch_size, recipe.training.global_batch_size = 8, 16
-    recipe.training.eval_interval, recipe.training.eval_batches = max(steps // 8, 1), 8
-    recipe.optimizer.lr, recipe.optimizer.min_lr, recipe.optimizer.warmup_steps = lr, lr / 10, min(20, steps // 2)
+    recipe.training.micro_batch_size = 8
+    recipe.training.global_batch_size = 16
+    recipe.training.eval_interval = max(steps // 8, 1)
+    recipe.training.eval_batches = 8
+    recipe.optimizer.lr = lr
+    recipe.optimizer.min_lr = lr / 10
+    recipe.optimizer.warmup_steps = min(20, steps // 2)
     recipe.checkpoint.save_interval = 50
     recipe.logging.log_interval = max(steps // 10, 1)
     return recipe
@@ -106,7 +118,7 @@ def run_quickstart(
         Path(root).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"root = {root} cannot be made: {error.strerror}; choose another directory") from None
-    with Stages.titled("quickstart") as experiment:
+    with WatchedExperiment.titled("quickstart") as experiment:
         for name, task, executor in stages:
             experiment.add(task, executor=executor, name=name, tail_logs=True)
         ctx.launch(experiment, sequential=True)

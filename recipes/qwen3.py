@@ -13,7 +13,8 @@ def qwen3_8b_to_1p7b(teacher: str = "Qwen3-8B", student: str = "Qwen3-1.7B") -> 
     nemo distill train --factory qwen3_8b_to_1p7b data.train='["corpus"]' run.executor=local run.executor.processes=8
     """
     recipe = base("qwen3_8b_to_1p7b")
-    recipe.teacher.checkpoint, recipe.student.checkpoint = teacher, student
+    recipe.teacher.checkpoint = teacher
+    recipe.student.checkpoint = student
     recipe.parallelism.tensor_model_parallel_size = 4
     recipe.parallelism.sequence_parallel = True
     recipe.optimizer.warmup_steps = 100

@@ -111,27 +111,27 @@ def _step(case: Case, run: RunConfig, models: Any, output: str) -> dict[str, Any
     from distill_nemo.checkpoint.state import _allocate_adam_state
     from distill_nemo.runtime.seed import seed_everything
     from distill_nemo.training.forward_step import forward_step
-    from distill_nemo.training.setup import build_trainee
+    from distill_nemo.training.setup import build_train_state
 
     seed_everything(0)
-    trainee = build_trainee(run, models, torch.float32, load_weights=True)
-    held_out = _evaluated(case, run, trainee)
+    train_state = build_train_state(run, models, torch.float32, load_weights=True)
+    held_out = _evaluated(case, run, train_state)
     if case.distillation.get("balancer") == "dynamic":
-        first = _evaluated(case, run, trainee, forward_step)
-        for chunk in trainee.unwrapped:
+        first = _evaluated(case, run, train_state, forward_step)
+        for chunk in train_state.unwrapped:
             chunk.loss_balancer.observe(first)  # pyright: ignore
-    means: dict[str, Any] = _forward_backward(case, run, trainee)
+    means: dict[str, Any] = _forward_backward(case, run, train_state)
     means |= {HELD_OUT + name: value for name, value in held_out.items()}
-    for name, parameter in [named for chunk in trainee.unwrapped for named in chunk.named_parameters()]:
+    for name, parameter in [named for chunk in train_state.unwrapped for named in chunk.named_parameters()]:
         if parameter.requires_grad:
             gradient: Any = parameter.main_grad  # pyright: ignore
             assert gradient.isfinite().all(), name
             parameter.data.copy_(gradient)
             if name.startswith("_loss_modules."):
                 means[PROJECTION + name.split(".")[1]] = gradient.clone()
-    _allocate_adam_state(trainee.optimizer)  # no step was taken
+    _allocate_adam_state(train_state.optimizer)  # no step was taken
     writer = CheckpointWriter(Path(output) / "checkpoints", run)
-    writer.save(1, trainee.unwrapped, trainee.optimizer, trainee.scheduler, {"step": 1})
+    writer.save(1, train_state.unwrapped, train_state.optimizer, train_state.scheduler, {"step": 1})
     return means
 
 
@@ -145,36 +145,36 @@ def _micro_batches(case: Case, run: RunConfig) -> list[dict[str, torch.Tensor]]:
     return [{k: v[i : i + size] for k, v in case.batch().items()} for i in range(first, first + share, size)]
 
 
-def _evaluated(case: Case, run: RunConfig, trainee: Any, step: Any = None) -> dict[str, float]:
+def _evaluated(case: Case, run: RunConfig, train_state: Any, step: Any = None) -> dict[str, float]:
     """Token means of the global batch, by training's evaluation or, without gradients, by a training step."""
     from distill_nemo.evaluation import evaluate
 
     micro = _micro_batches(case, run)
-    streams = [iter(micro) for _ in trainee.chunks]
+    streams = [iter(micro) for _ in train_state.chunks]
     sizes = {"sequence_length": SEQUENCE, "micro_batch_size": run.training.micro_batch_size}
-    return evaluate(trainee.chunks, streams, num_microbatches=len(micro), step=step, **sizes)
+    return evaluate(train_state.chunks, streams, num_microbatches=len(micro), step=step, **sizes)
 
 
-def _forward_backward(case: Case, run: RunConfig, trainee: Any) -> dict[str, float]:
+def _forward_backward(case: Case, run: RunConfig, train_state: Any) -> dict[str, float]:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from distill_nemo.evaluation import reduce_reports
     from distill_nemo.training.forward_step import forward_step
 
-    for chunk in trainee.chunks:
+    for chunk in train_state.chunks:
         chunk.train()
     micro = _micro_batches(case, run)
-    streams = [iter(micro) for _ in trainee.chunks]
+    streams = [iter(micro) for _ in train_state.chunks]
     reports: Any = get_forward_backward_func()(
         forward_step_func=forward_step, data_iterator=streams if len(streams) > 1 else streams[0],
-        model=trainee.chunks, num_microbatches=len(micro), seq_length=SEQUENCE,
+        model=train_state.chunks, num_microbatches=len(micro), seq_length=SEQUENCE,
         micro_batch_size=run.training.micro_batch_size, forward_only=False,
     )  # fmt: skip
     if run.optimizer.use_distributed_optimizer:  # each rank has reduced a slice only
-        for chunk in trainee.chunks:
+        for chunk in train_state.chunks:
             for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
                 _gather_slices(buffer)
-    return reduce_reports(reports, trainee.chunks)
+    return reduce_reports(reports, train_state.chunks)
 
 
 def _gather_slices(buffer: Any) -> None:

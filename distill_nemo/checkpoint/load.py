@@ -22,8 +22,6 @@ from distill_nemo.models.sources import CheckpointKind, candidates, find_checkpo
 from distill_nemo.runtime.pickles import read_contents, weights_only
 from distill_nemo.runtime.process_groups import rank
 
-MAX_LISTED = 3
-
 
 def newest_whole(root: Path) -> Path | None:
     """The newest checkpoint whose files are what was written, or None where no run has saved; every rank must call it.
@@ -42,7 +40,7 @@ def newest_whole(root: Path) -> Path | None:
         wrong = damages(directory)
         if not wrong:
             return directory
-        _warn(f"{directory} is damaged: {'; '.join(first_few(wrong, MAX_LISTED))}")
+        _warn(f"{directory} is damaged: {'; '.join(first_few(wrong))}")
     if found or fault:
         raise ValueError(
             f"no checkpoint in {root} is whole: restore one of them, choose another output_dir, or delete {root} to "
@@ -62,7 +60,7 @@ def check_whole(*checkpoints: str | None) -> None:
         if found.kind is not CheckpointKind.OURS:
             continue
         if wrong := damages(found.weights):
-            problems = "; ".join(first_few(wrong, MAX_LISTED))
+            problems = "; ".join(first_few(wrong))
             raise ValueError(f"{found.weights} is damaged: {problems}; name another step")
         if found.weights != Path(checkpoint) and (fault := tracker_fault(found.weights.parent)):
             _warn(f"{fault}: {found.weights} is taken")

@@ -14,7 +14,7 @@ import nemo_run as run
 
 from distill_nemo.cli.values import parse
 from distill_nemo.config import sections
-from distill_nemo.fields import NO_METADATA, near, sections_of
+from distill_nemo.fields import NO_METADATA, sections_of, suggest
 
 RECIPE = re.compile(r"([A-Za-z_][\w.]*)(?:\((.*)\))?", re.S)  # a name, or with its own arguments
 OVERRIDE = re.compile(r"([\w.]+)=(.*)", re.S)
@@ -79,14 +79,14 @@ def called_recipe(call: str, recipes: Iterable[Callable[..., Any]]) -> Any:
         raise ValueError(f'a recipe is NAME or "NAME(argument=value, ...)", got "{call}"')
     name, arguments = match.groups()
     if name not in known and "." not in name:
-        raise ValueError(f'unknown recipe "{name}".{near(name, known)}')
+        raise ValueError(f'unknown recipe "{name}".{suggest(name, known)}')
     function = known.get(name) or _imported(name)
     hints = typing.get_type_hints(function)
     hints.pop("return", None)
     values = {}
     for argument, value in _arguments(call, arguments or ""):
         if argument not in hints:
-            raise ValueError(f'recipe {name} has no argument "{argument}".{near(argument, hints)}')
+            raise ValueError(f'recipe {name} has no argument "{argument}".{suggest(argument, hints)}')
         values[argument] = parse(f"recipe {name}: {argument}", value, hints[argument])
     check_complete(function, values, "train")
     try:
@@ -170,8 +170,8 @@ def _near(path: str, known: Iterable[str]) -> str:
     """Near names among all of them; if none is, those of the section that was named, or the sections."""
     known = list(known)
     if difflib.get_close_matches(path, known, n=1, cutoff=0.5):
-        return near(path, known)
+        return suggest(path, known)
     section = path.partition(".")[0] + "."
-    return near(
+    return suggest(
         path, [name for name in known if name.startswith(section)] or [name for name in known if "." not in name]
     )

@@ -13,9 +13,17 @@ from nemo_run.config import get_type_namespace
 
 from distill_nemo.cli.arguments import RECIPE, called_recipe, override, parse_arguments, split_run_arguments
 from distill_nemo.cli.values import parse
-from distill_nemo.executors import EXECUTORS, Stages, check_launch, detached, local, passing_on_signals, run_config_of
+from distill_nemo.executors import (
+    EXECUTORS,
+    WatchedExperiment,
+    check_launch,
+    detached,
+    local,
+    passing_on_signals,
+    run_config_of,
+)
 from distill_nemo.executors.known import descriptor_of
-from distill_nemo.fields import near
+from distill_nemo.fields import suggest
 from distill_nemo.training.entry import distill, errors_in_one_screen
 
 NAME = re.compile(r"\w[\w.-]{,63}", re.ASCII)  # NeMo-Run makes directories, files and an address of it
@@ -91,7 +99,7 @@ class TrainContext(run.cli.RunContext):
             run.dryrun_fn(task, executor=executor)
             return
         self.executor = executor
-        with Stages.titled(self.name) as experiment:
+        with WatchedExperiment.titled(self.name) as experiment:
             experiment.add(task, executor=executor, name=self.name, tail_logs=True, plugins=self.plugins or None)
             if self.dryrun:
                 experiment.show()
@@ -123,7 +131,7 @@ def parse_executor(name: str, arguments: Iterable[str]) -> run.Config:
     """
     if name not in EXECUTORS:
         base, called, _ = name.partition("(")
-        advice = f" Write run.executor={base} run.executor.FIELD=VALUE." if called else near(base, EXECUTORS)
+        advice = f" Write run.executor={base} run.executor.FIELD=VALUE." if called else suggest(base, EXECUTORS)
         raise ValueError(f'run.executor: unknown executor "{name}".{advice}')
     descriptor = EXECUTORS[name]
     own = typing.get_type_hints(descriptor.arguments)
@@ -134,7 +142,7 @@ def parse_executor(name: str, arguments: Iterable[str]) -> run.Config:
     for argument in arguments:
         field, _, value = argument.partition("=")
         if field.partition(".")[0] not in known:
-            raise ValueError(f'unknown field "run.executor.{field}".{near(field, known)}')
+            raise ValueError(f'unknown field "run.executor.{field}".{suggest(field, known)}')
         if field in own:
             call[field] = parse(f"run.executor.{field}", value, own[field])
         else:
@@ -158,5 +166,5 @@ def set_field(name: str, config: Any, path: str, value: str) -> None:
         config = config.__arguments__.get(section) if isinstance(config, run.Config) else None
     known = _fields(config.__fn_or_cls__) if isinstance(config, run.Config) else {}
     if field not in known:
-        raise ValueError(f'unknown field "{name}.{path}".{near(field, known) if known else " It has no fields."}')
+        raise ValueError(f'unknown field "{name}.{path}".{suggest(field, known) if known else " It has no fields."}')
     setattr(config, field, parse(f"{name}.{path}", value, known[field]))

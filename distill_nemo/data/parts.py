@@ -21,7 +21,7 @@ from distill_nemo.data.readers import Piece, read
 from distill_nemo.data.tokenizer import TokenizerFacts, encoder
 from distill_nemo.runtime.files import write_atomically
 
-MAX_LISTED = 100  # bad records kept by name
+MAX_NAMED_RECORDS = 100  # bad records kept by name
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def make_part(part: Part) -> dict[str, Any]:
         for record in itertools.chain.from_iterable(read(piece, part.text_key) for piece in part.pieces):
             if record.problem:
                 num_bad += 1
-                bad.extend([(record.where, record.problem)] if len(bad) < MAX_LISTED else [])
+                bad.extend([(record.where, record.problem)] if len(bad) < MAX_NAMED_RECORDS else [])
             else:
                 yield record.text
 

@@ -24,7 +24,7 @@ import numpy as np
 from distill_nemo.data.inputs import find_files
 from distill_nemo.data.manifest import pack_vocabulary, read_json, read_manifest
 from distill_nemo.data.parts import (
-    MAX_LISTED,
+    MAX_NAMED_RECORDS,
     Part,
     digest,
     file_size,
@@ -194,7 +194,7 @@ def _total(made: list[dict], max_bad: int, sources: list[str]) -> dict[str, Any]
         raise ValueError(f"nothing to tokenise: no document in {', '.join(sources[:3])} has text in it")
     if num_bad:
         print("\n".join([f"skipped {message} (max_bad_records = {max_bad}):", *lines]))
-    return {**totals, "bad": bad[:MAX_LISTED]}
+    return {**totals, "bad": bad[:MAX_NAMED_RECORDS]}
 
 
 def _join(parts: list[Part], tokens: dict[int, str]) -> dict[str, Any]:

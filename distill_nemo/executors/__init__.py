@@ -1,6 +1,6 @@
 """Executors, which launch a recipe and watch it: `local()`, `slurm()`, `kubernetes()`. Light at import."""
 
-from distill_nemo.executors.experiment import Stages
+from distill_nemo.executors.experiment import WatchedExperiment
 from distill_nemo.executors.known import EXECUTORS
 from distill_nemo.executors.kubernetes.arguments import kubernetes
 from distill_nemo.executors.kubernetes.trainjob import KubernetesExecutor
@@ -13,7 +13,7 @@ from distill_nemo.executors.worker_config import run_config_of
 __all__ = [
     "EXECUTORS",
     "KubernetesExecutor",
-    "Stages",
+    "WatchedExperiment",
     "check_launch",
     "kubernetes",
     "local",

@@ -7,13 +7,13 @@ from typing import Any
 import nemo_run as run
 from nemo_run.config import get_nemorun_home
 
-from distill_nemo.executors.experiment import Stages, submitted, watch
+from distill_nemo.executors.experiment import WatchedExperiment, submitted, watch
 from distill_nemo.executors.known import cluster_job
 from distill_nemo.executors.watch.jobs import ClusterJob
-from distill_nemo.fields import near
+from distill_nemo.fields import suggest
 
 
-def tell_detached(experiment: Stages) -> None:
+def tell_detached(experiment: WatchedExperiment) -> None:
     """Print what was submitted and the commands for it; nothing for a local run, which was waited for."""
     for job in _cluster_jobs(experiment):
         print(submitted(job, experiment._id))
@@ -66,7 +66,7 @@ def _open(experiment: str) -> run.Experiment:
     directory = root / experiment.rpartition("_")[0] / experiment
     if not (directory / "_CONFIG").is_file():
         newest = sorted(root.glob("*/*/_TASKS"), key=lambda path: path.stat().st_mtime, reverse=True)
-        known = near(experiment, [path.parent.name for path in newest[:5]]) if newest else " There are none."
+        known = suggest(experiment, [path.parent.name for path in newest[:5]]) if newest else " There are none."
         raise ValueError(f'no experiment "{experiment}" in {root}.{known}')
     return run.Experiment.from_id(experiment)
 

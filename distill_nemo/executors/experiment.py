@@ -22,18 +22,18 @@ from distill_nemo.executors.watch.jobs import ClusterJob
 from distill_nemo.executors.watch.screen import JobOutput
 
 
-class Stages(run.Experiment):
+class WatchedExperiment(run.Experiment):
     """Tasks of which one sees what their ranks say, and that exit 1 at the first that fails.
 
     NeMo-Run itself would go on after a failure and exit 0, and tells every step of its own.
     """
 
-    def __enter__(self) -> "Stages":
+    def __enter__(self) -> "WatchedExperiment":
         super().__enter__()
         return self
 
     @classmethod
-    def titled(cls, title: str) -> "Stages":
+    def titled(cls, title: str) -> "WatchedExperiment":
         """Without NeMo-Run's own words.
 
         Raises:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_nemo.config import ModelConfig, StudentConfig, TeacherConfig, from_dict
-from distill_nemo.fields import near
+from distill_nemo.fields import suggest
 from distill_nemo.models.architecture import EXPERT_FIELDS, Architecture, Experts, Layer, Models
 from distill_nemo.models.checkpoints.hf_tensors import check_hf_tensors, has_weights
 from distill_nemo.models.checkpoints.nemo import read_nemo_config
@@ -153,7 +153,7 @@ def _check_sizes(model: str, values: dict[str, Any]) -> None:
 def _check_values(name: str, values: dict[str, Any]) -> None:
     """Refuse values that contradict each other, defaults filled in."""
     if values["family"] not in FAMILIES:
-        raise ValueError(f'family "{values["family"]}" is not known.{near(str(values["family"]), FAMILIES)}')
+        raise ValueError(f'family "{values["family"]}" is not known.{suggest(str(values["family"]), FAMILIES)}')
     check_rope_scaling(values["rope_scaling"])
     if values["kv_channels"] < 2 or values["kv_channels"] % 2:
         kv_channels = values["kv_channels"]

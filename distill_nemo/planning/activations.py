@@ -9,25 +9,25 @@ channels (N, K, F on one tensor-parallel rank).
 """
 
 from distill_nemo.models.architecture import Architecture, Layer
-from distill_nemo.planning.setting import Setting
+from distill_nemo.planning.planned import PlannedRun
 
 
-def saved(setting: Setting, model: Architecture, layer: Layer, recompute: str | None) -> int:
+def saved(planned: PlannedRun, model: Architecture, layer: Layer, recompute: str | None) -> int:
     """Return bytes that a layer of one micro batch saves for backward; with full recomputation only its input."""
     if recompute == "full":
-        return setting.item * setting.split_tokens * model.hidden_size
-    attention = 0 if layer.num_query_groups is None else _saved_by_attention(setting, model, layer, recompute)
-    return attention + saved_by_mlp(setting, model, layer)
+        return planned.item * planned.split_tokens * model.hidden_size
+    attention = 0 if layer.num_query_groups is None else _saved_by_attention(planned, model, layer, recompute)
+    return attention + saved_by_mlp(planned, model, layer)
 
 
-def _saved_by_attention(setting: Setting, model: Architecture, layer: Layer, recompute: str | None) -> int:
-    tensor, item, tokens = setting.config.parallelism.tensor_model_parallel_size, setting.item, setting.tokens
+def _saved_by_attention(planned: PlannedRun, model: Architecture, layer: Layer, recompute: str | None) -> int:
+    tensor, item, tokens = planned.config.parallelism.tensor_model_parallel_size, planned.item, planned.tokens
     n = model.num_attention_heads * model.kv_channels // tensor
     k = (layer.num_query_groups or 0) * model.kv_channels // tensor
     qk_norm = model.qk_norm
-    bytes_ = _norm(setting, model.hidden_size)
+    bytes_ = _norm(planned, model.hidden_size)
     softmax_statistics = 4 * tokens * model.num_attention_heads // tensor
-    if setting.transformer_engine:
+    if planned.transformer_engine:
         return bytes_ + softmax_statistics + item * tokens * (2 * n + 2 * k + (n + k if qk_norm else 0))
     grouped = k < n
     whole = not grouped or recompute == "selective" or (qk_norm and item == 4)  # a view of q, k, v together is saved
@@ -44,49 +44,49 @@ def _saved_by_attention(setting: Setting, model: Architecture, layer: Layer, rec
     return bytes_ + item * tokens * numbers
 
 
-def saved_by_mlp(setting: Setting, model: Architecture, layer: Layer) -> int:
+def saved_by_mlp(planned: PlannedRun, model: Architecture, layer: Layer) -> int:
     """Return the part of the MLP or the experts, with its norm; tokens are assumed to be spread evenly over experts."""
     if layer.ffn_hidden_size is None:
         return 0
-    bytes_ = _norm(setting, model.hidden_size)
-    pieces = 3 if setting.on_gpu else 5  # both halves and their product; CPU does not fuse SwiGLU
-    f = layer.ffn_hidden_size // setting.config.parallelism.tensor_model_parallel_size
+    bytes_ = _norm(planned, model.hidden_size)
+    pieces = 3 if planned.on_gpu else 5  # both halves and their product; CPU does not fuse SwiGLU
+    f = layer.ffn_hidden_size // planned.config.parallelism.tensor_model_parallel_size
     if model.experts is None:
-        return bytes_ + setting.item * setting.tokens * pieces * f
-    rows = setting.tokens * model.mlps_per_token
-    pieces += 0 if setting.on_gpu else 1
-    router = 8 * setting.tokens * model.experts.num_experts
-    return bytes_ + setting.item * rows * (pieces * f + 2 * model.hidden_size) + router
+        return bytes_ + planned.item * planned.tokens * pieces * f
+    rows = planned.tokens * model.mlps_per_token
+    pieces += 0 if planned.on_gpu else 1
+    router = 8 * planned.tokens * model.experts.num_experts
+    return bytes_ + planned.item * rows * (pieces * f + 2 * model.hidden_size) + router
 
 
-def _norm(setting: Setting, width: int) -> int:
+def _norm(planned: PlannedRun, width: int) -> int:
     """Return bytes of a norm's input (the residual stream) and output; ours also keeps the normalised input."""
-    each = 2 * setting.item
-    if not setting.transformer_engine:
-        each = 12 if setting.item == 4 else 8
-    return setting.split_tokens * width * each
+    each = 2 * planned.item
+    if not planned.transformer_engine:
+        each = 12 if planned.item == 4 else 8
+    return planned.split_tokens * width * each
 
 
-def final_norm(setting: Setting, model: Architecture) -> int:
+def final_norm(planned: PlannedRun, model: Architecture) -> int:
     """Return the bytes that the norm after the last layer saves."""
-    return _norm(setting, model.hidden_size)
+    return _norm(planned, model.hidden_size)
 
 
-def backward_workspace(setting: Setting, model: Architecture, layer: Layer) -> int:
+def backward_workspace(planned: PlannedRun, model: Architecture, layer: Layer) -> int:
     """Return the most bytes that a layer's backward pass needs beyond what the layer has saved.
 
     Gradients of both halves of the MLP; that of their product takes the product's place.
     """
     width = layer.ffn_hidden_size or 0
-    f = width // setting.config.parallelism.tensor_model_parallel_size * model.mlps_per_token
-    return 2 * setting.item * setting.tokens * f + 2 * setting.item * setting.split_tokens * model.hidden_size
+    f = width // planned.config.parallelism.tensor_model_parallel_size * model.mlps_per_token
+    return 2 * planned.item * planned.tokens * f + 2 * planned.item * planned.split_tokens * model.hidden_size
 
 
-def forward_workspace(setting: Setting, model: Architecture, layer: Layer) -> int:
+def forward_workspace(planned: PlannedRun, model: Architecture, layer: Layer) -> int:
     """Return the bytes of a layer's forward pass that saves nothing, its input included."""
-    tensor, item, tokens = setting.config.parallelism.tensor_model_parallel_size, setting.item, setting.tokens
-    residual = 2 * item * setting.split_tokens * model.hidden_size
-    pieces = 3 if setting.on_gpu else 5
+    tensor, item, tokens = planned.config.parallelism.tensor_model_parallel_size, planned.item, planned.tokens
+    residual = 2 * item * planned.split_tokens * model.hidden_size
+    pieces = 3 if planned.on_gpu else 5
     rows, f = tokens * model.mlps_per_token, (layer.ffn_hidden_size or 0) // tensor
     mlp = item * rows * pieces * f + (2 * item * rows * model.hidden_size if model.experts else 0)
     if layer.num_query_groups is None:
@@ -94,7 +94,7 @@ def forward_workspace(setting: Setting, model: Architecture, layer: Layer) -> in
     n = model.num_attention_heads * model.kv_channels // tensor
     k = layer.num_query_groups * model.kv_channels // tensor
     numbers = (n + 2 * k) + (n + k) + n  # together, then rotated, the output
-    if setting.transformer_engine:
+    if planned.transformer_engine:
         return residual + max(mlp, item * tokens * numbers)
     numbers += n + (2 * n if k < n else 0)
     return residual + max(mlp, item * tokens * numbers)

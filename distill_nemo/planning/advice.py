@@ -8,49 +8,49 @@ import torch
 from distill_nemo.checks import check
 from distill_nemo.models.megatron import transformer_config
 from distill_nemo.planning.memory import fullest
-from distill_nemo.planning.setting import Setting
+from distill_nemo.planning.planned import PlannedRun
 
 MOST = 3
 
 
-def what_would_fit(setting: Setting, memory_bytes: float) -> list[str]:
+def what_would_fit(planned: PlannedRun, memory_bytes: float) -> list[str]:
     """Return a few overrides that make the run fit on as many ranks, the simplest first; none contains another."""
     found: list[dict[str, Any]] = []
-    for changes in _changes(setting):
+    for changes in _changes(planned):
         if len(found) == MOST:
             break
-        changed = setting.with_fields(**changes)
+        changed = planned.with_fields(**changes)
         known = any(other.keys() <= changes.keys() for other in found)
         if not known and allowed(changed) and fullest(changed).total <= memory_bytes:
             found.append(changes)
     return [" ".join(f"{name.replace('__', '.')}={value}" for name, value in changes.items()) for changes in found]
 
 
-def allowed(setting: Setting) -> bool:
+def allowed(planned: PlannedRun) -> bool:
     """Return True if such a run would be accepted."""
     try:
-        check_setting(setting)
+        check_setting(planned)
     except ValueError:
         return False
     return True
 
 
-def check_setting(setting: Setting) -> None:
+def check_setting(planned: PlannedRun) -> None:
     """Refuse what a run would refuse: sizes that the layout does not divide.
 
     Raises:
         ValueError: as `checks.check` and `architecture.transformer_config`.
     """
-    config = setting.config
-    check(config, setting.world_size)
-    dtype = torch.bfloat16 if setting.item == 2 else torch.float32
-    for model in setting.models:
+    config = planned.config
+    check(config, planned.world_size)
+    dtype = torch.bfloat16 if planned.item == 2 else torch.float32
+    for model in planned.models:
         if model is not None:
             transformer_config(model, config.parallelism, dtype, config.training.recompute)
 
 
-def _changes(setting: Setting) -> Iterator[dict[str, Any]]:
-    par, train, optimizer = setting.config.parallelism, setting.config.training, setting.config.optimizer
+def _changes(planned: PlannedRun) -> Iterator[dict[str, Any]]:
+    par, train, optimizer = planned.config.parallelism, planned.config.training, planned.config.optimizer
     tensor, pipeline = par.tensor_model_parallel_size, par.pipeline_model_parallel_size
     split = {} if par.sequence_parallel else {"parallelism__sequence_parallel": True}
     sharded = {} if optimizer.use_distributed_optimizer else {"optimizer__use_distributed_optimizer": True}
@@ -63,7 +63,7 @@ def _changes(setting: Setting) -> Iterator[dict[str, Any]]:
     wider = [{"parallelism__tensor_model_parallel_size": times * tensor} | split for times in (2, 4, 8)]
     deeper = [{"parallelism__pipeline_model_parallel_size": times * pipeline} for times in (2, 4, 8)]
     saving = sharded | small | again
-    away = setting.config.teacher is not None and not setting.config.distillation.offload_teacher
+    away = planned.config.teacher is not None and not planned.config.distillation.offload_teacher
     host = {"distillation__offload_teacher": True} if away else {}
     more = (host, sharded | again | host) if host else ()  # with all tokens there are to hide the copies behind
     changed = (again, saving, *wider[:1], *deeper[:1], wider[0] | saving, *more)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from distill_nemo.models.architecture import Architecture, Layer, padded_vocab_size
 from distill_nemo.planning.parameters import layers_of, stages_of, total_parameters
-from distill_nemo.planning.setting import Setting
+from distill_nemo.planning.planned import PlannedRun
 
 
 def layer_flops(model: Architecture, layer: Layer, length: int) -> tuple[float, float]:
@@ -24,9 +24,9 @@ def layer_flops(model: Architecture, layer: Layer, length: int) -> tuple[float, 
     return products + core, core
 
 
-def stage_flops(setting: Setting, model: Architecture, stage: int, output: bool) -> tuple[float, float, float]:
+def stage_flops(planned: PlannedRun, model: Architecture, stage: int, output: bool) -> tuple[float, float, float]:
     """Return forward operations per token on a stage: layers, core attention in them, output layer."""
-    par, length = setting.config.parallelism, setting.config.data.sequence_length
+    par, length = planned.config.parallelism, planned.config.data.sequence_length
     each = [layer_flops(model, layer, length) for layer in layers_of(model, par, stage)]
     last = output and stage == par.num_stages - 1
     head = 2 * model.hidden_size * padded_vocab_size(model.vocab_size) if last else 0
@@ -48,21 +48,21 @@ class Work:
         return self.student + self.recompute + self.teacher
 
 
-def rank_work(setting: Setting, rank: int) -> Work:
+def rank_work(planned: PlannedRun, rank: int) -> Work:
     """Return the operations per token of one pipeline rank's stages."""
-    config, models, student, again, teacher = setting.config, setting.models, 0.0, 0.0, 0.0
+    config, models, student, again, teacher = planned.config, planned.models, 0.0, 0.0, 0.0
     for stage in stages_of(config.parallelism, rank):
-        layers, core, head = stage_flops(setting, models.student, stage, True)
+        layers, core, head = stage_flops(planned, models.student, stage, True)
         student += layers + head
         again += {"full": layers, "selective": core}.get(config.training.recompute or "", 0.0)
         if models.teacher is not None:
-            teacher += sum(stage_flops(setting, models.teacher, stage, setting.logits_count)[::2])
+            teacher += sum(stage_flops(planned, models.teacher, stage, planned.uses_logits)[::2])
     return Work(3 * student, again, teacher, student + teacher)
 
 
-def all_work(setting: Setting) -> Work:
+def all_work(planned: PlannedRun) -> Work:
     """Return the operations per token of all pipeline ranks together."""
-    ranks = [rank_work(setting, rank) for rank in range(setting.config.parallelism.pipeline_model_parallel_size)]
+    ranks = [rank_work(planned, rank) for rank in range(planned.config.parallelism.pipeline_model_parallel_size)]
     return Work(*(sum(getattr(work, name) for work in ranks) for name in Work.__dataclass_fields__))
 
 
@@ -76,14 +76,14 @@ class Time:
     evaluations: float
 
 
-def time_of(setting: Setting, tflops: float, utilisation: float) -> Time:
+def time_of(planned: PlannedRun, tflops: float, utilisation: float) -> Time:
     """Estimate the time of a run with ranks that reach `utilisation` of `tflops` while they do not wait.
 
     A pipeline goes at the pace of its slowest rank; its ends cost `(ranks - 1) / virtual` micro batches.
     """
-    config, par = setting.config, setting.config.parallelism
-    pipeline, count = par.pipeline_model_parallel_size, setting.num_microbatches
-    works = [rank_work(setting, rank) for rank in range(pipeline)]
+    config, par = planned.config, planned.config.parallelism
+    pipeline, count = par.pipeline_model_parallel_size, planned.num_microbatches
+    works = [rank_work(planned, rank) for rank in range(pipeline)]
     tokens = config.training.micro_batch_size * config.data.sequence_length
     rate = tflops * 1e12 * utilisation * par.tensor_model_parallel_size * par.context_parallel_size
     passes = count + (pipeline - 1) / (par.virtual_pipeline_model_parallel_size or 1)
@@ -95,23 +95,23 @@ def time_of(setting: Setting, tflops: float, utilisation: float) -> Time:
     return Time(step, 1 - busy / step, train.steps * step, evaluations * train.eval_batches * evaluation)
 
 
-def traffic_bytes(setting: Setting, rank: int) -> float:
+def traffic_bytes(planned: PlannedRun, rank: int) -> float:
     """Return bytes of GPU memory that weights, gradients and the optimizer move in a step; activations are not counted.
 
     A micro batch reads the student's weights forward and backward (and once more if layers are recomputed) and the
     teacher's once, and adds to fp32 gradients. The optimizer reads these, and reads and writes masters and moments.
     """
-    student, teacher = setting.student(rank).total, setting.teacher(rank).total
-    reads = 3 if setting.config.training.recompute == "full" else 2
-    each = setting.item * (reads * student + teacher) + 8 * student
-    return setting.num_microbatches * each + (4 + 24 + setting.item) * setting.shards(setting.student(rank))
+    student, teacher = planned.student(rank).total, planned.teacher(rank).total
+    reads = 3 if planned.config.training.recompute == "full" else 2
+    each = planned.item * (reads * student + teacher) + 8 * student
+    return planned.num_microbatches * each + (4 + 24 + planned.item) * planned.shards(planned.student(rank))
 
 
-def copied_bytes(setting: Setting, rank: int) -> float:
+def copied_bytes(planned: PlannedRun, rank: int) -> float:
     """Return bytes that a rank copies from host memory in a step: an offloaded teacher's layers, once a micro batch."""
-    return setting.num_microbatches * setting.item * setting.in_host_memory(rank)
+    return planned.num_microbatches * planned.item * planned.in_host_memory(rank)
 
 
-def checkpoint_bytes(setting: Setting) -> float:
+def checkpoint_bytes(planned: PlannedRun) -> float:
     """Return the bytes of a saved step: the student's weights, fp32 masters and Adam's two moments."""
-    return (setting.item + 12) * total_parameters(setting.models.student)
+    return (planned.item + 12) * total_parameters(planned.models.student)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from distill_nemo.fields import near, require
+from distill_nemo.fields import require, suggest
 
 
 @dataclass(frozen=True)
@@ -32,5 +32,5 @@ def find_gpu(name: str) -> Gpu:
     Raises:
         ValueError: when it is not in the table, with the near names.
     """
-    require(name.lower() in GPUS, f'gpu = "{name}" is not known.{near(name.lower(), GPUS)}')
+    require(name.lower() in GPUS, f'gpu = "{name}" is not known.{suggest(name.lower(), GPUS)}')
     return GPUS[name.lower()]

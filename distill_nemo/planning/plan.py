@@ -6,8 +6,8 @@ from distill_nemo.models.architecture import Models
 from distill_nemo.planning.advice import check_setting, what_would_fit
 from distill_nemo.planning.gpus import Gpu
 from distill_nemo.planning.memory import fullest
+from distill_nemo.planning.planned import PlannedRun
 from distill_nemo.planning.report import GB, report
-from distill_nemo.planning.setting import Setting
 from distill_nemo.training.entry import resolve_models
 
 
@@ -29,12 +29,12 @@ def print_plan(
     """
     require(0 < utilisation <= 1, f"utilisation must be above 0 and at most 1, got {utilisation:g}")
     config, models = _resolved(config)
-    setting = Setting(config, models, world_size, transformer_engine=transformer_engine)
-    check_setting(setting)
-    print(report(name, setting, gpu, utilisation))
-    too_much = fullest(setting).total / GB - gpu.memory_gb
+    planned = PlannedRun(config, models, world_size, transformer_engine=transformer_engine)
+    check_setting(planned)
+    print(report(name, planned, gpu, utilisation))
+    too_much = fullest(planned).total / GB - gpu.memory_gb
     if too_much > 0:
-        fitting = what_would_fit(setting, gpu.memory_gb * GB)
+        fitting = what_would_fit(planned, gpu.memory_gb * GB)
         advice = f"what would fit: {' | '.join(fitting)}" if fitting else "take more ranks or GPUs with more memory"
         raise ValueError(f"does not fit: {too_much:.1f} GB too much on a {gpu.name} of {gpu.memory_gb:g} GB; {advice}")
 

@@ -4,48 +4,48 @@ from distill_nemo.planning.compute import all_work, checkpoint_bytes, copied_byt
 from distill_nemo.planning.gpus import Gpu
 from distill_nemo.planning.memory import Memory, chunk_rows, fullest, in_flight
 from distill_nemo.planning.parameters import total_parameters
-from distill_nemo.planning.setting import Setting
+from distill_nemo.planning.planned import PlannedRun
 
 GB, TFLOP, GFLOP = 1e9, 1e12, 1e9
 
 
-def report(name: str, setting: Setting, gpu: Gpu, utilisation: float) -> str:
+def report(name: str, planned: PlannedRun, gpu: Gpu, utilisation: float) -> str:
     """Everything that is known of a run before it starts."""
-    memory = fullest(setting)
+    memory = fullest(planned)
     parts = (
-        [_heading(name, setting, gpu)],
-        _parameters(setting),
-        _memory(setting, memory, gpu),
-        _work(setting, memory),
-        _time(setting, gpu, utilisation),
+        [_heading(name, planned, gpu)],
+        _parameters(planned),
+        _memory(planned, memory, gpu),
+        _work(planned, memory),
+        _time(planned, gpu, utilisation),
     )
     return "\n\n".join("\n".join(part) for part in parts)
 
 
-def _heading(name: str, setting: Setting, gpu: Gpu) -> str:
-    par, virtual = setting.config.parallelism, setting.config.parallelism.virtual_pipeline_model_parallel_size
+def _heading(name: str, planned: PlannedRun, gpu: Gpu) -> str:
+    par, virtual = planned.config.parallelism, planned.config.parallelism.virtual_pipeline_model_parallel_size
     sizes = {
         "tensor": par.tensor_model_parallel_size,
         "pipeline": par.pipeline_model_parallel_size,
         "context": par.context_parallel_size,
-        "data": setting.data_parallel_size,
+        "data": planned.data_parallel_size,
     }
     layout = " x ".join(f"{kind} {size}" for kind, size in sizes.items() if size > 1 or kind == "data")
     more = [f"virtual pipeline {virtual}"] if virtual else []
     more += [f"expert {par.expert_model_parallel_size}"] if par.expert_model_parallel_size > 1 else []
     more += ["sequence parallel"] if par.sequence_parallel else []
-    more += ["bf16" if setting.item == 2 else "fp32"]
-    more += ["Transformer Engine" if setting.transformer_engine else "local layers"]
-    head = f"{name} on {setting.world_size} x {gpu.name} ({gpu.memory_gb:g} GB, {gpu.bf16_tflops:,g} TFLOPS)"
+    more += ["bf16" if planned.item == 2 else "fp32"]
+    more += ["Transformer Engine" if planned.transformer_engine else "local layers"]
+    head = f"{name} on {planned.world_size} x {gpu.name} ({gpu.memory_gb:g} GB, {gpu.bf16_tflops:,g} TFLOPS)"
     return f"{head}\n  {', '.join([layout, *more])}"
 
 
-def _parameters(setting: Setting) -> list[str]:
-    ranks = range(setting.config.parallelism.pipeline_model_parallel_size)
+def _parameters(planned: PlannedRun) -> list[str]:
+    ranks = range(planned.config.parallelism.pipeline_model_parallel_size)
     rows = [f"{'parameters':28}{'in all':>16}{'on the largest rank':>24}"]
     for role, model, on_rank in (
-        ("student", setting.models.student, setting.student),
-        ("teacher", setting.models.teacher, setting.teacher),
+        ("student", planned.models.student, planned.student),
+        ("teacher", planned.models.teacher, planned.teacher),
     ):
         if model is not None:
             most = max(on_rank(rank).total for rank in ranks)
@@ -53,18 +53,18 @@ def _parameters(setting: Setting) -> list[str]:
     return rows
 
 
-def _memory(setting: Setting, memory: Memory, gpu: Gpu) -> list[str]:
-    train, stages = setting.config.training, setting.config.parallelism.pipeline_model_parallel_size
+def _memory(planned: PlannedRun, memory: Memory, gpu: Gpu) -> list[str]:
+    train, stages = planned.config.training, planned.config.parallelism.pipeline_model_parallel_size
     where = f" (pipeline rank {memory.rank} of {stages})" if stages > 1 else ""
     moment = memory.moment
-    kept = {"others": in_flight(setting, memory.rank) - 1, "all": in_flight(setting, memory.rank)}
+    kept = {"others": in_flight(planned, memory.rank) - 1, "all": in_flight(planned, memory.rank)}
     count = kept[memory.before[moment]]
     about = {
         "gradients": "fp32",
-        "optimizer": f"{'fp32 masters and ' if setting.item == 2 else ''}Adam's fp32 moments{_over(setting)}",
-        "activations": f"{count:g} x {setting.tokens:,} tokens, recompute: {train.recompute or 'none'}",
-        moment: "the moment that needs most" + _chunks(setting, moment),
-        **({"teacher's weights": "its layers in their turn"} if setting.config.distillation.offload_teacher else {}),
+        "optimizer": f"{'fp32 masters and ' if planned.item == 2 else ''}Adam's fp32 moments{_over(planned)}",
+        "activations": f"{count:g} x {planned.tokens:,} tokens, recompute: {train.recompute or 'none'}",
+        moment: "the moment that needs most" + _chunks(planned, moment),
+        **({"teacher's weights": "its layers in their turn"} if planned.config.distillation.offload_teacher else {}),
     }
     rows = memory.stays | {"activations": memory.activations[moment], moment: memory.workspace[moment]}
     lines = [f"memory of the fullest rank{where}, GB"]
@@ -74,62 +74,62 @@ def _memory(setting: Setting, memory: Memory, gpu: Gpu) -> list[str]:
     lines.append(f"  {'total':26}{memory.total / GB:10.2f}   of {gpu.memory_gb:g}: {fits}")
     if "the loss" in memory.workspace and moment != "the loss":
         loss = memory.workspace["the loss"] / GB
-        lines.append(f"  {'(the loss':26}{loss:10.2f}   at another moment{_chunks(setting, 'the loss')})")
+        lines.append(f"  {'(the loss':26}{loss:10.2f}   at another moment{_chunks(planned, 'the loss')})")
     return lines
 
 
-def _over(setting: Setting) -> str:
-    copies = setting.data_parallel_size * setting.config.parallelism.context_parallel_size
-    spread = setting.config.optimizer.use_distributed_optimizer and copies > 1
+def _over(planned: PlannedRun) -> str:
+    copies = planned.data_parallel_size * planned.config.parallelism.context_parallel_size
+    spread = planned.config.optimizer.use_distributed_optimizer and copies > 1
     return f", spread over {copies} ranks" if spread else ""
 
 
-def _chunks(setting: Setting, moment: str) -> str:
+def _chunks(planned: PlannedRun, moment: str) -> str:
     if moment != "the loss":
         return ""
-    return f", logits of {chunk_rows(setting):,} tokens at a time" if setting.fused else ", from whole logits"
+    return f", logits of {chunk_rows(planned):,} tokens at a time" if planned.fused else ", from whole logits"
 
 
-def _work(setting: Setting, memory: Memory) -> list[str]:
-    work, length = all_work(setting), setting.config.data.sequence_length
-    tokens = setting.config.training.global_batch_size * length
+def _work(planned: PlannedRun, memory: Memory) -> list[str]:
+    work, length = all_work(planned), planned.config.data.sequence_length
+    tokens = planned.config.training.global_batch_size * length
     parts = [f"student {work.student / GFLOP:,.1f}"]
     parts += [f"recomputation {work.recompute / GFLOP:,.1f}"] if work.recompute else []
     parts += [f"teacher {work.teacher / GFLOP:,.1f}"] if work.teacher else []
-    batch = f"{tokens:,} tokens: {setting.config.training.global_batch_size} x {length:,}"
+    batch = f"{tokens:,} tokens: {planned.config.training.global_batch_size} x {length:,}"
     traffic = "weights, gradients and optimizer read and written, a rank and step"
-    copied = copied_bytes(setting, memory.rank)
-    held = setting.item * setting.in_host_memory(memory.rank) / GB
+    copied = copied_bytes(planned, memory.rank)
+    held = planned.item * planned.in_host_memory(memory.rank) / GB
     kept = f"{held:,.2f} of the teacher in host memory (pinned: up to twice that), for every micro batch"
     return [
         "work",
         f"  {'GFLOP a token':26}{work.total / GFLOP:10,.1f}   {', '.join(parts)}",
         f"  {'TFLOP a step':26}{work.total * tokens / TFLOP:10,.0f}   {batch}",
-        f"  {'memory traffic, GB':26}{traffic_bytes(setting, memory.rank) / GB:10,.1f}   {traffic}",
+        f"  {'memory traffic, GB':26}{traffic_bytes(planned, memory.rank) / GB:10,.1f}   {traffic}",
         *([f"  {'copied to the GPU, GB':26}{copied / GB:10,.1f}   {kept}"] if copied else []),
-        f"  {'checkpoint, GB':26}{checkpoint_bytes(setting) / GB:10,.1f}   {_kept(setting)}",
+        f"  {'checkpoint, GB':26}{checkpoint_bytes(planned) / GB:10,.1f}   {_kept(planned)}",
     ]
 
 
-def _kept(setting: Setting) -> str:
-    save = setting.config.checkpoint
+def _kept(planned: PlannedRun) -> str:
+    save = planned.config.checkpoint
     return f"every {save.save_interval:,} steps; the last {save.keep_last} are kept"
 
 
-def _time(setting: Setting, gpu: Gpu, utilisation: float) -> list[str]:
-    train, time = setting.config.training, time_of(setting, gpu.bf16_tflops, utilisation)
-    tokens = train.global_batch_size * setting.config.data.sequence_length
+def _time(planned: PlannedRun, gpu: Gpu, utilisation: float) -> list[str]:
+    train, time = planned.config.training, time_of(planned, gpu.bf16_tflops, utilisation)
+    tokens = train.global_batch_size * planned.config.data.sequence_length
     hours, evaluations = (time.training + time.evaluations) / 3600, time.evaluations / 3600
     rows = [
         f"time, if GPUs reach {utilisation:g} of their peak (assumed: utilisation=)",
         f"  {'seconds a step':26}{time.step:10,.2f}   {tokens / time.step:,.0f} tokens a second",
         f"  {'hours':26}{hours:10,.2f}   {train.steps:,} steps; evaluations {evaluations:.2f} of it",
-        f"  {'GPU-hours':26}{hours * setting.world_size:10,.1f}",
+        f"  {'GPU-hours':26}{hours * planned.world_size:10,.1f}",
     ]
-    if setting.config.parallelism.pipeline_model_parallel_size > 1:
-        why = f"{setting.num_microbatches} micro batches a step, and the slowest rank's pace"
+    if planned.config.parallelism.pipeline_model_parallel_size > 1:
+        why = f"{planned.num_microbatches} micro batches a step, and the slowest rank's pace"
         rows.insert(2, f"  {'idle in the pipeline':26}{time.idle:10.0%}   {why}")
-    copies = "copies from host memory, " if setting.config.distillation.offload_teacher else ""
+    copies = "copies from host memory, " if planned.config.distillation.offload_teacher else ""
     return [
         *rows,
         f"not counted: communication, {copies}data, saving; all tokens are taken to count, experts to be equally busy",

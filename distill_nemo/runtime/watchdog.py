@@ -20,7 +20,6 @@ from distill_nemo.runtime.process_groups import open_store
 
 SILENT = 5  # intervals without a word
 GRACE_SECONDS = 5.0  # for the rank that speaks
-MAX_LISTED = 8
 
 
 class _Progress:
@@ -96,7 +95,7 @@ class Watchdog:
             os._exit(1)
         lines = [f"rank {rank} gives no sign of life, last in: {_place_of(now[rank])}" for rank in silent]
         lines += [f"rank {rank} is in: {_place_of(now[rank])}" for rank in alive]
-        self._exit("; ".join(first_few(lines, MAX_LISTED)))
+        self._exit("; ".join(first_few(lines)))
 
     def _reports(self) -> list[Any]:
         """Return the last report of every rank, None without."""

@@ -136,7 +136,7 @@ def _train_alone(config: RunConfig, models: "Models") -> int | None:
     from distill_nemo.runtime.seed import seed_everything
     from distill_nemo.training.data import build_run_datasets, check_run_data
     from distill_nemo.training.loop import Loop
-    from distill_nemo.training.setup import build_trainee
+    from distill_nemo.training.setup import build_train_state
 
     device, dtype = setup_device(), resolve_dtype(config.training.dtype)
     require(
@@ -155,11 +155,11 @@ def _train_alone(config: RunConfig, models: "Models") -> int | None:
     teacher = config.teacher.checkpoint if config.teacher else None
     check_whole(teacher, config.student.checkpoint if newest is None else None)
     seed_everything(config.training.seed)
-    trainee = build_trainee(config, models, dtype, load_weights=newest is None)
+    train_state = build_train_state(config, models, dtype, load_weights=newest is None)
     datasets = build_run_datasets(config, models.student)  # the first to write: models are refused before
-    loop = Loop(config, trainee, datasets, device)
+    loop = Loop(config, train_state, datasets, device)
     if newest is not None:
-        state = load_checkpoint(newest, trainee.unwrapped, trainee.optimizer, trainee.scheduler)
+        state = load_checkpoint(newest, train_state.unwrapped, train_state.optimizer, train_state.scheduler)
         loop.state.update(state)
         if rank() == 0:
             print(f"resumed from {newest} at step {state['step']} of {config.training.steps}{told}", flush=True)

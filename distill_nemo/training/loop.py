@@ -25,7 +25,7 @@ from distill_nemo.runtime.signals import StopSignal
 from distill_nemo.runtime.watchdog import Watchdog, heartbeat
 from distill_nemo.training.forward_step import forward_step
 from distill_nemo.training.metrics import MetricsLog
-from distill_nemo.training.setup import Trainee
+from distill_nemo.training.setup import TrainState
 
 MAX_SKIPPED = 10
 OBSERVED = ("lm_loss", "logit_loss", "hidden_loss")
@@ -74,8 +74,10 @@ class Clock:
 class Loop:
     """One run of one rank. `run` returns the signal that stopped it, or None when all steps are done."""
 
-    def __init__(self, config: RunConfig, trainee: Trainee, datasets: tuple[Any, Any], device: torch.device) -> None:
-        self.config, self.trainee, self.device = config, trainee, device
+    def __init__(
+        self, config: RunConfig, train_state: TrainState, datasets: tuple[Any, Any], device: torch.device
+    ) -> None:
+        self.config, self.train_state, self.device = config, train_state, device
         self.train_data, self.valid_data = datasets
         self.state: dict[str, Any] = {"step": 0, "consumed_samples": 0, "tokens": 0}
         self.writer = CheckpointWriter(checkpoint_root(config.output_dir), config)
@@ -135,7 +137,7 @@ class Loop:
     def save(self) -> None:
         """Write a checkpoint of this step."""
         heartbeat(f"saving step {self.state['step']}", watched=False)
-        t = self.trainee
+        t = self.train_state
         with self.save_clock:
             self.writer.save(self.state["step"], t.unwrapped, t.optimizer, t.scheduler, dict(self.state))
 
@@ -151,13 +153,13 @@ class Loop:
                 data_parallel_size=parallel_state.get_data_parallel_world_size(),
                 num_workers=self.config.data.num_workers,
             )
-            for _ in self.trainee.chunks
+            for _ in self.train_state.chunks
         ]
         return [self.data_clock.waiting(stream) for stream in streams]
 
     def _observe(self, means: dict[str, float] | None = None) -> None:
         """Let a dynamic balancer weigh by the last step's means: at the start by the first batch's, or as saved."""
-        balancers = [objective_of(chunk).balancer for chunk in self.trainee.unwrapped]
+        balancers = [objective_of(chunk).balancer for chunk in self.train_state.unwrapped]
         dynamic = [each for each in balancers if isinstance(each, LogitsAndIntermediatesLossBalancer)]
         if not dynamic:
             return
@@ -172,7 +174,7 @@ class Loop:
         """One optimizer step; returns the global token means."""
         heartbeat(f"step {self.state['step'] + 1}")
         start, _ = time.monotonic(), self.data_clock.take()
-        t: Any = self.trainee
+        t: Any = self.train_state
         for chunk in t.chunks:
             if not chunk.training:
                 chunk.train()
@@ -197,7 +199,7 @@ class Loop:
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.trainee.chunks,
+            model=self.train_state.chunks,
             num_microbatches=self.num_microbatches,
             seq_length=self.config.data.sequence_length,
             micro_batch_size=self.config.training.micro_batch_size,
@@ -234,7 +236,7 @@ class Loop:
         log.train(line, show=step % self.config.logging.log_interval == 0 or step == self.config.training.steps)
 
     def _held_out(self) -> dict[str, Any]:
-        """Held-out figures over the first `eval_batches` global batches of the held-out data."""
+        """Held-out metrics over the first `eval_batches` global batches of the held-out data."""
         means = self._evaluated(self.valid_data, self.config.training.eval_batches)
         means.pop("valid_tokens")
         return {"step": self.state["step"], **means, "tokens": self.state["tokens"]}
@@ -242,7 +244,7 @@ class Loop:
     def _evaluated(self, dataset: Any, num_batches: int, step: StepFunc | None = None) -> dict[str, float]:
         """Token means over the first global batches of `dataset`."""
         return evaluate(
-            self.trainee.chunks,
+            self.train_state.chunks,
             self.batches(dataset, 0),
             num_microbatches=self.num_microbatches * num_batches,
             sequence_length=self.config.data.sequence_length,

@@ -24,7 +24,7 @@ from distill_nemo.models.provider import model_provider
 
 
 @dataclass
-class Trainee:
+class TrainState:
     """Models, optimizer and scheduler of one rank."""
 
     chunks: list[nn.Module]  # this stage, wrapped in Megatron's DDP; several of them in a virtual pipeline
@@ -55,7 +55,7 @@ def build_chunks(config: RunConfig, models: Models, dtype: torch.dtype, load_wei
     return chunks
 
 
-def build_trainee(config: RunConfig, models: Models, dtype: torch.dtype, load_weights: bool) -> Trainee:
+def build_train_state(config: RunConfig, models: Models, dtype: torch.dtype, load_weights: bool) -> TrainState:
     """Model, Megatron's DDP, optimizer and schedule.
 
     Args:
@@ -67,8 +67,8 @@ def build_trainee(config: RunConfig, models: Models, dtype: torch.dtype, load_we
     return wrap(build_chunks(config, models, dtype, load_weights), config, dtype, load_weights)
 
 
-def wrap(unwrapped: list[Any], config: RunConfig, dtype: torch.dtype, load_weights: bool) -> Trainee:
-    """The rest of `build_trainee`, of chunks that are built."""
+def wrap(unwrapped: list[Any], config: RunConfig, dtype: torch.dtype, load_weights: bool) -> TrainState:
+    """The rest of `build_train_state`, of chunks that are built."""
     distributed = config.optimizer.use_distributed_optimizer
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True)
     chunks: list[Any] = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in unwrapped]
@@ -84,7 +84,7 @@ def wrap(unwrapped: list[Any], config: RunConfig, dtype: torch.dtype, load_weigh
         _skip_not_finite(optimizer)
     for chunk in chunks:
         chunk.config.grad_scale_func = optimizer.scale_loss
-    return Trainee(chunks, unwrapped, optimizer, _scheduler(optimizer, config.optimizer, config.training.steps))
+    return TrainState(chunks, unwrapped, optimizer, _scheduler(optimizer, config.optimizer, config.training.steps))
 
 
 def _fuse(adam: Any) -> None:

@@ -136,7 +136,7 @@ def _resumed(inputs, output, changes):
     found, begin = [], Loop.run
 
     def look(loop):
-        optimizer = loop.trainee.optimizer
+        optimizer = loop.train_state.optimizer
         names = ("weight_decay", "betas", "eps", "fused")
         found.append([tuple(group[name] for name in names) for group in optimizer.param_groups])
         parts = getattr(optimizer, "chained_optimizers", [optimizer])

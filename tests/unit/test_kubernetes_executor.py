@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from distill_nemo.config import RunConfig, StudentConfig, from_dict, load_yaml
-from distill_nemo.executors import Stages, kubernetes, run_config_of
+from distill_nemo.executors import WatchedExperiment, kubernetes, run_config_of
 from distill_nemo.executors.kubernetes.trainjob import PATCHES, under_torchrun
 from tests.cli.command import nemo_here, nemo_home, shrunk, the_recipes
 
@@ -256,7 +256,7 @@ def test_in_python_it_is_nemo_runs_executor():
 
 def test_scripts_and_other_functions_are_shipped_too(capfd):
     executor = kubernetes(image="x", nodes=2, pvc="work")
-    with Stages.titled("mixed") as experiment:
+    with WatchedExperiment.titled("mixed") as experiment:
         experiment.add(run.Script(inline="echo $RANK"), executor=executor, name="shell")
         experiment.add(run.Partial(os.makedirs, name="x"), executor=executor.clone(), name="1b")
         experiment.show()

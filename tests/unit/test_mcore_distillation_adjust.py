@@ -77,15 +77,17 @@ def _structure(run, models, output):
     from distill_nemo.checkpoint.save import CheckpointWriter
     from distill_nemo.runtime.pickles import read_contents
     from distill_nemo.runtime.seed import seed_everything
-    from distill_nemo.training.setup import build_trainee
+    from distill_nemo.training.setup import build_train_state
 
     seed_everything(0)
-    trainee = build_trainee(run, models, torch.float32, load_weights=True)
-    (model,) = trainee.unwrapped
-    trainee.chunks[0].train()
+    train_state = build_train_state(run, models, torch.float32, load_weights=True)
+    (model,) = train_state.unwrapped
+    train_state.chunks[0].train()
     in_training = [module.training for module in model.teacher_model.modules()]
-    trained = {id(p) for group in trainee.optimizer.param_groups for p in group["params"]}
-    CheckpointWriter(Path(output), run).save(1, trainee.unwrapped, trainee.optimizer, trainee.scheduler, {"step": 1})
+    trained = {id(p) for group in train_state.optimizer.param_groups for p in group["params"]}
+    CheckpointWriter(Path(output), run).save(
+        1, train_state.unwrapped, train_state.optimizer, train_state.scheduler, {"step": 1}
+    )
     stored = read_contents(Path(output, "step_00000001")).state_dict_metadata
     labels = torch.zeros(1, 4, dtype=torch.long)
     lm_of_teacher = 0.0

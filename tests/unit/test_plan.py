@@ -40,7 +40,7 @@ def built(models, sizes):
     setup_device()
     from megatron.core import parallel_state
 
-    from distill_nemo.planning.setting import Setting
+    from distill_nemo.planning.planned import PlannedRun
     from distill_nemo.runtime.seed import seed_everything
     from distill_nemo.training.entry import resolve_models
     from distill_nemo.training.setup import build_chunks
@@ -57,8 +57,8 @@ def built(models, sizes):
             (chunk,) = build_chunks(run, architectures, torch.float32, load_weights=True)
             teacher = sum(p.numel() for p in chunk.teacher_model.parameters())
             trained = sum(p.numel() for p in chunk.parameters() if p.requires_grad)
-            setting = Setting(run, architectures, world, on_gpu=False, transformer_engine=False)
-            found[name] = (trained, teacher), (setting.student(rank).total, setting.teacher(rank).total)
+            planned = PlannedRun(run, architectures, world, on_gpu=False, transformer_engine=False)
+            found[name] = (trained, teacher), (planned.student(rank).total, planned.teacher(rank).total)
     return found
 
 
@@ -123,26 +123,26 @@ def counted_flops(case):
 def test_operations_are_those_that_torch_counts(one, family):
     setup_device()
     from distill_nemo.planning.compute import all_work, stage_flops
-    from distill_nemo.planning.setting import Setting
+    from distill_nemo.planning.planned import PlannedRun
     from distill_nemo.training.entry import resolve_models
 
     case = replace(SMALL, family=family, teacher=None)
-    setting = Setting(*resolve_models(case.config()), 1)
-    layers, core, head = stage_flops(setting, setting.models.student, 0, True)
+    planned = PlannedRun(*resolve_models(case.config()), 1)
+    layers, core, head = stage_flops(planned, planned.models.student, 0, True)
     tokens = case.micro_batch * case.length
     (theirs,) = one.run(counted_flops, case)
     # Torch counts all of attention's two products or, before 2.15, none.
     assert theirs in [tokens * (layers - core + head), tokens * (layers + core + head)]
     assert core == 2 * 2 * 2 * case.length * 128 / 2  # two layers, two products of all positions, half of them
-    work = all_work(setting)
+    work = all_work(planned)
     assert (work.student, work.recompute, work.teacher) == (3 * (layers + head), 0, 0)
-    assert all_work(setting.with_fields(training__recompute="full")).recompute == layers
+    assert all_work(planned.with_fields(training__recompute="full")).recompute == layers
 
 
 def test_time_counts_the_pipelines_ends_and_its_slowest_rank():
     setup_device()
     from distill_nemo.planning.compute import rank_work, time_of
-    from distill_nemo.planning.setting import Setting
+    from distill_nemo.planning.planned import PlannedRun
     from distill_nemo.training.entry import resolve_models
 
     case = replace(
@@ -150,10 +150,10 @@ def test_time_counts_the_pipelines_ends_and_its_slowest_rank():
     )
     run, models = resolve_models(case.config())
     run.training.global_batch_size = 8 * case.micro_batch
-    setting = Setting(run, models, 2)
-    works = [rank_work(setting, rank).total for rank in (0, 1)]
+    planned = PlannedRun(run, models, 2)
+    works = [rank_work(planned, rank).total for rank in (0, 1)]
     assert works[1] > works[0]  # the output layers
-    time = time_of(setting, tflops=1e-6, utilisation=0.5)
+    time = time_of(planned, tflops=1e-6, utilisation=0.5)
     one = works[1] * case.micro_batch * case.length / 0.5e6  # seconds of a micro batch on the slowest rank
     assert time.step == pytest.approx((8 + 1) * one)
     assert time.training == pytest.approx(10 * time.step)
@@ -165,7 +165,7 @@ def test_a_published_models_parameters_and_what_would_fit():
     from distill_nemo.planning.advice import what_would_fit
     from distill_nemo.planning.memory import fullest
     from distill_nemo.planning.parameters import total_parameters
-    from distill_nemo.planning.setting import Setting
+    from distill_nemo.planning.planned import PlannedRun
     from distill_nemo.training.entry import resolve_models
 
     shared = {"vocab_size": 128256, "num_query_groups": 8, "tie_word_embeddings": True, "ffn_hidden_size": 8192}
@@ -176,10 +176,10 @@ def test_a_published_models_parameters_and_what_would_fit():
     run, models = resolve_models(run)
     assert total_parameters(models.student) == 1_235_814_400  # Llama 3.2 1B and 3B, as their model cards say
     assert total_parameters(models.teacher) == 3_212_749_824
-    setting = Setting(run, models, 8)
-    needed = fullest(setting).total
-    assert what_would_fit(setting, needed)[0] == "training.micro_batch_size=4"
-    assert what_would_fit(setting, needed / 3)[1] == "training.recompute=full distillation.offload_teacher=True"
-    fitting = what_would_fit(setting, needed / 4)
+    planned = PlannedRun(run, models, 8)
+    needed = fullest(planned).total
+    assert what_would_fit(planned, needed)[0] == "training.micro_batch_size=4"
+    assert what_would_fit(planned, needed / 3)[1] == "training.recompute=full distillation.offload_teacher=True"
+    fitting = what_would_fit(planned, needed / 4)
     assert fitting and all("tensor_model_parallel_size" in one for one in fitting)
-    assert what_would_fit(setting, 1e9) == []
+    assert what_would_fit(planned, 1e9) == []

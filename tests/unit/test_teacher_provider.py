@@ -166,7 +166,7 @@ def _save_ours(inputs, output, parallelism):
     from distill_nemo.checkpoint.save import CheckpointWriter
     from distill_nemo.checkpoint.state import _allocate_adam_state
     from distill_nemo.training.entry import resolve_models
-    from distill_nemo.training.setup import build_trainee
+    from distill_nemo.training.setup import build_train_state
 
     run = RunConfig(str(output), StudentConfig(inputs["qwen3"]), TeacherConfig(inputs["wide"]))
     hidden = ["decoder.final_layernorm:decoder.final_layernorm"]
@@ -174,10 +174,10 @@ def _save_ours(inputs, output, parallelism):
     run.parallelism, run.checkpoint, run.data.sequence_length = parallelism, CheckpointConfig(export=False), 32
     run.optimizer = OptimizerConfig(lr=1e-3)
     run, models = resolve_models(run)
-    trainee = build_trainee(run, models, torch.float32, load_weights=True)
-    _allocate_adam_state(trainee.optimizer)
+    train_state = build_train_state(run, models, torch.float32, load_weights=True)
+    _allocate_adam_state(train_state.optimizer)
     writer = CheckpointWriter(Path(output, "checkpoints"), run)
-    writer.save(7, trainee.unwrapped, trainee.optimizer, trainee.scheduler, {"step": 7})
+    writer.save(7, train_state.unwrapped, train_state.optimizer, train_state.scheduler, {"step": 7})
     writer.close()
 
 

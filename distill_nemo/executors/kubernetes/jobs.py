@@ -22,7 +22,7 @@ from distill_nemo.executors.watch.jobs import ClusterJob, UnseenError
 from distill_nemo.executors.watch.screen import RankLines
 
 OF_JOB = "jobset.sigs.k8s.io/jobset-name"  # label of its pods
-STUCK = (  # reasons for which a container does not start, and that seldom pass
+STUCK_REASONS = (  # reasons for which a container does not start, and that seldom pass
     "ErrImagePull ImagePullBackOff InvalidImageName ErrImageNeverPull ImageInspectError RegistryUnavailable "
     "CreateContainerConfigError CreateContainerError RunContainerError"
 ).split()
@@ -107,7 +107,7 @@ class KubernetesJob(ClusterJob):
         waiting = [(pod["metadata"]["name"], *why) for pod in pods if (why := _waits(pod))]
         running = any(pod["status"].get("phase") in ("Running", "Succeeded") for pod in pods)
         reason = f"{waiting[0][0]}: {waiting[0][1]}: {waiting[0][2]}".rstrip(": ") if waiting else ""
-        stuck = any(why in STUCK for _, why, _ in waiting)
+        stuck = any(why in STUCK_REASONS for _, why, _ in waiting)
         return State("Running" if running else "Pending", reason, stuck=stuck, **about)
 
     def new_lines(self) -> Iterator[str]:

@@ -19,7 +19,7 @@ from distill_nemo.executors.kubernetes.names import check_labels, check_names, c
 from distill_nemo.executors.secrets import refuse_secrets
 from distill_nemo.executors.watch.jobs import UnseenError
 from distill_nemo.executors.worker_config import run_config_of
-from distill_nemo.fields import near
+from distill_nemo.fields import suggest
 from distill_nemo.training.entry import distill
 
 FILES = "/nemo_run"  # where the pods find what is shipped: NeMo-Run's name
@@ -76,7 +76,7 @@ class KubernetesExecutor(KubeflowExecutor):
         """
         refuse_secrets(vars(self), ADVICE_ON_SECRETS)
         if self.trainer_version not in PATCHES:
-            known = near(self.trainer_version, PATCHES)
+            known = suggest(self.trainer_version, PATCHES)
             raise ValueError(f'run.executor.trainer_version = "{self.trainer_version}" is not known.{known}')
         for name, first in SINCE.items():
             if getattr(self, name) and self.trainer_version < first:

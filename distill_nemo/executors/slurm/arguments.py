@@ -17,7 +17,7 @@ import nemo_run as run
 
 from distill_nemo.executors.local import ENVIRONMENT, check_rendezvous
 from distill_nemo.executors.secrets import refuse_secrets
-from distill_nemo.fields import near
+from distill_nemo.fields import suggest
 
 PACKAGERS = ("none", "git")
 JOB_NAME_PREFIX = "distill."  # accounting's name of a job is read back up to its last dot
@@ -105,7 +105,7 @@ def slurm_config(
     if stop_seconds >= (limit := seconds_of(time)):
         raise ValueError(f"run.executor.stop_seconds = {stop_seconds} must be less than time = {time}, {limit} s")
     if packager not in PACKAGERS:
-        raise ValueError(f'run.executor.packager = "{packager}" is not known.{near(packager, PACKAGERS)}')
+        raise ValueError(f'run.executor.packager = "{packager}" is not known.{suggest(packager, PACKAGERS)}')
     _check_container(container_image, container_mounts or [], workdir)
     refuse_secrets({"env": env, "setup": setup}, ADVICE_ON_SECRETS)
     tunnel = _tunnel(host=host, user=user, job_dir=job_dir, identity=identity, port=port)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 INTERVAL = 2.0  # seconds between two looks
 UNSEEN = 30  # looks without an answer after which it is given up
-STUCK = 15  # looks at a job that cannot start
+MAX_STUCK_LOOKS = 15  # looks at a job that cannot start
 
 
 class UnseenError(RuntimeError):
@@ -116,6 +116,6 @@ class ClusterJob(abc.ABC):
                 print(f"{self.name}: job {self.id} {state}", file=out, flush=True)
                 told = state.waits
             before, stuck = state.waits, stuck + 1 if state.stuck else 0
-            if stuck > STUCK:
+            if stuck > MAX_STUCK_LOOKS:
                 break
         return state

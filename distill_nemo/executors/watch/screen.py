@@ -14,7 +14,7 @@ class RankLines:
     """The lines of one job, as its ranks said them.
 
     Tracebacks stay in the logs (torchrun adds one about itself to every failure), and so does a rank's own error, which
-    `Stages` repeats on stderr.
+    `WatchedExperiment` repeats on stderr.
     """
 
     def __init__(self, torchrun: bool, one_node: bool = True, first_rank: int = 0) -> None:

@@ -19,7 +19,6 @@ INDEX = "model.safetensors.index.json"
 FLOATS = ("BF16", "F16", "F32", "F64")
 OLD_BUFFER = "rotary_emb.inv_freq"  # of old Llamas; computed today
 LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
-MAX_LISTED = 5
 
 
 class StoredTensor(NamedTuple):
@@ -64,7 +63,7 @@ def check_hf_tensors(path: Path, model: Architecture) -> None:
         if name in found and found[name] != shape
     ]
     if problems:
-        raise ValueError(f"{path} does not fit its architecture:\n  " + "\n  ".join(first_few(problems, MAX_LISTED)))
+        raise ValueError(f"{path} does not fit its architecture:\n  " + "\n  ".join(first_few(problems)))
 
 
 def check_tied_weights(path: Path, model: Architecture) -> None:
@@ -87,7 +86,7 @@ def _check_dtypes(path: Path, stored: dict[str, StoredTensor]) -> None:
     quantised = [f"{name:.120} is {tensor.dtype}" for name, tensor in stored.items() if tensor.dtype not in FLOATS]
     if quantised:
         raise ValueError(
-            f"{path}: weights must be {', '.join(FLOATS)}; {', '.join(first_few(quantised, MAX_LISTED))}. "
+            f"{path}: weights must be {', '.join(FLOATS)}; {', '.join(first_few(quantised))}. "
             "Write quantised weights out dequantised first"
         )
 
@@ -152,7 +151,7 @@ def _indexed_files(path: Path) -> dict[str, str]:
         raise ValueError(f"{index}: weight_map must name *.safetensors files beside it, got {shown(strange)}")
     absent = sorted(name for name in names if not (path / name).is_file())
     if absent:
-        raise ValueError(f"{index} names files that are not there: {', '.join(first_few(absent, MAX_LISTED))}")
+        raise ValueError(f"{index} names files that are not there: {', '.join(first_few(absent))}")
     return places
 
 

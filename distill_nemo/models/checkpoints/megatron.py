@@ -33,7 +33,6 @@ LOCAL_NAMES = {  # Transformer Engine's fused layer norms, and what they were ca
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 MAX_VOCAB_PADDING = 128 * 64  # Megatron pads to a multiple of 128 times the tensor parallel size
-MAX_LISTED = 5
 
 
 def load_megatron_weights(directory: Path, built: GPTModel) -> None:
@@ -90,7 +89,7 @@ def stored_tensors(directory: Path) -> Shapes:
         ends[name] = max(end, ends.get(name, 0))
     absent = [name for name in sorted(ends) if not (directory / name).is_file()]
     if absent:
-        raise ValueError(f"{directory}/.metadata names files that are not there: {', '.join(absent[:MAX_LISTED])}")
+        raise ValueError(f"{directory}/.metadata names files that are not there: {', '.join(first_few(absent))}")
     for name, end in sorted(ends.items()):
         size = (directory / name).stat().st_size
         if size < end:
@@ -114,7 +113,7 @@ def stored_dtype(directory: Path) -> torch.dtype:
     return next((t.properties.dtype for t in found), torch.float32)
 
 
-def expected_tensors(model: Architecture) -> tuple[list[Shapes], Shapes]:
+def expected_shapes(model: Architecture) -> tuple[list[Shapes], Shapes]:
     """Return name and shape of each layer's tensors, and of those around the layers, in Transformer Engine's naming."""
     table = (model.vocab_size, model.hidden_size)
     around: Shapes = {EMBEDDING: table, "decoder.final_layernorm.weight": (model.hidden_size,)}
@@ -171,7 +170,7 @@ def check_megatron_tensors(directory: Path, model: Architecture) -> None:
     prefix = key_prefix(stored)
     names = {name.removeprefix(prefix): shape for name, shape in stored.items() if name.startswith(prefix)}
     stray = [name for name in stored if not name.startswith(prefix)]
-    by_layer, wanted = expected_tensors(model)
+    by_layer, wanted = expected_shapes(model)
     count = model.num_layers
     deep = _stored_layers(names)
     if deep not in (None, count) and model.block_configs is None:  # a last layer without parts leaves nothing to count
@@ -190,7 +189,7 @@ def check_megatron_tensors(directory: Path, model: Architecture) -> None:
         if name in names and not _fits(name, names[name], shape)
     ]
     if problems:
-        raise ValueError(f"{directory} does not fit the model:\n  " + "\n  ".join(first_few(problems, MAX_LISTED)))
+        raise ValueError(f"{directory} does not fit the model:\n  " + "\n  ".join(first_few(problems)))
 
 
 def _stored_layers(names: Shapes) -> int | None:

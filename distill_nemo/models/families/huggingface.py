@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from distill_nemo.fields import near
+from distill_nemo.fields import suggest
 from distill_nemo.models.architecture import EXPERT_FIELDS, Architecture
 from distill_nemo.models.config_fields import MAX_LAYERS, MAX_POSITIONS, Fields, shown
 from distill_nemo.models.families import FAMILIES
@@ -28,7 +28,9 @@ def from_huggingface(config: dict[str, Any], where: Path) -> dict[str, Any]:
     fields = Fields(config, str(where / "config.json"))
     model_type = fields.text("model_type")
     if model_type not in FAMILIES:
-        raise ValueError(f'{fields.where}: model_type "{model_type:.40}" is not supported.{near(model_type, FAMILIES)}')
+        raise ValueError(
+            f'{fields.where}: model_type "{model_type:.40}" is not supported.{suggest(model_type, FAMILIES)}'
+        )
     family = FAMILIES[model_type]
     fields = Fields(family.defaults | config, fields.where)
     _refuse_features(family, fields)

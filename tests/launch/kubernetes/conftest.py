@@ -252,13 +252,13 @@ import sys
 
 import nemo_run as run
 
-from distill_nemo.executors import Stages, kubernetes
+from distill_nemo.executors import WatchedExperiment, kubernetes
 
 if __name__ == "__main__":
     about, output = json.loads(sys.argv[1]), sys.argv[2]
     shell = "mkdir -p " + output + "; echo $RANK of $WORLD_SIZE > " + output + "/rank_$RANK"
     partial = run.Partial(os.makedirs, name=output + "/made", exist_ok=True)
-    with Stages.titled("scripts") as experiment:
+    with WatchedExperiment.titled("scripts") as experiment:
         for task, name in ((run.Script(inline=shell), "shell"), (partial, "partial")):
             experiment.add(task, executor=kubernetes(nodes=2, **about), name=name)
         experiment.run()

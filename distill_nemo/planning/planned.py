@@ -9,7 +9,7 @@ from distill_nemo.planning.parameters import Count, layer_parameters, rank_layer
 
 
 @dataclass(frozen=True)
-class Setting:
+class PlannedRun:
     """Run that is planned.
 
     Args:
@@ -55,7 +55,7 @@ class Setting:
         return self.tokens // (par.tensor_model_parallel_size if par.sequence_parallel else 1)
 
     @property
-    def logits_count(self) -> bool:
+    def uses_logits(self) -> bool:
         """True if the teacher has an output layer."""
         return self.config.distillation.uses_logits
 
@@ -63,7 +63,7 @@ class Setting:
     def fused(self) -> bool:
         """True if the output layers are part of the loss."""
         return (
-            self.models.teacher is not None and self.logits_count and self.config.distillation.fused_linear is not False
+            self.models.teacher is not None and self.uses_logits and self.config.distillation.fused_linear is not False
         )
 
     def shards(self, count: Count) -> float:
@@ -87,14 +87,14 @@ class Setting:
         """The teacher's."""
         if self.models.teacher is None:
             return Count()
-        return rank_parameters(self.models.teacher, self.config.parallelism, rank, self.logits_count)
+        return rank_parameters(self.models.teacher, self.config.parallelism, rank, self.uses_logits)
 
     def in_host_memory(self, rank: int) -> int:
         """The teacher's parameters that `offload_teacher` keeps there: those of its layers."""
         return sum(self._offloaded_layers(rank))
 
-    def lent(self, rank: int) -> int:
-        """Parameters of the largest of these layers: one of each stage waits on the device, in its forward pass two."""
+    def staged_layer(self, rank: int) -> int:
+        """Parameters of the largest offloaded layer: each stage has one on the device, two in its forward pass."""
         return max(self._offloaded_layers(rank), default=0)
 
     def _offloaded_layers(self, rank: int) -> list[int]:
@@ -111,8 +111,8 @@ class Setting:
         """Return True if it computes the loss."""
         return self.config.parallelism.num_stages - 1 in stages_of(self.config.parallelism, rank)
 
-    def with_fields(self, **fields: Any) -> "Setting":
-        """The setting with fields of the config set: `training__recompute="full"`."""
+    def with_fields(self, **fields: Any) -> "PlannedRun":
+        """The planned with fields of the config set: `training__recompute="full"`."""
         config = self.config
         for name, value in fields.items():
             section, field = name.split("__")
