@@ -5,7 +5,6 @@ the run was made of), `architecture.json` (the student's) and `SHA256SUMS`. `lat
 last, so what it names was whole then.
 """
 
-import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from distill_nemo.config import DataConfig, DistillationConfig, StudentConfig, TeacherConfig
 from distill_nemo.models.sources import saved_steps
-from distill_nemo.runtime.files import write_atomically
+from distill_nemo.runtime.files import read_object, write_atomically
 
 MAY_CHANGE = ("num_workers", "cache", "fused_linear", "offload_teacher")
 SECTIONS: dict[str, Any] = {
@@ -58,21 +57,6 @@ def read_record(directory: Path) -> dict[str, Any]:
     if not isinstance(record.setdefault("contents", {}), dict):
         raise ValueError(f'{directory / "run.json"} is damaged: "contents" is no JSON object')
     return record
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object that a file holds.
-
-    Raises:
-        ValueError: when it holds none, or cannot be read.
-    """
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object")
-    return value
 
 
 def point_latest_at(directory: Path) -> None:

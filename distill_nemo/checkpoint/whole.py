@@ -5,9 +5,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from distill_nemo.checkpoint.directory import read_object, read_record
+from distill_nemo.checkpoint.directory import read_record
 from distill_nemo.models.checkpoints.megatron import STATE, is_extra
 from distill_nemo.runtime.checksums import SUMS, read_sums, sha256
+from distill_nemo.runtime.files import read_object
 from distill_nemo.runtime.pickles import read_contents
 
 

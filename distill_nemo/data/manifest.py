@@ -10,16 +10,17 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from distill_nemo.runtime.files import read_object
+
 MAX_BYTES = 1 << 28  # of a vocabulary, unpacked
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """Return the object in a JSON file, or None if there is none."""
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return read_object(path)
+    except ValueError:
         return None
-    return value if isinstance(value, dict) else None
 
 
 def read_manifest(prefix: str) -> dict[str, Any]:

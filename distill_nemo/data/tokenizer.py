@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distill_nemo.runtime.files import read_object_if_any
+
 if TYPE_CHECKING:
     import tokenizers
 
@@ -106,8 +108,8 @@ def load_tokenizer(path: str) -> Tokenizer:
     directory = Path(path)
     if not directory.is_dir():
         raise ValueError(f"no such tokenizer directory: {path}; name a directory with tokenizer.json")
-    config = _read_object(directory / "tokenizer_config.json")
-    legacy = _read_object(directory / "special_tokens_map.json")
+    config = read_object_if_any(directory / "tokenizer_config.json")
+    legacy = read_object_if_any(directory / "special_tokens_map.json")
     # As transformers: the older file counts unless the newer format is complete.
     special_tokens = legacy | config if "added_tokens_decoder" in config else config | legacy
     added = _added_tokens(directory, config)
@@ -129,25 +131,13 @@ def load_tokenizer(path: str) -> Tokenizer:
     return tokenizer
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return value
-
-
 def _added_tokens(directory: Path, config: dict[str, Any]) -> "dict[str, tuple[int, tokenizers.AddedToken]]":
     """Return id and token by content, as `tokenizer_config.json` or the older `added_tokens.json` states them."""
     import tokenizers
 
     try:
         if "added_tokens_decoder" not in config:
-            older = _read_object(directory / "added_tokens.json")
+            older = read_object_if_any(directory / "added_tokens.json")
             return {token: (int(i), tokenizers.AddedToken(token, normalized=False)) for token, i in older.items()}
         added = {}
         for i, about in config["added_tokens_decoder"].items():

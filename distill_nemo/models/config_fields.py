@@ -3,10 +3,8 @@
 Sizes have upper limits far above any model's: what is made from a size takes little memory before weights are read.
 """
 
-import json
 import reprlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeGuard
 
 MAX_SIZE = 2**24
@@ -15,7 +13,6 @@ MAX_EXPERTS = 10_000
 MAX_EXPERTS_IN_ALL_LAYERS = 200_000
 MAX_POSITIONS = 2**31
 MAX_NUMBER = 1e30
-MAX_JSON_BYTES = 256 * 2**20
 _SHORT = reprlib.Repr(maxstring=80, maxother=80)
 
 
@@ -85,21 +82,3 @@ def is_number(value: Any) -> TypeGuard[int | float]:
 def shown(value: Any) -> str:
     """A short `repr`, whatever the value."""
     return _SHORT.repr(value)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        ValueError: when it cannot be read, is larger than any configuration, or holds something else.
-    """
-    try:
-        size = path.stat().st_size
-        value = json.loads(path.read_text(encoding="utf-8")) if size <= MAX_JSON_BYTES else None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if size > MAX_JSON_BYTES:
-        raise ValueError(f"{path} has {size:,} bytes; a configuration has at most {MAX_JSON_BYTES:,}")
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {shown(value)}")
-    return value

@@ -17,13 +17,13 @@ from distill_nemo.models.config_fields import (
     MAX_NUMBER,
     MAX_POSITIONS,
     MAX_SIZE,
-    read_json,
 )
 from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.families.huggingface import from_huggingface
 from distill_nemo.models.families.rope import check_rope_scaling
 from distill_nemo.models.layers.block_configs import read_block_configs
 from distill_nemo.models.sources import CheckpointKind, Source, find_checkpoint
+from distill_nemo.runtime.files import read_object
 from distill_nemo.runtime.process_groups import rank
 
 REQUIRED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
@@ -195,11 +195,11 @@ def read_source(checkpoint: str) -> tuple[Source, dict[str, Any]]:
     if found.description is None:
         pass
     elif found.kind is CheckpointKind.OURS:
-        stated = from_dict(read_json(found.description), StudentConfig, f"{found.description}: ")
+        stated = from_dict(read_object(found.description), StudentConfig, f"{found.description}: ")
         own = dataclasses.asdict(stated)
         described = {k: v for k, v in own.items() if k != "checkpoint" and (v is not None or k in WITHOUT_DEFAULT)}
     elif found.kind is CheckpointKind.HUGGING_FACE:
-        config = read_json(found.description)
+        config = read_object(found.description)
         described = from_huggingface(config, found.weights)
     else:
         described = read_nemo_config(found.description)

@@ -1,12 +1,40 @@
-"""Write files so that a crash or a power loss leaves the old content or the new one. No torch."""
+"""Read and write files; a crash or a power loss leaves the old content or the new one. No torch."""
 
 import contextlib
 import errno
+import json
 import os
+import reprlib
 import shutil
 from pathlib import Path
+from typing import Any
 
 NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # of a directory, on some network file systems
+
+MAX_JSON_BYTES = 256 * 2**20
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object that a file holds.
+
+    Raises:
+        ValueError: when the file cannot be read, is larger than any configuration, or holds something else.
+    """
+    try:
+        size = path.stat().st_size
+        value = json.loads(path.read_text(encoding="utf-8")) if size <= MAX_JSON_BYTES else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if size > MAX_JSON_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes; at most {MAX_JSON_BYTES:,} are read")
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {reprlib.repr(value)}")
+    return value
+
+
+def read_object_if_any(path: Path) -> dict[str, Any]:
+    """Return the JSON object that a file holds, or an empty one where there is no file."""
+    return read_object(path) if path.is_file() else {}
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from distill_nemo.config import StudentConfig
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.pretrained import empty_model, open_pretrained
-from distill_nemo.models.config_fields import read_json
 from distill_nemo.models.families.huggingface import from_huggingface, to_huggingface
+from distill_nemo.runtime.files import read_object, read_object_if_any
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -150,13 +150,13 @@ def _matching(directory: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
 
 
 def _states_template(directory: Path) -> bool:
-    return bool(_read_json(directory / "tokenizer_config.json").get("chat_template"))
+    return bool(read_object_if_any(directory / "tokenizer_config.json").get("chat_template"))
 
 
 def _chat_templates(directory: Path) -> Files:
     """Return the chat templates of a directory as files: transformers keeps them so, or in `tokenizer_config.json`."""
     found: Files = {**_matching(directory, CHAT_TEMPLATES)}
-    stated = _read_json(directory / "tokenizer_config.json").get("chat_template")
+    stated = read_object_if_any(directory / "tokenizer_config.json").get("chat_template")
     if found or not stated:
         return found
     if isinstance(stated, str):
@@ -185,7 +185,7 @@ def _source_config(source: Path, model: Architecture) -> dict[str, Any]:
     """Return `config.json` of the source, or nothing if another model is there by now."""
     if model.source is not None and model.source.weights == source:
         return model.source.config
-    config = read_json(source / "config.json")
+    config = read_object(source / "config.json")
     stated, own = from_huggingface(config, source), dataclasses.asdict(model.filled(StudentConfig()))
     differing = [name for name, value in stated.items() if name != "vocab_size" and own[name] != value]
     if not differing:
@@ -197,11 +197,6 @@ def _source_config(source: Path, model: Architecture) -> dict[str, Any]:
         flush=True,
     )
     return {}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return value if isinstance(value, dict) else {}
 
 
 def _token_ids(tokenizer: Path) -> dict[str, int | None]:

@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 
 from distill_nemo.fields import first_few
 from distill_nemo.models.architecture import Architecture
-from distill_nemo.models.config_fields import read_json, shown
+from distill_nemo.models.config_fields import shown
+from distill_nemo.runtime.files import read_object
 
 VOCAB_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
 INDEX = "model.safetensors.index.json"
@@ -142,7 +143,7 @@ def _indexed_files(path: Path) -> dict[str, str]:
     index = path / INDEX
     if not index.is_file():
         raise ValueError(f"{path} has neither model.safetensors nor {INDEX}, which says what its other files hold")
-    places = read_json(index).get("weight_map")
+    places = read_object(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ValueError(f"{index}: weight_map must say in which file each tensor is, got {shown(places)}")
     names = {str(name) for name in places.values()}

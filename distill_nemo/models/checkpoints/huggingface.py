@@ -27,10 +27,9 @@ from distill_nemo.models.checkpoints.agreement import logits_apart, open_with_tr
 from distill_nemo.models.checkpoints.export_files import NO_EXPORT, export_files
 from distill_nemo.models.checkpoints.hf_tensors import VOCAB_TENSORS, check_tied_weights, expected_tensors
 from distill_nemo.models.checkpoints.megatron import STATE
-from distill_nemo.models.config_fields import read_json
 from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.layers.experts import one_expert
-from distill_nemo.runtime.files import replace_directory, restore_replaced
+from distill_nemo.runtime.files import read_object, replace_directory, restore_replaced
 from distill_nemo.runtime.output_lock import OutputLock
 
 METADATA = {"format": "pt", "producer": "distill_nemo"}  # by which an export of ours is known, and may be replaced
@@ -206,7 +205,7 @@ def check_target(target: Path) -> None:
 
 def _hf_tensors(built: GPTModel, export: Path, model: Architecture, dtype: torch.dtype) -> dict[str, Tensor]:
     with tempfile.TemporaryDirectory() as stated:
-        config = read_json(export / "config.json") | _stated_for_modelopt(model)
+        config = read_object(export / "config.json") | _stated_for_modelopt(model)
         Path(stated, "config.json").write_text(json.dumps(config))
         with contextlib.redirect_stdout(io.StringIO()):  # ModelOpt prints its MoE settings
             exporter = _Exporter(built, stated, dtype=dtype)
