@@ -1,13 +1,13 @@
 """The report of some runs: one HTML page that can be mailed, and its plots beside it. No torch."""
 
 import base64
-import shutil
 import statistics
 from pathlib import Path
 from typing import Any
 
 from distill_nemo.reports import metrics_file, plots
 from distill_nemo.reports.comparison import COLUMNS, Row, best, count, figure, finding, finite, render_table
+from distill_nemo.runtime.files import writing_directory
 
 __all__ = ["render_table", "write_report"]
 
@@ -36,20 +36,13 @@ def write_report(
     strange = sorted(path.name for path in directory.iterdir() if path.name not in FILES) if directory.is_dir() else []
     if strange:
         raise ValueError(f"{directory} holds {strange[0]}, which is no part of a report: name a directory of its own")
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with writing_directory(directory) as partial:
         lines = {name: metrics_file.read(path) for name, path in runs.items()}
         colour = plots.colours([row["model"] for row in table], lines)
         plots.save(plots.comparison(table, colour), partial / "comparison.png")
         plots.save(plots.loss_curves(lines, colour), partial / "loss_curves.png")
         images = {name: base64.b64encode((partial / f"{name}.png").read_bytes()).decode() for name in PLOTS}
         (partial / PAGE).write_text(_page(lines, table, facts, samples, images), encoding="utf-8")
-        shutil.rmtree(directory, ignore_errors=True)
-        partial.rename(directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return directory / PAGE
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import reprlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,20 @@ def fsync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def writing_directory(target: Path) -> Iterator[Path]:
+    """Yield an empty directory that takes the place of `target` at the end of the block, or disappears on an error."""
+    partial = target.with_name(f".{target.name}.partial")
+    restore_replaced(target)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        replace_directory(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def replace_directory(new: Path, target: Path) -> None:

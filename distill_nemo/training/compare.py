@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_nemo.config import RunConfig, StudentConfig, load_yaml
-from distill_nemo.runtime.files import replace_directory
+from distill_nemo.runtime.files import writing_directory
 
 PROMPT = "def __init__(self"
 
@@ -59,11 +59,9 @@ def _measure(name: str, model: StudentConfig, config: RunConfig, samples: int) -
 
 
 def _publish(directory: Path) -> None:
-    """The distilled student's Hugging Face directory, where the README says it is."""
-    partial = directory / "student.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(directory / "distilled" / "student", partial)
-    replace_directory(partial, directory / "student")
+    """Copy the distilled student's Hugging Face directory to where the README says it is."""
+    with writing_directory(directory / "student") as partial:
+        shutil.copytree(directory / "distilled" / "student", partial, dirs_exist_ok=True)
 
 
 def _parameters(path: Path) -> int:

@@ -7,7 +7,6 @@ import contextlib
 import io
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +28,7 @@ from distill_nemo.models.checkpoints.hf_tensors import VOCAB_TENSORS, check_tied
 from distill_nemo.models.checkpoints.megatron import STATE
 from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.layers.experts import one_expert
-from distill_nemo.runtime.files import read_object, replace_directory, restore_replaced
+from distill_nemo.runtime.files import read_object, restore_replaced, writing_directory
 from distill_nemo.runtime.output_lock import OutputLock
 
 METADATA = {"format": "pt", "producer": "distill_nemo"}  # by which an export of ours is known, and may be replaced
@@ -159,21 +158,16 @@ def writing_export(path: Path) -> Iterator[Path]:
     check_target(path)
     target = path.resolve()
     with OutputLock(target.with_name(f".{target.name}.lock"), f"output = {path}"):
-        partial = target.with_name(f".{target.name}.partial")
         restore_replaced(target)
         check_target(path)  # again: another export may have ended meanwhile
-        shutil.rmtree(partial, ignore_errors=True)
         try:
-            partial.mkdir(parents=True)
-            yield partial
-            replace_directory(partial, target)
+            with writing_directory(target) as partial:
+                yield partial
         except OSError as error:
             raise OSError(
                 f"output = {path}: the export could not be written: {error.strerror or error}; what was there before "
                 "is unchanged"
             ) from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:

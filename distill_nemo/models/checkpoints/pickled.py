@@ -1,6 +1,5 @@
 """Old Hugging Face checkpoints, whose weights are pickles, made into safetensors, which is all that training reads."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from safetensors import SafetensorError
 from distill_nemo.models.checkpoints.export_files import tokenizer_files, write_files
 from distill_nemo.models.checkpoints.huggingface import check_target
 from distill_nemo.models.checkpoints.pretrained import open_pretrained
+from distill_nemo.runtime.files import writing_directory
 from distill_nemo.runtime.output_lock import OutputLock
 
 
@@ -41,18 +41,12 @@ def convert(checkpoint: str, output: str, allow_pickle: bool = False) -> None:
 
 def _write(model: Any, files: dict[str, Path], target: Path) -> None:
     """Write the model and copies of `files`; `target` appears when all is there."""
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        model.save_pretrained(partial)
-        write_files(files, partial)
-        if target.is_dir():
-            target.rmdir()
-        partial.rename(target)
+        with writing_directory(target) as partial:
+            model.save_pretrained(partial)
+            write_files(files, partial)
     except (OSError, SafetensorError) as error:
         raise OSError(f"output = {target} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _opened(source: Path) -> Any:
