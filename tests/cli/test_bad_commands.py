@@ -110,7 +110,7 @@ def test_more_of_them_in_this_process(capfd, words, said):
         (["quickstart", "stepz=3"], 'unknown field "stepz". Did you mean steps?'),
     ],
 )
-def test_the_other_commands(capfd, tmp_path, monkeypatch, words, said):
+def test_commands_beside_train_refuse_bad_words(capfd, tmp_path, monkeypatch, words, said):
     monkeypatch.chdir(tmp_path)
     result = nemo_here(capfd, *words)
     assert (result.code, result.out) == (1, "")

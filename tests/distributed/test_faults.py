@@ -70,7 +70,7 @@ def killed_in_a_save(output, rank):
 @pytest.mark.parametrize(
     ("fault", "asynchronous"), [(killed_in_a_step, False), (killed_in_a_save, False), (killed_in_a_save, True)]
 )
-def test_kill_9(inputs, two, whole, tmp_path, fault, asynchronous):
+def test_a_run_survives_kill_9(inputs, two, whole, tmp_path, fault, asynchronous):
     changes = {"checkpoint.async_save": asynchronous, "logging.tensorboard": True}
     with pytest.raises((ProcessEndedError, RuntimeError, OSError)):  # what a rank says of the other's death, or nothing
         two.run(train, inputs, tmp_path, changes, fault)

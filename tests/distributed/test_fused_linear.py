@@ -50,7 +50,7 @@ def fused(name: str, temperature: float, num_true: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("temperature", "num_true"), [(1.0, V), (2.0, V), (1.0, 250)], ids=["", "T=2", "a shard of padding"]
 )
-def test_fused_linear(group: Gloo, name: str, temperature: float, num_true: int) -> None:
+def test_fused_losses_equal_the_oracles(group: Gloo, name: str, temperature: float, num_true: int) -> None:
     """The hidden states' gradient is a sum over ranks, which the caller makes; all else is complete."""
     ranks = group.run(fused, name, temperature, num_true)
     (student, teacher), (labels, mask) = make_heads(), make_targets()

@@ -76,7 +76,7 @@ def watch(inputs, models, output, steps, pipeline=1, recompute=None):
 
 @pytest.mark.parametrize("recompute", [None, "full"])
 @pytest.mark.parametrize("pipeline", [1, 2])
-def test_nothing_grows(inputs, models, one, two, tmp_path, pipeline, recompute):
+def test_memory_does_not_grow_with_the_steps(inputs, models, one, two, tmp_path, pipeline, recompute):
     """Also on stages that never compute the loss: no output is kept there for each micro batch."""
     for seen, _ in (one, two)[pipeline - 1].run(watch, inputs, models, tmp_path, STEPS, pipeline, recompute):
         print(seen)

@@ -70,7 +70,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", mount], check=True)
 
 
-def test_a_full_disk(inputs, two, small_disk):
+def test_a_run_survives_a_full_disk(inputs, two, small_disk):
     """The last run has processes of its own, as a command typed again has.
 
     In the old ones a write that failed has left a memoryview of a BytesIO in a cycle, through the frames of torch's

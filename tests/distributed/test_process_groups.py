@@ -49,7 +49,7 @@ def sizes_of(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout(four, layout):
+def test_every_layout_has_its_process_groups(four, layout):
     sizes, data_parallel_size = LAYOUTS[layout]
     for found, data, _, drawn in (ranks := four.run(sizes_of, sizes)):
         assert {k: v for k, v in found.items() if v not in (1, None)} == sizes

@@ -138,7 +138,9 @@ def check_logits_loss(
 @pytest.mark.parametrize("name", reference.DIVERGENCES)
 @pytest.mark.parametrize("vocab_size", [V, 250], ids=["padded", "a shard of padding only"])
 @pytest.mark.parametrize(("temperature", "dtype"), [(1.0, torch.float32), (2.0, torch.float32), (1.0, torch.bfloat16)])
-def test_logits_loss(group: Gloo, name: str, vocab_size: int, temperature: float, dtype: torch.dtype) -> None:
+def test_a_sharded_logits_loss_is_whole(
+    group: Gloo, name: str, vocab_size: int, temperature: float, dtype: torch.dtype
+) -> None:
     check_logits_loss(group, name, vocab_size, temperature, dtype)
 
 

@@ -77,7 +77,7 @@ def test_an_offloaded_teacher_is_the_same_to_the_last_bit(inputs, tmp_path):
     assert away == there
 
 
-def test_experts_train(inputs, tmp_path):
+def test_a_model_with_experts_trains_on_a_gpu(inputs, tmp_path):
     fields = {
         "student.checkpoint": write_hf(tmp_path / "student", "qwen3_moe", seed=4, layers=2, width=32),
         "teacher.checkpoint": write_hf(tmp_path / "teacher", "qwen3_moe", seed=3, layers=2),

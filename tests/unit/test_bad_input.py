@@ -93,7 +93,7 @@ def evaluated(inputs, length, student=None, data=None):
     evaluate_student(StudentConfig(str(student or inputs / "student")), str(data or inputs / "valid"), None, length, 8)
 
 
-def test_vocabularies(inputs, one, tmp_path):
+def test_vocabularies_that_differ_are_refused(inputs, one, tmp_path):
     """The inputs' tokenizer and models have 507 ids."""
     write_hf(tmp_path / "smaller", layers=2, width=32, vocab=400)
     write_hf(tmp_path / "larger", layers=2, width=32, vocab=600)

@@ -77,7 +77,7 @@ def test_a_dry_run_prints_its_manifest(capfd):
         (["run.executor.region=south"], "no cloud for runs/llama32_3b_to_1b"),
     ],
 )
-def test_it_refuses_before_anything_starts(capfd, words, said):
+def test_a_new_executor_refuses_before_anything_starts(capfd, words, said):
     ended = nemo_here(capfd, *TRAIN, *words)
     assert (ended.code, ended.out) == (1, "")
     assert ended.err.startswith("error: ") and said in ended.err

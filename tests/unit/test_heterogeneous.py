@@ -79,7 +79,7 @@ def logits_of_heterogeneous(path):
     return logits(model_provider(student=StudentConfig(str(path), **HETEROGENEOUS), parallelism=ParallelismConfig()))
 
 
-def test_they_come_from_a_megatron_checkpoint(llama, one, tmp_path):
+def test_layers_that_differ_come_from_a_megatron_checkpoint(llama, one, tmp_path):
     expected, tensors = llama
     one.run(in_one_process, write_megatron, tmp_path / "m", tensors)
     ours = one.run(in_one_process, logits_of_heterogeneous, tmp_path / "m")[0]
@@ -101,7 +101,7 @@ def train(inputs, output, pipeline=1, steps=8, tensor=1, export=False):
     run_config(run)
 
 
-def test_they_train_save_resume_and_reshard(llama, inputs, one, two, tmp_path):
+def test_layers_that_differ_train_save_resume_and_reshard(llama, inputs, one, two, tmp_path):
     one.run(in_one_process, write_megatron, tmp_path / "m", llama[1])
     one.run(train, inputs, tmp_path / "whole")
     two.run(train, inputs, tmp_path / "pp2", 2)

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 # Triton's interpreter does not round to bf16, it cuts off, as kernels do not; the chunks are those of torch alone.
 LOW = f"not (low_precision and dtype0) and not {eager.CHUNK} and not {2 * B * V}"
-TWO_RANKS = ["tests/distributed/test_vocab_parallel.py", "-k", "test_logits_loss and tp2 and 2.0 and not top"]
+TWO_RANKS = ["tests/distributed/test_vocab_parallel.py", "-k", "test_a_sharded_logits_loss and tp2 and 2.0 and not top"]
 FUSED = ["tests/unit/test_fused_linear.py", "-k", "values and weights2 and some and not top"]
 BLOCKS = ["tests/unit/test_kernels.py", "-k", "as_exact_as_torch and float32 or in_another_dtype"]
 

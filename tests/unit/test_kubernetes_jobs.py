@@ -175,7 +175,7 @@ def test_a_log_that_is_not_shown_for_a_while_loses_and_repeats_no_line(cluster, 
     assert set(shown) == steps(cluster.looks) | steps(cluster.looks, "rank 2: ") and len(shown) == 2 * cluster.looks
 
 
-def test_nor_does_it_for_nemo_run(cluster, watcher):
+def test_a_log_that_is_not_shown_for_a_while_loses_no_line_for_nemo_run(cluster, watcher):
     cluster.found = 2 * UNSEEN
     two_nodes(cluster, ends_at=cluster.found + 1)
     lines = list(watcher(2).until_the_end())

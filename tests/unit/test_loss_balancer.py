@@ -30,7 +30,7 @@ def test_names_are_modelopts() -> None:
     assert isinstance(WeightedLossBalancer(1.0, 1.0, 1.0), mtd.DistillationLossBalancer)
 
 
-def test_all_terms() -> None:
+def test_three_losses_are_scaled_to_each_other() -> None:
     """Intermediate mean 0.5 to the size of logits 1: x2. Their sum 2 to the student's 3: x1.5, halved: x0.75."""
     losses = {STUDENT: 3.0, LOGITS: 1.0, COSINE: 0.25, MSE: 0.75}
     total, weights = balance(LogitsAndIntermediatesLossBalancer(kd_loss_scale=0.5), **losses)

@@ -95,7 +95,7 @@ def test_entropy_and_agreement() -> None:
     ("loss_class", "oracle"), [(HiddenStateCosineLoss, reference.cosine), (HiddenStateMSELoss, reference.mse)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_hidden_losses(loss_class: type, oracle, dtype: torch.dtype) -> None:
+def test_hidden_losses_equal_their_oracles(loss_class: type, oracle, dtype: torch.dtype) -> None:
     student, teacher = make_logits(6, width=64, dtype=dtype)
     loss = loss_class(64, 64)((student, None), teacher)
     loss.sum().backward()

@@ -46,7 +46,7 @@ def recipe(tmp_path, monkeypatch):
         (dgx_cloud, "--nnodes 2 --nproc-per-node 8"),
     ],
 )
-def test_they_dry_run_offline_with_our_recipe(recipe, make, layout):
+def test_other_executors_dry_run_offline_with_our_recipe(recipe, make, layout):
     executor = make()
     check_launch(run_config_of(recipe), executor, dryrun=True)
     with run.Experiment("dry", skip_status_at_exit=True) as experiment:

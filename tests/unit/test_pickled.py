@@ -26,7 +26,7 @@ def old(tmp_path):
     return path
 
 
-def test_the_same_tensors(old, tmp_path):
+def test_converted_tensors_are_those_of_the_pickle(old, tmp_path):
     convert(str(old), str(tmp_path / "new"), allow_pickle=True)
     converted, expected = load_file(tmp_path / "new" / "model.safetensors"), load_file(tmp_path / "expected")
     assert converted.keys() == expected.keys() and all(
@@ -69,7 +69,7 @@ def earlier_export(path):
         (lambda path: path.with_name("new").mkdir() or path.with_name("new").joinpath("x").touch(), True, "exists and"),
     ],
 )
-def test_refused(old, tmp_path, monkeypatch, change, allow, said):
+def test_pickles_that_cannot_be_converted_are_refused(old, tmp_path, monkeypatch, change, allow, said):
     monkeypatch.chdir(tmp_path)
     change(old)
     with pytest.raises(ValueError, match=said):

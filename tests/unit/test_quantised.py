@@ -87,7 +87,7 @@ def test_a_state_of_modelopts_that_would_run_code_is_refused(quantised, inputs, 
     assert not executed.exists()
 
 
-def test_its_output_layer_cannot_be_part_of_the_loss(quantised, inputs, one):
+def test_a_quantised_output_layer_cannot_be_part_of_the_loss(quantised, inputs, one):
     """Left alone the run takes whole logits (every run here does)."""
     with pytest.raises(ValueError, match="fused_linear = true is not possible: the student's output layer is a Quant"):
         one.run(in_one_process, load, quantised[0], inputs / "teacher", True)
@@ -108,7 +108,7 @@ def logits_of_run(output):
     return logits(model), sum("Quantizer" in type(module).__name__ for module in model.modules())
 
 
-def test_its_runs_resume_bit_for_bit_and_their_checkpoints_are_quantised(quantised, inputs, one, tmp_path):
+def test_runs_of_a_quantised_student_resume_bit_for_bit_and_save_it_quantised(quantised, inputs, one, tmp_path):
     path = quantised[0]
     one.run(train, inputs, path, tmp_path / "whole", 8)
     for steps in (4, 8):
@@ -118,7 +118,7 @@ def test_its_runs_resume_bit_for_bit_and_their_checkpoints_are_quantised(quantis
     assert torch.equal(whole[0], parts[0]) and whole[1] == parts[1] > 0
 
 
-def test_other_layouts(quantised, inputs, one, two, tmp_path):
+def test_a_quantised_student_trains_alike_under_other_layouts(quantised, inputs, one, two, tmp_path):
     """Data and pipeline parallelism give the same curve; tensor parallelism would give other scales, and is refused."""
     path = quantised[0]
     one.run(train, inputs, path, tmp_path / "one", 4)

@@ -281,7 +281,7 @@ def test_a_directory_with_other_things_is_refused(tmp_path):
     assert (tmp_path / "thesis.tex").exists()
 
 
-def test_no_torch(tmp_path):
+def test_reports_import_no_torch(tmp_path):
     code = (
         "import sys; from pathlib import Path; from distill_nemo.reports.page import render_table, write_report;"
         "table = [{'model': 'm'}]; write_report(Path(sys.argv[1]), {'a': Path('none')}, table, {}, []);"

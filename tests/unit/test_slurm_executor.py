@@ -197,7 +197,7 @@ def test_the_least_a_user_says(dry):
     assert "gpus-per-node" not in flags(dry("devices=2", "gpus=false").out)
 
 
-def test_a_container(dry, inputs, tmp_path):
+def test_a_container_is_named_to_srun(dry, inputs, tmp_path):
     script = dry(
         "devices=2",
         "container_image=nvcr.io#nvidia/pytorch:25.09-py3",

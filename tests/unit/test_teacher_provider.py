@@ -103,7 +103,7 @@ def assert_as_transformers(logits, path):
 
 
 @pytest.mark.parametrize("family", WITH_EXPERTS)
-def test_hugging_face(models, family):
+def test_a_hugging_face_teacher_has_transformers_logits(models, family):
     assert_as_transformers(logits_of(provide(TeacherConfig(models[family]))), models[family])
 
 
@@ -239,7 +239,7 @@ def test_frozen_and_of_its_own_depth_width_and_heads(models, tmp_path):
     assert model.training and all(parameter.requires_grad for parameter in model.decoder.parameters())
 
 
-def test_pickles(models):
+def test_the_provider_of_a_teacher_can_be_pickled(models):
     from distill_nemo.models.provider import _teacher_provider
 
     provider = functools.partial(_teacher_provider, TeacherConfig(models["llama"]), arguments())

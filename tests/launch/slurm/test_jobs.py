@@ -72,7 +72,7 @@ def test_a_killed_rank_and_a_job_that_gives_way_are_queued_again_and_go_on(stori
     assert steps == list(range(1, 61))
 
 
-def test_from_python(stories):
+def test_a_recipe_is_launched_from_python(stories):
     story = stories["in_python"]
     assert story.ended.code == 0, story.ended
     assert (story.typed["follow"].code, story.typed["follow"].err) == (0, "")
