@@ -19,3 +19,8 @@ def test_an_error_of_a_rank_ends_what_is_shown_of_it():
     lines = ["step 1", "error: no such file", "step 2"]
     assert [shown.shown(f"[default0]:{line}") for line in lines] == ["step 1", "", ""]
     assert shown.shown("[default1]:step 2") == "rank 1: step 2"
+
+
+def test_what_gloo_says_about_its_peers_is_not_shown():
+    peers = "[Gloo] Rank 1 is connected to 1 peer ranks. Expected number of connected peer ranks is : 1\n"
+    assert [RankLines(torchrun=True).shown(f"[default{rank}]:{peers}") for rank in (0, 1)] == ["", ""]

@@ -7,6 +7,7 @@ import nemo_run as run
 
 # Up to the next rank's, where nodes share a log: it waits for rank 0, but a slow machine may not end it in time.
 ERROR = re.compile(r"^error(?: on rank \d+)?: .*?(?=\nerror on rank \d+: |\Z)", re.M | re.S)
+GLOO = "[Gloo] Rank "  # torch before 2.11 prints how many peers each group has
 _OF_RANK = re.compile(r"\[default(\d+)\]:(?:\[rank\d+\]: ?)*(.*)", re.S)  # torchrun's mark; torch's, once a group
 
 
@@ -35,7 +36,7 @@ class RankLines:
             self._hiding.setdefault(rank, "traceback")
         elif self._hiding.get(rank) == "traceback" and line.strip() and not line[0].isspace():
             del self._hiding[rank]  # the exception itself
-        if rank in self._hiding:
+        if rank in self._hiding or line.startswith(GLOO):
             return ""
         rank += self._first_rank
         return f"rank {rank}: {line}" if rank and self._one_node else line  # torchrun numbers a node's own ranks
