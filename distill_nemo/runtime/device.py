@@ -106,7 +106,10 @@ def _replace_cuda_by_cpu() -> None:
 
 
 def cpu_replacements() -> list[tuple[Any, str, Any]]:
-    """(where, what, by what) for Megatron-Core 0.19; tests/unit/test_patches.py takes each back and sees a run fail."""
+    """Return (owner, name, value) of every patch that Megatron-Core 0.19 needs.
+
+    tests/unit/runtime/test_patches.py takes each back and sees a run fail.
+    """
     cpu, cuda = torch.device("cpu"), torch.cuda
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     return [

@@ -17,7 +17,7 @@ from tests import reference
 from tests.distributed.test_vocab_parallel import Collectives, shard, world
 from tests.spawn import Gloo
 from tests.training import changed, differences, metrics, tiny_run
-from tests.unit.test_fused_linear import PADDED, V, make_heads, make_targets, of, oracle, relative
+from tests.unit.losses.test_fused_linear import PADDED, V, make_heads, make_targets, of, oracle, relative
 
 WEIGHTS = {"lm_weight": 0.3, "logits_weight": 0.7}
 NUM_CHUNKS = 4  # the 18 tokens that count, 5 at a time

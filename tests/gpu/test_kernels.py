@@ -10,9 +10,9 @@ from distill_nemo.losses.fused_linear.loss import fused_linear_losses
 from distill_nemo.losses.kernels.dispatch import VARIABLE
 from tests import reference
 from tests.gpu.conftest import REHEARSAL
-from tests.unit.test_fused_linear import make_heads, make_targets, of, oracle, relative
-from tests.unit.test_kernels import EXTREME
-from tests.unit.test_losses import make_logits
+from tests.unit.losses.test_fused_linear import make_heads, make_targets, of, oracle, relative
+from tests.unit.losses.test_kernels import EXTREME
+from tests.unit.losses.test_losses import make_logits
 
 WIDTH = 1003 if REHEARSAL else 128_259
 FP32 = torch.float32

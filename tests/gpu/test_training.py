@@ -6,7 +6,7 @@ import torch
 from tests.gpu.conftest import REHEARSAL
 from tests.tiny_models import write_hf
 from tests.training import changed, differences, metrics, tiny_run
-from tests.unit.test_host_syncs import CASES, steps_under
+from tests.unit.training.test_host_syncs import CASES, steps_under
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # in pytest's own process, third parties' warnings are errors
 BF16 = "float32" if REHEARSAL else "bfloat16"

@@ -7,7 +7,7 @@ atomics: the same bits every time.
 
 Memory decides the time only while few instructions are spent on a column: an H200 has about 30 for one of student and
 teacher in bf16. So logits are multiplied by 1/T, never divided; exponentials are the hardware's, of base 2; and no
-number leaves its thread within a loop. tests/unit/test_kernels.py counts them in the code for sm_90.
+number leaves its thread within a loop. tests/unit/losses/test_kernels.py counts them in the code for sm_90.
 """
 
 import torch

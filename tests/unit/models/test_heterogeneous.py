@@ -8,7 +8,7 @@ import torch
 from distill_nemo.config import ParallelismConfig, StudentConfig
 from tests.tiny_models import write_hf, write_megatron
 from tests.training import metrics, tiny_run
-from tests.unit.test_model_provider import TOKENS, in_one_process, logits
+from tests.unit.models.test_model_provider import TOKENS, in_one_process, logits
 
 BLOCKS = [  # Nemotron's format: fewer key-value heads, no attention, no MLP, other widths
     {"attention": {"num_query_groups": 2}, "mlp": {"ffn_hidden_size": 96}},

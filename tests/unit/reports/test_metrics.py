@@ -124,7 +124,7 @@ def test_wandb_goes_on_in_the_same_run_until_the_directory_is_another(tmp_path, 
 
 SCRIPT = """
 import pathlib, sys
-from tests.unit.test_metrics import write
+from tests.unit.reports.test_metrics import write
 write(pathlib.Path(sys.argv[1]), 0, [1, 2, 3], tensorboard=False)
 """
 

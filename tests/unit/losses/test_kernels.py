@@ -20,18 +20,18 @@ from distill_nemo.losses.divergences.reverse_kl import ReverseKL
 from distill_nemo.losses.kernels import cpu_kernels, eager
 from distill_nemo.losses.kernels.dispatch import VARIABLE, choose_kernels
 from tests import reference
-from tests.unit.test_losses import B, V, error, make_logits
+from tests.unit.losses.test_losses import B, V, error, make_logits
 
 HAS_C = pytest.mark.skipif(cpu_kernels.library() is None, reason="no C compiler")
-FILES = ["tests/unit/test_divergences.py", "tests/unit/test_top_k.py"]
-ROOT = Path(__file__).parents[2]
+FILES = ["tests/unit/losses/test_divergences.py", "tests/unit/losses/test_top_k.py"]
+ROOT = Path(__file__).parents[3]
 
 
 # Triton's interpreter does not round to bf16, it cuts off, as kernels do not; the chunks are those of torch alone.
 LOW = f"not (low_precision and dtype0) and not {eager.CHUNK} and not {2 * B * V}"
 TWO_RANKS = ["tests/distributed/test_vocab_parallel.py", "-k", "test_a_sharded_logits_loss and tp2 and 2.0 and not top"]
-FUSED = ["tests/unit/test_fused_linear.py", "-k", "values and weights2 and some and not top"]
-BLOCKS = ["tests/unit/test_kernels.py", "-k", "as_exact_as_torch and float32 or in_another_dtype"]
+FUSED = ["tests/unit/losses/test_fused_linear.py", "-k", "values and weights2 and some and not top"]
+BLOCKS = ["tests/unit/losses/test_kernels.py", "-k", "as_exact_as_torch and float32 or in_another_dtype"]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from distill_nemo.losses.divergences.reverse_kl import ReverseKL
 from distill_nemo.losses.kernels import eager as eager_code
 from distill_nemo.losses.logits import LogitsKLLoss
 from tests import reference
-from tests.unit.test_losses import PADDED, B, S, V, error, make_logits
+from tests.unit.losses.test_losses import PADDED, B, S, V, error, make_logits
 
 every_divergence = pytest.mark.parametrize("name", reference.DIVERGENCES)
 

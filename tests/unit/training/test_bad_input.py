@@ -1,7 +1,7 @@
 """What a user gets wrong: one `ValueError` that names the field, what came and what to do, and nothing is written.
 
-Each case is a whole run in a real process, up to its refusal. Weights that do not fit: tests/unit/test_huggingface.py
-and test_teacher_provider.py; fields: test_config.py; the command line: tests/cli.
+Each case is a whole run in a real process, up to its refusal. Weights that do not fit:
+tests/unit/models/test_huggingface.py and test_teacher_provider.py; fields: test_config.py; the command line: tests/cli.
 """
 
 import dataclasses

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from distill_nemo.losses.divergences import choose_divergence
 from tests import reference
-from tests.unit.test_losses import PADDED, B, S, V, error, make_logits
+from tests.unit.losses.test_losses import PADDED, B, S, V, error, make_logits
 
 
 def top_k_loss(top_k: int, student: Tensor, teacher: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.metadata import TensorProperties
 from distill_nemo.config import ParallelismConfig, StudentConfig
 from tests.hostile import plant
 from tests.training import metrics, tiny_run
-from tests.unit.test_model_provider import in_one_process, logits, provider
+from tests.unit.models.test_model_provider import in_one_process, logits, provider
 
 SHAPE = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4, "num_query_groups": 2}
 STATED = {"vocab_size": 507, "rotary_base": 1e4, "norm_epsilon": 1e-6, **SHAPE}

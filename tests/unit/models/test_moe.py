@@ -21,7 +21,7 @@ from tests.distillation_reference import reference
 from tests.spawn import Gloo
 from tests.tiny_models import write_hf
 from tests.training import metrics, tiny_run
-from tests.unit.test_huggingface import logits_of, transformers_logits
+from tests.unit.models.test_huggingface import logits_of, transformers_logits
 
 LAYOUTS = {
     "one": (1, Layout()),
