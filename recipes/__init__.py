@@ -7,7 +7,13 @@ from recipes.llama32 import llama32_3b_to_1b
 from recipes.quickstart import quickstart, quickstart_alone, quickstart_teacher, run_quickstart
 from recipes.qwen3 import qwen3_8b_to_1p7b
 
-__all__ = ["llama32_3b_to_1b", "quickstart", "quickstart_alone", "quickstart_teacher", "qwen3_8b_to_1p7b"]
+__all__ = [
+    "llama32_3b_to_1b",
+    "quickstart",
+    "quickstart_alone",
+    "quickstart_teacher",
+    "qwen3_8b_to_1p7b",
+]
 
 # NeMo-Run finds commands by importing this package, which its entry point names.
 register_commands()

@@ -110,6 +110,8 @@ def _divergence(a: torch.Tensor, b: torch.Tensor, kd: dict[str, Any]) -> torch.T
         beta = kd.get("beta", 0.5)
         log_m = (beta * p + (1 - beta) * q).log()
         return beta * (p * (log_p - log_m)).sum(-1) + (1 - beta) * (q * (log_q - log_m)).sum(-1)
+    if kind != "forward_kl":
+        raise ValueError(f"{kind} has no definition here")
     if kd.get("top_k"):
         best = b.topk(kd["top_k"], -1).indices
         inside = torch.zeros_like(b, dtype=torch.bool).scatter(-1, best, True)

@@ -250,7 +250,7 @@ def test_weights_that_underflow_count_for_nothing_even_beside_no_probability_at_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"divergence": "kl"}, '"kl" is not known; choose one of: forward_kl, jensen_shannon, reverse_kl'),
+        ({"divergence": "kl"}, f'"kl" is not known; choose one of: {", ".join(DIVERGENCES)}'),
         ({"divergence": "jensen_shannon", "beta": 0.0}, "beta must lie between 0 and 1, both excluded, got 0.0"),
         ({"divergence": "jensen_shannon", "beta": 1.0}, "got 1.0: use forward_kl or reverse_kl"),
         ({"divergence": "jensen_shannon", "beta": math.nan}, "got nan"),
