@@ -56,7 +56,7 @@ def rank_work(planned: PlannedRun, rank: int) -> Work:
         student += layers + head
         again += {"full": layers, "selective": core}.get(config.training.recompute or "", 0.0)
         if models.teacher is not None:
-            teacher += sum(stage_flops(planned, models.teacher, stage, planned.uses_logits)[::2])
+            teacher += sum(stage_flops(planned, models.teacher, stage, planned.config.distillation.uses_logits)[::2])
     return Work(3 * student, again, teacher, student + teacher)
 
 

@@ -152,7 +152,7 @@ def whole_workspace(planned: PlannedRun) -> float:
     student, teacher = planned.models
     kd, par = planned.config.distillation, planned.config.parallelism
     logits, copy = planned.item * planned.tokens * _columns(planned), 4 * planned.tokens * _columns(planned)
-    if teacher is None or not planned.uses_logits:
+    if teacher is None or not planned.config.distillation.uses_logits:
         in_place = planned.item == 4 and teacher is None
         return logits if in_place else 2 * logits + copy if planned.item == 2 else logits + copy
     backward = logits + (copy if kd.uses_lm_loss else 0)

@@ -55,15 +55,12 @@ class PlannedRun:
         return self.tokens // (par.tensor_model_parallel_size if par.sequence_parallel else 1)
 
     @property
-    def uses_logits(self) -> bool:
-        """True if the teacher has an output layer."""
-        return self.config.distillation.uses_logits
-
-    @property
     def fused(self) -> bool:
         """True if the output layers are part of the loss."""
         return (
-            self.models.teacher is not None and self.uses_logits and self.config.distillation.fused_linear is not False
+            self.models.teacher is not None
+            and self.config.distillation.uses_logits
+            and self.config.distillation.fused_linear is not False
         )
 
     def shards(self, count: Count) -> float:
@@ -87,7 +84,7 @@ class PlannedRun:
         """The teacher's."""
         if self.models.teacher is None:
             return Count()
-        return rank_parameters(self.models.teacher, self.config.parallelism, rank, self.uses_logits)
+        return rank_parameters(self.models.teacher, self.config.parallelism, rank, self.config.distillation.uses_logits)
 
     def in_host_memory(self, rank: int) -> int:
         """The teacher's parameters that `offload_teacher` keeps there: those of its layers."""
