@@ -45,6 +45,7 @@ class ModelConfig:
     num_experts_per_tok: int | None = None
     moe_ffn_hidden_size: int | None = setting(None, "of one expert")
     norm_topk_prob: bool | None = setting(None, "the weights of a token's experts sum to 1")
+    family_fields: dict[str, Any] | None = setting(None, "fields of config.json that only the family has, by its names")
     init_std: float = setting(0.02, "standard deviation of random weights", at_least=0)
 
 

@@ -120,7 +120,8 @@ def check_resumable(saved: dict[str, Any], now: dict[str, Any], resume: bool) ->
     for section, kind in SECTIONS.items():
         before = asdict(kind()) | saved[section] if saved[section] else {}  # an older version knew fewer fields
         after = now[section] or {}
-        for name in sorted((before.keys() | after.keys()) - set(MAY_CHANGE)):
+        unknown = {"family_fields"} - saved[section].keys() if saved[section] else set()  # an older version had none
+        for name in sorted((before.keys() | after.keys()) - set(MAY_CHANGE) - unknown):
             differences += _difference(f"{section}.{name}", before.get(name), after.get(name), saved, now)
     for section, name in FIXED:
         differences += _difference(f"{section}.{name}", saved[section][name], now[section][name], saved, now)

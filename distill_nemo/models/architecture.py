@@ -45,6 +45,7 @@ class Architecture:
         layers: sizes of each layer.
         block_configs: `layers` as the config states them; None where all layers are alike.
         experts: None for a dense model.
+        family_fields: fields of config.json that only the family has (`Family.own_fields`), all of them.
         init_std: of random weights.
     """
 
@@ -67,6 +68,7 @@ class Architecture:
     layers: tuple[Layer, ...]
     block_configs: list[dict[str, Any]] | None
     experts: Experts | None
+    family_fields: dict[str, Any]
     init_std: float
 
     @property

@@ -19,6 +19,7 @@ from distill_nemo.models.config_fields import (
     MAX_SIZE,
 )
 from distill_nemo.models.families import FAMILIES
+from distill_nemo.models.families.family import resolve_own_fields
 from distill_nemo.models.families.huggingface import from_huggingface
 from distill_nemo.models.families.rope import check_rope_scaling
 from distill_nemo.models.layers.block_configs import read_block_configs
@@ -60,6 +61,7 @@ def resolve(model: ModelConfig | Architecture) -> Architecture:
 def _resolve(model: ModelConfig) -> Architecture:
     source, described = read_source(model.checkpoint) if model.checkpoint else (None, {})
     values = dataclasses.asdict(model)
+    stated = described.pop("family_fields", None)
     for name, value in described.items():
         given = values[name]
         fewer_rows = name == "vocab_size" and given is not None and given < value  # the last ones are left out
@@ -72,10 +74,20 @@ def _resolve(model: ModelConfig) -> Architecture:
     _check_sizes(name, values)
     values |= {field: value for field, value in _defaults(values).items() if values[field] is None}
     _check_values(name, values)
+    values["family_fields"] = _family_fields(model, stated, values)
     resolved = _architecture(name, source, values)
     if source is not None and source.kind is CheckpointKind.HUGGING_FACE and has_weights(source.weights):
         check_hf_tensors(source.weights, resolved.as_stored)
     return resolved
+
+
+def _family_fields(model: ModelConfig, stated: dict[str, Any] | None, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the family's own fields. The config may repeat those that the checkpoint states, not contradict them."""
+    family, given = FAMILIES[values["family"]], model.family_fields or {}
+    own = resolve_own_fields(family, (stated or {}) | given, values)
+    if stated is not None and own != (said := resolve_own_fields(family, stated, values)):
+        raise ValueError(f"family_fields = {given} contradicts {model.checkpoint}, which says {said}; leave it unset")
+    return own
 
 
 def _defaults(values: dict[str, Any]) -> dict[str, Any]:
@@ -110,10 +122,13 @@ def _architecture(name: str, source: Source | None, values: dict[str, Any]) -> A
 def _layers(values: dict[str, Any]) -> tuple[Layer, ...]:
     blocks, count = values["block_configs"], values["num_layers"]
     if blocks is None:
-        return (Layer(values["num_query_groups"], values["moe_ffn_hidden_size"] or values["ffn_hidden_size"]),) * count
-    if len(blocks) != count:
+        same = Layer(values["num_query_groups"], values["moe_ffn_hidden_size"] or values["ffn_hidden_size"])
+        layers = (same,) * count
+    elif len(blocks) != count:
         raise ValueError(f"block_configs has {len(blocks)} entries, num_layers = {count}")
-    return read_block_configs(blocks, values["num_attention_heads"], values["hidden_size"])
+    else:
+        layers = read_block_configs(blocks, values["num_attention_heads"], values["hidden_size"])
+    return FAMILIES[values["family"]].layers(values, layers)
 
 
 def _has_experts(family: str | None) -> bool:

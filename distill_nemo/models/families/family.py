@@ -1,11 +1,33 @@
 """One row of facts about a model family."""
 
+import typing
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
 
-from distill_nemo.models.architecture import Architecture
+from distill_nemo.config import from_dict
+from distill_nemo.fields import is_union
+from distill_nemo.models.architecture import Architecture, Layer
 from distill_nemo.models.config_fields import Fields
+
+
+@dataclass(frozen=True)
+class OwnFields:
+    """Fields of `config.json` that other families lack. A family's are a subclass, declared as in `config.py`.
+
+    A field's default is that of transformers. Its type and its range (`setting`) are checked before it is used.
+    """
+
+    def resolved(self, values: dict[str, Any]) -> Self:
+        """Return these fields in the one spelling of their network: defaults that depend on others are filled in.
+
+        Args:
+            values: the model's `ModelConfig` fields, resolved.
+
+        Raises:
+            ValueError: for fields that contradict each other, or that would not be computed as transformers does.
+        """
+        return self
 
 
 @dataclass(frozen=True)
@@ -22,6 +44,9 @@ class Family:
         refused: features that would be computed differently from transformers, and True where a config asks for one.
         read_own: `ModelConfig` fields from fields of `config.json` that other families lack.
         write_own: fields of `config.json` that other families lack.
+        own_fields: fields of `config.json` that other families lack, as they are written there.
+        layers: layers of a model from its `ModelConfig` fields and the sizes of its layers, which it returns with
+            what else sets them apart.
         tensors_like: model type of the family whose tensor names and merge rules it shares; None: it has its own.
     """
 
@@ -32,6 +57,29 @@ class Family:
     qk_norm: bool = False
     has_experts: bool = False
     refused: Callable[[Fields], dict[str, bool]] = lambda config: {}
+    own_fields: type[OwnFields] = OwnFields
+    layers: Callable[[dict[str, Any], tuple[Layer, ...]], tuple[Layer, ...]] = lambda values, layers: layers
     read_own: Callable[[Fields], dict[str, Any]] = lambda config: {}
     write_own: Callable[[Architecture], dict[str, Any]] = lambda model: {}
     tensors_like: str | None = None
+
+
+def resolve_own_fields(
+    family: Family, given: dict[str, Any], values: dict[str, Any], where: str = "family_fields."
+) -> dict[str, Any]:
+    """Return every field that only the family has.
+
+    Args:
+        family: the model's.
+        given: those that are stated. A null is as good as an absent field, unless the field may be null.
+        values: the model's other fields, resolved.
+        where: text before a field's name in an error.
+
+    Raises:
+        ValueError: for a field that the family lacks, and a wrong or contradictory value, by name.
+    """
+    hints = typing.get_type_hints(family.own_fields)
+    if given and not hints:
+        raise ValueError(f'{where}{next(iter(given))}: family "{family.model_type}" has no fields of its own')
+    stated = {name: value for name, value in given.items() if value is not None or is_union(hints.get(name))}
+    return asdict(from_dict(stated, family.own_fields, where).resolved(values))

@@ -9,7 +9,7 @@ from distill_nemo.fields import suggest
 from distill_nemo.models.architecture import EXPERT_FIELDS, Architecture
 from distill_nemo.models.config_fields import MAX_LAYERS, MAX_POSITIONS, Fields, shown
 from distill_nemo.models.families import FAMILIES
-from distill_nemo.models.families.family import Family
+from distill_nemo.models.families.family import Family, resolve_own_fields
 from distill_nemo.models.families.rope import read_rope
 
 MAX_LABELS = 100_000
@@ -37,7 +37,7 @@ def from_huggingface(config: dict[str, Any], where: Path) -> dict[str, Any]:
     fields.integer("num_labels", 2, most=MAX_LABELS)  # transformers names each one as soon as it opens the file
     heads = fields.integer("num_attention_heads")
     base, scaling = read_rope(fields)
-    return {
+    described = {
         "family": model_type,
         "num_layers": fields.integer("num_hidden_layers", most=MAX_LAYERS),
         "hidden_size": fields.integer("hidden_size"),
@@ -56,6 +56,8 @@ def from_huggingface(config: dict[str, Any], where: Path) -> dict[str, Any]:
         **dict.fromkeys(("block_configs", *EXPERT_FIELDS)),
         **family.read_own(fields),
     }
+    own = {name: value for name, value in config.items() if name in family.own_fields.__dataclass_fields__}
+    return described | {"family_fields": resolve_own_fields(family, own, described, f"{fields.where}: ")}
 
 
 def _refuse_features(family: Family, fields: Fields) -> None:
@@ -121,5 +123,6 @@ def to_huggingface(model: Architecture, dtype: torch.dtype) -> dict[str, Any]:
         "eos_token_id": None,
         "dtype": str(dtype).removeprefix("torch."),
         "torch_dtype": str(dtype).removeprefix("torch."),  # its name in transformers 4
+        **model.family_fields,
         **family.write_own(model),
     }
