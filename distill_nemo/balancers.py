@@ -14,28 +14,27 @@ from torch import Tensor
 
 LOGITS_PREFIX = "Logits"
 
-
 Losses = tuple[Tensor | None, Tensor | None, Tensor | None]  # student, logits, intermediate
 
 
 class LogitsAndIntermediatesLossBalancer(DistillationLossBalancer):
-    """Scales the distillation losses to the size of the student's own loss.
+    """Balancer that scales the distillation losses to the size of the student's own loss.
 
     `kd = logits + intermediate * scale(logits / intermediate)`
-    `total = student + kd * scale(student / kd) * kd_loss_scale`, or `kd` alone where the student loss is missing or
-    skipped: there is nothing to scale it to, and scaled to the student loss it could never shrink.
+    `total = student + kd * scale(student / kd) * kd_loss_scale`, or `kd` alone if the student loss is missing or
+    skipped. Scaled to a skipped student loss, `kd` could never shrink.
 
-    Scales are constants for autograd, 0 where their denominator is 0 (so a term that vanishes stays zero, with a finite
-    gradient), and at most `max_amplification`. No value is read by the host.
+    Scales are constants for autograd. They are 0 if their denominator is 0, so a term that vanishes stays zero with a
+    finite gradient, and at most `max_amplification`. The host reads no value.
 
-    They are taken from the losses of the call (as ModelOpt does), or, after `observe`, from those observed. Training
-    observes the global means of the step before: so every rank and every pipeline stage weighs alike, and within a step
-    the total is linear in the losses, which makes it exact under any layout and micro batch size.
+    Scales come from the losses of the call, as ModelOpt's do, or after `observe` from the observed losses. Training
+    observes the global means of the previous step. All ranks and pipeline stages then use the same scales, and within
+    a step the total is linear in the losses, so it is exact under any layout and micro batch size.
 
     The default limit is 10. A KL divergence vanishes as the square of its gradient, so the gradient of
-    `kd * student / kd` grows without bound as the student gets good (2.0 against 1e-4 would be 20,000x); with a limit A
+    `kd * student / kd` grows without bound as the student improves: 2.0 against 1e-4 would be 20,000x. With a limit A
     it peaks near sqrt(student * A), single digits for 10, and below student / A the divergence fades out as it
-    should. Still, a KL of 0.2 against an LM loss of 2.0 gets its full scale.
+    should. A KL of 0.2 against an LM loss of 2.0 still gets its full scale.
 
     Args:
         kd_loss_scale: size of the distillation part relative to the student loss.
@@ -43,7 +42,7 @@ class LogitsAndIntermediatesLossBalancer(DistillationLossBalancer):
         max_amplification: upper limit of each scale.
 
     Raises:
-        ValueError: when `max_amplification` is not positive or `kd_loss_scale` is negative.
+        ValueError: if `max_amplification` is not positive or `kd_loss_scale` is negative.
     """
 
     def __init__(
@@ -60,12 +59,12 @@ class LogitsAndIntermediatesLossBalancer(DistillationLossBalancer):
         self.observed: dict[str, float] | None = None
 
     def observe(self, means: dict[str, float]) -> None:
-        """Weigh by these losses from now on: `lm_loss`, `logit_loss` and `hidden_loss` where there are any."""
+        """Take the scales from these losses from now on: `lm_loss`, `logit_loss` and `hidden_loss`, if present."""
         names = ("lm_loss", "logit_loss", "hidden_loss")
         self.observed = {name: float(means[name]) for name in names if name in means}
 
     def forward(self, loss_dict: dict[str, Tensor]) -> Tensor:
-        """Scalars by name -> the scalar to differentiate.
+        """Return the scalar to differentiate from scalars by name.
 
         Raises:
             ValueError: for a loss that is not a scalar.
@@ -75,11 +74,11 @@ class LogitsAndIntermediatesLossBalancer(DistillationLossBalancer):
 
     @property
     def knows_weights(self) -> bool:
-        """True if `weights` are known before the losses are: something was observed."""
+        """True if `weights` are known before the losses, from observed ones."""
         return self.observed is not None
 
     def weights(self) -> Losses:
-        """Weights of student (None: left out), logits and mean intermediate loss, as observed."""
+        """Return the weights of student (None: left out), logits and mean intermediate loss by the observed losses."""
         assert self.observed is not None, "observe the losses first"
         found = (self.observed.get(name) for name in ("lm_loss", "logit_loss", "hidden_loss"))
         student, logits, intermediate = (None if value is None else torch.tensor(value) for value in found)
@@ -103,9 +102,10 @@ class LogitsAndIntermediatesLossBalancer(DistillationLossBalancer):
 
 
 class WeightedLossBalancer(DistillationLossBalancer):
-    """`lm_weight * student + logits_weight * logits + hidden_weight * mean(intermediate)`.
+    """Balancer with fixed weights: `lm_weight * student + logits_weight * logits + hidden_weight * mean(intermediate)`.
 
-    Linear, so sums over micro batches and data-parallel ranks are exact in any layout. Missing losses count as zero.
+    The total is linear, so sums over micro batches and data-parallel ranks are exact in any layout. Missing losses
+    count as zero.
 
     Args:
         lm_weight: weight of the student's own loss.
@@ -113,7 +113,7 @@ class WeightedLossBalancer(DistillationLossBalancer):
         hidden_weight: weight of the mean of the intermediate losses.
 
     Raises:
-        ValueError: for a negative weight, or when all are zero.
+        ValueError: for a negative weight, or if all are zero.
     """
 
     def __init__(self, lm_weight: float = 0.0, logits_weight: float = 1.0, hidden_weight: float = 0.0) -> None:
@@ -128,11 +128,11 @@ class WeightedLossBalancer(DistillationLossBalancer):
         self.knows_weights = True  # before the losses are known
 
     def weights(self) -> tuple[float, float, float]:
-        """Weights of student, logits and mean intermediate loss."""
+        """Return the weights of student, logits and mean intermediate loss."""
         return self._weights
 
     def forward(self, loss_dict: dict[str, Tensor]) -> Tensor:
-        """Scalars by name -> the scalar to differentiate.
+        """Return the scalar to differentiate from scalars by name.
 
         Raises:
             ValueError: for a loss that is not a scalar.
@@ -141,7 +141,7 @@ class WeightedLossBalancer(DistillationLossBalancer):
 
 
 def split_losses(balancer: DistillationLossBalancer, loss_dict: dict[str, Tensor]) -> Losses:
-    """(student loss, sum of logits losses, mean of intermediate losses), each None where missing."""
+    """Return (student loss, sum of logits losses, mean of intermediate losses), each None if missing."""
     losses = dict(loss_dict)
     student = losses.pop(STUDENT_LOSS, None)
     if student is not None and balancer._student_loss_reduction_fn is not None:

@@ -1,6 +1,6 @@
-"""Refuse fields that do not go together, before anything is loaded or written. No torch: the launcher checks too.
+"""Checks of several fields of a config, before anything is loaded or written. No torch: the launcher checks too.
 
-`config.from_dict` has already refused values that are wrong by themselves.
+`config.from_dict` has already checked each field by itself.
 """
 
 from distill_nemo.config import DistillationConfig, ModelConfig, ParallelismConfig, RunConfig
@@ -30,7 +30,7 @@ def check(config: RunConfig, world_size: int) -> None:
 
 
 def _check_sizes(config: RunConfig, world_size: int) -> int:
-    """Return the micro batches of a step; refuse ranks and batch sizes that do not divide."""
+    """Return the number of micro batches of a step. Refuse ranks and batch sizes that do not divide."""
     par, train = config.parallelism, config.training
     require(
         world_size % par.model_parallel_size == 0,
@@ -69,7 +69,7 @@ def _check_parallelism(config: RunConfig, num_microbatches: int) -> None:
         not par.sequence_parallel or tensor > 1,
         "parallelism.sequence_parallel needs parallelism.tensor_model_parallel_size > 1",
     )
-    pieces = context * 2 if context > 1 else 1  # each context parallel rank has an early and a late piece
+    pieces = context * 2 if context > 1 else 1  # each context-parallel rank has an early and a late piece
     pieces *= tensor if par.sequence_parallel else 1
     require(
         length % pieces == 0,
@@ -92,7 +92,7 @@ def _check_parallelism(config: RunConfig, num_microbatches: int) -> None:
 
 
 def _check_expert_parallelism(config: RunConfig, world_size: int) -> None:
-    """Refuse ranks that experts cannot be spread over: those with the same tensor and pipeline parallel rank."""
+    """Refuse a number of ranks, among those with equal tensor and pipeline rank, over which experts do not divide."""
     par = config.parallelism
     if par.expert_model_parallel_size == 1:
         return
@@ -112,7 +112,7 @@ def _check_expert_parallelism(config: RunConfig, world_size: int) -> None:
 
 
 def _unread(model: ModelConfig) -> bool:
-    """Return True if fields that are not set may still be read from the checkpoint."""
+    """Return True if unset fields are still to be read from the checkpoint."""
     return model.checkpoint is not None and model.family is None
 
 
@@ -123,8 +123,7 @@ def _check_balancer(kd: DistillationConfig) -> None:
         given = ", ".join(f"{name} = {getattr(kd, name)}" for name in changed)
         require(
             kd.balancer == balancer or not changed,
-            f'distillation.balancer = "{kd.balancer}" does not look at {given}: leave that out, or set balancer to '
-            f'"{balancer}"',
+            f'distillation.balancer = "{kd.balancer}" ignores {given}: leave that out, or set balancer to "{balancer}"',
         )
 
     require(
@@ -139,11 +138,11 @@ def _check_distillation(kd: DistillationConfig) -> None:
     _check_hidden(kd)
     require(
         kd.divergence == "jensen_shannon" or kd.beta == DistillationConfig.beta,
-        f'distillation.beta = {kd.beta} goes with divergence = "jensen_shannon", not "{kd.divergence}"',
+        f'distillation.beta = {kd.beta} needs divergence = "jensen_shannon", not "{kd.divergence}"',
     )
     require(
         kd.top_k is None or kd.divergence == "forward_kl",
-        f'distillation.top_k goes with divergence = "forward_kl", not "{kd.divergence}"',
+        f'distillation.top_k needs divergence = "forward_kl", not "{kd.divergence}"',
     )
     require(
         not (kd.fused_linear and kd.balancer == "static" and kd.logits_weight == 0),
@@ -162,7 +161,7 @@ def _check_hidden(kd: DistillationConfig) -> None:
     )
     require(
         not kd.hidden_weight or bool(kd.hidden_layers),
-        f"distillation.hidden_weight = {kd.hidden_weight} weighs nothing: set hidden_loss and hidden_layers",
+        f"distillation.hidden_weight = {kd.hidden_weight} needs hidden_loss and hidden_layers",
     )
     for pair in kd.hidden_layers:
         require(pair.count(":") == 1, f'distillation.hidden_layers: "{pair}" is not "student_layer:teacher_layer"')

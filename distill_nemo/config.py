@@ -1,7 +1,7 @@
-"""Everything a run needs, as plain dataclasses of primitive fields; `checks.py` has what spans several of them.
+"""The config of a run, as plain dataclasses of primitive fields.
 
-A choice is a `Literal`; `setting` gives a field its help and its range, which `--help` shows and `from_dict` checks.
-No torch: the command line reads these in the launcher, which must stay quick.
+A choice is a `Literal`. `setting` gives a field its help and its range, which `--help` prints and `from_dict` checks.
+Conditions on several fields are in `checks.py`. No torch: the launcher imports this file and must start quickly.
 """
 
 import typing
@@ -27,7 +27,7 @@ class ModelConfig:
     """
 
     checkpoint: str | None = None
-    family: str | None = setting(None, "llama | qwen2 | qwen3 | qwen3_moe")
+    family: str | None = setting(None, "model_type of config.json, such as llama")
     num_layers: int | None = None
     hidden_size: int | None = None
     ffn_hidden_size: int | None = None
@@ -56,7 +56,7 @@ class StudentConfig(ModelConfig):
 
 @dataclass
 class TeacherConfig(ModelConfig):
-    """The frozen model that is imitated. A class of its own, so that a config never shares it with the student."""
+    """The frozen model to imitate. Its own class, so that Fiddle never shares one config between both models."""
 
 
 @dataclass
@@ -110,26 +110,26 @@ class ParallelismConfig:
     context_parallel_size: int = setting(1, at_least=1)
     expert_model_parallel_size: int = setting(1, at_least=1)
     sequence_parallel: bool = False
-    timeout_minutes: float = setting(10.0, "how long a rank waits for the others", above=0)
+    timeout_minutes: float = setting(10.0, "longest time that a rank waits for the others", above=0)
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that hold one copy of the model."""
+        """Number of ranks that hold one copy of the model."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     @property
     def num_stages(self) -> int:
-        """Pieces that the layers are divided into."""
+        """Number of pieces that the layers are divided into."""
         return self.pipeline_model_parallel_size * (self.virtual_pipeline_model_parallel_size or 1)
 
     def stage_sizes(self, num_layers: int) -> list[int]:
-        """Layers of every stage, in the order of the model; the first ones take what does not divide."""
+        """Return the number of layers of each stage; the first stages take the remainder."""
         size, more = divmod(num_layers, self.num_stages)
         return [size + (stage < more) for stage in range(self.num_stages)]
 
 
 def _prefixes(blend: list[str]) -> list[str]:
-    """Return the blend without `.bin` or `.idx` at the end of a path; `from_dict` refuses what is no list of paths."""
+    """Return the blend without `.bin` or `.idx` at the end of a path. `from_dict` has refused other types."""
     if not isinstance(blend, list):
         return blend
     return [v.removesuffix(".bin").removesuffix(".idx") if isinstance(v, str) else v for v in blend]
@@ -158,7 +158,7 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
-    """Adam with decoupled weight decay, and a warm-up then decay schedule. Steps are optimizer steps."""
+    """Adam with decoupled weight decay; warm-up, then decay of the learning rate. Steps are optimizer steps."""
 
     lr: float = setting(1e-4, above=0)
     min_lr: float = setting(1e-5, at_least=0)
@@ -215,12 +215,12 @@ class LoggingConfig:
 
 @dataclass
 class RunConfig:
-    """One whole run: what `python -m distill_nemo CONFIG.yaml` reads and what every run writes.
+    """A whole run, as `python -m distill_nemo CONFIG.yaml` reads it and every run writes it.
 
-    Its fields are the sections of a recipe; nothing else lists them.
+    Its fields are the sections of a recipe, and are listed nowhere else.
     """
 
-    output_dir: str = field(metadata={"help": "everything the run writes goes below it"})
+    output_dir: str = field(metadata={"help": "directory for everything that the run writes"})
     student: StudentConfig
     teacher: TeacherConfig | None = None  # None: plain training, without distillation
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
@@ -232,7 +232,7 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def num_microbatches(self, data_parallel_size: int) -> int:
-        """Return the micro batches of one rank in one step."""
+        """Return the number of micro batches of one rank in one step."""
         return self.training.global_batch_size // (self.training.micro_batch_size * data_parallel_size)
 
 
@@ -242,7 +242,7 @@ def sections() -> dict[str, type]:
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
-    """Return nested plain values, every field present; the inverse of `from_dict`."""
+    """Return nested plain values with every field; the inverse of `from_dict`."""
     return asdict(config)
 
 
@@ -250,11 +250,11 @@ def from_dict(values: object, cls: type = RunConfig, where: str = "") -> Any:
     """Build a config from nested plain values.
 
     Raises:
-        ValueError: for an unknown field, or a value of the wrong type or out of range, by name.
+        ValueError: naming a field that is unknown or missing, or whose value has the wrong type or range.
     """
-    name_of_it = where.rstrip(".") or "config"
+    section = where.rstrip(".") or "config"
     if not isinstance(values, dict):
-        raise ValueError(f"{name_of_it} must be a mapping of fields, got {type(values).__name__}")
+        raise ValueError(f"{section} must be a mapping of fields, got {type(values).__name__}")
     known = {each.name: each for each in fields(cls)}
     for name in values:
         require(name in known, f'unknown field "{where}{name}".{suggest(str(name), sorted(known))}')
@@ -270,12 +270,12 @@ def from_dict(values: object, cls: type = RunConfig, where: str = "") -> Any:
             built[name] = from_dict(value, parts[name], f"{where}{name}.")
     needed = [each.name for each in known.values() if each.default is MISSING and each.default_factory is MISSING]
     missing = [name for name in needed if name not in values]
-    require(not missing, f"{name_of_it} leaves out {', '.join(missing)}, which must be set")
+    require(not missing, f"{section} leaves out {', '.join(missing)}, which must be set")
     return cls(**built)
 
 
 def save_yaml(config: RunConfig, path: Path) -> None:
-    """Write the complete config, every field included."""
+    """Write the config with every field."""
     import yaml
 
     text = "# python -m distill_nemo THIS_FILE runs exactly this, under torchrun or alone.\n"
@@ -283,7 +283,7 @@ def save_yaml(config: RunConfig, path: Path) -> None:
 
 
 def load_yaml(path: Path) -> RunConfig:
-    """Read what `save_yaml` wrote (safe loader: a file cannot execute code)."""
+    """Read the config that `save_yaml` wrote, with YAML's safe loader: a file cannot execute code."""
     import yaml
 
     try:

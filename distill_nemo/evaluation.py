@@ -1,7 +1,7 @@
-"""Held-out metrics, the same code for training's evaluations and for `nemo distill evaluate`.
+"""Held-out metrics, for training's evaluations and for `nemo distill evaluate`.
 
 Legend: B batch, S sequence. A `Report` maps a metric to a tensor `[sum over valid tokens, valid tokens]` of one micro
-batch on one data-parallel rank; `reduce_reports` makes global token means of many.
+batch on one data-parallel rank; `reduce_reports` turns many of them into global token means.
 """
 
 import math
@@ -39,10 +39,10 @@ def evaluate(
     Args:
         chunks: this pipeline stage's pieces of the model; left in eval mode.
         batches: the same stream, once for each chunk.
-        num_microbatches: of this data-parallel rank.
-        sequence_length: tokens of a sample, whatever the layout.
-        micro_batch_size: samples.
-        step: what to run on a micro batch; `eval_forward_step` unless told.
+        num_microbatches: micro batches of this data-parallel rank.
+        sequence_length: tokens of a whole sample, whatever the layout.
+        micro_batch_size: samples of a micro batch.
+        step: function to run on a micro batch; None for `eval_forward_step`.
     """
     for chunk in chunks:
         chunk.eval()
@@ -66,7 +66,7 @@ def eval_forward_step(batches: Batches, model: nn.Module) -> tuple[Tensor, LossF
 
 
 def run_model(batches: Batches, model: nn.Module) -> tuple[Targets, Tensor]:
-    """Return what to predict in this rank's part of the next micro batch, and the model's output for it.
+    """Return the targets of this rank's part of the next micro batch, and the model's output for it.
 
     Valid tokens are counted on the host.
     """
@@ -81,22 +81,22 @@ def run_model(batches: Batches, model: nn.Module) -> tuple[Targets, Tensor]:
 
 
 def eval_loss_func(targets: Targets, model: nn.Module, output_tensor: Tensor) -> tuple[Tensor, Tensor, Report]:
-    """Return LM loss, valid tokens and report, without a gradient; with a teacher forward KL, agreement and entropy."""
+    """Return LM loss, valid tokens and report, without gradients; a teacher adds forward KL, agreement and entropy."""
     report, num_tokens = objective_of(model).metrics(output_tensor, targets), targets.loss_mask_BS.sum()
     return report["lm_loss"], num_tokens.int(), with_token_counts(report, num_tokens)
 
 
 def with_token_counts(report: dict[str, Tensor], num_tokens: Tensor) -> Report:
-    """Pair every sum with the number of tokens it runs over."""
+    """Pair every sum with its number of tokens."""
     return {name: torch.stack([value.detach(), num_tokens]) for name, value in report.items()}
 
 
 def reduce_reports(reports: list[Report], chunks: list[nn.Module]) -> dict[str, float]:
     """Return global token means, the same on every rank. A metric over no valid token is NaN.
 
-    Sums run over micro batches, data- and context-parallel ranks (one all-reduce); tensor-parallel ranks already
-    agree. The last pipeline stage tells the others. Hidden losses are collected from the stages that have them, and
-    `kd_loss`, where it is reported, gets their share.
+    Sums run over micro batches and over data- and context-parallel ranks (one all-reduce); tensor-parallel ranks
+    already agree. The last pipeline stage broadcasts them. Hidden losses are collected from the stages that have them
+    and their share is added to `kd_loss`, if that is reported.
     """
     device = next(chunks[0].parameters()).device
     pipeline: Any = parallel_state.get_pipeline_model_parallel_group()

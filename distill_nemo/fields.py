@@ -1,6 +1,6 @@
-"""Fields of configs: each carries its help and its range, and one function refuses a wrong value.
+"""Fields of configs, which carry their help and range, and the function that checks a value.
 
-No torch: the command line reads these in the launcher, which must stay quick.
+No torch: the launcher imports this file and must start quickly.
 """
 
 import difflib
@@ -32,7 +32,7 @@ def setting[T](
     at_most: float | None = None,
     below: float | None = None,
 ) -> T:
-    """Return a dataclass field with its default, its line in `--help`, and its range."""
+    """Return a dataclass field with a default, a line for `--help`, and a range."""
     limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     metadata = {"help": help, "limits": {name: limit for name, limit in limits.items() if limit is not None}}
     if isinstance(default, list):
@@ -41,12 +41,12 @@ def setting[T](
 
 
 def help_of(metadata: Mapping[str, Any]) -> str:
-    """Return a field's help, with its range."""
+    """Return a field's range and help."""
     return "; ".join(text for text in (_range_of(metadata), metadata.get("help", "")) if text)
 
 
 def checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any] = NO_METADATA) -> Any:
-    """Return `value` if it has the type `hint` and the range in `metadata`. A float may come as int or as text.
+    """Return `value` if it has the type `hint` and the range in `metadata`. A float may be given as int or text.
 
     Raises:
         ValueError: naming the field, what came and what is allowed.
@@ -64,10 +64,10 @@ def checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any] = NO_M
 
 
 def _converted(value: Any, hint: Any) -> Any:
-    """Return `value` as a `hint`.
+    """Return `value` as type `hint`.
 
     Raises:
-        TypeError, ValueError, OverflowError: if it is none.
+        TypeError, ValueError, OverflowError: if it cannot be converted.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any or (value is None and type(None) in args):
@@ -110,7 +110,7 @@ def plain_type(hint: Any) -> Any:
 
 
 def type_name(hint: Any) -> str:
-    """Return a type as one would write it; a `Literal` by its choices."""
+    """Return a type as a user would write it; a `Literal` as its choices."""
     if is_union(hint):
         return " | ".join(map(type_name, typing.get_args(hint)))
     if typing.get_origin(hint) is typing.Literal:
@@ -133,7 +133,7 @@ def require(ok: bool, message: str) -> None:
 
 
 def suggest(word: str, allowed: Iterable[str]) -> str:
-    """Return ' Did you mean ...?' for a word that is not allowed, or the list of all that are."""
+    """Return ' Did you mean ...?' with close matches among the allowed words, or without any the list of all."""
     allowed = list(allowed)
     close = difflib.get_close_matches(word, allowed, n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(close)}?" if close else f" Known: {', '.join(allowed)}."

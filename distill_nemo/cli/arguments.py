@@ -1,4 +1,4 @@
-"""FIELD=VALUE on the command line, checked before NeMo-Run parses it: its own messages print whole configs."""
+"""Parse FIELD=VALUE on the command line, in place of NeMo-Run, whose messages print whole configs."""
 
 import ast
 import difflib
@@ -16,15 +16,15 @@ from distill_nemo.cli.values import parse
 from distill_nemo.config import sections
 from distill_nemo.fields import NO_METADATA, sections_of, suggest
 
-RECIPE = re.compile(r"([A-Za-z_][\w.]*)(?:\((.*)\))?", re.S)  # a name, or with its own arguments
+RECIPE = re.compile(r"([A-Za-z_][\w.]*)(?:\((.*)\))?", re.S)  # a name, perhaps with arguments
 OVERRIDE = re.compile(r"([\w.]+)=(.*)", re.S)
 
 
 def parse_arguments(function: Callable[..., Any], arguments: Iterable[str], command: str) -> dict[str, Any]:
-    """Values by dotted field.
+    """Return the values by dotted field.
 
     Raises:
-        ValueError: for a word that is no override, an unknown field (with close matches), a wrong value.
+        ValueError: for an argument that is not FIELD=VALUE, an unknown field (with close matches), or a wrong value.
     """
     known = dict(_paths(function))
     parsed = {}
@@ -34,16 +34,16 @@ def parse_arguments(function: Callable[..., Any], arguments: Iterable[str], comm
             raise ValueError(f'"{argument}" is not FIELD=VALUE; see `nemo distill {command} --help`')
         path, value = match.groups()
         if path not in known:
-            names = _near(path, known) if known else " There are none."
+            names = _close_matches(path, known) if known else " There are none."
             raise ValueError(f'unknown field "{path}".{names} See `nemo distill {command} --help`')
         parsed[path] = parse(path, value, *known[path])
     return parsed
 
 
 def override(recipe: Any, values: dict[str, Any]) -> None:
-    """Set the fields of a recipe; a section that the recipe leaves out begins at its defaults.
+    """Set fields of a recipe. A section that the recipe leaves out starts from its defaults.
 
-    Not by NeMo-Run, whose parser knows no `str | None`.
+    NeMo-Run's own parser does not know `str | None`.
     """
     parts = sections()
     for path, value in values.items():
@@ -54,7 +54,7 @@ def override(recipe: Any, values: dict[str, Any]) -> None:
 
 
 def check_complete(function: Callable[..., Any], given: Container[str], command: str) -> None:
-    """Refuse a command whose required fields are not all given.
+    """Refuse a command that lacks required fields.
 
     Raises:
         ValueError: naming the missing ones.
@@ -68,10 +68,10 @@ def check_complete(function: Callable[..., Any], given: Container[str], command:
 def called_recipe(call: str, recipes: Iterable[Callable[..., Any]]) -> Any:
     """Return the recipe that `NAME`, `NAME(argument=value, ...)` or a dotted path to such a function makes.
 
-    Not by NeMo-Run, which splits the arguments at every comma.
+    NeMo-Run's own parser splits the arguments at every comma.
 
     Raises:
-        ValueError: for a recipe that is not known, or has no such argument, with the near names.
+        ValueError: for an unknown recipe or argument, with close matches.
     """
     known = {recipe.__name__: recipe for recipe in recipes}
     match = RECIPE.fullmatch(call)
@@ -91,7 +91,7 @@ def called_recipe(call: str, recipes: Iterable[Callable[..., Any]]) -> Any:
     check_complete(function, values, "train")
     try:
         return function(**values)
-    except Exception as error:  # the user's code; its message is what there is to say
+    except Exception as error:  # the user's code, which may raise anything
         raise ValueError(f"recipe {call}: {type(error).__name__}: {error}") from None
 
 
@@ -99,12 +99,12 @@ def _imported(path: str) -> Callable[..., Any]:
     module, _, name = path.rpartition(".")
     try:
         return vars(importlib.import_module(module))[name]
-    except Exception as error:  # the user's code, or a name that is not in it
+    except Exception as error:  # the user's code fails, or lacks the name
         raise ValueError(f"recipe {path}: {type(error).__name__}: {error}") from None
 
 
 def _arguments(call: str, arguments: str) -> Iterator[tuple[str, str]]:
-    """Names and values, as typed; a value need not be Python: `teacher=/models/a`."""
+    """Yield names and values as typed. A value need not be Python: `teacher=/models/a`."""
     try:
         node = ast.parse(f"f({arguments})", mode="eval").body
     except SyntaxError:
@@ -120,7 +120,7 @@ def _arguments(call: str, arguments: str) -> Iterator[tuple[str, str]]:
 
 @dataclass
 class RunArguments:
-    """The `run.X=VALUE` of a command line."""
+    """The `run.FIELD=VALUE` arguments of a command line."""
 
     executor: str | None = None
     of_executor: list[str] = field(default_factory=list)  # FIELD=VALUE
@@ -129,10 +129,12 @@ class RunArguments:
 
 
 def split_run_arguments(arguments: Iterable[str]) -> tuple[RunArguments, list[str]]:
-    """Return those for NeMo-Run, and the others. Not by NeMo-Run, which also cuts "run." and "executor." out of values.
+    """Return the `run.` arguments and the others.
+
+    NeMo-Run's own parser also removes "run." and "executor." from values.
 
     Raises:
-        ValueError: for what means nothing here, saying what there is.
+        ValueError: for an unknown `run.` field, with the known ones, or one without a value.
     """
     ours, others = RunArguments(), []
     for argument in arguments:
@@ -158,7 +160,7 @@ def split_run_arguments(arguments: Iterable[str]) -> tuple[RunArguments, list[st
 
 
 def _paths(function: Callable[..., Any]) -> Iterator[tuple[str, tuple[Any, Mapping[str, Any]]]]:
-    """Yield every dotted field that may be set, with its type and metadata."""
+    """Yield every dotted field that can be set, with its type and metadata."""
     hints = typing.get_type_hints(function)
     yield from ((name, (hint, NO_METADATA)) for name, hint in hints.items() if name not in ("return", "ctx"))
     for name, section in sections_of(hints).items():
@@ -166,8 +168,8 @@ def _paths(function: Callable[..., Any]) -> Iterator[tuple[str, tuple[Any, Mappi
         yield from ((f"{name}.{each.name}", (types[each.name], each.metadata)) for each in fields(section))
 
 
-def _near(path: str, known: Iterable[str]) -> str:
-    """Near names among all of them; if none is, those of the section that was named, or the sections."""
+def _close_matches(path: str, known: Iterable[str]) -> str:
+    """Suggest close matches among all fields; without any, the fields of the section, or the sections."""
     known = list(known)
     if difflib.get_close_matches(path, known, n=1, cutoff=0.5):
         return suggest(path, known)

@@ -1,7 +1,7 @@
-"""The commands of `nemo distill`. Light at import: torch's and Megatron's work happens in the worker.
+"""The commands of `nemo distill`. Light at import: torch and Megatron are imported by the commands that need them.
 
-A recipe is a `run.Partial(distill, ...)`. `train` launches one through NeMo-Run and, unlike NeMo-Run's own task
-commands, exits non-zero when a rank fails.
+A recipe is a `run.Partial(distill, ...)`. `train` launches one through NeMo-Run. Unlike NeMo-Run's own task commands it
+exits non-zero when a rank fails.
 """
 
 import warnings
@@ -24,7 +24,7 @@ class TrainCommand(Command):
 
 def register_commands() -> None:
     """Register the commands with NeMo-Run, in the order of `nemo distill --help`."""
-    # NeMo-Run gives -y to two of its options, and older versions of typer have click say so on every command.
+    # NeMo-Run gives -y to two options, and click warns about it on every command with older versions of typer.
     warnings.filterwarnings("ignore", message=r"The parameter -y is used more than once")
     register(distill, name="train", context=TrainContext, command=TrainCommand)
     for function in (prepare, export, convert, evaluate, recipes, status, logs, cancel):
@@ -37,19 +37,19 @@ def prepare(
 ) -> None:
     """Tokenise text into the .bin/.idx files that training reads.
 
-    Several processes work on it, and what an interrupted job has done is kept: the same command goes on.
-    Documents, tokens and tokens per second are stated at the end, and bad records with file and line.
+    Several processes share the work. The same command resumes an interrupted job. At the end it prints documents,
+    tokens, tokens per second, and bad records with file and line.
 
     Example:
         nemo distill prepare inputs='text/*.jsonl,more/' output=data/corpus tokenizer=/models/Llama-3.2-1B
 
     Args:
         inputs: files, directories or globs of text, JSON lines, CSV or parquet, compressed or not, separated by commas.
-        output: prefix of the files written.
+        output: prefix of the files to write.
         tokenizer: a Hugging Face tokenizer directory.
         text_key: JSON key or column that holds the text.
-        num_workers: processes; 0 takes one per core.
-        max_bad_records: how many unreadable records to skip before giving up.
+        num_workers: processes; 0 means one per core.
+        max_bad_records: unreadable records to skip before giving up.
     """
     from distill_nemo.data.inputs import split_inputs
     from distill_nemo.data.prepare import prepare as prepare_files
@@ -67,7 +67,7 @@ def prepare(
 def export(checkpoint: str, output: str, tokenizer: str = "") -> None:
     """Write a saved step as a Hugging Face directory, and check that it gives the same logits.
 
-    Every run that ends does this by itself (`checkpoint.export`); this is for other steps and interrupted runs.
+    A completed run has already exported its last step (`checkpoint.export`). This is for other steps and runs.
 
     Example:
         nemo distill export checkpoint=runs/quickstart/distilled output=student
@@ -84,15 +84,15 @@ def export(checkpoint: str, output: str, tokenizer: str = "") -> None:
 
 
 def convert(checkpoint: str, output: str, allow_pickle: bool = False) -> None:
-    """Make safetensors, which training reads, of an old Hugging Face checkpoint, whose weights are pickles.
+    """Convert a Hugging Face checkpoint with pickled weights to safetensors, which training reads.
 
     Example:
         nemo distill convert checkpoint=/models/old output=/models/new allow_pickle=true
 
     Args:
         checkpoint: directory with config.json and pytorch_model*.bin.
-        output: the directory to write.
-        allow_pickle: you trust these weights; a pickle can run code when it is opened.
+        output: directory to write.
+        allow_pickle: true if you trust these weights; a pickle can run code when it is opened.
     """
     from distill_nemo.runtime.device import setup_device
 
@@ -105,21 +105,21 @@ def convert(checkpoint: str, output: str, allow_pickle: bool = False) -> None:
 def evaluate(
     student: str, data: str, teacher: str = "", sequence_length: int = 1024, samples: int = 64, vocab_size: int = 0
 ) -> None:
-    r"""Held-out LM loss of a checkpoint and, with a teacher, forward KL, top-1 agreement and teacher entropy.
+    r"""Print held-out LM loss and, with a teacher, forward KL, top-1 agreement and teacher entropy.
 
-    Token means in nats, in one process, on the GPU where there is one.
+    Values are token means in nats. Runs in one process, on the GPU if there is one.
 
     Example:
         nemo distill evaluate student=runs/quickstart/student data=runs/quickstart/data/valid \
             teacher=runs/quickstart/teacher/student sequence_length=128
 
     Args:
-        student: checkpoint directory, of any kind that `train` reads.
+        student: checkpoint directory of any kind that `train` reads.
         data: prefix of the held-out .bin/.idx files.
         teacher: checkpoint directory; empty for none.
         sequence_length: tokens per sample.
-        samples: how many; more than the data holds repeats it.
-        vocab_size: ids that both models keep, where the checkpoints have more; 0 for the student's.
+        samples: number of samples; more than the data holds repeats it.
+        vocab_size: ids that both models keep if the checkpoints have more; 0 means all of the student's.
     """
     from distill_nemo.config import StudentConfig, TeacherConfig
     from distill_nemo.runtime.device import setup_device
@@ -139,7 +139,7 @@ def evaluate(
 
 
 def recipes() -> None:
-    """List the recipes, a line each.
+    """List the recipes, one per line.
 
     Example:
         nemo distill recipes
@@ -149,9 +149,9 @@ def recipes() -> None:
 
 
 def status(experiment: str) -> None:
-    """Show the state of a run's jobs on a cluster, a line each.
+    """Show the state of a run's jobs on a cluster, one per line.
 
-    Exit code: 0 while they wait or run, and when they completed; 1 when one ended otherwise, with the reason.
+    Exit code: 1 if a job has ended without completing, with the reason; else 0.
 
     Example:
         nemo distill status experiment=train_1764030000000000000
@@ -163,20 +163,20 @@ def status(experiment: str) -> None:
 
 
 def logs(experiment: str, follow: bool = False) -> None:
-    """Show the output of a run's ranks on a cluster, of every attempt.
+    """Show the output of a run's ranks on a cluster, from every attempt.
 
     Example:
         nemo distill logs experiment=train_1764030000000000000 follow=true
 
     Args:
         experiment: the id that `train` printed.
-        follow: go on until the jobs have ended, and exit as `train` does.
+        follow: continue until the jobs have ended, and exit as `train` does.
     """
     detached.logs(experiment, follow)
 
 
 def cancel(experiment: str) -> None:
-    """End the jobs of a run on a cluster. The same `train` command goes on from the last checkpoint.
+    """Cancel the jobs of a run on a cluster. The same `train` command resumes from the last checkpoint.
 
     Example:
         nemo distill cancel experiment=train_1764030000000000000

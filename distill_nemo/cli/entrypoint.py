@@ -1,4 +1,4 @@
-"""A command of `nemo distill`, and its registration with NeMo-Run."""
+"""Base class of the commands of `nemo distill`, and their registration with NeMo-Run."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from distill_nemo.runtime.errors import errors_in_one_screen
 
 
 class Command(Entrypoint):
-    """A command that teaches in its `--help`, and shows the user's errors in one screen."""
+    """A command with a help page of its own, which prints a user's error as one line instead of a traceback."""
 
     def cli(self, parent: Any) -> None:
         """Add the command to the group `distill`."""
@@ -53,10 +53,10 @@ def register(
 
     Args:
         function: its arguments are the command's fields.
-        name: the command's; None for the function's.
+        name: name of the command; None for the function's.
         context: launches what the function describes; None calls the function in this process.
         kind: "task" launches the function itself, "experiment" calls it with the context.
-        command: says what `--help` shows.
+        command: provides the page of `--help`.
     """
     run.cli.entrypoint(
         function,

@@ -1,4 +1,4 @@
-"""Text of `--help`, made from signatures, docstrings and config fields, so that it cannot fall behind."""
+"""Text of `--help`, generated from signatures, docstrings and config fields."""
 
 import contextlib
 import inspect
@@ -25,9 +25,9 @@ Distil large language models on Megatron-Core.
 Commands:
 {commands}
 
-`nemo distill COMMAND --help` teaches one of them: what it does, an example, every field.
+`nemo distill COMMAND --help` describes one of them, with an example and every field.
 
-Without GPU, weights or network, in minutes:
+In minutes, without GPU, weights or network:
   nemo distill quickstart --yes
 
 With your own checkpoints and text:
@@ -35,40 +35,40 @@ With your own checkpoints and text:
   nemo distill train --factory llama32_3b_to_1b --yes \\
       teacher.checkpoint=/models/Llama-3.2-3B student.checkpoint=/models/Llama-3.2-1B \\
       data.train='["data/corpus"]' run.executor=local run.executor.processes=8
-  nemo distill plan ...          the same words as `train`: memory, hours, whether it fits
+  nemo distill plan ...          memory and hours of a run, and whether it fits; takes the arguments of `train`
   nemo distill evaluate student=runs/llama32_3b_to_1b/student data=data/held_out teacher=/models/Llama-3.2-3B
 """
 
 TRAIN = """\
 Recipe:
-  NAME as the first word, or --factory NAME; with the recipe's own arguments: 'quickstart(steps=20)'.
+  NAME as the first argument, or --factory NAME. A recipe can have arguments: 'quickstart(steps=20)'.
   `nemo distill recipes` lists them.
 
 Overrides:
-  FIELD=VALUE, as many as you like, applied after the recipe. Dots lead into a section: optimizer.lr=1e-4.
-  Lists are quoted for the shell: data.train='["30", "a", "70", "b"]'. None empties a field: teacher=None
+  FIELD=VALUE, any number, applied to the recipe. A dot selects a field of a section: optimizer.lr=1e-4.
+  Quote lists for the shell: data.train='["30", "a", "70", "b"]'. None unsets a field: teacher=None
   trains on the data alone.
 
 Executor:
-  run.executor=local [run.executor.processes=N]   this machine, N ranks under torchrun; without it, one
-  run.executor=slurm run.executor.nodes=2 run.executor.devices=8 ...   a cluster; fields below, docs/launching.md
+  run.executor=local [run.executor.processes=N]   N ranks under torchrun on this machine; the default is one
+  run.executor=slurm run.executor.nodes=2 run.executor.devices=8 ...   a cluster: fields below, docs/launching.md
 
 Options:
-  --dryrun       show what would run, or the script that would be submitted; start nothing, need no cluster
-  --detach       return when a scheduler has the job; `nemo distill status|logs|cancel` see to it. A local run is
-                 waited for
-  --name NAME    of the run in NeMo-Run's experiments
-  --yes          accepted, so that scripts may always pass it: nothing is asked
+  --dryrun       show what would run, or the script that would be submitted; starts nothing, needs no cluster
+  --detach       return once a scheduler has the job; `nemo distill status|logs|cancel` follow it. No effect on
+                 local runs
+  --name NAME    name of the run in NeMo-Run's experiments
+  --yes          accepted for the sake of scripts; nothing is ever asked
 
-The same command resumes an interrupted run. Exit code: 0 when every rank succeeded.
+The same command resumes an interrupted run. Exit code: 0 if every rank succeeded.
 """
 
 PLAN = """\
-Type what you would type after `nemo distill train`: the same recipe, overrides and run.executor.*, without which
-there is one rank. `nemo distill train --help` lists them. Nothing is started or written, and data need not be there.
-A checkpoint that is not here can be spelled out: student.checkpoint=None student.num_layers=16 ...
+Takes the arguments of `nemo distill train`: recipe, overrides and run.executor.*, without which there is one rank.
+`nemo distill train --help` lists them. Starts and writes nothing; the data need not exist yet.
+For a checkpoint that is not on this machine, give its architecture: student.checkpoint=None student.num_layers=16 ...
 
-Exit code: 0 when it fits; 1 when it does not, with what would."""
+Exit code: 0 if the run fits; 1 if it does not, with changes that would make it fit."""
 
 
 class Group(TyperGroup):
@@ -81,14 +81,14 @@ class Group(TyperGroup):
 
 
 def command_class(text: Callable[[], str]) -> type[TyperCommand]:
-    """A command whose `--help` is `text()`."""
+    """Return a command class whose `--help` prints `text()`."""
 
     class Command(TyperCommand):
         def format_help(self, ctx: Any, formatter: Any) -> None:
             formatter.write(text())
 
         def invoke(self, ctx: Any) -> Any:
-            if ctx.params.get("run_name") == "":  # which NeMo-Run takes for none
+            if ctx.params.get("run_name") == "":  # NeMo-Run would ignore it
                 print("error: --name is empty", file=sys.stderr)
                 ctx.exit(1)
             out: Any = _Skipping(sys.stdout, "Configuring global options\n")
@@ -99,7 +99,7 @@ def command_class(text: Callable[[], str]) -> type[TyperCommand]:
 
 
 class _Skipping:
-    """`out` without the text it begins with: NeMo-Run announces that it reads its own options."""
+    """`out` without `text` at its beginning, which NeMo-Run prints when it reads its own options."""
 
     def __init__(self, out: Any, text: str) -> None:
         self._out, self._text = out, text
@@ -116,12 +116,12 @@ class _Skipping:
 
 
 def summary(function: Callable[..., Any]) -> str:
-    """First line of the docstring."""
+    """Return the first line of a docstring."""
     return (function.__doc__ or "").strip().splitlines()[0]
 
 
 def command_help(name: str, function: Callable[..., Any], options: str = "", recipe: str = "") -> str:
-    """The page of a command whose fields are the arguments of `function`."""
+    """Return the page of a command whose fields are the arguments of `function`."""
     parts = _sections(function)
     rows = _rows(function)
     usage = f"Usage: nemo distill {name}{recipe}{' FIELD=VALUE ...' if rows else ''}{' [OPTIONS]' if options else ''}"
@@ -130,7 +130,7 @@ def command_help(name: str, function: Callable[..., Any], options: str = "", rec
 
 
 def _rows(function: Callable[..., Any], prefix: str = "") -> list[str]:
-    """A row for every argument."""
+    """Return a row for every argument."""
     listed = _sections(function).get("Args", "")
     about = dict(re.findall(r"^    (\w+): (.*?)(?=\n    \w|\Z)", listed, re.M | re.S))
     hints = typing.get_type_hints(function)
@@ -145,7 +145,13 @@ def train_help(function: Callable[..., Any], executors: dict[str, Callable[..., 
     """Return the page of `train`: every dotted field, with its default where no recipe sets it."""
     parts = _sections(function)
     usage = "Usage: nemo distill train RECIPE [FIELD=VALUE ...] [run.executor=EXECUTOR] [OPTIONS]"
-    page = [usage, parts[""], _example(parts), TRAIN, "Fields, and their values where the recipe sets no other:"]
+    page = [
+        usage,
+        parts[""],
+        _example(parts),
+        TRAIN,
+        "Fields, with their values unless the recipe sets others:",
+    ]
     hints = typing.get_type_hints(RunConfig)
     page += _field_rows({name: hint for name, hint in hints.items() if name not in sections_of(hints)}, RunConfig, "")
     for name, section in sections_of(hints).items():

@@ -1,4 +1,4 @@
-"""From a command line to a launch: the recipe with its overrides, `run.executor=NAME run.executor.FIELD=VALUE`."""
+"""Launch a recipe from a command line: its overrides, and `run.executor=NAME run.executor.FIELD=VALUE`."""
 
 import inspect
 import re
@@ -26,14 +26,14 @@ from distill_nemo.executors.known import descriptor_of
 from distill_nemo.fields import suggest
 from distill_nemo.training.entry import distill, errors_in_one_screen
 
-NAME = re.compile(r"\w[\w.-]{,63}", re.ASCII)  # NeMo-Run makes directories, files and an address of it
+EXPERIMENT_NAME = re.compile(r"\w[\w.-]{,63}", re.ASCII)  # NeMo-Run uses it in paths and in an address
 
 
 class TrainContext(run.cli.RunContext):
-    """NeMo-Run's task command, with a true exit code, our messages, and checks before anything starts."""
+    """NeMo-Run's task command with a correct exit code, our error messages, and checks before anything starts."""
 
     def cli_execute(self, fn: Callable[..., Any], args: list[str], entrypoint_type: Any = "task") -> None:
-        """Run the command; what the user did wrong is one `error:` on stderr."""
+        """Run the command. A user's mistake is one `error:` on stderr."""
         with errors_in_one_screen(), passing_on_signals():
             for option in ("load", "yaml", "repl", "to_yaml", "to_toml", "to_json"):
                 if getattr(self, option):
@@ -43,8 +43,8 @@ class TrainContext(run.cli.RunContext):
                         "distill_nemo CONFIG.yaml` runs that"
                     )
             if self.direct:
-                raise ValueError("--direct is not supported: without run.executor= a run is one process of its own")
-            if not NAME.fullmatch(self.name):
+                raise ValueError("--direct is not supported; without run.executor= a run is one process of its own")
+            if not EXPERIMENT_NAME.fullmatch(self.name):
                 raise ValueError(
                     '--name must be at most 64 letters, digits, ".", "_" or "-", the first a letter, digit or "_", got '
                     f'"{self.name}"'
@@ -56,7 +56,7 @@ class TrainContext(run.cli.RunContext):
             execute(fn, others)
 
     def parse_plugin(self, name: str, *args: str) -> Any:
-        """Return the plugins that `run.plugins=NAME run.plugins.FIELD=VALUE` means: the user's own code."""
+        """Return the user's plugins that `run.plugins=NAME run.plugins.FIELD=VALUE` names."""
         try:
             config = super().parse_plugin(name)
         except ValueError as error:
@@ -68,13 +68,13 @@ class TrainContext(run.cli.RunContext):
         return plugins if isinstance(plugins, list) else [plugins]
 
     def parse_fn(self, fn: Any, args: list[str], **default_kwargs: Any) -> Any:
-        """The recipe that `--factory` or the first word names, or an experiment, with the overrides applied."""
+        """Return the recipe that `--factory` or the first argument names, or an experiment, with its overrides."""
         if fn is not distill:
             return run.Partial(fn, **parse_arguments(fn, args, self.name), **default_kwargs)
         args = self.without_recipe(args)
         if self.factory is None:
             known = ", ".join(recipe.__name__ for recipe in registered_recipes())
-            raise ValueError(f"name a recipe, as the first word or by --factory. Known: {known}")
+            raise ValueError(f"name a recipe, as the first argument or by --factory. Known: {known}")
         recipe = called_recipe(self.factory, registered_recipes())
         if not isinstance(recipe, fdl.Partial) or recipe.__fn_or_cls__ is not distill:
             raise ValueError(f"recipe {self.factory}: must return run.Partial(distill, ...), got {recipe!r:.80}")
@@ -82,13 +82,13 @@ class TrainContext(run.cli.RunContext):
         return recipe
 
     def without_recipe(self, args: list[str]) -> list[str]:
-        """The arguments without a first word that names the recipe, as `--factory` would."""
+        """Return the arguments without the first one if it names the recipe; it then stands for `--factory`."""
         if self.factory is None and args and RECIPE.fullmatch(args[0]):
             self.factory, *args = args
         return args
 
     def built_executor(self) -> run.Executor:
-        """The one that was asked for; without, one process of this machine."""
+        """Return the requested executor; the default is one process on this machine."""
         return self.executor or local()
 
     def _execute_task(self, fn: Callable[..., Any], task_args: list[str]) -> None:
@@ -106,28 +106,29 @@ class TrainContext(run.cli.RunContext):
                 return
             self.launch(experiment)
             if self.detach:
-                detached.tell_detached(experiment)
+                detached.print_submitted(experiment)
 
     def _execute_experiment(self, fn: Callable[..., Any], experiment_args: list[str]) -> None:
         fdl.build(self.parse_fn(fn, experiment_args))(ctx=self)  # building would copy the context, without its executor
 
     def launch(self, experiment: run.Experiment, sequential: bool = False) -> None:
-        """Launch as NeMo-Run does, but in processes of their own also without `run.executor=`."""
+        """Launch as NeMo-Run does, but always in separate processes, even without `run.executor=`."""
         self.executor = self.executor or run.LocalExecutor()
         super().launch(experiment, sequential)
 
 
 def registered_recipes() -> list[Callable[..., Any]]:
-    """Every function registered as a recipe, by name."""
+    """Return every function registered as a recipe, sorted by name."""
     return sorted(list_factories(get_type_namespace(distill)), key=lambda factory: factory.__name__)
 
 
 def parse_executor(name: str, arguments: Iterable[str]) -> run.Config:
-    """`slurm`, `["nodes=2", "qos=high"]`: arguments of the factory, and fields of NeMo-Run's executor.
+    """Return the executor for a name and FIELD=VALUE arguments, such as `slurm` and `["nodes=2", "qos=high"]`.
+
+    Fields are the arguments of our factory and the fields of NeMo-Run's executor.
 
     Raises:
-        ValueError: for an executor or a field of it that is not known, with close matches, or a value of it that is
-            not allowed.
+        ValueError: for an unknown executor or field, with close matches, or a value that is not allowed.
     """
     if name not in EXECUTORS:
         base, called, _ = name.partition("(")
@@ -154,13 +155,13 @@ def parse_executor(name: str, arguments: Iterable[str]) -> run.Config:
 
 
 def _fields(cls: Callable[..., Any]) -> dict[str, Any]:
-    """Return the fields of a class of NeMo-Run's, with their types."""
+    """Return the fields of a NeMo-Run class with their types."""
     hints = typing.get_type_hints(cls)
     return {field: hints.get(field, Any) for field in inspect.signature(cls).parameters}
 
 
 def set_field(name: str, config: Any, path: str, value: str) -> None:
-    """Set a field. Not by NeMo-Run, whose messages print the whole executor, environment included."""
+    """Set a field. NeMo-Run's own messages would print the whole executor, environment included."""
     *sections, field = path.split(".")
     for section in sections:
         config = config.__arguments__.get(section) if isinstance(config, run.Config) else None

@@ -1,4 +1,4 @@
-"""`nemo distill plan`: the words of `train`, and instead of a run what it would need."""
+"""`nemo distill plan`: takes the arguments of `train` and prints what the run would need."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from distill_nemo.executors import run_config_of
 from distill_nemo.executors.preflight import check_fits_nodes
 from distill_nemo.training.entry import distill
 
-ANY_DATA = ["any"]  # a plan reads no tokens, and may come before there are any
+ANY_DATA = ["any"]  # a plan reads no tokens, and can be made before there are any
 
 
 class PlanContext(TrainContext):
@@ -47,9 +47,9 @@ class PlanCommand(Command):
 
 
 def plan(ctx: run.cli.RunContext, gpu: str = "h100", utilisation: float = 0.4, transformer_engine: bool = True) -> None:
-    r"""Compute what a run would need and if it fits: parameters, memory by part, operations, hours.
+    r"""Print what a run would need and whether it fits: parameters, memory by part, operations, hours.
 
-    Computed from the config and the checkpoints' config.json: no GPU, no weights, no data.
+    Everything is computed from the config and the checkpoints' config.json, without GPU, weights or data.
 
     Example:
         nemo distill plan --factory llama32_3b_to_1b training.micro_batch_size=2 gpu=h200 \
@@ -57,17 +57,17 @@ def plan(ctx: run.cli.RunContext, gpu: str = "h100", utilisation: float = 0.4, t
 
     Args:
         ctx: NeMo-Run's context.
-        gpu: a100-80gb, h100, h200 or b200; each rank has one.
+        gpu: a100-80gb, h100, h200 or b200; one per rank.
         utilisation: share of the GPU's peak that a step is assumed to reach.
-        transformer_engine: its layers; false for Megatron's own, without its fused kernels.
+        transformer_engine: use Transformer Engine's layers; false means Megatron's own, without its fused kernels.
     """
     from distill_nemo.planning.gpus import find_gpu
 
-    which = find_gpu(gpu)
+    found = find_gpu(gpu)
     from distill_nemo.runtime.device import setup_device
 
     setup_device()  # before Megatron is imported
     from distill_nemo.planning.plan import print_plan
 
-    assert isinstance(ctx, PlanContext), "registered so"
-    print_plan(*ctx.planned, which, utilisation, transformer_engine)
+    assert isinstance(ctx, PlanContext), "register_commands passes it"
+    print_plan(*ctx.planned, found, utilisation, transformer_engine)

@@ -1,7 +1,7 @@
-"""VALUE of FIELD=VALUE, by the type of its field.
+"""Parse the VALUE of FIELD=VALUE by the type of its field.
 
-NeMo-Run 0.11.1 has a parser too. It strips quotes from both ends of every text, also within lists and dictionaries,
-imports what a value names, and hands out one list twice.
+NeMo-Run 0.11.1's own parser strips quotes from both ends of every string, also within lists and dictionaries, imports
+what a value names, and returns the same list object twice.
 """
 
 import ast
@@ -15,23 +15,23 @@ from typing import Any
 from distill_nemo.fields import NO_METADATA, checked, is_union, plain_type
 
 BOOLEANS = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
-_QUOTED = re.compile(r"""(["'])((?:(?!\1).)*)\1""", re.S)  # in one pair of quotes, and no such quote between them
+_QUOTED = re.compile(r"""(["'])((?:(?!\1).)*)\1""", re.S)  # one pair of quotes, with no such quote in between
 
 
 def parse(path: str, text: str, hint: Any, metadata: Mapping[str, Any] = NO_METADATA) -> Any:
     """Return `text` as a `hint` in the range of `metadata`.
 
-    A string is taken as typed, but for one pair of quotes around all of it. Lists and dictionaries are Python's.
+    A string is taken as typed, except for one pair of quotes around all of it. Lists and dictionaries are Python's.
 
     Raises:
-        ValueError: as `fields.checked`.
+        ValueError: from `fields.checked`.
     """
     if type(None) in typing.get_args(hint) and text in ("None", "null"):
         return None
     plain = plain_type(hint)
     if is_dataclass(plain):
         raise ValueError(f'{path} is a section, got "{text}"; set its fields, such as {path}.{fields(plain)[0].name}=')
-    value: Any = text  # refused as text, where it is nothing else
+    value: Any = text  # `checked` refuses the text if it cannot be parsed
     with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):  # the last two: nested too deeply
         value = _parse(text.strip(), plain) if typing.get_origin(plain) in (list, dict) else _scalar(text, plain)
     return checked(path, value, hint, metadata)
@@ -42,7 +42,7 @@ def _parse(text: str, hint: Any) -> Any:
 
 
 def _element(node: ast.expr, text: str, hint: Any) -> Any:
-    """Return an element of a list or dictionary; `text` is all of it."""
+    """Return an element of the list or dictionary whose source is `text`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if is_union(hint):
         return _element(node, text, plain_type(hint))
@@ -55,7 +55,7 @@ def _element(node: ast.expr, text: str, hint: Any) -> Any:
         return ast.literal_eval(node)
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value if hint is str else _scalar(node.value, hint)
-    if isinstance(ast.literal_eval(node), bool | int | float):  # also where a string is wanted, digit by digit
+    if isinstance(ast.literal_eval(node), bool | int | float):  # from the source, so that a string keeps every digit
         return _scalar(ast.get_source_segment(text, node) or "", hint)
     raise ValueError(f"no {hint}: {ast.unparse(node)}")
 

@@ -1,4 +1,4 @@
-"""Executors, which launch a recipe and watch it: `local()`, `slurm()`, `kubernetes()`. Light at import."""
+"""Executors that launch a recipe and watch its job: `local()`, `slurm()`, `kubernetes()`. Light at import."""
 
 from distill_nemo.executors.experiment import WatchedExperiment
 from distill_nemo.executors.known import EXECUTORS

@@ -1,4 +1,4 @@
-"""Descriptor of a kind of executor, asked by the launcher. A new kind is one descriptor, named in `known.py`."""
+"""The launcher's view of a kind of executor. A new kind is one descriptor, listed in `known.py`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from distill_nemo.executors.watch.jobs import ClusterJob
 
 @dataclass(frozen=True)
 class WorkDir:
-    """Directory that the ranks run in, which relative paths begin at."""
+    """Working directory of the ranks, to which relative paths refer."""
 
-    here: Path | None = None  # on this machine, so that files can be looked for
-    anew: str = ""  # a directory that is new each time: where it is; relative paths are refused
+    here: Path | None = None  # visible from this machine, so files can be checked before the launch
+    fresh: str = ""  # set if each job gets a new directory: says where. Relative paths are then refused
     advice: str = ""  # what to set instead
 
 
-IN_A_CONTAINER = WorkDir(anew="in a container")
+IN_A_CONTAINER = WorkDir(fresh="in a container")
 
 
 def _nothing(*_: Any) -> None:
@@ -29,20 +29,20 @@ def _nothing(*_: Any) -> None:
 
 @dataclass(frozen=True)
 class ExecutorDescriptor:
-    """One kind of executor. The defaults are those of a container that nothing is known of."""
+    """One kind of executor. The defaults suit a container about which nothing is known."""
 
     executor: type[run.Executor]
-    # Make the executor from `run.executor.FIELD=VALUE`.
+    # Builds the executor from `run.executor.FIELD=VALUE`.
     arguments: Callable[..., run.Config]
-    # Fields of NeMo-Run's executor that cannot be set.
+    # Fields of NeMo-Run's executor that users cannot set.
     hidden: tuple[str, ...] = ()
-    # Refuse an executor whose own fields cannot work.
+    # Refuses an executor whose own fields cannot work.
     check: Callable[[Any], None] = _nothing
-    # Return where the ranks run.
+    # Returns the working directory of the ranks.
     work_dir: Callable[[Any], WorkDir] = lambda executor: IN_A_CONTAINER
-    # Refuse (config, executor, dryrun) once all else is right, by what only the machine or the cluster can say.
+    # Runs last, on (config, executor, dryrun): checks that need the machine or the cluster.
     preflight: Callable[[RunConfig, Any, bool], None] = _nothing
-    # Return a job that NeMo-Run has submitted as one that can be watched; None: NeMo-Run itself waits for it.
+    # Wraps a job that NeMo-Run has submitted so that it can be watched. None: NeMo-Run waits for it itself.
     job: Callable[[Any], ClusterJob] | None = None
-    # Return the text that submits a job of the experiment in a directory; None: a dry run shows the command.
+    # Returns what a dry run prints for a job of the experiment in a directory. None: a dry run prints the command.
     manifest: Callable[[Any, Path], str] | None = None

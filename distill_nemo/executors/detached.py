@@ -1,4 +1,4 @@
-"""Runs on a cluster after the command that submitted them has returned: seen and ended by their experiment's id."""
+"""Status, logs and cancellation of cluster jobs after the submitting command has returned, by experiment id."""
 
 import sys
 from pathlib import Path
@@ -7,21 +7,21 @@ from typing import Any
 import nemo_run as run
 from nemo_run.config import get_nemorun_home
 
-from distill_nemo.executors.experiment import WatchedExperiment, submitted, watch
+from distill_nemo.executors.experiment import WatchedExperiment, submission_line, watch
 from distill_nemo.executors.known import cluster_job
 from distill_nemo.executors.watch.jobs import ClusterJob
 from distill_nemo.fields import suggest
 
 
-def tell_detached(experiment: WatchedExperiment) -> None:
-    """Print what was submitted and the commands for it; nothing for a local run, which was waited for."""
+def print_submitted(experiment: WatchedExperiment) -> None:
+    """Print what was submitted and how to follow it. A local run has already been waited for and prints nothing."""
     for job in _cluster_jobs(experiment):
-        print(submitted(job, experiment._id))
+        print(submission_line(job, experiment._id))
         print(f"see to it with `nemo distill status|logs|cancel experiment={experiment._id}`")
 
 
 def status(experiment: str) -> None:
-    """A line for each job; exits 1 when one has ended and did not complete."""
+    """Print a line for each job. Exit with 1 if one has ended without completing."""
     failed = False
     for job in _jobs(experiment):
         state = job.state()
@@ -34,7 +34,7 @@ def status(experiment: str) -> None:
 
 
 def logs(experiment: str, follow: bool = False) -> None:
-    """Print the output of the ranks; with `follow` until the end, and exit as the run itself would."""
+    """Print the output of the ranks. With `follow`, continue until the end and exit with the run's exit code."""
     for job in _jobs(experiment):
         if follow:
             watch(job, experiment)
@@ -44,11 +44,11 @@ def logs(experiment: str, follow: bool = False) -> None:
 
 
 def cancel(experiment: str) -> None:
-    """End the jobs that have not ended."""
+    """Cancel the jobs that have not ended."""
     for job in _jobs(experiment):
         state = job.state()
         if state.ended:
-            print(f"{job.name}: job {job.id} had ended: {state}")
+            print(f"{job.name}: job {job.id} had already ended: {state}")
         else:
             job.cancel()
             print(f"{job.name}: job {job.id} cancelled; it was {state}")

@@ -1,4 +1,4 @@
-"""An experiment whose tasks are seen, and that fails when one of them does."""
+"""A NeMo-Run experiment that shows its ranks' output and fails when a task fails."""
 
 import contextlib
 import os
@@ -23,9 +23,9 @@ from distill_nemo.executors.watch.screen import JobOutput
 
 
 class WatchedExperiment(run.Experiment):
-    """Tasks of which one sees what their ranks say, and that exit 1 at the first that fails.
+    """Experiment that prints the output of its ranks and exits with 1 at the first task that fails.
 
-    NeMo-Run itself would go on after a failure and exit 0, and tells every step of its own.
+    NeMo-Run's own continues after a failure, exits with 0, and logs each of its internal steps.
     """
 
     def __enter__(self) -> "WatchedExperiment":
@@ -34,10 +34,10 @@ class WatchedExperiment(run.Experiment):
 
     @classmethod
     def titled(cls, title: str) -> "WatchedExperiment":
-        """Without NeMo-Run's own words.
+        """Make an experiment that hides NeMo-Run's own messages.
 
         Raises:
-            ValueError: if NeMo-Run's records cannot be written where it keeps them.
+            ValueError: if the directory of NeMo-Run's records is not writable.
         """
         _check_home(Path(get_nemorun_home()))
         return cls(title, clean_mode=True, enable_goodbye_message=False, log_level="ERROR", skip_status_at_exit=True)
@@ -46,33 +46,33 @@ class WatchedExperiment(run.Experiment):
         """Run as NeMo-Run does.
 
         Raises:
-            ValueError: in its words, when a cluster refuses a job.
+            ValueError: if a cluster refuses a job, with the cluster's message.
         """
         try:
             super().run(**options)
         except UnexpectedExit as error:
             shutil.rmtree(self._exp_dir)
-            said = (error.result.stderr or error.result.stdout).strip().splitlines()
-            raise ValueError(f"`{error.result.command.split()[0]}` failed: {'; '.join(said[-2:])}") from None
+            output = (error.result.stderr or error.result.stdout).strip().splitlines()
+            raise ValueError(f"`{error.result.command.split()[0]}` failed: {'; '.join(output[-2:])}") from None
         except Refused:
             shutil.rmtree(self._exp_dir)
             raise
 
     def _prepare(self, exist_ok: bool = False) -> None:
-        CONSOLE.quiet, before = True, CONSOLE.quiet  # NeMo-Run tells how it sets its launcher
+        CONSOLE.quiet, before = True, CONSOLE.quiet  # NeMo-Run reports which launcher it sets
         try:
             super()._prepare(exist_ok)
         finally:
             CONSOLE.quiet = before
 
     def show(self) -> None:
-        """Print the manifest of each task, as its descriptor makes it; leave nothing behind."""
+        """Print the manifest of each task and leave nothing on disk."""
         with contextlib.redirect_stdout(sys.stderr):
             self.dryrun(log=False, delete_exp_dir=False)
         try:
             for job in typing.cast(list[Any], self.jobs):
                 manifest = descriptor_of(job.executor).manifest
-                assert manifest is not None, "an executor of a cluster of ours"
+                assert manifest is not None, "only executors with manifests are shown"
                 print(manifest(job, Path(self._exp_dir)))
         finally:
             shutil.rmtree(self._exp_dir)
@@ -80,7 +80,7 @@ class WatchedExperiment(run.Experiment):
     def _wait_for_jobs(self, jobs: list[Any]) -> None:
         self._wait_here([job for job in jobs if cluster_job(job) is None])
         for job in filter(None, map(cluster_job, jobs)):
-            watch(job, self._id, submitted(job, self._id) + "\n")
+            watch(job, self._id, submission_line(job, self._id) + "\n")
 
     def _wait_here(self, jobs: list[Any]) -> None:
         if not jobs:
@@ -98,32 +98,34 @@ class WatchedExperiment(run.Experiment):
 
 
 def _check_home(home: Path) -> None:
-    why = ""
+    problem = ""
     try:
         home.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        why = f"cannot be made: {error.strerror}"
-    if not why and not os.access(home, os.W_OK | os.X_OK):
-        why = "cannot be written"
-    elif not why and shlex.quote(str(home)) != str(home):
-        why = "has characters that NeMo-Run does not quote"
-    if why:
-        raise ValueError(f"NeMo-Run keeps its records in {home}, which {why}; set NEMORUN_HOME to another directory")
+        problem = f"cannot be made: {error.strerror}"
+    if not problem and not os.access(home, os.W_OK | os.X_OK):
+        problem = "cannot be written"
+    elif not problem and shlex.quote(str(home)) != str(home):
+        problem = "has characters that NeMo-Run does not quote"
+    if problem:
+        raise ValueError(
+            f"NeMo-Run keeps its records in {home}, which {problem}; set NEMORUN_HOME to another directory"
+        )
 
 
-def submitted(job: ClusterJob, experiment: str) -> str:
-    """The first line of a run on a cluster."""
+def submission_line(job: ClusterJob, experiment: str) -> str:
+    """Return the first line that a run on a cluster prints."""
     return f"{job.name}: submitted as job {job.id}, experiment {experiment}; logs in {job.folder}"
 
 
 def watch(job: ClusterJob, experiment: str, first: str = "") -> None:
-    """Say `first`, and show a job until its end; exits 1 when it did not complete, or cannot start."""
-    with left_running(f"job {job.id} goes on; `nemo distill cancel experiment={experiment}` ends it"):
+    """Print `first`, then the job's output until its end. Exit with 1 if it does not complete or cannot start."""
+    with left_running(f"job {job.id} continues; `nemo distill cancel experiment={experiment}` ends it"):
         print(first, end="", flush=True)
         state = job.follow(sys.stdout)
     if not state.completed:
         print(f"{job.name}: job {job.id} {state}; logs in {job.folder}", file=sys.stderr)
         print(job.why(state), file=sys.stderr)
         if not state.ended:
-            print(f"it still waits; `nemo distill cancel experiment={experiment}` ends it", file=sys.stderr)
+            print(f"it is still queued; `nemo distill cancel experiment={experiment}` ends it", file=sys.stderr)
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""Executors that `run.executor=` may name."""
+"""Executors that `run.executor=` accepts."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ EXECUTORS = {"local": LOCAL, "slurm": SLURM, "kubernetes": KUBERNETES}
 
 
 def descriptor_of(executor: run.Executor) -> ExecutorDescriptor:
-    """Return the descriptor of an executor; for NeMo-Run's others, one of containers that nothing is known of."""
+    """Return the descriptor of an executor; NeMo-Run's other executors get the defaults."""
     for descriptor in EXECUTORS.values():
         if isinstance(executor, descriptor.executor):
             return descriptor
@@ -22,6 +22,6 @@ def descriptor_of(executor: run.Executor) -> ExecutorDescriptor:
 
 
 def cluster_job(job: Any) -> ClusterJob | None:
-    """Return a job of NeMo-Run's as it is watched; None if it runs here, or was not submitted."""
-    watched = descriptor_of(job.executor).job
-    return watched(job) if watched is not None and job.handle else None
+    """Wrap a job of NeMo-Run so that it can be watched; None if it runs on this machine or was not submitted."""
+    wrap = descriptor_of(job.executor).job
+    return wrap(job) if wrap is not None and job.handle else None

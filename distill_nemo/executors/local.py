@@ -1,4 +1,4 @@
-"""This machine."""
+"""Executor for this machine."""
 
 import os
 import shutil
@@ -15,8 +15,8 @@ from distill_nemo.executors.secrets import refuse_secrets
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),  # torchrun sets 1 too, and warns about it
-    "LOGLEVEL": os.environ.get("LOGLEVEL", "ERROR"),  # NeMo-Run would have torchrun tell its own every step
-    # After a Ctrl-C torchrun would give ranks that still save 30 s.
+    "LOGLEVEL": os.environ.get("LOGLEVEL", "ERROR"),  # NeMo-Run would make torchrun log every step of its own
+    # torchrun's default gives ranks 30 s to save after Ctrl-C.
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600"),
 }
 
@@ -25,11 +25,11 @@ def local_config(processes: int = 1) -> run.Config[run.LocalExecutor]:
     """This machine, `processes` ranks under torchrun: one per GPU, where there are GPUs.
 
     Args:
-        processes: how many ranks.
+        processes: number of ranks.
     """
     if processes < 1:
         raise ValueError(f"run.executor.processes must be at least 1, got {processes}")
-    # torchrun is looked up on PATH, where it need not be: a venv can be used without being activated.
+    # torchrun is looked up on PATH, which lacks it if the virtual environment is not activated.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     check_rendezvous()
     return run.Config(
@@ -41,18 +41,18 @@ def local_config(processes: int = 1) -> run.Config[run.LocalExecutor]:
 
 
 def local(processes: int = 1) -> run.Executor:
-    """The executor that `run.executor=local` names on the command line, for Python."""
+    """Return the executor that `run.executor=local` names on the command line."""
     return fdl.build(local_config(processes))
 
 
 def check_rendezvous() -> None:
-    """Refuse an environment whose torchrun does not know runtime/rendezvous.py."""
+    """Refuse an environment whose torchrun lacks the backends of runtime/rendezvous.py."""
     if not {"loopback", "nodes"} <= entry_points(group="torchrun.handlers").names:
         raise ValueError("torchrun does not know distill-nemo's rendezvous: install it again, `pip install -e .`")
 
 
 def num_gpus() -> int:
-    """NVIDIA GPUs that this process may use, without importing torch."""
+    """Return the number of NVIDIA GPUs that this process may use, without importing torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
@@ -65,7 +65,9 @@ def num_gpus() -> int:
 def _check(executor: run.LocalExecutor) -> None:
     refuse_secrets(vars(executor), "export it before this command")
     if executor.nodes != 1:
-        raise ValueError(f"run.executor.nodes = {executor.nodes}: this machine is one; processes= are its ranks")
+        raise ValueError(
+            f"run.executor.nodes = {executor.nodes}: the local executor has one node; set the ranks with processes="
+        )
 
 
 LOCAL = ExecutorDescriptor(

@@ -1,4 +1,4 @@
-"""Refuse what the workers would refuse, as far as it can be known without Megatron: before any process starts."""
+"""Checks before any process starts: refuse what the workers would refuse, as far as Megatron is not needed for it."""
 
 from pathlib import Path
 
@@ -16,16 +16,18 @@ def check_launch(config: RunConfig, executor: run.Executor, dryrun: bool = False
     """Refuse a run that cannot work on an executor.
 
     Raises:
-        ValueError: as `checks.check`, with the node counts that would do; for secrets in clear; for checkpoints and
-            token files that are not there; for paths that would mean another place in the job; without `sbatch`, or a
-            cluster in the kubeconfig.
+        ValueError: from `checks.check`, with the node counts that would fit; for secrets in plain text; for missing
+            checkpoints and token files; for paths that would mean another place in the job; for a missing `sbatch` or
+            a kubeconfig without a cluster.
     """
     descriptor = descriptor_of(executor)
     descriptor.check(executor)
     if executor.nnodes() < 1 or executor.nproc_per_node() < 1:
-        raise ValueError(f"run.executor: {executor.nnodes()} nodes x {executor.nproc_per_node()} ranks are none")
+        raise ValueError(
+            f"run.executor: {executor.nnodes()} nodes x {executor.nproc_per_node()} ranks; both must be at least 1"
+        )
     work_dir = descriptor.work_dir(executor)
-    if work_dir.anew:
+    if work_dir.fresh:
         _check_absolute(config, work_dir)
     elif work_dir.here is not None:
         _check_files(config, work_dir.here)
@@ -37,16 +39,16 @@ def check_fits_nodes(config: RunConfig, executor: run.Executor) -> None:
     """Call `checks.check` for the executor's ranks.
 
     Raises:
-        ValueError: as `check`, with the node counts that would do.
+        ValueError: from `check`, with the node counts that would fit.
     """
     try:
         check(config, executor.nnodes() * executor.nproc_per_node())
     except ValueError as error:
-        raise ValueError(f"{error}{_that_fit(config, executor)}") from None
+        raise ValueError(f"{error}{_fitting_nodes(config, executor)}") from None
 
 
-def _that_fit(config: RunConfig, executor: run.Executor) -> str:
-    """Return node counts that would pass; nothing when it is not the number of nodes that is wrong."""
+def _fitting_nodes(config: RunConfig, executor: run.Executor) -> str:
+    """Return a sentence with the closest node counts that would pass; empty if no node count would."""
     if isinstance(executor, run.LocalExecutor):  # always one node
         return ""
     nodes, devices, fitting = executor.nnodes(), executor.nproc_per_node(), []
@@ -57,18 +59,20 @@ def _that_fit(config: RunConfig, executor: run.Executor) -> str:
             fitting.append(count)
         except ValueError:
             continue
-    ours = f". You asked for {nodes} nodes x {devices} devices"
-    if fitting:
-        nearest = sorted(sorted(fitting, key=lambda count: abs(count - nodes))[:5])
-        return f"{ours}; with {devices} devices a node, run.executor.nodes = {', '.join(map(str, nearest))} fit"
-    return ""
+    if not fitting:
+        return ""
+    closest = sorted(sorted(fitting, key=lambda count: abs(count - nodes))[:5])
+    return (
+        f". You asked for {nodes} nodes x {devices} devices; with {devices} devices a node, run.executor.nodes = "
+        f"{', '.join(map(str, closest))} fit"
+    )
 
 
 def _check_absolute(config: RunConfig, work_dir: WorkDir) -> None:
     for name, path in paths_of(config):
         if not Path(path).is_absolute():
             raise ValueError(
-                f'{name} = "{path}" is relative, and the job runs {work_dir.anew}, in a directory that is new each '
+                f'{name} = "{path}" is relative, and the job runs {work_dir.fresh}, in a directory that is new each '
                 f"time: write the absolute path that it has there{work_dir.advice}"
             )
 

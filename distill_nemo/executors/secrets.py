@@ -1,4 +1,4 @@
-"""Tokens and passwords stay out of what is written down: batch scripts, manifests, logs, NeMo-Run's records."""
+"""Keep tokens and passwords out of batch scripts, manifests, logs and NeMo-Run's records."""
 
 import os
 import re
@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-LEAST = 8  # characters of a value that is looked for: shorter ones are in everything
-# GOOGLE_APPLICATION_CREDENTIALS is the path of a file.
+MIN_LENGTH = 8  # characters of a secret that is searched for; shorter ones occur in any text
+# GOOGLE_APPLICATION_CREDENTIALS holds a path, not a secret.
 _SECRET = re.compile(
     r"(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|(?<!GOOGLE_APPLICATION_)CREDENTIALS?|(?<!PUBLIC_)(?<=\w)KEY"
     r"|(^|_)(PASS|PAT|AUTH))$"
 )
-# In a line of shell, a variable or an option, set to something other than a variable.
+# A variable or an option in a line of shell that is set to something other than a variable.
 _ASSIGNED = re.compile(r"(?<![\w-])-*(\w[\w-]*)=(?=[^\s$`])(?![\"'][$`])")
 
 
@@ -22,27 +22,29 @@ def is_secret(name: str) -> bool:
 
 
 def refuse_secrets(given: Mapping[str, Any], advice: str) -> None:
-    """Refuse the value of a secret anywhere in the fields of an executor.
+    """Refuse a secret anywhere in the fields of an executor.
 
-    It is known by the name of what it is set to, or because a variable of such a name has it in this environment.
+    A value is a secret if the variable or option that it is assigned to is named like one, or if a variable of this
+    environment that is named like one has the same value.
 
     Raises:
         ValueError: naming the field and the variable, never the value, with the `advice`, where NAME is the variable.
     """
-    held = {name: value for name, value in os.environ.items() if is_secret(name) and len(value) >= LEAST}
+    exported = {name: value for name, value in os.environ.items() if is_secret(name) and len(value) >= MIN_LENGTH}
     for field, value in given.items():
         for variable, text in _texts({field: value}):
             names = [variable, *_ASSIGNED.findall(text)] if text else []
-            found = [name for name in names if is_secret(name)] + [name for name in held if held[name] in text]
+            found = [name for name in names if is_secret(name)]
+            found += [name for name, secret in exported.items() if secret in text]
             if found:
                 raise ValueError(
-                    f"run.executor.{field}: the value of {found[0]} would be written down in clear; "
+                    f"run.executor.{field}: the value of {found[0]} would be stored in plain text; "
                     + advice.replace("NAME", found[0])
                 )
 
 
 def _texts(value: Any, variable: str = "") -> Iterator[tuple[str, str]]:
-    """Every text within `value`, and the environment variable that it is the value of, if it is one's."""
+    """Yield each string within `value`, after the name of the environment variable that it sets ("" if none)."""
     if is_dataclass(value):
         value = {field.name: getattr(value, field.name, None) for field in fields(value)}
     if isinstance(value, str):
@@ -51,7 +53,7 @@ def _texts(value: Any, variable: str = "") -> Iterator[tuple[str, str]]:
         for key, each in value.items():
             if key in ("env", "env_vars") and isinstance(each, Mapping):
                 yield from ((str(name), str(text)) for name, text in each.items())
-            else:  # Kubernetes says {"name": VARIABLE, "value": TEXT}
+            else:  # Kubernetes writes {"name": VARIABLE, "value": TEXT}
                 yield from _texts(each, str(value.get("name", "")) if key == "value" else "")
     elif isinstance(value, list | tuple):
         for each in value:

@@ -1,4 +1,4 @@
-"""Config for the workers, complete, out of a recipe."""
+"""The complete config that the workers get, built from a recipe."""
 
 from collections.abc import Iterator
 
@@ -16,12 +16,12 @@ def run_config_of(recipe: fdl.Buildable) -> RunConfig:
     given = {name: value for name, value in fdl.build(recipe).keywords.items() if value is not None}
     for name in ("output_dir", "student"):
         if name not in given:
-            raise ValueError(f"{name} is not set, and a run needs it")
+            raise ValueError(f"{name} is not set; every run needs it")
     return from_dict(to_dict(RunConfig(**given)))
 
 
 def paths_of(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Yield every path of a config, with its field."""
+    """Yield the field and value of every path in a config."""
     yield "output_dir", config.output_dir
     for role, model in (("student", config.student), ("teacher", config.teacher)):
         if model is not None and model.checkpoint is not None:

@@ -64,7 +64,7 @@ def test_dryrun_shows_what_would_run_and_leaves_nothing_behind(inputs, tmp_path)
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "name a recipe, as the first word or by --factory. Known: llama32_3b_to_1b, quickstart"),
+        ([], "name a recipe, as the first argument or by --factory. Known: llama32_3b_to_1b, quickstart"),
         (["quickstart(stepz=3)"], 'recipe quickstart has no argument "stepz". Did you mean steps?'),
         (["--dry-run", *LLAMA[1:]], '"--dry-run" is not FIELD=VALUE; see `nemo distill train --help`'),
         (["lama32_3b_to_1b"], 'unknown recipe "lama32_3b_to_1b". Did you mean llama32_3b_to_1b'),
@@ -81,7 +81,7 @@ def test_dryrun_shows_what_would_run_and_leaves_nothing_behind(inputs, tmp_path)
         ([*LLAMA[1:], "run.executor.processes=0"], "run.executor.processes must be at least 1, got 0"),
         ([*LLAMA[1:], "run.executor=local(processes=2)"], "Write run.executor=local run.executor.FIELD=VALUE."),
         ([*LLAMA[1:], "run.excutor=local"], 'unknown field "run.excutor". Known: run.executor, run.executor.FIELD'),
-        ([*LLAMA[1:], "run.executor.nodes=2"], "run.executor.nodes = 2: this machine is one; processes= are its ranks"),
+        ([*LLAMA[1:], "run.executor.nodes=2"], "run.executor.nodes = 2: the local executor has one node"),
         ([*LLAMA[1:], "run.executor="], "run.executor has no value"),
         ([*LLAMA[1:], "run.plugins=pluggin"], "run.plugins: Plugin pluggin not found"),
         ([*LLAMA[1:], "--direct"], "--direct is not supported"),

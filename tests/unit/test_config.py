@@ -135,7 +135,7 @@ def test_no_teacher_round_trips(tmp_path):
             2,
             "micro batches in multiples of pipeline_model_parallel_size = 2, got 3",
         ),
-        ({"distillation__hidden_weight": 0.5}, 1, "hidden_weight = 0.5 weighs nothing"),
+        ({"distillation__hidden_weight": 0.5}, 1, "hidden_weight = 0.5 needs hidden_loss and hidden_layers"),
         (
             {"distillation__temperature": 200.0},
             1,
@@ -146,9 +146,9 @@ def test_no_teacher_round_trips(tmp_path):
         (
             {"distillation__balancer": "dynamic", "distillation__lm_weight": 0.5, "distillation__logits_weight": 0.0},
             1,
-            'balancer = "dynamic" does not look at lm_weight = 0.5, logits_weight = 0.0: leave that out',
+            'balancer = "dynamic" ignores lm_weight = 0.5, logits_weight = 0.0: leave that out',
         ),
-        ({"distillation__skip_lm_loss": False}, 1, 'balancer = "static" does not look at skip_lm_loss = False'),
+        ({"distillation__skip_lm_loss": False}, 1, 'balancer = "static" ignores skip_lm_loss = False'),
         (
             {"student__num_query_groups": 3},
             1,
@@ -158,11 +158,11 @@ def test_no_teacher_round_trips(tmp_path):
         (
             {"distillation__top_k": 5, "distillation__divergence": "reverse_kl"},
             1,
-            'with divergence = "forward_kl"',
+            'needs divergence = "forward_kl"',
         ),
         ({"distillation__fused_linear": True, "distillation__logits_weight": 0.0}, 1, "fused_linear = true needs a"),
         ({"distillation__beta": 1.0}, 1, "distillation.beta must be above 0 and below 1, got 1.0"),
-        ({"distillation__beta": 0.1}, 1, 'beta = 0.1 goes with divergence = "jensen_shannon", not "forward_kl"'),
+        ({"distillation__beta": 0.1}, 1, 'beta = 0.1 needs divergence = "jensen_shannon", not "forward_kl"'),
         (
             {"distillation__balancer": "dynamic", "distillation__kd_loss_scale": 0.1},
             1,

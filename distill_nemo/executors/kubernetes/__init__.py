@@ -1,4 +1,4 @@
-"""Kubernetes with Kubeflow Trainer: a TrainJob, the config that it ships, and its pods' logs."""
+"""Kubernetes with Kubeflow Trainer: a TrainJob, the config shipped with it, and its pods' logs."""
 
 from distill_nemo.executors.descriptor import ExecutorDescriptor
 from distill_nemo.executors.kubernetes.arguments import kubernetes_config

@@ -1,4 +1,4 @@
-"""Kubernetes with Kubeflow Trainer, from arguments that a user of a cluster knows. `--dryrun` prints the objects."""
+"""Arguments of the Kubernetes executor, in terms that a cluster's users know; `--dryrun` prints the objects."""
 
 import inspect
 import re
@@ -13,7 +13,7 @@ from distill_nemo.executors.local import ENVIRONMENT
 from distill_nemo.executors.secrets import refuse_secrets
 from distill_nemo.executors.slurm.arguments import seconds_of
 
-STOP_SECONDS = 300  # to finish a step and save, where a TrainJob can say so
+STOP_SECONDS = 300  # to finish a step and save
 _TAINT = re.compile(r"([^=:]+)(?:=([^:]*))?(?::(NoSchedule|PreferNoSchedule|NoExecute))?")
 
 
@@ -46,30 +46,30 @@ def kubernetes_config(
     """Kubernetes with Kubeflow Trainer: a TrainJob, one pod a node, `devices` ranks each.
 
     Args:
-        image: container image that has distill-nemo.
-        namespace: where the job lives, and its secrets and volume claims.
-        nodes: how many pods.
-        devices: ranks a node, one for each GPU.
-        gpus: ask for `devices` GPUs a node (nvidia.com/gpu); false on CPU nodes.
-        cpus: CPU cores of a node that are asked for.
-        memory: of a node, asked for and at most, such as 200Gi.
-        shared_memory: at most in /dev/shm, counted as memory; None leaves the 64 MiB of a container.
-        pvc: claim of a volume that all nodes see: models, data and what the run writes.
-        mount: where the ranks see it; output_dir must be below.
-        pvc_size: make the claim, if it is not there, of this size, such as 500Gi. It is never deleted.
-        storage_class: of the claim that is made; None is the cluster's default.
+        image: container image with distill-nemo in it.
+        namespace: namespace of the job, its secrets and its volume claims.
+        nodes: number of nodes, one pod each.
+        devices: ranks per node, one for each GPU.
+        gpus: request `devices` GPUs per node (nvidia.com/gpu); false on CPU nodes.
+        cpus: CPU cores to request per node.
+        memory: memory to request per node, which is also the limit, such as 200Gi.
+        shared_memory: limit of /dev/shm, part of the memory; None keeps a container's 64 MiB.
+        pvc: claim of a volume that all nodes see, for models, data and the run's output.
+        mount: path of the volume in the pods; output_dir must be below it.
+        pvc_size: size of the claim to create if there is none, such as 500Gi. It is never deleted.
+        storage_class: storage class of a created claim; None is the cluster's default.
         env: environment of the ranks.
-        secrets: more of it, from Kubernetes Secrets: NAME to SECRET/KEY. Values are never seen here.
+        secrets: environment variables from Kubernetes Secrets: NAME to SECRET/KEY. Values are never read here.
         time: limit, in one of SLURM's formats: MINUTES, HOURS:MINUTES:SECONDS, DAYS-HOURS. Trainer 2.2 or later.
-        stop_seconds: how long ranks may save once they are told to stop: 300 with Trainer 2.3; before, the runtime's.
+        stop_seconds: seconds that ranks get to save after a request to stop. Trainer 2.3: 300; before, the runtime's.
         node_selector: labels that nodes must have.
         tolerations: taints, as kubectl writes them: KEY=VALUE:EFFECT, KEY:EFFECT, KEY.
         image_pull_secrets: names of Secrets for the image's registry. Trainer 2.1 or later.
-        service_account: the pods'.
-        labels: of all that is made, such as Kueue's queue name.
-        runtime: ClusterTrainingRuntime, which also says how often a pod is started again.
-        trainer_version: the cluster's Kubeflow Trainer: 2.0, 2.1, 2.2 or 2.3.
-        context: of the kubeconfig; None is the current one.
+        service_account: service account of the pods.
+        labels: labels of every object that is created, such as Kueue's queue name.
+        runtime: ClusterTrainingRuntime, which also sets how often a pod is restarted.
+        trainer_version: version of the cluster's Kubeflow Trainer: 2.0, 2.1, 2.2 or 2.3.
+        context: context of the kubeconfig; None is the current one.
 
     Raises:
         ValueError: naming the field, what came, what is allowed.
@@ -80,11 +80,6 @@ def kubernetes_config(
     refuse_secrets({"env": env}, ADVICE_ON_SECRETS)
     if stop_seconds is None and trainer_version >= SINCE["stop_seconds"]:
         stop_seconds = STOP_SECONDS
-    torchrun = {
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(stop_seconds or STOP_SECONDS),  # or it kills ranks that still save
-        "PYTHONUNBUFFERED": "1",  # or the log gets their words at the end
-        "PET_RDZV_BACKEND": "loopback" if nodes == 1 else "nodes",  # runtime/rendezvous.py
-    }
     fields: dict[str, Any] = {
         "image": image,
         "namespace": namespace,
@@ -99,7 +94,7 @@ def kubernetes_config(
         "mount": mount.rstrip("/"),
         "pvc_size": pvc_size,
         "storage_class": storage_class,
-        "env_vars": {**ENVIRONMENT, **torchrun, **{name: _literal(value) for name, value in (env or {}).items()}},
+        "env_vars": _environment(env or {}, nodes, stop_seconds or STOP_SECONDS),
         "env_list": [_secret(name, value) for name, value in (secrets or {}).items()],
         "time": None if time is None else seconds_of(time),
         "stop_seconds": stop_seconds,
@@ -117,7 +112,7 @@ def kubernetes_config(
 
 
 def kubernetes(*args: Any, **kwargs: Any) -> run.Executor:
-    """The executor that `run.executor=kubernetes` names on the command line, for Python: the same arguments."""
+    """Return the executor that `run.executor=kubernetes` names on the command line; takes the same arguments."""
     return fdl.build(kubernetes_config(*args, **kwargs))
 
 
@@ -126,9 +121,15 @@ kubernetes.__signature__ = inspect.signature(kubernetes_config).replace(  # type
 )
 
 
-def _literal(value: str) -> str:
-    """Return `value` so that Kubernetes leaves it alone: it would expand $(NAME), and $$ to $."""
-    return str(value).replace("$", "$$")
+def _environment(env: dict[str, str], nodes: int, stop_seconds: int) -> dict[str, str]:
+    """Return the ranks' environment. Kubernetes would expand $(NAME), so the `$` of `env` are doubled."""
+    return {
+        **ENVIRONMENT,
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(stop_seconds),  # after it torchrun kills ranks that save
+        "PYTHONUNBUFFERED": "1",  # or output reaches the log only at the end
+        "PET_RDZV_BACKEND": "loopback" if nodes == 1 else "nodes",  # runtime/rendezvous.py
+        **{name: str(value).replace("$", "$$") for name, value in env.items()},
+    }
 
 
 def _secret(name: str, value: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""TrainJobs on a Kubernetes cluster: how they are, what their pods say, and their end."""
+"""State, output and end of TrainJobs on a Kubernetes cluster."""
 
 import json
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from distill_nemo.executors.kubernetes.api import TRAIN_JOBS, asked
+from distill_nemo.executors.kubernetes.api import TRAIN_JOBS, answer_to
 from distill_nemo.executors.kubernetes.pods import (
     PodLogs,
     containers,
@@ -17,25 +17,24 @@ from distill_nemo.executors.kubernetes.pods import (
     restarts,
     text_of,
 )
-from distill_nemo.executors.watch.endings import why_a_log_ended, why_nodes_ended
+from distill_nemo.executors.watch.endings import RESUME, why_a_log_ended, why_nodes_ended
 from distill_nemo.executors.watch.jobs import ClusterJob, UnseenError
 from distill_nemo.executors.watch.screen import RankLines
 
-OF_JOB = "jobset.sigs.k8s.io/jobset-name"  # label of its pods
-STUCK_REASONS = (  # reasons for which a container does not start, and that seldom pass
+JOB_LABEL = "jobset.sigs.k8s.io/jobset-name"  # label of a job's pods
+STUCK_REASONS = (  # reasons for a container not to start that seldom go away
     "ErrImagePull ImagePullBackOff InvalidImageName ErrImageNeverPull ImageInspectError RegistryUnavailable "
     "CreateContainerConfigError CreateContainerError RunContainerError"
 ).split()
 PASSING = ("ContainerCreating", "PodInitializing")
-COMES_BACK = "the same command goes on from the last checkpoint"
 
 
 @dataclass
 class State:
-    """A job now."""
+    """State of a job at one moment."""
 
     name: str  # Pending, Running, Suspended, Complete, Failed, Deleting, Deleted
-    reason: str = ""  # why it waits, or Kubernetes' word for its end
+    reason: str = ""  # for waiting, or Kubernetes' reason for its end
     elapsed: str = "00:00:00"
     num_pods: int = 0
     restarts: int = 0
@@ -53,7 +52,7 @@ class State:
 
     @property
     def waits(self) -> str:
-        """Why it, or one of its pods, does not run yet."""
+        """Reason that the job, or one of its pods, does not run yet."""
         return "" if self.ended else self.reason
 
     def __str__(self) -> str:
@@ -69,7 +68,7 @@ class KubernetesJob(ClusterJob):
     name: str
     id: str
     executor: Any
-    folder: str  # here: what has been read of its logs
+    folder: str  # on this machine: the logs read so far
     _lines: dict[Path, RankLines] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -77,22 +76,22 @@ class KubernetesJob(ClusterJob):
 
     @classmethod
     def of(cls, job: Any) -> "KubernetesJob":
-        """The one behind a NeMo-Run job."""
+        """Wrap a NeMo-Run job."""
         return cls(job.id, job.handle.rpartition("___")[2], job.executor, job.executor.job_dir)
 
     @classmethod
     def named(cls, executor: Any, name: str) -> "KubernetesJob":
-        """A TrainJob by its name."""
+        """Return the TrainJob of this name."""
         return cls(name, name, executor, executor.job_dir)
 
     def state(self) -> State:
         """Return the job's state.
 
         Raises:
-            UnseenError: when Kubernetes does not answer.
+            UnseenError: if Kubernetes does not answer.
         """
         api, where = self.executor._custom_objects_api, {"namespace": self.executor.namespace, "name": self.id}
-        job = asked(api.get_namespaced_custom_object, **TRAIN_JOBS, **where)
+        job = answer_to(api.get_namespaced_custom_object, **TRAIN_JOBS, **where)
         pods = self._pods()
         if job is None:
             return State("Deleting" if pods else "Deleted", num_pods=len(pods))
@@ -111,7 +110,7 @@ class KubernetesJob(ClusterJob):
         return State("Running" if running else "Pending", reason, stuck=stuck, **about)
 
     def new_lines(self) -> Iterator[str]:
-        """Return the pods' output since the last call, each line with its node where there are several."""
+        """Return the pods' output since the last call; with several nodes, each line begins with its node."""
         for path, lines in self._logs.new(self._pods()):
             for line in lines:
                 yield f"node {node_of(path)} {line}" if self.executor.nnodes() > 1 else line
@@ -119,7 +118,7 @@ class KubernetesJob(ClusterJob):
     new_text = new_lines
 
     def new_shown(self) -> Iterator[str]:
-        """Return the ranks' output since the last call, as it is shown."""
+        """Return the ranks' output since the last call, filtered for the screen."""
         before: dict[int, Path] = {}
         for path, lines in self._logs.new(self._pods()):
             node = node_of(path)
@@ -133,7 +132,7 @@ class KubernetesJob(ClusterJob):
             before[node] = path
 
     def until_the_end(self) -> Iterator[str]:
-        """Lines as they come.
+        """Yield lines as they come, until the job has ended.
 
         Raises:
             UnseenError: as `watched`.
@@ -141,7 +140,7 @@ class KubernetesJob(ClusterJob):
         return (line for _, line in self.watched(self.new_lines) if line)
 
     def why(self, state: State) -> str:
-        """`error: ...` of a job that did not complete."""
+        """Return the `error: ...` of a job that did not complete."""
         pods, unread = [], ""
         try:
             pods = self._pods()
@@ -149,19 +148,19 @@ class KubernetesJob(ClusterJob):
                 pass
         except UnseenError as error:
             unread = f"; not all of its logs could be read: {error}"
-        # The newest of each node that says something: a last attempt may be ended as soon as it begins.
+        # The newest log of each node that is not empty: a last attempt may be ended as soon as it begins.
         logs = {node_of(path): text for path in self._logs.kept() if (text := text_of(path)).strip()}
         saved = any("checkpoint written" in text for text in logs.values())
-        comes_back = f"{'its ranks had saved; ' if saved else ''}{COMES_BACK}"
+        resume = f"{'its ranks had saved; ' if saved else ''}{RESUME}"
         if state.name == "Deleted":
-            return f"error: the TrainJob was deleted, by `cancel` or by somebody else; {comes_back}"
+            return f"error: the TrainJob was deleted, by `cancel` or by somebody else; {resume}"
         if state.reason == "DeadlineExceeded":
-            return f"error: it ran into its time limit after {state.elapsed}; {comes_back}"
+            return f"error: it reached its time limit after {state.elapsed}; {resume}"
         if not state.ended:
             return f"error: it does not start: {state.reason}"
         for node, pod in {node_of_pod(pod): pod for pod in pods}.items():
-            if said := _killed(pod):
-                return f"error: node {node} {said}; {comes_back}"
+            if killed := _killed(pod):
+                return f"error: node {node} {killed}; {resume}"
         if not logs:
             none = "" if unread else "no rank started: "
             return f"error: {none}{state.reason}{unread}; `kubectl describe trainjob {self.id}` may tell more"
@@ -169,21 +168,21 @@ class KubernetesJob(ClusterJob):
         return why_nodes_ended([(node * devices, text) for node, text in logs.items()]) + unread
 
     def cancel(self) -> None:
-        """Delete it: the ranks get SIGTERM, and the time that the pods are given to save.
+        """Delete the TrainJob: the ranks get SIGTERM, and the pods' grace period to save.
 
         Raises:
-            RuntimeError: in Kubernetes' words, when it does not.
+            RuntimeError: if Kubernetes refuses, with its message.
         """
         api, where = self.executor._custom_objects_api, {"namespace": self.executor.namespace, "name": self.id}
         try:
-            asked(api.delete_namespaced_custom_object, **TRAIN_JOBS, **where)
+            answer_to(api.delete_namespaced_custom_object, **TRAIN_JOBS, **where)
         except UnseenError as error:
             raise RuntimeError(f"job {self.id} could not be deleted: {error}") from None
 
     def _pods(self) -> list[dict[str, Any]]:
         """Return the pods of the job's ranks, by node and age."""
-        api, label = self.executor._core_v1_api, f"{OF_JOB}={self.id}"
-        listed = asked(api.list_namespaced_pod, raw=True, namespace=self.executor.namespace, label_selector=label)
+        api, label = self.executor._core_v1_api, f"{JOB_LABEL}={self.id}"
+        listed = answer_to(api.list_namespaced_pod, raw=True, namespace=self.executor.namespace, label_selector=label)
         return sorted(
             json.loads(listed or '{"items": []}')["items"],
             key=lambda pod: (node_of_pod(pod), pod["metadata"].get("creationTimestamp", "")),
@@ -191,7 +190,7 @@ class KubernetesJob(ClusterJob):
 
 
 def _waits(pod: dict[str, Any]) -> tuple[str, str] | None:
-    """Reason and message of a pod that does not run."""
+    """Return the reason and message of a pod that does not run; None if it runs."""
     for each in containers(pod):
         waiting = each.get("state", {}).get("waiting") or {}
         if waiting.get("reason", PASSING[0]) not in PASSING:
@@ -203,7 +202,7 @@ def _waits(pod: dict[str, Any]) -> tuple[str, str] | None:
 
 
 def _killed(pod: dict[str, Any]) -> str:
-    """Say how Kubernetes ended a pod; empty when it ended by itself."""
+    """Describe how Kubernetes ended a pod; empty if it did not."""
     if pod["status"].get("reason"):  # such as Evicted
         return f"ended by Kubernetes: {pod['status']['reason']}: {pod['status'].get('message', '')}".rstrip(": ")
     for each in containers(pod):

@@ -1,4 +1,4 @@
-"""Objects that are submitted: printed by a dry run. Before, what only the cluster and its volumes can say."""
+"""Checks that need the cluster and its volumes, and the YAML of the objects for a dry run."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ from distill_nemo.executors.worker_config import paths_of
 
 
 def check_cluster(config: RunConfig, executor: KubernetesExecutor, dryrun: bool) -> None:
-    """Refuse a run whose output would be lost and, unless it is a dry run, a cluster that is not there.
+    """Refuse a run whose output would be lost and, unless it is a dry run, a cluster that cannot be reached.
 
     Raises:
         ValueError: naming the field.
@@ -33,20 +33,20 @@ def _check_mounted(config: RunConfig, executor: KubernetesExecutor) -> None:
             + ("" if executor.mounts else f", mounted at {executor.mount}")
         )
     if outside:
-        said = ", ".join(f"{name} = {path}" for name, path in outside.items())
-        print(f"warning: not below {where}, so they must be in the image: {said}", file=sys.stderr)
+        fields = ", ".join(f"{name} = {path}" for name, path in outside.items())
+        print(f"warning: not below {where}, so they must be in the image: {fields}", file=sys.stderr)
 
 
 def manifests_text(job: Any, directory: Path) -> str:
-    """Return the objects of a job of NeMo-Run's as YAML, which `kubectl create -f` takes."""
+    """Return the objects of a NeMo-Run job as YAML for `kubectl create -f`."""
     request = job._dryrun_info.request
     objects = job.executor.manifests(job.executor._trainjob_name(request.name), request.cmd)
-    owned = "# Submitted after the TrainJob, as its property: it is deleted with it.\n"
+    owned = "# Submitted after the TrainJob, which owns it: deleting the TrainJob deletes it too.\n"
     return "".join(f"---\n{owned if each['kind'] == 'ConfigMap' else ''}{_yaml(each)}" for each in objects).rstrip()
 
 
 def _yaml(manifest: dict[str, Any]) -> str:
-    """Return YAML in which files look as a user would write them."""
+    """Return YAML that shows multi-line text, such as files, as blocks."""
 
     class Dumper(yaml.SafeDumper):
         def ignore_aliases(self, data: Any) -> bool:

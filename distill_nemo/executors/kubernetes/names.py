@@ -1,4 +1,4 @@
-"""Checks of names, variables, labels and quantities: Kubernetes would refuse them when half is submitted."""
+"""Checks of names, variables, labels and quantities, which Kubernetes would make only after half is submitted."""
 
 import re
 from typing import Any
@@ -7,19 +7,19 @@ _HOST = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 _DOMAIN = rf"(?=.{{1,253}}\Z|.{{1,253}}/){_HOST}(\.{_HOST})*"
 _WORD = r"(?=[^/]{1,63}\Z)[A-Za-z0-9]([-._A-Za-z0-9]*[A-Za-z0-9])?"
 
-# `fullmatch` them
+# For `fullmatch`.
 NAME = re.compile(_DOMAIN)  # of a Secret, a claim, a runtime, ...
 NAMESPACE = re.compile(rf"(?=.{{1,63}}\Z){_HOST}")
 VARIABLE = re.compile(r"(?!\.\.|\.\Z)[-._a-zA-Z][-._a-zA-Z0-9]*")
 SECRET_KEY = re.compile(r"(?=.{1,253}\Z)(?!\.\.|\.\Z)[-._a-zA-Z0-9]+")
 LABEL = re.compile(rf"({_DOMAIN}/)?{_WORD}")
 LABEL_VALUE = re.compile(f"({_WORD})?")
-QUANTITY = re.compile(r"(?=[0-9.]*[1-9])[0-9]+(\.[0-9]+)?(m|k|[MGTPE]|[KMGTPE]i)?")  # more than none
+QUANTITY = re.compile(r"(?=[0-9.]*[1-9])[0-9]+(\.[0-9]+)?(m|k|[MGTPE]|[KMGTPE]i)?")  # more than 0
 RESERVED = {f"PET_{name}" for name in ("NNODES", "NPROC_PER_NODE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")}
 
 
 def check_names(executor: Any) -> None:
-    """Refuse the names of objects, the image, and amounts of memory.
+    """Refuse names of objects and images and amounts of memory that Kubernetes does not accept.
 
     Raises:
         ValueError: naming the field.
@@ -46,7 +46,7 @@ def check_names(executor: Any) -> None:
 
 
 def check_variables(executor: Any) -> None:
-    """Refuse the environment's names, and one that is set twice.
+    """Refuse environment variables with bad or reserved names, or set twice.
 
     Raises:
         ValueError: naming the field.
@@ -63,7 +63,7 @@ def check_variables(executor: Any) -> None:
 
 
 def check_labels(executor: Any) -> None:
-    """Refuse labels that Kubernetes does not take.
+    """Refuse labels that Kubernetes does not accept.
 
     Raises:
         ValueError: naming the field.

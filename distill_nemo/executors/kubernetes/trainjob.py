@@ -1,4 +1,4 @@
-"""Kubernetes objects of a run: a TrainJob of Kubeflow Trainer, the files that its pods read, a volume claim."""
+"""Kubernetes objects of a run: a TrainJob of Kubeflow Trainer, the files that its pods read, and a volume claim."""
 
 import re
 import time
@@ -22,17 +22,17 @@ from distill_nemo.executors.worker_config import run_config_of
 from distill_nemo.fields import suggest
 from distill_nemo.training.entry import distill
 
-FILES = "/nemo_run"  # where the pods find what is shipped: NeMo-Run's name
-MOST = 1_000_000  # bytes of a ConfigMap
-CONTAINER = "node"  # of Trainer's runtimes, and the name of their replicated job
-MANAGER = "distill-nemo/launcher"  # who patches, as Trainer 2.2 wants to know
+FILES = "/nemo_run"  # where the pods find the shipped files, named as NeMo-Run does
+MAX_BYTES = 1_000_000  # of a ConfigMap
+CONTAINER = "node"  # name of the container, and of the replicated job, in Trainer's runtimes
+MANAGER = "distill-nemo/launcher"  # author of a patch, which Trainer 2.2 requires
 PATCHES = {
     "2.0": "podSpecOverrides",
     "2.1": "podTemplateOverrides",
     "2.2": "runtimePatches",
     "2.3": "runtimePatches",
 }
-SINCE = {  # the first Trainer whose TrainJob can say it; before, only its runtime can
+SINCE = {  # the first Trainer whose TrainJob has such a field; before, only its runtime has
     "image_pull_secrets": "2.1",
     "affinity": "2.1",
     "pod_labels": "2.1",
@@ -46,9 +46,9 @@ RUNNER = "nemo_run.core.runners.fdl_runner"
 
 @dataclass(kw_only=True)
 class KubernetesExecutor(KubeflowExecutor):
-    """NeMo-Run's executor, without a cluster until something is submitted, and for every version of Trainer.
+    """NeMo-Run's executor for every version of Trainer, which connects to the cluster only to submit.
 
-    NeMo-Run's connects when it is made, copies files with kubectl, and patches pods as Trainer 2.1 does only.
+    NeMo-Run's own connects when it is made, copies files with kubectl, and patches pods as only Trainer 2.1 does.
     """
 
     trainer_version: str = "2.3"
@@ -64,12 +64,12 @@ class KubernetesExecutor(KubeflowExecutor):
     context: str | None = None
 
     def __post_init__(self) -> None:
-        """Make it known to NeMo-Run; connect to nothing."""
+        """Register the class with NeMo-Run, without a connection."""
         _register()
-        self._kube_clients_loaded_at = float("-inf")  # NeMo-Run loads them when they are old
+        self._kube_clients_loaded_at = float("-inf")  # old, so that NeMo-Run loads the clients at first use
 
     def check(self) -> None:
-        """Refuse what cannot run.
+        """Refuse fields that cannot work.
 
         Raises:
             ValueError: naming the field, what came, what is allowed.
@@ -85,7 +85,7 @@ class KubernetesExecutor(KubeflowExecutor):
                     f"{self.trainer_version}: there, set it in the runtime ({self.runtime_ref})"
                 )
         for name, instead in (
-            ("retries", "the runtime's backoffLimit decides how often a pod is started again"),
+            ("retries", "the runtime's backoffLimit sets how often a pod is started again"),
             ("workdir_pvc", "use pvc"),
             ("workdir_local_path", "files must be in the image or on the pvc"),
         ):
@@ -99,9 +99,9 @@ class KubernetesExecutor(KubeflowExecutor):
     def _check_volumes(self) -> None:
         for name in ("pvc_size", "storage_class"):
             if getattr(self, name) is not None and self.pvc is None:
-                raise ValueError(f"run.executor.{name} goes with pvc, the name of the claim to make")
+                raise ValueError(f"run.executor.{name} needs pvc, the name of the claim to make")
         if self.storage_class is not None and self.pvc_size is None:
-            raise ValueError("run.executor.storage_class goes with pvc_size: without one, no claim is made")
+            raise ValueError("run.executor.storage_class needs pvc_size: without it, no claim is made")
         ours = (f"{FILES}/", "/dev/shm/")
         if not re.fullmatch(r"(/[^/:]+)+", self.mount) or f"{self.mount}/".startswith(ours):
             raise ValueError(
@@ -113,11 +113,11 @@ class KubernetesExecutor(KubeflowExecutor):
 
     @property
     def mounts(self) -> list[str]:
-        """Return the paths at which pods see volumes that outlive them."""
+        """Paths in the pods of volumes that outlive them."""
         return [self.mount] * (self.pvc is not None) + [mount["mountPath"] for mount in self.volume_mounts]
 
     def package_configs(self, *cfgs: tuple[str, str]) -> list[str]:
-        """Package as NeMo-Run does, but return the pods' paths, and ship a recipe of ours as its plain config."""
+        """Package as NeMo-Run does, but ship our recipes as plain config, and return paths in the pods."""
         paths = []
         for name, text in cfgs:
             recipe = ZlibJSONSerializer().deserialize(text) if name.endswith("_fn_or_script") else None
@@ -130,7 +130,7 @@ class KubernetesExecutor(KubeflowExecutor):
         return paths
 
     def get_job_body(self, name: str, command: list[str]) -> dict[str, Any]:
-        """The TrainJob."""
+        """Return the TrainJob."""
         body = super().get_job_body(name, under_torchrun(command))
         spec = body["spec"]
         patch = spec.pop("podTemplateOverrides", [{}])[0]
@@ -169,15 +169,17 @@ class KubernetesExecutor(KubeflowExecutor):
         return volumes, mounts
 
     def _shipped(self, command: list[str]) -> dict[str, str]:
-        """The files that `command` names: their text, by their path below `FILES`."""
+        """Return the text of each file that `command` names, by its path below `FILES`."""
         paths = [word.removeprefix(f"{FILES}/") for word in command if word.startswith(f"{FILES}/")]
         files = {path: Path(self.job_dir, path).read_text() for path in paths if Path(self.job_dir, path).is_file()}
-        if (size := sum(map(len, files.values()))) > MOST:
-            raise ValueError(f"a ConfigMap holds {MOST} bytes, and {', '.join(files)} have {size}: put them on the pvc")
+        if (size := sum(map(len, files.values()))) > MAX_BYTES:
+            raise ValueError(
+                f"a ConfigMap holds {MAX_BYTES} bytes, and {', '.join(files)} have {size}: put them on the pvc"
+            )
         return files
 
     def manifests(self, name: str, command: list[str]) -> list[dict[str, Any]]:
-        """All that is submitted: the claim, if one is to be made; the files, if there are any; the TrainJob."""
+        """Return all objects to submit: the claim and the files, if there are any, then the TrainJob."""
         self.check()
         about: dict[str, Any] = {"namespace": self.namespace}
         if self.labels:
@@ -197,21 +199,21 @@ class KubernetesExecutor(KubeflowExecutor):
             objects.append({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name, **about}, "data": data})
         return [*objects, self.get_job_body(name, command)]
 
-    # What NeMo-Run asks of an executor
+    # NeMo-Run's interface of an executor
 
     def _load_kube_clients(self) -> None:
         self._co_api, self._cv_api = connected(self.context)
         self._kube_clients_loaded_at = time.monotonic()
 
     def _trainjob_name(self, fallback: str) -> str:
-        """A DNS label must begin with a letter."""
+        """Return the job's name, which must begin with a letter, as a DNS label does."""
         return super()._trainjob_name(fallback if fallback[:1].isalpha() else f"run-{fallback}")
 
     def launch(self, name: str, cmd: list[str], **_: Any) -> tuple[str, KubeflowJobState]:
-        """Submit; returns the TrainJob's name.
+        """Submit all objects and return the TrainJob's name.
 
         Raises:
-            ValueError: in Kubernetes' words, when it refuses.
+            ValueError: if Kubernetes refuses one, with its message.
         """
         name = self._trainjob_name(name)
         *before, job = self.manifests(name, cmd)
@@ -221,7 +223,7 @@ class KubernetesExecutor(KubeflowExecutor):
         owner = created(self, job)
         reference = {key: owner[key] for key in ("apiVersion", "kind")}
         reference |= {key: owner["metadata"][key] for key in ("name", "uid")}
-        try:  # pods wait for their files; these are deleted with the job
+        try:  # pods wait for their files, which are deleted with the job
             for each in before[len(claims) :]:
                 each["metadata"]["ownerReferences"] = [reference]
                 created(self, each)
@@ -231,7 +233,7 @@ class KubernetesExecutor(KubeflowExecutor):
         return name, KubeflowJobState.CREATED
 
     def status(self, job_name: str) -> KubeflowJobState | None:
-        """A job that was deleted has failed: NeMo-Run's own takes it for one that waits. None: not known now."""
+        """Return NeMo-Run's state of a job; None if it is not known now. A deleted job counts as failed."""
         try:
             state = KubernetesJob.named(self, job_name).state()
         except UnseenError:
@@ -249,7 +251,7 @@ class KubernetesExecutor(KubeflowExecutor):
 
 
 def _register() -> None:
-    """Add the executor to NeMo-Run's tables: it looks up the exact class, and would wait where it is told to detach."""
+    """Add the class to NeMo-Run's tables, which list exact classes. Without them `--detach` would wait."""
     EXECUTOR_MAPPING[KubernetesExecutor] = EXECUTOR_MAPPING[KubeflowExecutor]
     for name in ("_DETACH_SUPPORTED_EXECUTORS", "_PARALLEL_SUPPORTED_EXECUTORS"):
         known = vars(run.Experiment)[name]
@@ -258,8 +260,8 @@ def _register() -> None:
 
 
 def under_torchrun(command: list[str]) -> list[str]:
-    """A command, once for every rank. torchrun takes the layout from what Trainer sets: PET_*."""
-    if command[0] == "torchrun":  # NeMo-Run's launcher; it leaves variables to a shell, and here is none
+    """Return the torchrun command that runs `command` on every rank, in the layout of Trainer's PET_* variables."""
+    if command[0] == "torchrun":  # NeMo-Run's launcher; its variables are for a shell, which a pod does not start
         return [re.sub(r"\$(\w+)", r"$(\1)", word) for word in command]
     if command[0] != "python":
         command = ["--no-python", *command]
@@ -271,7 +273,7 @@ def under_torchrun(command: list[str]) -> list[str]:
 
 
 def _patch(version: str, template: dict[str, Any]) -> dict[str, Any]:
-    """A pod template, as this Trainer's TrainJob says it."""
+    """Return a patch of the pods in the form of this version of Trainer."""
     if PATCHES[version] == "runtimePatches":
         job = {"name": CONTAINER, "template": {"spec": {"template": template}}}
         return {"manager": MANAGER, "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [job]}}}}

@@ -1,4 +1,4 @@
-"""SLURM: NeMo-Run writes the batch script and submits it, here or over SSH; we check it before and watch the job."""
+"""SLURM. NeMo-Run writes the batch script and submits it, here or over SSH; we check the script and watch the job."""
 
 import nemo_run as run
 
@@ -11,11 +11,11 @@ SLURM = ExecutorDescriptor(
     run.SlurmExecutor,
     slurm_config,
     hidden=(
-        "setup_lines",  # the shell would write them to the log, values and all; `setup` does not
-        "env_vars",  # `env` is quoted for the script
+        "setup_lines",  # the shell would print them to the log, with their values; `setup` avoids that
+        "env_vars",  # `env` quotes values for the script
         "array",  # a run is one job
         "heterogeneous",
-        "dependencies",  # handles of NeMo-Run's; additional_parameters='{"dependency": "afterany:1"}' takes job ids
+        "dependencies",  # takes NeMo-Run's handles; additional_parameters='{"dependency": "afterany:1"}' takes job ids
     ),
     check=check_script,
     work_dir=work_dir,

@@ -1,7 +1,4 @@
-"""SLURM: what `sbatch` is told, from arguments that a user of a cluster knows.
-
-NeMo-Run writes the batch script and submits it, here or over SSH; `--dryrun` prints it.
-"""
+"""Arguments of the SLURM executor, in terms that a cluster's users know; `--dryrun` prints the resulting script."""
 
 import inspect
 import os
@@ -20,11 +17,11 @@ from distill_nemo.executors.secrets import refuse_secrets
 from distill_nemo.fields import suggest
 
 PACKAGERS = ("none", "git")
-JOB_NAME_PREFIX = "distill."  # accounting's name of a job is read back up to its last dot
-SHIPPED = "/nemo_run/code"  # NeMo-Run's name for the shipped code; without a container it puts the real path there
-# Jobs that share a node must not meet at one port. NeMo-Run writes it into the script, where the shell computes it.
+JOB_NAME_PREFIX = "distill."  # NeMo-Run takes what follows the last dot of a job's name in accounting for the name
+SHIPPED = "/nemo_run/code"  # NeMo-Run's path of shipped code; without a container it substitutes the real path
+# Jobs that share a node need different ports. NeMo-Run writes this into the script and the shell computes it.
 PORT = "$((20000+SLURM_JOB_ID%10000))"
-QUIET = "{ set +vx; } 2>/dev/null"  # NeMo-Run's script has the shell write every line to the log, values and all
+QUIET = "{ set +vx; } 2>/dev/null"  # NeMo-Run's script makes the shell print every line to the log, with its values
 ADVICE_ON_SECRETS = (
     "export it before this command, as sbatch passes the environment on; or, with host, in a file on the cluster that "
     "run.executor.setup sources"
@@ -33,17 +30,17 @@ _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", re.ASCII)
 
 
 class CommittedCode(run.GitArchivePackager):
-    """Ships what git has committed, and says what it does not ship."""
+    """Packager that ships the committed files and warns about the others."""
 
     def package(self, path: Path, job_dir: str, name: str) -> str:
-        """Write the archive; uncommitted files are named on stderr."""
+        """Write the archive and list uncommitted files on stderr."""
         status = subprocess.run(
             ["git", "-C", path, "status", "--porcelain"], capture_output=True, text=True, check=True
         )
         changed = [line[3:] for line in status.stdout.splitlines()]
         if changed:
             names = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
-            print(f"warning: not shipped, because not committed: {names} ({len(changed)} in all)", file=sys.stderr)
+            print(f"warning: not shipped, because not committed: {names} ({len(changed)} in total)", file=sys.stderr)
         return super().package(path, job_dir, name)
 
 
@@ -73,27 +70,27 @@ def slurm_config(
     """A SLURM cluster: one torchrun a node, `devices` ranks each. Other `sbatch` options are fields too, such as qos.
 
     Args:
-        account: whom the time is charged to; None is the user's default.
-        partition: where to queue; None is the cluster's default.
-        nodes: how many.
-        devices: ranks a node, one for each GPU.
-        gpus: ask for `devices` GPUs a node; false on CPU nodes and where a partition hands out whole nodes only.
-        cpus_per_device: CPU cores for each rank; None leaves it to the cluster, which may give a node's ranks one core.
+        account: account that is charged; None is the user's default.
+        partition: partition to queue in; None is the cluster's default.
+        nodes: number of nodes.
+        devices: ranks per node, one for each GPU.
+        gpus: request `devices` GPUs per node; false on CPU nodes and on partitions that allocate whole nodes only.
+        cpus_per_device: CPU cores per rank; None leaves it to the cluster, which may give a node's ranks a single core.
         exclusive: share the nodes with no other job.
         time: limit, in one of SLURM's formats: MINUTES, HOURS:MINUTES:SECONDS, DAYS-HOURS.
-        stop_seconds: how long before the limit the ranks are told to finish their step, save and end.
-        retries: how often SLURM queues the job again when it does not end well: it goes on from its last checkpoint.
+        stop_seconds: seconds before the limit at which the ranks are told to finish their step, save and end.
+        retries: times that SLURM queues a failed or interrupted job again; it resumes from its last checkpoint.
         container_image: Pyxis image; None runs in the environment of this command, or in what `setup` activates.
         container_mounts: SOURCE:TARGET, for the container.
-        workdir: where the ranks run, so what relative paths mean; None is this directory, where the job sees it.
+        workdir: directory of the ranks, to which relative paths refer; None is this directory, if the job can see it.
         env: environment of the ranks.
-        setup: shell lines before the ranks start, such as module load.
-        packager: "git" ships the committed code of this repository; "none" uses what is installed there.
-        host: login node, when this machine is not of the cluster: everything goes over SSH.
-        user: on the login node.
-        job_dir: on the cluster's file system: where scripts and logs go. With host only; else NEMORUN_HOME.
+        setup: shell lines to run before the ranks start, such as module load.
+        packager: "git" ships the committed code of this repository; "none" uses what is installed on the cluster.
+        host: login node to reach over SSH, if this machine is not part of the cluster.
+        user: user name on the login node.
+        job_dir: directory for scripts and logs on the cluster's file system. With host only; else NEMORUN_HOME.
         identity: file of the SSH key.
-        port: of SSH.
+        port: port of SSH.
 
     Raises:
         ValueError: naming the field, what came, what is allowed.
@@ -128,9 +125,9 @@ def slurm_config(
         cpus_per_task=cpus_per_device and cpus_per_device * devices,
         exclusive=exclusive or None,
         time=time,
-        signal=f"URG@{stop_seconds}" if stop_seconds else None,  # as runtime/signals.py says
+        signal=f"URG@{stop_seconds}" if stop_seconds else None,  # runtime/signals.py says why SIGURG
         retries=retries,
-        container_image=container_image and shlex.quote(container_image),  # NeMo-Run quotes no word of srun's
+        container_image=container_image and shlex.quote(container_image),  # NeMo-Run quotes no argument of srun
         container_mounts=[shlex.quote(mount) for mount in container_mounts or []],
         srun_args=[f"--chdir={workdir}"] if workdir else [],
         env_vars=_environment(env or {}, stop_seconds, cpus_per_device, devices, here, packager == "git"),
@@ -143,7 +140,7 @@ def slurm_config(
 
 
 def slurm(*args: Any, **kwargs: Any) -> run.Executor:
-    """The executor that `run.executor=slurm` names on the command line, for Python: the same arguments."""
+    """Return the executor that `run.executor=slurm` names on the command line; takes the same arguments."""
     return fdl.build(slurm_config(*args, **kwargs))
 
 
@@ -151,17 +148,19 @@ slurm.__signature__ = inspect.signature(slurm_config).replace(return_annotation=
 
 
 def _rendezvous(nodes: int, packager: str) -> str:
-    """Return our backend, or torch's c10d, which unpickles, for shipped code: torchrun knows what is installed."""
+    """Return the rendezvous backend: ours, or c10d for shipped code, since torchrun finds installed backends only."""
     if packager == "git":
         return "c10d"
     return "loopback" if nodes == 1 else "nodes"
 
 
 def _check_paths(workdir: str, python: str, container_image: str | None) -> None:
-    """Refuse what NeMo-Run's scripts would spoil."""
+    """Refuse paths that NeMo-Run's scripts would alter."""
     for path in (workdir, python):
         if container_image is None and "/nemo_run" in path:
-            raise ValueError(f"NeMo-Run replaces /nemo_run in its scripts, so no path may hold it: {path}; rename it")
+            raise ValueError(
+                f"NeMo-Run replaces /nemo_run in its scripts, so no path may contain it: {path}; rename it"
+            )
     if re.search(r"[^\w~@%+=:,./${}-]", workdir):
         raise ValueError(
             f'the job cannot run in "{workdir}": NeMo-Run does not quote run.executor.workdir in its scripts'
@@ -169,10 +168,10 @@ def _check_paths(workdir: str, python: str, container_image: str | None) -> None
 
 
 def seconds_of(time: str) -> int:
-    """Seconds of a limit in SLURM's formats.
+    """Return the seconds of a limit in one of SLURM's formats.
 
     Raises:
-        ValueError: for another format; for 0, which to SLURM is no limit.
+        ValueError: for another format; for 0, which SLURM takes for no limit.
     """
     match = _TIME.fullmatch(str(time))
     if match is None:
@@ -181,7 +180,7 @@ def seconds_of(time: str) -> int:
     units = (3600, 60, 1) if days or len(parts) == 3 else (60, 1)  # a single number is minutes
     seconds = int(days or 0) * 86400 + sum(part * unit for part, unit in zip(parts, units, strict=False))
     if not seconds:
-        raise ValueError(f'run.executor.time must be more than nothing, got "{time}"')
+        raise ValueError(f'run.executor.time must be more than 0, got "{time}"')
     return seconds
 
 
@@ -199,39 +198,41 @@ def _check_container(image: str | None, mounts: list[str], workdir: str | None) 
         if not re.fullmatch(r"[^:,]+(:[^:,]+){1,2}", mount):
             raise ValueError(f'run.executor.container_mounts must be SOURCE:TARGET each, got "{mount}"')
     if image is not None and workdir is not None:
-        raise ValueError("run.executor.workdir goes without container_image: in a container, write absolute paths")
+        raise ValueError(
+            "run.executor.workdir cannot be used with container_image: in a container, write absolute paths"
+        )
 
 
 def _tunnel(**given: Any) -> run.Config:
-    set_ones = {name: value for name, value in given.items() if value is not None}
-    if "host" not in set_ones:
-        if set_ones:
-            raise ValueError(f"run.executor.{next(iter(set_ones))} goes with host, the login node; without, leave it")
+    fields = {name: value for name, value in given.items() if value is not None}
+    if "host" not in fields:
+        if fields:
+            raise ValueError(f"run.executor.{next(iter(fields))} needs run.executor.host, the login node")
         return run.Config(run.LocalTunnel, job_dir="")
     for name in ("user", "job_dir"):
-        if name not in set_ones:
+        if name not in fields:
             raise ValueError(f"run.executor.host needs {name} too")
-    for name in ("host", "user", "identity"):  # words of an rsync that NeMo-Run has a shell start
-        value = set_ones.get(name, "x")
+    for name in ("host", "user", "identity"):  # NeMo-Run puts them into a shell command, for rsync
+        value = fields.get(name, "x")
         if shlex.quote(value) != value or value.startswith("-"):
             raise ValueError(f'run.executor.{name} = "{value}" has characters that NeMo-Run does not quote')
-    if not os.path.isabs(set_ones["job_dir"]):
-        raise ValueError(f'run.executor.job_dir must be absolute, got "{set_ones["job_dir"]}"')
-    return run.Config(run.SSHTunnel, **set_ones)
+    if not os.path.isabs(fields["job_dir"]):
+        raise ValueError(f'run.executor.job_dir must be absolute, got "{fields["job_dir"]}"')
+    return run.Config(run.SSHTunnel, **fields)
 
 
 def _environment(
     env: dict[str, str], stop_seconds: int, cpus: int | None, devices: int, here: bool, shipped: bool
 ) -> dict[str, str]:
-    """Values as the shell is to read them: NeMo-Run quotes nothing."""
+    """Return the ranks' environment, quoted for the shell, since NeMo-Run quotes nothing."""
     for name in env:
-        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):  # NeMo-Run writes every name in capitals
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", name):  # NeMo-Run turns every name into capitals
             raise ValueError(f'run.executor.env: "{name}" is not in capitals; export it in run.executor.setup')
     values = {name: shlex.quote(str(value)) for name, value in {**ENVIRONMENT, **env}.items()}
-    values["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(max(stop_seconds, 30))  # or torchrun kills ranks that still save
+    values["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(max(stop_seconds, 30))  # after it torchrun kills ranks that save
     if cpus:
         values["SRUN_CPUS_PER_TASK"] = str(cpus * devices)  # srun does not take it from sbatch since SLURM 22.05
-    if here and "PATH" not in env:  # torchrun is looked up there; a venv can be used without being activated
+    if here and "PATH" not in env:  # so that torchrun is found even if the virtual environment is not activated
         values["PATH"] = f"{shlex.quote(str(Path(sys.executable).parent))}:$PATH"
     if shipped:
         values["PYTHONPATH"] = f"{SHIPPED}:{values.get('PYTHONPATH', '$PYTHONPATH')}"

@@ -1,7 +1,7 @@
-"""Jobs on a SLURM cluster: how they are, what they say, and their end.
+"""State, output and end of jobs on a SLURM cluster.
 
-Asked of `scontrol`, which is never behind, and of accounting when SLURM has forgotten the job. NeMo-Run asks accounting
-only, shows the first attempt's log only, and leaves a job that it cannot see.
+The state comes from `scontrol`, which is always current, or from accounting once SLURM has forgotten the job. NeMo-Run
+queries accounting only, shows the first attempt's log only, and gives up on a job that it cannot see.
 """
 
 import re
@@ -14,19 +14,19 @@ from typing import Any
 from invoke.exceptions import Failure, ThreadException
 from paramiko import SSHException
 
-from distill_nemo.executors.watch.endings import why_a_log_ended
+from distill_nemo.executors.watch.endings import RESUME, why_a_log_ended
 from distill_nemo.executors.watch.jobs import ClusterJob, UnseenError
 from distill_nemo.executors.watch.screen import RankLines
 
 ENDED = (
     "COMPLETED FAILED CANCELLED TIMEOUT NODE_FAIL OUT_OF_MEMORY PREEMPTED BOOT_FAIL DEADLINE REVOKED LAUNCH_FAILED"
 ).split()
-_ACCOUNTED = "State,ExitCode,Elapsed,Timelimit,NodeList,Reason"  # Restarts is unknown to SLURM 22.05's
+_ACCOUNTED = "State,ExitCode,Elapsed,Timelimit,NodeList,Reason"  # SLURM 22.05's accounting has no Restarts
 
 
 @dataclass
 class State:
-    """A job now."""
+    """State of a job at one moment."""
 
     name: str  # SLURM's, such as RUNNING
     reason: str
@@ -48,12 +48,12 @@ class State:
 
     @property
     def waits(self) -> str:
-        """Why it does not run yet."""
+        """Reason that the job does not run yet."""
         return self.reason if self.name == "PENDING" and self.reason != "None" else ""
 
     @property
     def stuck(self) -> bool:
-        """SLURM does not say so: limits and reservations change."""
+        """Always False: limits and reservations change, so no SLURM reason is final."""
         return False
 
     def __str__(self) -> str:
@@ -65,19 +65,19 @@ class State:
 
 @dataclass
 class SlurmJob(ClusterJob):
-    """One submitted job, seen through NeMo-Run's tunnel: this machine or a login node."""
+    """One submitted job, reached through NeMo-Run's tunnel: this machine or a login node."""
 
     name: str
     id: str
     tunnel: Any
-    folder: str  # of its logs, on the cluster
+    folder: str  # holds its logs, on the cluster
     one_node: bool = True
-    _read: dict[str, int] = field(default_factory=dict)  # log -> lines shown
-    _lines: dict[str, RankLines] = field(default_factory=dict)  # log -> what hides some of them
+    _read: dict[str, int] = field(default_factory=dict)  # log -> lines read
+    _lines: dict[str, RankLines] = field(default_factory=dict)  # log -> filter for the screen
 
     @classmethod
     def of(cls, job: Any) -> "SlurmJob":
-        """The one behind a NeMo-Run job."""
+        """Wrap a NeMo-Run job."""
         executor = job.executor
         folder = f"{executor.tunnel.job_dir}/{Path(executor.job_dir).name}"
         return cls(job.id, job.handle.rpartition("/")[2], executor.tunnel, folder, executor.nnodes() == 1)
@@ -86,18 +86,18 @@ class SlurmJob(ClusterJob):
         """Return the job's state.
 
         Raises:
-            UnseenError: when neither SLURM nor its accounting knows.
+            UnseenError: if neither SLURM nor its accounting knows the job.
         """
-        told = self._run(f"scontrol show job --oneliner {self.id}")
-        if told.ok and told.stdout.startswith("JobId="):
-            fields = dict(re.findall(r"(\S+?)=(\S*)", told.stdout))
+        shown = self._run(f"scontrol show job --oneliner {self.id}")
+        if shown.ok and shown.stdout.startswith("JobId="):
+            fields = dict(re.findall(r"(\S+?)=(\S*)", shown.stdout))
             names = ("JobState", "Reason", "RunTime", "TimeLimit", "NodeList", "ExitCode", "Restarts")
             return State(*(fields.get(name, "") for name in names))
         accounted = self._run(f"sacct -X -n -P -j {self.id} -o {_ACCOUNTED}")
         lines = accounted.stdout.splitlines() if accounted.ok else []
         if not lines:
-            said = (told.stderr.strip() or accounted.stderr.strip() or "no such job").splitlines()[-1]
-            raise UnseenError(f"SLURM does not show job {self.id}: {said}")
+            message = (shown.stderr.strip() or accounted.stderr.strip() or "no such job").splitlines()[-1]
+            raise UnseenError(f"SLURM does not show job {self.id}: {message}")
         state, exit_code, elapsed, limit, nodes, reason = lines[-1].split("|")
         return State(state.split()[0], reason, elapsed, limit, nodes, exit_code)
 
@@ -107,11 +107,11 @@ class SlurmJob(ClusterJob):
         return sorted(listed.stdout.split("\n")[:-1] if listed.ok else [], key=lambda path: (len(path), path))
 
     def new_text(self) -> Iterator[str]:
-        """Return the lines that the logs have gained since the last call, whole ones only."""
+        """Return the complete lines that were added to the logs since the last call."""
         return map(self._new, self.logs())
 
     def new_shown(self) -> Iterator[str]:
-        """Return the ranks' output since the last call, as it is shown."""
+        """Return the ranks' output since the last call, filtered for the screen."""
         before = ""
         for path in self.logs():
             if path not in self._lines:
@@ -133,56 +133,58 @@ class SlurmJob(ClusterJob):
         return self._run(f"cat {shlex.quote(path)}").stdout
 
     def why(self, state: State) -> str:
-        """`error: ...` of a job that did not complete."""
+        """Return the `error: ...` of a job that did not complete."""
         try:
             return self._why(state)
         except UnseenError as error:
-            return f"error: the logs that say why are not seen: {error}"
+            return f"error: the logs with the reason cannot be read: {error}"
 
     def _why(self, state: State) -> str:
         logs = self.logs()
         log = self._text(logs[-1]) if logs else ""
         if state.name == "TIMEOUT":
-            return f"error: it ran into its time limit of {state.limit}; {self._goes_on(log)}"
+            return f"error: it reached its time limit of {state.limit}; {self._resumes(log)}"
         if state.name in ("CANCELLED", "PREEMPTED", "DEADLINE"):
-            return f"error: SLURM ended it ({state.name}) after {state.elapsed}; {self._goes_on(log)}"
+            return f"error: SLURM ended it ({state.name}) after {state.elapsed}; {self._resumes(log)}"
         if state.name in ("OUT_OF_MEMORY", "NODE_FAIL", "BOOT_FAIL"):
-            return f"error: {state.name} on {state.nodes} after {state.elapsed}; {self._goes_on(log)}"
+            return f"error: {state.name} on {state.nodes} after {state.elapsed}; {self._resumes(log)}"
         if not log.strip():
-            said = self._run(f"tail -n 20 {shlex.quote(self.folder)}/sbatch_*_{self.id}.out").stdout.strip()
-            return f"error: no rank started, exit code {state.exit_code}: {said.splitlines()[-1] if said else ''}"
-        return f"error: {_reason(log)}; {self._goes_on(log)}" if _told_to_stop(log) else _reason(log)
+            output = self._run(f"tail -n 20 {shlex.quote(self.folder)}/sbatch_*_{self.id}.out").stdout.strip()
+            return f"error: no rank started, exit code {state.exit_code}: {output.splitlines()[-1] if output else ''}"
+        return f"error: {_reason(log)}; {self._resumes(log)}" if _stopped_on_request(log) else _reason(log)
 
-    def _goes_on(self, log: str) -> str:
+    def _resumes(self, log: str) -> str:
         saved = "checkpoint written" in log
-        return f"{'its ranks had saved; ' if saved else ''}the same command goes on from the last checkpoint"
+        return f"{'its ranks had saved; ' if saved else ''}{RESUME}"
 
     def _run(self, command: str) -> Any:
         try:
-            return self.tunnel.run(command, warn=True, in_stream=False)  # the terminal's input is not for `command`
+            return self.tunnel.run(command, warn=True, in_stream=False)  # keeps the terminal's input from `command`
         except (OSError, EOFError, SSHException, Failure, ThreadException) as error:
-            said = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-            raise UnseenError(f"{self.tunnel.host} does not answer: {said}") from None
+            message = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            raise UnseenError(f"{self.tunnel.host} does not answer: {message}") from None
         except SystemExit as error:
-            if error.code != 1:  # a signal's
+            if error.code != 1:  # raised by a signal handler, not by NeMo-Run
                 raise
             raise UnseenError(f"no connection to {self.tunnel.user}@{self.tunnel.host}") from None
 
     def cancel(self) -> None:
-        """End it.
+        """Cancel the job.
 
         Raises:
-            RuntimeError: in SLURM's words, when it does not.
+            RuntimeError: if SLURM refuses, with its message.
         """
-        told = self._run(f"scancel {self.id}")
-        if not told.ok:
-            raise RuntimeError(f"job {self.id} could not be cancelled: {told.stderr.strip()}")
+        result = self._run(f"scancel {self.id}")
+        if not result.ok:
+            raise RuntimeError(f"job {self.id} could not be cancelled: {result.stderr.strip()}")
 
 
-def _told_to_stop(log: str) -> bool:
+def _stopped_on_request(log: str) -> bool:
     return "checkpoint written; the same command resumes" in log
 
 
 def _reason(log: str) -> str:
-    """Why an attempt ended."""
-    return "it was told to stop, by the time limit or for another job" if _told_to_stop(log) else why_a_log_ended(log)
+    """Return why an attempt ended."""
+    if _stopped_on_request(log):
+        return "it was told to stop, by the time limit or for another job"
+    return why_a_log_ended(log)

@@ -1,4 +1,4 @@
-"""The batch script that NeMo-Run writes: checked before it is submitted, and printed by a dry run."""
+"""Check the batch script that NeMo-Run writes before it is submitted, and print it for a dry run."""
 
 import re
 import shlex
@@ -15,9 +15,9 @@ from distill_nemo.executors.descriptor import IN_A_CONTAINER, WorkDir
 from distill_nemo.executors.secrets import refuse_secrets
 from distill_nemo.executors.slurm.arguments import ADVICE_ON_SECRETS, SHIPPED
 
-SRUN_WORDS = ("container_mounts", "container_env", "srun_args")  # lists of words that go to srun unquoted
+UNQUOTED = ("container_mounts", "container_env", "srun_args")  # lists of arguments that reach srun unquoted
 ELSEWHERE = WorkDir(
-    anew="on another machine",
+    fresh="on another machine",
     advice=", or name the directory that it is relative to: run.executor.workdir=",
 )
 
@@ -25,7 +25,7 @@ ELSEWHERE = WorkDir(
 def check_script(executor: run.SlurmExecutor) -> None:
     """Refuse secrets, and values that would not reach SLURM as typed.
 
-    NeMo-Run 0.11.1 quotes the values of #SBATCH lines, and no others.
+    NeMo-Run 0.11.1 quotes the values of #SBATCH lines and nothing else.
 
     Raises:
         ValueError: naming the field.
@@ -42,21 +42,23 @@ def check_script(executor: run.SlurmExecutor) -> None:
         flags.append(("additional_parameters", value))
         if not re.fullmatch(r"\w[\w-]*", key, re.ASCII):
             raise ValueError(f'run.executor.additional_parameters: "{key}" is not the name of an option of sbatch')
-    words = [("container_image", executor.container_image or "x")]
-    words += [(name, each) for name in SRUN_WORDS for each in getattr(executor, name) or []]
+    arguments = [("container_image", executor.container_image or "x")]
+    arguments += [(name, each) for name in UNQUOTED for each in getattr(executor, name) or []]
     for name, value in flags:
         if "\n" in str(value):
             raise ValueError(f"run.executor.{name} has two lines, and in a batch script the second is a command")
-    for name, word in words:
-        if not _is_one_word(word):
+    for name, argument in arguments:
+        if not _is_one_word(argument):
             raise ValueError(
-                f"run.executor.{name}: the shell would not read {word} as it is; write {shlex.quote(word)}"
+                f"run.executor.{name}: the shell would not read {argument} literally; write {shlex.quote(argument)}"
             )
-    _check_spoiled(executor, [*flags, *words])
+    _check_setup(executor.setup_lines or "")
+    if executor.container_image is None:
+        _check_replaced(executor, [*flags, *arguments])
 
 
 def _is_one_word(text: str) -> bool:
-    """True if the shell reads `text` as one word, and as it stands between its quotes, if it has any."""
+    """Return True if the shell reads `text` as a single literal word."""
     try:
         words = shlex.split(text)
     except ValueError:
@@ -64,28 +66,30 @@ def _is_one_word(text: str) -> bool:
     return len(words) == 1 and (shlex.quote(words[0]) == text or f"'{words[0]}'" == text)
 
 
-def _check_spoiled(executor: run.SlurmExecutor, others: list[tuple[str, Any]]) -> None:
-    """Refuse set-up lines that are no shell, and a path that NeMo-Run replaces where there is no container."""
-    setup = executor.setup_lines or ""
+def _check_setup(setup: str) -> None:
+    """Refuse set-up lines that bash cannot parse."""
     parsed = subprocess.run(["bash", "-n"], input=setup, capture_output=True, text=True, check=False)
     if parsed.returncode:
-        raise ValueError(f"run.executor.setup is not what bash reads: {parsed.stderr.strip().splitlines()[0]}")
-    if executor.container_image is None:
-        texts = [
-            *(("setup", line) for line in setup.splitlines()),
-            *others,
-            *(("env", value) for value in executor.env_vars.values()),
-        ]
-        texts += [("job_dir", executor.tunnel.job_dir or get_nemorun_home())]
-        for name, text in texts:
-            if "/nemo_run" in str(text).replace(SHIPPED, ""):
-                raise ValueError(
-                    f'run.executor.{name}: NeMo-Run replaces "/nemo_run" in its scripts, so no path may hold it: {text}'
-                )
+        raise ValueError(f"run.executor.setup: bash cannot parse it: {parsed.stderr.strip().splitlines()[0]}")
+
+
+def _check_replaced(executor: run.SlurmExecutor, others: list[tuple[str, Any]]) -> None:
+    """Refuse paths that contain "/nemo_run", which NeMo-Run replaces in its scripts if there is no container."""
+    texts = [
+        *(("setup", line) for line in (executor.setup_lines or "").splitlines()),
+        *others,
+        *(("env", value) for value in executor.env_vars.values()),
+        ("job_dir", executor.tunnel.job_dir or get_nemorun_home()),
+    ]
+    for name, text in texts:
+        if "/nemo_run" in str(text).replace(SHIPPED, ""):
+            raise ValueError(
+                f'run.executor.{name}: NeMo-Run replaces "/nemo_run" in its scripts, so no path may contain it: {text}'
+            )
 
 
 def work_dir(executor: run.SlurmExecutor) -> WorkDir:
-    """Return the directory that `srun --chdir` names; it is on this machine unless a tunnel leads to another."""
+    """Return the directory that `srun --chdir` names. It is on this machine unless the tunnel is SSH."""
     given = [value.partition("=")[2] for value in executor.srun_args or [] if value.startswith("--chdir=")]
     if executor.container_image is not None:
         return IN_A_CONTAINER
@@ -98,17 +102,17 @@ def check_sbatch(config: RunConfig, executor: run.SlurmExecutor, dryrun: bool) -
     """Refuse a machine that cannot submit.
 
     Raises:
-        ValueError: without `sbatch`, where no login node is named.
+        ValueError: if there is no `sbatch` and no login node is named.
     """
     if isinstance(executor.tunnel, run.LocalTunnel) and not dryrun and shutil.which("sbatch") is None:
         raise ValueError(
-            "`sbatch` is not on PATH: type this on a login node of the cluster, or name one with "
+            "`sbatch` is not on PATH: run this command on a login node of the cluster, or name one with "
             "run.executor.host=, user= and job_dir=; --dryrun shows what would be submitted"
         )
 
 
 def batch_script(job: Any, directory: Path) -> str:
-    """Return the script of a job of NeMo-Run's, below the command that submits it."""
+    """Return the script of a NeMo-Run job, headed by the command that submits it."""
     path = directory / f"{job.executor.job_name}_sbatch.sh"
     command = " ".join(job._dryrun_info.request.launch_cmd)
     return f"# {command} {job.executor.tunnel.job_dir}/{path.name}\n{path.read_text()}"

@@ -1,1 +1,1 @@
-"""Jobs watched until their end: what their ranks say, and why they ended."""
+"""Follow jobs to their end: show the ranks' output, and find out why a job ended."""

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal while a run is watched: what becomes of it, and of this command."""
+"""Handle Ctrl-C, SIGTERM and a closed terminal while a run is watched."""
 
 import contextlib
 import signal
@@ -11,10 +11,10 @@ import psutil
 
 @contextlib.contextmanager
 def passing_on_signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM reach the ranks, which write a checkpoint and end.
+    """Pass Ctrl-C and SIGTERM on to the ranks, which write a checkpoint and end.
 
-    NeMo-Run starts local jobs in sessions of their own, where a terminal's Ctrl-C does not come, and when it is itself
-    terminated it leaves them running.
+    NeMo-Run starts local jobs in sessions of their own. Ctrl-C in the terminal does not reach them, and they keep
+    running when NeMo-Run is terminated.
     """
 
     def stop() -> None:
@@ -30,18 +30,18 @@ def passing_on_signals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def left_running(told: str) -> Iterator[None]:
-    """Ctrl-C ends the watching, not the job; `told` says what to type."""
-    with _ending_after(lambda: print(told, file=sys.stderr)):
+def left_running(advice: str) -> Iterator[None]:
+    """Leave the job running on Ctrl-C: print `advice` to stderr and end this command."""
+    with _ending_after(lambda: print(advice, file=sys.stderr)):
         yield
 
 
 @contextlib.contextmanager
 def _ending_after(first: Callable[[], None]) -> Iterator[None]:
-    """On a signal do `first`, and exit with 128 + its number."""
+    """Call `first` on a signal, then exit with 128 + its number."""
 
     def stop(signum: int, frame: Any) -> None:
-        with contextlib.suppress(OSError):  # a closed terminal takes no words
+        with contextlib.suppress(OSError):  # printing to a closed terminal fails
             first()
         raise SystemExit(128 + signum)
 

@@ -1,13 +1,13 @@
-"""A job on a cluster, watched from outside until its end."""
+"""Interface of a job on a cluster, and the loop that polls it until its end."""
 
 import abc
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-INTERVAL = 2.0  # seconds between two looks
-UNSEEN = 30  # looks without an answer after which it is given up
-MAX_STUCK_LOOKS = 15  # looks at a job that cannot start
+POLL_SECONDS = 2.0
+MAX_UNSEEN_POLLS = 30  # polls in a row without an answer before giving up
+MAX_STUCK_POLLS = 15  # polls in a row that find the job unable to start before giving up
 
 
 class UnseenError(RuntimeError):
@@ -29,12 +29,12 @@ class State(Protocol):
 
     @property
     def waits(self) -> str:
-        """Why it does not run yet; empty when it does, or no reason is known."""
+        """Reason that the job does not run yet; empty if it runs or no reason is known."""
         ...
 
     @property
     def stuck(self) -> bool:
-        """True when the job will hardly ever run."""
+        """True when the job is unlikely ever to run."""
         ...
 
 
@@ -43,42 +43,42 @@ class ClusterJob(abc.ABC):
 
     name: str
     id: str
-    folder: str  # of its logs
+    folder: str  # holds its logs
 
     @abc.abstractmethod
     def state(self) -> Any:
         """Return the job's state.
 
         Raises:
-            UnseenError: when the cluster does not say.
+            UnseenError: if the cluster gives no answer.
         """
 
     @abc.abstractmethod
     def new_text(self) -> Iterator[str]:
-        """Return the lines that the logs have gained since the last call, whole ones only."""
+        """Return the complete lines that were added to the logs since the last call."""
 
     @abc.abstractmethod
     def new_shown(self) -> Iterator[str]:
-        """Return the ranks' output since the last call, as it is shown."""
+        """Return the ranks' output since the last call, filtered for the screen."""
 
     @abc.abstractmethod
     def why(self, state: Any) -> str:
-        """`error: ...` of a job that did not complete."""
+        """Return the `error: ...` of a job that did not complete."""
 
     @abc.abstractmethod
     def cancel(self) -> None:
-        """End it.
+        """Cancel the job.
 
         Raises:
-            RuntimeError: in the cluster's words, when it does not.
+            RuntimeError: if the cluster refuses, with its message.
         """
 
     def watched(self, lines: Callable[[], Iterator[str]]) -> Iterator[tuple[Any, str]]:
-        """Look after look until the job has ended: how it is then, with "", and with each of the new `lines`.
+        """Poll until the job has ended. Each poll yields (state, "") and then (state, line) for each new line.
 
         Raises:
-            UnseenError: when the cluster has not shown it `UNSEEN` times in a row. The job goes on. For logs alone it
-                waits as long as the job runs: those of a node that is lost come back with another.
+            UnseenError: after `MAX_UNSEEN_POLLS` polls in a row without an answer; the job itself continues. While
+                the job runs, missing logs alone never raise: a lost node's logs return with its replacement.
         """
         unseen, state = 0, None
         while True:
@@ -94,28 +94,29 @@ class ClusterJob(abc.ABC):
                     return
             except UnseenError as error:
                 unseen = 0 if runs else unseen + 1
-                if unseen == UNSEEN and state and state.ended:
+                if unseen == MAX_UNSEEN_POLLS and state and state.ended:
                     return
-                if unseen == UNSEEN:
-                    raise UnseenError(f"job {self.id} is not seen any more, and perhaps goes on: {error}") from None
-            time.sleep(INTERVAL)
+                if unseen == MAX_UNSEEN_POLLS:
+                    raise UnseenError(f"job {self.id} cannot be seen any more, but may continue: {error}") from None
+            time.sleep(POLL_SECONDS)
 
     def follow(self, out: Any) -> Any:
-        """Write what the ranks say to `out` until the job has ended, or cannot start; returns how it is then.
+        """Write the ranks' output to `out` until the job has ended or cannot start. Return its last state.
 
         Raises:
             UnseenError: as `watched`.
         """
         state, stuck = None, 0
-        before = told = ""
+        before = printed = ""
         for state, line in self.watched(self.new_shown):
             if line:
                 print(line, end="", file=out, flush=True)
                 continue
-            if state.waits == before and state.waits not in ("", told):  # some reasons last for a moment only
+            # A reason is printed once it has lasted for two polls: some are gone at once.
+            if state.waits == before and state.waits not in ("", printed):
                 print(f"{self.name}: job {self.id} {state}", file=out, flush=True)
-                told = state.waits
+                printed = state.waits
             before, stuck = state.waits, stuck + 1 if state.stuck else 0
-            if stuck > MAX_STUCK_LOOKS:
+            if stuck > MAX_STUCK_POLLS:
                 break
         return state

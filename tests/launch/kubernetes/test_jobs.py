@@ -99,7 +99,7 @@ def test_an_image_that_is_not_there(stories, told):
     story = stories["no_image"]
     said = 'node-0-0-\\w+: (ErrImagePull|ImagePullBackOff): failed to pull image "registry.local/no-such:1"'
     (hint,) = check_failed(story.ended, "Pending", f"it does not start: train-\\w+-{said}")
-    assert re.fullmatch(r"it still waits; `nemo distill cancel experiment=train_\d+` ends it", hint)
+    assert re.fullmatch(r"it is still queued; `nemo distill cancel experiment=train_\d+` ends it", hint)
     status, cancel = told(story, "status"), told(story, "cancel")
     assert status.code == 0 and re.search(said, status.out)
     assert cancel.code == 0 and "cancelled; it was Pending" in cancel.out
@@ -109,7 +109,7 @@ def test_ctrl_c_ends_the_watching_and_not_the_job(stories, told):
     story = stories["left_alone"]
     job = re.match(r"train: submitted as job (train-\w+), ", story.ended.out)[1]
     assert story.ended.code == 130
-    assert re.fullmatch(rf"job {job} goes on; `nemo distill cancel experiment=train_\d+` ends it\n", story.ended.err)
+    assert re.fullmatch(rf"job {job} continues; `nemo distill cancel experiment=train_\d+` ends it\n", story.ended.err)
     assert ("TrainJob", "default", job) in story.cluster.objects
     assert re.match(rf"train: job {job} cancelled; it was Pending", told(story, "cancel").out)
 
@@ -120,7 +120,7 @@ def test_from_python_and_a_deadline_is_named(stories, told):
     assert "step 5/100000  lm loss" in story.ended.out + story.ended.err, "NeMo-Run shows what the ranks say"
     status = told(story, "status")
     assert status.code == 1 and re.search(r"scripted: job scripted-\w+ Failed \(DeadlineExceeded\), ", status.out)
-    assert re.match(r"error: it ran into its time limit after \S+; its ranks had saved; the same command", status.err)
+    assert re.match(r"error: it reached its time limit after \S+; its ranks had saved; run the same", status.err)
     last = metrics(story.output)[-1]["step"]
     assert (story.output / "checkpoints" / "latest").read_text().strip() == f"step_{last:08d}"
 

@@ -94,7 +94,7 @@ def test_before_the_time_limit_it_saves_is_queued_again_and_goes_on_and_can_be_c
 
 
 def test_a_time_limit_is_named(stories):
-    check_failed(stories["out_of_time"].ended, "TIMEOUT", "it ran into its time limit of 00:01:00")
+    check_failed(stories["out_of_time"].ended, "TIMEOUT", "it reached its time limit of 00:01:00")
 
 
 def test_what_sbatch_refuses_is_said_and_nothing_is_left(cluster, inputs, tmp_path):

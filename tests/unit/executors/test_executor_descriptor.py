@@ -48,7 +48,7 @@ def described(monkeypatch, tmp_path):
         cloud,
         hidden=("internal",),
         check=check,
-        work_dir=lambda executor: WorkDir() if executor.region == "south" else WorkDir(anew="in a cloud"),
+        work_dir=lambda executor: WorkDir() if executor.region == "south" else WorkDir(fresh="in a cloud"),
         preflight=preflight,
         manifest=lambda job, directory: f"{job.id} in {job.executor.region}, {Path(directory).is_dir()}",
     )

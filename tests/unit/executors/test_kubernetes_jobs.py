@@ -15,9 +15,9 @@ from distill_nemo.executors.kubernetes import api
 from distill_nemo.executors.kubernetes import pods as kubernetes_pods
 from distill_nemo.executors.kubernetes.api import Refused, created
 from distill_nemo.executors.kubernetes.jobs import KubernetesJob, State
-from distill_nemo.executors.kubernetes.pods import NODE
+from distill_nemo.executors.kubernetes.pods import NODE_LABEL
 from distill_nemo.executors.watch import jobs
-from distill_nemo.executors.watch.jobs import UNSEEN, UnseenError
+from distill_nemo.executors.watch.jobs import MAX_UNSEEN_POLLS, UnseenError
 from tests.launch.kubernetes.api import ApiError, serve
 
 FAILED = State("Failed", "BackoffLimitExceeded")
@@ -53,7 +53,7 @@ class Pod:
             self.says(text)
 
     def shown(self):
-        about = {"name": self.name, "labels": {NODE: str(self.node)}, "creationTimestamp": self.created}
+        about = {"name": self.name, "labels": {NODE_LABEL: str(self.node)}, "creationTimestamp": self.created}
         count = len(self.attempts) - 1
         status = {"name": "node", "restartCount": count, "state": self.state, "lastState": self.last}
         return {
@@ -119,7 +119,7 @@ def connect(tmp_path, monkeypatch):
         executor = kubernetes(image="x", nodes=nodes, devices=2)
         return KubernetesJob("train", "train-1", executor, str(tmp_path / "logs"))
 
-    monkeypatch.setattr(jobs, "INTERVAL", 0)
+    monkeypatch.setattr(jobs, "POLL_SECONDS", 0)
     return job
 
 
@@ -167,7 +167,7 @@ def steps(last, mark=""):
 
 
 def test_a_log_that_is_not_shown_for_a_while_loses_and_repeats_no_line(cluster, watcher):
-    cluster.found = 2 * UNSEEN
+    cluster.found = 2 * MAX_UNSEEN_POLLS
     two_nodes(cluster, ends_at=cluster.found + 1)
     out = io.StringIO()
     assert watcher(2).follow(out).completed
@@ -176,7 +176,7 @@ def test_a_log_that_is_not_shown_for_a_while_loses_and_repeats_no_line(cluster, 
 
 
 def test_a_log_that_is_not_shown_for_a_while_loses_no_line_for_nemo_run(cluster, watcher):
-    cluster.found = 2 * UNSEEN
+    cluster.found = 2 * MAX_UNSEEN_POLLS
     two_nodes(cluster, ends_at=cluster.found + 1)
     lines = list(watcher(2).until_the_end())
     assert len(set(lines)) == len(lines) == 2 * cluster.looks
@@ -187,7 +187,7 @@ def test_the_end_of_a_job_is_said_even_if_its_logs_are_not(cluster, watcher):
     cluster.end("Failed", "BackoffLimitExceeded")
     job = watcher()
     state = job.follow(io.StringIO())
-    assert (state.name, cluster.looks) == ("Failed", UNSEEN)
+    assert (state.name, cluster.looks) == ("Failed", MAX_UNSEEN_POLLS)
     why = job.why(state)
     assert why.startswith("error: BackoffLimitExceeded; not all of its logs could be read: ") and GONE in why
 

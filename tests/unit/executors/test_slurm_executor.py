@@ -145,8 +145,8 @@ def test_what_the_shell_would_read_is_refused_by_name(capfd, monkeypatch, tmp_pa
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        (["setup=['export X=\"a b']"], "run.executor.setup is not what bash reads"),
-        (["setup=['if true']"], "run.executor.setup is not what bash reads"),
+        (["setup=['export X=\"a b']"], "run.executor.setup: bash cannot parse it"),
+        (["setup=['if true']"], "run.executor.setup: bash cannot parse it"),
         (["setup=['cd /nemo_run/x']"], 'run.executor.setup: NeMo-Run replaces "/nemo_run"'),
         (["env={'X': '/data/nemo_run'}"], 'run.executor.env: NeMo-Run replaces "/nemo_run"'),
         (["comment=/nemo_run"], 'run.executor.comment: NeMo-Run replaces "/nemo_run"'),
@@ -229,7 +229,7 @@ def test_shipped_code_comes_first_and_what_is_not_shipped_is_said(dry, tmp_path)
     (tmp_path / "mine.py").write_text("changed = True\n")
     ended = dry("devices=2", "packager=git")
     assert re.search(r"^export PYTHONPATH=/\S+/train/code:\$PYTHONPATH$", ended.out, re.M)
-    assert ended.err == "warning: not shipped, because not committed: mine.py (1 in all)\n"
+    assert ended.err == "warning: not shipped, because not committed: mine.py (1 in total)\n"
     subprocess.run(["git", "add", "."], check=True, cwd=tmp_path)
     subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "x"], check=True, cwd=tmp_path)
     assert dry("devices=2", "packager=git").err == ""
@@ -244,14 +244,14 @@ def test_shipped_code_comes_first_and_what_is_not_shipped_is_said(dry, tmp_path)
         (["nodes=two"], {}, "run.executor.nodes must be int, got 'two'"),
         (["time=soon"], {}, 'run.executor.time must be MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS, got "soon"'),
         (["time=3"], {}, "run.executor.stop_seconds = 300 must be less than time = 3, 180 s"),
-        (["time=0-0", "stop_seconds=0"], {}, 'run.executor.time must be more than nothing, got "0-0"'),
+        (["time=0-0", "stop_seconds=0"], {}, 'run.executor.time must be more than 0, got "0-0"'),
         (["time=٣٠"], {}, "run.executor.time must be MINUTES"),
         (["packager=zip"], {}, 'run.executor.packager = "zip" is not known. Known: none, git.'),
         (["devises=2"], {}, 'unknown field "run.executor.devises". Did you mean devices'),
         (["host=login"], {}, "run.executor.host needs user too"),
-        (["user=me"], {}, "run.executor.user goes with host"),
+        (["user=me"], {}, "run.executor.user needs run.executor.host"),
         (['env={"http_proxy": "x"}'], {}, '"http_proxy" is not in capitals; export it in run.executor.setup'),
-        (['env={"HF_TOKEN": "hunter2"}'], {}, "run.executor.env: the value of HF_TOKEN would be written down in clear"),
+        (['env={"HF_TOKEN": "hunter2"}'], {}, "run.executor.env: the value of HF_TOKEN would be stored in plain text"),
         (['setup=["export WANDB_API_KEY=hunter2"]'], {}, "run.executor.setup: the value of WANDB_API_KEY would be"),
         (["host=a", "user=b", "job_dir=/c d"], {}, 'run.executor.job_dir = "/c d" has characters that NeMo-Run'),
         (["workdir=/with space"], {}, 'the job cannot run in "/with space": NeMo-Run does not quote'),
@@ -272,7 +272,7 @@ def test_shipped_code_comes_first_and_what_is_not_shipped_is_said(dry, tmp_path)
         ),
         (["devices=2", "host=a", "user=b", "job_dir=/c"], {}, "run.executor.workdir="),
         (["devices=2"], {"data__train": '["no/such"]'}, "data.train: no file /"),
-        (["devices=2"], {}, "`sbatch` is not on PATH: type this on a login node"),
+        (["devices=2"], {}, "`sbatch` is not on PATH: run this command on a login node"),
     ],
 )
 def test_refused_before_anything_is_submitted(inputs, tmp_path, monkeypatch, capfd, fields, overrides, said):
@@ -383,7 +383,7 @@ def test_a_login_node_that_does_not_answer_is_unseen(monkeypatch, error):
         with pytest.raises(UnseenError, match="login"):
             ask()
     failed = State("FAILED", "", "00:01:12", "01:00:00", "n1", "1:0")
-    assert re.fullmatch("error: the logs that say why are not seen: .*login.*", job.why(failed))
+    assert re.fullmatch("error: the logs with the reason cannot be read: .*login.*", job.why(failed))
     error = SystemExit(130)
     with pytest.raises(SystemExit):
         job.state()
