@@ -24,6 +24,14 @@ def through_softmax(value_by_q: Array, q: Array, temperature: float) -> Array:
     return q * (value_by_q - (q * value_by_q).sum(axis=-1, keepdims=True)) / temperature
 
 
+def finished(product_NV: Array, scale: float, softcap: float | None) -> tuple[Array, Array]:
+    """Logits, scaled and capped, and their derivative with respect to the product of output weight and hidden state."""
+    if softcap is None:
+        return scale * product_NV, np.full_like(product_NV, scale)
+    x = scale * product_NV / softcap
+    return softcap * np.tanh(x), scale / np.cosh(x) ** 2
+
+
 def forward_kl(student_NV: Array, teacher_NV: Array, temperature: float = 1.0) -> tuple[Array, Array]:
     """KL(teacher || student)."""
     p, q = softmax(teacher_NV / temperature), softmax(student_NV / temperature)

@@ -17,7 +17,18 @@ from tests import reference
 from tests.distributed.test_vocab_parallel import Collectives, shard, world
 from tests.spawn import Gloo
 from tests.training import changed, differences, metrics, tiny_run
-from tests.unit.losses.test_fused_linear import PADDED, V, make_heads, make_targets, of, oracle, relative
+from tests.unit.losses.test_fused_linear import (
+    GRADIENTS,
+    PADDED,
+    V,
+    as_leaves,
+    finished_heads,
+    make_heads,
+    make_targets,
+    of,
+    oracle,
+    relative,
+)
 
 WEIGHTS = {"lm_weight": 0.3, "logits_weight": 0.7}
 NUM_CHUNKS = 4  # the 18 tokens that count, 5 at a time
@@ -29,11 +40,15 @@ def group(request: pytest.FixtureRequest) -> Iterator[Gloo]:
         yield gloo
 
 
-def fused(name: str, temperature: float, num_true: int) -> dict[str, Any]:
+def heads(how: str) -> tuple[Head, Head]:
+    return finished_heads(how) if how else make_heads()
+
+
+def fused(name: str, temperature: float, num_true: int, how: str) -> dict[str, Any]:
     student, teacher = (
-        Head(h.detach(), *(shard(x.detach(), 0) for x in parameters)) for h, *parameters in make_heads()
+        Head(h.detach(), shard(w.detach(), 0), shard(b.detach(), 0), *finish) for h, w, b, *finish in heads(how)
     )
-    student = Head(*(x if x is None else x.requires_grad_() for x in student))
+    student = as_leaves(student)
     start = dist.get_rank() * student.weight_vH.shape[0]
     here = max(0, min(num_true - start, student.weight_vH.shape[0]))
     changes = {"temperature": temperature, "factor": temperature**2, "vocab_start": start, "num_true": here}
@@ -42,18 +57,20 @@ def fused(name: str, temperature: float, num_true: int) -> dict[str, Any]:
         found = fused_linear_losses(student, teacher, labels % num_true, mask, of(name, world(), **WEIGHTS, **changes))
     with Collectives() as backward:
         (found.total * 3).backward()
-    gradients = {n: x.grad for x, n in zip(student, ("hidden", "weight", "bias"), strict=True) if x is not None}
+    gradients = {n: x.grad for x, n in zip(student[:3], GRADIENTS, strict=True)}
     return {"losses": [x.detach() for x in found], "collectives": (forward, backward), **gradients}
 
 
 @pytest.mark.parametrize("name", reference.DIVERGENCES)
 @pytest.mark.parametrize(
-    ("temperature", "num_true"), [(1.0, V), (2.0, V), (1.0, 250)], ids=["", "T=2", "a shard of padding"]
+    ("temperature", "num_true", "how"),
+    [(1.0, V, ""), (2.0, V, ""), (1.0, 250, ""), (2.0, 250, "scales and softcaps")],
+    ids=["", "T=2", "a shard of padding", "scales, softcaps, a shard of padding"],
 )
-def test_fused_losses_equal_the_oracles(group: Gloo, name: str, temperature: float, num_true: int) -> None:
+def test_fused_losses_equal_the_oracles(group: Gloo, name: str, temperature: float, num_true: int, how: str) -> None:
     """The hidden states' gradient is a sum over ranks, which the caller makes; all else is complete."""
-    ranks = group.run(fused, name, temperature, num_true)
-    (student, teacher), (labels, mask) = make_heads(), make_targets()
+    ranks = group.run(fused, name, temperature, num_true, how)
+    (student, teacher), (labels, mask) = heads(how), make_targets()
     loss = of(name, temperature=temperature, factor=temperature**2, **WEIGHTS)
     expected = oracle(name, student, teacher, labels % num_true, mask, loss, num_true)
     num_gathers = NUM_CHUNKS * reference.DIVERGENCES[name].num_gathers
@@ -91,7 +108,7 @@ def order_of_events() -> list[str]:
 
     Gather.start, gemm.logits = starting, multiplying
     try:
-        student, teacher = (Head(h.detach(), shard(w.detach(), 0)) for h, w, _ in make_heads())
+        student, teacher = (Head(h.detach(), shard(w.detach(), 0)) for h, w, *_ in make_heads())
         fused_linear_losses(student, teacher, *make_targets("none"), of("forward_kl", world(), chunk_tokens=8))
     finally:
         Gather.start, gemm.logits = start, logits

@@ -91,8 +91,8 @@ def test_fused_linear_is_exact(device, name, masked):
     heads, targets = make_heads(), make_targets(masked)
     loss = of(name, temperature=2.0, factor=4.0, lm_weight=0.3, logits_weight=0.7)
     expected = oracle(name, *heads, *targets, loss)
-    leaves = [x.detach().to(device).requires_grad_() for x in heads[0]]
-    teacher = [x.to(device) for x in heads[1]]
+    leaves = [x.detach().to(device).requires_grad_() for x in heads[0][:3]]
+    teacher = [x.to(device) for x in heads[1][:3]]
     found = fused_linear_losses(Head(*leaves), Head(*teacher), *(x.to(device) for x in targets), loss)
     found.total.backward()
     for key, x in {"lm": found.lm, "logits": found.logits}.items():

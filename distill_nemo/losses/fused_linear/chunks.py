@@ -22,11 +22,30 @@ CHUNK_TOKENS = 416
 
 
 class Head(NamedTuple):
-    """The last hidden states, and the output layer that would make logits of them."""
+    """The last hidden states, and all that makes logits of them: `cap(scale * (hidden @ weight.T + bias))`.
+
+    `cap(z) = softcap * tanh(z / softcap)`, or z without a softcap.
+    """
 
     hidden_NH: Tensor
     weight_vH: Tensor
     bias_v: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, rows: slice, out_nv: Tensor) -> None:
+        """Compute the logits of some tokens in fp32."""
+        gemm.logits(self.hidden_NH[rows], self.weight_vH, self.bias_v, out_nv)
+        if self.scale != 1:
+            out_nv.mul_(self.scale)
+        if self.softcap is not None:
+            out_nv.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def cap_slope(self, logits_nv: Tensor) -> Tensor | None:
+        """Return the derivative of `cap` where it gave these logits, 0 in padding; None without a softcap."""
+        if self.softcap is None:
+            return None
+        return (logits_nv / self.softcap).clamp_(-1, 1).square_().neg_().add_(1)
 
 
 @dataclass(frozen=True)
@@ -97,7 +116,7 @@ class Gradients(NamedTuple):
     def of(student: Head, wanted: Any, valid: ValidTokens) -> "Gradients":
         """Zeros, or Megatron's sums so far."""
         hidden_MH = valid.student.hidden_NH.new_empty(valid.student.hidden_NH.shape, dtype=torch.float32)
-        pairs = zip(student[1:], wanted[1:], strict=True)
+        pairs = zip((student.weight_vH, student.bias_v), wanted[1:], strict=True)
         parameters = (GradientSum(x) if x is not None and needed else None for x, needed in pairs)
         return Gradients(hidden_MH if wanted[0] else None, *parameters)
 
@@ -133,6 +152,6 @@ def chunk_logits(valid: ValidTokens, loss: FusedLoss, num_buffers: int = 1) -> I
         rows = slice(start, min(start + size, num_tokens))
         outs = buffers[number % len(buffers)][:, : rows.stop - start]
         for head, out_nv in zip((valid.student, valid.teacher), outs, strict=True):
-            gemm.logits(head.hidden_NH[rows], head.weight_vH, head.bias_v, out_nv)
+            head.logits(rows, out_nv)
             out_nv[:, width if loss.num_true is None else loss.num_true :] = -torch.inf
         yield rows, outs[0], outs[1]

@@ -2,7 +2,7 @@
 
 Legend: N tokens, M valid ones, n a chunk of them, H width (student and teacher may differ), v this rank's
 vocabulary shard. In torch, with `z, t = student.hidden @ student.weight.T, teacher.hidden @ teacher.weight.T` (and
-biases), labels, mask, and the logits loss of `losses/logits.py`:
+biases, scales and softcaps, see `Head`), labels, mask, and the logits loss of `losses/logits.py`:
 
     lm = (F.cross_entropy(z, labels, reduction="none") * mask).sum()
     kd = (LogitsKLLoss(...)(z, t) * mask).sum()
@@ -54,8 +54,9 @@ def fused_linear_losses(student: Head, teacher: Head, labels_N: Tensor, loss_mas
     if widths[0] != widths[1]:
         raise ValueError(f"student logits would have {widths[0]} columns on this rank, teacher logits {widths[1]}")
     bias_v = None if teacher.bias_v is None else teacher.bias_v.detach()
-    teacher = Head(teacher.hidden_NH.detach(), teacher.weight_vH.detach(), bias_v)
-    differentiate = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in student)
+    frozen = {"hidden_NH": teacher.hidden_NH.detach(), "weight_vH": teacher.weight_vH.detach(), "bias_v": bias_v}
+    teacher = teacher._replace(**frozen)
+    differentiate = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in student[:3])
     return Losses(*_FusedLinear.apply(*student, teacher, labels_N, loss_mask_N, loss, differentiate))  # pyright: ignore
 
 
@@ -66,13 +67,15 @@ class _FusedLinear(torch.autograd.Function):
         hidden_NH: Tensor,
         weight_vH: Tensor,
         bias_v: Tensor | None,
+        scale: float,
+        softcap: float | None,
         teacher: Head,
         labels_N: Tensor,
         loss_mask_N: Tensor,
         loss: FusedLoss,
         differentiate: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        student = Head(hidden_NH, weight_vH, bias_v)
+        student = Head(hidden_NH, weight_vH, bias_v, scale, softcap)
         valid = ValidTokens.of(student, teacher, labels_N, loss_mask_N, loss.num_valid)
         sums = Gradients.of(student, ctx.needs_input_grad[:3], valid) if differentiate else None
         lm_M, kd_M = _all_chunks(valid, loss, sums)
@@ -93,7 +96,7 @@ class _FusedLinear(torch.autograd.Function):
             if ctx.where is not None:
                 hidden_NH = hidden_MH.new_zeros(ctx.shape).index_copy_(0, ctx.where, hidden_MH)
         parameters = (None if x is None else x.finish(scale) for x in (sums.weight, sums.bias))
-        return hidden_NH, *parameters, None, None, None, None, None
+        return hidden_NH, *parameters, *[None] * 7
 
 
 class _Chunk(NamedTuple):
@@ -143,13 +146,18 @@ def _finish(valid: ValidTokens, loss: FusedLoss, sums: Gradients | None, chunk: 
 def _logits_gradient(
     valid: ValidTokens, loss: FusedLoss, chunk: _Chunk, saved: tuple[Tensor, ...], lse_2n: Tensor
 ) -> Tensor:
-    """Return the gradient of the student's logits, over the teacher's if it has their dtype."""
-    z_nv, t_nv, weight_n = chunk.student_nv, chunk.teacher_nv, valid.weight_M[chunk.rows] * loss.upstream
-    lm = None
+    """Return the gradient of the student's `hidden @ weight.T + bias`, over the teacher's logits if it has their dtype.
+
+    Only the derivative of a softcap takes memory of its own.
+    """
+    z_nv, t_nv, student, lm = chunk.student_nv, chunk.teacher_nv, valid.student, None
+    weight_n = valid.weight_M[chunk.rows] * (loss.upstream * student.scale)
+    slope_nv = student.cap_slope(z_nv)  # before the divergence takes the logits' memory
     if loss.differentiates_lm:
         labels_n, grad_n = valid.labels_M[chunk.rows], weight_n * loss.lm_weight
         lm = lm_gradient(labels_n, loss.vocab_start, z_nv.shape[-1], lse_2n, grad_n)
-    dtype = gemm.gradient_dtype(valid.student.weight_vH)
+    dtype = gemm.gradient_dtype(student.weight_vH) if slope_nv is None else torch.float32
     out_nv = t_nv if dtype == t_nv.dtype else torch.empty_like(t_nv, dtype=dtype)
     grad_n = weight_n * (loss.factor * loss.logits_weight)
-    return loss.divergence.gradient(z_nv, t_nv, saved, grad_n, out_nv, lm)
+    out_nv = loss.divergence.gradient(z_nv, t_nv, saved, grad_n, out_nv, lm)
+    return out_nv if slope_nv is None else out_nv.mul_(slope_nv)

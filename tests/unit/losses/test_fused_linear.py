@@ -14,6 +14,7 @@ from distill_nemo.losses.fused_linear.loss import fused_linear_losses
 from tests import reference
 
 N, H, TEACHER_H, V, PADDED = 23, 24, 40, 507, 512
+GRADIENTS = "hidden", "weight", "bias"
 
 
 def make_heads(dtype: torch.dtype = torch.float32, bias: bool = True, seed: int = 0) -> tuple[Head, Head]:
@@ -26,7 +27,14 @@ def make_heads(dtype: torch.dtype = torch.float32, bias: bool = True, seed: int 
         return Head(hidden, weight.mul_(2 / width**0.5), b if bias else None)
 
     student = head(H)
-    return Head(*(x if x is None else x.requires_grad_() for x in student)), head(TEACHER_H)
+    return as_leaves(student), head(TEACHER_H)
+
+
+def as_leaves(head: Head) -> Head:
+    for x in head[:3]:
+        if x is not None:
+            x.requires_grad_()
+    return head
 
 
 def make_targets(masked: str = "some") -> tuple[Tensor, Tensor]:
@@ -52,13 +60,14 @@ def oracle(
     def numpy(x: Tensor | None) -> NDArray[np.float64]:
         return np.zeros(PADDED) if x is None else x.detach().double().numpy()
 
-    (h, w, b), (g, u, c) = ([numpy(x) for x in head] for head in (student, teacher))
-    z, t = h @ w[:num_true].T + b[:num_true], g @ u[:num_true].T + c[:num_true]
+    (h, w, b), (g, u, c) = ([numpy(x) for x in head[:3]] for head in (student, teacher))
+    z, by_product = reference.finished(h @ w[:num_true].T + b[:num_true], student.scale, student.softcap)
+    t, _ = reference.finished(g @ u[:num_true].T + c[:num_true], teacher.scale, teacher.softcap)
     kd, kd_slope = (loss.factor * x for x in reference.DIVERGENCES[name][1](z, t, loss.divergence.temperature))
     target, weight = np.eye(num_true)[labels], numpy(mask)
     q = reference.softmax(z)
     lm, lm_slope = -np.log((q * target).sum(-1)), q - target
-    slope = weight[:, None] * (float(loss.lm_weight) * lm_slope + float(loss.logits_weight) * kd_slope)
+    slope = weight[:, None] * (float(loss.lm_weight) * lm_slope + float(loss.logits_weight) * kd_slope) * by_product
     padded = np.pad(slope, ((0, 0), (0, PADDED - num_true)))
     sums = {"lm": (lm * weight).sum(), "logits": (kd * weight).sum()}
     return sums | {"hidden": slope @ w[:num_true], "weight": padded.T @ h, "bias": padded.sum(0)}
@@ -84,7 +93,7 @@ def test_values_and_gradients(name: str, masked: str, temperature: float, weight
     assert relative(found.lm, expected["lm"]) < 1e-6 and relative(found.logits, expected["logits"]) < 1e-5
     assert found.total.item() == pytest.approx(weights[0] * found.lm.item() + weights[1] * found.logits.item())
     (found.total * -0.37).backward()
-    for x, which in zip(student, ("hidden", "weight", "bias"), strict=True):
+    for x, which in zip(student[:3], GRADIENTS, strict=True):
         assert relative(x.grad, -0.37 * expected[which]) < 1e-5, which
     assert student.hidden_NH.grad is not None and student.weight_vH.grad is not None
     assert student.hidden_NH.grad[targets[1] == 0].abs().sum() == 0 and student.weight_vH.grad[V:].abs().max() == 0
@@ -98,7 +107,7 @@ def test_an_offset_of_all_logits_costs_no_digit(name: str, temperature: float) -
         student, teacher = make_heads()
         with torch.no_grad():
             for head, offset in zip((student, teacher), offsets, strict=True):
-                for x in head:
+                for x in head[:3]:
                     x.copy_((x * 16).round() / 16)  # pyright: ignore
                 head.bias_v.add_(offset)  # pyright: ignore
         loss = of(name, temperature=temperature, lm_weight=0.3, logits_weight=0.7)
@@ -106,8 +115,69 @@ def test_an_offset_of_all_logits_costs_no_digit(name: str, temperature: float) -
         expected = oracle(name, student, teacher, *make_targets(), loss)
         assert relative(found.lm, expected["lm"]) < 3e-7 and relative(found.logits, expected["logits"]) < 1e-6
         found.total.backward()
-        for x, which in zip(student, ("hidden", "weight", "bias"), strict=True):
+        for x, which in zip(student[:3], GRADIENTS, strict=True):
             assert relative(x.grad, expected[which]) < 2e-6, (which, offsets)
+
+
+FINISHES = {  # scale and softcap of student and teacher
+    "student's scale": ((0.3, None), (1.0, None)),
+    "teacher's scale": ((1.0, None), (3.0, None)),
+    "softcaps": ((1.0, 5.0), (1.0, 3.0)),
+    "student's softcap": ((1.0, 4.0), (1.0, None)),
+    "scales and softcaps": ((0.25, 4.0), (2.0, 5.0)),
+}
+
+
+def finished_heads(how: str, dtype: torch.dtype = torch.float32, bias: bool = True) -> tuple[Head, Head]:
+    pairs = zip(make_heads(dtype, bias), FINISHES[how], strict=True)
+    student, teacher = (head._replace(scale=scale, softcap=softcap) for head, (scale, softcap) in pairs)
+    return student, teacher
+
+
+@pytest.mark.parametrize("name", reference.DIVERGENCES)
+@pytest.mark.parametrize("how", FINISHES)
+@pytest.mark.parametrize(("temperature", "lm_weight"), [(1.0, 0.0), (2.0, 0.3)])
+def test_logits_are_scaled_and_capped(name: str, how: str, temperature: float, lm_weight: float) -> None:
+    student, teacher = finished_heads(how)
+    loss = of(name, temperature=temperature, factor=temperature**2, lm_weight=lm_weight, logits_weight=0.7, upstream=2)
+    found = fused_linear_losses(student, teacher, *make_targets(), loss)
+    expected = oracle(name, student, teacher, *make_targets(), loss)
+    assert relative(found.lm, expected["lm"]) < 1e-6 and relative(found.logits, expected["logits"]) < 1e-5
+    (found.total * 3).backward()
+    for x, which in zip(student[:3], GRADIENTS, strict=True):
+        assert relative(x.grad, 3 * expected[which]) < 1e-5, which
+    assert student.weight_vH.grad is not None and student.weight_vH.grad[V:].abs().max() == 0  # padding
+
+
+@pytest.mark.parametrize("offset", [30.0, 100.0])
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jensen_shannon"])
+def test_capped_logits_with_an_offset_are_as_exact_as_torchs(name: str, offset: float) -> None:
+    """Up to a factor of 3: at 100, a softcap of 30 lets 0.5 % of a difference through, and fp32 loses two digits."""
+    student, teacher = (head._replace(softcap=30.0) for head in make_heads())
+    with torch.no_grad():
+        for head in (student, teacher):
+            head.bias_v.add_(offset)  # pyright: ignore
+    targets, loss = make_targets(), of(name, lm_weight=0.3, logits_weight=0.7)
+    expected = oracle(name, student, teacher, *targets, loss)
+    fused_linear_losses(student, teacher, *targets, loss).total.backward()
+    ours = [relative(x.grad, expected[which]) for x, which in zip(student[:3], GRADIENTS, strict=True)]
+    for x in student[:3]:
+        x.grad = None  # pyright: ignore
+    z, t = (30 * torch.tanh((h @ w.T + b)[:, :V] / 30) for h, w, b, *_ in (student, teacher))
+    lm = torch.nn.functional.cross_entropy(z, targets[0], reduction="none")
+    kd = loss.divergence(z[:, None], t[:, None].detach())[:, 0]
+    ((0.3 * lm + 0.7 * kd) * targets[1]).sum().backward()
+    torchs = [relative(x.grad, expected[which]) for x, which in zip(student[:3], GRADIENTS, strict=True)]
+    assert all(a < max(1e-5, 3 * b) for a, b in zip(ours, torchs, strict=True)), (ours, torchs)
+
+
+def test_capped_gradients_are_multiplied_before_they_are_rounded() -> None:
+    student, teacher = finished_heads("softcaps", torch.bfloat16, bias=False)
+    loss = of("forward_kl", lm_weight=0.3, logits_weight=0.7)
+    fused_linear_losses(student, teacher, *make_targets(), loss).total.backward()
+    expected = oracle("forward_kl", student, teacher, *make_targets(), loss)
+    for x, which in named(student):
+        assert relative(x.grad, expected[which]) < 2**-8, which
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 7, N, None])
@@ -128,12 +198,12 @@ def test_masked_tokens_may_hold_anything_and_a_batch_may_hold_nothing_else() -> 
     with torch.no_grad():
         student.hidden_NH[mask == 0], teacher.hidden_NH[mask == 0] = torch.nan, torch.inf
     fused_linear_losses(student, teacher, labels, mask, loss).total.backward()
-    assert all(x.grad.isfinite().all() for x in student)
-    for x in student:
+    assert all(x.grad.isfinite().all() for x in student[:3])
+    for x in student[:3]:
         x.grad = None
     found = fused_linear_losses(student, teacher, labels, torch.zeros(N), loss)
     found.total.backward()
-    assert [x.item() for x in found] == [0, 0, 0] and all(x.grad.abs().max() == 0 for x in student)
+    assert [x.item() for x in found] == [0, 0, 0] and all(x.grad.abs().max() == 0 for x in student[:3])
 
 
 def test_without_gradients_nothing_is_added_anywhere() -> None:
