@@ -37,7 +37,7 @@ class ModelConfig:
     vocab_size: int | None = setting(None, "fewer than the checkpoint has leaves its last rows out")
     max_position_embeddings: int | None = None
     rotary_base: float | None = None
-    rope_scaling: dict[str, Any] | None = setting(None, "config.json's rope_scaling, llama3 type only")
+    rope_scaling: dict[str, Any] | None = setting(None, "config.json's rope_scaling")
     norm_epsilon: float | None = None
     tie_word_embeddings: bool | None = None
     block_configs: list[dict[str, Any]] | None = setting(None, "layers that differ, as in Nemotron's config.json")

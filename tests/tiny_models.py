@@ -21,11 +21,20 @@ LLAMA3_ROPE = {  # in the words of transformers 4, which 5 takes too
         "original_max_position_embeddings": 8192,
     },
 }
-FAMILIES = ("llama", "llama_tied", "llama3_rope", "qwen2", "qwen3", "qwen3_moe")
+YARN_ROPE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + i / 8 for i in range(8)],
+    "long_factor": [2.0 + i for i in range(8)],
+    "original_max_position_embeddings": 64,
+}
+FAMILIES = ("llama", "llama_tied", "llama3_rope", "yarn_rope", "longrope", "qwen2", "qwen3", "qwen3_moe")
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 OWN_FIELDS = {  # of config.json
     "llama_tied": {"tie_word_embeddings": True},
     "llama3_rope": LLAMA3_ROPE,
+    "yarn_rope": {"rope_theta": 1e4, "rope_scaling": YARN_ROPE},
+    "longrope": {"rope_theta": 1e4, "rope_scaling": LONGROPE, "original_max_position_embeddings": 64},
     "qwen3_moe": {**EXPERTS, "norm_topk_prob": True},
     "qwen3_moe_not_normalised": {**EXPERTS, "norm_topk_prob": False},
 }

@@ -1,20 +1,64 @@
 """The architecture of one model: every size and trait, resolved once and handed down."""
 
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from distill_nemo.config import ModelConfig
 from distill_nemo.models.sources import Source
 
 VOCAB_MULTIPLE = 128  # at every tensor parallel size, so that checkpoints reshard
 
+RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding, in the fields of `rope_parameters` of transformers 5; None where its type has no such field.
+
+    Args:
+        rope_theta: base of the frequencies.
+        rope_type: how transformers scales the frequencies.
+        partial_rotary_factor: share of a head's channels that turn, the first ones.
+    """
+
+    rope_theta: float
+    rope_type: RopeType = "default"
+    partial_rotary_factor: float = 1.0
+    factor: float | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool | None = None
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
+
+    @property
+    def stated(self) -> dict[str, Any]:
+        """The fields that have a value, as a config states them; `partial_rotary_factor` where it is not 1."""
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        if self.partial_rotary_factor == 1.0:
+            del values["partial_rotary_factor"]
+        return {name: value for name, value in values.items() if value is not None}
+
 
 @dataclass(frozen=True)
 class Layer:
-    """Sizes of one layer, of one expert where it has experts; None where it has no attention, or no MLP."""
+    """One layer.
+
+    Args:
+        num_query_groups: None where it has no attention.
+        ffn_hidden_size: of its MLP, or of one expert; None where it has no MLP.
+        rope: index into `Architecture.ropes`; None where queries and keys are not rotated.
+    """
 
     num_query_groups: int | None
     ffn_hidden_size: int | None
+    rope: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -39,7 +83,8 @@ class Architecture:
         source: the checkpoint that was read; None for random weights.
         family: key of `families.FAMILIES`.
         vocab_size: tokens; the source may have more rows, and Megatron pads them (`padded_vocab_size`).
-        rope_scaling: as in config.json; None without.
+        rope_scaling: as in config.json; None without. Maps the types of layers to their parameters where these differ.
+        ropes: rotary embeddings that `rotary_base` and `rope_scaling` state.
         qkv_bias: queries, keys and values have a bias.
         qk_norm: queries and keys are normalised in each head.
         layers: sizes of each layer.
@@ -61,6 +106,7 @@ class Architecture:
     max_position_embeddings: int
     rotary_base: float
     rope_scaling: dict[str, Any] | None
+    ropes: tuple[Rope, ...]
     norm_epsilon: float
     tie_word_embeddings: bool
     qkv_bias: bool
@@ -80,6 +126,15 @@ class Architecture:
     def mlps_per_token(self) -> int:
         """MLPs that a token passes in a layer: one, or its experts."""
         return 1 if self.experts is None else self.experts.num_experts_per_tok
+
+    @property
+    def longest_sequence(self) -> int:
+        """Most tokens of a sequence whose rotary frequencies do not depend on its length.
+
+        transformers takes longrope's `long_factor`, for all positions, where a sequence is longer than the original.
+        """
+        originals = [rope.original_max_position_embeddings for rope in self.ropes if rope.rope_type == "longrope"]
+        return min([self.max_position_embeddings, *(length for length in originals if length is not None)])
 
     @property
     def as_stored(self) -> "Architecture":

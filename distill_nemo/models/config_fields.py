@@ -46,6 +46,15 @@ class Fields:
             raise self.wrong(name, "a positive number")
         return float(value)
 
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """Positive, finite numbers, at least one."""
+        values = self.values.get(name)
+        if not isinstance(values, list) or not values:
+            raise self.wrong(name, "a list of positive numbers")
+        if not all(is_number(value) and 0 < value <= MAX_NUMBER for value in values):
+            raise self.wrong(name, "a list of positive numbers")
+        return tuple(map(float, values))
+
     def flag(self, name: str) -> bool:
         """True or false; false when absent."""
         value = self.values.get(name)

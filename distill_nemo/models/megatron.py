@@ -5,7 +5,6 @@ import logging
 from typing import Any, Literal
 
 import torch
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.parallel_state import get_tensor_model_parallel_rank
 from megatron.core.transformer import TransformerConfig
@@ -16,8 +15,8 @@ from torch.nn.init import zeros_
 from distill_nemo.config import ParallelismConfig
 from distill_nemo.models.architecture import Architecture, padded_vocab_size
 from distill_nemo.models.layers.block_configs import write_block_configs
-from distill_nemo.models.layers.context_parallel import give_own_positions
 from distill_nemo.models.layers.experts import expert_settings
+from distill_nemo.models.layers.rotary import give_rotary_embeddings
 from distill_nemo.models.layers.specs import block_spec
 
 # Weights that are loaded anyway: every rank draws the whole of every tensor, a minute for 8B parameters and more.
@@ -43,6 +42,7 @@ def transformer_config(
     _check_layout(model, parallelism)
     on_cpu = not torch.cuda.is_available()
     kind, differing = TransformerConfig, {}
+    no_rope = [int(layer.rope is None) for layer in model.layers]
     if model.block_configs is not None:
         kind, blocks = HeterogeneousTransformerConfig, {"block_configs": write_block_configs(model.layers)}
         differing["heterogeneous_layers_config_encoded_json"] = json.dumps(blocks)
@@ -62,6 +62,7 @@ def transformer_config(
         add_bias_linear=False,
         add_qkv_bias=model.qkv_bias,
         qk_layernorm=model.qk_norm,
+        no_rope_freq=no_rope if any(no_rope) else None,
         init_method_std=model.init_std,
         **({} if model.source is None else LOADED),
         hidden_dropout=0.0,
@@ -139,7 +140,6 @@ def gpt_model(
 ) -> GPTModel:
     """Build this pipeline stage, with random weights. Megatron calls the class deprecated; only this names it."""
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
-    scaling = model.rope_scaling or {}
     built = GPTModel(
         config,
         block_spec(config, vp_stage),  # pyright: ignore[reportArgumentType]  # it takes the layers of a block, too
@@ -150,13 +150,9 @@ def gpt_model(
         parallel_output=parallel_output,
         share_embeddings_and_output_weights=model.tie_word_embeddings,
         position_embedding_type="rope",
-        rotary_base=model.rotary_base,  # pyright: ignore[reportArgumentType]  # a float is a base, too
-        rope_scaling=bool(scaling),
-        rope_scaling_factor=scaling.get("factor", 8.0),
         vp_stage=vp_stage,
     )
-    assert isinstance(built.rotary_pos_emb, RotaryEmbedding)
-    give_own_positions(built.rotary_pos_emb)
+    give_rotary_embeddings(built, model)
     if post_process:
         built.output_layer.register_forward_hook(_MaskPadding(model.vocab_size))
     return built

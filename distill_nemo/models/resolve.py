@@ -7,7 +7,7 @@ from typing import Any
 
 from distill_nemo.config import ModelConfig, StudentConfig, TeacherConfig, from_dict
 from distill_nemo.fields import suggest
-from distill_nemo.models.architecture import EXPERT_FIELDS, Architecture, Experts, Layer, Models
+from distill_nemo.models.architecture import EXPERT_FIELDS, Architecture, Experts, Layer, Models, Rope
 from distill_nemo.models.checkpoints.hf_tensors import check_hf_tensors, has_weights
 from distill_nemo.models.checkpoints.nemo import read_nemo_config
 from distill_nemo.models.config_fields import (
@@ -19,10 +19,11 @@ from distill_nemo.models.config_fields import (
     MAX_SIZE,
 )
 from distill_nemo.models.families import FAMILIES
-from distill_nemo.models.families.family import resolve_own_fields
+from distill_nemo.models.families.family import Family, resolve_own_fields
 from distill_nemo.models.families.huggingface import from_huggingface
-from distill_nemo.models.families.rope import check_rope_scaling
+from distill_nemo.models.families.rope import resolve_ropes
 from distill_nemo.models.layers.block_configs import read_block_configs
+from distill_nemo.models.layers.rotary import frequencies
 from distill_nemo.models.sources import CheckpointKind, Source, find_checkpoint
 from distill_nemo.runtime.files import read_object
 from distill_nemo.runtime.process_groups import rank
@@ -113,10 +114,21 @@ def _architecture(name: str, source: Source | None, values: dict[str, Any]) -> A
         source=source,
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
+        ropes=_ropes(name, values, family),
         layers=_layers(values),
         experts=experts,
         **{field: value for field, value in values.items() if field in own},
     )
+
+
+def _ropes(name: str, values: dict[str, Any], family: Family) -> tuple[Rope, ...]:
+    try:
+        ropes = resolve_ropes(values["rotary_base"], values["rope_scaling"], family)
+        for rope in ropes:
+            frequencies(rope, values["kv_channels"], values["max_position_embeddings"])  # refuses what has none
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    return ropes
 
 
 def _layers(values: dict[str, Any]) -> tuple[Layer, ...]:
@@ -169,10 +181,6 @@ def _check_values(name: str, values: dict[str, Any]) -> None:
     """Refuse values that contradict each other, defaults filled in."""
     if values["family"] not in FAMILIES:
         raise ValueError(f'family "{values["family"]}" is not known.{suggest(str(values["family"]), FAMILIES)}')
-    check_rope_scaling(values["rope_scaling"])
-    if values["kv_channels"] < 2 or values["kv_channels"] % 2:
-        kv_channels = values["kv_channels"]
-        raise ValueError(f"{name}: kv_channels = {kv_channels} is not even: rotary embeddings turn pairs of channels")
     heads, groups = values["num_attention_heads"], values["num_query_groups"]
     if heads % groups:
         raise ValueError(f"num_attention_heads = {heads} is not divisible by num_query_groups = {groups}")

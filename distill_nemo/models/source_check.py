@@ -27,6 +27,8 @@ from distill_nemo.models.checkpoints.hf_tensors import (
     read_tensor,
     stored_tensors,
 )
+from distill_nemo.models.families.huggingface import to_huggingface
+from distill_nemo.models.families.rope import ROPE_FIELDS
 from distill_nemo.models.provider import model_provider
 from distill_nemo.models.sources import CheckpointKind, Source
 from distill_nemo.runtime.process_groups import process_group_of_one
@@ -95,7 +97,7 @@ def _small(source: Source, model: Architecture) -> Iterator[tuple[Path, Architec
         yield source.weights, model
         return
     if unreadable:  # transformers 4 overlooks it, and takes base 10000
-        config |= {"rope_theta": model.rotary_base, "rope_scaling": model.rope_scaling}
+        config |= {name: value for name, value in to_huggingface(model, torch.float32).items() if name in ROPE_FIELDS}
     with tempfile.TemporaryDirectory() as copy:
         small = _cut(model, dataclasses.replace(source, weights=Path(copy)))
         _copy_part(source, small, config)

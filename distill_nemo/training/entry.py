@@ -18,7 +18,7 @@ from distill_nemo.fields import require
 from distill_nemo.runtime.errors import errors_in_one_screen
 
 if TYPE_CHECKING:
-    from distill_nemo.models.architecture import Models
+    from distill_nemo.models.architecture import Architecture, Models
 
 
 def distill(**sections: Any) -> None:
@@ -99,15 +99,26 @@ def resolve_models(config: RunConfig) -> "tuple[RunConfig, Models]":
 
     models = resolve_pair(config.student, config.teacher)
     for role, model in (("student", models.student), ("teacher", models.teacher)):
-        if model is not None and config.data.sequence_length > model.max_position_embeddings:
-            raise ValueError(
-                f"data.sequence_length = {config.data.sequence_length} is longer than the {role}'s "
-                f"max_position_embeddings = {model.max_position_embeddings}"
-            )
+        if model is not None:
+            _check_length(config.data.sequence_length, role, model)
     config = replace(config, student=models.student.filled(config.student))
     if config.teacher is not None and models.teacher is not None:
         config.teacher = models.teacher.filled(config.teacher)
     return config, models
+
+
+def _check_length(length: int, role: str, model: "Architecture") -> None:
+    if length > model.max_position_embeddings:
+        raise ValueError(
+            f"data.sequence_length = {length} is longer than the {role}'s max_position_embeddings = "
+            f"{model.max_position_embeddings}"
+        )
+    if length > model.longest_sequence:
+        raise ValueError(
+            f"data.sequence_length = {length} is longer than the {role}'s original_max_position_embeddings = "
+            f"{model.longest_sequence}: beyond it, transformers rotates by other frequencies (long_factor), which are "
+            f"not supported; set data.sequence_length to at most {model.longest_sequence}"
+        )
 
 
 def _train(config: RunConfig, models: "Models") -> int | None:

@@ -33,7 +33,7 @@ def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     return {
         name: StudentConfig(checkpoint=write_hf(root / name, name, layers=2))
-        for name in ("llama", "llama_tied", "qwen3")
+        for name in ("llama", "llama_tied", "qwen3", "yarn_rope")
     }
 
 
@@ -174,34 +174,23 @@ def test_dropout_is_refused(groups):
 # -- rotary positions
 
 
-def rotate(times):
-    """(rank, angles of this rank's positions) after `times` calls of give_own_positions."""
+def rotate(frequencies):
+    """(rank, angles of this rank's positions)."""
     from distill_nemo.runtime.process_groups import process_groups
 
     with process_groups(ParallelismConfig(context_parallel_size=2)):
         from megatron.core import parallel_state
-        from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
-        from distill_nemo.models.layers.context_parallel import give_own_positions
+        from distill_nemo.models.layers.rotary import Rotary
 
-        rotary = RotaryEmbedding(8, 1.0, use_cpu_initialization=True)
-        for _ in range(times):
-            give_own_positions(rotary)
-        return parallel_state.get_context_parallel_rank(), rotary(SEQUENCE)
+        return parallel_state.get_context_parallel_rank(), Rotary([frequencies])(SEQUENCE)
 
 
-@pytest.mark.parametrize("times", [1, 2])
-def test_the_rotary_embedding_gives_this_ranks_positions(groups, times):
+def test_the_rotary_embedding_gives_this_ranks_positions(groups):
     frequencies = 1e4 ** -(torch.arange(0, 8, 2) / 8)
     angles = torch.outer(torch.arange(SEQUENCE).float(), torch.cat([frequencies, frequencies]))
-    for rank, got in groups[2].run(rotate, times):
-        assert got.shape == (SEQUENCE // 2, 1, 1, 8)
-        assert relative_error(got[:, 0, 0], angles[pieces(rank, 2)]) < 1e-6
-
-
-def test_megatrons_selection_of_positions_still_needs_a_gpu(groups):
-    with pytest.raises(RuntimeError, match=r"NVIDIA|CUDA|pin"):
-        groups[2].run(rotate, 0)
+    for rank, got in groups[2].run(rotate, frequencies):
+        assert torch.equal(got[:, 0, 0], angles[pieces(rank, 2)])
 
 
 # -- whole models
@@ -229,13 +218,12 @@ def step(student, parallelism):
         from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
         from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
-        from distill_nemo.models.layers.context_parallel import give_own_positions, split_batch
+        from distill_nemo.models.layers.context_parallel import split_batch
         from distill_nemo.models.provider import model_provider
         from distill_nemo.runtime.seed import seed_everything
 
         seed_everything(0)
         model = model_provider(student=student, parallelism=parallelism)
-        give_own_positions(model.rotary_pos_emb)
         trained = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
         mine = split_batch(batch())
         logits = trained(mine["tokens"], mine["position_ids"], None).transpose(0, 1)
@@ -261,7 +249,7 @@ def whole_gradients(groups, models):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen3", "yarn_rope"])
 def test_logits_and_gradients_are_those_of_one_process(groups, models, whole_gradients, family, layout):
     processes, sizes = LAYOUTS[layout]
     results = groups[processes].run(step, models[family], ParallelismConfig(**sizes))

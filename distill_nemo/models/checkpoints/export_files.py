@@ -20,6 +20,7 @@ from distill_nemo.config import StudentConfig
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.pretrained import empty_model, open_pretrained
 from distill_nemo.models.families.huggingface import from_huggingface, to_huggingface
+from distill_nemo.models.families.rope import ROPE_FIELDS
 from distill_nemo.runtime.files import read_object, read_object_if_any
 
 TOKENIZER_FILES = (
@@ -34,7 +35,6 @@ TOKENIZER_FILES = (
 )
 CHAT_TEMPLATES = ("*.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
 GENERATION = "generation_config.json"  # where an answer may end at several tokens
-ROPE = ("rope_theta", "rope_scaling", "rope_parameters")  # written alike for transformers 4 and 5
 DROPPED = ("auto_map",)  # names code, which is not copied
 NO_EXPORT = "train with checkpoint.export=false, and keep the Megatron checkpoint"
 
@@ -172,8 +172,8 @@ def _config(model: Architecture, dtype: torch.dtype, source: Path | None, tokeni
     ours = to_huggingface(model, dtype)
     theirs = {} if source is None else _source_config(source, model)
     kept = {name: value for name, value in theirs.items() if value is not None or ours.get(name) is None}
-    forced = ("vocab_size", "dtype", "torch_dtype", *ROPE)
-    config = ours | kept | {name: ours[name] for name in forced}
+    forced = {"vocab_size", "dtype", "torch_dtype", *ROPE_FIELDS}  # alike for transformers 4 and 5
+    config = ours | kept | {name: value for name, value in ours.items() if name in forced}
     if tokenizer is not None and not {"bos_token_id", "eos_token_id"} <= theirs.keys():
         config |= {name: i for name, i in _token_ids(tokenizer).items() if name not in theirs}
     ids = {name: value for name, value in config.items() if name.endswith("_token_id")}

@@ -8,7 +8,6 @@ import yaml
 
 from distill_nemo.models.config_fields import shown
 from distill_nemo.models.families import FAMILIES
-from distill_nemo.models.families.rope import LLAMA3_ROPE
 
 INTEGERS = {  # ours: theirs, the first that has a value counts
     "num_layers": ("num_layers",),
@@ -21,6 +20,8 @@ INTEGERS = {  # ours: theirs, the first that has a value counts
     "max_position_embeddings": ("max_position_embeddings", "encoder_seq_length", "seq_length"),
 }
 FLOATS = {"rotary_base": ("rotary_base",), "norm_epsilon": ("layernorm_epsilon", "norm_epsilon")}
+# Constants of Megatron-Core's rotary embedding.
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 SWIGLU = ("swiglu", "fast-swiglu")
 # What the field may say, where it says anything: a field that is absent shows in the tensors. Lower case.
 ALLOWED: dict[str, tuple[Any, ...]] = {
@@ -38,7 +39,6 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "rotary_percentage": (1,),
     "rotary_percent": (1,),
     "rotary_interleaved": (False,),
-    "seq_len_interpolation_factor": (1,),
     "transformer_block_type": ("pre_ln",),
     "attention_type": ("multihead",),
     "multi_latent_attention": (False,),
@@ -122,10 +122,14 @@ def _family(path: Path, values: dict[str, Any]) -> str:
 
 
 def _rope_scaling(path: Path, values: dict[str, Any]) -> dict[str, Any] | None:
-    """Llama 3's, which NeMo 1, Megatron and NeMo 2 switch on each in its own way."""
+    """Return Llama 3's, which NeMo 1, Megatron and NeMo 2 switch on each in its own way, or a linear one."""
     factor = values.get("rope_scaling_factor") or values.get("scale_factor")
     switches = [values.get(name) for name in ("scale_positional_embedding", "use_rope_scaling", "rope_scaling")]
+    interpolation = values.get("seq_len_interpolation_factor")
+    linear = 1.0 if interpolation is None else _number(path, float, "seq_len_interpolation_factor", interpolation)
     if not any(switches) and values.get("scale_factor") is None:
-        return None
+        return None if linear == 1.0 else {"rope_type": "linear", "factor": linear}
+    if linear != 1.0:
+        raise ValueError(f"{path}: seq_len_interpolation_factor = {linear:g} together with Llama 3's is not supported")
     factor = _number(path, float, "factor of rope scaling", factor or 8.0)
     return {"rope_type": "llama3", "factor": factor, **LLAMA3_ROPE}

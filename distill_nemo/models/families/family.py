@@ -3,11 +3,11 @@
 import typing
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from distill_nemo.config import from_dict
 from distill_nemo.fields import is_union
-from distill_nemo.models.architecture import Architecture, Layer
+from distill_nemo.models.architecture import Architecture, Layer, RopeType
 from distill_nemo.models.config_fields import Fields
 
 
@@ -41,6 +41,9 @@ class Family:
         qkv_bias: queries, keys and values have a bias.
         qk_norm: queries and keys are normalised in each head.
         has_experts: every layer is a mixture of experts.
+        rope_types: rotary embeddings that its class computes, by their names in `config.json`.
+        partial_rotary: its class rotates the first `partial_rotary_factor` of a head's channels.
+        layer_ropes: types of layers that may have rotary embeddings of their own, in the order of `Architecture.ropes`.
         refused: features that would be computed differently from transformers, and True where a config asks for one.
         read_own: `ModelConfig` fields from fields of `config.json` that other families lack.
         write_own: fields of `config.json` that other families lack.
@@ -56,6 +59,9 @@ class Family:
     qkv_bias: bool = False
     qk_norm: bool = False
     has_experts: bool = False
+    rope_types: dict[str, RopeType] = field(default_factory=lambda: {name: name for name in get_args(RopeType)})
+    partial_rotary: bool = False
+    layer_ropes: tuple[str, ...] = ()
     refused: Callable[[Fields], dict[str, bool]] = lambda config: {}
     own_fields: type[OwnFields] = OwnFields
     layers: Callable[[dict[str, Any], tuple[Layer, ...]], tuple[Layer, ...]] = lambda values, layers: layers

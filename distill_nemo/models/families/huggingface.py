@@ -10,7 +10,7 @@ from distill_nemo.models.architecture import EXPERT_FIELDS, Architecture
 from distill_nemo.models.config_fields import MAX_LAYERS, MAX_POSITIONS, Fields, shown
 from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.families.family import Family, resolve_own_fields
-from distill_nemo.models.families.rope import read_rope
+from distill_nemo.models.families.rope import read_rope, write_rope
 
 MAX_LABELS = 100_000
 
@@ -36,7 +36,7 @@ def from_huggingface(config: dict[str, Any], where: Path) -> dict[str, Any]:
     _refuse_features(family, fields)
     fields.integer("num_labels", 2, most=MAX_LABELS)  # transformers names each one as soon as it opens the file
     heads = fields.integer("num_attention_heads")
-    base, scaling = read_rope(fields)
+    base, scaling = read_rope(fields, family)
     described = {
         "family": model_type,
         "num_layers": fields.integer("num_hidden_layers", most=MAX_LAYERS),
@@ -101,7 +101,6 @@ def _head_dim(fields: Fields) -> int:
 def to_huggingface(model: Architecture, dtype: torch.dtype) -> dict[str, Any]:
     """Return `config.json` of an exported model."""
     family = FAMILIES[model.family]
-    rope: dict[str, Any] = {"rope_theta": model.rotary_base, "rope_type": "default", **(model.rope_scaling or {})}
     return {
         "architectures": [family.hf_class],
         "model_type": model.family,
@@ -114,9 +113,7 @@ def to_huggingface(model: Architecture, dtype: torch.dtype) -> dict[str, Any]:
         "vocab_size": model.vocab_size,
         "max_position_embeddings": model.max_position_embeddings,
         "rms_norm_eps": model.norm_epsilon,
-        "rope_theta": model.rotary_base,
-        "rope_scaling": model.rope_scaling,
-        "rope_parameters": rope,
+        **write_rope(model),
         "tie_word_embeddings": model.tie_word_embeddings,
         "hidden_act": "silu",
         "bos_token_id": None,  # else LlamaConfig takes 1 and 2, whatever the tokenizer, and generation stops at 2

@@ -2,67 +2,152 @@
 
 `rope_scaling`, where it is not empty, replaces `rope_parameters`. A `rope_theta` in the dictionary goes before the one
 beside it: transformers 4 rewrites a configuration of transformers 5 with its own default, 10000, at the top.
-`rope_type` goes before `type`. Llama 3's scaling is supported, with the constants that Megatron-Core has.
+`rope_type` goes before `type`. Other fields that stand both in the dictionary and beside it must agree.
 """
 
 from typing import Any
 
-from distill_nemo.models.config_fields import MAX_NUMBER, Fields, is_number, shown
+from distill_nemo.models.architecture import Architecture, Rope, RopeType
+from distill_nemo.models.config_fields import MAX_POSITIONS, Fields, shown
+from distill_nemo.models.families.family import Family
 
-# Megatron-Core knows no other values.
-LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 DEFAULT_THETA = 10000.0
+PARTIAL, ORIGINAL = "partial_rotary_factor", "original_max_position_embeddings"
+# Fields of config.json that `write_rope` may write.
+ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters", PARTIAL, ORIGINAL)
+# By type: fields that it must have, and fields that it may have.
+TYPE_FIELDS: dict[RopeType, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", ORIGINAL), ()),
+    "yarn": (
+        ("factor", ORIGINAL),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+    "longrope": (("short_factor", "long_factor", ORIGINAL), ("factor", "attention_factor")),
+}
 
 
-def read_rope(config: Fields) -> tuple[float, dict[str, Any] | None]:
-    """Base and scaling (None without) of a Hugging Face configuration.
+def read_rope(config: Fields, family: Family) -> tuple[float, dict[str, Any] | None]:
+    """Return `rotary_base` and `rope_scaling` (None without) of a Hugging Face configuration.
 
     Raises:
-        ValueError: for what Megatron-Core does not compute, and for what transformers' versions read differently:
-            nested dictionaries for each type of layer, a null as base or type.
+        ValueError: for what would not be computed as transformers does, and for what its versions read differently:
+            a null as base or type, contradictions between the dictionary and what stands beside it.
     """
     rope = config.mapping("rope_scaling")
     if not rope.values:
         rope = config.mapping("rope_parameters")
-    nested = [name for name, value in rope.values.items() if isinstance(value, dict)]
+    nested = _nested(rope, family)
+    if not nested:
+        read = _read(_completed(rope, config, DEFAULT_THETA), family)
+        return read.rope_theta, _scaling(read)
+    base = _theta(config, DEFAULT_THETA)
+    return base, {kind: _read(_completed(own, config, base), family).stated for kind, own in nested.items()}
+
+
+def resolve_ropes(base: float, scaling: dict[str, Any] | None, family: Family) -> tuple[Rope, ...]:
+    """Return the rotary embeddings of `rotary_base` and `rope_scaling`, one for each of the family's `layer_ropes`.
+
+    Raises:
+        ValueError: for fields that are missing, unknown or of the wrong kind, by name.
+    """
+    fields = Fields(scaling or {}, "rope_scaling")
+    nested = _nested(fields, family)
     if nested:
+        return tuple(_read(nested[kind], family, strict=True) for kind in family.layer_ropes)
+    rope = _read(Fields({"rope_theta": base, **fields.values}, fields.where), family, strict=True)
+    return (rope,) * max(1, len(family.layer_ropes))
+
+
+def write_rope(model: Architecture) -> dict[str, Any]:
+    """Return the fields of `config.json` for transformers 4 and 5, which read some beside the dictionary."""
+    scaling = model.rope_scaling or {}
+    if any(isinstance(own, dict) for own in scaling.values()):
+        return {"rope_theta": model.rotary_base, "rope_scaling": None, "rope_parameters": scaling}
+    (rope, *_) = model.ropes
+    beside = (PARTIAL, ORIGINAL) if rope.rope_type == "longrope" else (PARTIAL,)
+    return {
+        "rope_theta": model.rotary_base,
+        "rope_scaling": model.rope_scaling,
+        "rope_parameters": {"rope_theta": model.rotary_base, "rope_type": "default", **scaling},
+        **{name: scaling[name] for name in beside if name in scaling},
+    }
+
+
+def _nested(rope: Fields, family: Family) -> dict[str, Fields]:
+    """Return the parameters of each type of layer; none where all layers have the same."""
+    nested = [name for name, value in rope.values.items() if isinstance(value, dict)]
+    if nested and not family.layer_ropes:
         raise ValueError(
             f"{rope.where}: {shown(nested)} holds parameters for one type of layer, which is not supported: "
             "state those of all layers directly in it"
         )
-    for fields in (config, rope):
-        if fields.number("partial_rotary_factor", 1.0) != 1.0:
-            given = fields.values["partial_rotary_factor"]
-            raise ValueError(f"{fields.where}: partial_rotary_factor = {given} is not supported; 1.0 is")
-    base = _theta(rope if "rope_theta" in rope.values else config)
-    kind = rope.text("rope_type" if "rope_type" in rope.values else "type", "default")
-    if kind == "default":
-        return base, None
-    if config.values.get("original_max_position_embeddings") not in (
-        None,
-        LLAMA3_ROPE["original_max_position_embeddings"],
-    ):  # transformers 5 takes it in place of the one in the dictionary
-        raise config.wrong("original_max_position_embeddings", f"{LLAMA3_ROPE['original_max_position_embeddings']}")
-    names = ("factor", *LLAMA3_ROPE)
-    scaling = {"rope_type": kind} | {name: rope.values[name] for name in names if name in rope.values}
-    check_rope_scaling(scaling, rope.where)
-    return base, scaling
+    if nested and rope.values.keys() != set(family.layer_ropes):
+        raise ValueError(f"{rope.where} must hold {' and '.join(family.layer_ropes)}, got {shown([*rope.values])}")
+    for name in nested:
+        if rope.mapping(name).values.get("truncate") is False:
+            raise ValueError(f"{rope.where}: {name}.truncate = False is not supported: transformers overlooks it")
+    return {name: rope.mapping(name) for name in nested}
 
 
-def _theta(fields: Fields) -> float:
-    return fields.number("rope_theta") if "rope_theta" in fields.values else DEFAULT_THETA
+def _completed(rope: Fields, config: Fields, base: float) -> Fields:
+    """Return a dictionary with what stands beside it, or is said nowhere."""
+    values = dict(rope.values)
+    values.setdefault("rope_theta", _theta(config, base))
+    for name in (PARTIAL, ORIGINAL):
+        inner, outer = rope.values.get(name), config.values.get(name)
+        if None not in (inner, outer) and inner != outer:
+            raise ValueError(
+                f"{rope.where}: {name} = {shown(inner)} contradicts {shown(outer)} beside it; transformers' versions "
+                "read different ones: correct the file"
+            )
+        if inner is None and outer is not None:
+            values[name] = outer
+    if values.get(ORIGINAL) is None:
+        values[ORIGINAL] = config.values.get("max_position_embeddings")
+    return Fields(values, rope.where)
 
 
-def check_rope_scaling(scaling: dict[str, Any] | None, where: str = "rope_scaling") -> None:
-    """Refuse all but what Megatron-Core computes, by name."""
-    if scaling is None:
-        return
-    kind = scaling.get("rope_type", scaling.get("type"))
-    if kind != "llama3":
-        raise ValueError(f'{where}: type "{kind!s:.40}" is not supported; "llama3" and "default" are')
-    for name, value in LLAMA3_ROPE.items():
-        if scaling.get(name) != value:
-            raise ValueError(f"{where}.{name} = {shown(scaling.get(name))}: Megatron-Core knows {value} only")
-    factor = scaling.get("factor")
-    if not is_number(factor) or not 1 <= factor <= MAX_NUMBER:
-        raise ValueError(f"{where}.factor must be a number of at least 1, got {shown(factor)}")
+def _theta(fields: Fields, default: float) -> float:
+    return fields.number("rope_theta") if "rope_theta" in fields.values else default
+
+
+def _read(rope: Fields, family: Family, *, strict: bool = False) -> Rope:
+    """Read one dictionary that states its base; with `strict`, refuse fields that its type does not have."""
+    named = rope.text("rope_type" if "rope_type" in rope.values else "type", "default")
+    if named not in family.rope_types:
+        known = ", ".join(f'"{name}"' for name in family.rope_types)
+        raise ValueError(f'{rope.where}: type "{named:.40}" is not supported; {known} are')
+    kind = family.rope_types[named]
+    required, optional = TYPE_FIELDS[kind]
+    allowed = ("rope_theta", "rope_type", "type", PARTIAL, *required, *optional)
+    unknown = [name for name in rope.values if name not in allowed]
+    if strict and unknown:
+        raise ValueError(f"{rope.where}: {shown(unknown)} is not read with type {kind}; it has {', '.join(allowed)}")
+    names = [*required, *(name for name in optional if rope.values.get(name) is not None)]
+    partial = rope.number(PARTIAL, 1.0)
+    if partial > 1 or (partial < 1 and not family.partial_rotary):
+        supported = "at most 1" if family.partial_rotary else f'1 with family "{family.model_type}"'
+        raise ValueError(f"{rope.where}: {PARTIAL} = {partial:g} is not supported; it must be {supported}")
+    values: dict[str, Any] = {name: _value(rope, name) for name in names}
+    return Rope(rope.number("rope_theta"), kind, partial, **values)
+
+
+def _value(rope: Fields, name: str) -> float | int | bool | tuple[float, ...]:
+    if name == ORIGINAL:
+        return rope.integer(name, most=MAX_POSITIONS)
+    if name == "truncate":
+        return rope.flag(name)
+    if name in ("short_factor", "long_factor"):
+        return rope.numbers(name)
+    value = rope.number(name)
+    if name == "factor" and value < 1:
+        raise rope.wrong(name, "at least 1")
+    return value
+
+
+def _scaling(rope: Rope) -> dict[str, Any] | None:
+    stated = {name: value for name, value in rope.stated.items() if name != "rope_theta"}
+    return None if stated == {"rope_type": "default"} else stated

@@ -11,7 +11,6 @@ import math
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -51,21 +50,6 @@ def _own_pieces(tensor_BS: Tensor, size: int) -> Tensor:
     pieces, rank = tensor_BS.chunk(2 * size, dim=1), parallel_state.get_context_parallel_rank()
     own_Bs = torch.cat([pieces[rank], pieces[2 * size - 1 - rank]], dim=1)
     return own_Bs.pin_memory() if tensor_BS.is_pinned() else own_Bs
-
-
-def give_own_positions(rotary: RotaryEmbedding) -> None:
-    """Let a model's rotary embedding give this rank's positions on a CPU too; a second call changes nothing.
-
-    Megatron's own selection (`get_pos_emb_on_this_cp_rank`, 0.19) asks for pinned memory, which needs a GPU.
-    """
-    if torch.cuda.is_available() or parallel_state.get_context_parallel_world_size() == 1 or rotary.cp_group is None:
-        return
-    rotary.cp_group = None  # no selection by Megatron
-    rotary.register_forward_hook(_select_own_positions)
-
-
-def _select_own_positions(rotary: RotaryEmbedding, args: tuple[object, ...], angles_S11d: Tensor) -> Tensor:
-    return split_batch({"angles": angles_S11d.transpose(0, 1)})["angles"].transpose(0, 1)
 
 
 class CausalAttention(MegatronModule):

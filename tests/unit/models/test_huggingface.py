@@ -214,7 +214,7 @@ def test_a_broken_directory_is_refused_by_name(tmp_path, words):
         ({"model_type": "llamma"}, "Did you mean llama"),
         ({"mlp_bias": True}, "mlp_bias is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act gelu is not supported"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, '"yarn" is not supported'),
+        ({"rope_scaling": {"rope_type": "ntk"}}, '"ntk" is not supported'),
     ],
 )
 def test_an_unsupported_config_is_refused_by_name(tmp_path, change, words):

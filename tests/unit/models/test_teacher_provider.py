@@ -27,7 +27,7 @@ from tests.tiny_models import megatron_tensors, nemo_config, write_hf, write_meg
 # setup_device silences these for runs; pytest sets the filters anew for every test.
 pytestmark = pytest.mark.filterwarnings("ignore:Please use DTensor")
 FAMILIES = ("llama3_rope", "llama_tied", "qwen2", "qwen3")
-WITH_EXPERTS = (*FAMILIES, "qwen3_moe")  # NeMo's model_config.yaml of these is refused
+WITH_EXPERTS = (*FAMILIES, "yarn_rope", "qwen3_moe")  # NeMo's model_config.yaml of the last is refused
 SHAPE = {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "num_query_groups": 2}
 LLAMA = {"vocab_size": 507, "rotary_base": 10000.0, "norm_epsilon": 1e-6, **SHAPE}
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
@@ -411,6 +411,10 @@ def test_what_a_megatron_checkpoint_does_not_say_is_asked_for(models, tmp_path):
         ({"bias": True}, "bias = True is not supported; False is"),
         ({"position_embedding_type": "learned_absolute"}, "position_embedding_type = learned_absolute"),
         ({"rotary_percentage": 0.5}, "rotary_percentage = 0.5"),
+        (
+            {"seq_len_interpolation_factor": 4, "use_rope_scaling": True},
+            "seq_len_interpolation_factor = 4 together with",
+        ),
         ({"num_moe_experts": 8}, "num_moe_experts = 8"),
         ({"window_size": [4096, 0]}, "window_size = [4096, 0] is not supported; null is"),
         ({"mcore_gpt": False}, "mcore_gpt = False"),
@@ -446,6 +450,8 @@ def test_nemo_config_in_its_variants(models, tmp_path):
     assert read(use_rope_scaling=True, rope_scaling_factor=32.0).rope_scaling["factor"] == 32.0
     assert read(scale_positional_embedding=True).rope_scaling["factor"] == 8.0
     assert read(scale_positional_embedding=False).rope_scaling is None
+    assert read(seq_len_interpolation_factor=4).rope_scaling == {"rope_type": "linear", "factor": 4.0}
+    assert read(seq_len_interpolation_factor=1).rope_scaling is None
     assert (read(qkv_bias=True).family, read(qk_layernorm=True).family, read().family) == ("qwen2", "qwen3", "llama")
     (tmp_path / "model_config.yaml").write_text("num_layers: [")
     assert "model_config.yaml cannot be read" in refused(TeacherConfig(str(tmp_path)))
