@@ -1,8 +1,8 @@
-"""Names of checkpoints, the record of their run, and whether a run may resume from it. No torch.
+"""Names of checkpoints, the record of their run, and the checks before a run resumes from one. No torch.
 
-`<output_dir>/checkpoints/step_00000120/` holds Megatron's distributed checkpoint, `run.json` (the whole config and what
-the run was made of), `architecture.json` (the student's) and `SHA256SUMS`. `latest` names the newest; it is written
-last, so what it names was whole then.
+`<output_dir>/checkpoints/step_00000120/` holds Megatron's distributed checkpoint, `run.json` (the config, and hashes of
+models and data), `architecture.json` (the student's) and `SHA256SUMS`. `latest` names the newest checkpoint. It is
+written last, so that checkpoint was whole at the time.
 """
 
 import shutil
@@ -25,7 +25,7 @@ FIXED = (
     ("training", "global_batch_size"),
     ("training", "seed"),
     ("training", "data_seed"),
-    ("optimizer", "use_distributed_optimizer"),  # Megatron saves its groups of parameters otherwise
+    ("optimizer", "use_distributed_optimizer"),  # it changes how Megatron saves groups of parameters
 )
 OURS = ("step_*", "latest", "latest.partial", "latest.old")
 FOREIGN = ("*.safetensors", ".metadata", "latest_checkpointed_iteration.txt", "iter_*", "model_weights", "latest")
@@ -37,7 +37,7 @@ def checkpoint_root(output_dir: str) -> Path:
 
 
 def step_directory(root: Path, step: int) -> Path:
-    """The directory of one step."""
+    """Return the directory of a step."""
     return root / f"step_{step:08d}"
 
 
@@ -45,7 +45,7 @@ def read_record(directory: Path) -> dict[str, Any]:
     """Return `run.json` of a checkpoint.
 
     Raises:
-        ValueError: when it is not what a run of ours wrote.
+        ValueError: if it is not a record of our runs.
     """
     record = read_object(directory / "run.json")
     for section in (*SECTIONS, "optimizer", "training"):
@@ -62,16 +62,16 @@ def read_record(directory: Path) -> dict[str, Any]:
 def point_latest_at(directory: Path) -> None:
     """Make `directory` the newest checkpoint, atomically and durably."""
     tracker = directory.parent / "latest"
-    if tracker.is_dir() and not tracker.is_symlink():  # somebody's copy; it is set aside
+    if tracker.is_dir() and not tracker.is_symlink():  # a user's copy of a checkpoint, which is moved aside
         shutil.rmtree(tracker.with_name("latest.old"), ignore_errors=True)
         tracker.rename(tracker.with_name("latest.old"))
     write_atomically(tracker, directory.name)
 
 
 def prune(newest: Path, keep_last: int) -> None:
-    """Keep `keep_last` steps, `newest` included, and delete older ones and what interrupted saves left.
+    """Keep `keep_last` steps up to `newest`. Delete older ones and the remains of interrupted saves.
 
-    Later steps stay: they are of a run that was resumed from an earlier one, which will replace them.
+    Later steps stay. They are left from before the run was resumed at an earlier step, and it will replace them.
     """
     steps = saved_steps(newest.parent)
     for old in steps[steps.index(newest) + max(keep_last, 1) :]:
@@ -81,10 +81,10 @@ def prune(newest: Path, keep_last: int) -> None:
 
 
 def check_output_dir(output_dir: str) -> None:
-    """Refuse a place where this run's files would lie among somebody else's checkpoints. Other files do not matter.
+    """Refuse a directory that holds checkpoints of another program. Other files do not matter.
 
     Raises:
-        ValueError: naming what is there.
+        ValueError: naming the checkpoint.
     """
     directory, root = Path(output_dir), checkpoint_root(output_dir)
     for path in (directory, root):
@@ -101,11 +101,11 @@ def check_output_dir(output_dir: str) -> None:
 
 
 def check_resumable(saved: dict[str, Any], now: dict[str, Any], resume: bool) -> None:
-    """Refuse to go on with another model, teacher, loss or data than the output directory's run had.
+    """Refuse to resume with another model, teacher, loss or data than the run in the output directory.
 
     Args:
         saved: `run.json` of its newest checkpoint.
-        now: `run_record` of this run. Where both know the contents of a path, these decide: it may have moved.
+        now: `run_record` of this run. If both have a hash for a path, the hashes decide, since the file may have moved.
         resume: `checkpoint.resume`.
 
     Raises:
@@ -134,24 +134,24 @@ def check_resumable(saved: dict[str, Any], now: dict[str, Any], resume: bool) ->
 
 
 def changes(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """List what a resumed run changes from here on: optimizer, schedule, number of steps."""
+    """List the changes that a resumed run makes from here on: optimizer, schedule, number of steps."""
     found = []
     for name in now["optimizer"]:
         found += _difference(f"optimizer.{name}", saved["optimizer"].get(name), now["optimizer"][name], saved, now)
     for line in _difference("training.steps", saved["training"]["steps"], now["training"]["steps"], saved, now):
         decays = now["optimizer"]["decay_steps"] is None and now["optimizer"]["decay_style"] != "constant"
         found.append(line + (", to where the learning rate decays" if decays else ""))
-    if "identity" in saved:  # of the first release, where Megatron shuffled all passes together
+    if "identity" in saved:  # written by the first release, in which Megatron shuffled all passes together
         found.append("samples: in another order from here on, if the run takes more than one pass over its data")
     return found
 
 
 def _difference(field: str, before: Any, after: Any, saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    # Runs of the first release have an "identity" of samples: there the paths decide.
+    # Runs of the first release have no hashes, so for them the paths decide.
     contents = [record["contents"].get(field) for record in (saved, now)]
     if None not in contents:
         if contents[0] == contents[1]:
             return []
-        if before == after and field != "student.checkpoint":  # the checkpoint has the student's weights
+        if before == after and field != "student.checkpoint":  # a resumed run has the student's weights already
             return [f"{field}: {after!r} holds other contents than when the run began"]
     return [f"{field}: was {before!r}, is {after!r}"] if before != after else []

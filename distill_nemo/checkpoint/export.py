@@ -1,4 +1,4 @@
-"""From any saved step to a Hugging Face directory: the student is loaded at TP=1, PP=1, written, reloaded, compared."""
+"""Export a saved step to a Hugging Face directory: load the student at TP=1, PP=1, write, reload and compare it."""
 
 import gc
 import os
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 
 def export_from_run(config: RunConfig) -> None:
-    """Rank 0 exports the newest checkpoint in a process of its own (which is one rank, whatever this run's layout).
+    """Export the newest checkpoint in a new process of rank 0, which is a single rank under any layout.
 
-    The others wait in no collective, which would time out before a large student is written. Call it when the trained
-    model is gone: the process needs memory, on rank 0's GPU where there are some.
+    The other ranks do not wait in a collective, which would time out while a large student is written. Call this after
+    the trained model is freed, since the process needs its memory, on rank 0's GPU if there is one.
 
     Raises:
-        RuntimeError: when the export failed; the checkpoint is whole, and the message says how to try again.
+        RuntimeError: if the export failed. The checkpoint is whole, and the message says how to try again.
     """
     gc.collect()
     torch.cuda.empty_cache()
     failed, key = 0, [uuid.uuid4().hex]
     if dist.get_world_size() > 1:
-        dist.broadcast_object_list(key)  # of no attempt before: torchrun may keep their store
+        dist.broadcast_object_list(key)  # a new key, since torchrun may keep the store of an earlier attempt
     if dist.get_rank() == 0:
         command = [sys.executable, "-m", "distill_nemo.checkpoint.export", config.output_dir]
         command += [str(_target(config)), config.data.tokenizer or ""]
@@ -55,11 +55,11 @@ def export_from_run(config: RunConfig) -> None:
 
 
 def prepare_export(config: RunConfig, student: "Architecture", dtype: torch.dtype) -> None:
-    """Refuse, before the first step, a run whose export would fail; nothing is written.
+    """Refuse a run whose export would fail, before its first step. Writes nothing.
 
     Raises:
-        ValueError: if transformers has no class for the student, refuses its sizes, or cannot open the tokenizer that
-            would lie beside it; or if the export's directory may not be replaced.
+        ValueError: if transformers has no class for the student, refuses its sizes, or cannot open its tokenizer; or
+            if the export's directory must not be replaced.
     """
     from distill_nemo.data.tokenizer import load_tokenizer
     from distill_nemo.models.checkpoints.export_files import NO_EXPORT, export_files, exported_tokenizer
@@ -87,7 +87,7 @@ def _single_process_environment() -> dict[str, str]:
 
 
 def export(checkpoint: str, output: str, tokenizer: str | None = None) -> None:
-    """Write the student saved in `checkpoint` as a Hugging Face directory; needs one process.
+    """Write the student saved in `checkpoint` as a Hugging Face directory. Needs one process.
 
     Args:
         checkpoint: a run's output directory, or one `step_*` directory.
@@ -95,8 +95,8 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None) -> None:
         tokenizer: tokenizer directory to copy beside the weights; by default the run's, or the checkpoint's own.
 
     Raises:
-        ValueError: when `checkpoint` is no checkpoint, or transformers reads its source otherwise.
-        RuntimeError: when the reloaded model's logits differ.
+        ValueError: if `checkpoint` is no checkpoint, or transformers reads its source differently.
+        RuntimeError: if the reloaded model's logits differ.
     """
     from distill_nemo.runtime.device import resolve_dtype, setup_device
 
@@ -116,7 +116,7 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None) -> None:
     found = find_checkpoint(Path(checkpoint))
     where = found.weights
     check_target(Path(output))
-    # Of a run this one step, whatever it saves meanwhile; the others say beside their weights what those are.
+    # A run's step is named, since the run may save others meanwhile. Other checkpoints describe themselves.
     student = resolve(StudentConfig(checkpoint=str(where) if found.kind is CheckpointKind.OURS else checkpoint))
     check_exportable(student)
     check_source(student)
@@ -135,10 +135,10 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None) -> None:
 
 
 def _check_source_of_run(record: dict[str, Any], student: "Architecture") -> None:
-    """Hold the architecture of a run against the Hugging Face directory that its student came from, if that is there.
+    """Compare a run's architecture with the Hugging Face directory that its student came from, if that still exists.
 
     Raises:
-        ValueError: when transformers reads that directory otherwise than the run did.
+        ValueError: if transformers reads that directory differently than the run did.
     """
     from distill_nemo.models.checkpoints.hf_tensors import check_hf_tensors
     from distill_nemo.models.resolve import read_source, resolve
@@ -154,7 +154,7 @@ def _check_source_of_run(record: dict[str, Any], student: "Architecture") -> Non
             return
         check_hf_tensors(source.weights, replace(student, source=source).as_stored)
     except ValueError as error:
-        print(f"warning: the run's source is another model now, and was not compared: {error}", file=sys.stderr)
+        print(f"warning: the run's source is now another model and was not compared: {error}", file=sys.stderr)
         return
     try:
         check_source(resolve(student.filled(StudentConfig(checkpoint))))
@@ -163,16 +163,16 @@ def _check_source_of_run(record: dict[str, Any], student: "Architecture") -> Non
 
 
 def _tokenizer_of_run(record: dict[str, Any]) -> str | None:
-    """Return the tokenizer directory that the run names, if it is still there."""
+    """Return the tokenizer directory that the run names, if it still exists."""
     named = record["data"]["tokenizer"]
     if named and not Path(named).is_dir():
-        print(f"warning: data.tokenizer = {named} is not there", file=sys.stderr, flush=True)
+        print(f"warning: data.tokenizer = {named} does not exist any more", file=sys.stderr, flush=True)
         return None
     return named
 
 
 def _source(checkpoint: str | None) -> Path | None:
-    """Return the Hugging Face directory that a model came from, also through runs of ours, or None."""
+    """Return the Hugging Face directory that a model came from, perhaps through several runs, or None."""
     from distill_nemo.checkpoint.directory import read_record
     from distill_nemo.models.sources import CheckpointKind, find_checkpoint
 
@@ -180,8 +180,8 @@ def _source(checkpoint: str | None) -> Path | None:
     while checkpoint:
         if not Path(checkpoint).is_dir():
             print(
-                f"warning: {checkpoint}, where the student came from, is not there: what its config.json says besides "
-                "the architecture, its tokenizer and its generation_config.json are missing in the export",
+                f"warning: {checkpoint}, where the student came from, does not exist any more: the export lacks its "
+                "tokenizer, its generation_config.json and the fields of its config.json besides the architecture",
                 file=sys.stderr,
                 flush=True,
             )
@@ -197,7 +197,7 @@ def _source(checkpoint: str | None) -> Path | None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # remove what is half-written
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that partial output is removed
     end_with_parent()
     with errors_in_one_screen():
         export(sys.argv[1], sys.argv[2], sys.argv[3] or None)

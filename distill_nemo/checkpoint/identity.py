@@ -1,7 +1,7 @@
-"""Record a run's config, and the content of its teacher and token files.
+"""Record a run's config, and hashes of its teacher and token files.
 
-A path is not enough to know them again: they may have been replaced under it, or moved away. All of them is hashed, a
-share by each rank; what was hashed before, and has the size, mtime and inode that it had, is not read again.
+A path does not identify them, since they can be replaced or moved. All their content is hashed, a share by each rank.
+A file that was hashed before and has the same size, mtime and inode is not read again.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ _hashed: dict[Path, tuple[Stat, str]] = {}  # by this process
 def run_record(config: RunConfig, remember: bool = False) -> dict[str, Any]:
     """Return `run.json`: the whole config, and under `contents` hashes of teacher, token files and tokens.
 
-    Every rank must call it. With `remember` the hashes are kept in the output directory.
+    Collective: every rank must call it. With `remember` the hashes are stored in the output directory.
     """
     files: dict[str, list[tuple[str, Path | None]]] = {
         "student.checkpoint": _weights(config.student.checkpoint),
@@ -57,18 +57,18 @@ def run_record(config: RunConfig, remember: bool = False) -> dict[str, Any]:
 
 
 def vocabulary_hash(tokenizer: str) -> str:
-    """Return a hash of the token of every id: a copy of the directory, or another chat template in it, is the same."""
+    """Return a hash of the token of every id. A copied directory or another chat template has the same."""
     vocabulary = load_tokenizer(tokenizer).vocab
     return hashlib.sha256(json.dumps(vocabulary, sort_keys=True).encode()).hexdigest()
 
 
 def hash_files(paths: list[Path], cache: Path) -> dict[Path, str]:
-    """Return the SHA-256 of each file's content, the same on every rank; every rank must call it.
+    """Return the SHA-256 of each file's content, the same on every rank.
 
-    Collectives: one broadcast and one all-gather of hashes.
+    Collectives: one broadcast and one all-gather of hashes; every rank must call it.
 
     Raises:
-        ValueError: on every rank, when a file cannot be read.
+        ValueError: on every rank, if any file cannot be read.
     """
     plan: list[Any] = [_plan(paths, cache) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(plan, src=0)
@@ -87,7 +87,7 @@ def hash_files(paths: list[Path], cache: Path) -> dict[Path, str]:
 
 
 def _weights(checkpoint: str | None) -> list[tuple[str, Path | None]]:
-    """Return name and path of the files that hold a model's weights, wherever their directory lies."""
+    """Return path and name within the checkpoint, which does not change if it moves, of the files with weights."""
     if checkpoint is None:
         return []
     directory = find_checkpoint(Path(checkpoint)).weights
@@ -96,7 +96,7 @@ def _weights(checkpoint: str | None) -> list[tuple[str, Path | None]]:
 
 
 def _token_files(blend: list[str]) -> list[tuple[str, Path | None]]:
-    """Return place and path of the `.bin/.idx` pairs of a blend, whatever their names, and its weights."""
+    """Return position and path of the `.bin/.idx` pairs of a blend, and its weights; names do not matter."""
     named: list[tuple[str, Path | None]] = []
     for place, value in enumerate(blend):
         if Path(f"{value}.idx").is_file():
@@ -107,14 +107,14 @@ def _token_files(blend: list[str]) -> list[tuple[str, Path | None]]:
 
 
 def _plan(paths: list[Path], cache: Path) -> tuple[dict[Path, str], dict[Path, Stat], list[Part]]:
-    """Return the hashes that are remembered, each file's stat, and the parts to hash in the order of the files."""
+    """Return the known hashes, each file's stat, and the parts to hash in the order of the files."""
     remembered, stats = _read_cache(cache) | _hashed, {path: _stat(path) for path in paths}
     known = {path: remembered[path][1] for path in paths if remembered.get(path, (None, ""))[0] == stats[path]}
     return known, stats, [part for path in paths if path not in known for part in parts(path)]
 
 
 def _hash_share(todo: list[Part]) -> list[str] | str:
-    """Return this rank's hashes of a run of parts, as many bytes as each rank's, else the reason why there are none."""
+    """Return the hashes of this rank's share of the parts, about equal in bytes, or the reason for a failure."""
     total, before = sum(part.length for part in todo) or 1, 0
     mine, own_bytes = [], 0
     for part in todo:
@@ -141,7 +141,7 @@ def _stat(path: Path) -> Stat:
 
 
 def _read_cache(cache: Path) -> dict[Path, tuple[Stat, str]]:
-    """Return what is remembered and well formed."""
+    """Return the well-formed entries of the cache."""
     try:
         stored = json.loads(cache.read_bytes()) if cache.is_file() else {}
     except (OSError, ValueError, RecursionError):
@@ -156,6 +156,6 @@ def _read_cache(cache: Path) -> dict[Path, tuple[Stat, str]]:
 def _write_cache(cache: Path, paths: list[Path]) -> None:
     lines = {str(path): [*_hashed[path][0], _hashed[path][1]] for path in paths}
     text = json.dumps(lines, indent=1)
-    with contextlib.suppress(OSError):  # it only saves time
+    with contextlib.suppress(OSError):  # the cache only saves time
         if not cache.is_file() or cache.read_text(errors="replace") != text:
             write_atomically(cache, text)

@@ -1,4 +1,4 @@
-"""Go on from a checkpoint, at the layout it was saved at or another."""
+"""Resume from a checkpoint, at the layout at which it was saved or another."""
 
 import sys
 from pathlib import Path
@@ -24,18 +24,19 @@ from distill_nemo.runtime.process_groups import rank
 
 
 def newest_whole(root: Path) -> Path | None:
-    """The newest checkpoint whose files are what was written, or None where no run has saved; every rank must call it.
+    """Return the newest checkpoint whose files match their sums, or None if no run has saved. Collective.
 
-    One that is damaged is named on stderr, and the one before it taken; so is a `latest` that cannot be followed.
+    A damaged checkpoint is reported on stderr and the one before it is tried. A `latest` that names no checkpoint is
+    reported too.
 
     Raises:
-        ValueError: when all are damaged.
+        ValueError: if all are damaged.
     """
     of_rank_0: list[Any] = [(candidates(root), tracker_fault(root)) if rank() == 0 else None]
     dist.broadcast_object_list(of_rank_0, src=0)
     found, fault = of_rank_0[0]
     if fault:
-        _warn(f"{fault}: the newest whole checkpoint is taken")
+        _warn(f"{fault}: using the newest whole checkpoint")
     for directory in found:
         wrong = damages(directory)
         if not wrong:
@@ -50,7 +51,7 @@ def newest_whole(root: Path) -> Path | None:
 
 
 def check_whole(*checkpoints: str | None) -> None:
-    """Refuse models from a run of ours whose files are not what was written; every rank must call it.
+    """Refuse models from our runs whose files do not match their sums. Collective: every rank must call it.
 
     Raises:
         ValueError: naming the files.
@@ -63,7 +64,7 @@ def check_whole(*checkpoints: str | None) -> None:
             problems = "; ".join(first_few(wrong))
             raise ValueError(f"{found.weights} is damaged: {problems}; name another step")
         if found.weights != Path(checkpoint) and (fault := tracker_fault(found.weights.parent)):
-            _warn(f"{fault}: {found.weights} is taken")
+            _warn(f"{fault}: using {found.weights}")
 
 
 def _warn(message: str) -> None:
@@ -72,25 +73,25 @@ def _warn(message: str) -> None:
 
 
 def load_checkpoint(directory: Path, chunks: list[Any], optimizer: Any, scheduler: Any) -> dict[str, Any]:
-    """Restore everything; every rank must call it. Nothing but tensors and plain values is read.
+    """Restore everything. Collective: every rank must call it. Only tensors and plain values are read.
 
-    At the layout of saving the run goes on bit for bit. At another, weights and optimizer are resharded and the random
-    generators keep the seed they have, which no supported model uses after initialisation.
+    At the layout of saving, the run continues bit for bit. At another, weights and optimizer are resharded. The random
+    generators then keep their state, which no supported model uses after initialisation.
 
     Returns:
         The run's state: step, consumed samples, tokens.
 
     Raises:
-        ValueError: when the checkpoint holds anything else, or does not fit.
+        ValueError: if the checkpoint holds other objects, or does not fit.
     """
     stored = read_contents(directory).state_dict_metadata
     with weights_only(directory):
         wanted = sharded_state(chunks, optimizer, scheduler, loading=True)
         layout = dist_checkpointing.load_common_state_dict(str(directory))["rng_layout"]
         if tuple(layout) != rng_layout()[0]:
-            _say(f"{directory.name} was saved at another layout: resharding")
+            _print(f"{directory.name} was saved at another layout: resharding")
         elif not any(name.startswith(f"{RANDOM_STATE}/") for name in stored):
-            _say(f"{directory.name} keeps its random state as a pickle, as an older version did: it is not read")
+            _print(f"{directory.name} is of an older version and holds its random state as a pickle, which is not read")
         else:
             wanted[RANDOM_STATE] = random_state()
         loaded: Any = dist_checkpointing.load(wanted, str(directory))
@@ -102,6 +103,6 @@ def load_checkpoint(directory: Path, chunks: list[Any], optimizer: Any, schedule
     return loaded["run_state"]
 
 
-def _say(message: str) -> None:
+def _print(message: str) -> None:
     if rank() == 0:
         print(message, flush=True)

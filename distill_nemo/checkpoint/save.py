@@ -1,4 +1,4 @@
-"""Write checkpoints so that a crash at any point leaves the last one good."""
+"""Write checkpoints so that a crash at any point leaves the previous one whole."""
 
 import contextlib
 import json
@@ -25,21 +25,21 @@ from distill_nemo.runtime.files import fsync
 
 
 class CheckpointWriter:
-    """Writes `step_*` directories: into `.partial`, then renamed, then named by the tracker."""
+    """Writer of `step_*` directories: as `.partial` first, then renamed, then named in `latest`."""
 
     def __init__(self, root: Path, config: RunConfig) -> None:
         self.root, self.record = root, run_record(config, remember=True)
         self.keep_last, self.async_save = config.checkpoint.keep_last, config.checkpoint.async_save
         self._queue: Any = AsyncCallsQueue() if self.async_save else None
-        self._partial = root  # what is being written
+        self._partial = root  # directory being written
         if filesystem_async._results_queue is None:
-            filesystem_async._results_queue = WriteResults()  # in place of a process
+            filesystem_async._results_queue = WriteResults()  # in place of Megatron's helper process
 
     def save(self, step: int, chunks: list[Any], optimizer: Any, scheduler: Any, state: dict[str, Any]) -> None:
-        """Write one checkpoint; every rank must call it. With `async_save` it is whole only after `finish`.
+        """Write a checkpoint. Collective: every rank must call it. With `async_save` it is whole only after `finish`.
 
         Raises:
-            OSError: when it cannot be written; the one before stays the newest.
+            OSError: if it cannot be written; the previous one stays the newest.
         """
         self.finish(blocking=True)
         target = step_directory(self.root, step)
@@ -72,7 +72,7 @@ class CheckpointWriter:
         self._queue.schedule_async_request(request)
 
     def finish(self, blocking: bool) -> None:
-        """Publish what was written in the background, waiting for it when `blocking`; every rank must call it.
+        """Publish a background save that is done; wait for it if `blocking`. Collective: every rank must call it.
 
         Raises:
             OSError: as `save`.
@@ -82,7 +82,7 @@ class CheckpointWriter:
                 self._queue.maybe_finalize_async_calls(blocking=blocking)
 
     def close(self) -> None:
-        """Wait for what is being written and end the writers."""
+        """Wait for a save under way and end the writers."""
         self.finish(blocking=True)
         if self._queue is not None:
             self._queue.close()
@@ -103,13 +103,13 @@ class CheckpointWriter:
 
     @contextlib.contextmanager
     def _naming_the_last_good(self) -> Iterator[None]:
-        """Clear away a checkpoint that cannot be written; the error names the newest whole one.
+        """Remove a checkpoint that cannot be written, and name the newest whole one in the error.
 
-        Megatron tells every rank when one could not write: with torch's CheckpointException, a BaseException.
+        If one rank cannot write, Megatron raises torch's CheckpointException, a BaseException, on every rank.
         """
         try:
             yield
-        except (OSError, RuntimeError, CheckpointException) as error:  # torch.save says a full disk by RuntimeError
+        except (OSError, RuntimeError, CheckpointException) as error:  # torch.save raises RuntimeError on a full disk
             if dist.get_rank() == 0:
                 shutil.rmtree(self._partial, ignore_errors=True)
             lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -1,4 +1,4 @@
-"""Everything that a resumed run needs, in the form that Megatron's distributed checkpointing saves and reshards."""
+"""The state of a run, in the form that Megatron's distributed checkpointing saves and reshards."""
 
 import random
 from collections.abc import Iterator
@@ -15,41 +15,41 @@ from distill_nemo.models.checkpoints.megatron import is_extra
 from distill_nemo.models.checkpoints.modelopt_state import is_modified
 
 PREFIX = "model."
-RANDOM_STATE = "random_state"  # `rng` of the first release is a pickle
-CONFIGURED = ("max_lr", "min_lr", "betas", "eps", "fused")  # of all groups of parameters alike; fused: torch's Adam
+RANDOM_STATE = "random_state"  # the first release's `rng` is a pickle
+CONFIGURED = ("max_lr", "min_lr", "betas", "eps", "fused")  # equal in all groups of parameters; fused: torch's Adam
 
 
 def _metadata() -> dict[str, Any]:
-    """Metadata for Megatron: which ranks hold copies, and the kind of optimizer state that any layout can load."""
+    """Return Megatron's metadata: the ranks that hold copies, and an optimizer state that any layout can load."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     return {
         "dp_cp_group": group,
         "distrib_optim_sharding_type": "fully_reshardable",
-        # Gathered by gloo in the memory of one host; else on every GPU, 8 bytes a parameter that nobody has planned.
+        # Gathers by gloo in the memory of one host; else on every GPU, for 8 bytes per parameter that no plan includes.
         "distrib_optim_fully_reshardable_mem_efficient": True,
     }
 
 
 def sharded_state(chunks: list[Any], optimizer: Any, scheduler: Any, loading: bool) -> dict[str, Any]:
-    """Model, optimizer, schedule; the model's keys begin with `model.`, whatever the chunk."""
+    """Return the state of model, optimizer and schedule; the model's keys begin with `model.` in every chunk."""
     if loading:
         _allocate_adam_state(optimizer)
     weights = {f"chunk_{i}": model_state(chunk) for i, chunk in enumerate(chunks)}
     kept = optimizer.sharded_state_dict(dict(weights), is_loading=loading, metadata=_metadata())
     for state in _nested(kept, "state"):
         if isinstance(state, dict) and "common_step" in state:
-            state["common_step"] = state["common_step"].cpu()  # loaded on the device that it was saved from
+            state["common_step"] = state["common_step"].cpu()  # or it is loaded on the device it was saved from
     return {"weights": weights, "optimizer": kept, "scheduler": scheduler.state_dict()}
 
 
 def torch_adams(optimizer: Any) -> list[Any]:
-    """The torch Adams inside; Transformer Engine's and Apex's keep the step elsewhere and need no help."""
+    """Return the torch Adams inside. Transformer Engine's and Apex's keep the step elsewhere and need no help."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part.optimizer for part in parts if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW)]
 
 
 def _allocate_adam_state(optimizer: Any) -> None:
-    """Megatron describes what to load by the optimizer's state, which torch's Adam has only after its first step."""
+    """Create Adam's state, which tells Megatron what to load and which torch creates only at the first step."""
     for adam in torch_adams(optimizer):
         for parameter in (p for group in adam.param_groups for p in group["params"]):
             moments = {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
@@ -57,16 +57,16 @@ def _allocate_adam_state(optimizer: Any) -> None:
 
 
 def load_optimizer_state(optimizer: Any, state: dict[str, Any], step: int) -> None:
-    """`optimizer.load_state_dict`, right for torch's Adam too.
+    """Call `optimizer.load_state_dict`, with corrections for torch's Adam.
 
-    Megatron-Core 0.19 looks for Adam's step among the tensors it copies, where it is not, and then gives all parameters
-    one step tensor, which Adam would advance once per parameter. What the optimizer was configured with stays: Megatron
-    takes the saved values, and does not find the groups of parameters where learning rates differ.
+    Megatron-Core 0.19 looks for Adam's step among the tensors that it copies, where it is not. It then gives all
+    parameters one step tensor, which Adam would advance once per parameter. It also restores the saved settings, and
+    does not find the groups of parameters if learning rates differ, so the present settings are kept.
     """
     for groups in _nested(state, "param_groups"):
         for group in groups:
             group.update({name: x for name, x in optimizer.param_groups[0].items() if name in CONFIGURED})
-            if "step" in group:  # a float of torch's Adam, which Transformer Engine's does not take
+            if "step" in group:  # torch's Adam saves a float, which Transformer Engine's does not accept
                 group["step"] = int(group["step"])
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         copy = getattr(part, "_set_main_param_and_optimizer_states", None)
@@ -83,7 +83,7 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any], step: int) -> No
 
 
 def _nested(state: Any, name: str) -> Iterator[Any]:
-    """Every value of that name in the state of an optimizer, or of several that are chained."""
+    """Yield every value of this name in the state of an optimizer, or of several that are chained."""
     if isinstance(state, dict):
         if name in state:
             yield state[name]
@@ -99,21 +99,21 @@ def _ignoring_step(copy: Any) -> Any:
 
 
 def model_state(model: Any) -> dict[str, Any]:
-    """The student's sharded tensors (and projections); of the extra states quantizers', as others are empty."""
+    """Return the student's sharded tensors and projections. Of the extra states only quantizers' are not empty."""
     state = model.sharded_state_dict(prefix=PREFIX, metadata=_metadata())
     keep = is_modified(model)
     return {name: value for name, value in state.items() if keep or not is_extra(name)}
 
 
 def load_model_state(chunks: list[nn.Module], state: dict[str, Any]) -> None:
-    """Put loaded tensors back."""
+    """Load tensors into the chunks."""
     for i, chunk in enumerate(chunks):
         loaded = {name.removeprefix(PREFIX): value for name, value in state[f"chunk_{i}"].items()}
         chunk.load_state_dict(loaded, strict=False)
 
 
 def random_state() -> ShardedObject:
-    """Return the state of this rank's generators, as tensors and numbers; only the same layout can load it."""
+    """Return the state of this rank's generators as tensors and numbers. Only the same layout can load it."""
     _, key, *position = np.random.get_state()
     state = {
         "python": random.getstate(),
@@ -127,7 +127,7 @@ def random_state() -> ShardedObject:
 
 
 def rng_layout() -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Number of ranks along (pipeline, tensor, data and context), and this one's place."""
+    """Return the number of ranks along (pipeline, tensor, data and context), and this rank's place."""
     p = parallel_state
     sizes = (
         p.get_pipeline_model_parallel_world_size(),
@@ -143,7 +143,7 @@ def rng_layout() -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Set this rank's generators to what `random_state` held."""
+    """Set this rank's generators to a state that `random_state` returned."""
     random.setstate(state["python"])
     key, *position = state["numpy"]
     np.random.set_state(("MT19937", np.array(key, dtype=np.uint32), *position))

@@ -1,4 +1,4 @@
-"""Tell whether a checkpoint is whole: every file that its format needs is there, and is what was written."""
+"""Find damage in a checkpoint: files that its format needs and that are missing, or that differ from their sums."""
 
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from distill_nemo.runtime.pickles import read_contents
 
 
 def damages(directory: Path) -> list[str]:
-    """Return what is wrong with a checkpoint, the same on every rank; every rank must call it.
+    """Return the damages of a checkpoint, the same on every rank.
 
-    Collectives: one broadcast of the sums, one all-gather of a few words.
+    Collectives: one broadcast of the sums and one all-gather of messages; every rank must call it.
     """
     agreed: list[Any] = [_sums(directory) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(agreed, src=0)
@@ -29,7 +29,7 @@ def damages(directory: Path) -> list[str]:
 
 
 def _sums(directory: Path) -> dict[str, str] | str:
-    """Return the sums of a checkpoint whose files are all named, else what is wrong with it."""
+    """Return the sums of a checkpoint if they name every file that it needs, else a description of the damage."""
     try:
         sums = read_sums(directory / SUMS)
     except (OSError, ValueError) as error:
@@ -45,10 +45,10 @@ def _sums(directory: Path) -> dict[str, str] | str:
 
 
 def _needed(directory: Path) -> set[str]:
-    """Return the files that a checkpoint of ours consists of, beside its sums.
+    """Return the files that make up a checkpoint of ours, besides its sums.
 
     Raises:
-        ValueError: when a file that says so is damaged.
+        ValueError: if a file that lists them is damaged.
     """
     read_record(directory)
     read_object(directory / "architecture.json")
@@ -59,7 +59,7 @@ def _needed(directory: Path) -> set[str]:
 
 
 def _distributed(directory: Path) -> set[str]:
-    """Return the files of a distributed checkpoint of Megatron's."""
+    """Return the files of one of Megatron's distributed checkpoints."""
     stored = read_contents(directory).storage_data or {}
     try:
         return {".metadata", "metadata.json", *(str(part.relative_path) for part in stored.values())}

@@ -1,4 +1,4 @@
-"""Results of a write, passed from the process that wrote to the one that trains."""
+"""Pass the results of a write from the writing process to the training process."""
 
 import os
 import pickle
@@ -7,27 +7,27 @@ from typing import Any
 
 
 class WriteResults:
-    """A queue of one place between this process and those that it forks: a file in memory.
+    """Queue for one item between this process and its forks, held in a file in memory.
 
-    Megatron-Core 0.19 asks for such a queue, and would start a process to hold it: that one imports torch, 4 to 12 s of
-    a first save, keeps 550 MB a rank, is ended by the SIGTERM that a scheduler sends to every process of a job, so that
-    ranks could not save any more, and outlives a rank that is killed.
+    Megatron-Core 0.19 would start a process to hold such a queue. It imports torch, which takes 4 to 12 s of the first
+    save, and uses 550 MB per rank. The SIGTERM that a scheduler sends to every process of a job ends it, after
+    which ranks cannot save. It also outlives a rank that is killed.
     """
 
     def __init__(self) -> None:
         self._file = os.memfd_create("write_results")
 
     def put(self, item: Any) -> None:
-        """Leave `item`, in place of one that nobody took."""
+        """Store `item`, in place of one that was not taken."""
         data = pickle.dumps(item)
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, data, 0)
 
     def get_nowait(self) -> Any:
-        """Take what is there.
+        """Take the item.
 
         Raises:
-            queue.Empty: when the process that should have written ended before.
+            queue.Empty: if there is none, because the writing process ended early.
         """
         data = os.pread(self._file, os.fstat(self._file).st_size, 0)
         if not data:

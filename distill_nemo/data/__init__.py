@@ -1,1 +1,1 @@
-"""Text to tokens to batches."""
+"""Text to token files, and token files to batches."""

@@ -1,4 +1,4 @@
-"""Megatron's GPT datasets over token files: samples in an order of ours, each id checked against the vocabulary."""
+"""Megatron's GPT datasets over token files, with our order of samples and every id checked."""
 
 import hashlib
 import itertools
@@ -30,29 +30,29 @@ from distill_nemo.data.token_files import (
     to_number,
 )
 
-ORDER = "pass by pass"  # of the samples; a part of the cache's key
+ORDER = "pass by pass"  # order of the samples, part of the cache's key
 
 
 class _NoTokenizer:
-    """Megatron wants a tokenizer for masks that are switched off here. It takes `pad` out of every sample."""
+    """Stand-in for the tokenizer that Megatron needs for masks, which are off here. `pad` is cut out of samples."""
 
     eod = None
-    pad = -(2**63)  # no token file has it
+    pad = -(2**63)  # occurs in no token file
     vocab_size = None
     unique_identifiers: dict[str, str] = {}  # noqa: RUF012
 
 
 @dataclass
 class _DatasetConfig(GPTDatasetConfig):
-    num_ids: int = 0  # ids that the model has, without padding
+    num_ids: int = 0  # of the model, without padding
 
 
 class WatchedGPTDataset(GPTDataset):
-    """Megatron's, with three differences.
+    """Megatron's dataset with three differences.
 
-    - The order of samples does not depend on how many are asked for: Megatron shuffles all passes together.
-    - An id that the model lacks is refused on the host, where file, document and token can still be named.
-    - A file that was cut short after it was mapped is refused; Megatron would die of SIGBUS.
+    - The order of samples does not depend on their number. Megatron shuffles all passes over the data together.
+    - An id that the model lacks is refused on the host, which can name file, document and token.
+    - A file that becomes shorter while it is mapped is refused. Megatron would be killed by SIGBUS.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -67,18 +67,17 @@ class WatchedGPTDataset(GPTDataset):
         return files.sequence_lengths
 
     def __getitem__(self, idx: int | None) -> dict[str, Tensor]:
-        """One sample.
+        """Return a sample.
 
         Raises:
-            ValueError: when it holds an id that the model lacks, or a token file of it is shorter than when the run
-                began.
-            FileNotFoundError: when one is gone.
+            ValueError: if it holds an id that the model lacks, or a token file is shorter than when the run began.
+            FileNotFoundError: if a token file is gone.
         """
         for path, size in self._sizes.items():
             if (now := os.stat(path).st_size) < size:
                 raise ValueError(
-                    f"{path} has {now} bytes now, and had {size} when this run began: put it back as it was, and the "
-                    "same command goes on from the last checkpoint"
+                    f"{path} has {now} bytes now, and had {size} when this run began: restore it, then run the same "
+                    "command again to resume from the last checkpoint"
                 )
         sample = super().__getitem__(idx)
         for name in ("tokens", "labels"):
@@ -90,7 +89,7 @@ class WatchedGPTDataset(GPTDataset):
     def _name_first_bad_id(self, idx: int) -> str:
         ids, documents, *_ = self._query_document_sample_shuffle_indices(idx)
         where = np.flatnonzero((ids < 0) | (ids >= self._num_ids))[0]
-        left, start = where, self.sample_index[self.shuffle_index[idx]][1]  # in the first of the documents
+        left, start = where, self.sample_index[self.shuffle_index[idx]][1]  # offset in the first document
         for document in documents:
             length = self._document_lengths[document] - start
             if left < length:
@@ -102,7 +101,7 @@ class WatchedGPTDataset(GPTDataset):
         )
 
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Read the order from the cache; the first to come there builds it, which Megatron's builder lets rank 0 be."""
+        """Read the order from the cache. The first reader, by Megatron's builder always rank 0, creates it."""
         stem = Path(str(self.config.path_to_cache), f"{self.unique_description_hash}-{self.index_split.name}")
         files = [stem.with_name(f"{stem.name}-{name}.npy") for name in ("documents", "samples", "shuffle")]
         if not all(file.is_file() for file in files):
@@ -113,16 +112,16 @@ class WatchedGPTDataset(GPTDataset):
         return documents, samples, shuffle
 
     def _build_order(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The documents of all passes, the samples cut from them in a row, and the order in which samples are read.
+        """Return the documents of all passes, the bounds of the samples in them, and the order of the samples.
 
-        Each pass shuffles its documents, then its samples. One that reaches into the next pass belongs to that. So more
-        passes change nothing before them, and a single pass is in Megatron's own order.
+        Each pass shuffles its documents, then its samples. A sample that reaches into the next pass belongs to the next
+        pass. So a further pass changes nothing before it, and a single pass is in Megatron's own order.
 
         Returns:
-            Documents int32 [passes * documents]; (position in it, offset) where each sample begins, and the last one
-            ends [samples + 1, 2]; samples [samples].
+            Documents int32 [passes * documents]; (position in it, offset) where each sample begins, and where the last
+            one ends [samples + 1, 2]; samples [samples].
         """
-        assert self.num_samples is not None, "build_datasets asks for a number"
+        assert self.num_samples is not None, "build_datasets passes a number"
         lengths = np.array(self._document_lengths)  # a copy: the file's is not aligned
         length, pass_tokens = self.config.sequence_length, int(lengths[self.indices].sum(dtype=np.int64))
         num_passes = -(-(self.num_samples * length + 1) // pass_tokens)
@@ -145,55 +144,36 @@ def build_datasets(
     num_valid_samples: int,
     vocab_size: int,
 ) -> tuple[Dataset, Dataset | None]:
-    """The training and validation samples of a run, shuffled by `training.data_seed` (default `training.seed`).
+    """Return the training and validation samples of a run, shuffled by `training.data_seed`, else `training.seed`.
 
-    Samples repeat in passes as needed. Their order depends on the seed, the files and the sequence length; not on the
-    layout, nor on how many are asked for. Collective when torch.distributed is initialised: rank 0 builds the index
-    cache, the others read it.
+    Samples repeat in passes as needed. Their order depends on the seed, the files and the sequence length, but not on
+    the layout or the number of samples. Collective if torch.distributed is initialised: rank 0 builds the index cache,
+    the others read it.
 
     Args:
         data: token files, blends, split, sequence length.
-        training: for the seed.
+        training: has the seed.
         cache_dir: index cache, shared by all ranks. Each set of files and options has its own folder in it.
-        num_train_samples: at least so many samples (sequences) are in the training set.
+        num_train_samples: minimum number of samples (sequences) in the training set.
         num_valid_samples: the same for validation; with 0 none is built.
-        vocab_size: ids that the model has, without padding.
+        vocab_size: number of ids of the model, without padding.
 
     Returns:
         Two datasets whose items are dicts of tokens, labels, loss_mask and position_ids, each [sequence_length].
 
     Raises:
-        ValueError: bad token files, weights or split, or a split without any text.
-        OSError: when the index cache cannot be written.
+        ValueError: for bad token files, weights or split, or a split without any text.
+        OSError: if the index cache cannot be written.
     """
     check_token_files(data)
     seed = training.seed if training.data_seed is None else training.data_seed
     blends = [_blend("data.train", data.train), _blend("data.valid", data.valid) if data.valid else None, None]
-    common = {
-        "random_seed": seed,
-        "sequence_length": data.sequence_length,
-        "reset_position_ids": False,
-        "reset_attention_mask": False,
-        "eod_mask_loss": False,
-        "create_attention_mask": False,
-        "tokenizer": _NoTokenizer(),
-        "num_ids": vocab_size,
-    }
     sizes = [num_train_samples, num_valid_samples, 0]
     key = _cache_key([ORDER, blends, data.split, seed, data.sequence_length, sizes], blends)
     path, final = _cache_path(Path(cache_dir), key)
-    if data.valid:
-        blends[1] = blends[1] if num_valid_samples else None
-        config = _DatasetConfig(blend_per_split=blends, path_to_cache=str(path), **common)
-    else:
-        _check_split(data.split)
-        config = _DatasetConfig(blend=blends[0], split=data.split, path_to_cache=str(path), **common)
-        assert config.split_matrix is not None, "Megatron computes it from split"
-        train_bounds, valid_bounds, _ = config.split_matrix
-        _check_not_empty(data, "training", train_bounds)
-        if num_valid_samples:
-            _check_not_empty(data, "validation", valid_bounds)
-        config.split_matrix = [train_bounds, valid_bounds if num_valid_samples else None, None]  # pyright: ignore
+    config = _dataset_config(
+        data, blends, num_valid_samples, random_seed=seed, path_to_cache=str(path), num_ids=vocab_size
+    )
     built = _build(sizes, config, path)
     _publish(path, final)
     train, valid = built[Split.train.value], built[Split.valid.value]
@@ -201,11 +181,37 @@ def build_datasets(
     return train, valid
 
 
+def _dataset_config(
+    data: DataConfig, blends: list[Blend | None], num_valid_samples: int, **common: Any
+) -> _DatasetConfig:
+    """Return Megatron's config of the datasets; without `data.valid`, its split of the training files."""
+    common |= {
+        "sequence_length": data.sequence_length,
+        "reset_position_ids": False,
+        "reset_attention_mask": False,
+        "eod_mask_loss": False,
+        "create_attention_mask": False,
+        "tokenizer": _NoTokenizer(),
+    }
+    if data.valid:
+        blends = [blends[0], blends[1] if num_valid_samples else None, None]
+        return _DatasetConfig(blend_per_split=blends, **common)
+    _check_split(data.split)
+    config = _DatasetConfig(blend=blends[0], split=data.split, **common)
+    assert config.split_matrix is not None, "Megatron computes it from split"
+    train_bounds, valid_bounds, _ = config.split_matrix
+    _check_not_empty(data, "training", train_bounds)
+    if num_valid_samples:
+        _check_not_empty(data, "validation", valid_bounds)
+    config.split_matrix = [train_bounds, valid_bounds if num_valid_samples else None, None]  # pyright: ignore
+    return config
+
+
 def _build(sizes: list[int], config: _DatasetConfig, path: Path) -> list[Any]:
-    """Run Megatron's builder, which hides a disk's error on rank 0 behind an advice about its own options."""
+    """Run Megatron's builder, which turns a disk error on rank 0 into advice about its own options."""
     try:
         built = BlendedMegatronDatasetBuilder(WatchedGPTDataset, sizes, lambda: True, config).build()
-        for file in path.glob("*.npy"):  # the blend's own
+        for file in path.glob("*.npy"):  # those of a blend
             _map(file)
         return built
     except Exception as error:
@@ -222,7 +228,7 @@ def _build(sizes: list[int], config: _DatasetConfig, path: Path) -> list[Any]:
 
 
 def _map(file: Path) -> np.ndarray:
-    """Map an array that `np.save` wrote, which says nothing of a last block that did not fit on the disk."""
+    """Map an array that `np.save` wrote, which does not report a last block that did not fit on the disk."""
     try:
         return np.load(file, mmap_mode="r")
     except (ValueError, EOFError) as error:
@@ -230,7 +236,7 @@ def _map(file: Path) -> np.ndarray:
 
 
 def _blend(field: str, values: list[str]) -> Blend:
-    """Without weights, files are weighted by their tokens: Megatron would stop such a blend after one epoch."""
+    """Return the blend, weighted by tokens if it has no weights, since Megatron would end it after one epoch."""
     prefixes, weights = parse_blend(field, values)
     if len(prefixes) == 1:
         return prefixes, None
@@ -245,7 +251,7 @@ def _check_split(split: str) -> None:
 
 
 def _check_not_empty(data: DataConfig, name: str, bounds: tuple[float, float] | None) -> None:
-    """Refuse a split without tokens: Megatron would count its epochs for ever."""
+    """Refuse a split without tokens, over which Megatron would loop forever."""
     for prefix in parse_blend("data.train", data.train)[0]:
         lengths = document_lengths(prefix)
         first, last = (round(end * float(len(lengths))) for end in bounds or (0.0, 0.0))  # as Megatron rounds
@@ -257,14 +263,14 @@ def _check_not_empty(data: DataConfig, name: str, bounds: tuple[float, float] | 
 
 
 def _cache_key(options: list, blends: list[Blend | None]) -> str:
-    """Megatron's own keys know paths, not contents: files made anew under an old name would get the old order."""
+    """Return a key that a rewritten file changes. Megatron's own keys hold only paths, so its order would be stale."""
     files = [Path(prefix + suffix) for blend in blends if blend for prefix in blend[0] for suffix in (".idx", ".bin")]
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps([options, stats]).encode()).hexdigest()[:16]
 
 
 def _cache_path(cache_dir: Path, key: str) -> tuple[Path, Path]:
-    """(where to build or read, where it belongs): rank 0 decides. A cache is built aside, so it is whole or absent."""
+    """Return where to build or read the cache, and its final place. It is built aside, so it is whole or absent."""
     final = cache_dir / key
     path = final if final.is_dir() else cache_dir / f"{key}.{uuid.uuid4().hex}.tmp"
     if torch.distributed.is_initialized():
@@ -275,7 +281,7 @@ def _cache_path(cache_dir: Path, key: str) -> tuple[Path, Path]:
 
 
 def _publish(path: Path, final: Path) -> None:
-    """Move a cache that all ranks have opened to its place; mapped files stay mapped."""
+    """Move a cache that all ranks have opened to its final place; mapped files stay mapped."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     if path != final and (not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0):

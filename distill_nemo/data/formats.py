@@ -1,6 +1,6 @@
-"""File formats by suffix, compressed or not; a file whose content is something else is refused by name.
+"""File formats by suffix and compression. A file with other content than its suffix says is refused by name.
 
-Nothing heavy is imported here: the worker processes of `prepare` start with this module.
+Imports nothing heavy, since every worker process of `prepare` imports this module.
 """
 
 import contextlib
@@ -23,13 +23,13 @@ KINDS = {
 }
 CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4", ".xz": "xz"}
 SUFFIXES = {suffix: kind for kind, suffixes in KINDS.items() for suffix in suffixes}
-TABLES = ("parquet", "arrow")  # pyarrow opens them itself; they compress their own columns
+TABLES = ("parquet", "arrow")  # opened by pyarrow; they compress their own columns
 KNOWN = (
     f"Known are {' '.join(SUFFIXES)}, and all but {' '.join(KINDS['parquet'] + KINDS['arrow'])} also compressed, with "
     f"{' '.join(CODECS)} behind"
 )
-HEAD = 1 << 16  # bytes that tell what a file holds
-BLOCK = 1 << 16  # bytes read at a time
+HEAD_BYTES = 1 << 16  # read to find out what a file holds
+BLOCK_BYTES = 1 << 16  # read at a time
 OTHER_CONTENT = {
     "gzip": rb"\x1f\x8b",
     "bzip2": rb"BZh[1-9]1AY&SY",
@@ -41,23 +41,23 @@ OTHER_CONTENT = {
     "Arrow": rb"ARROW1\x00|\xff\xff\xff\xff",
     "UTF-16 or UTF-32": rb"\xff\xfe|\xfe\xff|\x00\x00\xfe\xff",
     "a pointer of Git LFS": rb"version https://git-lfs",
-    "NUL bytes": rb"[^\x00]{0,3}\x00",  # UTF-16 without its mark, zeros after a crash
+    "NUL bytes": rb"[^\x00]{0,3}\x00",  # UTF-16 without its mark, or zeros after a crash
 }
 
 
 def split_suffixes(path: Path) -> tuple[str, str]:
-    """The format's suffix and the compression's, in lower case: "a.JSONL.gz" -> (".jsonl", ".gz")."""
+    """Return the suffixes of format and compression in lower case: "a.JSONL.gz" -> (".jsonl", ".gz")."""
     compression = path.suffix.lower() if path.suffix.lower() in CODECS else ""
     return (Path(path.stem) if compression else path).suffix.lower(), compression
 
 
 def is_compressed(path: Path) -> bool:
-    """True if the suffix says so."""
+    """Return True if the file is compressed, by its suffix."""
     return bool(split_suffixes(path)[1])
 
 
 def problem_of(path: Path) -> str:
-    """Return why `path` cannot be an input, by its name and its type; "" if it can."""
+    """Return why `path` cannot be an input, by its name and type; "" if it can."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
@@ -73,7 +73,7 @@ def problem_of(path: Path) -> str:
 
 
 def open_input(path: Path) -> BinaryIO:
-    """Open a file for reading, decompressed."""
+    """Open a file for reading, with decompression."""
     _, compression = split_suffixes(path)
     if not compression:
         return path.open("rb")
@@ -85,7 +85,7 @@ def open_input(path: Path) -> BinaryIO:
 
 
 class _Xz(io.RawIOBase):
-    """Decompress every stream of an .xz file; `lzma.open` silently ends before one whose header is damaged."""
+    """Decompressor of all streams of an .xz file. `lzma.open` silently ends before a stream with a damaged header."""
 
     def __init__(self, path: Path) -> None:
         self._file, self._stream = path.open("rb"), lzma.LZMADecompressor()
@@ -99,10 +99,10 @@ class _Xz(io.RawIOBase):
             raw = b""
             if self._stream.eof:
                 raw = self._stream.unused_data.lstrip(b"\0")  # padding between streams
-                if not raw and not (raw := self._file.read(BLOCK)):
+                if not raw and not (raw := self._file.read(BLOCK_BYTES)):
                     return 0
                 self._stream = lzma.LZMADecompressor()
-            elif self._stream.needs_input and not (raw := self._file.read(BLOCK)):
+            elif self._stream.needs_input and not (raw := self._file.read(BLOCK_BYTES)):
                 raise EOFError("it was cut short")
             data = self._stream.decompress(raw, len(buffer))
         buffer[: len(data)] = data
@@ -117,7 +117,7 @@ def layout(path: Path) -> str:
     """Return a file's format: text, jsonl, json (an array, or a value over several lines), csv, tsv, parquet or arrow.
 
     Raises:
-        ValueError: when the content is not what the suffix says.
+        ValueError: if the content is not what the suffix says.
     """
     suffix, compression = split_suffixes(path)
     kind = SUFFIXES[suffix]
@@ -127,7 +127,7 @@ def layout(path: Path) -> str:
         if compression and not path.stat().st_size:
             raise ValueError(f"it is empty, which no whole {compression} file is")
         with open_input(path) as file:
-            head = file.read(HEAD)
+            head = file.read(HEAD_BYTES)
         for name, pattern in OTHER_CONTENT.items():
             if re.match(pattern, head, re.S):
                 raise ValueError(f"it holds {name}, which its suffix does not say")
@@ -135,7 +135,7 @@ def layout(path: Path) -> str:
 
 
 def _json_layout(head: bytes) -> str:
-    """Lines, unless the file begins as an array or as an object that goes on in the next line."""
+    """Return "jsonl", unless the file begins with an array or with an object of several lines."""
     begins = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if begins.startswith(b"[") or begins.partition(b"\n")[0].strip() == b"{":
         return "json"
@@ -146,9 +146,11 @@ def _json_layout(head: bytes) -> str:
 
 @contextlib.contextmanager
 def errors_named(path: Path | str) -> Iterator[None]:
-    """Turn the errors of a file that cannot be read to its end into a ValueError that names it."""
+    """Turn errors of reading a file into a ValueError that names it."""
     try:
         yield
     except (OSError, EOFError, ValueError, RecursionError, lzma.LZMAError) as error:
-        words = error.strerror if isinstance(error, OSError) and error.strerror else str(error).rstrip(".")
-        raise ValueError(f"{path} cannot be read: {words}; mend or convert it, or leave it out of the inputs") from None
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).rstrip(".")
+        raise ValueError(
+            f"{path} cannot be read: {reason}; mend or convert it, or leave it out of the inputs"
+        ) from None

@@ -1,4 +1,4 @@
-"""The input files that a user's words name: files, directories and globs; what is left out is said."""
+"""Find the input files that a user names by files, directories and globs, and report what is left out."""
 
 import glob
 import os
@@ -16,13 +16,13 @@ MAX_NAMED = 3  # files named for each reason
 
 @dataclass
 class Found:
-    """Input files, each once, in order; and by reason what was left out."""
+    """Input files in order, each once, and the paths that are left out, by reason."""
 
-    files: dict[tuple[int, int], Path] = field(default_factory=dict)  # by device and inode, whatever the spelling
+    files: dict[tuple[int, int], Path] = field(default_factory=dict)  # by device and inode, so that links count once
     skipped: dict[str, list[Path]] = field(default_factory=dict)
 
     def add(self, path: Path) -> None:
-        """Take a file, unless the same one is there already."""
+        """Add a file, unless it is there already."""
         status = path.stat()
         if self.files.setdefault((status.st_dev, status.st_ino), path) is not path:
             self.skip(path, "the same file again, counted once")
@@ -32,7 +32,7 @@ class Found:
         self.skipped.setdefault(reason, []).append(path)
 
     def lines(self) -> list[str]:
-        """A line for each reason, with the number of files and the first of them."""
+        """Return a line for each reason, with the number of paths and the first few."""
         return [f"skipped {len(paths)} ({reason}): {_first(paths)}" for reason, paths in self.skipped.items()]
 
 
@@ -40,18 +40,18 @@ def _first(paths: list[Path]) -> str:
     return ", ".join(map(str, paths[:MAX_NAMED])) + ", ..." * (len(paths) > MAX_NAMED)
 
 
-def split_inputs(words: str) -> list[str]:
-    """Split "a, b" at its commas; the name of a file that is there may hold one."""
-    return [words] if os.path.lexists(words) else [entry.strip() for entry in words.split(",")]
+def split_inputs(inputs: str) -> list[str]:
+    """Split "a, b" at its commas, unless the whole is the name of an existing file."""
+    return [inputs] if os.path.lexists(inputs) else [entry.strip() for entry in inputs.split(",")]
 
 
 def find_files(inputs: list[str]) -> Found:
-    """Find the files that `inputs` name: files, directories, globs; in the order given, sorted inside each.
+    """Find the files that `inputs` name by files, directories and globs: in this order, sorted within each.
 
-    Links are followed. Hidden files, READMEs, licences and what is no text are left out of directories and globs.
+    Links are followed. Hidden files, READMEs, licences and files without text are left out of directories and globs.
 
     Raises:
-        ValueError: for an input that names nothing, or a file of an unknown suffix.
+        ValueError: for an input that names nothing, or a named file with an unknown suffix.
     """
     found = Found()
     for entry in inputs:
@@ -81,13 +81,13 @@ def find_files(inputs: list[str]) -> Found:
 
 
 def _glob(pattern: Path, found: Found) -> list[Path]:
-    """Matches in order. What is there by its very name is no pattern: "data[1]/*.txt" looks into "data[1]"."""
+    """Return sorted matches. The longest existing parent is taken literally: "data[1]/*.txt" looks into "data[1]"."""
     there = next(parent for parent in pattern.parents if parent.exists())
     return sorted(_matches(there, pattern.relative_to(there).parts, found))
 
 
 def _matches(root: Path, parts: tuple[str, ...], found: Found) -> list[Path]:
-    """Paths below `root` that match `parts`; `**` is walked here, since `glob` would follow a link's loop."""
+    """Return paths below `root` that match `parts`. `**` is walked here, since `glob` would follow loops of links."""
     if "**" not in parts:
         return [Path(match) for match in glob.glob(os.path.join(glob.escape(str(root)), *parts))]
     i = parts.index("**")
@@ -97,7 +97,7 @@ def _matches(root: Path, parts: tuple[str, ...], found: Found) -> list[Path]:
 
 
 def _walk(top: Path, found: Found) -> Iterator[tuple[Path, list[str]]]:
-    """Yield each directory from `top` down, once, with the names of its files; links are followed."""
+    """Yield each directory from `top` down once, with the names of its files. Links are followed."""
     seen = set()
     for name, directories, files in os.walk(top, onerror=_refuse, followlinks=True):
         directory, status = Path(name), os.stat(name)
@@ -117,7 +117,7 @@ def _refuse(error: OSError) -> None:
 
 
 def _take(path: Path, found: Found) -> None:
-    """Take a file that was found, not named, or say why not."""
+    """Add a file that was found rather than named, or skip it with a reason."""
     if reason := problem_of(path) or _about(path):
         found.skip(path, reason)
     else:
@@ -125,7 +125,7 @@ def _take(path: Path, found: Found) -> None:
 
 
 def _about(path: Path) -> str:
-    """Return why a file is about the documents and not one of them; "" if it may be one."""
+    """Return why a file is about the documents rather than one of them; "" if it may be one."""
     if split_suffixes(path)[0] in (".txt", ".text", ".md") and ABOUT_TEXT.fullmatch(path.name.partition(".")[0]):
         return "about the text; to include it, name it as an input"
     if path.name in ABOUT_JSON:

@@ -1,19 +1,19 @@
-"""JSON values of a file that has no value a line: the elements of an array, or values one after another."""
+"""Read JSON values from a file that does not hold one per line: an array, or a sequence of values."""
 
 import json
 import re
 from collections.abc import Iterator
 from typing import TextIO
 
-CHUNK = 1 << 20  # characters
+CHUNK_CHARACTERS = 1 << 20
 BLANK = re.compile(r"[ \t\r\n]*")
 
 
 def json_values(file: TextIO) -> Iterator[object]:
-    """Yield the values in `file`; no more than one of them and a chunk of text is in memory.
+    """Yield the values in `file`, with only one value and a chunk of text in memory.
 
     Raises:
-        ValueError: where the JSON is broken or cut short, with the number of the last value before that.
+        ValueError: if the JSON is broken or truncated, with the number of the last value before that.
     """
     scanner, number = _Scanner(file), 0
     try:
@@ -41,30 +41,30 @@ def _elements(scanner: "_Scanner") -> Iterator[object]:
 
 
 class _Scanner:
-    """A place in a text of which a part is in memory."""
+    """Position in a text of which only a part is in memory."""
 
     def __init__(self, file: TextIO) -> None:
         self.file, self.text, self.at = file, "", 0
 
     def peek(self) -> str:
-        """The next character that is not blank; "" at the end."""
+        """Return the next character that is not blank; "" at the end."""
         while True:
             blank = BLANK.match(self.text, self.at)
             self.at = blank.end() if blank else self.at
             if self.at < len(self.text):
                 return self.text[self.at]
-            self.text, self.at = self.file.read(CHUNK), 0
+            self.text, self.at = self.file.read(CHUNK_CHARACTERS), 0
             if not self.text:
                 return ""
 
     def skip(self, character: str) -> bool:
-        """Step over `character` if it is the next one."""
+        """Skip `character` if it is the next one. Return True if it was."""
         there = self.peek() == character
         self.at += there
         return there
 
     def value(self) -> object:
-        """Decode the next value; the text grows, twofold each time, until it holds the value's end."""
+        """Decode the next value, doubling the text until it holds the value's end."""
         self.peek()
         while True:
             try:
@@ -74,12 +74,12 @@ class _Scanner:
                 if not self._grow():
                     raise
             else:
-                if end < len(self.text) or not self._grow():  # a number at the end of the text may go on
+                if end < len(self.text) or not self._grow():  # a number at the end of the text may continue
                     self.at = end
                     return value
 
     def _grow(self) -> bool:
         kept = self.text[self.at :]
-        more = self.file.read(max(CHUNK, len(kept)))
+        more = self.file.read(max(CHUNK_CHARACTERS, len(kept)))
         self.text, self.at = kept + more, 0
         return bool(more)

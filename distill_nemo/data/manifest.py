@@ -1,7 +1,7 @@
-"""The manifest beside token files: which tokenizer made them, and which of its tokens occur.
+"""The manifest beside token files, with their tokenizer and the tokens that occur.
 
-It carries these tokens themselves, so that the files can be compared with a model's tokenizer when the directory of the
-one that made them is gone.
+It holds the tokens themselves, so that the files can be compared with a model's tokenizer even if the tokenizer that
+made them is gone.
 """
 
 import base64
@@ -12,11 +12,11 @@ from typing import Any
 
 from distill_nemo.runtime.files import read_object
 
-MAX_BYTES = 1 << 28  # of a vocabulary, unpacked
+MAX_VOCABULARY_BYTES = 1 << 28  # unpacked
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the object in a JSON file, or None if there is none."""
+    """Return the object in a JSON file, or None if it holds none."""
     try:
         return read_object(path)
     except ValueError:
@@ -45,7 +45,7 @@ def vocabulary(manifest: dict[str, Any]) -> dict[int, str] | None:
     if not isinstance(packed, str):
         return None
     try:
-        text = zlib.decompressobj().decompress(base64.b64decode(packed), MAX_BYTES)
+        text = zlib.decompressobj().decompress(base64.b64decode(packed), MAX_VOCABULARY_BYTES)
         return {int(i): str(token) for i, token in json.loads(text).items()}
     except (ValueError, AttributeError, zlib.error):
         return None

@@ -1,6 +1,6 @@
-"""One part of `prepare`: the function that a worker process runs.
+"""A part of the work of `prepare`, and the function that makes it in a worker process.
 
-The module's top imports nothing heavy: every worker process pays for it.
+Imports nothing heavy at the top, since every worker process pays for it.
 """
 
 import hashlib
@@ -21,12 +21,12 @@ from distill_nemo.data.readers import Piece, read
 from distill_nemo.data.tokenizer import TokenizerFacts, encoder
 from distill_nemo.runtime.files import write_atomically
 
-MAX_NAMED_RECORDS = 100  # bad records kept by name
+MAX_NAMED_RECORDS = 100  # bad records listed in a manifest
 
 
 @dataclass(frozen=True)
 class Part:
-    """The work order of one part, sent to a worker. `key` names all that its result depends on."""
+    """Description of one part, sent to a worker. `key` identifies everything that its result depends on."""
 
     prefix: str
     pieces: list[Piece]
@@ -37,12 +37,12 @@ class Part:
 
     @property
     def num_bytes(self) -> int:
-        """Input bytes, the measure of progress."""
+        """Bytes of input, by which progress is measured."""
         return sum(piece.num_bytes for piece in self.pieces)
 
 
 def start_worker() -> None:
-    """Each process is one thread of the pool; and none outlives a killed parent, to write into the next run's parts."""
+    """Use one thread, and end with the parent: a leftover worker would write into the next run's parts."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()
     assert parent is not None, "only a worker process runs this"
@@ -50,7 +50,7 @@ def start_worker() -> None:
 
 
 def make_part(part: Part) -> dict[str, Any]:
-    """Tokenise one part into its three files; the manifest, written last, says that it is whole."""
+    """Tokenise one part into its three files. The manifest is written last and marks the part as whole."""
     encode = encoder(str(Path(part.prefix).parent / "tokenizer.json"), part.tokenizer.path)
     end = [] if part.tokenizer.eod is None else [part.tokenizer.eod]
     lengths: list[int] = []
@@ -80,7 +80,7 @@ def make_part(part: Part) -> dict[str, Any]:
 
 
 def read_part(part: Part) -> dict[str, Any] | None:
-    """The manifest of a part made earlier from the same inputs and options, if it is whole."""
+    """Return the manifest of a whole part that was made earlier from the same inputs and options, else None."""
     manifest = read_json(Path(part.prefix + ".json"))
     if not manifest or manifest["key"] != part.key:
         return None
@@ -90,10 +90,10 @@ def read_part(part: Part) -> dict[str, Any] | None:
 
 
 def digest(value: Any) -> str:
-    """The sha256 of a plain value."""
+    """Return the SHA-256 of a plain value."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def file_size(path: str) -> int:
-    """Bytes; -1 without a file."""
+    """Return a file's bytes; -1 if there is no file."""
     return os.path.getsize(path) if os.path.exists(path) else -1

@@ -1,8 +1,8 @@
-"""Text -> tokens: Megatron's `.bin/.idx`, made by many processes, in parts that survive an interruption.
+"""Text to token files: Megatron's `.bin/.idx`, made by several processes in parts that survive an interruption.
 
-The input is cut into the same parts however many workers there are. A worker turns part i into
-`<output>.parts/i.bin` (tokens), `i.len` (tokens of each document) and, last, `i.json`. When all parts are there they
-are joined in order, so the result does not depend on the number of workers or on interruptions.
+The input is cut into parts independent of the number of workers. A worker turns part i into `<output>.parts/i.bin`
+(tokens), `i.len` (tokens of each document) and finally `i.json`. The parts are then joined in order, so the result
+depends neither on the number of workers nor on interruptions.
 """
 
 import itertools
@@ -39,13 +39,13 @@ from distill_nemo.runtime.files import fsync, write_atomically
 from distill_nemo.runtime.output_lock import OutputLock
 
 COUNTS = ("documents", "tokens", "bad_records")
-PART_BYTES = 4 << 20  # of input, at least: seconds of work for one process
-MAX_PARTS = 10_000  # about; beyond, parts grow
+MIN_PART_BYTES = 4 << 20  # of input: seconds of work for one process
+MAX_PARTS = 10_000  # approximate; parts of huge inputs are larger
 
 
 @dataclass(frozen=True)
 class PrepareResult:
-    """Result of `prepare`. `bad_records` were skipped."""
+    """Result of `prepare`; `bad_records` is the number of skipped records."""
 
     documents: int
     tokens: int
@@ -65,26 +65,25 @@ def prepare(
 ) -> PrepareResult:
     """Tokenise documents into `<output>.bin`, `<output>.idx` and `<output>.json` (the manifest).
 
-    Documents keep the order of the inputs; empty ones are left out. No special token is added but the end of document.
-    Run again after an interruption, it makes the parts that are missing; run again after success, it does nothing.
+    Documents keep the order of the inputs; empty ones are left out. The end of document is the only special token that
+    is added. After an interruption, the same call makes the missing parts. After success, it does nothing.
 
     Args:
-        inputs: files, directories or globs, see `find_files`. A text file is one document; other files hold a record a
-            line, row or element.
+        inputs: files, directories or globs, see `find_files`. A text file is one document; other files hold one record
+            per line, row or element.
         output: path prefix of the token files.
         tokenizer: a Hugging Face tokenizer directory. Code in it is not run.
         text_key: JSON key or column of the text.
         append_eod: end every document with the tokenizer's eos token.
-        num_workers: processes; None: one per available core.
-        max_bad_records: how many may be skipped before the job fails.
-        progress: show progress (a bar, or plain lines when stderr is not a terminal).
+        num_workers: processes; None means one per available core.
+        max_bad_records: number of records that may be skipped before the job fails.
+        progress: show progress, as a bar, or as plain lines if stderr is not a terminal.
 
     Raises:
-        ValueError: no input, or one that cannot be read; no such tokenizer, no end-of-document token, too many bad
-            records, no document at all; an output of other inputs, or one that another process writes; a negative
-            number.
-        OSError: when the output cannot be written.
-            Whole parts are kept, in either case.
+        ValueError: for inputs that are missing or cannot be read; for a tokenizer that is missing or has no
+            end-of-document token; for too many bad records, or no document; for an output of other inputs, or one that
+            another process is writing; for a negative number. Whole parts are kept.
+        OSError: if the output cannot be written. Whole parts are kept.
     """
     began = time.monotonic()
     for name, number in (("num_workers", num_workers), ("max_bad_records", max_bad_records)):
@@ -97,13 +96,11 @@ def prepare(
     parts_dir = Path(f"{output}.parts")
     parts = _plan(list(found.files.values()), parts_dir, tok, text_key)
     sources = [os.path.abspath(source) for source in inputs]
-    about: dict[str, Any] = {"key": digest([part.key for part in parts]), "inputs": sources}
-    about |= {"tokenizer": tok.path, "tokenizer_sha256": tok.sha256, "vocab_size": tok.vocab_size, "eod_id": tok.eod}
-    about |= {"append_eod": append_eod, "text_key": text_key, "dtype": parts[0].dtype}
+    about = _provenance(parts, sources, append_eod)
     manifest, fresh = _finished(output, about["key"]), None
     if manifest is None or parts_dir.exists():
         with OutputLock(Path(f"{output}.lock"), f"output = {output}"):
-            manifest = _finished(output, about["key"])  # by another process, meanwhile
+            manifest = _finished(output, about["key"])  # by another process meanwhile
             if manifest is None:
                 _refuse_foreign(output, parts_dir, sources)
                 with _parts_kept(output, parts_dir):
@@ -114,15 +111,31 @@ def prepare(
                     _publish(parts_dir, output, manifest)
             shutil.rmtree(parts_dir)
     result = PrepareResult(*(manifest[name] for name in COUNTS), seconds=time.monotonic() - began)
-    _tell(output, result, fresh)
+    _print_result(output, result, fresh)
     return result
 
 
+def _provenance(parts: list[Part], sources: list[str], append_eod: bool) -> dict[str, Any]:
+    """Return the fields of the manifest that describe inputs and options."""
+    tok = parts[0].tokenizer
+    return {
+        "key": digest([part.key for part in parts]),
+        "inputs": sources,
+        "tokenizer": tok.path,
+        "tokenizer_sha256": tok.sha256,
+        "vocab_size": tok.vocab_size,
+        "eod_id": tok.eod,
+        "append_eod": append_eod,
+        "text_key": parts[0].text_key,
+        "dtype": parts[0].dtype,
+    }
+
+
 def _plan(files: list[Path], parts_dir: Path, tok: TokenizerFacts, text_key: str) -> list[Part]:
-    """Consecutive pieces of about `PART_BYTES` each (huge inputs: more); depends on inputs and options alone."""
+    """Return parts of consecutive pieces, of about `MIN_PART_BYTES` or more; depends only on inputs and options."""
     groups: list[list[Piece]] = []
     size = 0
-    part_bytes = max(PART_BYTES, sum(file.stat().st_size for file in files) // MAX_PARTS)
+    part_bytes = max(MIN_PART_BYTES, sum(file.stat().st_size for file in files) // MAX_PARTS)
     for piece in itertools.chain.from_iterable(cut(file, text_key, part_bytes) for file in files):
         if not groups or size + piece.num_bytes > part_bytes:
             groups.append([])
@@ -132,8 +145,8 @@ def _plan(files: list[Path], parts_dir: Path, tok: TokenizerFacts, text_key: str
     if not groups:
         raise ValueError(f"nothing to tokenise: {files[0]}{' and the others are' if files[1:] else ' is'} empty")
     dtype = "uint16" if tok.vocab_size < 65500 else "int32"  # Megatron's DType.optimal_dtype, without importing it
-    what = [tok.sha256, tok.vocab_size, tok.eod, text_key]
-    keys = [digest([what, [asdict(piece) for piece in group]]) for group in groups]
+    options = [tok.sha256, tok.vocab_size, tok.eod, text_key]
+    keys = [digest([options, [asdict(piece) for piece in group]]) for group in groups]
     return [
         Part(str(parts_dir / f"{i:06d}"), group, key, tok, text_key, dtype)
         for i, (group, key) in enumerate(zip(groups, keys, strict=True))
@@ -141,7 +154,7 @@ def _plan(files: list[Path], parts_dir: Path, tok: TokenizerFacts, text_key: str
 
 
 def _make_parts(parts: list[Part], num_workers: int | None, max_bad: int, progress: bool) -> tuple[list[dict], int]:
-    """Make the parts that are missing. Returns every part's manifest, in order, and the tokens made now."""
+    """Make the missing parts. Return every part's manifest in order, and the number of tokens made now."""
     done = {part.prefix: read_part(part) for part in parts}
     todo = [part for part in parts if done[part.prefix] is None]
     workers = min(num_workers or len(os.sched_getaffinity(0)), len(todo))
@@ -151,14 +164,14 @@ def _make_parts(parts: list[Part], num_workers: int | None, max_bad: int, progre
             done[part.prefix] = manifest
             report(part.num_bytes, manifest["documents"], manifest["tokens"])
             if sum(m["bad_records"] for m in done.values() if m) > max_bad:
-                break  # judged by the caller, on what has been seen
+                break  # `_total` refuses it
     made = [manifest for manifest in done.values() if manifest]
     return made, sum(manifest["tokens"] for manifest in made) - old
 
 
 @contextmanager
 def _mapper(workers: int) -> Iterator[Callable[[list[Part]], Iterator[tuple[Part, dict]]]]:
-    """A function that makes parts and yields each with its manifest, as it is done."""
+    """Yield a function that makes parts and yields each with its manifest as soon as it is done."""
     if workers <= 1:
         yield lambda parts: ((part, make_part(part)) for part in parts)
         return
@@ -174,14 +187,14 @@ def _mapper(workers: int) -> Iterator[Callable[[list[Part]], Iterator[tuple[Part
     except BrokenProcessPool:
         raise RuntimeError(
             "a tokenising process died (killed, perhaps for memory: lower num_workers); run the same command again to "
-            "go on with the parts that are missing"
+            "make the missing parts"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _total(made: list[dict], max_bad: int, sources: list[str]) -> dict[str, Any]:
-    """Add up the parts. Report bad records; refuse too many of them, or no document at all."""
+    """Add up the parts. Report bad records. Refuse too many of them, and a total of no document."""
     totals = {name: sum(part[name] for part in made) for name in COUNTS}
     bad = [entry for part in made for entry in part["bad"]]
     num_bad = totals["bad_records"]
@@ -191,14 +204,14 @@ def _total(made: list[dict], max_bad: int, sources: list[str]) -> dict[str, Any]
         advice = f"more than max_bad_records = {max_bad}; mend them or raise the limit:"
         raise ValueError("\n".join([f"{message}, {advice}", *lines]))
     if not totals["documents"]:
-        raise ValueError(f"nothing to tokenise: no document in {', '.join(sources[:3])} has text in it")
+        raise ValueError(f"nothing to tokenise: no document in {', '.join(sources[:3])} has any text")
     if num_bad:
         print("\n".join([f"skipped {message} (max_bad_records = {max_bad}):", *lines]))
     return {**totals, "bad": bad[:MAX_NAMED_RECORDS]}
 
 
 def _join(parts: list[Part], tokens: dict[int, str]) -> dict[str, Any]:
-    """Join the parts, in order, into `joined.bin/.idx` beside them. Returns which `tokens` occur, for the manifest."""
+    """Join the parts in order into `joined.bin/.idx` beside them. Return the `tokens` that occur, for the manifest."""
     from distill_nemo.runtime.device import quiet_third_parties
 
     quiet_third_parties()
@@ -207,7 +220,7 @@ def _join(parts: list[Part], tokens: dict[int, str]) -> dict[str, Any]:
     joined, dtype = Path(parts[0].prefix).parent / "joined", np.dtype(parts[0].dtype)
     builder = IndexedDatasetBuilder(f"{joined}.bin", dtype=dtype.type)
     occurs = np.zeros(parts[0].tokenizer.vocab_size, dtype=bool)
-    for part in parts:  # add_index, for parts written without importing Megatron
+    for part in parts:  # does what `add_index` does, for parts written without Megatron
         lengths = np.fromfile(part.prefix + ".len", dtype=np.int32)
         first = len(builder.sequence_lengths) + 1
         builder.sequence_lengths.extend(lengths.tolist())
@@ -222,7 +235,7 @@ def _join(parts: list[Part], tokens: dict[int, str]) -> dict[str, Any]:
 
 
 def _publish(parts_dir: Path, output: str, manifest: dict[str, Any]) -> None:
-    """Give the joined files, all on the disk by then, their names; an older manifest never vouches for new tokens."""
+    """Move the joined files into place, once all are on the disk. An old manifest never describes new tokens."""
     write_atomically(parts_dir / "joined.json", json.dumps(manifest, indent=1))
     for suffix in (".bin", ".idx"):
         fsync(parts_dir / f"joined{suffix}")
@@ -233,20 +246,20 @@ def _publish(parts_dir: Path, output: str, manifest: dict[str, Any]) -> None:
 
 @contextmanager
 def _parts_kept(output: str, parts_dir: Path) -> Iterator[None]:
-    """Keep the parts that are whole when a disk is full or an input is refused: they may be hours of work."""
+    """Keep whole parts, perhaps hours of work, if a disk is full or an input is refused."""
     try:
         parts_dir.mkdir(exist_ok=True)
         yield
     except (ValueError, OSError) as error:
         kept = _remove_unfinished(parts_dir)
-        again = "\nThe parts that are whole are kept: the same command goes on with them" if kept else ""
+        again = "\nThe parts that are whole are kept: run the same command again to go on with them" if kept else ""
         if isinstance(error, ValueError):
             raise ValueError(f"{error}{again}") from None
         raise OSError(f"output = {output} cannot be written: {error.strerror or error}{again}") from None
 
 
 def _remove_unfinished(parts_dir: Path) -> bool:
-    """Remove parts that are not whole, hold bad records or hold no document; return True if others are left."""
+    """Remove parts that are not whole, have bad records or have no document. Return True if any part is left."""
     manifests = {path.stem: read_json(path) or {} for path in parts_dir.glob("0*.json")}
     whole = [name for name, part in manifests.items() if part.get("documents") and not part.get("bad_records")]
     names = {*whole, "tokenizer"}
@@ -258,8 +271,8 @@ def _remove_unfinished(parts_dir: Path) -> bool:
     return bool(whole)
 
 
-def _tell(output: str, result: PrepareResult, fresh: int | None) -> None:
-    """Print what there is; of its tokens `fresh` were made now, None if there was nothing to do."""
+def _print_result(output: str, result: PrepareResult, fresh: int | None) -> None:
+    """Print the result. `fresh` is the number of tokens made now, None if there was nothing to do."""
     counts = f"{result.documents:,} documents, {result.tokens:,} tokens"
     if fresh is None:
         print(f"{output}.bin is complete: {counts}; nothing to do")
@@ -272,7 +285,7 @@ def _check_output(output: str) -> str:
     """Return the prefix with `~` expanded.
 
     Raises:
-        ValueError: for a directory, or the name of one of the files.
+        ValueError: for a directory, or for the name of one of the files.
     """
     if Path(output).suffix in (".bin", ".idx"):
         raise ValueError(f'output = "{output}" must be without {Path(output).suffix}: it is the prefix of two files')
@@ -284,7 +297,7 @@ def _check_output(output: str) -> str:
 
 
 def _finished(output: str, key: str) -> dict[str, Any] | None:
-    """The manifest of a complete output of the same inputs and options; older ones do not say which tokens occur."""
+    """Return the manifest of a complete output of the same inputs and options, if it lists the tokens that occur."""
     manifest = read_manifest(output)
     if manifest.get("key") != key or "vocabulary" not in manifest:
         return None
@@ -294,7 +307,7 @@ def _finished(output: str, key: str) -> dict[str, Any] | None:
 
 
 def _refuse_foreign(output: str, parts_dir: Path, sources: list[str]) -> None:
-    """Only token files of the same inputs are made anew: those of others are somebody's corpus."""
+    """Refuse to replace token files of other inputs."""
     manifest = read_manifest(output)
     ours = "key" in manifest or parts_dir.exists()
     if manifest.get("inputs", sources) != sources:

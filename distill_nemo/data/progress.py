@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def reporter(total_bytes: int, show: bool) -> Iterator[Callable[[int, int, int], None]]:
-    """A function (bytes, documents, tokens done) -> None that shows progress on stderr."""
+    """Yield a function (new bytes, documents, tokens) -> None that shows progress on stderr."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 

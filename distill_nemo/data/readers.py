@@ -1,6 +1,6 @@
-"""Documents out of files, cut into pieces that can be read apart from each other.
+"""Read documents from files, in pieces that can be read independently.
 
-Nothing heavy is imported here: the worker processes of `prepare` start with this module.
+Imports nothing heavy, since every worker process of `prepare` imports this module.
 """
 
 import io
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of one file: bytes [start, stop) of JSON lines, row groups [start, stop) of parquet, or all of another."""
+    """A piece of a file: bytes [start, stop) of JSON lines, row groups [start, stop) of parquet, or a whole file."""
 
     path: str
     kind: str  # see formats.layout
@@ -41,7 +41,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Record:
-    """One document, or, with `problem` set, what came instead of one and `where` ("file:line") it stands."""
+    """One document, or a bad record, whose `problem` and place `where` ("file:line") are set."""
 
     text: str = ""
     where: str = ""
@@ -52,7 +52,7 @@ def cut(path: Path, text_key: str, max_bytes: int) -> list[Piece]:
     """Cut JSON lines and parquet into pieces of about `max_bytes`. Compressed lines and other files stay whole.
 
     Raises:
-        ValueError: a file that cannot be read, holds something else than its suffix says, or has no column `text_key`.
+        ValueError: if the file cannot be read, has other content than its suffix says, or has no column `text_key`.
     """
     kind = layout(path)
     with errors_named(path):
@@ -73,7 +73,7 @@ def cut(path: Path, text_key: str, max_bytes: int) -> list[Piece]:
 
 
 def _columns(path: Path, kind: str) -> list[str]:
-    """Names of the columns of a table; none of other files, nor of an empty one."""
+    """Return the names of a table's columns; empty for other files and for an empty table."""
     if kind in DELIMITERS:
         with _open_text(path) as file:
             return next(csv_rows(file, kind), (0, []))[1]
@@ -81,10 +81,10 @@ def _columns(path: Path, kind: str) -> list[str]:
 
 
 def read(piece: Piece, text_key: str) -> Iterator[Record]:
-    """Documents of one piece, in file order. Blank lines are skipped; all else without text is a bad record.
+    """Yield the documents of a piece in the file's order. Blank lines are skipped; other records without text are bad.
 
     Raises:
-        ValueError: where the rest of the file cannot be read: it is cut short, say, or its CSV is broken.
+        ValueError: if the rest of the file cannot be read, for instance because it is truncated or its CSV is broken.
     """
     with errors_named(piece.path):
         yield from READERS[piece.kind](piece, text_key)
@@ -101,13 +101,16 @@ def _read_text(piece: Piece, text_key: str) -> Iterator[Record]:
 
 
 def _read_lines(piece: Piece, text_key: str) -> Iterator[Record]:
-    """Lines that begin inside the piece. The line number costs a read of all before: paid by bad records only."""
+    """Yield the records of lines that begin inside the piece.
+
+    A line number needs a read of all lines before, so only bad records have one.
+    """
     path = Path(piece.path)
     stop = sys.maxsize if is_compressed(path) else piece.stop
     with open_input(path) as file:
         if piece.start:
             file.seek(piece.start - 1)
-            file.readline()  # belongs to the piece before, whose line it began
+            file.readline()  # its line began in the previous piece
         first = position = file.tell() if piece.start else 0
         before, line = None, 0
         while position < stop and (raw := file.readline()):
@@ -159,7 +162,7 @@ READERS = {
 
 
 def _open_text(path: Path) -> TextIO:
-    """Open for reading; bytes that are not UTF-8 come as surrogates, and their record is a bad one."""
+    """Open a text file. Bytes that are not UTF-8 become surrogates, which make a record bad."""
     return io.TextIOWrapper(open_input(path), "utf-8-sig", errors="surrogateescape", newline="")
 
 
@@ -185,7 +188,7 @@ def _of_text(text: object, text_key: str, where: str = "") -> Record:
         return Record(where=where, problem=f'"{text_key}" is {type(text).__name__}, not a string')
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, spelled in JSON; or a byte, see `_open_text`
+    except UnicodeEncodeError as error:  # half of a surrogate pair, escaped in JSON, or a byte, see `_open_text`
         byte = ord(text[error.start]) - 0xDC00
         problem = "holds half of a surrogate pair"
         if 0x80 <= byte <= 0xFF:

@@ -1,4 +1,4 @@
-"""Assignment of samples to ranks: the same global batches under every layout, from any point of the run."""
+"""Assign samples to ranks, so that every layout has the same global batches from any point of a run."""
 
 import signal
 from collections.abc import Iterator
@@ -20,14 +20,14 @@ def batches(
     data_parallel_size: int,
     num_workers: int = 0,
 ) -> Iterator[dict[str, Tensor]]:
-    """An endless stream of this rank's micro batches.
+    """Return an endless stream of this rank's micro batches.
 
-    Sample i of the run is `dataset[i % len(dataset)]`, whatever the layout. The global batch that begins at sample c is
-    [c, c + G); of it rank r takes [c + r*G/dp, c + (r+1)*G/dp), cut in micro batches in order.
+    Sample i of the run is `dataset[i % len(dataset)]` under every layout. The global batch that begins at sample c is
+    [c, c + G). Rank r takes its samples [c + r*G/dp, c + (r+1)*G/dp), cut into micro batches in order.
 
     Args:
-        dataset: of items with tokens, labels, loss_mask and position_ids, each [s].
-        consumed_samples: where in the run to begin; samples of all ranks together.
+        dataset: items with tokens, labels, loss_mask and position_ids, each [s].
+        consumed_samples: samples of all ranks before the first batch.
         global_batch_size: G, samples of all ranks in one step.
         micro_batch_size: b, samples yielded at a time.
         data_parallel_rank: r.
@@ -38,42 +38,42 @@ def batches(
         tokens, labels, position_ids (int64) and loss_mask (float32), each [b, s].
 
     Raises:
-        ValueError, OSError: as the dataset, whichever process reads it.
-        RuntimeError: when a loader process died.
+        ValueError, OSError: from the dataset, whichever process reads it.
+        RuntimeError: if a loader process died.
     """
     size: int = len(dataset)  # pyright: ignore[reportArgumentType]
     assert size > 0, "an empty dataset has no batches"
-    assert global_batch_size % (data_parallel_size * micro_batch_size) == 0, "config.check lets no such batch through"
+    assert global_batch_size % (data_parallel_size * micro_batch_size) == 0, "checks.check refuses such a batch"
     order = _Order(size, consumed_samples, global_batch_size, micro_batch_size, data_parallel_rank, data_parallel_size)
-    pinned = torch.cuda.is_available()  # or a copy to the GPU waits for it
-    samples, handler = _HandingErrorsOver(dataset), signal.getsignal(signal.SIGCHLD)
+    pinned = torch.cuda.is_available()  # so that copies to the GPU are asynchronous
+    samples, handler = _WithErrors(dataset), signal.getsignal(signal.SIGCHLD)
     loader = DataLoader(samples, batch_sampler=order, num_workers=num_workers, collate_fn=_collate, pin_memory=pinned)
     loaded = iter(loader)
     if handler is not None and signal.getsignal(signal.SIGCHLD) != handler:
-        # torch's raises wherever the program happens to be when a worker dies, in a save for one. `next` sees it too.
+        # torch's handler raises at any point of the program when a worker dies, such as in a save. `next` notices too.
         signal.signal(signal.SIGCHLD, handler)
     return _checked(loaded)
 
 
 def _checked(loaded: Iterator[dict[str, Tensor] | Exception]) -> Iterator[dict[str, Tensor]]:
-    """The same batches; raises an error that was handed over in place of one, and says what a dead worker means."""
+    """Yield the same batches. Raise an error that stands in place of one, and explain the death of a worker."""
     while True:
         try:
             batch = next(loaded)
-        except (RuntimeError, OSError, EOFError) as error:  # OSError, EOFError: it died while it handed a batch over
+        except (RuntimeError, OSError, EOFError) as error:  # the last two if it died while it passed a batch on
             if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
                 raise
             raise RuntimeError(
-                f"a data worker died, perhaps killed for want of memory ({error}): lower data.num_workers; the same "
-                "command goes on from the last checkpoint"
+                f"a data worker died, perhaps killed because memory ran out ({error}): lower data.num_workers; run the "
+                "same command again to resume from the last checkpoint"
             ) from error
         if isinstance(batch, Exception):
             raise batch
         yield batch
 
 
-class _HandingErrorsOver(Dataset):
-    """Micro batches of samples. An error takes their place: torch would wrap it in the traceback of a worker."""
+class _WithErrors(Dataset):
+    """Micro batches, or the error of reading one, which torch would otherwise wrap in a worker's traceback."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -86,7 +86,7 @@ class _HandingErrorsOver(Dataset):
 
 
 class _Order:
-    """The lists of indices of one rank's micro batches, without end."""
+    """Endless lists of indices of one rank's micro batches."""
 
     def __init__(self, size: int, consumed: int, global_batch: int, micro_batch: int, rank: int, ranks: int):
         self.size, self.consumed, self.global_batch, self.micro_batch = size, consumed, global_batch, micro_batch
@@ -102,7 +102,7 @@ class _Order:
 
 
 def _collate(samples: list[dict[str, Tensor]] | Exception) -> dict[str, Tensor] | Exception:
-    """Stack what the model reads; a blend's items also carry the number of their dataset."""
+    """Stack the fields that the model reads. Items of a blend also carry the number of their dataset."""
     if isinstance(samples, Exception):
         return samples
     batch = {name: torch.stack([sample[name] for sample in samples]) for name in FIELDS}

@@ -1,4 +1,4 @@
-"""Real text that every machine has: the modules of Python's standard library, with a tokenizer trained on them."""
+"""A corpus that every machine has: the modules of Python's standard library, and a tokenizer trained on them."""
 
 import json
 import sysconfig
@@ -11,7 +11,7 @@ HELD_OUT_EVERY = 20  # every 20th module is never trained on
 
 
 def stdlib_modules() -> list[Path]:
-    """The standard library's Python files, tests and third-party packages left out, in a fixed order."""
+    """Return the standard library's Python files in a fixed order, without tests and third-party packages."""
     root = Path(sysconfig.get_path("stdlib"))
     skip = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "__pycache__"}
     return sorted(path for path in root.rglob("*.py") if not skip & set(path.relative_to(root).parts))
@@ -21,8 +21,8 @@ def write_stdlib_corpus(output: str, vocab_size: int = 2048) -> None:
     """Write `<output>/tokenizer`, `<output>/train.bin/.idx` and `<output>/valid.bin/.idx`.
 
     Args:
-        output: directory; what is already complete there is kept.
-        vocab_size: of the byte-level BPE tokenizer.
+        output: directory; complete files in it are kept.
+        vocab_size: size of the byte-level BPE tokenizer.
     """
     directory = Path(output)
     directory.mkdir(parents=True, exist_ok=True)

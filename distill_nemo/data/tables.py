@@ -1,4 +1,4 @@
-"""Rows of CSV, TSV, parquet and Arrow files. pyarrow is imported where a file needs it."""
+"""Read rows of CSV, TSV, parquet and Arrow files. pyarrow is imported only for a file that needs it."""
 
 import csv
 import sys
@@ -14,10 +14,10 @@ DELIMITERS = {"csv": ",", "tsv": "\t"}
 
 
 def csv_rows(file: TextIO, kind: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield the rows that are not empty, the header first, each with the number of the line where it begins.
+    """Yield the rows that are not empty, header first, each with the number of its first line.
 
     Raises:
-        ValueError: for a quote that is not closed, or closed inside a field.
+        ValueError: for a quote that is not closed, or is closed inside a field.
     """
     csv.field_size_limit(sys.maxsize)
     rows = csv.reader(file, delimiter=DELIMITERS[kind], strict=True)
@@ -32,7 +32,7 @@ def csv_rows(file: TextIO, kind: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def row_groups(path: Path, max_bytes: int) -> list[tuple[int, int, int]]:
-    """Consecutive row groups of a parquet file, of about `max_bytes`: (first, past the last, bytes)."""
+    """Return runs of row groups of a parquet file, of about `max_bytes` each: (first, past the last, bytes)."""
     import pyarrow.parquet
 
     metadata = pyarrow.parquet.read_metadata(path)
@@ -47,14 +47,14 @@ def row_groups(path: Path, max_bytes: int) -> list[tuple[int, int, int]]:
 
 
 def parquet_columns(path: Path) -> list[str]:
-    """Names of the columns of a parquet file."""
+    """Return the names of a parquet file's columns."""
     import pyarrow.parquet
 
     return pyarrow.parquet.read_schema(path).names
 
 
 def parquet_values(path: Path, column: str, start: int, stop: int) -> "Iterator[tuple[int, pyarrow.Scalar]]":
-    """Yield the values of a column in the row groups [start, stop), each with the number of its row, from 1 on."""
+    """Yield the values of a column in the row groups [start, stop), each with the number of its row, from 1."""
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
@@ -65,7 +65,7 @@ def parquet_values(path: Path, column: str, start: int, stop: int) -> "Iterator[
 
 
 def arrow_columns(path: Path) -> list[str]:
-    """Names of the columns of an Arrow file."""
+    """Return the names of an Arrow file's columns."""
     import pyarrow
 
     with pyarrow.OSFile(str(path)) as file:
@@ -73,7 +73,7 @@ def arrow_columns(path: Path) -> list[str]:
 
 
 def arrow_values(path: Path, column: str) -> "Iterator[tuple[int, pyarrow.Scalar]]":
-    """Yield the values of a column of an Arrow file, each with the number of its row, from 1 on."""
+    """Yield the values of a column of an Arrow file, each with the number of its row, from 1."""
     import pyarrow
 
     row = 0
@@ -87,10 +87,10 @@ def arrow_values(path: Path, column: str) -> "Iterator[tuple[int, pyarrow.Scalar
 
 
 def _open_arrow(file: "pyarrow.OSFile") -> "pyarrow.ipc.RecordBatchFileReader | pyarrow.ipc.RecordBatchStreamReader":
-    """Open either form: with an index at the end, or a stream, as `datasets` writes it.
+    """Open either kind of Arrow file: one with an index at its end, or a stream, as `datasets` writes.
 
     Raises:
-        ValueError: for a stream without its end mark, which pyarrow reads as if it were whole.
+        ValueError: for a stream without its end mark, which pyarrow would read as if it were whole.
     """
     import pyarrow
 
@@ -101,5 +101,5 @@ def _open_arrow(file: "pyarrow.OSFile") -> "pyarrow.ipc.RecordBatchFileReader | 
     if magic == b"ARROW1":
         return pyarrow.ipc.open_file(file)
     if last != END_OF_STREAM:
-        raise ValueError("it is no whole Arrow stream: its end mark is missing")
+        raise ValueError("it is not a whole Arrow stream: its end mark is missing")
     return pyarrow.ipc.open_stream(file)

@@ -1,4 +1,4 @@
-"""Megatron's token files: how a config names them, and the checks that come before Megatron maps them. No torch.
+"""Megatron's token files: their names in a config, and checks before Megatron maps them. No torch.
 
 `<prefix>.bin` holds the ids of all documents. `<prefix>.idx` holds a header, the length of every document in tokens
 (int32), its first byte in the `.bin` (int64), and the bounds of groups of documents (int64).
@@ -16,17 +16,17 @@ from distill_nemo.data.manifest import max_token_id, read_manifest
 INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the ids' type, documents, bounds
 MAGIC = b"MMIDIDX\x00\x00"
 INTEGERS = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}  # 6 and 7 are floats
-BLOCK = 1 << 20  # documents read at a time
+BLOCK_DOCUMENTS = 1 << 20  # read at a time
 ADVICE = "make the token files again with `nemo distill prepare`"
 OWN_TOKENIZER = "prepare the text again with the model's own tokenizer"
 Blend = tuple[list[str], list[float] | None]
 
 
 def parse_blend(field: str, values: list[str]) -> Blend:
-    """`["a"]`, `["a", "b"]` or `["30", "a", "70", "b"]` -> (prefixes, weights or None).
+    """Return (prefixes, weights or None) of `["a"]`, `["a", "b"]` or `["30", "a", "70", "b"]`.
 
     Raises:
-        ValueError: nothing named, weights for some prefixes only, or a weight that is not positive and finite.
+        ValueError: for an empty list, weights for some prefixes only, or a weight that is not positive and finite.
     """
     numbers = [to_number(value) for value in values]
     prefixes, weights = values[1::2], numbers[0::2]
@@ -50,7 +50,7 @@ def named_token_files(data: DataConfig) -> list[tuple[str, str]]:
 
 
 def to_number(value: str) -> float | None:
-    """Return the number that a text spells, or None."""
+    """Return the number that a text holds, or None."""
     try:
         return float(value)
     except ValueError:
@@ -58,10 +58,10 @@ def to_number(value: str) -> float | None:
 
 
 def check_token_files(data: DataConfig) -> None:
-    """Refuse token files that are missing, empty, cut short or contradictory.
+    """Refuse token files that are missing, empty, truncated or inconsistent.
 
-    Megatron maps them and would read beyond their end. Sizes are compared before anything is read, and then one block
-    of the index at a time, so a wrong header costs no memory.
+    Megatron maps them and would read beyond their end. Sizes are compared before anything is read, and the index is
+    read in blocks, so a wrong header costs no memory.
 
     Raises:
         ValueError: naming the file, what it holds, and what to do.
@@ -71,16 +71,16 @@ def check_token_files(data: DataConfig) -> None:
 
 
 def document_lengths(prefix: str) -> np.ndarray:
-    """Return the tokens of every document, int32 [documents], of files that `check_token_files` let through."""
+    """Return the number of tokens of every document, int32 [documents], of files that `check_token_files` accepts."""
     with open(f"{prefix}.idx", "rb") as file:
         _, _, _, documents, _ = INDEX_HEADER.unpack(file.read(INDEX_HEADER.size))
     return np.memmap(f"{prefix}.idx", np.int32, "r", INDEX_HEADER.size, (documents,))
 
 
 def check_vocabulary(data: DataConfig, vocab_size: int) -> None:
-    """Refuse token files that hold an id that the model lacks, as far as their manifests tell.
+    """Refuse token files whose manifest has an id that the model lacks.
 
-    Files without our manifest are checked where samples are read.
+    Files without our manifest are checked sample by sample when they are read.
 
     Raises:
         ValueError: naming the file, its largest id and the model's size.
@@ -122,10 +122,10 @@ def _check_pair(field: str, idx: Path, bin_: Path) -> None:
 
 
 def _count_tokens(field: str, idx: Path, documents: int, bounds: int, itemsize: int) -> int:
-    """Return the sum of all lengths. Documents must follow each other in the `.bin` without gaps."""
+    """Return the sum of all lengths. Refuse documents that do not follow each other in the `.bin` without gaps."""
     tokens, starts_at = 0, INDEX_HEADER.size + documents * 4
-    for first in range(0, documents, BLOCK):
-        count = min(BLOCK, documents - first)
+    for first in range(0, documents, BLOCK_DOCUMENTS):
+        count = min(BLOCK_DOCUMENTS, documents - first)
         lengths = np.fromfile(idx, np.int32, count, offset=INDEX_HEADER.size + first * 4)
         starts = np.fromfile(idx, np.int64, count, offset=starts_at + first * 8)
         ends = tokens + np.cumsum(lengths, dtype=np.int64)

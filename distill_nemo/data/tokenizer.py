@@ -1,10 +1,10 @@
 """The tokenizer in a Hugging Face directory.
 
 `tokenizer.json` is opened by the tokenizers library itself, because transformers 5 lets the class named beside it
-replace its normalizer, pre-tokenizer and decoder. Without that file transformers converts what is there (sentencepiece,
-tiktoken, or vocab.json with merges.txt).
+replace its normalizer, pre-tokenizer and decoder. Without that file, transformers converts the files that are there
+(sentencepiece, tiktoken, or vocab.json with merges.txt).
 
-The module's top imports nothing heavy: every worker process of `prepare` pays for it.
+Imports nothing heavy at the top, since every worker process of `prepare` pays for it.
 """
 
 import functools
@@ -22,16 +22,16 @@ from distill_nemo.runtime.files import read_object_if_any
 if TYPE_CHECKING:
     import tokenizers
 
-EOD_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<eod>", "</s>", "<eos>")  # where the tokenizer names no eos_token
+EOD_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<eod>", "</s>", "<eos>")  # tried if there is no eos_token
 VOCABULARIES = ("*.model", "vocab*", "*.tiktoken", "tekken.json")  # besides tokenizer.json
 HASHED = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-MAX_IDS = 2**24  # far above any model's vocabulary; a table of all ids is made
+MAX_IDS = 2**24  # far above any model's vocabulary; bounds the table of all ids
 Encode = Callable[[list[str]], list[list[int]]]
 
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """The facts of a tokenizer that decide the tokens it makes, and its directory."""
+    """The facts of a tokenizer that determine its tokens, and its directory."""
 
     path: str
     sha256: str
@@ -44,10 +44,10 @@ class Tokenizer:
     """An opened tokenizer."""
 
     path: str
-    special_tokens: dict[str, Any]  # by name, such as "eos_token", as the files state them
-    vocab: dict[str, int]  # the id of every token that `encode` can give
-    added: set[str]  # tokens that are no part of the model's own vocabulary, but added to it
-    invented: set[str]  # those of them that no file states: transformers gave them an id
+    special_tokens: dict[str, Any]  # by name, such as "eos_token", as stated in the files
+    vocab: dict[str, int]  # the id of every token that `encode` can return
+    added: set[str]  # tokens added to the model's own vocabulary
+    invented: set[str]  # added tokens that no file states, but to which transformers gave an id
     fast: "tokenizers.Tokenizer | None"
     encode: Encode  # texts -> ids, without special tokens
 
@@ -55,8 +55,8 @@ class Tokenizer:
         """Return the id of a special token, or None if no file names it.
 
         Raises:
-            ValueError: if the files name something that is not one token of the vocabulary. transformers would give
-                such a token a new id, which no model has learnt.
+            ValueError: if the name stands for anything but one token of the vocabulary. transformers would give such
+                a token a new id, which no model has learnt.
         """
         stated = self.special_tokens.get(name)
         token = stated.get("content") if isinstance(stated, dict) else stated
@@ -66,14 +66,14 @@ class Tokenizer:
             raise ValueError(f"{self.path}: {name} must be one token, got {stated!r}")
         if token not in self.vocab or token in self.invented:
             raise ValueError(
-                f'{self.path}: {name} = "{token}" is no token of its vocabulary ({len(self.vocab)} tokens): name '
+                f'{self.path}: {name} = "{token}" is not a token of its vocabulary ({len(self.vocab)} tokens): name '
                 "one of them in tokenizer_config.json and special_tokens_map.json"
             )
         return self.vocab[token]
 
 
 def open_tokenizer(path: str, append_eod: bool) -> tuple[TokenizerFacts, dict[int, str], Callable[[Path], None]]:
-    """Return a tokenizer's facts, its tokens by id, and a function that saves its fast form, if any, for workers."""
+    """Return a tokenizer's facts, its tokens by id, and a function that saves its fast form for workers, if any."""
     tokenizer = load_tokenizer(path)
     eod = _end_of_document(tokenizer) if append_eod else None
     files = [Path(path) / name for name in HASHED]
@@ -110,7 +110,7 @@ def load_tokenizer(path: str) -> Tokenizer:
         raise ValueError(f"no such tokenizer directory: {path}; name a directory with tokenizer.json")
     config = read_object_if_any(directory / "tokenizer_config.json")
     legacy = read_object_if_any(directory / "special_tokens_map.json")
-    # As transformers: the older file counts unless the newer format is complete.
+    # As in transformers, the older file takes precedence unless the newer format is complete.
     special_tokens = legacy | config if "added_tokens_decoder" in config else config | legacy
     added = _added_tokens(directory, config)
     has_json = (directory / "tokenizer.json").is_file()
@@ -121,7 +121,7 @@ def load_tokenizer(path: str) -> Tokenizer:
             tokenizer = _from_tokenizer_json(path, special_tokens, added)
         else:
             tokenizer = _from_transformers(path, special_tokens, set(added))
-    except Exception as error:  # transformers and tokenizers raise whatever the files provoked
+    except Exception as error:  # transformers and tokenizers may raise anything
         raise ValueError(f"{path} is not a Hugging Face tokenizer directory that can be loaded: {error}") from error
     if not tokenizer.vocab:
         raise ValueError(f"{path}: its tokenizer has no tokens")
@@ -187,7 +187,7 @@ def _encoder_of(fast: "tokenizers.Tokenizer", path: str) -> Encode:
 
 
 def _from_transformers(path: str, special_tokens: dict[str, Any], added: set[str]) -> Tokenizer:
-    """Let transformers convert files of another kind. It gives special tokens that the files lack new ids."""
+    """Let transformers convert other kinds of files. It gives special tokens that the files lack new ids."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     from distill_nemo.models.checkpoints.pretrained import open_pretrained
@@ -210,7 +210,7 @@ def _from_transformers(path: str, special_tokens: dict[str, Any], added: set[str
 def _check_files(directory: Path) -> None:
     """Refuse a directory without a vocabulary, and a `*.model` whose library is not installed.
 
-    For a sentencepiece model transformers would ask for tiktoken.
+    For a sentencepiece model, transformers would report that tiktoken is missing.
     """
     if not any(file.is_file() for pattern in VOCABULARIES for file in directory.glob(pattern)):
         raise ValueError(f"{directory} holds no tokenizer ({', '.join(('tokenizer.json', *VOCABULARIES))})")
@@ -234,13 +234,13 @@ def _check_files(directory: Path) -> None:
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent package
+    except ModuleNotFoundError:  # of its parent package
         return False
 
 
 @functools.cache
 def encoder(fast: str, path: str) -> Encode:
-    """Return the function from texts to ids. `fast` is the saved fast tokenizer, `path` the directory without one."""
+    """Return the function from texts to ids, of the saved fast tokenizer `fast`, else of the directory `path`."""
     if not Path(fast).exists():
         return load_tokenizer(path).encode
     import tokenizers

@@ -1,1 +1,1 @@
-"""Memory and time of a run, computed from its config before any GPU is asked for: docs/planning.md."""
+"""Memory and time of a run, computed from its config before it starts: docs/planning.md."""

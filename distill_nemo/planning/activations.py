@@ -1,8 +1,8 @@
-"""Bytes that a layer saves for its backward pass, or needs for a moment. Counted tensor by tensor.
+"""Bytes that a layer saves for its backward pass or needs temporarily, tensor by tensor.
 
 With Transformer Engine: Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models"
-(arXiv:2205.05198), section 4, for gated MLPs, grouped queries and attention that keeps no scores. Without it: what
-Megatron's local layers and our RMSNorm save, as seen on CPU (docs/planning.md).
+(arXiv:2205.05198), section 4, for gated MLPs, grouped queries and attention that keeps no scores. Without it: the
+tensors that Megatron's local layers and our RMSNorm save, as observed on CPU (docs/planning.md).
 
 Legend: T tokens of a micro batch on a rank, H width, F width of an MLP, N = heads * channels, K = query groups *
 channels (N, K, F on one tensor-parallel rank).
@@ -13,7 +13,7 @@ from distill_nemo.planning.planned import PlannedRun
 
 
 def saved(planned: PlannedRun, model: Architecture, layer: Layer, recompute: str | None) -> int:
-    """Return bytes that a layer of one micro batch saves for backward; with full recomputation only its input."""
+    """Return the bytes that a layer saves for backward in one micro batch; with full recomputation, its input only."""
     if recompute == "full":
         return planned.item * planned.split_tokens * model.hidden_size
     attention = 0 if layer.num_query_groups is None else _saved_by_attention(planned, model, layer, recompute)
@@ -30,12 +30,12 @@ def _saved_by_attention(planned: PlannedRun, model: Architecture, layer: Layer, 
     if planned.transformer_engine:
         return bytes_ + softmax_statistics + item * tokens * (2 * n + 2 * k + (n + k if qk_norm else 0))
     grouped = k < n
-    whole = not grouped or recompute == "selective" or (qk_norm and item == 4)  # a view of q, k, v together is saved
+    whole = not grouped or recompute == "selective" or (qk_norm and item == 4)  # a view of joint q, k, v is saved
     numbers = 2 * n + (n + 2 * k if whole else 0)  # queries, the output
     if recompute == "selective":
         numbers += k
     else:
-        numbers += 2 * n if grouped else n  # keys and values, repeated where they are shared
+        numbers += 2 * n if grouped else n  # keys and values, repeated for the heads that share them
         bytes_ += softmax_statistics
     if qk_norm and item == 4:
         numbers += n + k + (n if grouped else 0)
@@ -45,7 +45,7 @@ def _saved_by_attention(planned: PlannedRun, model: Architecture, layer: Layer, 
 
 
 def saved_by_mlp(planned: PlannedRun, model: Architecture, layer: Layer) -> int:
-    """Return the part of the MLP or the experts, with its norm; tokens are assumed to be spread evenly over experts."""
+    """Return the bytes that the MLP or the experts save, norm included. Tokens are assumed to be spread evenly."""
     if layer.ffn_hidden_size is None:
         return 0
     bytes_ = _norm(planned, model.hidden_size)
@@ -60,7 +60,7 @@ def saved_by_mlp(planned: PlannedRun, model: Architecture, layer: Layer) -> int:
 
 
 def _norm(planned: PlannedRun, width: int) -> int:
-    """Return bytes of a norm's input (the residual stream) and output; ours also keeps the normalised input."""
+    """Return the bytes of a norm's input (the residual stream) and output; ours also saves the normalised input."""
     each = 2 * planned.item
     if not planned.transformer_engine:
         each = 12 if planned.item == 4 else 8
@@ -73,9 +73,9 @@ def final_norm(planned: PlannedRun, model: Architecture) -> int:
 
 
 def backward_workspace(planned: PlannedRun, model: Architecture, layer: Layer) -> int:
-    """Return the most bytes that a layer's backward pass needs beyond what the layer has saved.
+    """Return the peak bytes of a layer's backward pass beyond its saved tensors.
 
-    Gradients of both halves of the MLP; that of their product takes the product's place.
+    They are the gradients of both halves of the MLP. The gradient of their product takes the product's place.
     """
     width = layer.ffn_hidden_size or 0
     f = width // planned.config.parallelism.tensor_model_parallel_size * model.mlps_per_token
@@ -83,7 +83,7 @@ def backward_workspace(planned: PlannedRun, model: Architecture, layer: Layer) -
 
 
 def forward_workspace(planned: PlannedRun, model: Architecture, layer: Layer) -> int:
-    """Return the bytes of a layer's forward pass that saves nothing, its input included."""
+    """Return the bytes of a layer's forward pass without saved tensors, its input included."""
     tensor, item, tokens = planned.config.parallelism.tensor_model_parallel_size, planned.item, planned.tokens
     residual = 2 * item * planned.split_tokens * model.hidden_size
     pieces = 3 if planned.on_gpu else 5
@@ -93,7 +93,7 @@ def forward_workspace(planned: PlannedRun, model: Architecture, layer: Layer) ->
         return residual + mlp
     n = model.num_attention_heads * model.kv_channels // tensor
     k = layer.num_query_groups * model.kv_channels // tensor
-    numbers = (n + 2 * k) + (n + k) + n  # together, then rotated, the output
+    numbers = (n + 2 * k) + (n + k) + n  # joint q, k, v; rotated q and k; the output
     if planned.transformer_engine:
         return residual + max(mlp, item * tokens * numbers)
     numbers += n + (2 * n if k < n else 0)

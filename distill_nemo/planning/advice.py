@@ -1,4 +1,4 @@
-"""Changes that would make a run fit."""
+"""Suggest changes that would make a run fit."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,14 +10,14 @@ from distill_nemo.models.megatron import transformer_config
 from distill_nemo.planning.memory import fullest
 from distill_nemo.planning.planned import PlannedRun
 
-MOST = 3
+MAX_SUGGESTIONS = 3
 
 
 def what_would_fit(planned: PlannedRun, memory_bytes: float) -> list[str]:
-    """Return a few overrides that make the run fit on as many ranks, the simplest first; none contains another."""
+    """Return a few overrides that make the run fit on the same ranks, simplest first. None contains another."""
     found: list[dict[str, Any]] = []
     for changes in _changes(planned):
-        if len(found) == MOST:
+        if len(found) == MAX_SUGGESTIONS:
             break
         changed = planned.with_fields(**changes)
         known = any(other.keys() <= changes.keys() for other in found)
@@ -27,7 +27,7 @@ def what_would_fit(planned: PlannedRun, memory_bytes: float) -> list[str]:
 
 
 def allowed(planned: PlannedRun) -> bool:
-    """Return True if such a run would be accepted."""
+    """Return True if a run with these settings would be accepted."""
     try:
         check_setting(planned)
     except ValueError:
@@ -36,10 +36,10 @@ def allowed(planned: PlannedRun) -> bool:
 
 
 def check_setting(planned: PlannedRun) -> None:
-    """Refuse what a run would refuse: sizes that the layout does not divide.
+    """Refuse settings that a run would refuse, such as sizes that the layout does not divide.
 
     Raises:
-        ValueError: as `checks.check` and `architecture.transformer_config`.
+        ValueError: from `checks.check` and `models.megatron.transformer_config`.
     """
     config = planned.config
     check(config, planned.world_size)
@@ -65,7 +65,7 @@ def _changes(planned: PlannedRun) -> Iterator[dict[str, Any]]:
     saving = sharded | small | again
     away = planned.config.teacher is not None and not planned.config.distillation.offload_teacher
     host = {"distillation__offload_teacher": True} if away else {}
-    more = (host, sharded | again | host) if host else ()  # with all tokens there are to hide the copies behind
+    more = (host, sharded | again | host) if host else ()  # keeps the micro batch size, to hide the copies behind
     changed = (again, saving, *wider[:1], *deeper[:1], wider[0] | saving, *more)
     yield from (changes for changes in changed if changes)
     for wide, deep in zip(wider, deeper, strict=True):

@@ -1,7 +1,7 @@
 """Operations, bytes and time of a run.
 
-A product of [a, b] and [b, c] is 2abc operations. A backward pass is two forward passes. Attention is causal: half of
-the scores. What else a step computes (norms, softmax, the divergence, Adam) is not counted.
+A product of [a, b] and [b, c] is 2abc operations. A backward pass is two forward passes. Attention is causal and
+computes half of the scores. Norms, softmax, the divergence and Adam are left out.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from distill_nemo.planning.planned import PlannedRun
 
 
 def layer_flops(model: Architecture, layer: Layer, length: int) -> tuple[float, float]:
-    """Return operations of a forward pass, per token of a sequence of `length`: all, and the core attention's share."""
+    """Return forward operations per token of a sequence of `length`: in total, and of the core attention."""
     products = core = 0.0
     if layer.num_query_groups is not None:
         n, k = model.num_attention_heads * model.kv_channels, layer.num_query_groups * model.kv_channels
@@ -25,7 +25,7 @@ def layer_flops(model: Architecture, layer: Layer, length: int) -> tuple[float, 
 
 
 def stage_flops(planned: PlannedRun, model: Architecture, stage: int, output: bool) -> tuple[float, float, float]:
-    """Return forward operations per token on a stage: layers, core attention in them, output layer."""
+    """Return forward operations per token on a stage: of the layers, of their core attention, of the output layer."""
     par, length = planned.config.parallelism, planned.config.data.sequence_length
     each = [layer_flops(model, layer, length) for layer in layers_of(model, par, stage)]
     last = output and stage == par.num_stages - 1
@@ -35,7 +35,7 @@ def stage_flops(planned: PlannedRun, model: Architecture, stage: int, output: bo
 
 @dataclass(frozen=True)
 class Work:
-    """Operations per token, by what they are for."""
+    """Operations per token, by purpose."""
 
     student: float  # forward and backward
     recompute: float
@@ -71,15 +71,15 @@ class Time:
     """Seconds."""
 
     step: float
-    idle: float  # share of a step in which a rank waits on average: the pipeline's ends, and uneven stages
+    idle: float  # average share of a step in which a rank waits, for the pipeline to fill or for a slower stage
     training: float
     evaluations: float
 
 
 def time_of(planned: PlannedRun, tflops: float, utilisation: float) -> Time:
-    """Estimate the time of a run with ranks that reach `utilisation` of `tflops` while they do not wait.
+    """Estimate the time of a run whose ranks reach `utilisation` of `tflops` while they compute.
 
-    A pipeline goes at the pace of its slowest rank; its ends cost `(ranks - 1) / virtual` micro batches.
+    A pipeline runs at the pace of its slowest rank. Filling it costs `(ranks - 1) / virtual` micro batches.
     """
     config, par = planned.config, planned.config.parallelism
     pipeline, count = par.pipeline_model_parallel_size, planned.num_microbatches
@@ -96,10 +96,10 @@ def time_of(planned: PlannedRun, tflops: float, utilisation: float) -> Time:
 
 
 def traffic_bytes(planned: PlannedRun, rank: int) -> float:
-    """Return bytes of GPU memory that weights, gradients and the optimizer move in a step; activations are not counted.
+    """Return the bytes of GPU memory that weights, gradients and optimizer move in a step. Activations are left out.
 
-    A micro batch reads the student's weights forward and backward (and once more if layers are recomputed) and the
-    teacher's once, and adds to fp32 gradients. The optimizer reads these, and reads and writes masters and moments.
+    A micro batch reads the student's weights in forward and backward, and once more if layers are recomputed. It reads
+    the teacher's once, and adds to fp32 gradients. The optimizer reads these, and reads and writes masters and moments.
     """
     student, teacher = planned.student(rank).total, planned.teacher(rank).total
     reads = 3 if planned.config.training.recompute == "full" else 2
@@ -108,7 +108,7 @@ def traffic_bytes(planned: PlannedRun, rank: int) -> float:
 
 
 def copied_bytes(planned: PlannedRun, rank: int) -> float:
-    """Return bytes that a rank copies from host memory in a step: an offloaded teacher's layers, once a micro batch."""
+    """Return the bytes that a rank copies from host memory in a step: an offloaded teacher's layers per micro batch."""
     return planned.num_microbatches * planned.item * planned.in_host_memory(rank)
 
 

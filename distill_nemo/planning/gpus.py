@@ -1,4 +1,4 @@
-"""GPUs that a run may be planned for."""
+"""GPUs for which a run can be planned."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from distill_nemo.fields import require, suggest
 
 @dataclass(frozen=True)
 class Gpu:
-    """A data sheet's numbers: 10^9 bytes of memory, 10^12 dense bf16 operations a second."""
+    """A GPU by its data sheet: memory in 10^9 bytes, and 10^12 dense bf16 operations per second."""
 
     name: str
     memory_gb: float
@@ -27,10 +27,10 @@ GPUS = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of this name.
+    """Return the GPU of this name.
 
     Raises:
-        ValueError: when it is not in the table, with the near names.
+        ValueError: for an unknown name, with close matches.
     """
     require(name.lower() in GPUS, f'gpu = "{name}" is not known.{suggest(name.lower(), GPUS)}')
     return GPUS[name.lower()]

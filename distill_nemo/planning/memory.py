@@ -1,4 +1,4 @@
-"""Memory of a rank by part, at the moment of a step when it is highest.
+"""Memory of a rank by part, at its peak in a step.
 
 Legend: T tokens of a micro batch on a rank, H width, v this rank's shard of the padded vocabulary.
 """
@@ -14,17 +14,17 @@ from distill_nemo.planning.planned import PlannedRun
 
 @dataclass
 class Memory:
-    """Bytes of one pipeline rank. The total is what stays, the activations, and the moment that needs most besides."""
+    """Bytes of one pipeline rank: permanent parts, plus activations and workspace at the moment that needs most."""
 
     rank: int
     stays: dict[str, float] = field(default_factory=dict)  # by part, for the whole run
-    activations: dict[str, float] = field(default_factory=dict)  # by moment: what micro batches have saved by then
-    workspace: dict[str, float] = field(default_factory=dict)  # by moment: what it needs besides
-    before: dict[str, str] = field(default_factory=dict)  # by moment: which micro batches: others, all
+    activations: dict[str, float] = field(default_factory=dict)  # by moment: saved by micro batches so far
+    workspace: dict[str, float] = field(default_factory=dict)  # by moment: needed besides
+    before: dict[str, str] = field(default_factory=dict)  # by moment: the micro batches counted, "others" or "all"
 
     @property
     def moment(self) -> str:
-        """When the rank needs most."""
+        """Moment at which the rank needs most."""
         return max(self.workspace, key=lambda name: self.activations[name] + self.workspace[name])
 
     @property
@@ -61,7 +61,7 @@ def memory_of(planned: PlannedRun, rank: int) -> Memory:
 
 
 def _moments(planned: PlannedRun, rank: int) -> dict[str, tuple[str, float]]:
-    """By moment: whose activations are there, of the micro batches before or all; and the workspace."""
+    """Return by moment the micro batches whose activations are held, "others" or "all", and the workspace."""
     student, teacher = planned.models
     own = rank_layers(student, planned.config.parallelism, rank)
     recompute, largest = planned.config.training.recompute, _output_weight(planned)
@@ -102,7 +102,7 @@ def _output_weight(planned: PlannedRun) -> int:
 
 
 def in_flight(planned: PlannedRun, rank: int) -> float:
-    """Micro batches whose activations a pipeline rank holds at most: Megatron's 1F1B schedule, or the interleaved."""
+    """Return the largest number of micro batches whose activations a rank holds, in Megatron's schedules."""
     par, count = planned.config.parallelism, planned.num_microbatches
     pipeline, virtual = par.pipeline_model_parallel_size, par.virtual_pipeline_model_parallel_size
     if virtual is None:
@@ -112,7 +112,7 @@ def in_flight(planned: PlannedRun, rank: int) -> float:
 
 
 def _saved(planned: PlannedRun, rank: int) -> tuple[float, float]:
-    """Bytes that one micro batch saves for backward on a pipeline rank, and that all do that are under way."""
+    """Return the bytes saved for backward on a pipeline rank: by one micro batch, and by all that are in flight."""
     student, teacher = planned.models
     par, recompute = planned.config.parallelism, planned.config.training.recompute
     one = sum(activations.saved(planned, student, layer, recompute) for layer in rank_layers(student, par, rank))
@@ -125,7 +125,7 @@ def _saved(planned: PlannedRun, rank: int) -> tuple[float, float]:
 
 
 def fused_workspace(planned: PlannedRun) -> float:
-    """Return bytes of the fused loss: chunks of both sides' fp32 logits, both hidden states, one fp32 gradient."""
+    """Return the bytes of the fused loss: chunks of fp32 logits and hidden states of both models, one fp32 gradient."""
     student, teacher = planned.models
     assert teacher is not None, "there is a fused loss only with a teacher"
     par, columns = planned.config.parallelism, _columns(planned)
@@ -139,15 +139,15 @@ def fused_workspace(planned: PlannedRun) -> float:
 
 
 def chunk_rows(planned: PlannedRun) -> int:
-    """Tokens of a chunk of logits; all tokens are taken to count."""
+    """Return the tokens of a chunk of logits, if every token is valid."""
     return chunk_size(planned.tokens, _columns(planned), planned.on_gpu)
 
 
 def whole_workspace(planned: PlannedRun) -> float:
-    """Whole logits of the student and, for a logits loss, of the teacher, and the copies that losses make of them.
+    """Return the bytes of the student's whole logits, for a logits loss also the teacher's, and the losses' copies.
 
-    Forward: an fp32 copy for Megatron's cross entropy. Backward: the gradient of the divergence, beside that copy if
-    the LM loss counts; both sides' padding is cut off, which takes a gradient more, or masked in copies.
+    Forward makes an fp32 copy for Megatron's cross entropy. Backward makes the gradient of the divergence, beside that
+    copy if the LM loss is trained. Padding is cut off, which takes another gradient, or masked in copies.
     """
     student, teacher = planned.models
     kd, par = planned.config.distillation, planned.config.parallelism

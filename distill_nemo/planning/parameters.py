@@ -1,4 +1,4 @@
-"""Number of parameters of a model, and of each rank of a layout. Exact: tests compare with the models that are built.
+"""Number of parameters of a model, and of each rank of a layout. Tests compare them with models that are built.
 
 Legend: H width, F width of an MLP, n heads, g query groups, d channels of a head, V vocabulary, padded.
 """
@@ -10,28 +10,28 @@ from distill_nemo.models.architecture import Architecture, Layer, padded_vocab_s
 
 
 class Count(NamedTuple):
-    """Parameters. Those of experts are reduced and sharded over other ranks than the rest."""
+    """Number of parameters. Those of experts are reduced and sharded over other ranks than the rest."""
 
     dense: int = 0
     experts: int = 0
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Number of all parameters."""
         return self.dense + self.experts
 
     def plus(self, other: "Count") -> "Count":
-        """The sum, kind by kind."""
+        """Return the sum by kind."""
         return Count(self.dense + other.dense, self.experts + other.experts)
 
 
 def total_parameters(model: Architecture) -> int:
-    """Count a whole model, tied embeddings once."""
+    """Count the parameters of a whole model, tied embeddings once."""
     return rank_parameters(model, ParallelismConfig(), 0).total
 
 
 def rank_parameters(model: Architecture, parallelism: ParallelismConfig, rank: int, output: bool = True) -> Count:
-    """Count all chunks of pipeline rank `rank`; without the output layer where `output` is False."""
+    """Count all chunks of pipeline rank `rank`, without the output layer if `output` is False."""
     count = Count()
     for stage in stages_of(parallelism, rank):
         count = count.plus(stage_parameters(model, parallelism, stage, output))
@@ -39,7 +39,7 @@ def rank_parameters(model: Architecture, parallelism: ParallelismConfig, rank: i
 
 
 def stages_of(parallelism: ParallelismConfig, rank: int) -> range:
-    """Return the stages of a pipeline rank, by their place in the order of the model."""
+    """Return the stages of a pipeline rank, numbered in the order of the model."""
     return range(rank, parallelism.num_stages, parallelism.pipeline_model_parallel_size)
 
 

@@ -1,4 +1,4 @@
-"""`nemo distill plan`: from a recipe's config to what is printed. No model is built and no GPU needed."""
+"""Print the plan of a recipe's config, for `nemo distill plan`. Builds no model and needs no GPU."""
 
 from distill_nemo.config import RunConfig
 from distill_nemo.fields import require
@@ -17,15 +17,15 @@ def print_plan(
     """Print what a run needs.
 
     Args:
-        name: of the recipe.
-        config: of the run, as a recipe gives it.
-        world_size: ranks, a GPU each.
-        gpu: which.
+        name: name of the recipe.
+        config: config of the run, from the recipe.
+        world_size: number of ranks, with one GPU each.
+        gpu: model of the GPUs.
         utilisation: share of the GPU's peak that is reached, above 0 and at most 1.
-        transformer_engine: whether its layers are there.
+        transformer_engine: True if its layers are used.
 
     Raises:
-        ValueError: for what a run would refuse; after printing, when it does not fit, with what would.
+        ValueError: for a config that a run would refuse; after printing, if it does not fit, with changes that would.
     """
     require(0 < utilisation <= 1, f"utilisation must be above 0 and at most 1, got {utilisation:g}")
     config, models = _resolved(config)
@@ -46,6 +46,6 @@ def _resolved(config: RunConfig) -> tuple[RunConfig, Models]:
         if "not found" not in str(error):
             raise
         raise ValueError(
-            f"{error}. A plan reads its config.json only: copy that, or say checkpoint=None and num_layers, "
+            f"{error}. A plan reads its config.json only: copy that, or set checkpoint=None and num_layers, "
             "hidden_size, ffn_hidden_size, num_attention_heads, num_query_groups, vocab_size"
         ) from None

@@ -1,4 +1,4 @@
-"""A run at a number of ranks, and what the layers are made of there: what memory and time follow from."""
+"""A planned run: its config, architectures and number of ranks, from which memory and time follow."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,14 +10,14 @@ from distill_nemo.planning.parameters import Count, layer_parameters, rank_layer
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """Run that is planned.
+    """A run to plan.
 
     Args:
         config: the run, checked.
         models: its architectures.
-        world_size: ranks.
-        on_gpu: False for Megatron's local layers on CPU, as tests run them.
-        transformer_engine: its layers; False for Megatron's local ones.
+        world_size: number of ranks.
+        on_gpu: False for a CPU, as in tests.
+        transformer_engine: True for Transformer Engine's layers, False for Megatron's local ones.
     """
 
     config: RunConfig
@@ -34,7 +34,7 @@ class PlannedRun:
 
     @property
     def data_parallel_size(self) -> int:
-        """Copies of the model."""
+        """Number of copies of the model."""
         return self.world_size // self.config.parallelism.model_parallel_size
 
     @property
@@ -44,13 +44,13 @@ class PlannedRun:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a micro batch on one rank, where the sequence is not split over tensor-parallel ranks."""
+        """Tokens of a micro batch on a rank, where the sequence is not split over tensor-parallel ranks."""
         length = self.config.data.sequence_length // self.config.parallelism.context_parallel_size
         return self.config.training.micro_batch_size * length
 
     @property
     def split_tokens(self) -> int:
-        """The same between the layers' products, where sequence parallelism splits them."""
+        """Tokens of a micro batch on a rank, between the layers' products, where sequence parallelism splits them."""
         par = self.config.parallelism
         return self.tokens // (par.tensor_model_parallel_size if par.sequence_parallel else 1)
 
@@ -64,7 +64,7 @@ class PlannedRun:
         )
 
     def shards(self, count: Count) -> float:
-        """Parameters whose optimizer states a rank has: the distributed optimizer spreads them over its copies."""
+        """Return the parameters whose optimizer state a rank holds; the distributed optimizer shards it over copies."""
         if not self.config.optimizer.use_distributed_optimizer:
             return count.total
         par = self.config.parallelism
@@ -73,25 +73,25 @@ class PlannedRun:
         return count.dense / copies + count.experts / (copies / experts)
 
     def expert_parallel_size(self, model: Architecture) -> int:
-        """Ranks that share a model's experts; a dense model beside one with experts is not split over them."""
+        """Return the number of ranks that share a model's experts; a dense model beside a MoE model is not split."""
         return 1 if model.experts is None else self.config.parallelism.expert_model_parallel_size
 
     def student(self, rank: int) -> Count:
-        """The student's parameters on a pipeline rank."""
+        """Return the student's parameters on a pipeline rank."""
         return rank_parameters(self.models.student, self.config.parallelism, rank)
 
     def teacher(self, rank: int) -> Count:
-        """The teacher's."""
+        """Return the teacher's parameters on a pipeline rank."""
         if self.models.teacher is None:
             return Count()
         return rank_parameters(self.models.teacher, self.config.parallelism, rank, self.config.distillation.uses_logits)
 
     def in_host_memory(self, rank: int) -> int:
-        """The teacher's parameters that `offload_teacher` keeps there: those of its layers."""
+        """Return the number of the teacher's parameters that `offload_teacher` keeps in host memory: its layers'."""
         return sum(self._offloaded_layers(rank))
 
     def staged_layer(self, rank: int) -> int:
-        """Parameters of the largest offloaded layer: each stage has one on the device, two in its forward pass."""
+        """Return the parameters of the largest offloaded layer. A stage holds one, and two in its forward pass."""
         return max(self._offloaded_layers(rank), default=0)
 
     def _offloaded_layers(self, rank: int) -> list[int]:
@@ -105,11 +105,11 @@ class PlannedRun:
         return rank == 0
 
     def is_last(self, rank: int) -> bool:
-        """Return True if it computes the loss."""
+        """Return True if this pipeline rank computes the loss."""
         return self.config.parallelism.num_stages - 1 in stages_of(self.config.parallelism, rank)
 
     def with_fields(self, **fields: Any) -> "PlannedRun":
-        """The planned with fields of the config set: `training__recompute="full"`."""
+        """Return the run with changed fields of the config, such as `training__recompute="full"`."""
         config = self.config
         for name, value in fields.items():
             section, field = name.split("__")

@@ -1,4 +1,4 @@
-"""A plan on one screen."""
+"""Text of a plan, on one screen."""
 
 from distill_nemo.planning.compute import all_work, checkpoint_bytes, copied_bytes, time_of, traffic_bytes
 from distill_nemo.planning.gpus import Gpu
@@ -10,7 +10,7 @@ GB, TFLOP, GFLOP = 1e9, 1e12, 1e9
 
 
 def report(name: str, planned: PlannedRun, gpu: Gpu, utilisation: float) -> str:
-    """Everything that is known of a run before it starts."""
+    """Return everything that is known of a run before it starts."""
     memory = fullest(planned)
     parts = (
         [_heading(name, planned, gpu)],
@@ -132,5 +132,5 @@ def _time(planned: PlannedRun, gpu: Gpu, utilisation: float) -> list[str]:
     copies = "copies from host memory, " if planned.config.distillation.offload_teacher else ""
     return [
         *rows,
-        f"not counted: communication, {copies}data, saving; all tokens are taken to count, experts to be equally busy",
+        f"not included: communication, {copies}data, saving; assumes valid tokens only and experts equally busy",
     ]

@@ -1,1 +1,1 @@
-"""Metrics to plots, tables and pages; no torch."""
+"""Plots, tables and pages of metrics. No torch."""

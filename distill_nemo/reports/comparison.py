@@ -1,8 +1,8 @@
-"""Models side by side: what a row says, how its numbers read, who is best, and the finding in one sentence. No torch.
+"""Comparison of models: format of its numbers, the best model of each column, and the finding in a sentence. No torch.
 
 A row is `{"model": name, "parameters": n, "lm_loss": nats, "perplexity": x, "forward_kl": nats,
-"top1_agreement": 0 to 1}`; a missing, null or NaN entry reads as a dash. What a model is to the others is told by the
-word in its name: see `role`.
+"top1_agreement": 0 to 1}`. A missing, null or NaN entry is printed as a dash. A model's role follows from its name, see
+`role`.
 """
 
 import math
@@ -18,23 +18,23 @@ from rich.text import Text
 Row = dict[str, Any]
 ROLES = ("distilled", "alone", "initial", "teacher")
 MISSING = "–"
-SCIENTIFIC = 1e6  # from here on 4 figures say less than the power of ten
-ZERO = 1e-5  # nats; below is the rounding of a model compared with itself
+SCIENTIFIC = 1e6  # from here on a number is printed as a power of ten
+ZERO = 1e-5  # nats; smaller values are rounding errors of a model compared with itself
 
 
 def role(name: str) -> str:
-    """The first of `ROLES` that occurs in `name`, or "": "distilled student" is distilled."""
+    """Return the first of `ROLES` that occurs in `name`, or "": "distilled student" is distilled."""
     return next((r for r in ROLES if r in name.lower()), "")
 
 
 def finite(value: Any) -> float:
-    """`value` as a float; NaN for whatever is no finite number."""
+    """Return `value` as a float; NaN if it is no finite number."""
     number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     return float(value) if number else math.nan
 
 
-def figure(value: Any) -> str:
-    """Four figures: 0.1502, 43.60, 1,234, 1e30, inf."""
+def four_digits(value: Any) -> str:
+    """Format a number with four significant digits: 0.1502, 43.60, 1,234, 1e30, inf."""
     if not isinstance(value, int | float) or (math.isnan(finite(value)) and value not in (math.inf, -math.inf)):
         return MISSING
     if math.isinf(value):
@@ -47,26 +47,26 @@ def figure(value: Any) -> str:
 
 
 def count(value: Any) -> str:
-    """Parameters or tokens: 950, 1.2 M, 134 M, 8.0 B."""
+    """Format a number of parameters or tokens: 950, 1.2 M, 134 M, 8.0 B."""
     number = finite(value)
     if math.isnan(number):
         return MISSING
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if number >= 0.9995 * size:  # what would round to 1000 of the unit below
+        if number >= 0.9995 * size:  # smaller numbers round to less than 1000 of the next unit
             scaled = number / size
             return f"{scaled:.1f} {unit}" if scaled < 99.95 else f"{scaled:.0f} {unit}"
     return f"{number:.0f}"
 
 
 def percent(value: Any) -> str:
-    """70.1 %."""
+    """Format a share as a percentage: 70.1 %."""
     number = finite(value)
     return MISSING if math.isnan(number) else f"{100 * number:.1f} %"
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the comparison; `better` picks the best of two values, None where none is better."""
+    """A column of the comparison. `better` picks the best of two values; None if neither is better."""
 
     key: str
     title: str
@@ -77,15 +77,15 @@ class Column:
 
 COLUMNS = (
     Column("parameters", "params", "", count, None),
-    Column("lm_loss", "LM loss", "nats per token", figure, min),
-    Column("perplexity", "perplexity", "", figure, min),
-    Column("forward_kl", "forward KL", "nats per token", figure, min),
+    Column("lm_loss", "LM loss", "nats per token", four_digits, min),
+    Column("perplexity", "perplexity", "", four_digits, min),
+    Column("forward_kl", "forward KL", "nats per token", four_digits, min),
     Column("top1_agreement", "top-1 agreement", "of tokens", percent, max),
 )
 
 
 def best(table: list[Row], column: Column) -> set[str]:
-    """Names of the students that no other student beats; empty with fewer than two to compare."""
+    """Return the names of the best students; empty if there are fewer than two to compare."""
     values = {row["model"]: finite(row.get(column.key)) for row in table if role(row["model"]) != "teacher"}
     values = {name: value for name, value in values.items() if not math.isnan(value)}
     if column.better is None or len(values) < 2:
@@ -95,7 +95,7 @@ def best(table: list[Row], column: Column) -> set[str]:
 
 
 def render_table(table: list[Row]) -> Table:
-    """The comparison for a terminal of 80 columns; a star marks the best student."""
+    """Return the comparison for a terminal of 80 columns; a star marks the best student."""
     out = Table(box=box.SIMPLE_HEAD, caption="held out; losses in nats per token; * best student")
     out.add_column("model", overflow="fold")
     for column in COLUMNS:
@@ -112,7 +112,7 @@ def render_table(table: list[Row]) -> Table:
 
 
 def finding(table: list[Row]) -> str:
-    """Say how much of the LM-loss gap between teacher and student alone the distilled student closes."""
+    """Return a sentence: how much of the LM-loss gap between teacher and student alone the distilled student closes."""
     rows = {name: _lowest([row for row in table if role(row["model"]) == name]) for name in ROLES}
     teacher, alone, distilled = rows["teacher"], rows["alone"], rows["distilled"]
     if not (teacher and alone and distilled):
@@ -122,7 +122,9 @@ def finding(table: list[Row]) -> str:
     if abs(gain) < 5e-4:
         return f"Distillation makes no difference in held-out LM loss: {us}, {them}."
     if gain < 0:
-        return f"Distillation loses: in held-out LM loss {us} is worse than {them} by {figure(-gain)} nats per token."
+        return (
+            f"Distillation loses: in held-out LM loss {us} is worse than {them} by {four_digits(-gain)} nats per token."
+        )
     if gap <= 0:
         return f"Distillation wins, with no gap to close: {us}, {them}, {_named(teacher)}, in nats per token."
     if gain >= gap:
@@ -150,4 +152,4 @@ def _lowest_of_all(table: list[Row]) -> str:
 
 
 def _named(row: Row) -> str:
-    return f"{row['model']} ({figure(row['lm_loss'])})"
+    return f"{row['model']} ({four_digits(row['lm_loss'])})"

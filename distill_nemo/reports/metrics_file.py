@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object a line, `kind` train, eval or end; losses: global token means in nats. No torch."""
+"""`metrics.jsonl`: one JSON object per line, of `kind` train, eval or end. Losses are token means in nats. No torch."""
 
 import json
 from pathlib import Path
@@ -8,20 +8,20 @@ from distill_nemo.runtime.files import write_atomically
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
-    """Add a line."""
+    """Append a line."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the lines that a run wrote; what is no JSON object with a step (cut by a kill, say) is left out."""
+    """Return the lines of a run, without those that are no JSON object with a step, such as one cut by a kill."""
     return [line for raw in _raw_lines(path) if (line := _parsed(raw)) is not None and _step(line) is not None]
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Drop what comes after `step`, atomically: the resumed run writes it anew; from step 0 on, its evaluation too.
+    """Drop the lines after `step`, atomically, since the resumed run writes them again; at step 0 also those of step 0.
 
-    Lines that are no JSON objects are dropped too. All others stay as they are, byte for byte.
+    Lines that are no JSON objects are dropped too. All others stay the same, byte for byte.
     """
     kept = []
     for raw in _raw_lines(path):

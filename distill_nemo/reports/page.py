@@ -1,4 +1,4 @@
-"""The report of some runs: one HTML page that can be mailed, and its plots beside it. No torch."""
+"""The report of several runs: a self-contained HTML page, and its plots beside it. No torch."""
 
 import base64
 import statistics
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_nemo.reports import metrics_file, plots
-from distill_nemo.reports.comparison import COLUMNS, Row, best, count, figure, finding, finite, render_table
+from distill_nemo.reports.comparison import COLUMNS, Row, best, count, finding, finite, four_digits, render_table
 from distill_nemo.runtime.files import writing_directory
 
 __all__ = ["render_table", "write_report"]
@@ -21,21 +21,21 @@ def write_report(
     """Write `report.html`, `comparison.png` and `loss_curves.png` into `directory`, replacing an earlier report.
 
     Args:
-        directory: of the report alone.
-        runs: name of a run -> its `metrics.jsonl`; a missing or empty one is named as such.
-        table: the models compared, see `comparison`.
-        facts: what was run, in the order to show.
+        directory: directory for the report and nothing else.
+        runs: name of a run -> its `metrics.jsonl`; missing and empty files are listed as such.
+        table: the compared models, see `comparison`.
+        facts: settings of the runs, in the order to show.
         samples: `model`, `prompt` and generated `text` (which may begin with the prompt).
 
     Returns:
-        The page.
+        Path of the page.
 
     Raises:
-        ValueError: when `directory` holds anything but a report; it is left as it was.
+        ValueError: if `directory` holds anything but a report; nothing is changed then.
     """
     strange = sorted(path.name for path in directory.iterdir() if path.name not in FILES) if directory.is_dir() else []
     if strange:
-        raise ValueError(f"{directory} holds {strange[0]}, which is no part of a report: name a directory of its own")
+        raise ValueError(f"{directory} holds {strange[0]}, which is not part of a report: name an empty directory")
     with writing_directory(directory) as partial:
         lines = {name: metrics_file.read(path) for name, path in runs.items()}
         colour = plots.colours([row["model"] for row in table], lines)
@@ -53,7 +53,7 @@ def _page(
     samples: list[dict[str, str]],
     images: dict[str, str],
 ) -> str:
-    """The page's HTML; every value is escaped."""
+    """Return the page's HTML, with every value escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     loader = FileSystemLoader(Path(__file__).parent)
@@ -76,7 +76,7 @@ def _page(
 
 
 def _effort(lines: plots.Lines) -> list[str]:
-    """Steps, tokens, time in steps, median tokens/s and last training loss of a run."""
+    """Return steps, tokens, time of the steps, median tokens/s and last training loss of a run."""
     steps = [line for line in lines if line.get("kind") == "train"]
     last: dict[str, Any] = steps[-1] if steps else {}
     rates = [rate for line in steps if (rate := finite(line.get("tokens_per_second"))) > 0]
@@ -86,5 +86,5 @@ def _effort(lines: plots.Lines) -> list[str]:
         count(last.get("tokens", 0)),
         f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}",
         f"{statistics.median(rates):,.0f}" if rates else "–",
-        figure(last.get("lm_loss")),
+        four_digits(last.get("lm_loss")),
     ]

@@ -1,4 +1,4 @@
-"""Loss curves and the comparison as figures. Agg through the object API: no window, no global state. No torch."""
+"""Plots of loss curves and of the comparison, by Matplotlib's object API: no window, no global state. No torch."""
 
 import math
 import textwrap
@@ -12,12 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from distill_nemo.reports.comparison import COLUMNS, Row, best, figure, finite, role
+from distill_nemo.reports.comparison import COLUMNS, Row, best, finite, four_digits, role
 
 Lines = list[dict[str, Any]]  # of a metrics.jsonl
 BLACK, GRAY, PALE = "#222222", "#8a8a8a", "#d9d9d9"
 ROLE_COLOURS = {"teacher": BLACK, "initial": GRAY, "alone": "#d55e00", "distilled": "#0072b2"}
-OTHER_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: told apart by the colour-blind too
+OTHER_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: safe for the colour-blind
 STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 10,
@@ -32,11 +32,11 @@ STYLE: Any = {
     "xtick.labelcolor": BLACK,
     "ytick.labelcolor": BLACK,
     "legend.frameon": False,
-    "text.parse_math": False,  # names are the user's: a dollar sign is a dollar sign
+    "text.parse_math": False,  # a dollar sign in a user's name is a dollar sign
 }
 PANELS = {"lm_loss": "LM loss, nats per token", "forward_kl": "forward KL to the teacher, nats per token"}
 COMPARED = ("lm_loss", "forward_kl", "top1_agreement")
-LOG_RATIO = 30  # a curve that spans more than this is drawn on a logarithmic axis
+LOG_RATIO = 30  # curves that span more than this get a logarithmic axis
 
 
 @matplotlib.rc_context(STYLE)
@@ -46,7 +46,7 @@ def save(figure_: Figure, path: Path) -> None:
 
 
 def colours(table_names: Iterable[str], run_names: Iterable[str]) -> dict[str, str]:
-    """A colour for every name; a run and a table row that are the only ones of their role share it."""
+    """Return a colour for every name. A run and a table row share one if they are the only ones of their role."""
     keys: dict[str, str] = {}
     for names in (list(table_names), list(run_names)):
         roles = [role(name) for name in names]
@@ -58,7 +58,7 @@ def colours(table_names: Iterable[str], run_names: Iterable[str]) -> dict[str, s
 
 @matplotlib.rc_context(STYLE)
 def loss_curves(runs: dict[str, Lines], colour: dict[str, str]) -> Figure:
-    """Held-out LM loss of every run over the tokens it saw, its training loss light behind; held-out KL if measured."""
+    """Plot held-out LM loss over tokens, with the training loss in a light colour, and held-out KL if measured."""
     measured = any(_series(lines, "eval", "forward_kl", "step")[0] for lines in runs.values())
     panels = ["lm_loss", "forward_kl"] if measured else ["lm_loss"]
     drawing = Figure(figsize=(4.8 * len(panels) + 0.6, 4), layout="constrained")
@@ -69,7 +69,7 @@ def loss_curves(runs: dict[str, Lines], colour: dict[str, str]) -> Figure:
 
 @matplotlib.rc_context(STYLE)
 def comparison(table: list[Row], colour: dict[str, str]) -> Figure:
-    """LM loss, forward KL and top-1 agreement of all models: one panel each, every value written beside its dot."""
+    """Plot LM loss, forward KL and top-1 agreement of all models, a panel each, with every value beside its dot."""
     drawing = Figure(figsize=(9.6, 0.9 + 0.42 * max(len(table), 2)), layout="constrained")
     panels = drawing.subplots(1, len(COMPARED), sharey=True)
     for axes, name in zip(panels, COMPARED, strict=True):
@@ -91,20 +91,20 @@ def _curves(axes: Axes, runs: dict[str, Lines], name: str, colour: dict[str, str
             axes.plot([t / unit for t in train_x], train_y, zorder=1, **light)
         if x:
             style = {"color": colour[run], "linewidth": 1.8, "marker": "o", "markersize": 4}
-            axes.plot([t / unit for t in x], y, label=f"{run}  {figure(y[-1])}", **style)
+            axes.plot([t / unit for t in x], y, label=f"{run}  {four_digits(y[-1])}", **style)
         elif train_x:
-            axes.plot([], [], color=colour[run], alpha=0.4, label=f"{run}  {figure(train_y[-1])} (training)")
+            axes.plot([], [], color=colour[run], alpha=0.4, label=f"{run}  {four_digits(train_y[-1])} (training)")
         drawn += train_y + y
     drawn += _frozen_teacher(axes, runs) if name == "lm_loss" else []
     _finish(axes, drawn, PANELS[name], label)
 
 
 def _frozen_teacher(axes: Axes, runs: dict[str, Lines]) -> list[float]:
-    """A dashed line at the loss of the teacher that the last run with one was compared with."""
+    """Draw a dashed line at the loss of the teacher with which the last run was compared."""
     losses = [y for lines in runs.values() for y in _series(lines, "eval", "teacher_lm_loss", "step")[1]]
     if losses:
-        trained_here = any(role(run) == "teacher" for run in runs)  # its own curve says the number
-        label = "_" if trained_here else f"frozen teacher  {figure(losses[-1])}"
+        trained_here = any(role(run) == "teacher" for run in runs)  # its own curve has the number
+        label = "_" if trained_here else f"frozen teacher  {four_digits(losses[-1])}"
         axes.axhline(losses[-1], label=label, color=BLACK, linewidth=1, linestyle=(0, (4, 3)))
     return losses[-1:]
 
@@ -126,7 +126,7 @@ def _finish(axes: Axes, drawn: list[float], title: str, label: str) -> None:
 
 
 def _clock(runs: Iterable[Lines]) -> tuple[str, float, str]:
-    """Return key, unit and label of the x axis: tokens where every line has them, else steps."""
+    """Return key, unit and label of the x axis: tokens if every line has them, else steps."""
     lines = [line for run in runs for line in run]
     if any(math.isnan(finite(line.get("tokens"))) for line in lines):
         return "step", 1.0, "optimizer step"
@@ -138,7 +138,7 @@ def _clock(runs: Iterable[Lines]) -> tuple[str, float, str]:
 
 
 def _series(lines: Lines, kind: str, name: str, clock: str) -> tuple[list[float], list[float]]:
-    """Finite (clock, value) pairs of `name`."""
+    """Return the finite values of `name` and their clocks, as (clocks, values)."""
     of_kind = (line for line in lines if line.get("kind") == kind)
     pairs = [(finite(line.get(clock)), finite(line.get(name))) for line in of_kind]
     pairs = [pair for pair in pairs if not any(map(math.isnan, pair))]
@@ -146,7 +146,7 @@ def _series(lines: Lines, kind: str, name: str, clock: str) -> tuple[list[float]
 
 
 def _dots(axes: Axes, table: list[Row], name: str, colour: dict[str, str]) -> None:
-    """A dot for every model; a value far beyond the others is an arrow at the edge, so that the others stay apart."""
+    """Draw a dot for every model. A value far beyond the others is an arrow at the edge, so the others stay apart."""
     column = next(c for c in COLUMNS if c.key == name)
     values = [finite(row.get(name)) for row in table]
     low, high = (0.0, 1.0) if name == "top1_agreement" else _scale(values)
@@ -176,7 +176,7 @@ def _dots(axes: Axes, table: list[Row], name: str, colour: dict[str, str]) -> No
 
 
 def _scale(values: list[float]) -> tuple[float, float]:
-    """Least and greatest value to draw to scale: of more than three, one far above the others is left out."""
+    """Return the least and greatest value to draw to scale, without those far above the rest if more than three."""
     known = sorted(value for value in values if not math.isnan(value)) or [0.0]
     while len(known) > 3 and known[-1] - known[-2] > 2 * (known[-2] - known[0]):
         known.pop()

@@ -1,1 +1,1 @@
-"""Device, process groups, seeds, signals."""
+"""Devices, process groups, files, seeds, signals and faults."""

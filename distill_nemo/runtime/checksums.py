@@ -1,6 +1,6 @@
-"""SHA-256 of every file of a checkpoint, in the format of `sha256sum -c SHA256SUMS`. All of it reaches the disk.
+"""SHA-256 of every file of a checkpoint, in the format of `sha256sum -c SHA256SUMS`; all files are fsynced.
 
-Ranks share the reading: each hashes the files that it wrote, and checks every world-size-th.
+Ranks share the work: each hashes the files that it wrote, and checks one file in world-size on resume.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
 def sum_own_files(directory: Path, rank: int) -> None:
-    """Hash the tensor files that this rank wrote, into a part that `join_sums` collects."""
+    """Hash the tensor files that this rank wrote, into a file that `join_sums` collects."""
     files = list(directory.glob(f"__{rank}_*.distcp"))
     for path in files:
         fsync(path)
@@ -24,7 +24,7 @@ def sum_own_files(directory: Path, rank: int) -> None:
 
 
 def then_sum_own_files(write: Any, directory: Path, rank: int) -> Any:
-    """`write`, and `sum_own_files` after it, in the same process: an async save's own, away from the training."""
+    """Return `write` followed by `sum_own_files` in the same process, which is an async save's, not training's."""
     return partial(_write_and_sum, write, directory, rank)
 
 
@@ -34,7 +34,7 @@ def _write_and_sum(write: Any, directory: Path, rank: int, *args: Any, **kwargs:
 
 
 def join_sums(directory: Path) -> None:
-    """Make one file of the parts and of what no rank has hashed; called once, when all else is written."""
+    """Join the ranks' sums into one file and add files that no rank has hashed; called once, after all is written."""
     parts, sums = sorted(directory.glob(f"{SUMS}.*")), {}
     for part in parts:
         sums |= read_sums(part)
@@ -53,7 +53,7 @@ def read_sums(path: Path) -> dict[str, str]:
     """Return file name -> hexadecimal sum.
 
     Raises:
-        ValueError: when a line is no sum, or a name comes twice or lies elsewhere.
+        ValueError: if a line is no sum, or a name occurs twice or points outside the directory.
     """
     sums: dict[str, str] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -62,7 +62,7 @@ def read_sums(path: Path) -> dict[str, str]:
             raise ValueError("not in the format of sha256sum")
         value, name = match.groups()
         if name in sums or name.startswith("/") or ".." in name.split("/"):
-            raise ValueError(f"{name[:80]} is named twice, or lies elsewhere")
+            raise ValueError(f"{name[:80]} is named twice, or lies outside the checkpoint")
         sums[name] = value
     return sums
 

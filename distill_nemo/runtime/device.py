@@ -1,7 +1,7 @@
-"""CUDA when it is there; otherwise what Megatron-Core 0.19 needs to run on CPU and gloo.
+"""Choice of the device, and the patches that let Megatron-Core 0.19 run on CPU and gloo.
 
-Nothing is replaced by importing this module, and nothing at all where CUDA is available: `setup_device` does it, once,
-and must come before `megatron` is imported (Megatron annotates with `torch.cuda` classes at import).
+Importing this module replaces nothing, and nothing is ever replaced if CUDA is available. `setup_device` does it, once,
+and must run before `megatron` is imported, since Megatron annotates with `torch.cuda` classes at import.
 """
 
 import functools
@@ -35,23 +35,23 @@ def setup_device() -> torch.device:
 
 
 def backend() -> str:
-    """The collective backend that fits the device."""
+    """Return the collective backend for the device."""
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
 def resolve_dtype(name: str) -> torch.dtype:
-    """`auto` is bfloat16 on CUDA and float32 on CPU."""
+    """Return the dtype of this name; `auto` is bfloat16 on CUDA and float32 on CPU."""
     if name == "auto":
         return torch.bfloat16 if torch.cuda.is_available() else torch.float32
     return getattr(torch, name)
 
 
 def quiet_third_parties() -> None:
-    """Turn off messages that no user can act on. Errors stay."""
+    """Silence warnings on which no user can act. Errors stay."""
     warnings.filterwarnings("ignore", module=r"(torch|megatron|modelopt|transformers|nemo_run)(\..*)?")
-    # Warnings of C++ and of deprecated classes carry the place of our __torch_function__, so these go by their text:
-    # Megatron's optimizer reads `.grad` of views; its checkpoints are made of ShardedTensors; a barrier on GPUs
-    # wants to be told the device that is set.
+    # Warnings from C++ and from deprecated classes are attributed to our __torch_function__, so these are matched by
+    # text. Megatron's optimizer reads `.grad` of views; its checkpoints use ShardedTensors; a barrier on GPUs asks
+    # for the device that is already set.
     for text in (
         "pynvml",
         "torch_dtype",
@@ -77,14 +77,14 @@ def _quiet_transformers() -> None:
 
 
 class _Stream:
-    """Stands for the current `torch.cuda.Stream`: CPU work is already in order."""
+    """Stand-in for `torch.cuda.Stream`; CPU work is already in order."""
 
     def wait_stream(self, *args: Any) -> None: ...
     def synchronize(self) -> None: ...
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """`device="cuda"` and `.to("cuda:0")` inside Megatron mean the CPU."""
+    """Mode in which `device="cuda"` and `.to("cuda:0")` mean the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -108,7 +108,7 @@ def _replace_cuda_by_cpu() -> None:
 def cpu_replacements() -> list[tuple[Any, str, Any]]:
     """Return (owner, name, value) of every patch that Megatron-Core 0.19 needs.
 
-    tests/unit/runtime/test_patches.py takes each back and sees a run fail.
+    tests/unit/runtime/test_patches.py reverts each and checks that a run then fails.
     """
     cpu, cuda = torch.device("cpu"), torch.cuda
     random = importlib.import_module("megatron.core.tensor_parallel.random")
@@ -120,13 +120,13 @@ def cpu_replacements() -> list[tuple[Any, str, Any]]:
         (torch.Tensor, "cuda", lambda self, *a, **k: self),
         (torch.Tensor, "type", _type_as_on_cuda(torch.Tensor.type)),
         (random, "_get_cuda_rng_state", lambda *a, **k: torch.get_rng_state()),
-        # Torch would keep every call for the day CUDA starts: 270 kB a step. Nothing here draws from those states.
+        # Torch would queue every call until CUDA starts, 270 kB a step. Nothing here draws from those states.
         (random, "_set_cuda_rng_state", lambda *a, **k: None),
     ]
 
 
 def _type_as_on_cuda(plain_type: Any) -> Any:
-    """`megatron.core.optimizer.clip_grads` asserts `grad.type() == "torch.cuda.FloatTensor"`."""
+    """Return `Tensor.type` with the names of CUDA tensors, which `megatron.core.optimizer.clip_grads` asserts."""
 
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs:

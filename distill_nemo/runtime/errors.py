@@ -1,4 +1,4 @@
-"""Errors as a user reads them. No torch."""
+"""Errors as the user sees them. No torch."""
 
 import contextlib
 import os
@@ -6,15 +6,15 @@ import sys
 import time
 from collections.abc import Iterator
 
-RANK_0_SECONDS = 10.0  # how long another rank's error waits for rank 0 to say it
+RANK_0_SECONDS = 10.0  # that other ranks wait for rank 0 to print an error
 
 
 @contextlib.contextmanager
 def errors_in_one_screen() -> Iterator[None]:
-    """Errors that this package raises are for the user: print `error: ...` and exit 1. Others keep their traceback.
+    """Print errors that this package raises as `error: ...` and exit with 1. Others keep their traceback.
 
-    Under torchrun all ranks meet the same error, and the first one that ends has the others killed. So rank 0 speaks,
-    and the others wait for that; one that is still alive afterwards had an error of its own, and says so.
+    Under torchrun all ranks usually raise the same error, and the first rank to end has the others killed. So rank 0
+    prints it and the others wait. A rank that is still alive afterwards had an error of its own and prints that.
     """
     try:
         yield

@@ -1,7 +1,7 @@
 """Hash files by content, in parts that several processes can share. No torch.
 
-A safetensors file is hashed tensor by tensor: the order of its header, which varies between two writes of the same
-tensors, does not count, nor does its metadata.
+A safetensors file is hashed tensor by tensor. Its metadata and the order of its header, which varies between two writes
+of the same tensors, do not affect the hash.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ MAX_HEADER_BYTES = 10**8  # of the format itself
 
 @dataclass(frozen=True)
 class Part:
-    """Some bytes of a file; `label` says what they are, wherever they stand."""
+    """Range of bytes of a file. `label` identifies their content, independent of the offset."""
 
     path: Path
     label: str
@@ -25,7 +25,7 @@ class Part:
 
 
 def parts(path: Path) -> list[Part]:
-    """Divide a file into its tensors, or only by size, so that no part has more than `PART_BYTES`."""
+    """Divide a file into its tensors, if it is a safetensors file, and into parts of at most `PART_BYTES`."""
     size = path.stat().st_size
     spans = _tensors(path, size) if path.suffix == ".safetensors" else None
     return [
@@ -39,7 +39,7 @@ def hash_part(part: Part) -> str:
     """Return the SHA-256 of a part's label and bytes.
 
     Raises:
-        ValueError: when the file is shorter than it was.
+        ValueError: if the file has become shorter.
     """
     digest = hashlib.sha256(f"{part.label}:{part.length}\n".encode())
     left = part.length
@@ -55,12 +55,12 @@ def hash_part(part: Part) -> str:
 
 
 def join_hashes(hashes: list[str]) -> str:
-    """Return one hash of a file's parts, whatever their order."""
+    """Return one hash for the parts of a file, independent of their order."""
     return hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest()
 
 
 def _tensors(path: Path, size: int) -> list[tuple[str, int, int]] | None:
-    """Return (name, dtype and shape; first byte; end) of every tensor, or None where the header is damaged."""
+    """Return (name, dtype and shape; first byte; end) of every tensor, or None if the header is damaged."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

@@ -1,4 +1,4 @@
-"""Read and write files; a crash or a power loss leaves the old content or the new one. No torch."""
+"""Read and write files so that a crash or power loss leaves either the old content or the new. No torch."""
 
 import contextlib
 import errno
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # of a directory, on some network file systems
-
 MAX_JSON_BYTES = 256 * 2**20
 
 
@@ -19,7 +18,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object that a file holds.
 
     Raises:
-        ValueError: when the file cannot be read, is larger than any configuration, or holds something else.
+        ValueError: if the file cannot be read, has more than `MAX_JSON_BYTES`, or holds something else.
     """
     try:
         size = path.stat().st_size
@@ -34,15 +33,15 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_object_if_any(path: Path) -> dict[str, Any]:
-    """Return the JSON object that a file holds, or an empty one where there is no file."""
+    """Return the JSON object that a file holds, or an empty one if there is no file."""
     return read_object(path) if path.is_file() else {}
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace `path` by `content` (text as UTF-8), durably; after an error the old file is still there.
+    """Replace `path` by `content` (text as UTF-8), durably. After an error the old file is still there.
 
     Raises:
-        OSError: when it cannot be written.
+        OSError: if it cannot be written.
     """
     partial = path.with_name(path.name + ".partial")
     try:
@@ -59,7 +58,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Put a file's content, or a directory's entries, on the disk."""
+    """Flush a file's content, or a directory's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -72,7 +71,7 @@ def fsync(path: Path) -> None:
 
 @contextlib.contextmanager
 def writing_directory(target: Path) -> Iterator[Path]:
-    """Yield an empty directory that takes the place of `target` at the end of the block, or disappears on an error."""
+    """Yield an empty directory that replaces `target` at the end of the block, or is removed on an error."""
     partial = target.with_name(f".{target.name}.partial")
     restore_replaced(target)
     shutil.rmtree(partial, ignore_errors=True)
@@ -85,7 +84,7 @@ def writing_directory(target: Path) -> Iterator[Path]:
 
 
 def replace_directory(new: Path, target: Path) -> None:
-    """Put a whole directory in the place of `target`, durably. A crash loses neither: see `restore_replaced`."""
+    """Replace `target` by the directory `new`, durably. A crash loses neither: see `restore_replaced`."""
     for path in (*new.rglob("*"), new):
         fsync(path)
     old = _replaced(target)
@@ -102,7 +101,7 @@ def replace_directory(new: Path, target: Path) -> None:
 
 
 def restore_replaced(target: Path) -> None:
-    """Bring back the directory that an interrupted `replace_directory` had moved aside, if its successor is missing."""
+    """Restore the directory that an interrupted `replace_directory` moved aside, if its successor is missing."""
     old = _replaced(target)
     if old.exists() and not target.exists():
         old.rename(target)

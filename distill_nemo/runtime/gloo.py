@@ -1,7 +1,7 @@
 """One device for all gloo groups of a process.
 
-Torch gives every group a device of its own, whose thread wakes up a hundred times a second. A layout has some twenty
-groups, and destroyed ones often keep theirs: a process that had had 60 took 4 % of a core by doing nothing.
+Torch gives every group its own device, whose thread wakes up a hundred times a second. A layout has some twenty groups,
+and destroyed ones often keep their device. An idle process with 60 groups behind it used 4 % of a core.
 """
 
 import functools
@@ -21,7 +21,7 @@ def _device() -> Any:
 
 
 class _OnOneDevice(ProcessGroupGloo):
-    """A gloo group as torch makes it, except for its device. The timeout cannot be changed later."""
+    """Gloo group on the shared device, else as torch makes it. Its timeout cannot be changed later."""
 
     def __init__(self, store: Any, rank: int, size: int, timeout: timedelta, **options_of_newer_torch: Any) -> None:
         options = ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
@@ -32,6 +32,6 @@ class _OnOneDevice(ProcessGroupGloo):
 
 
 def share_gloo_device() -> None:
-    """Let groups that are made from now on share a device, unless GLOO_SOCKET_IFNAME asks for several interfaces."""
+    """Make new groups share a device, unless GLOO_SOCKET_IFNAME names several interfaces."""
     if "," not in os.environ.get("GLOO_SOCKET_IFNAME", ""):
         distributed_c10d.ProcessGroupGloo = _OnOneDevice

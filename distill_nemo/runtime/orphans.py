@@ -1,4 +1,4 @@
-"""End a process whose parent has died: a rank without its torchrun, an export without its run. No torch."""
+"""End a process whose parent has died, such as a rank without its torchrun or an export without its run. No torch."""
 
 import os
 import signal
@@ -12,8 +12,8 @@ GRACE_SECONDS = 600.0  # to save a checkpoint
 def end_with_parent(grace: float = GRACE_SECONDS) -> None:
     """Send this process SIGTERM when its parent dies, and SIGKILL `grace` seconds later.
 
-    On SIGTERM a run that trains stops with a checkpoint; all else ends at once. A thread looks, because Linux's
-    PR_SET_PDEATHSIG fires when the parent's thread ends that started this process.
+    On SIGTERM a training run saves a checkpoint and stops; anything else ends at once. A thread polls, because Linux's
+    PR_SET_PDEATHSIG fires when the thread that started this process ends, not only when the parent does.
     """
     threading.Thread(target=_watch, args=(os.getppid(), grace), name="orphan watch", daemon=True).start()
 

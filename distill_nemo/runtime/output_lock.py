@@ -1,4 +1,4 @@
-"""One process at a time writes an output. No torch, but for the ranks of a run."""
+"""Locks that let only one process at a time write an output. Imports torch only for the ranks of a run."""
 
 import contextlib
 import errno
@@ -18,18 +18,18 @@ UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class OutputLock:
-    """`with OutputLock(path, "output = X"):` holds a POSIX lock on the file `path` meanwhile.
+    """Context manager that holds a POSIX lock on the file `path`: `with OutputLock(path, "output = X"):`.
 
-    The kernel, or the file server, frees the lock when the process ends, however it ends. A file that is left is stale,
-    and taken over. Unlike flock's, the lock is not inherited by child processes. Missing directories are made, and
-    removed again if they are still empty.
+    The kernel, or the file server, frees the lock when the process ends in any way. A lock file left behind is stale
+    and is taken over. Unlike a lock by flock, it is not inherited by child processes. Missing directories are created,
+    and removed again if they are still empty.
 
     Args:
-        path: the lock file. It belongs beside an output that appears by a rename, not inside.
+        path: the lock file. If the output appears by a rename, it lies beside the output, not inside.
         what: field and value that the user set, for the error.
 
     Raises:
-        ValueError: when another process holds the lock, naming it and its host, or when `path` cannot be written.
+        ValueError: if another process holds the lock, naming it and its host, or if `path` cannot be written.
     """
 
     def __init__(self, path: Path, what: str) -> None:
@@ -46,7 +46,7 @@ class OutputLock:
         self.free()
 
     def take(self) -> str | None:
-        """Lock, or return the reason why not."""
+        """Take the lock, or return the reason why it cannot be taken."""
         try:
             return self._wait()
         except OSError as error:
@@ -55,10 +55,10 @@ class OutputLock:
             return f"{self.what}: {where} cannot be written: {error.strerror}"
 
     def free(self) -> None:
-        """Unlock, if this process holds the lock."""
+        """Release the lock, if this process holds it."""
         if self._file is not None:
             with contextlib.suppress(OSError):
-                self.path.unlink()  # while it is locked, so that nobody locks a file that goes away
+                self.path.unlink()  # while locked, so that nobody locks a file about to be removed
             os.close(self._file)
             self._file = None
         with contextlib.suppress(OSError):
@@ -88,7 +88,7 @@ class OutputLock:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(file).st_ino != self.path.stat().st_ino:
-                raise FileNotFoundError  # freed and removed by its holder in between
+                raise FileNotFoundError  # its holder has released and removed it meanwhile
         except (BlockingIOError, PermissionError, FileNotFoundError):
             os.close(file)
             return False
@@ -115,7 +115,7 @@ class OutputLock:
         return True
 
     def _holder(self, content: bytes | None = None) -> dict[str, str]:
-        """Return what the holder wrote about itself, as far as it can be read."""
+        """Return what the holder wrote about itself; unreadable parts are "unknown"."""
         holder = {"host": "unknown host", "process": "a process", "since": "unknown time", "boot": ""}
         with contextlib.suppress(OSError, ValueError, AttributeError):
             written = json.loads(self.path.read_bytes() if content is None else content)
@@ -125,7 +125,7 @@ class OutputLock:
 
 @contextlib.contextmanager
 def locked_by_rank_0(path: Path, what: str) -> Iterator[None]:
-    """`OutputLock` for the ranks of a run, which must all call it: rank 0 holds the lock, all raise a refusal."""
+    """Hold an `OutputLock` on rank 0; if it is refused, all ranks raise. Collective: every rank must call it."""
     import torch.distributed as dist
 
     lock = OutputLock(path, what)
@@ -140,7 +140,7 @@ def locked_by_rank_0(path: Path, what: str) -> Iterator[None]:
 
 
 def _machine() -> dict[str, str]:
-    """This machine since its start: a pod keeps its host name on another node."""
+    """Return host name and boot id, since a pod keeps its host name when it moves to another machine."""
     with contextlib.suppress(OSError):
         return {"host": socket.gethostname(), "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip()}
     return {"host": socket.gethostname()}

@@ -1,8 +1,7 @@
-"""Read distributed checkpoints without running anything that they hold.
+"""Read distributed checkpoints without executing code from them.
 
-torch 2.13 unpickles two things without a look: the table of contents (`FileSystemReader.read_metadata`) and whatever
-stands in a `.distcp` where no tensor is expected, or where the table says that none stands
-(`DefaultLoadPlanner.load_bytes`).
+torch 2.13 unpickles two things unchecked: the table of contents (`FileSystemReader.read_metadata`), and any entry of a
+`.distcp` that the caller or the table does not declare to be a tensor (`DefaultLoadPlanner.load_bytes`).
 """
 
 import contextlib
@@ -48,10 +47,10 @@ class _Contents(pickle.Unpickler):
 
 
 def read_contents(directory: Path) -> Metadata:
-    """Return a distributed checkpoint's table of contents, unpickled with no class but its own.
+    """Return a distributed checkpoint's table of contents, unpickled with its own classes only.
 
     Raises:
-        ValueError: when `.metadata` is missing or damaged, or names another class.
+        ValueError: if `.metadata` is missing or damaged, or names another class.
     """
     path = directory / ".metadata"
     try:
@@ -59,7 +58,7 @@ def read_contents(directory: Path) -> Metadata:
             contents = _Contents(path, file).load()
     except ValueError:
         raise
-    except Exception as error:  # a cut pickle raises anything
+    except Exception as error:  # a truncated pickle can raise anything
         raise ValueError(f"{path} is missing, corrupt or truncated: {error!r:.200}") from None
     if not isinstance(contents, Metadata):
         raise ValueError(f"{path} is corrupt: it holds a {type(contents).__name__}, and no table of contents")
@@ -68,14 +67,17 @@ def read_contents(directory: Path) -> Metadata:
 
 @contextlib.contextmanager
 def weights_only(directory: Path) -> Iterator[None]:
-    """Let torch, and Megatron and ModelOpt through it, read tensors and plain values of a checkpoint, and no more.
+    """Restrict torch, and through it Megatron and ModelOpt, to tensors and plain values of a checkpoint.
 
-    torch reads the environment at each `torch.load`; this setting wins over `weights_only=False` at the call.
+    torch reads the environment at each `torch.load`; this setting overrides `weights_only=False` of the call.
 
     Raises:
-        ValueError: when a table of contents or an object names anything else, or when the files cannot be read.
+        ValueError: if a table of contents or an object names anything else, or if the files cannot be read.
     """
-    for contents in (directory / ".metadata", *sorted(directory.glob("*/.metadata"))):  # ModelOpt's is below
+    for contents in (
+        directory / ".metadata",
+        *sorted(directory.glob("*/.metadata")),
+    ):  # the second are ModelOpt's
         read_contents(contents.parent)
     before = {name: os.environ.pop(name, None) for name in (FORCE, FORCE_NOT)}
     os.environ[FORCE] = "1"
@@ -83,7 +85,7 @@ def weights_only(directory: Path) -> Iterator[None]:
         yield
     except pickle.UnpicklingError as error:
         raise ValueError(_refusal(directory, error)) from error
-    except CheckpointException as error:  # of torch: a BaseException, around anything that went wrong
+    except CheckpointException as error:  # torch's wrapper of any error, a BaseException
         cause: BaseException = next((failure for failure, _ in error.failures.values()), error)
         if not isinstance(cause, Exception):
             raise  # Ctrl-C

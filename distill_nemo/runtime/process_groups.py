@@ -1,4 +1,4 @@
-"""Start and end the process groups of one run."""
+"""Start and end the process groups of a run."""
 
 import contextlib
 import math
@@ -17,10 +17,10 @@ from distill_nemo.runtime.gloo import share_gloo_device
 
 @contextlib.contextmanager
 def process_groups(parallelism: ParallelismConfig) -> Iterator[None]:
-    """Join the world that torchrun (or SLURM, or nobody: one process) describes, and split it as `parallelism` says.
+    """Join the world that torchrun or SLURM describes (else one process), and divide it by `parallelism`.
 
     Raises:
-        ValueError: when the world size does not fit the layout.
+        ValueError: if the world size does not fit the layout.
     """
     setup_device()
     from megatron.core import parallel_state
@@ -28,7 +28,7 @@ def process_groups(parallelism: ParallelismConfig) -> Iterator[None]:
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(key, value)
     if backend() == "gloo" and parallelism.virtual_pipeline_model_parallel_size:
-        # Of two stages the one before and the one after are the same peer, and gloo pairs their messages wrongly.
+        # With two stages the previous and the next one are the same peer, and gloo mixes up their messages.
         require(
             parallelism.pipeline_model_parallel_size > 2,
             "on CPU a virtual pipeline needs parallelism.pipeline_model_parallel_size of 3 or more, got "
@@ -44,9 +44,9 @@ def process_groups(parallelism: ParallelismConfig) -> Iterator[None]:
         dist.init_process_group(
             backend(),
             timeout=timeout,
-            # No device_id, as in Megatron's own loop: with it, all ranks take part in making every group, also those
-            # they are not in (ncclCommSplit): some two thousand times on 256. Without it, members connect at first use.
-            # A run of one process needs no port, so that two of them never meet.
+            # No device_id, as in Megatron's own loop. With it, every rank takes part in creating every group, even
+            # those it is not in (ncclCommSplit): some two thousand times on 256 ranks. Without it, members connect at
+            # first use. A single process uses no port, so two of them on a machine do not collide.
             **({"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
         )
     try:
@@ -67,9 +67,9 @@ def process_groups(parallelism: ParallelismConfig) -> Iterator[None]:
 
 @contextlib.contextmanager
 def process_group_of_one() -> Iterator[None]:
-    """A world of this process alone, before it joins the run's; nothing listens.
+    """Make a world of this process alone, before it joins the run's. No port is opened.
 
-    Where it has joined one already, that one, and every rank must call it.
+    If the process is in a world already, that one is used, and every rank must call this.
     """
     if dist.is_initialized():
         with process_groups(ParallelismConfig()):
@@ -86,7 +86,7 @@ def process_group_of_one() -> Iterator[None]:
 
 
 def raise_everywhere(refusal: str | None) -> None:
-    """Raise a `ValueError` on every rank where rank 0 has a refusal, so that none waits for it."""
+    """Raise a `ValueError` on every rank if rank 0 has a refusal, so that no rank waits for it."""
     of_rank_0 = [refusal]
     if dist.get_world_size() > 1:
         dist.broadcast_object_list(of_rank_0)
@@ -95,7 +95,7 @@ def raise_everywhere(refusal: str | None) -> None:
 
 
 def stay_on_loopback() -> None:
-    """Let gloo and NCCL listen on loopback alone, if all ranks are on this machine; what the user has set stays."""
+    """Bind gloo and NCCL to loopback if all ranks are on this machine. The user's settings take precedence."""
     here = os.environ.get("MASTER_ADDR", "127.0.0.1") in ("127.0.0.1", "::1", "localhost")
     loopback = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
     if loopback and (here or os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE", "1")):
@@ -104,21 +104,21 @@ def stay_on_loopback() -> None:
 
 
 def open_store() -> dist.TCPStore:
-    """A connection of its own to the store of this run, which has several ranks: who waits there keeps nobody else."""
+    """Open another connection to this run's store, so that waiting on it blocks no other use. Needs several ranks."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
 
 
 def is_joined() -> bool:
-    """True if this process is in the run's world already, or in its caller's."""
+    """Return True if this process is in a world already: the run's, or its caller's."""
     return dist.is_initialized()
 
 
 def rank() -> int:
-    """This process's rank, 0 outside a process group."""
+    """Return this process's rank; outside a process group as torchrun sets it, else 0."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """Number of processes, as torchrun says it."""
+    """Return the number of processes; outside a process group as torchrun sets it, else 1."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))

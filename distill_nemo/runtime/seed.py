@@ -1,4 +1,4 @@
-"""One seed for Python, NumPy, torch and Megatron's tensor-parallel generators."""
+"""Seeds of Python, NumPy, torch and Megatron's tensor-parallel generators."""
 
 import contextlib
 import random
@@ -9,9 +9,9 @@ import torch
 
 
 def seed_everything(seed: int) -> None:
-    """Seed all generators; model-parallel ranks get their own streams where they must differ.
+    """Seed all generators. Model-parallel ranks get their own streams where they must differ.
 
-    Data-parallel ranks share a seed: with equal weights and no dropout they need nothing else.
+    Data-parallel ranks share a seed, which is enough with equal weights and no dropout.
     """
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -23,7 +23,7 @@ def seed_everything(seed: int) -> None:
 
 @contextlib.contextmanager
 def seed_apart(offset: int) -> Iterator[None]:
-    """Draw on the CPU from the run's seed plus `offset`; after it, go on as if nothing had been drawn."""
+    """Draw on the CPU from the run's seed plus `offset`, then restore the generator's state."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(torch.initial_seed() + offset)
         yield

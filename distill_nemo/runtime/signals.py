@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGURG ask for a stop at the end of the step; all ranks agree on it."""
+"""Stop at the end of a step on SIGTERM, SIGINT or SIGURG; all ranks agree on it."""
 
 import signal
 from types import FrameType, TracebackType
@@ -10,17 +10,17 @@ if TYPE_CHECKING:
 _early: list[int] = []
 
 
-def heed_early_warnings() -> None:
-    """From here on a SIGURG is not lost that comes while models load: `StopSignal` begins with it."""
+def keep_early_sigurg() -> None:
+    """Keep a SIGURG that arrives while models load, so that `StopSignal` starts with it."""
     signal.signal(signal.SIGURG, lambda number, frame: _early.append(number))
 
 
 class StopSignal:
-    """`with StopSignal() as stop:` then `stop.requested()` once a step, on every rank.
+    """Context manager that records signals: `with StopSignal() as stop:`, then `stop.requested()` once a step.
 
-    A second SIGINT ends the process at once, as the user expects of a second Ctrl-C. More SIGTERMs are the same
-    request: a scheduler sends it to torchrun and to the ranks, and torchrun sends it to its ranks again. SIGURG is what
-    SLURM is asked to send before a time limit, because whoever does not know it, torchrun included, is left alone.
+    A second SIGINT ends the process at once, as the user expects of a second Ctrl-C. Further SIGTERMs are the same
+    request: a scheduler signals torchrun and the ranks, and torchrun passes its own on to the ranks. Before a time
+    limit SLURM sends SIGURG, since a process without a handler for it, such as torchrun, ignores it.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class StopSignal:
         self.received = self.received or number
 
     def requested(self, device: "torch.device") -> int | None:
-        """The signal that any rank received, or None. One small all-reduce: every rank must call it."""
+        """Return the signal that any rank received, or None. One small all-reduce; every rank must call it."""
         import torch
         import torch.distributed as dist
 

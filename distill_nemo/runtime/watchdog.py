@@ -1,7 +1,7 @@
-"""Watchdog: a rank that hangs is named and the run ends, instead of all waiting in a collective that never comes.
+"""Watchdog that names a rank that hangs and ends the run, instead of letting all wait in a collective.
 
-A thread of every rank reports, through a store, how far its rank has come and where in the code it is, also while the
-rank hangs in C++. A rank whose thread falls silent was stopped, or its machine is gone.
+A thread on every rank reports the rank's progress and place in the code through a store, even while the rank hangs in
+C++. If a thread falls silent, its process was stopped or its machine is gone.
 """
 
 import json
@@ -18,19 +18,19 @@ import torch.distributed as dist
 from distill_nemo.fields import first_few
 from distill_nemo.runtime.process_groups import open_store
 
-SILENT = 5  # intervals without a word
-GRACE_SECONDS = 5.0  # for the rank that speaks
+SILENT_INTERVALS = 5  # without a report
+GRACE_SECONDS = 5.0  # for one rank to print the error, before the others end
 
 
 class _Progress:
-    """Activity of this rank, and when it began; None means that it may take as long as it likes."""
+    """Activity of this rank, and when it began; None if it may take any time."""
 
     doing: str = "starting"
     at: float | None = None
 
 
 def heartbeat(doing: str, watched: bool = True) -> None:
-    """Report that this rank begins something new, which may take any time unless `watched`.
+    """Report that this rank starts an activity. Unless `watched`, it may take any time.
 
     Collectives keep their own timeout.
     """
@@ -38,11 +38,11 @@ def heartbeat(doing: str, watched: bool = True) -> None:
 
 
 class Watchdog:
-    """`with Watchdog(seconds):` around code that calls `heartbeat` ends this process when none comes for so long."""
+    """Context manager that ends this process if its block calls no `heartbeat` for `seconds`."""
 
     def __init__(self, seconds: float) -> None:
         self.interval = max(0.1, min(5.0, seconds / 20))
-        self.seconds = seconds - 2 * self.interval  # before the collectives' own timeout, which names nobody
+        self.seconds = seconds - 2 * self.interval  # before the collectives' own timeout, which names no rank
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._watched, self._ended = threading.get_ident(), threading.Event()
@@ -67,13 +67,13 @@ class Watchdog:
             waited = time.monotonic() - since if since is not None else 0.0
             try:
                 self._report()
-                if waited < self.seconds - (SILENT + 2) * self.interval:
+                if waited < self.seconds - (SILENT_INTERVALS + 2) * self.interval:
                     before = None
                 elif before is None:
                     before, looked = self._reports(), time.monotonic()
-                elif waited > self.seconds and time.monotonic() - looked > SILENT * self.interval:
+                elif waited > self.seconds and time.monotonic() - looked > SILENT_INTERVALS * self.interval:
                     self._end(before)
-            except (RuntimeError, OSError):  # the store's process is gone, or stopped: that of rank 0, or torchrun's
+            except (RuntimeError, OSError):  # the process with the store, rank 0's or torchrun's, is gone or stopped
                 if waited > self.seconds:
                     self._exit("the store on rank 0's machine does not answer")
 
@@ -86,7 +86,7 @@ class Watchdog:
             self._store.set(f"watchdog/{self.rank}", json.dumps(self._own_report()))
 
     def _end(self, before: list[Any]) -> None:
-        """End this process; a rank whose report is as it was SILENT intervals `before` is silent. Clocks may differ."""
+        """End this process. A rank is silent if its report equals the one `before`; no clocks are compared."""
         now = self._reports()
         silent = [rank for rank, report in enumerate(now) if report == before[rank]]
         alive = [rank for rank in range(self.world_size) if rank not in silent]
@@ -98,7 +98,7 @@ class Watchdog:
         self._exit("; ".join(first_few(lines)))
 
     def _reports(self) -> list[Any]:
-        """Return the last report of every rank, None without."""
+        """Return the last report of every rank; None for a rank without one."""
         if self._store is None:
             return [self._own_report()]
         keys = [f"watchdog/{rank}" for rank in range(self.world_size)]
@@ -106,8 +106,8 @@ class Watchdog:
 
     def _exit(self, problem: str) -> None:
         print(
-            f"error: no progress for {self.seconds:.0f} s (parallelism.timeout_minutes): {problem}. The same command "
-            "goes on from the last checkpoint",
+            f"error: no progress for {self.seconds:.0f} s (parallelism.timeout_minutes): {problem}. Run the same "
+            "command again to resume from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )
@@ -119,18 +119,18 @@ def _place_of(report: dict[str, Any] | None) -> str:
 
 
 def _place(frame: FrameType | None) -> str:
-    """Return the waiting collective and its caller, else the innermost call; and the line of ours it came from."""
+    """Return the waiting collective and its caller, else the innermost call, and the line of ours that led there."""
     calls: list[str] = []
     waits = False  # in torch.distributed
     while frame is not None:
         path = Path(frame.f_code.co_filename)
         place = f"{frame.f_code.co_name} ({path.name}:{frame.f_lineno})"
         if "distributed_c10d" in path.name:
-            calls, waits = [place], True  # the collective itself, rather than what it consists of
+            calls, waits = [place], True  # the collective itself rather than its inner calls
         elif not calls or "distill_nemo" in path.parts:
             calls.append(place)
         elif waits and "torch" not in path.parts and path.name != "contextlib.py":
-            calls.append(place)  # _coalescing_manager says little without it
+            calls.append(place)  # names the caller of _coalescing_manager
             waits = False
         if "distill_nemo" in path.parts:
             break

@@ -1,1 +1,1 @@
-"""The lean loop and what it steps."""
+"""Entry, setup, training loop, forward step and metrics of a run."""

@@ -1,4 +1,4 @@
-"""The quickstart's last stage: teacher, initial student, student alone and distilled student, side by side."""
+"""The quickstart's last stage: compare teacher, initial student, student alone and distilled student."""
 
 import json
 import math
@@ -13,11 +13,11 @@ PROMPT = "def __init__(self"
 
 
 def compare_quickstart(root: str, samples: int = 128) -> None:
-    """Evaluate the exported models on held-out text; write the report, and its table to `comparison.json`.
+    """Evaluate the exported models on held-out text, write the report, and its table to `comparison.json`.
 
     Args:
         root: the quickstart's directory.
-        samples: held-out sequences.
+        samples: number of held-out sequences.
     """
     from distill_nemo.reports.page import write_report
     from distill_nemo.runtime.device import setup_device
@@ -44,7 +44,7 @@ def compare_quickstart(root: str, samples: int = 128) -> None:
 
 
 def _measure(name: str, model: StudentConfig, config: RunConfig, samples: int) -> dict[str, Any]:
-    """A row of the table: `model` on the run's held-out text, against the run's teacher."""
+    """Return a row of the table: `model` on the run's held-out text, against the run's teacher."""
     from distill_nemo.training.evaluate import evaluate_student
 
     seed, length = config.training.seed, config.data.sequence_length
@@ -59,13 +59,13 @@ def _measure(name: str, model: StudentConfig, config: RunConfig, samples: int) -
 
 
 def _publish(directory: Path) -> None:
-    """Copy the distilled student's Hugging Face directory to where the README says it is."""
+    """Copy the distilled student's Hugging Face directory to the place that the README names."""
     with writing_directory(directory / "student") as partial:
         shutil.copytree(directory / "distilled" / "student", partial, dirs_exist_ok=True)
 
 
 def _parameters(path: Path) -> int:
-    """Parameters of a Hugging Face directory, from the safetensors headers."""
+    """Return the number of parameters in a Hugging Face directory, from the safetensors headers."""
     from safetensors import safe_open
 
     total = 0
@@ -88,7 +88,7 @@ def _facts(config: RunConfig) -> dict[str, str]:
 
 
 def _samples(models: dict[str, StudentConfig]) -> list[dict[str, str]]:
-    """Greedy text of each exported model, by transformers, exactly as a user would load it."""
+    """Return greedy text of each exported model, loaded by transformers as a user would load it."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""The datasets of a run: as many samples as its steps need; and the checks that come before them."""
+"""The datasets of a run, with the samples that its steps need, and the checks before them."""
 
 import contextlib
 from pathlib import Path
@@ -12,14 +12,14 @@ from distill_nemo.data.tokenizer import Tokenizer, load_tokenizer
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.export_files import tokenizer_files
 
-RENAMED = 0.01  # share of ids that may name other tokens: fine-tuned models rename reserved ones
+MAX_RENAMED = 0.01  # share of ids that may name other tokens, since fine-tuned models rename reserved ones
 
 
 def check_run_data(config: RunConfig, student: Architecture) -> None:
-    """Refuse token files and tokenizers that do not fit the student; reads little and writes nothing.
+    """Refuse token files and tokenizers that do not fit the student. Reads little and writes nothing.
 
     Raises:
-        ValueError: for files that are missing, empty, truncated, or of a larger vocabulary than the model's; and as
+        ValueError: for files that are missing, empty, truncated, or of a larger vocabulary than the model's; and from
             `check_tokenizers`.
     """
     check_token_files(config.data)
@@ -28,14 +28,14 @@ def check_run_data(config: RunConfig, student: Architecture) -> None:
 
 
 def check_tokenizers(config: RunConfig, student: Architecture) -> None:
-    """Compare the tokenizers that the config names and that lie beside the models, id by id.
+    """Compare the tokenizers that the config names, or that lie beside the models, id by id.
 
-    Vocabularies of one size may still be others, and a loss between them falls and means nothing.
+    Vocabularies of equal size may still differ. A loss between them would fall without meaning anything.
 
     Raises:
-        ValueError: with the first id that is another token, or that was one for the token files; for a
-            `data.tokenizer` with more ids, added tokens aside, than the student; for a `vocab_size` that cuts tokens of
-            the student off, which its export would still have.
+        ValueError: with the first id that names different tokens, in two tokenizers or in a tokenizer and the token
+            files; for a `data.tokenizer` with more ids than the student, added tokens aside; for a `vocab_size` that
+            cuts off tokens of the student, which its export would still have.
     """
     named = {
         "data.tokenizer": config.data.tokenizer,
@@ -46,7 +46,7 @@ def check_tokenizers(config: RunConfig, student: Architecture) -> None:
     for field, path in named.items():
         asked_for = field == "data.tokenizer"
         if path and path not in known and (asked_for or tokenizer_files(Path(path))):
-            # One that only lies there and cannot be loaded is not compared.
+            # A tokenizer that the user did not name and that cannot be loaded is not compared.
             with contextlib.nullcontext() if asked_for else contextlib.suppress(ValueError):
                 known[path] = field, load_tokenizer(path)
     for field, tokenizer in known.values():
@@ -59,20 +59,20 @@ def check_tokenizers(config: RunConfig, student: Architecture) -> None:
         first, ours = named_tokens[0]
         shared = sorted(ours.keys() & theirs.keys())
         apart = [i for i in shared if ours[i] != theirs[i]]
-        if len(apart) > RENAMED * len(shared):
+        if len(apart) > MAX_RENAMED * len(shared):
             i = apart[0]
             raise ValueError(
                 f"{first} and {other} have different tokenizers: of {len(shared):,} ids {len(apart):,} are other "
-                f"tokens, {i} say, {ours[i]!r} and {theirs[i]!r}; logits can be compared only where both models have "
+                f"tokens, such as {i}: {ours[i]!r} and {theirs[i]!r}; logits can be compared only if both models have "
                 "the same tokens"
             )
     _check_corpora(config.data, *(named_tokens[0] if named_tokens else ("", {})))
 
 
 def _check_corpora(data: DataConfig, tokenizer: str, tokens: dict[int, str]) -> None:
-    """Refuse token files in which an id is another token than in a tokenizer, or without one than in the other files.
+    """Refuse token files in which an id is another token than in the tokenizer or, without one, in the other files.
 
-    Only ids that occur count, as the manifests tell, so tokens added to a tokenizer later are no obstacle.
+    Only ids that occur, by the manifests, are compared, so tokens may be added to a tokenizer later.
     """
     others_by_id: dict[int, str | None] = {}
     for field, prefix in named_token_files(data):
@@ -85,7 +85,7 @@ def _check_corpora(data: DataConfig, tokenizer: str, tokens: dict[int, str]) -> 
             raise ValueError(
                 f"{field}: {prefix}.bin was made with another tokenizer ({manifest.get('tokenizer')}) than "
                 f"{tokenizer or 'the other token files'}: of {len(made_with):,} ids that occur {len(apart):,} are "
-                f"other tokens, {i} say, {made_with[i]!r} and {known[i]!r}; {OWN_TOKENIZER}"
+                f"other tokens, such as {i}: {made_with[i]!r} and {known[i]!r}; {OWN_TOKENIZER}"
             )
         others_by_id |= made_with
 
@@ -93,8 +93,8 @@ def _check_corpora(data: DataConfig, tokenizer: str, tokens: dict[int, str]) -> 
 def _check_size(field: str, tokenizer: Tokenizer, student: Architecture) -> None:
     """Refuse a tokenizer with more ids than the student has rows.
 
-    Tokens added to a `data.tokenizer`, such as a [PAD], may lie beyond the rows: `check_vocabulary` and the
-    datasets look at the ids that occur.
+    Tokens added to a `data.tokenizer`, such as a [PAD], may lie beyond the rows, since `check_vocabulary` and the
+    datasets check the ids that occur.
     """
     vocab_size = student.vocab_size
     left_out = tokenizer.added if field == "data.tokenizer" else set()
@@ -114,7 +114,7 @@ def _check_size(field: str, tokenizer: Tokenizer, student: Architecture) -> None
 
 
 def build_run_datasets(config: RunConfig, student: Architecture) -> tuple[Any, Any]:
-    """Training and held-out dataset. Writes the index cache."""
+    """Return the training and the held-out dataset. Writes the index cache."""
     train = config.training
     cache = Path(config.data.cache or Path(config.output_dir) / "index_cache")
     num_train, num_valid = (batches * train.global_batch_size for batches in (train.steps, train.eval_batches))

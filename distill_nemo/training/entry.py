@@ -1,6 +1,6 @@
-"""`distill`: what a recipe binds and an executor launches on every rank.
+"""`distill`, the function that a recipe configures and an executor runs on every rank.
 
-Light at import: the launcher reads it to learn the recipe's fields.
+Light at import, because the launcher reads the recipe's fields from it.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ def distill(**sections: Any) -> None:
             data.train='["data/corpus"]' distillation.temperature=2.0 run.executor=local run.executor.processes=8
 
     Args:
-        **sections: the fields of `RunConfig`; one left at None has its defaults.
+        **sections: the fields of `RunConfig`; None stands for a field's default.
 
     Raises:
         ValueError: for a config that cannot run, before anything is written.
@@ -41,7 +41,7 @@ def distill(**sections: Any) -> None:
 
 
 def _takes_the_fields_of(config: type, function: Any) -> None:
-    """Give `function` the signature of a config, which Fiddle and the command line read; defaults become None."""
+    """Give `function` the signature of a config, for Fiddle and the command line; defaults become None."""
     hints = typing.get_type_hints(config)
     required = [each.name for each in fields(config) if each.default is MISSING and each.default_factory is MISSING]
     kind, empty = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.empty
@@ -57,16 +57,16 @@ _takes_the_fields_of(RunConfig, distill)
 
 
 def run_config(config: RunConfig) -> None:
-    """Run a whole config on this rank; exits with 128 + the signal's number when a signal stopped it."""
+    """Run a config on this rank. If a signal stops the run, exit with 128 + its number."""
     from distill_nemo.runtime.orphans import end_with_parent
-    from distill_nemo.runtime.signals import heed_early_warnings
+    from distill_nemo.runtime.signals import keep_early_sigurg
 
-    heed_early_warnings()
+    keep_early_sigurg()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # the parent is torchrun; a shell's child may outlive it
         end_with_parent()
     from distill_nemo.runtime.process_groups import is_joined, process_groups, raise_everywhere, rank, world_size
 
-    config = from_dict(to_dict(config))  # a copy, and the one place where types are checked
+    config = from_dict(to_dict(config))  # a copy, with checked types
     check(config, world_size())
     from distill_nemo.runtime.device import setup_device
 
@@ -75,7 +75,7 @@ def run_config(config: RunConfig) -> None:
     check(config, world_size())
     require(
         config.teacher is None or config.teacher.checkpoint is not None,
-        "teacher.checkpoint is not set: a teacher of random weights teaches nothing; name one, or say teacher=None",
+        "teacher.checkpoint is not set: a teacher of random weights teaches nothing; name one, or set teacher=None",
     )
     from distill_nemo.models.source_check import refusal_of_sources
 
@@ -90,10 +90,10 @@ def run_config(config: RunConfig) -> None:
 
 
 def resolve_models(config: RunConfig) -> "tuple[RunConfig, Models]":
-    """Return the config with every open field of its models filled in from their checkpoints, and their architectures.
+    """Return the architectures of both models, and the config with their unset fields filled in from them.
 
     Raises:
-        ValueError: as `resolve_pair`, and where a sequence is longer than a model's positions.
+        ValueError: from `resolve_pair`, and if a sequence is longer than a model's positions.
     """
     from distill_nemo.models.resolve import resolve_pair
 
@@ -158,22 +158,22 @@ def _train_alone(config: RunConfig, models: "Models") -> int | None:
     if config.checkpoint.export:
         prepare_export(config, models.student, dtype)
     newest = newest_whole(checkpoint_root(config.output_dir))
-    told = ""
+    changed = ""
     if newest is not None:
         saved, now = read_record(newest), run_record(config)
         check_resumable(saved, now, config.checkpoint.resume)
-        told = "".join(f"\n{line}" for line in changes(saved, now))
+        changed = "".join(f"\n{line}" for line in changes(saved, now))
     teacher = config.teacher.checkpoint if config.teacher else None
     check_whole(teacher, config.student.checkpoint if newest is None else None)
     seed_everything(config.training.seed)
     train_state = build_train_state(config, models, dtype, load_weights=newest is None)
-    datasets = build_run_datasets(config, models.student)  # the first to write: models are refused before
+    datasets = build_run_datasets(config, models.student)  # writes files, so it comes after every check of the models
     loop = Loop(config, train_state, datasets, device)
     if newest is not None:
         state = load_checkpoint(newest, train_state.unwrapped, train_state.optimizer, train_state.scheduler)
         loop.state.update(state)
         if rank() == 0:
-            print(f"resumed from {newest} at step {state['step']} of {config.training.steps}{told}", flush=True)
+            print(f"resumed from {newest} at step {state['step']} of {config.training.steps}{changed}", flush=True)
     if rank() == 0:
         save_yaml(config, Path(config.output_dir) / "config.yaml")
     torch.distributed.barrier()
@@ -181,7 +181,7 @@ def _train_alone(config: RunConfig, models: "Models") -> int | None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """`python -m distill_nemo CONFIG.yaml`: run a snapshot, under torchrun or alone."""
+    """Run a config file, under torchrun or alone: `python -m distill_nemo CONFIG.yaml`."""
     import argparse
 
     parser = argparse.ArgumentParser(prog="python -m distill_nemo", description=main.__doc__)

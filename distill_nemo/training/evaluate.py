@@ -1,4 +1,4 @@
-"""Figures of one model on held-out tokens, by the code that training evaluates with."""
+"""Metrics of one model on held-out tokens, by the code of training's evaluations."""
 
 import math
 import tempfile
@@ -34,22 +34,22 @@ def evaluate_student(
     seed: int = 0,
     cache: str | None = None,
 ) -> dict[str, float]:
-    """Token means over `samples` sequences of the prefix `data`, in nats; needs one process.
+    """Return token means over `samples` sequences of the prefix `data`, in nats. Needs one process.
 
     Args:
-        student: where the weights come from; without a checkpoint, those that a run with `seed` begins from.
+        student: the model; without a checkpoint, it has the initial weights of a run with `seed`.
         data: prefix of a .bin/.idx pair.
-        teacher: what to compare with, or None.
+        teacher: model to compare with, or None.
         sequence_length: tokens per sample.
-        samples: how many; more than the data holds repeats it.
+        samples: number of samples; more than the data holds repeats it.
         seed: `training.seed` of the run, for a student without a checkpoint.
-        cache: directory that keeps Megatron's sample index; None for one that is gone afterwards.
+        cache: directory for Megatron's sample index; None for a temporary one.
 
     Raises:
-        ValueError: for bad token files or checkpoints, or under more than one process.
+        ValueError: for bad token files or checkpoints, or if there is more than one process.
     """
     if world_size() != 1:
-        raise ValueError(f"evaluate runs in one process, not {world_size()}: start it without torchrun")
+        raise ValueError(f"evaluate runs in one process, not {world_size()}; start it without torchrun")
     config = RunConfig("", student, teacher)
     config.data = DataConfig(train=[data], valid=[data], sequence_length=sequence_length)
     config, models = resolve_models(config)

@@ -1,7 +1,7 @@
-"""One micro batch: the forward step and the loss function, in the contract of Megatron's schedules.
+"""Forward step and loss function of a micro batch, as Megatron's schedules call them.
 
 Legend: B batch, S sequence. A `report` maps a metric to a tensor `[sum over valid tokens, valid tokens]` of this
-micro batch and data-parallel rank; `evaluation.reduce_reports` makes global token means of them.
+micro batch and data-parallel rank; `evaluation.reduce_reports` turns reports into global token means.
 """
 
 from functools import partial
@@ -13,7 +13,7 @@ from distill_nemo.models.distillation.objective import Targets, objective_of
 
 
 def forward_step(data_iterator: Batches, model: nn.Module) -> tuple[Tensor, LossFunc]:
-    """Run the model on the next micro batch; the schedule calls the returned loss function on the last stage."""
+    """Run the model on the next micro batch. The schedule calls the returned loss function on the last stage."""
     targets, output = run_model(data_iterator, model)
     labels, loss_mask, num_valid = targets
     return output, partial(loss_func, loss_mask, model, labels=labels, num_valid=num_valid)
@@ -22,19 +22,19 @@ def forward_step(data_iterator: Batches, model: nn.Module) -> tuple[Tensor, Loss
 def loss_func(
     loss_mask: Tensor, model: nn.Module, output_tensor: Tensor, labels: Tensor, num_valid: int | None = None
 ) -> tuple[Tensor, Tensor, Report]:
-    """Masked token sums; the schedule divides by the global number of valid tokens (`calculate_per_token_loss`).
+    """Sum the losses of valid tokens; the schedule divides by their global number (`calculate_per_token_loss`).
 
     Args:
-        loss_mask: [B, S], 1 where a token is valid.
-        model: the (wrapped) student or distillation model that made `output_tensor`.
+        loss_mask: [B, S], 1 for valid tokens.
+        model: the (wrapped) student or distillation model whose output is `output_tensor`.
         output_tensor: [B, S], the LM loss of each token; with a fused output the hidden states of student and teacher
             side by side.
         labels: [B, S].
-        num_valid: tokens with a positive mask, where the host knows it.
+        num_valid: number of tokens with a positive mask, if the host knows it.
 
     Returns:
         The loss to differentiate (a sum over tokens), the number of valid tokens (int), and the report. Hidden losses
-        are not in it: they are differentiated and counted where their layers are (`distillation.hidden_losses`).
+        are not included: they are differentiated and reported at their layers (`distillation.hidden_losses`).
     """
     loss, report = objective_of(model).loss(output_tensor, Targets(labels, loss_mask, num_valid))
     num_tokens = loss_mask.sum()

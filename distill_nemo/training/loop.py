@@ -1,4 +1,4 @@
-"""The lean loop: step, evaluate, save, stop when told."""
+"""The training loop: step, evaluate, save, and stop on a signal."""
 
 import gc
 import math
@@ -27,7 +27,7 @@ from distill_nemo.training.forward_step import forward_step
 from distill_nemo.training.metrics import MetricsLog
 from distill_nemo.training.setup import TrainState
 
-MAX_SKIPPED = 10
+MAX_SKIPPED = 10  # steps in a row
 OBSERVED = ("lm_loss", "logit_loss", "hidden_loss")
 
 
@@ -35,8 +35,8 @@ class NotFiniteError(RuntimeError):
     """A loss or a gradient is NaN or infinite."""
 
 
-def _where(reports: list[Report]) -> str:
-    """Name the ranks whose own losses are not finite; every rank must call it."""
+def _ranks_not_finite(reports: list[Report]) -> str:
+    """Name the ranks whose own losses are not finite. Collective: every rank must call it."""
     mine = all(bool(value.isfinite().all()) for report in reports for value in report.values())
     finite: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(finite, mine)
@@ -45,7 +45,7 @@ def _where(reports: list[Report]) -> str:
 
 
 class Clock:
-    """Seconds spent in `with clock:`, since they were last taken."""
+    """Total of the seconds spent inside `with clock:`."""
 
     def __init__(self) -> None:
         self._seconds, self._began = 0.0, 0.0
@@ -57,12 +57,12 @@ class Clock:
         self._seconds += time.monotonic() - self._began
 
     def take(self) -> float:
-        """Begin anew."""
+        """Return the total and reset it."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
     def waiting(self, items: Iterator[Any]) -> Iterator[Any]:
-        """The same items; counts the waits for them."""
+        """Yield the same items and add the time of waiting for them."""
         while True:
             with self:
                 item = next(items, None)
@@ -72,7 +72,7 @@ class Clock:
 
 
 class Loop:
-    """One run of one rank. `run` returns the signal that stopped it, or None when all steps are done."""
+    """Training on one rank. `run` returns the signal that stopped it, or None after the last step."""
 
     def __init__(
         self, config: RunConfig, train_state: TrainState, datasets: tuple[Any, Any], device: torch.device
@@ -86,16 +86,16 @@ class Loop:
         self.num_microbatches = config.num_microbatches(parallel_state.get_data_parallel_world_size())
 
     def run(self) -> int | None:
-        """Train from `state` to the last step. Every rank must call it."""
+        """Train from `state` to the last step. Collective: every rank must call it."""
         resumed, steps = self.state["step"], self.config.training.steps
         log = MetricsLog(Path(self.config.output_dir), self.config.logging, steps, resumed, rank() == 0)
         gc.collect()
-        gc.freeze()  # imports and models: else a collection, of which a save makes one, takes 0.3 s
+        gc.freeze()  # or each collection, such as a save's, would take 0.3 s over imports and models
         try:
             with StopSignal() as stop, Watchdog(self.config.parallelism.timeout_minutes * 60):
                 try:
                     stopped = self._train(log, stop)
-                except NotFiniteError as error:  # of all ranks; what is being written is from before
+                except NotFiniteError as error:  # on all ranks; a save under way is of an earlier, good step
                     try:
                         self._close_writer()
                     except OSError as unsaved:
@@ -123,7 +123,7 @@ class Loop:
                 log.evaluation(self._held_out())
             stopped = stop.requested(self.device)
             if step % save.save_interval == 0 or step == train.steps or stopped:
-                log.flush()  # what a resumed run will not write again
+                log.flush()  # a resumed run will not write these lines again
                 self.save()
             with self.save_clock:
                 self.writer.finish(blocking=False)
@@ -142,7 +142,7 @@ class Loop:
             self.writer.save(self.state["step"], t.unwrapped, t.optimizer, t.scheduler, dict(self.state))
 
     def batches(self, dataset: Any, consumed: int) -> list[Iterator[dict[str, Tensor]]]:
-        """The same stream, once for each chunk of this stage."""
+        """Return the same stream of micro batches once for each chunk of this stage."""
         streams = [
             batches(
                 dataset,
@@ -158,7 +158,7 @@ class Loop:
         return [self.data_clock.waiting(stream) for stream in streams]
 
     def _observe(self, means: dict[str, float] | None = None) -> None:
-        """Let a dynamic balancer weigh by the last step's means: at the start by the first batch's, or as saved."""
+        """Set a dynamic balancer's losses: the last step's means; at the start the saved ones, or the first batch's."""
         balancers = [objective_of(chunk).balancer for chunk in self.train_state.unwrapped]
         dynamic = [each for each in balancers if isinstance(each, LogitsAndIntermediatesLossBalancer)]
         if not dynamic:
@@ -171,7 +171,7 @@ class Loop:
             balancer.observe(self.state["observed"])
 
     def step(self, iterators: list[Iterator[dict[str, Tensor]]]) -> dict[str, float]:
-        """One optimizer step; returns the global token means."""
+        """Take one optimizer step and return the global token means."""
         heartbeat(f"step {self.state['step'] + 1}")
         start, _ = time.monotonic(), self.data_clock.take()
         t: Any = self.train_state
@@ -195,7 +195,7 @@ class Loop:
         return means | {"lr": lr, "grad_norm": grad_norm, **seconds, "save_seconds": self.save_clock.take()}
 
     def forward_backward(self, iterators: list[Iterator[dict[str, Tensor]]]) -> list[Report]:
-        """The micro batches of one step, through Megatron's schedule; the host waits for no device of its own will."""
+        """Run the micro batches of one step through Megatron's schedule, without synchronising with the device."""
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
@@ -207,7 +207,11 @@ class Loop:
         )
 
     def _finite(self, means: dict[str, float], reports: list[Report], grad_norm: float, updated: bool) -> bool:
-        """Return True for a good step, the same on all ranks; a bad one stops the run, or has been skipped."""
+        """Return True if losses and gradient norm are finite. All ranks agree.
+
+        Raises:
+            NotFiniteError: if not, unless `on_nan` is "skip"; then after `MAX_SKIPPED` steps in a row.
+        """
         bad = [name for name, value in means.items() if not math.isfinite(value)]
         if not math.isfinite(grad_norm):
             bad.append("gradient norm")
@@ -216,17 +220,22 @@ class Loop:
             return True
         first = self.state["consumed_samples"]
         samples = f"samples {first} to {first + self.config.training.global_batch_size - 1}"
-        what = f"step {self.state['step'] + 1}: {', '.join(bad) or 'update'} not finite{_where(reports)} ({samples})"
+        problem = (
+            f"step {self.state['step'] + 1}: {', '.join(bad) or 'update'} not finite{_ranks_not_finite(reports)} "
+            f"({samples})"
+        )
         self.skipped += 1
         if self.config.training.on_nan == "stop":
             raise NotFiniteError(
-                f"{what}. Nothing of it was saved; lower optimizer.lr, or set training.on_nan=skip to go on"
+                f"{problem}. Nothing of it was saved; lower optimizer.lr, or set training.on_nan=skip to go on"
             )
         if self.skipped == MAX_SKIPPED:
-            raise NotFiniteError(f"{what}, the {MAX_SKIPPED}th step in a row; lower optimizer.lr, or look at the data")
+            raise NotFiniteError(
+                f"{problem}, the {MAX_SKIPPED}th step in a row; lower optimizer.lr, or look at the data"
+            )
         if rank() == 0:
-            then = "learnt from, as the gradient is finite" if updated else "not learnt from"
-            print(f"warning: {what}: {then}", file=sys.stderr, flush=True)
+            result = "updated all the same, as the gradient is finite" if updated else "the update is skipped"
+            print(f"warning: {problem}: {result}", file=sys.stderr, flush=True)
         return False
 
     def _log_step(self, log: MetricsLog, means: dict[str, float]) -> None:
@@ -236,13 +245,13 @@ class Loop:
         log.train(line, show=step % self.config.logging.log_interval == 0 or step == self.config.training.steps)
 
     def _held_out(self) -> dict[str, Any]:
-        """Held-out metrics over the first `eval_batches` global batches of the held-out data."""
+        """Return metrics over the first `eval_batches` global batches of the held-out data."""
         means = self._evaluated(self.valid_data, self.config.training.eval_batches)
         means.pop("valid_tokens")
         return {"step": self.state["step"], **means, "tokens": self.state["tokens"]}
 
     def _evaluated(self, dataset: Any, num_batches: int, step: StepFunc | None = None) -> dict[str, float]:
-        """Token means over the first global batches of `dataset`."""
+        """Return token means over the first global batches of `dataset`."""
         return evaluate(
             self.train_state.chunks,
             self.batches(dataset, 0),

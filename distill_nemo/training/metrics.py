@@ -1,4 +1,4 @@
-"""Outputs of metrics: `metrics.jsonl`, TensorBoard, W&B, and one line on the screen."""
+"""Outputs for metrics: `metrics.jsonl`, TensorBoard, W&B, and one line on the screen."""
 
 import hashlib
 import math
@@ -13,7 +13,7 @@ from distill_nemo.reports import metrics_file
 
 
 class MetricsLog:
-    """Writes on rank 0 only; after a resume the lines beyond the resumed step are dropped, so none comes twice."""
+    """Writer of metrics, on rank 0 only. A resumed run first drops the lines beyond its step, so none comes twice."""
 
     def __init__(self, output_dir: Path, config: LoggingConfig, steps: int, resumed_step: int, enabled: bool) -> None:
         self.path, self.steps, self.enabled = output_dir / "metrics.jsonl", steps, enabled
@@ -31,7 +31,7 @@ class MetricsLog:
         self._progress = _progress_bar(steps, resumed_step) if sys.stdout.isatty() else None
 
     def train(self, values: dict[str, Any], show: bool) -> None:
-        """Record a training step; `show` also prints it where there is no terminal for a progress bar."""
+        """Record a training step; `show` also prints it if there is no terminal for a progress bar."""
         self._write({"kind": "train", **values}, show)
 
     def evaluation(self, values: dict[str, Any]) -> None:
@@ -39,7 +39,7 @@ class MetricsLog:
         self._write({"kind": "eval", **values}, show=True)
 
     def end(self, values: dict[str, Any]) -> None:
-        """Record what is known only when a process of the run ends."""
+        """Record values that are known only when this process of the run ends."""
         self._write({"kind": "end", **values}, show=False)
 
     def _write(self, line: dict[str, Any], show: bool) -> None:
@@ -80,12 +80,12 @@ class MetricsLog:
         return f"  ETA {int(left // 60)}:{int(left % 60):02d}"
 
     def flush(self) -> None:
-        """TensorBoard's files are whole up to here, whatever happens next."""
+        """Flush TensorBoard's files, so that a crash loses nothing recorded so far."""
         for writer in self.writers:
             writer.flush()
 
     def close(self) -> None:
-        """Flush everything."""
+        """Flush and close all outputs."""
         if self._progress:
             self._progress.stop()
         for writer in self.writers:
@@ -119,7 +119,7 @@ def _start_wandb(project: str, output_dir: Path) -> Any:
 
 
 def _wandb_id(output_dir: Path) -> str:
-    """The same for every attempt at a run; another after `output_dir` was deleted, copied, or used by somebody else."""
+    """Return an id that every attempt at a run shares, and that changes if `output_dir` is deleted or copied."""
     kept = output_dir / "wandb_id"
     if not kept.is_file():
         kept.write_text(uuid.uuid4().hex)

@@ -1,4 +1,4 @@
-"""From a run's config to what the loop steps: wrapped model, optimizer, schedule."""
+"""Build the state of training from a run's config: wrapped model, optimizer, schedule."""
 
 import math
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class TrainState:
 
 
 def build_chunks(config: RunConfig, models: Models, dtype: torch.dtype, load_weights: bool) -> list[Any]:
-    """This rank's stage of the run's model, on its device: one chunk, or those of its virtual pipeline stages."""
+    """Return this rank's stage of the model on its device: one chunk, or one per virtual pipeline stage."""
     virtual = config.parallelism.virtual_pipeline_model_parallel_size
     chunks = []
     for vp_stage in range(virtual) if virtual else [None]:
@@ -56,19 +56,19 @@ def build_chunks(config: RunConfig, models: Models, dtype: torch.dtype, load_wei
 
 
 def build_train_state(config: RunConfig, models: Models, dtype: torch.dtype, load_weights: bool) -> TrainState:
-    """Model, Megatron's DDP, optimizer and schedule.
+    """Build the model in Megatron's DDP, the optimizer and the schedule.
 
     Args:
         config: the run.
         models: its architectures.
-        dtype: of the weights; below fp32, gradients are reduced and the optimizer keeps masters in fp32.
-        load_weights: False when a checkpoint of this run follows.
+        dtype: dtype of the weights; gradients are reduced, and the optimizer's master weights kept, in fp32.
+        load_weights: False if a checkpoint of this run is loaded afterwards.
     """
     return wrap(build_chunks(config, models, dtype, load_weights), config, dtype, load_weights)
 
 
 def wrap(unwrapped: list[Any], config: RunConfig, dtype: torch.dtype, load_weights: bool) -> TrainState:
-    """The rest of `build_train_state`, of chunks that are built."""
+    """Add Megatron's DDP, the optimizer and the schedule to chunks that are already built."""
     distributed = config.optimizer.use_distributed_optimizer
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True)
     chunks: list[Any] = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in unwrapped]
@@ -88,25 +88,26 @@ def wrap(unwrapped: list[Any], config: RunConfig, dtype: torch.dtype, load_weigh
 
 
 def _fuse(adam: Any) -> None:
-    """Let torch's Adam update in one pass without temporaries, as Transformer Engine's does; Megatron cannot say so.
+    """Make torch's Adam update in one pass without temporaries, as Transformer Engine's does.
 
-    Of 20M parameters on a CPU it takes a fifth of the time; on a GPU the default needs one more tensor of all moments.
+    Megatron has no setting for it. On a CPU with 20M parameters it takes a fifth of the time; on a GPU it saves a
+    tensor of the size of all moments.
     """
     for group in adam.param_groups:
         group["fused"] = True
 
 
 def _skip_not_finite(optimizer: Any) -> None:
-    """Let `optimizer.step` update nothing, and return False, when the gradient's norm is not finite, on all ranks.
+    """Make `optimizer.step` skip the update and return False, on all ranks, if the gradient norm is not finite.
 
-    Megatron looks only where it scales losses, as for fp16; this costs one more norm a step.
+    Megatron checks this only when it scales losses, as for fp16. It costs one more norm a step.
     """
     prepare_grads = optimizer.prepare_grads
 
-    def prepare_and_look() -> bool:
+    def prepare_and_check() -> bool:
         return prepare_grads() or not math.isfinite(float(optimizer.get_grad_norm()))
 
-    optimizer.prepare_grads = prepare_and_look
+    optimizer.prepare_grads = prepare_and_check
 
 
 def _optimizer_config(config: OptimizerConfig, dtype: torch.dtype) -> MegatronOptimizerConfig:
@@ -126,7 +127,7 @@ def _optimizer_config(config: OptimizerConfig, dtype: torch.dtype) -> MegatronOp
 
 
 def _scheduler(optimizer: Any, config: OptimizerConfig, steps: int) -> OptimizerParamScheduler:
-    """Counted in optimizer steps, so that the curve does not move with the batch size."""
+    """Return the schedule in optimizer steps, so that its curve does not depend on the batch size."""
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -140,5 +141,5 @@ def _scheduler(optimizer: Any, config: OptimizerConfig, steps: int) -> Optimizer
         wd_incr_steps=0,
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,  # a resumed run has the schedule that its config says
+        override_opt_param_scheduler=True,  # a resumed run takes the schedule of its config
     )

@@ -199,9 +199,7 @@ TRACKERS = {
 def test_a_tracker_that_cannot_be_followed_is_told_and_the_newest_checkpoint_is_taken(saved, one, tmp_path):
     found = one.run(search, copies(saved, tmp_path, TRACKERS))[0]
     assert {case: name for case, (name, _) in found.items()} == dict.fromkeys(TRACKERS, NEWEST)
-    told = [
-        said.endswith("the newest whole checkpoint is taken\n") and "/latest " in said for _, said in found.values()
-    ]
+    told = [said.endswith("using the newest whole checkpoint\n") and "/latest " in said for _, said in found.values()]
     assert all(told), found
 
 
@@ -354,6 +352,6 @@ def test_random_state_of_the_first_release_is_left_out_and_told(inputs, saved, o
     plant(checkpoint, "rng/", executed)
     write_sums(checkpoint)
     said = one.run(train, inputs, run)[0]
-    assert "step_00000004 keeps its random state as a pickle, as an older version did: it is not read" in said
+    assert "step_00000004 is of an older version and holds its random state as a pickle, which is not read" in said
     one.run(train, inputs, tmp_path / "whole")
     assert metrics(run) == metrics(tmp_path / "whole") and not executed.exists()

@@ -261,7 +261,7 @@ def test_a_dead_data_worker_is_told_by_the_next_batch_and_interrupts_nothing_els
     dying = stream(Mortal(), 0, 1, 1, 0, 1, num_workers=1)
     while set(multiprocessing.active_children()) - others:
         time.sleep(0.01)
-    with pytest.raises(RuntimeError, match=r"a data worker died.* lower data\.num_workers; the same command goes on"):
+    with pytest.raises(RuntimeError, match=r"a data worker died.* lower data\.num_workers; run the same command again"):
         list(dying)
 
 

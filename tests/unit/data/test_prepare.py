@@ -69,7 +69,7 @@ def leftovers(directory: Path) -> list[str]:
 
 
 def test_text_jsonl_and_parquet_agree_with_transformers(tmp_path: Path, tokenizer: str, monkeypatch):
-    monkeypatch.setattr(module, "PART_BYTES", 50_000)
+    monkeypatch.setattr(module, "MIN_PART_BYTES", 50_000)
     inputs = {
         "text": [str(path) for path in SOURCES],
         "jsonl": [str(write_jsonl(tmp_path / "a.jsonl", [{"id": 1, "text": text} for text in texts()]))],
@@ -108,7 +108,7 @@ def test_index_is_what_megatrons_builder_writes(tmp_path: Path, tokenizer: str):
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path, tokenizer: str, monkeypatch):
     source = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts()])
     prepare([str(source)], str(tmp_path / "whole"), tokenizer, num_workers=1)
-    monkeypatch.setattr(module, "PART_BYTES", 20_000)  # lines are longer and shorter than a part
+    monkeypatch.setattr(module, "MIN_PART_BYTES", 20_000)  # lines are longer and shorter than a part
     for workers in (1, 3):
         result = prepare([str(source)], str(tmp_path / f"w{workers}"), tokenizer, num_workers=workers)
         assert result.documents == len(texts())
@@ -127,7 +127,7 @@ def test_every_line_is_read_once_wherever_the_file_is_cut(tmp_path: Path, part_b
 SCRIPT = """
 import sys
 from distill_nemo.data import prepare
-prepare.PART_BYTES = 20_000
+prepare.MIN_PART_BYTES = 20_000
 if __name__ == "__main__":
     prepare.prepare([sys.argv[1]], sys.argv[2], sys.argv[3], num_workers=2)
 """
@@ -149,7 +149,7 @@ def test_a_killed_run_is_resumed_to_the_same_bytes(tmp_path: Path, tokenizer: st
     assert len(children) >= 2 and not psutil.wait_procs(children, timeout=10)[1], "a worker outlived its parent"
     assert not Path(f"{output}.bin").exists()
 
-    monkeypatch.setattr(module, "PART_BYTES", 20_000)
+    monkeypatch.setattr(module, "MIN_PART_BYTES", 20_000)
     victim = sorted(parts.glob("0*.json"))[0].with_suffix(".bin")  # a part cut short by the crash is made again
     victim.write_bytes(victim.read_bytes()[:-2])
     prepare([str(source)], str(output), tokenizer, num_workers=1)
@@ -195,7 +195,7 @@ def test_the_corpus_of_other_inputs_is_not_replaced(tmp_path: Path, tokenizer: s
 
 
 def test_bad_records_are_named_and_stop_the_job_past_the_limit(tmp_path: Path, tokenizer: str, monkeypatch, capsys):
-    monkeypatch.setattr(module, "PART_BYTES", 30)  # so that line numbers must count what other parts hold
+    monkeypatch.setattr(module, "MIN_PART_BYTES", 30)  # so that line numbers must count what other parts hold
     source = tmp_path / "in.jsonl"
     source.write_bytes("".join(line + "\n" for line, _ in BAD).encode() + b'{"text": "\xff"}\n{"text": "last"}\n')
     with pytest.raises(ValueError, match=r"6 bad records, more than max_bad_records = 5") as error:
@@ -234,7 +234,7 @@ def test_what_cannot_be_prepared_is_refused(tmp_path: Path, tokenizer: str):
         prepare(text, out, without_eod)
     with pytest.raises(ValueError, match="no such tokenizer directory"):
         prepare(text, out, str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match=r"no document in .*empty\.txt has text in it"):
+    with pytest.raises(ValueError, match=r"no document in .*empty\.txt has any text"):
         prepare([str(tmp_path / "empty.txt")], out, tokenizer)
     with pytest.raises(ValueError, match=r"mine\.bin exists and was not made by prepare"):
         prepare(text, str(tmp_path / "mine"), tokenizer)

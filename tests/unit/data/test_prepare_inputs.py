@@ -237,7 +237,7 @@ def test_a_bad_record_is_named(tmp_path, name, content, said):
     ],
 )
 def test_json_values_do_not_depend_on_how_much_is_read_at_once(tmp_path, monkeypatch, chunk, text, expected):
-    monkeypatch.setattr(json_values, "CHUNK", chunk)
+    monkeypatch.setattr(json_values, "CHUNK_CHARACTERS", chunk)
     with write(tmp_path / "a.json", text.encode()).open(encoding="utf-8") as file:
         assert list(json_values.json_values(file)) == expected
 

@@ -27,7 +27,7 @@ def tokenizer(tmp_path_factory) -> str:
 @pytest.fixture
 def source(tmp_path, monkeypatch) -> list[str]:
     """One input, of several parts."""
-    monkeypatch.setattr(module, "PART_BYTES", 2000)
+    monkeypatch.setattr(module, "MIN_PART_BYTES", 2000)
     (tmp_path / "in.jsonl").write_text(LINES)
     return [str(tmp_path / "in.jsonl")]
 
@@ -81,7 +81,7 @@ def test_a_full_disk_is_told_and_what_is_whole_is_kept(tmp_path, tokenizer, sour
 def test_a_refused_file_costs_no_part_that_is_whole(tmp_path, tokenizer, source, capsys, workers, content):
     output, inputs = tmp_path / "out", [*source, str(tmp_path / "z.json")]
     (tmp_path / "z.json").write_text(content)
-    with pytest.raises(ValueError, match=r"z.json(.|\n)*\nThe parts that are whole are kept: the same command"):
+    with pytest.raises(ValueError, match=r"z.json(.|\n)*\nThe parts that are whole are kept: run the same command"):
         prepare(inputs, str(output), tokenizer, num_workers=workers)
     assert names(tmp_path) == ["in.jsonl", "out.parts", "z.json"]
     assert len(list((tmp_path / "out.parts").glob("0*.json"))) == len(list((tmp_path / "out.parts").glob("0*.bin"))) > 2

@@ -107,7 +107,7 @@ ADDED_TOKEN = {"__type": "AddedToken", "content": EOS, "lstrip": False, "rstrip"
         ({}, {"eos_token": ADDED_TOKEN}, None),
         ({"eos_token": "<|no|>"}, {"eos_token": EOS}, None),  # transformers lets the older file decide
         ({"eos_token": EOS, "added_tokens_decoder": {}}, {"eos_token": "<|no|>"}, None),
-        ({"eos_token": "<|no|>"}, None, 'eos_token = "<|no|>" is no token of its vocabulary'),
+        ({"eos_token": "<|no|>"}, None, 'eos_token = "<|no|>" is not a token of its vocabulary'),
         ({"eos_token": ADDED_TOKEN | {"content": "<|no|>"}}, None, 'eos_token = "<|no|>" is no token'),
         ({}, {"eos_token": "<|no|>"}, 'eos_token = "<|no|>" is no token'),
         ({}, {"eos_token": {"content": "<|no|>"}}, 'eos_token = "<|no|>" is no token'),
@@ -170,7 +170,7 @@ def test_an_end_of_document_that_transformers_would_invent_is_refused(tmp_path):
     (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer", "eos_token": "<stop>"}')
-    with pytest.raises(ValueError, match='eos_token = "<stop>" is no token of its vocabulary'):
+    with pytest.raises(ValueError, match='eos_token = "<stop>" is not a token of its vocabulary'):
         open_tokenizer(str(tmp_path), append_eod=True)
 
 

@@ -225,4 +225,4 @@ def test_the_source_of_a_student_is_found_through_runs(tmp_path, capsys):
     assert _source(None) is None and _source(step("d", None)) is None
     shutil.rmtree(source)
     assert _source(step("e", source)) is None
-    assert f"{source}, where the student came from, is not there" in capsys.readouterr().err
+    assert f"{source}, where the student came from, does not exist any more" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from distill_nemo.reports import metrics_file, plots
-from distill_nemo.reports.comparison import COLUMNS, best, count, figure, finding, percent
+from distill_nemo.reports.comparison import COLUMNS, best, count, finding, four_digits, percent
 from distill_nemo.reports.page import render_table, write_report
 
 NAN = float("nan")
@@ -75,16 +75,16 @@ class Page(HTMLParser):
 @pytest.mark.parametrize(
     ("form", "value", "text"),
     [
-        (figure, 0.15021, "0.1502"),
-        (figure, 4.2, "4.200"),
-        (figure, 66.4312, "66.43"),
-        (figure, 999.96, "1000"),
-        (figure, 2147.3, "2,147"),
-        (figure, 1.2e30, "1e30"),
-        (figure, math.inf, "inf"),
-        (figure, 3e-9, "0"),
-        (figure, NAN, "–"),
-        (figure, None, "–"),
+        (four_digits, 0.15021, "0.1502"),
+        (four_digits, 4.2, "4.200"),
+        (four_digits, 66.4312, "66.43"),
+        (four_digits, 999.96, "1000"),
+        (four_digits, 2147.3, "2,147"),
+        (four_digits, 1.2e30, "1e30"),
+        (four_digits, math.inf, "inf"),
+        (four_digits, 3e-9, "0"),
+        (four_digits, NAN, "–"),
+        (four_digits, None, "–"),
         (count, 918_784, "919 K"),
         (count, 1_236_000, "1.2 M"),
         (count, 999_990, "1.0 M"),
@@ -276,7 +276,7 @@ def test_a_report_replaces_the_last_one_whole_or_not_at_all(tmp_path, runs):
 
 def test_a_directory_with_other_things_is_refused(tmp_path):
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(ValueError, match=r"thesis\.tex, which is no part of a report"):
+    with pytest.raises(ValueError, match=r"thesis\.tex, which is not part of a report"):
         write_report(tmp_path, {}, table(), {}, [])
     assert (tmp_path / "thesis.tex").exists()
 

@@ -119,9 +119,9 @@ def test_nodes_that_do_not_come_are_named():
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"backend": "loopback"}, "for one machine, got --nnodes 2: say nodes"),
-        ({"least": 1}, "needs a fixed number, got --nnodes 1:2"),
-        ({}, "does not know which node this is: say --rdzv-conf rank=NUMBER"),
+        ({"backend": "loopback"}, "for one machine, got --nnodes 2; use nodes"),
+        ({"least": 1}, "needs a fixed number of nodes, got --nnodes 1:2"),
+        ({}, "does not know which node this is; give --rdzv-conf rank=NUMBER"),
         ({"rank": "2"}, "--rdzv-conf rank must be from 0 to 1, got 2"),
         ({"rank": "first"}, "--rdzv-conf rank must be from 0 to 1, got first"),
     ],

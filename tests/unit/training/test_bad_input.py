@@ -141,7 +141,7 @@ def test_tokenizers_of_one_size_whose_ids_differ(inputs, one, tmp_path):
     rename(teacher, {tokens[i]: 799 - i for i in range(300, 500)})
     said = refused(one, inputs, tmp_path / "out", {"teacher.checkpoint": str(teacher)})
     assert f"data.tokenizer = {inputs}/tokenizer and teacher.checkpoint = {teacher} have different tokenizers" in said
-    assert f"of 507 ids 200 are other tokens, 300 say, {tokens[300]!r} and {tokens[499]!r}" in said
+    assert f"of 507 ids 200 are other tokens, such as 300: {tokens[300]!r} and {tokens[499]!r}" in said
 
 
 @pytest.mark.parametrize("kept", ["tokenizer", "manifest"])
@@ -159,7 +159,7 @@ def test_token_files_made_with_another_tokenizer(inputs, one, tmp_path, kept):
     for field in ("data.train", "data.valid"):
         said = refused(one, inputs, tmp_path / "out", {field: [str(tmp_path / "data")]})
         assert field in said and f"{words} data.tokenizer = {inputs}/tokenizer" in said
-        assert f"300 say, {tokens[301]!r} and {tokens[300]!r}" in said
+        assert f"such as 300: {tokens[301]!r} and {tokens[300]!r}" in said
     student = shutil.copytree(inputs / "student", tmp_path / "student")
     shutil.copytree(inputs / "tokenizer", student, dirs_exist_ok=True)
     with pytest.raises(ValueError, match=re.escape(f"{words} student.checkpoint = {student}")):
@@ -262,7 +262,7 @@ ODD_SIZES |= {"num_query_groups": 3, "vocab_size": 507, "checkpoint": None}
         (
             {"tokenizer_config.json": '{"eos_token": "<|no|>"}'},
             {},
-            'eos_token = "<|no|>" is no token of its vocabulary',
+            'eos_token = "<|no|>" is not a token of its vocabulary',
         ),
         (
             {"tokenizer_config.json": '{"auto_map": {"AutoTokenizer": ["t.X", null]}, "tokenizer_class": "X"}'},
