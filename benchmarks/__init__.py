@@ -1,1 +1,1 @@
-"""What the losses cost beside others, measured in one process with interleaved repeats; `make bench`."""
+"""Benchmarks of losses and steps against alternatives, with interleaved repeats in one process: `make bench`."""

@@ -39,7 +39,7 @@ class Shape:
 
     @property
     def flops(self) -> int:
-        """Of logits on both sides, and of the student's two gradients."""
+        """Operations of both models' logits and of the student's two gradients."""
         return 2 * self.tokens * self.vocabulary * (3 * self.student_width + self.teacher_width)
 
 
@@ -147,7 +147,7 @@ def step(way: Way, inputs: Inputs) -> None:
 
 
 def fused(inputs: Inputs) -> None:
-    """As the training loop does it; the LM loss comes with it."""
+    """Compute the loss as the training loop does, LM loss included."""
     weight: Any = inputs.student.weight_vH
     weight.main_grad = inputs.main_grad_vH
     mask_N = torch.ones(len(inputs.labels_N), device=weight.device)
@@ -198,7 +198,7 @@ def liger() -> dict[str, Way]:
 
 
 def _as_ddp(inputs: Inputs) -> None:
-    """What the hook of Megatron's DDP does."""
+    """Add the gradient to `main_grad`, as the hook of Megatron's DDP does."""
     assert inputs.student.weight_vH.grad is not None
     inputs.main_grad_vH.add_(inputs.student.weight_vH.grad)
     inputs.student.weight_vH.grad = None

@@ -91,7 +91,7 @@ def ways() -> dict[str, Callable[..., Tensor]]:
 
 
 def ours(student: Tensor, teacher: Tensor) -> Tensor:
-    """As the training loop calls it."""
+    """Compute the loss as the training loop does."""
     return ForwardKL()(student, teacher)
 
 

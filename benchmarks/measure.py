@@ -62,7 +62,7 @@ def peak_bytes(way: Callable[[], Any]) -> int:
 
 
 def machine() -> dict[str, Any]:
-    """Where this was measured."""
+    """Return a description of this machine."""
     model = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

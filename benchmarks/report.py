@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def _section(title: str, what: str, module: str, body: Callable[[dict[str, Any]], str]) -> str:
-    """What was measured on each machine."""
+    """Return the results of each machine."""
     found = _load(what)
     parts = [f"### {_where(each)}\n{body(each)}" for each in found]
     command = "make gpu" if "gpu" in what else f"python -m benchmarks.{module}"
@@ -74,7 +74,7 @@ def _where(found: dict[str, Any]) -> str:
 
 
 def _clock(found: dict[str, Any]) -> str:
-    """What tells the work: on a GPU the processor hardly works."""
+    """Return the clock that measures the work: wall time on a GPU, whose processor is mostly idle."""
     return "seconds" if found["machine"]["gpu"] else "processor_seconds"
 
 
@@ -119,7 +119,7 @@ def _fused(found: dict[str, Any]) -> str:
 
 
 def _doubled(scaling: dict[str, dict[str, float]], clock: str) -> str:
-    """How time grows with each size."""
+    """Return the growth of time with each size."""
     times, operations = (
         {name: x[key] / scaling["once"][key] for name, x in scaling.items()} for key in (clock, "flops")
     )

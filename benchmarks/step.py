@@ -41,12 +41,12 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        """Of a step."""
+        """Tokens of a step."""
         return self.samples * self.length
 
     @property
     def flops(self) -> int:
-        """Of the products and causal attention; backward takes twice the student's."""
+        """Operations of products and causal attention in a step; the student's backward takes twice its forward."""
 
         def forward(layers: int, width: int, _: int) -> int:
             return layers * (24 * width**2 + 2 * width * self.length) + 2 * width * self.vocabulary
@@ -128,9 +128,9 @@ def smaller_and_doubled(shape: Shape) -> dict[str, Shape]:
 
 
 def tensors_at_peak(run: Callable[[], Any], shape: Shape) -> dict[str, int]:
-    """What tensors take at most in a step, beyond those between steps, and of it those of as many elements as logits.
+    """Return the peak of tensors in a step beyond those kept between steps, and the part of tensors as large as logits.
 
-    In units of bytes. The rest of `peak_bytes` is the allocator's and the libraries'.
+    Both are in bytes. The rest of `peak_bytes` belongs to the allocator and the libraries.
     """
     with LiveBytes(large=shape.tokens * shape.vocabulary) as live:
         run()  # Adam's moments, and all else that stays

@@ -1,9 +1,13 @@
-"""What many test files share: the inputs of a tiny run, and processes that have already imported Megatron."""
+"""Fixtures that many test files share: the inputs of a tiny run, and processes that have already imported Megatron."""
 
 import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, which Megatron does
+
 from xdist.scheduler import LoadScopeScheduling
 
 from tests.spawn import Gloo
@@ -13,7 +17,7 @@ torch.set_num_threads(1)  # as every process of a run; more threads than cores s
 
 
 class ByFixtures(LoadScopeScheduling):
-    """What shares fixtures runs in one worker: a file, and of the commands all files.
+    """Run tests that share fixtures in one worker: those of a file, and all of tests/cli.
 
     Marks would do (`--dist loadgroup`), but pytest-xdist 3.8 overlooks them under pytest 9.2.
     """
@@ -29,7 +33,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory):
-    """Directory of `tests.training.write_inputs`."""
+    """Return the directory of `tests.training.write_inputs`."""
     root = tmp_path_factory.mktemp("inputs")
     write_inputs(root)
     return root
@@ -37,7 +41,7 @@ def inputs(tmp_path_factory):
 
 @pytest.fixture
 def empty_stdin(monkeypatch):
-    """Let this process read nothing, where pytest would let it not read at all: NeMo-Run's commands do."""
+    """Give this process an empty stdin. NeMo-Run's commands read it, which pytest forbids."""
     with open(os.devnull) as nothing:
         monkeypatch.setattr("sys.stdin", nothing)
         yield

@@ -23,7 +23,7 @@ HELD_OUT = "held-out "
 
 @dataclass(frozen=True)
 class Layout:
-    """How the batch is computed: parallel sizes, and what must not change the result either."""
+    """Way of computing a batch: parallel sizes and options that must not change the result."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -49,7 +49,7 @@ class Layout:
 
 @dataclass
 class Case:
-    """What is distilled into what; `distillation` holds fields of `DistillationConfig`."""
+    """Student, teacher and fields of `DistillationConfig`."""
 
     student: str
     teacher: str | None

@@ -100,7 +100,7 @@ def _forward(
 
 
 def _divergence(a: torch.Tensor, b: torch.Tensor, kd: dict[str, Any]) -> torch.Tensor:
-    """Of student logits a and teacher logits b, by the definition, through autograd."""
+    """Return the divergence of student logits a and teacher logits b by its definition, for autograd."""
     log_q, log_p = a.log_softmax(-1), b.log_softmax(-1)
     q, p = log_q.exp(), log_p.exp()
     kind = kd.get("divergence", "forward_kl")
@@ -121,7 +121,7 @@ def _divergence(a: torch.Tensor, b: torch.Tensor, kd: dict[str, Any]) -> torch.T
 
 
 def _against_teacher(z: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What an evaluation says of every token of student logits z and teacher logits t, whatever is trained."""
+    """Return an evaluation's metrics of every token, from student logits z and teacher logits t."""
     log_p = t.log_softmax(-1)
     return {
         "forward_kl": _divergence(z, t, {}),

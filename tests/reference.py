@@ -1,7 +1,7 @@
-"""What the losses should be, in numpy fp64, sharing no code with the package. N tokens, V vocabulary, H width.
+"""Oracles of the losses in numpy fp64, which share no code with the package. N tokens, V vocabulary, H width.
 
-Each returns the value per token and its derivative with respect to the student. The divergences derive the value with
-respect to the student's probabilities and send that through the softmax, so none is the package's closed form.
+Each returns the value per token and its derivative with respect to the student. Divergences are differentiated with
+respect to the student's probabilities and then through the softmax, so none is the package's closed form.
 """
 
 from collections.abc import Callable

@@ -67,7 +67,7 @@ def cut(checkpoint: Path) -> None:
 
 
 def half_a_line(checkpoint: Path) -> None:
-    """In the metrics, as a machine that dies while it writes leaves it."""
+    """Append half a line to the metrics, as a machine that dies while it writes."""
     with (checkpoint.parents[1] / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "tra')
 

@@ -134,7 +134,7 @@ def _mlp(one, prefix):
 
 
 def megatron_tensors(path, *, local=False, stacked=True, prefix="", rows=512):
-    """What a Megatron checkpoint of a Hugging Face directory holds: (key, tensor or the layers' tensors, stacked).
+    """Yield tensors of a Megatron checkpoint of a Hugging Face directory: (key, tensor or layers' tensors, stacked).
 
     `local` takes the names of layers without Transformer Engine, `rows` is the padded vocabulary.
     """

@@ -24,7 +24,7 @@ KEPT = ("PATH", "PYTHONPATH", "LANG", "TMPDIR", "LD_LIBRARY_PATH")
 
 @dataclass
 class Ended:
-    """What is left of a command."""
+    """Result of a command that has ended."""
 
     code: int
     out: str

@@ -1,6 +1,6 @@
-"""What a user mistypes: an error in one screen that says what to type instead, and nothing is left behind.
+"""Mistyped commands: an error on one screen says what to type instead, and nothing is left behind.
 
-Only the command line. What is wrong with a run: tests/unit/training/test_bad_input.py.
+For mistakes in a run's config see tests/unit/training/test_bad_input.py.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""What the commands teach, in a process that has imported nothing heavy."""
+"""Help pages of the commands, in a process that has imported nothing heavy."""
 
 import re
 import sys

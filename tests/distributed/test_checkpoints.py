@@ -1,4 +1,4 @@
-"""What saving leaves on disk, what stops a run, and export from any step; two real processes."""
+"""Files of a save, signals that stop a run, and export of any step, with two real processes."""
 
 import json
 import multiprocessing

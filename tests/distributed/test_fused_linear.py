@@ -86,7 +86,7 @@ def test_fused_losses_equal_the_oracles(group: Gloo, name: str, temperature: flo
 
 
 def order_of_events() -> list[str]:
-    """What rank 0 does when, of three chunks."""
+    """Return the order of products and gathers on rank 0 for three chunks."""
     from distill_nemo.losses.collectives import Gather
     from distill_nemo.losses.fused_linear import gemm
 

@@ -9,7 +9,7 @@ ROLES = ("student", "teacher")
 
 
 def descriptions_opened(inputs, output):
-    """How often this rank opens the config.json of each model in a run that will be exported."""
+    """Count this rank's reads of each model's config.json in a run that is exported."""
     from distill_nemo.runtime.device import setup_device
 
     setup_device()

@@ -64,7 +64,7 @@ DYNAMIC = {
 
 @pytest.mark.parametrize("layout", ["one", "pp2"])
 def test_a_dynamic_balancer_weighs_on_as_it_did(inputs, one, two, tmp_path, layout):
-    """Its weights come from the means of the step before, which are in the checkpoint: bit for bit."""
+    """The weights come from the previous step's means, which are in the checkpoint. They agree bit for bit."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     processes, *sizes = LAYOUTS[layout]
     group = (one, two)[processes - 1]
@@ -123,14 +123,14 @@ RUNS = ("before", "after", "run")
 
 
 def _with_unfused_adam(inputs, output, changes):
-    """As runs were before Adam was a fused one."""
+    """Train as runs did before Adam was fused."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("distill_nemo.training.setup._fuse", lambda adam: None)
         train(inputs, output, 1, changes=changes)
 
 
 def _resumed(inputs, output, changes):
-    """What a run says, its optimizer's settings before its first step, and the norm of Adam's first moments then."""
+    """Return a run's output, its optimizer's settings before the first step, and the norm of Adam's first moments."""
     from distill_nemo.training.loop import Loop
 
     found, begin = [], Loop.run

@@ -1,5 +1,6 @@
 """The losses on 2 and 4 gloo processes, value and gradient, against fp64 on the whole tensors."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -12,9 +13,11 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import ProcessGroup
 
 from distill_nemo.losses.hidden import HiddenStateCosineLoss, HiddenStateMSELoss
+from distill_nemo.losses.kernels.dispatch import VARIABLE
 from distill_nemo.losses.logits import LogitsKLLoss
 from distill_nemo.losses.metrics import vocab_parallel_entropy, vocab_parallel_top1_agreement
 from tests import reference
+from tests.kernels import skip_if_unusable
 from tests.spawn import Gloo
 
 S, B, V, PADDED = 8, 3, 507, 512
@@ -27,7 +30,7 @@ def group(request: pytest.FixtureRequest) -> Iterator[Gloo]:
 
 
 def make_pair(width: int, seed: int = 0, kind: str = "") -> tuple[Tensor, Tensor]:
-    """Student and teacher logits; `kind` is one of those below."""
+    """Return student and teacher logits of one of the kinds below."""
     generator = torch.Generator().manual_seed(seed)
     student, teacher = (4 * torch.randn(S, B, width, generator=generator) for _ in range(2))
     if kind == "ties":
@@ -46,9 +49,9 @@ def shard(x: Tensor, dim: int) -> Tensor:
 
 
 class Collectives:
-    """Counts every collective that torch.distributed offers by name, those of this process only."""
+    """Counter of the collectives that this process calls by their names in torch.distributed."""
 
-    num_bytes = 0  # that this rank gave to all-gathers
+    num_bytes = 0  # given to all-gathers by this rank
 
     def __enter__(self) -> Counter[str]:
         counts: Counter[str] = Counter()
@@ -78,8 +81,9 @@ def world() -> ProcessGroup:
 
 
 def logits_loss(
-    name: str, vocab_size: int, temperature: float, dtype: torch.dtype, weights: Tensor, kind: str
+    name: str, vocab_size: int, temperature: float, dtype: torch.dtype, weights: Tensor, kind: str, kernels: str
 ) -> dict[str, Any]:
+    os.environ[VARIABLE] = kernels
     student, teacher = (shard(x.to(dtype), -1) for x in make_pair(PADDED, kind=kind))
     student.requires_grad_()
     module = LogitsKLLoss(
@@ -106,11 +110,17 @@ def logits_loss(
 
 
 def check_logits_loss(
-    group: Gloo, name: str, vocab_size: int, temperature: float = 1.0, dtype: torch.dtype = torch.float32, kind=""
+    group: Gloo,
+    name: str,
+    vocab_size: int,
+    temperature: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    kind: str = "",
+    kernels: str = "",
 ) -> None:
-    """Value, gradient under an upstream one other than 1, and collectives of every rank."""
+    """Check value, gradient (under an upstream one other than 1) and collectives on every rank."""
     weights = torch.rand(B, S)
-    ranks = group.run(logits_loss, name, vocab_size, temperature, dtype, weights, kind)
+    ranks = group.run(logits_loss, name, vocab_size, temperature, dtype, weights, kind, kernels)
     student, teacher = (x.to(dtype)[..., :vocab_size].double().numpy() for x in make_pair(PADDED, kind=kind))
     value, gradient = (temperature**2 * x for x in reference.DIVERGENCES[name][1](student, teacher, temperature))
     expected = reference.DIVERGENCES[name]
@@ -142,6 +152,17 @@ def test_a_sharded_logits_loss_is_whole(
     group: Gloo, name: str, vocab_size: int, temperature: float, dtype: torch.dtype
 ) -> None:
     check_logits_loss(group, name, vocab_size, temperature, dtype)
+
+
+@pytest.mark.parametrize("group", [2], indirect=True, ids=["tp2"])
+@pytest.mark.parametrize("name", [name for name in reference.DIVERGENCES if not name.startswith("top")])
+@pytest.mark.parametrize("vocab_size", [V, 250], ids=["padded", "a shard of padding only"])
+@pytest.mark.parametrize("kernels", ["eager", "triton"])
+def test_a_sharded_logits_loss_is_whole_by_other_kernels_than_c(
+    group: Gloo, name: str, vocab_size: int, kernels: str
+) -> None:
+    skip_if_unusable(kernels)
+    check_logits_loss(group, name, vocab_size, temperature=2.0, kernels=kernels)
 
 
 @pytest.mark.parametrize("name", ["top 1", "top 20", "top 300"])

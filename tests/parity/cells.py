@@ -148,7 +148,7 @@ def _of_layout(layout: str) -> Iterator[Cell]:
 
 
 def _possible(layout: str, differs: dict[str, Any]) -> bool:
-    """Whether the 8 samples make enough micro batches: one a rank, and with a virtual pipeline one a stage."""
+    """Return True if 8 samples make enough micro batches: one per rank, and with a virtual pipeline one per stage."""
     processes, sizes = LAYOUTS[layout]
     data_parallel = processes // (sizes.tensor * sizes.pipeline * sizes.context)
     size = dict(differs.get("changes", ())).get("micro_batch", 1)

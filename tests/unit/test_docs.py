@@ -1,4 +1,4 @@
-"""What README.md and docs/ show is done here: Python snippets, and `nemo distill prepare`, `train` and `plan`."""
+"""Run the Python snippets and the commands `prepare`, `train` and `plan` that README.md and docs/ show."""
 
 import ast
 import json
@@ -46,7 +46,7 @@ def with_small_models(inputs, tmp_path, monkeypatch, empty_stdin):
 
 @pytest.mark.parametrize("snippet", found(SNIPPET))
 def test_python_snippets_run(with_small_models, snippet):
-    """As printed, but launches are dry runs."""
+    """Snippets run as printed, except that launches are dry runs."""
     tree = ast.parse(with_small_models(snippet))
     for call in ast.walk(tree):
         if isinstance(call, ast.Call) and ast.unparse(call.func) == "run.run":
@@ -56,7 +56,7 @@ def test_python_snippets_run(with_small_models, snippet):
 
 @pytest.mark.parametrize("command", found(COMMAND))
 def test_commands_are_taken(with_small_models, inputs, capfd, command):
-    """As printed, on small models in one layout; what would train is a dry run."""
+    """Commands run as printed, on small models in one layout; `train` is a dry run."""
     words = shlex.split(with_small_models(command).replace("\\\n", " ").replace(" ... ", " "), comments=True)[2:]
     if words[0] == "prepare":
         words.append(f"tokenizer={inputs}/tokenizer")

@@ -20,7 +20,7 @@ OF_CORE = re.compile(r"/api/v1/namespaces/([^/]+)/(\w+)(?:/([^/]+))?(/log)?")
 
 
 class ApiError(Exception):
-    """What is not done, and why."""
+    """Refusal of a request, with its reason."""
 
     def __init__(self, code: int, reason: str, message: str) -> None:
         super().__init__(message)

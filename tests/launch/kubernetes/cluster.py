@@ -93,7 +93,7 @@ class Cluster:
             return copy.deepcopy(made)
 
     def _admit(self, name, spec):
-        """As Trainer's webhook."""
+        """Refuse a TrainJob that Trainer's webhook refuses."""
         if not re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", name):
             raise ApiError(422, "Invalid", f'metadata.name: "{name}" is no RFC 1035 label')
         if spec["runtimeRef"]["name"] not in RUNTIMES:
@@ -176,7 +176,7 @@ class Cluster:
         return all(pod.process is None for pod in pods)
 
     def _pod(self, job, index, port):
-        """What JobSet makes of the runtime's template, the torch plugin's environment and the job's patches."""
+        """Return the pod that JobSet makes of the runtime's template, the plugin's environment and the job's patch."""
         name, namespace, spec = job["metadata"]["name"], job["metadata"]["namespace"], job["spec"]
         trainer, index = spec["trainer"], str(index)
         container = {"name": "node", "image": trainer["image"], "command": trainer["command"]}
@@ -204,7 +204,7 @@ class Cluster:
 
 
 def _torch(name, trainer):
-    """What the torch plugin injects."""
+    """Return the environment that Trainer's torch plugin injects."""
     index = {"fieldRef": {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}}
     return [
         {"name": "PET_NNODES", "value": str(trainer["numNodes"])},

@@ -56,7 +56,7 @@ class Story:
 
 @dataclass
 class Stage:
-    """Where a story plays: one cluster, and a directory for its commands."""
+    """Setting of a story: a cluster, and a directory for its commands."""
 
     cluster: object
     name: str
@@ -64,7 +64,7 @@ class Stage:
 
     @property
     def mount(self):
-        """Where the pods see the volume: a path that exists here too."""
+        """Path of the volume in the pods, which exists here too."""
         return self.cluster.root / "mounted" / "work"
 
     @property
@@ -81,7 +81,7 @@ class Stage:
         return ["run.executor=kubernetes", *(f"run.executor.{name}={value}" for name, value in fields.items()), *words]
 
     def words(self, *words, **overrides):
-        """Of `nemo distill train` on the cluster."""
+        """Return the arguments of `nemo distill train` on the cluster."""
         overrides = {"checkpoint__export": "false", "output_dir": self.mount / self.name, **overrides}
         recipe = ["train", "--factory", "llama32_3b_to_1b", *shrunk(self.mount / "inputs", **overrides)]
         return [*recipe, *self.executor(*words)]
@@ -200,7 +200,7 @@ def _script(stage, text):
 
 
 def _is_of(job, stage):
-    """Whether a TrainJob was submitted from this story: its config says so."""
+    """Return True if a TrainJob was submitted from this story, by its config."""
     files = stage.cluster.objects.get(("ConfigMap", "default", job), {"data": {}})["data"]
     return any(f"output_dir: {stage.mount / stage.name}\n" in text for text in files.values())
 

@@ -1,4 +1,4 @@
-"""What a kubelet does: a pod's command, really executed here, with the pod's environment, mounts and log."""
+"""A kubelet that really executes a pod's command on this machine, with the pod's environment, mounts and log."""
 
 import base64
 import os
@@ -45,7 +45,7 @@ class Pod:
 
     @property
     def over(self):
-        """Whether no attempt follows."""
+        """Return True if no attempt follows."""
         if self.process is not None or not self.codes:
             return False
         return self.codes[-1] == 0 or self.killed_at is not None or self.manifest["spec"]["restartPolicy"] == "Never"
@@ -113,7 +113,7 @@ class Pod:
         return re.sub(r"\$\((\w+)\)", lambda match: self.environment.get(match[1], match[0]), word)
 
     def _mounts(self):
-        """Where the container sees a volume, and where it is here; a claim is also seen at its own path."""
+        """Return each volume's path in the container and here; a claim is also visible at its own path."""
         volumes = {volume["name"]: volume for volume in self.manifest["spec"].get("volumes", [])}
         found = {}
         for mount in self.container.get("volumeMounts", []):
@@ -155,7 +155,7 @@ class Pod:
                 process.kill()
 
     def status(self):
-        """As the API shows it."""
+        """Return the pod's status as the API shows it."""
         state, last = {}, {}
         if self.process is not None:
             phase, state = "Running", {"running": {}}

@@ -1,4 +1,4 @@
-"""What the API servers know: the schemas of Kubeflow Trainer's and Kubernetes' own packages, made strict.
+"""Schemas of the API servers, from Kubeflow Trainer's and Kubernetes' own packages, made strict.
 
 The packages are fetched as wheels and read where they lie, because three versions of one cannot be installed.
 """

@@ -1,4 +1,4 @@
-"""What is submitted has no field that its cluster does not know; what a cluster refuses, or cannot start, is said."""
+"""Submitted objects have only fields that their cluster knows; refusals and jobs that cannot start are reported."""
 
 import re
 

@@ -48,7 +48,7 @@ class Story:
 
 @dataclass
 class Stage:
-    """Where a story plays."""
+    """Setting of a story."""
 
     cluster: Cluster
     inputs: Path

@@ -25,7 +25,7 @@ def alone():
 
 
 def hash_files(paths, cache):
-    """As a process that is new does it, and remembers."""
+    """Hash files as a new process does, and write the cache."""
     identity._hashed.clear()
     hashes = identity.hash_files(paths, cache)
     identity._write_cache(cache, paths)

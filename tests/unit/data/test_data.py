@@ -266,7 +266,7 @@ def test_a_dead_data_worker_is_told_by_the_next_batch_and_interrupts_nothing_els
 
 
 class Mortal(Numbers):
-    """Its reader is killed at sample 1."""
+    """Dataset whose reader is killed at sample 1."""
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         if i == 1:

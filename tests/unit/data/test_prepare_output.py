@@ -1,4 +1,4 @@
-"""What `prepare` writes: one process at a time, whole or not at all, kept when the disk is full."""
+"""Output of `prepare`: written by one process at a time, whole or not at all, with parts kept when the disk is full."""
 
 import os
 import re

@@ -70,7 +70,7 @@ def directory_of(path: Path, tokenizer: tokenizers.Tokenizer | str, **config) ->
 
 @pytest.mark.parametrize("make", [gpt2, llama3, digits, llama2])
 def test_ids_are_those_of_tokenizer_json_whatever_class_the_config_names(tmp_path, trained, make):
-    """In transformers 5 the class replaces the file's pre-tokenizer: LlamaTokenizer loses a byte-level one's spaces."""
+    """Transformers 5 would let the class replace the pre-tokenizer: LlamaTokenizer loses a byte-level one's spaces."""
     expected = make(trained).encode(TEXT, add_special_tokens=False).ids
     classes = TOKENIZER_MAPPING_NAMES.values()  # of transformers 4: pairs of a slow and a fast one
     names = {name for named in classes for name in (named if isinstance(named, tuple) else [named]) if name}
@@ -108,9 +108,9 @@ ADDED_TOKEN = {"__type": "AddedToken", "content": EOS, "lstrip": False, "rstrip"
         ({"eos_token": "<|no|>"}, {"eos_token": EOS}, None),  # transformers lets the older file decide
         ({"eos_token": EOS, "added_tokens_decoder": {}}, {"eos_token": "<|no|>"}, None),
         ({"eos_token": "<|no|>"}, None, 'eos_token = "<|no|>" is not a token of its vocabulary'),
-        ({"eos_token": ADDED_TOKEN | {"content": "<|no|>"}}, None, 'eos_token = "<|no|>" is no token'),
-        ({}, {"eos_token": "<|no|>"}, 'eos_token = "<|no|>" is no token'),
-        ({}, {"eos_token": {"content": "<|no|>"}}, 'eos_token = "<|no|>" is no token'),
+        ({"eos_token": ADDED_TOKEN | {"content": "<|no|>"}}, None, 'eos_token = "<|no|>" is not a token'),
+        ({}, {"eos_token": "<|no|>"}, 'eos_token = "<|no|>" is not a token'),
+        ({}, {"eos_token": {"content": "<|no|>"}}, 'eos_token = "<|no|>" is not a token'),
         ({"eos_token": [EOS]}, None, f"eos_token must be one token, got ['{EOS}']"),
         ({"eos_token": 0}, None, "eos_token must be one token, got 0"),
     ],

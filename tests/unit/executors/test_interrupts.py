@@ -1,4 +1,4 @@
-"""What a signal to the command that watches a run does to the run."""
+"""Signals to the command that watches a run, and their effect on the run."""
 
 import contextlib
 import io

@@ -38,7 +38,7 @@ def given(tmp_path, *fields, **overrides):
 
 @pytest.fixture
 def dry(tmp_path, capfd):
-    """What `run.executor=kubernetes` with further fields prints: its objects, by kind."""
+    """Return a function that does a dry run with further fields and returns the printed objects by kind."""
 
     def objects(*fields, **overrides):
         ended = nemo_here(capfd, *given(tmp_path, *fields, **overrides), "--dryrun")

@@ -1,4 +1,4 @@
-"""What is seen of a TrainJob: logs of several attempts, odd lines, other watchers, calls that fail, over real HTTP."""
+"""State and logs of a TrainJob over real HTTP: several attempts, odd lines, other watchers, calls that fail."""
 
 import io
 import socket
@@ -137,7 +137,7 @@ def watcher(cluster, connect):
 
 
 def kept(tmp_path):
-    """What the logs on this machine say, without times; by their names' ends."""
+    """Return the logs on this machine without times, by the ends of their names."""
     files = sorted((tmp_path / "logs").iterdir())
     return {
         path.stem.rpartition("-")[2]: [line.partition(" ")[2] for line in path.read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Every divergence on one rank, value and gradient, against fp64; what top-k has of its own is in `test_top_k.py`."""
+"""Value and gradient of every divergence on one rank, by all kernels, against fp64. See also `test_top_k.py`."""
 
 import math
 
@@ -17,7 +17,9 @@ from distill_nemo.losses.logits import LogitsKLLoss
 from tests import reference
 from tests.unit.losses.test_losses import PADDED, B, S, V, error, make_logits
 
+pytestmark = pytest.mark.usefixtures("kernels")
 every_divergence = pytest.mark.parametrize("name", reference.DIVERGENCES)
+CHUNKS = (1, 2 * B * V, eager_code.CHUNK)  # of torch's kernels, which C has in part
 
 
 def loss_and_oracle(name: str, student: Tensor, teacher: Tensor, temperature: float = 1.0):
@@ -42,7 +44,11 @@ def test_oracle_gradient_is_the_slope_of_its_value(name: str) -> None:
 
 @every_divergence
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
-@pytest.mark.parametrize("chunk", [1, 2 * B * V, eager_code.CHUNK])
+@pytest.mark.parametrize(
+    ("kernels", "chunk"),
+    [*(("c", chunk) for chunk in CHUNKS), *(("eager", chunk) for chunk in CHUNKS), ("triton", 1)],
+    indirect=["kernels"],
+)
 def test_value_and_gradient(monkeypatch: pytest.MonkeyPatch, name: str, temperature: float, chunk: int) -> None:
     monkeypatch.setattr(eager_code, "CHUNK", chunk)
     if chunk == 1:
@@ -106,9 +112,19 @@ def test_an_offset_of_all_logits_costs_no_digit(name: str, temperature: float) -
 
 
 @every_divergence
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("kernels", "dtype"),
+    [
+        ("c", torch.bfloat16),
+        ("c", torch.float16),
+        ("eager", torch.bfloat16),
+        ("eager", torch.float16),
+        ("triton", torch.float16),  # its interpreter truncates to bf16, where a GPU rounds
+    ],
+    indirect=["kernels"],
+)
 def test_low_precision_is_as_exact_as_fp32_eager(name: str, dtype: torch.dtype) -> None:
-    """Stricter than the formula in that precision: its logits are rounded as ours, its softmax is fp32."""
+    """Compare with the formula in fp32 on logits of that precision, which is stricter than the formula in it."""
     student, teacher = make_logits(2, dtype=dtype)
     loss, value, gradient = loss_and_oracle(name, student, teacher)
     loss.sum().backward()

@@ -45,7 +45,7 @@ def make_targets(masked: str = "some") -> tuple[Tensor, Tensor]:
 
 
 def of(name: str, group: Any = None, temperature: float = 1.0, **changes: Any) -> FusedLoss:
-    """As `reference.DIVERGENCES` names them."""
+    """Return the fused loss for a name in `reference.DIVERGENCES`."""
     arguments = {"name" if k == "divergence" else k: v for k, v in reference.DIVERGENCES[name][0].items()}
     divergence = choose_divergence(**{"name": "forward_kl"} | arguments, temperature=temperature)
     settings: dict[str, Any] = {"num_true": V, "chunk_tokens": 5, "group": group}
@@ -55,7 +55,7 @@ def of(name: str, group: Any = None, temperature: float = 1.0, **changes: Any) -
 def oracle(
     name: str, student: Head, teacher: Head, labels: Tensor, mask: Tensor, loss: FusedLoss, num_true: int = V
 ) -> dict[str, NDArray[np.float64]]:
-    """In fp64: both sums, and the gradients of the weighted total."""
+    """Compute both sums and the gradients of the weighted total in fp64."""
 
     def numpy(x: Tensor | None) -> NDArray[np.float64]:
         return np.zeros(PADDED) if x is None else x.detach().double().numpy()
@@ -83,7 +83,17 @@ def relative(found: Tensor | None, expected: NDArray[np.float64]) -> float:
 @pytest.mark.parametrize("masked", ["none", "some"])
 @pytest.mark.parametrize(("temperature", "weights"), [(1.0, (0.0, 1.0)), (1.0, (0.3, 0.7)), (2.0, (0.3, 0.7))])
 def test_values_and_gradients(name: str, masked: str, temperature: float, weights: tuple[float, float]) -> None:
-    """In chunks of 5 tokens, and with an upstream gradient that is not 1."""
+    """Chunks have 5 tokens, and the upstream gradient is not 1."""
+    check_values_and_gradients(name, masked, temperature, weights)
+
+
+@pytest.mark.parametrize("name", [name for name in reference.DIVERGENCES if not name.startswith("top")])
+@pytest.mark.parametrize("kernels", ["eager", "triton"], indirect=True)
+def test_values_and_gradients_by_other_kernels_than_c(name: str, kernels: str) -> None:
+    check_values_and_gradients(name, "some", 2.0, (0.3, 0.7))
+
+
+def check_values_and_gradients(name: str, masked: str, temperature: float, weights: tuple[float, float]) -> None:
     student, teacher = make_heads()
     targets = make_targets(masked)
     loss = of(name, temperature=temperature, factor=temperature**2, lm_weight=weights[0], logits_weight=weights[1])
@@ -240,7 +250,7 @@ def named(student: Head) -> list[tuple[Tensor, str]]:
 
 
 def test_megatrons_main_grad_is_added_to_in_fp32() -> None:
-    """What DDP's hook needs to know, two micro batches, and an upstream gradient that was announced."""
+    """DDP's hook is told so, over two micro batches, with an upstream gradient that was announced."""
     student, teacher = make_heads(torch.bfloat16, bias=False)
     weight: Any = student.weight_vH
     weight.main_grad, weight.grad_added_to_main_grad = torch.ones(PADDED, H), False

@@ -1,16 +1,14 @@
-"""The kernels of the losses: the tests of the divergences run for each, and what each has of its own."""
+"""Kernels of the losses beyond what the tests of the divergences check for each of them."""
 
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
-from packaging.version import Version
 
 from distill_nemo.losses.collectives import Gather
 from distill_nemo.losses.cross_entropy import lm_gradient, local_lse
@@ -20,54 +18,25 @@ from distill_nemo.losses.divergences.reverse_kl import ReverseKL
 from distill_nemo.losses.kernels import cpu_kernels, eager
 from distill_nemo.losses.kernels.dispatch import VARIABLE, choose_kernels
 from tests import reference
-from tests.unit.losses.test_losses import B, V, error, make_logits
+from tests.unit.losses.test_losses import error, make_logits
 
 HAS_C = pytest.mark.skipif(cpu_kernels.library() is None, reason="no C compiler")
-FILES = ["tests/unit/losses/test_divergences.py", "tests/unit/losses/test_top_k.py"]
 ROOT = Path(__file__).parents[3]
 
 
-# Triton's interpreter does not round to bf16, it cuts off, as kernels do not; the chunks are those of torch alone.
-LOW = f"not (low_precision and dtype0) and not {eager.CHUNK} and not {2 * B * V}"
-TWO_RANKS = ["tests/distributed/test_vocab_parallel.py", "-k", "test_a_sharded_logits_loss and tp2 and 2.0 and not top"]
-FUSED = ["tests/unit/losses/test_fused_linear.py", "-k", "values and weights2 and some and not top"]
-BLOCKS = ["tests/unit/losses/test_kernels.py", "-k", "as_exact_as_torch and float32 or in_another_dtype"]
-
-
-@pytest.mark.parametrize(
-    ("name", "tests"),
-    [
-        ("eager", FILES),
-        ("eager", TWO_RANKS),
-        ("eager", FUSED),
-        ("triton", [*FILES, "-k", LOW]),
-        ("triton", TWO_RANKS),
-        ("triton", FUSED),
-        ("triton", BLOCKS),
-    ],
-    ids=["eager", "eager, two ranks", "eager, fused", "triton", "triton, two ranks", "triton, fused", "triton, blocks"],
-)
-def test_every_test_of_the_divergences_passes(name: str, tests: list[str]) -> None:
-    """Where they run by themselves they try the compiled C."""
-    if name == "triton" and Version(version("triton")) < Version("3.7") and Version(version("numpy")) >= Version("2.4"):
-        pytest.skip("Triton's interpreter takes no numpy from 2.4 on before Triton 3.7")
-    environment = os.environ | {VARIABLE: name, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-4000:]
-
-
-@HAS_C
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("kernels", "dtype"),
+    [("c", torch.float32), ("c", torch.bfloat16), ("triton", torch.float32)],
+    indirect=["kernels"],
+)
 def test_kernels_are_as_exact_as_torch_over_many_blocks(
-    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, kernels: str, name: str, dtype: torch.dtype
 ) -> None:
-    """Peaks that rise from block to block, blocks of -inf only, and logits of which most weights are 0."""
+    """Peaks rise from block to block, some blocks hold only -inf, and most weights are 0."""
     columns, found = torch.arange(9001.0) / 1000, {}
-    ours = os.environ.get(VARIABLE, "c")
-    for kernels in (ours, "eager"):
-        monkeypatch.setenv(VARIABLE, kernels)
+    for each in (kernels, "eager"):
+        monkeypatch.setenv(VARIABLE, each)
         student, teacher = make_logits(seed=6, width=9001, dtype=dtype)
         with torch.no_grad():
             student[1:4].add_(4 * columns)
@@ -79,15 +48,15 @@ def test_kernels_are_as_exact_as_torch_over_many_blocks(
         pair = (x.detach().double().numpy()[..., finite] for x in (student, teacher))
         value, gradient = getattr(reference, name)(*pair, 3.0)
         assert student.grad is not None and student.grad[..., 3000:6000].abs().max() == 0
-        found[kernels] = error(loss, value), error(student.grad[..., torch.from_numpy(finite)], gradient)
+        found[each] = error(loss, value), error(student.grad[..., torch.from_numpy(finite)], gradient)
         few_last_places = 3e-7 * value.max()  # of losses of some 100; reverse KL's gradient has the mean's error
-    assert all(c <= torchs + few_last_places for c, torchs in zip(found[ours], found["eager"], strict=True))
+    assert all(c <= torchs + few_last_places for c, torchs in zip(found[kernels], found["eager"], strict=True))
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_a_gradient_in_another_dtype_is_that_of_fp32_rounded(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """With the LM loss in it, and a token that has only that; by torch or Triton, as C writes no other dtype."""
-    monkeypatch.setenv(VARIABLE, os.environ.get(VARIABLE, "eager"))
+@pytest.mark.parametrize("kernels", ["eager", "triton"], indirect=True)
+def test_a_gradient_in_another_dtype_is_that_of_fp32_rounded(kernels: str, name: str) -> None:
+    """The gradient includes the LM loss, for one token only that. C writes no other dtype."""
     divergence, (student, teacher) = DIVERGENCES[name](2.0), make_logits(seed=3, width=5000)
     z, t = (x.detach().flatten(0, 1) for x in (student, teacher))
     stats = divergence.begin(z, t)

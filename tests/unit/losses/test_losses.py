@@ -30,7 +30,7 @@ def error(x: Tensor | None, oracle: np.ndarray) -> float:
 
 
 def test_temperature_squared_keeps_the_gradient_of_a_hot_loss() -> None:
-    """As T grows, T^2 dKL/dz tends to (z - mean z - t + mean t) / V, which does not depend on T."""
+    """The limit of T^2 dKL/dz for large T is (z - mean z - t + mean t) / V, which does not depend on T."""
     student, teacher = make_logits()
     LogitsKLLoss(temperature=1000.0)(student, teacher).sum().backward()
     centred = [x.detach() - x.detach().mean(-1, keepdim=True) for x in (student, teacher)]

@@ -9,6 +9,8 @@ from distill_nemo.losses.divergences import choose_divergence
 from tests import reference
 from tests.unit.losses.test_losses import PADDED, B, S, V, error, make_logits
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 
 def top_k_loss(top_k: int, student: Tensor, teacher: Tensor) -> Tensor:
     return choose_divergence("forward_kl", top_k=top_k)(student, teacher)
@@ -65,7 +67,7 @@ def test_ties_go_to_the_lowest_column(top_k: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("peak", [30.0, 80.0])
 def test_a_student_with_next_to_no_tail(peak: float) -> None:
-    """Its tail has a mass of 1e-11 or 1e-32: 1 minus the others would be 0, and the loss infinite."""
+    """The tail has a mass of 1e-11 or 1e-32. Computed as 1 minus the others it would be 0, and the loss infinite."""
     student, teacher = make_logits(4)
     teacher /= 4  # so that most of its mass is in the tail
     with torch.no_grad():

@@ -134,7 +134,7 @@ def test_a_tokenizer_that_is_named_keeps_its_own_chat_template(tmp_path):
 
 
 def export_directory(path: Path) -> Path:
-    """What counts as an earlier export of ours."""
+    """Write a directory that counts as an earlier export of ours."""
     from safetensors.torch import save_file
 
     from distill_nemo.models.checkpoints.huggingface import METADATA

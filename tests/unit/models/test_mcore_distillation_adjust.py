@@ -57,7 +57,7 @@ def test_student_of_another_width_with_tied_embeddings(models, one, two, tmp_pat
 
 
 def structure(case, layout, output):
-    """What each rank's model shows of its teacher."""
+    """Return what this rank's model shows of its teacher."""
     from distill_nemo.runtime.device import setup_device
     from distill_nemo.runtime.process_groups import process_groups
 

@@ -59,7 +59,7 @@ def in_groups(parallelism: dict[str, int], function: Any, *args: Any) -> Any:
 
 
 def at(tensor: int, one: Any, two: Any, function: Any, *args: Any) -> list[Any]:
-    """What each rank says at this tensor-parallel size."""
+    """Return each rank's result at this tensor-parallel size."""
     return {1: one, 2: two}[tensor].run(in_groups, {"tensor_model_parallel_size": tensor}, function, *args)
 
 
@@ -83,7 +83,7 @@ def relative(found: Tensor, expected: Any) -> float:
 
 
 def whole_sum(value: Tensor, reduced: bool) -> float:
-    """As Megatron-LM sums a loss of which each rank has a part."""
+    """Sum a loss of which each rank has a part, as Megatron-LM does."""
     total = value.detach().clone()
     if reduced:
         dist.all_reduce(total)
@@ -197,7 +197,7 @@ def test_dynamic_balancers_agree_within_the_limit(losses: dict[str, float], argu
 
 
 def test_top_k_gradient_grows_with_tensor_parallelism_in_modelopt_only(one, two) -> None:
-    """Its all-gather sums gradients of equal losses over ranks. Ours is fp64's at both sizes."""
+    """ModelOpt's all-gather sums gradients of equal losses over ranks. Ours equal those of fp64 at both sizes."""
     arguments = {"top_k": 20}, {"top_k": 20}, "TopKLogitsKLLoss"
     (alone,) = at(1, one, two, both_logits, *arguments)
     ranks = at(2, one, two, both_logits, *arguments)
@@ -289,7 +289,7 @@ def test_modelopt_takes_all_but_the_last_logits_loss_for_intermediate_ones() -> 
 
 
 def test_modelopt_leaves_distillation_unscaled_where_the_student_loss_is_zero() -> None:
-    """As on a rank without valid tokens. Ours scales to zero, and in training by global means, which are not zero."""
+    """A rank without valid tokens has such a loss. Ours scales to zero; in training, global means are not zero."""
     losses = {STUDENT: 0.0, KL: 1.0}
     assert balance(plugin().LogitsAndIntermediatesLossBalancer(), losses)[1][KL] == 1.0
     assert balance(LogitsAndIntermediatesLossBalancer(), losses)[1][KL] == 0.0
@@ -338,7 +338,7 @@ def run_once(model: Any) -> None:
 
 
 def what_it_compares(part: str) -> dict[str, float]:
-    """How far the captured output of a part of layer 0 is from what it was when the part returned it."""
+    """Return the distance of the captured output of a part of layer 0 from the output when the part returned it."""
     model = their_model([(f"decoder.layers.0.{part}", f"decoder.layers.0.{part}", "mse")])
     sides = {"student": model, "teacher": model.teacher_model}
     returned: dict[str, Tensor] = {}
@@ -358,7 +358,7 @@ def test_modelopt_reads_the_teachers_parts_after_the_residual_was_added_in_place
 
 
 def logits_read(skip_lm_loss: bool) -> float:
-    """How far the student's logits that ModelOpt reads are from those that the output layer returned."""
+    """Return the distance of the student's logits that ModelOpt reads from those that the output layer returned."""
     model, returned = their_model([], skip_lm_loss=skip_lm_loss), []
     model.output_layer.register_forward_hook(lambda _, __, output: returned.append(output[0].detach().clone()))
     run_once(model)
@@ -371,7 +371,7 @@ def test_modelopt_reads_fp32_logits_after_megatrons_cross_entropy_overwrote_them
 
 
 def hidden_gradient(layer: str, recompute: str | None) -> bool:
-    """Whether the loss on this layer can be differentiated."""
+    """Return True if the loss on this layer can be differentiated."""
     model = their_model([(layer, layer, "mse")], recompute=recompute)
     run_once(model)
     losses = model.compute_kd_loss(loss_reduction_fn=lambda loss: loss[0].sum(), skip_balancer=True)
@@ -380,7 +380,7 @@ def hidden_gradient(layer: str, recompute: str | None) -> bool:
 
 
 def test_modelopt_has_no_gradient_for_hidden_losses_inside_recomputed_layers(one) -> None:
-    """Of their first pass, without gradients, only what leaves the recomputed piece is joined to the graph."""
+    """The first pass has no gradients, and only outputs that leave the recomputed piece are joined to the graph."""
     found = {
         (part, recompute): one.run(in_groups, {}, hidden_gradient, f"decoder.layers.0{part}", recompute)[0]
         for part in ("", ".mlp")
@@ -390,7 +390,7 @@ def test_modelopt_has_no_gradient_for_hidden_losses_inside_recomputed_layers(one
 
 
 def projections() -> tuple[bool, list[str]]:
-    """Whether ModelOpt's pairs share their projection, and its parameters."""
+    """Return True if ModelOpt's pairs share their projection, and its parameters."""
     pairs = [("decoder.layers.0", "decoder.layers.0"), ("decoder.layers.1", "decoder.layers.1")]
     wanted = plugin().DistillationConfig(intermediate_layer_pairs=pairs)
     configs = megatron_config(), megatron_config(width=TEACHERS_WIDTH)
@@ -406,7 +406,7 @@ def test_modelopt_shares_one_projection_with_a_bias_among_all_pairs(one) -> None
 
 
 def early_layer() -> str:
-    """What ModelOpt says to a pair of first layers, on this of two pipeline stages."""
+    """Return ModelOpt's answer to a pair of first layers on this one of two pipeline stages."""
     setup_device()
     from megatron.core.transformer import TransformerConfig
 

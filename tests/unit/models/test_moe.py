@@ -118,7 +118,7 @@ def test_random_experts_differ_and_are_the_same_at_every_layout(groups):
 
 
 class Grouped(nn.Module):
-    """As Transformer Engine keeps local experts' weights: `weight0`, `weight1`, ... of one module."""
+    """Module with the local experts' weights as Transformer Engine keeps them: `weight0`, `weight1`, ..."""
 
     def __init__(self, linears):
         super().__init__()
@@ -138,7 +138,7 @@ class GroupedExperts(nn.Module):
 
 
 def grouped_weights(path, output, sizes):
-    """Whether grouped experts are filled as single ones are, and what an export of them holds (one process)."""
+    """Return True if grouped experts are filled as single ones are, and the contents of their export (one process)."""
     from distill_nemo.runtime.device import setup_device
     from distill_nemo.runtime.process_groups import process_groups
 
@@ -225,7 +225,7 @@ def test_extra_states_of_grouped_experts_are_left_out(monkeypatch):
 
 @pytest.mark.parametrize(("dtype", "usable"), [(torch.bfloat16, True), (torch.float32, False)])
 def test_fp32_is_not_left_to_transformer_engine(monkeypatch, dtype, usable):
-    """Its products would be TF32."""
+    """Transformer Engine's products would be TF32."""
     from distill_nemo.models.layers.specs import transformer_engine_usable
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

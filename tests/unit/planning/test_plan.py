@@ -1,4 +1,4 @@
-"""What a plan says, against models that are built, training that is measured and operations that torch counts."""
+"""Plans against models that are built, training that is measured, and operations that torch counts."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Where figures go: JSONL, TensorBoard, and the line on the screen."""
+"""Outputs of metrics: JSONL, TensorBoard, and the line on the screen."""
 
 import os
 import pty

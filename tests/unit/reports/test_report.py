@@ -54,7 +54,7 @@ def runs(tmp_path):
 
 
 class Page(HTMLParser):
-    """What a browser would see."""
+    """Contents of a page as a browser sees them."""
 
     def __init__(self, path):
         super().__init__()

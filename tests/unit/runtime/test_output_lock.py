@@ -122,7 +122,7 @@ def test_a_path_that_is_something_else_is_named(tmp_path, place):
 
 
 def test_an_error_is_not_hidden_by_a_lock_file_that_cannot_be_removed(tmp_path, monkeypatch):
-    """As when the file system was remounted read-only meanwhile."""
+    """The file system may have been remounted read-only meanwhile."""
 
     def read_only(path, missing_ok=False):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))

@@ -1,4 +1,4 @@
-"""What a scheduler's signals must do, and must not."""
+"""Effects of a scheduler's signals."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Who is told to be silent when a run hangs. Real ranks that hang: tests/distributed/test_faults.py."""
+"""Ranks named as silent when a run hangs. Real ranks that hang: tests/distributed/test_faults.py."""
 
 import json
 import time
@@ -12,7 +12,7 @@ MINUTE = 60.0
 
 
 class Store(dict):
-    """What three ranks tell: rank 1 lives and its clock is a minute behind, rank 2 was stopped, a minute ahead."""
+    """Reports of three ranks: rank 1 lives and its clock is a minute behind; rank 2 was stopped, a minute ahead."""
 
     def check(self, keys):
         return keys[0] in self or keys[0] != "watchdog/0"

@@ -1,4 +1,4 @@
-"""What a user gets wrong: one `ValueError` that names the field, what came and what to do, and nothing is written.
+"""Mistakes in a run: one `ValueError` names the field, what came and what to do, and nothing is written.
 
 Each case is a whole run in a real process, up to its refusal. Weights that do not fit:
 tests/unit/models/test_huggingface.py and test_teacher_provider.py; fields: test_config.py; the command line: tests/cli.
@@ -112,7 +112,7 @@ def test_vocabularies_that_differ_are_refused(inputs, one, tmp_path):
 
 
 def test_an_added_token_beyond_the_rows_of_the_model_is_harmless_unless_it_occurs(inputs, one, tmp_path):
-    """As the [PAD] that is often added to Llama 2's tokenizer."""
+    """The [PAD] that is often added to Llama 2's tokenizer is one."""
     student = shutil.copytree(inputs / "student", tmp_path / "student")
     shutil.copytree(inputs / "tokenizer", student, dirs_exist_ok=True)
     stated = json.loads((student / "tokenizer.json").read_text())
@@ -130,7 +130,7 @@ def test_an_added_token_beyond_the_rows_of_the_model_is_harmless_unless_it_occur
 
 
 def test_tokenizers_of_one_size_whose_ids_differ(inputs, one, tmp_path):
-    """As many ids, other tokens: the loss would fall, and mean nothing."""
+    """The number of ids is equal, but the tokens differ, so a falling loss would mean nothing."""
     teacher = shutil.copytree(inputs / "teacher", tmp_path / "teacher")
     shutil.copytree(inputs / "tokenizer", teacher, dirs_exist_ok=True)
     tokens = {i: token for token, i in tokenizer_vocab(teacher).items()}
@@ -146,7 +146,7 @@ def test_tokenizers_of_one_size_whose_ids_differ(inputs, one, tmp_path):
 
 @pytest.mark.parametrize("kept", ["tokenizer", "manifest"])
 def test_token_files_made_with_another_tokenizer(inputs, one, tmp_path, kept):
-    """As many ids, two of them other tokens; the directory of the tokenizer may be gone."""
+    """The number of ids is equal, but two tokens differ. The directory of the tokenizer may be gone."""
     directory = shutil.copytree(inputs / "tokenizer", tmp_path / "tokenizer")
     tokens = {i: token for token, i in tokenizer_vocab(directory).items()}
     rename(directory, {tokens[300]: 301, tokens[301]: 300})
