@@ -173,12 +173,17 @@ def _check_model(role: str, model: ModelConfig, par: ParallelismConfig) -> None:
     if heads is not None and groups is not None and heads % groups:
         raise ValueError(f"{role}.num_attention_heads = {heads} is not divisible by {role}.num_query_groups = {groups}")
     ffn = "ffn_hidden_size" if model.num_experts is None else "moe_ffn_hidden_size"
-    for name in ("num_attention_heads", "num_query_groups", ffn):
+    for name in ("num_attention_heads", ffn):
         value = getattr(model, name)
         if value is not None and value % size:
             raise ValueError(
                 f"{role}.{name} = {value} is not divisible by parallelism.tensor_model_parallel_size = {size}"
             )
+    if groups is not None and groups % size and size % groups:
+        raise ValueError(
+            f"{role}.num_query_groups = {groups} is neither a multiple nor a divisor of "
+            f"parallelism.tensor_model_parallel_size = {size}"
+        )
     if model.num_experts is not None and model.num_experts % par.expert_model_parallel_size:
         raise ValueError(
             f"{role}.num_experts = {model.num_experts} is not divisible by "

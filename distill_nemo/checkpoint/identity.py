@@ -16,13 +16,12 @@ import torch.distributed as dist
 
 from distill_nemo.config import RunConfig, to_dict
 from distill_nemo.data.tokenizer import load_tokenizer
-from distill_nemo.models.checkpoints.megatron import STATE
-from distill_nemo.models.sources import find_checkpoint
+from distill_nemo.models.sources import MODELOPT_STATE, find_checkpoint
 from distill_nemo.runtime.file_hashes import Part, hash_part, join_hashes, parts
 from distill_nemo.runtime.files import write_atomically
 
 DISTRIBUTED = (".metadata", "*.distcp", "common.pt")
-WEIGHTS = ("*.safetensors", *DISTRIBUTED, *(f"{STATE}/{pattern}" for pattern in DISTRIBUTED))
+WEIGHTS = ("*.safetensors", *DISTRIBUTED, *(f"{MODELOPT_STATE}/{pattern}" for pattern in DISTRIBUTED))
 CACHE = "hashes.json"  # in the run's output directory
 SHA256 = re.compile(r"[0-9a-f]{64}")
 PROGRESS_SECONDS = 10.0

@@ -6,7 +6,8 @@ from typing import Any
 import torch.distributed as dist
 
 from distill_nemo.checkpoint.directory import read_record
-from distill_nemo.models.checkpoints.megatron import STATE, is_extra
+from distill_nemo.models.checkpoints.megatron import is_extra
+from distill_nemo.models.sources import MODELOPT_STATE
 from distill_nemo.runtime.checksums import SUMS, read_sums, sha256
 from distill_nemo.runtime.files import read_object
 from distill_nemo.runtime.pickles import read_contents
@@ -34,7 +35,7 @@ def _sums(directory: Path) -> dict[str, str] | str:
         sums = read_sums(directory / SUMS)
     except (OSError, ValueError) as error:
         return f"{SUMS} cannot be read ({error})"
-    for name in ("run.json", "architecture.json", ".metadata", f"{STATE}/.metadata"):
+    for name in ("run.json", "architecture.json", ".metadata", f"{MODELOPT_STATE}/.metadata"):
         if name in sums and (damage := _damage(directory, name, sums[name])):
             return damage
     try:
@@ -54,7 +55,7 @@ def _needed(directory: Path) -> set[str]:
     read_object(directory / "architecture.json")
     needed = {"run.json", "architecture.json", *_distributed(directory)}
     if any(is_extra(name.split("/")[0]) for name in read_contents(directory).state_dict_metadata):
-        needed |= {f"{STATE}/{name}" for name in _distributed(directory / STATE)}
+        needed |= {f"{MODELOPT_STATE}/{name}" for name in _distributed(directory / MODELOPT_STATE)}
     return needed
 
 

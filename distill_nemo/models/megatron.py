@@ -19,9 +19,6 @@ from distill_nemo.models.layers.experts import expert_settings
 from distill_nemo.models.layers.rotary import give_rotary_embeddings
 from distill_nemo.models.layers.specs import block_spec
 
-# Weights that are loaded anyway: every rank draws the whole of every tensor, a minute for 8B parameters and more.
-LOADED: dict[str, Any] = {"init_method": zeros_, "output_layer_init_method": zeros_}
-
 Recompute = Literal["full", "selective"]
 
 
@@ -64,7 +61,7 @@ def transformer_config(
         qk_layernorm=model.qk_norm,
         no_rope_freq=no_rope if any(no_rope) else None,
         init_method_std=model.init_std,
-        **({} if model.source is None else LOADED),
+        **_initialisation(model),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -91,6 +88,18 @@ def transformer_config(
     )
 
 
+def _initialisation(model: Architecture) -> dict[str, Any]:
+    """Leave weights that a checkpoint fills as they are: every rank would draw the whole of every tensor.
+
+    ModelOpt computes with a model's weights while it restores what it did to it, so those are zeros.
+    """
+    if model.source is None:
+        return {}
+    if model.source.modified_by_modelopt:
+        return {"init_method": zeros_, "output_layer_init_method": zeros_}
+    return {"perform_initialization": False}
+
+
 def _stage_layout(num_layers: int, parallelism: ParallelismConfig) -> list[list[str]] | None:
     """Return the contents of each pipeline stage, in the order of the model, in Megatron's words."""
     if parallelism.num_stages == 1:
@@ -110,22 +119,23 @@ def _check_layout(model: Architecture, parallelism: ParallelismConfig) -> None:
             f"{model.name}: num_experts = {model.experts.num_experts} is not divisible by "
             f"parallelism.expert_model_parallel_size = {expert}"
         )
-    by_layer = [
-        (
-            f"{'moe_' if model.experts and name == 'ffn_hidden_size' else ''}{name} of layer {i}",
-            getattr(layer, name),
-        )
-        for i, layer in enumerate(model.layers)
-        for name in ("num_query_groups", "ffn_hidden_size")
-    ]
-    for name, value in (
-        ("num_attention_heads", model.num_attention_heads),
-        *by_layer,
-        ("padded vocabulary", padded_vocab_size(model.vocab_size)),
-    ):
+    ffn = "moe_ffn_hidden_size" if model.experts else "ffn_hidden_size"
+    sizes = {f"{ffn} of layer {i}": layer.ffn_hidden_size for i, layer in enumerate(model.layers)}
+    sizes |= {
+        "num_attention_heads": model.num_attention_heads,
+        "padded vocabulary": padded_vocab_size(model.vocab_size),
+    }
+    for name, value in sizes.items():
         if value is not None and value % tensor:
             raise ValueError(
                 f"{model.name}: {name} = {value} is not divisible by parallelism.tensor_model_parallel_size = {tensor}"
+            )
+    for i, layer in enumerate(model.layers):
+        groups = layer.num_query_groups
+        if groups is not None and groups % tensor and (tensor % groups or model.block_configs is not None):
+            raise ValueError(
+                f"{model.name}: num_query_groups of layer {i} = {groups} is neither a multiple nor a divisor of "
+                f"parallelism.tensor_model_parallel_size = {tensor}"
             )
 
 

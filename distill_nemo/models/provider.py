@@ -11,7 +11,6 @@ from torch import nn
 
 from distill_nemo.config import DistillationConfig, ParallelismConfig, StudentConfig, TeacherConfig
 from distill_nemo.models.architecture import Architecture
-from distill_nemo.models.checkpoints.hf_tensors import check_hf_tensors
 from distill_nemo.models.checkpoints.huggingface import load_hf_weights
 from distill_nemo.models.checkpoints.megatron import check_megatron_tensors, load_megatron_weights
 from distill_nemo.models.checkpoints.modelopt_state import restore_modelopt_state
@@ -20,8 +19,8 @@ from distill_nemo.models.distillation.objective import LanguageModelling
 from distill_nemo.models.distillation.offload import HostWeights
 from distill_nemo.models.layers.experts import initialise_experts, keep_experts_apart
 from distill_nemo.models.megatron import Recompute, gpt_model, transformer_config
-from distill_nemo.models.resolve import resolve, resolve_pair
-from distill_nemo.models.sources import CheckpointKind, Source
+from distill_nemo.models.resolve import resolve, resolve_pair, with_headers
+from distill_nemo.models.sources import CheckpointKind
 from distill_nemo.runtime.device import setup_device
 from distill_nemo.runtime.seed import seed_apart
 
@@ -108,9 +107,9 @@ def _build(
     model: Architecture, model_kwargs: dict[str, Any], load_weights: bool, recompute: Recompute | None = None
 ) -> GPTModel:
     kwargs = dict(model_kwargs)
+    if load_weights:
+        model = _with_checked_weights(model)  # before memory is taken for them
     source = model.source
-    if source is not None and load_weights:
-        _check_weights(source, model)  # before memory is taken for them
     config = transformer_config(model, kwargs.pop("parallelism"), kwargs.pop("dtype"), recompute)
     stage = own_stage(kwargs["vp_stage"])
     with seed_apart(STAGES_APART * stage) if stage else contextlib.nullcontext():
@@ -121,14 +120,18 @@ def _build(
         return built
     restore_modelopt_state(built, source.weights)  # a resumed run needs the same modules for its own weights
     if load_weights and source.kind is CheckpointKind.HUGGING_FACE:
-        load_hf_weights(built, source.weights, model)
+        load_hf_weights(built, model)
     elif load_weights:
         load_megatron_weights(source.weights, built)
     return built
 
 
-def _check_weights(source: Source, model: Architecture) -> None:
+def _with_checked_weights(model: Architecture) -> Architecture:
+    """Compare the source's tensors with the architecture, if there is a source."""
+    source = model.source
+    if source is None:
+        return model
     if source.kind is CheckpointKind.HUGGING_FACE:
-        check_hf_tensors(source.weights, model.as_stored)
-    else:
-        check_megatron_tensors(source.weights, model.as_stored)
+        return model if source.tensors else with_headers(model)
+    check_megatron_tensors(source.weights, model.as_stored)
+    return model

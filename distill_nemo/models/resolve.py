@@ -13,6 +13,7 @@ from distill_nemo.models.checkpoints.nemo import read_nemo_config
 from distill_nemo.models.config_fields import (
     MAX_EXPERTS,
     MAX_EXPERTS_IN_ALL_LAYERS,
+    MAX_HEADS,
     MAX_LAYERS,
     MAX_NUMBER,
     MAX_POSITIONS,
@@ -34,6 +35,8 @@ NOT_IN_TENSORS = ("rotary_base", "norm_epsilon")  # a wrong default would load, 
 MORE_ROWS = 0.01  # of the student's vocabulary, that a teacher may have more without being asked: padding, not tokens
 MOST = {
     "num_layers": MAX_LAYERS,
+    "num_attention_heads": MAX_HEADS,
+    "num_query_groups": MAX_HEADS,
     "num_experts": MAX_EXPERTS,
     "num_experts_per_tok": MAX_EXPERTS,
     "max_position_embeddings": MAX_POSITIONS,
@@ -78,7 +81,7 @@ def _resolve(model: ModelConfig) -> Architecture:
     values["family_fields"] = _family_fields(model, stated, values)
     resolved = _architecture(name, source, values)
     if source is not None and source.kind is CheckpointKind.HUGGING_FACE and has_weights(source.weights):
-        check_hf_tensors(source.weights, resolved.as_stored)
+        return with_headers(resolved)
     return resolved
 
 
@@ -89,6 +92,17 @@ def _family_fields(model: ModelConfig, stated: dict[str, Any] | None, values: di
     if stated is not None and own != (said := resolve_own_fields(family, stated, values)):
         raise ValueError(f"family_fields = {given} contradicts {model.checkpoint}, which says {said}; leave it unset")
     return own
+
+
+def with_headers(model: Architecture) -> Architecture:
+    """Read the safetensors headers of a model's Hugging Face directory, and compare them with the architecture.
+
+    Raises:
+        ValueError: as `check_hf_tensors` does.
+    """
+    assert model.source is not None
+    tensors = check_hf_tensors(model.source.weights, model.as_stored)
+    return dataclasses.replace(model, source=dataclasses.replace(model.source, tensors=tensors))
 
 
 def _defaults(values: dict[str, Any]) -> dict[str, Any]:

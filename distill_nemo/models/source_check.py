@@ -16,20 +16,18 @@ import torch
 import transformers
 from megatron.core.models.gpt import GPTModel
 from safetensors.torch import save_file
+from torch import Tensor
 
 from distill_nemo.config import ParallelismConfig, StudentConfig
 from distill_nemo.models.architecture import Architecture, Layer
 from distill_nemo.models.checkpoints.agreement import logits_apart, open_with_transformers
-from distill_nemo.models.checkpoints.hf_tensors import (
-    expected_tensors,
-    has_weights,
-    num_parameters,
-    read_tensor,
-    stored_tensors,
-)
+from distill_nemo.models.checkpoints.hf_tensors import PieceReader, has_weights
 from distill_nemo.models.families.huggingface import to_huggingface
+from distill_nemo.models.families.pieces import Piece
 from distill_nemo.models.families.rope import ROPE_FIELDS
+from distill_nemo.models.families.tensors import hf_shapes, num_parameters, parameters
 from distill_nemo.models.provider import model_provider
+from distill_nemo.models.resolve import with_headers
 from distill_nemo.models.sources import CheckpointKind, Source
 from distill_nemo.runtime.process_groups import process_group_of_one
 from distill_nemo.runtime.seed import seed_everything
@@ -100,8 +98,8 @@ def _small(source: Source, model: Architecture) -> Iterator[tuple[Path, Architec
         config |= {name: value for name, value in to_huggingface(model, torch.float32).items() if name in ROPE_FIELDS}
     with tempfile.TemporaryDirectory() as copy:
         small = _cut(model, dataclasses.replace(source, weights=Path(copy)))
-        _copy_part(source, small, config)
-        yield Path(copy), small
+        _copy_part(source, model, small, config)
+        yield Path(copy), with_headers(small)
 
 
 def _cut(model: Architecture, source: Source) -> Architecture:
@@ -111,19 +109,25 @@ def _cut(model: Architecture, source: Source) -> Architecture:
         count = min(experts.num_experts, max(CUT["num_experts"], experts.num_experts_per_tok))
         width = min(CUT["moe_ffn_hidden_size"], experts.moe_ffn_hidden_size)
         experts = dataclasses.replace(experts, num_experts=count, moe_ffn_hidden_size=width)
-    layer = Layer(model.num_query_groups, experts.moe_ffn_hidden_size if experts else ffn)
+    width = experts.moe_ffn_hidden_size if experts else ffn
     rows = min(CUT["vocab_size"], model.vocab_size)
     return dataclasses.replace(
         model,
         source=dataclasses.replace(source, vocab_size=rows),
-        layers=(layer,) * min(CUT["num_layers"], model.num_layers),
+        layers=tuple(dataclasses.replace(layer, ffn_hidden_size=width) for layer in _first_layers(model)),
         vocab_size=rows,
         ffn_hidden_size=ffn,
         experts=experts,
     )
 
 
-def _copy_part(source: Source, small: Architecture, config: dict[str, Any]) -> None:
+def _first_layers(model: Architecture) -> tuple[Layer, ...]:
+    """Return two layers, or as many as it takes to have one of each kind."""
+    kinds = [model.layers.index(kind) for kind in set(model.layers)]
+    return model.layers[: max(CUT["num_layers"], max(kinds) + 1)]
+
+
+def _copy_part(source: Source, model: Architecture, small: Architecture, config: dict[str, Any]) -> None:
     """Write the part of `source` that `small` needs; all of `config` stays but the sizes."""
     own = dataclasses.asdict(small.filled(StudentConfig()))
     config |= {key: own[name] for name in CUT for key in NAMES[name] if key in config and own[name] is not None}
@@ -132,6 +136,20 @@ def _copy_part(source: Source, small: Architecture, config: dict[str, Any]) -> N
     assert small.source is not None
     target = small.source.weights
     (target / "config.json").write_text(json.dumps(config))
-    stored = stored_tensors(source.weights)
-    tensors = {name: read_tensor(stored[name], name, shape) for name, shape in expected_tensors(small).items()}
-    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    save_file(_first_parts(source, model, small), target / "model.safetensors", {"format": "pt"})
+
+
+def _first_parts(source: Source, model: Architecture, small: Architecture) -> dict[str, Tensor]:
+    """Return the tensors of `small`: of every piece the first rows and columns of the same piece of `model`."""
+    tensors = {name: torch.empty(shape) for name, shape in hf_shapes(small).items()}
+    with PieceReader(source.tensors) as reader:
+        for parameter in parameters(small):
+            for piece, large in zip(parameter.pieces, parameter.of(model).pieces, strict=False):  # but for padding
+                if piece.name:
+                    tensors[piece.name][piece.index] = reader.read(_first_part(large, piece.shape))
+    return tensors
+
+
+def _first_part(piece: Piece, shape: tuple[int, ...]) -> Piece:
+    index = (slice(part.start, part.start + size) for part, size in zip(piece.index, shape, strict=True))
+    return Piece(piece.name, tuple(index))

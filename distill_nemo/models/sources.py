@@ -2,12 +2,22 @@
 
 import enum
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 OURS = ("architecture.json", "run.json", "SHA256SUMS")  # each tells, as the others may be lost
+MODELOPT_STATE = "modelopt_state"  # directory of what ModelOpt did to the model; its quantizers have tensors too
 STEP = re.compile(r"step_\d{8,}")
+
+
+class StoredTensor(NamedTuple):
+    """An entry of a safetensors header."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
 
 
 class CheckpointKind(enum.Enum):
@@ -38,6 +48,7 @@ class Source:
         weights: directory of its tensors.
         config: content of a Hugging Face `config.json`; empty for other kinds.
         vocab_size: rows that its description states; None where it states none.
+        tensors: headers of its safetensors, once `check_hf_tensors` has compared them; empty for other kinds.
     """
 
     checkpoint: str
@@ -45,6 +56,12 @@ class Source:
     weights: Path
     config: dict[str, Any]
     vocab_size: int | None
+    tensors: Mapping[str, StoredTensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def modified_by_modelopt(self) -> bool:
+        """True if the model was quantised, say, before it was saved."""
+        return (self.weights / MODELOPT_STATE).is_dir()
 
 
 def find_checkpoint(path: Path) -> FoundCheckpoint:

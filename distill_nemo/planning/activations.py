@@ -23,7 +23,7 @@ def saved(planned: PlannedRun, model: Architecture, layer: Layer, recompute: str
 def _saved_by_attention(planned: PlannedRun, model: Architecture, layer: Layer, recompute: str | None) -> int:
     tensor, item, tokens = planned.config.parallelism.tensor_model_parallel_size, planned.item, planned.tokens
     n = model.num_attention_heads * model.kv_channels // tensor
-    k = (layer.num_query_groups or 0) * model.kv_channels // tensor
+    k = _key_channels(model, layer, tensor)
     qk_norm = model.qk_norm
     bytes_ = _norm(planned, model.hidden_size)
     softmax_statistics = 4 * tokens * model.num_attention_heads // tensor
@@ -42,6 +42,11 @@ def _saved_by_attention(planned: PlannedRun, model: Architecture, layer: Layer, 
     elif qk_norm:
         bytes_ += (4 + item) * tokens * (n + k)
     return bytes_ + item * tokens * numbers
+
+
+def _key_channels(model: Architecture, layer: Layer, tensor: int) -> int:
+    """Return the channels of a rank's keys: at least one group, which ranks share where there are fewer groups."""
+    return max((layer.num_query_groups or 0) // tensor, 1) * model.kv_channels
 
 
 def saved_by_mlp(planned: PlannedRun, model: Architecture, layer: Layer) -> int:
@@ -92,7 +97,7 @@ def forward_workspace(planned: PlannedRun, model: Architecture, layer: Layer) ->
     if layer.num_query_groups is None:
         return residual + mlp
     n = model.num_attention_heads * model.kv_channels // tensor
-    k = layer.num_query_groups * model.kv_channels // tensor
+    k = _key_channels(model, layer, tensor)
     numbers = (n + 2 * k) + (n + k) + n  # joint q, k, v; rotated q and k; the output
     if planned.transformer_engine:
         return residual + max(mlp, item * tokens * numbers)

@@ -1,12 +1,12 @@
-"""Number of parameters of a model, and of each rank of a layout. Tests compare them with models that are built.
+"""Number of parameters of a model, and of each rank of a layout. Tests compare them with models that are built."""
 
-Legend: H width, F width of an MLP, n heads, g query groups, d channels of a head, V vocabulary, padded.
-"""
-
+from math import prod
 from typing import NamedTuple
 
 from distill_nemo.config import ParallelismConfig
 from distill_nemo.models.architecture import Architecture, Layer, padded_vocab_size
+from distill_nemo.models.families.pieces import EXPERT, Place
+from distill_nemo.models.families.tensors import table_of
 
 
 class Count(NamedTuple):
@@ -72,20 +72,13 @@ def stage_parameters(model: Architecture, parallelism: ParallelismConfig, stage:
 
 def layer_parameters(model: Architecture, layer: Layer, parallelism: ParallelismConfig) -> Count:
     """Count one layer on one tensor- and expert-parallel rank."""
-    tensor, width = parallelism.tensor_model_parallel_size, model.hidden_size
+    place = Place(model, layer, size=parallelism.tensor_model_parallel_size)
     dense = experts = 0
-    if layer.num_query_groups is not None:
-        heads = model.num_attention_heads * model.kv_channels // tensor
-        groups = layer.num_query_groups * model.kv_channels // tensor
-        dense += width + (heads + 2 * groups) * width + heads * width
-        dense += heads + 2 * groups if model.qkv_bias else 0
-        dense += 2 * model.kv_channels if model.qk_norm else 0
-    if layer.ffn_hidden_size is not None:
-        mlp = 3 * layer.ffn_hidden_size // tensor * width
-        dense += width
-        if model.experts is None:
-            dense += mlp
+    for name, rule in table_of(model, layer).items():
+        numbers = sum(prod(piece.shape) for piece in rule(place))
+        if name.startswith(EXPERT):
+            assert model.experts is not None
+            experts += numbers * (model.experts.num_experts // parallelism.expert_model_parallel_size)
         else:
-            dense += model.experts.num_experts * width
-            experts += model.experts.num_experts // parallelism.expert_model_parallel_size * mlp
+            dense += numbers
     return Count(dense, experts)

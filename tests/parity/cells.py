@@ -48,6 +48,7 @@ MODELS: dict[str, dict[str, Any]] = {  # arguments of write_hf; the student's na
     "llama3 rope": {"family": "llama3_rope", "seed": 9, "layers": 8, **NARROW},
     "qwen2 (biases)": {"family": "qwen2", "seed": 6, "layers": 8, **NARROW},
     "qwen3 (qk norm)": {"family": "qwen3", "seed": 7, "layers": 8, **NARROW},
+    "two query groups": {"seed": 11, "layers": 8, **NARROW, "groups": 2},
     "MoE teacher": {"family": "qwen3_moe", "seed": 10, "layers": 8, **WIDE},
     "MoE": {"family": "qwen3_moe", "seed": 8, "layers": 8, **NARROW},
     "llama + 30": {"seed": 2, "layers": 8, "offset": 30.0, **NARROW},  # of every logit
@@ -137,7 +138,9 @@ def _of_layout(layout: str) -> Iterator[Cell]:
         loss = "cosine, projected, after the last norm" if student == "llama, 9 layers" else HIDDEN
         yield Cell(layout, (student, "teacher"), loss)
     yield from (Cell(layout, models, loss) for models, loss in OFFSET)
-    if LAYOUTS[layout][1].tensor < 4:
+    if LAYOUTS[layout][1].tensor == 4:  # two ranks share a query group
+        yield Cell(layout, ("two query groups", "teacher"), HIDDEN)
+    else:
         yield Cell(layout, ("llama", "MoE teacher"), "forward KL")
         needs = LAYOUTS[layout][1].tensor > 1 and not LAYOUTS[layout][1].sequence_parallel  # Megatron-Core for experts
         sp = {"way": "SP", "changes": (("sequence_parallel", True),)} if needs else {}

@@ -36,6 +36,7 @@ def chosen(layout: str) -> list[Cell]:
         "PP=4, VPP=2": [cell for cell in of_layout if cell.way],
         "DP=4": [cell for cell in of_layout if cell.way in ("distributed optimizer", "an all-masked micro batch")],
         "EP=2, DP=2": of_layout,
+        "TP=4": [cell for cell in of_layout if cell.models[0] == "two query groups"],
         "TP=2, SP": [cell for cell in of_layout if cell.way == "whole logits"],
     }
     return list(dict.fromkeys(usual + more.get(layout, [])))

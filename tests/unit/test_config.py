@@ -192,6 +192,15 @@ def test_no_teacher_round_trips(tmp_path):
             "data.sequence_length = 30 is not divisible",
         ),
         ({"parallelism__tensor_model_parallel_size": 4, "student__ffn_hidden_size": 6}, 4, "ffn_hidden_size = 6"),
+        (
+            {
+                "parallelism__tensor_model_parallel_size": 4,
+                "student__num_attention_heads": 12,
+                "student__num_query_groups": 6,
+            },
+            4,
+            "student.num_query_groups = 6 is neither a multiple nor a divisor of parallelism.tensor_model",
+        ),
         (EP2, 2, "expert_model_parallel_size = 2 needs a student or a teacher with experts"),
         (
             EP2 | MOE_TEACHER | {"parallelism__tensor_model_parallel_size": 2},

@@ -1,11 +1,14 @@
-"""Tensors of a Hugging Face directory: those that an architecture needs, and those that its safetensors hold.
+"""Tensors that the safetensors of a Hugging Face directory hold.
 
-Only headers are read. They come with the checkpoint, like `config.json`, so neither is believed: they must agree.
+Headers come with the checkpoint, like `config.json`, so neither is trusted: they must agree.
 """
 
 import re
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,21 +16,17 @@ from safetensors import SafetensorError, safe_open
 from distill_nemo.fields import first_few
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.config_fields import shown
+from distill_nemo.models.families.pieces import Piece
+from distill_nemo.models.families.tensors import hf_shapes
+from distill_nemo.models.sources import StoredTensor
 from distill_nemo.runtime.files import read_object
 
 VOCAB_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
-INDEX = "model.safetensors.index.json"
+ROWS_AT_ONCE = 4096  # of an embedding that is compared
+SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("BF16", "F16", "F32", "F64")
 OLD_BUFFER = "rotary_emb.inv_freq"  # of old Llamas; computed today
 LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
-
-
-class StoredTensor(NamedTuple):
-    """One entry of a safetensors header."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
 
 
 def has_weights(path: Path) -> bool:
@@ -35,8 +34,8 @@ def has_weights(path: Path) -> bool:
     return any(path.glob("*.safetensors"))
 
 
-def check_hf_tensors(path: Path, model: Architecture) -> None:
-    """Compare the safetensors headers in `path` with the tensors that an architecture needs.
+def check_hf_tensors(path: Path, model: Architecture) -> dict[str, StoredTensor]:
+    """Compare the safetensors headers in `path` with the tensors that an architecture needs; return the headers.
 
     Args:
         path: the directory.
@@ -53,7 +52,7 @@ def check_hf_tensors(path: Path, model: Architecture) -> None:
             f"{path} does not fit its architecture: config.json says num_hidden_layers = {model.num_layers}, the "
             f"safetensors hold {layers} layers"
         )
-    wanted = expected_tensors(model)
+    wanted = hf_shapes(model)
     ignored = {"lm_head.weight"} if model.tie_word_embeddings else set()
     found = {name: tensor.shape for name, tensor in stored.items() if not name.endswith(OLD_BUFFER)}
     problems = [f"missing: {name} {shape}" for name, shape in wanted.items() if name not in found]
@@ -65,22 +64,35 @@ def check_hf_tensors(path: Path, model: Architecture) -> None:
     ]
     if problems:
         raise ValueError(f"{path} does not fit its architecture:\n  " + "\n  ".join(first_few(problems)))
+    return stored
 
 
-def check_tied_weights(path: Path, model: Architecture) -> None:
-    """Refuse tied embeddings beside which another output layer is stored; reads both.
+def check_tied_weights(stored: Mapping[str, StoredTensor], model: Architecture) -> None:
+    """Refuse tied embeddings beside which another output layer is stored; reads both, some rows at a time.
 
     Raises:
         ValueError: when the two differ.
     """
-    stored = stored_tensors(path)
     if not model.tie_word_embeddings or "lm_head.weight" not in stored:
         return
-    if not torch.equal(*(read_tensor(stored[name], name) for name in VOCAB_TENSORS)):
-        raise ValueError(
-            f"{path}: config.json says tie_word_embeddings, but lm_head.weight and model.embed_tokens.weight differ: "
-            "transformers would use both; say tie_word_embeddings: false there"
-        )
+    if _equal(*VOCAB_TENSORS, stored):
+        return
+    raise ValueError(
+        f"{stored['lm_head.weight'].file.parent}: config.json says tie_word_embeddings, but lm_head.weight and "
+        "model.embed_tokens.weight differ: transformers would use both; say tie_word_embeddings: false there"
+    )
+
+
+def _equal(first: str, second: str, stored: Mapping[str, StoredTensor]) -> bool:
+    rows, width = stored[first].shape
+    if stored[second].shape != (rows, width):
+        return False
+    with PieceReader(stored) as reader:
+        for start in range(0, rows, ROWS_AT_ONCE):
+            index = (slice(start, min(start + ROWS_AT_ONCE, rows)), slice(0, width))
+            if not torch.equal(reader.read(Piece(first, index)), reader.read(Piece(second, index))):
+                return False
+    return True
 
 
 def _check_dtypes(path: Path, stored: dict[str, StoredTensor]) -> None:
@@ -92,12 +104,27 @@ def _check_dtypes(path: Path, stored: dict[str, StoredTensor]) -> None:
         )
 
 
-def read_tensor(stored: StoredTensor, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
-    """Return the tensor, or the first part of it along every dimension that `shape` asks for."""
-    with safe_open(stored.file, "pt") as tensors:
-        if shape is None or shape == stored.shape:
-            return tensors.get_tensor(name)
-        return tensors.get_slice(name)[tuple(slice(0, size) for size in shape)].contiguous()
+class PieceReader:
+    """Read pieces of stored tensors. Files are opened when first asked for, and stay mapped until the end."""
+
+    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
+        self.stored = stored
+        self._files: dict[Path, Any] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._files.clear()
+        self._stack.close()
+
+    def read(self, piece: Piece) -> torch.Tensor:
+        """Return the piece alone, in the dtype of the file."""
+        file = self.stored[piece.name].file
+        if file not in self._files:
+            self._files[file] = self._stack.enter_context(safe_open(file, "pt"))
+        return self._files[file].get_slice(piece.name)[piece.index]
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
@@ -108,7 +135,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     """
     found: dict[str, StoredTensor] = {}
     places = _indexed_files(path)
-    files = sorted(set(places.values())) if places else ["model.safetensors"]
+    files = sorted(set(places.values())) if places else [SINGLE_FILE]
     for file in files:
         header = _header(path / file)
         twice = [name for name in header if name in found]
@@ -138,11 +165,11 @@ def _indexed_files(path: Path) -> dict[str, str]:
             f"{path} holds no *.safetensors files, and pickles (*.bin) can run code when they are opened: they are not "
             f"read here. If you trust them: nemo distill convert checkpoint={path} output=NEW allow_pickle=true"
         )
-    if (path / "model.safetensors").is_file():
+    if (path / SINGLE_FILE).is_file():
         return {}
     index = path / INDEX
     if not index.is_file():
-        raise ValueError(f"{path} has neither model.safetensors nor {INDEX}, which says what its other files hold")
+        raise ValueError(f"{path} has neither {SINGLE_FILE} nor {INDEX}, which says what its other files hold")
     places = read_object(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ValueError(f"{index}: weight_map must say in which file each tensor is, got {shown(places)}")
@@ -154,37 +181,3 @@ def _indexed_files(path: Path) -> dict[str, str]:
     if absent:
         raise ValueError(f"{index} names files that are not there: {', '.join(first_few(absent))}")
     return places
-
-
-def expected_tensors(model: Architecture) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every tensor of a model in Hugging Face's naming."""
-    q, kv = model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
-    h = model.hidden_size
-    layer: dict[str, tuple[int, ...]] = {
-        "input_layernorm.weight": (h,),
-        "post_attention_layernorm.weight": (h,),
-        "self_attn.q_proj.weight": (q, h),
-        "self_attn.k_proj.weight": (kv, h),
-        "self_attn.v_proj.weight": (kv, h),
-        "self_attn.o_proj.weight": (h, q),
-    }
-    ffn, mlps, experts = model.ffn_hidden_size, ["mlp"], model.experts
-    if experts is not None:
-        layer["mlp.gate.weight"] = (experts.num_experts, h)
-        ffn, mlps = experts.moe_ffn_hidden_size, [f"mlp.experts.{i}" for i in range(experts.num_experts)]
-    for mlp in mlps:
-        layer |= {
-            f"{mlp}.{n}_proj.weight": shape for n, shape in (("gate", (ffn, h)), ("up", (ffn, h)), ("down", (h, ffn)))
-        }
-    if model.qkv_bias:
-        layer |= {f"self_attn.{n}_proj.bias": (size,) for n, size in (("q", q), ("k", kv), ("v", kv))}
-    if model.qk_norm:
-        layer |= {f"self_attn.{n}_norm.weight": (model.kv_channels,) for n in ("q", "k")}
-    tensors = {f"model.layers.{i}.{name}": shape for i in range(model.num_layers) for name, shape in layer.items()}
-    tensors |= {"model.embed_tokens.weight": (model.vocab_size, h), "model.norm.weight": (h,)}
-    return tensors if model.tie_word_embeddings else tensors | {"lm_head.weight": (model.vocab_size, h)}
-
-
-def num_parameters(model: Architecture) -> int:
-    """Return the number of parameters of a model."""
-    return sum(torch.Size(shape).numel() for shape in expected_tensors(model).values())

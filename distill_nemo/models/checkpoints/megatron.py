@@ -17,21 +17,16 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from distill_nemo.fields import first_few
-from distill_nemo.models.architecture import Architecture, Layer
+from distill_nemo.models.architecture import Architecture
+from distill_nemo.models.families.pieces import EMBEDDING, EXPERT, OUTPUT, OUTSIDE, Piece
+from distill_nemo.models.families.tensors import FUSED_NAMES, LOCAL_NAMES, Shapes, parameters
+from distill_nemo.models.sources import MODELOPT_STATE
 from distill_nemo.runtime.pickles import read_contents, weights_only
 
-Shapes = dict[str, tuple[int, ...]]
-
-EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 PREFIXES = ("", "model.", "module.", "model.module.", "module.module.")  # Megatron, NeMo 1 and ours, NeMo 2, wrapped
 # Beside the model: optimizer states; Transformer Engine's extra states; what ModelOpt's distillation adds.
 IGNORED = re.compile(r"^(chained_\d+\.)?optimizer\b|^rng|_extra_state\b|(^|\.)(_teacher_model|_loss_modules)\.")
-STATE = "modelopt_state"  # directory of what ModelOpt did to the model; then its quantizers have tensors too
 LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
-LOCAL_NAMES = {  # Transformer Engine's fused layer norms, and what they were called without it
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
 MAX_VOCAB_PADDING = 128 * 64  # Megatron pads to a multiple of 128 times the tensor parallel size
 
 
@@ -94,7 +89,7 @@ def stored_tensors(directory: Path) -> Shapes:
         size = (directory / name).stat().st_size
         if size < end:
             raise ValueError(f"{directory / name} is truncated: {size:,} bytes, needs {end:,}")
-    quantizer = re.compile(r"_quantizer\b" if (directory / STATE).is_dir() else r"(?!)")
+    quantizer = re.compile(r"_quantizer\b" if (directory / MODELOPT_STATE).is_dir() else r"(?!)")
     shapes = {k: tuple(t.size) for k, t in tensors.items() if not IGNORED.search(k) and not quantizer.search(k)}
     for name in [name.removesuffix("_w") for name in shapes if name.endswith("linear_fc1.weight_w")]:
         gate, up = shapes.pop(name + "_w"), shapes.pop(name + "_v", ())  # as ModelOpt's quantised MLPs are stored
@@ -114,41 +109,31 @@ def stored_dtype(directory: Path) -> torch.dtype:
 
 
 def expected_shapes(model: Architecture) -> tuple[list[Shapes], Shapes]:
-    """Return name and shape of each layer's tensors, and of those around the layers, in Transformer Engine's naming."""
-    table = (model.vocab_size, model.hidden_size)
-    around: Shapes = {EMBEDDING: table, "decoder.final_layernorm.weight": (model.hidden_size,)}
-    if not model.tie_word_embeddings:
-        around[OUTPUT] = table
-    return [_layer_tensors(layer, model) for layer in model.layers], around
+    """Return name and shape of each layer's tensors, and of those around the layers, in Transformer Engine's naming.
+
+    Experts are stored together, one after another along a first dimension.
+    """
+    layers: list[Shapes] = [{} for _ in model.layers]
+    around: Shapes = {}
+    for parameter in parameters(model):
+        name, shape = parameter.name, _shape(parameter.pieces)
+        if parameter.place.layer is OUTSIDE:
+            around[name] = shape
+            continue
+        fused = FUSED_NAMES.get(name, name)
+        if name.startswith(EXPERT):
+            assert model.experts is not None
+            fused, shape = f"{EXPERT}experts.{name.removeprefix(EXPERT)}", (model.experts.num_experts, *shape)
+        elif model.experts is not None and name == "pre_mlp_layernorm.weight":
+            fused = name  # the norm before a router is a module of its own
+        layers[parameter.place.number][fused] = shape
+    return layers, around
 
 
-def _layer_tensors(layer: Layer, model: Architecture) -> Shapes:
-    h, tensors, experts = model.hidden_size, {}, model.experts
-    if layer.num_query_groups is not None:
-        q, kv = model.num_attention_heads * model.kv_channels, layer.num_query_groups * model.kv_channels
-        tensors |= {
-            "self_attention.linear_qkv.layer_norm_weight": (h,),
-            "self_attention.linear_qkv.weight": (q + 2 * kv, h),
-            "self_attention.linear_proj.weight": (h, q),
-        }
-        if model.qkv_bias:
-            tensors["self_attention.linear_qkv.bias"] = (q + 2 * kv,)
-        if model.qk_norm:
-            tensors |= {f"self_attention.{n}_layernorm.weight": (model.kv_channels,) for n in ("q", "k")}
-    if experts is not None:
-        tensors |= {
-            "pre_mlp_layernorm.weight": (h,),
-            "mlp.router.weight": (experts.num_experts, h),
-            "mlp.experts.experts.linear_fc1.weight": (experts.num_experts, 2 * experts.moe_ffn_hidden_size, h),
-            "mlp.experts.experts.linear_fc2.weight": (experts.num_experts, h, experts.moe_ffn_hidden_size),
-        }
-    elif layer.ffn_hidden_size is not None:
-        tensors |= {
-            "mlp.linear_fc1.layer_norm_weight": (h,),
-            "mlp.linear_fc1.weight": (2 * layer.ffn_hidden_size, h),
-            "mlp.linear_fc2.weight": (h, layer.ffn_hidden_size),
-        }
-    return tensors
+def _shape(pieces: list[Piece]) -> tuple[int, ...]:
+    """Return the shape of what pieces make, without the padding of the vocabulary."""
+    stored = [piece.shape for piece in pieces if piece.name]
+    return (sum(shape[0] for shape in stored), *stored[0][1:])
 
 
 def _is_stacked(names: Shapes) -> bool:
@@ -204,8 +189,7 @@ def _stored_layers(names: Shapes) -> int | None:
 def _stored_name(name: str, names: Shapes) -> str:
     """Return `name`, or the local layers' name where the checkpoint has only that."""
     # The norm before experts is not fused, but Megatron's local layers call it so.
-    reverse = {local: fused for fused, local in LOCAL_NAMES.items()}
-    for ours, theirs in (LOCAL_NAMES | reverse).items():
+    for ours, theirs in (LOCAL_NAMES | FUSED_NAMES).items():
         own = name.replace(ours, theirs)
         if own != name and name not in names and own in names:
             return own

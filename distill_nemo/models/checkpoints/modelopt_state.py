@@ -17,7 +17,8 @@ from modelopt.torch.opt.plugins import mcore_dist_checkpointing as sharded
 from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from distill_nemo.models.checkpoints.megatron import STATE, key_prefix, stored_tensors
+from distill_nemo.models.checkpoints.megatron import key_prefix, stored_tensors
+from distill_nemo.models.sources import MODELOPT_STATE
 from distill_nemo.runtime.pickles import read_contents, weights_only
 
 
@@ -38,7 +39,7 @@ def restore_modelopt_state(model: nn.Module, directory: Path) -> None:
     Raises:
         ValueError: under tensor parallelism, and when ModelOpt cannot restore it, with what it says.
     """
-    if not (directory / STATE).is_dir():
+    if not (directory / MODELOPT_STATE).is_dir():
         return
     if parallel_state.get_virtual_pipeline_model_parallel_world_size() is not None:
         raise ValueError(f"{directory} was modified by ModelOpt, which knows no virtual pipeline; leave it unset")
@@ -57,7 +58,7 @@ def restore_modelopt_state(model: nn.Module, directory: Path) -> None:
         except pickle.UnpicklingError:
             raise
         except Exception as error:
-            raise ValueError(f"{directory / STATE} cannot be restored by ModelOpt: {error!r:.300}") from error
+            raise ValueError(f"{directory / MODELOPT_STATE} cannot be restored by ModelOpt: {error!r:.300}") from error
     assert built[0] is model, "ModelOpt restores in place"
 
 

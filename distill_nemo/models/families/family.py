@@ -9,6 +9,7 @@ from distill_nemo.config import from_dict
 from distill_nemo.fields import is_union
 from distill_nemo.models.architecture import Architecture, Layer, RopeType
 from distill_nemo.models.config_fields import Fields
+from distill_nemo.models.families.pieces import Table, layer_table
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Family:
         own_fields: fields of `config.json` that other families lack, as they are written there.
         layers: layers of a model from its `ModelConfig` fields and the sizes of its layers, which it returns with
             what else sets them apart.
-        tensors_like: model type of the family whose tensor names and merge rules it shares; None: it has its own.
+        layer_table: tensors of one layer; those of Llama unless it says otherwise.
     """
 
     model_type: str
@@ -67,7 +68,7 @@ class Family:
     layers: Callable[[dict[str, Any], tuple[Layer, ...]], tuple[Layer, ...]] = lambda values, layers: layers
     read_own: Callable[[Fields], dict[str, Any]] = lambda config: {}
     write_own: Callable[[Architecture], dict[str, Any]] = lambda model: {}
-    tensors_like: str | None = None
+    layer_table: Callable[[Architecture, Layer], Table] = layer_table
 
 
 def resolve_own_fields(

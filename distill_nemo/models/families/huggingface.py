@@ -7,7 +7,7 @@ import torch
 
 from distill_nemo.fields import suggest
 from distill_nemo.models.architecture import EXPERT_FIELDS, Architecture
-from distill_nemo.models.config_fields import MAX_LAYERS, MAX_POSITIONS, Fields, shown
+from distill_nemo.models.config_fields import MAX_HEADS, MAX_LAYERS, MAX_POSITIONS, Fields, shown
 from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.families.family import Family, resolve_own_fields
 from distill_nemo.models.families.rope import read_rope, write_rope
@@ -35,7 +35,7 @@ def from_huggingface(config: dict[str, Any], where: Path) -> dict[str, Any]:
     fields = Fields(family.defaults | config, fields.where)
     _refuse_features(family, fields)
     fields.integer("num_labels", 2, most=MAX_LABELS)  # transformers names each one as soon as it opens the file
-    heads = fields.integer("num_attention_heads")
+    heads = fields.integer("num_attention_heads", most=MAX_HEADS)
     base, scaling = read_rope(fields, family)
     described = {
         "family": model_type,
@@ -43,7 +43,7 @@ def from_huggingface(config: dict[str, Any], where: Path) -> dict[str, Any]:
         "hidden_size": fields.integer("hidden_size"),
         "ffn_hidden_size": fields.integer("intermediate_size"),
         "num_attention_heads": heads,
-        "num_query_groups": fields.integer("num_key_value_heads", heads),
+        "num_query_groups": fields.integer("num_key_value_heads", heads, most=MAX_HEADS),
         "kv_channels": _head_dim(fields),
         "vocab_size": fields.integer("vocab_size"),
         "max_position_embeddings": fields.integer(

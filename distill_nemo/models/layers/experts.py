@@ -4,7 +4,6 @@ Every layer is a router and `num_experts` MLPs, of which a token takes `num_expe
 each data (and context) parallel rank holds some of the experts, and tokens travel to them.
 """
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -44,14 +43,6 @@ def expert_settings(experts: Experts | None, parallelism: ParallelismConfig, dty
         "expert_model_parallel_size": parallelism.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallelism.tensor_model_parallel_size,
     }
-
-
-def one_expert(grouped: nn.Module, number: int) -> nn.Module:
-    """Return a module whose `weight` is that of local expert `number` in Transformer Engine's grouped linear layer."""
-    one, weight = nn.Module(), grouped.get_parameter(f"weight{number}")
-    one.register_parameter("weight", weight)
-    one.__dict__["config"] = SimpleNamespace(ffn_hidden_size=len(weight) // 2)  # where ModelOpt parts gate and up
-    return one
 
 
 def keep_experts_apart(built: GPTModel) -> None:

@@ -137,7 +137,7 @@ def export_directory(path: Path) -> Path:
     """Write a directory that counts as an earlier export of ours."""
     from safetensors.torch import save_file
 
-    from distill_nemo.models.checkpoints.huggingface import METADATA
+    from distill_nemo.models.checkpoints.write_safetensors import METADATA
 
     path.mkdir()
     save_file({"x": torch.ones(1)}, path / "model.safetensors", METADATA)
@@ -168,7 +168,8 @@ def second_export(out: Path) -> None:
 
 def test_a_full_disk_leaves_the_earlier_export(tmp_path):
     setup_device()
-    from distill_nemo.models.checkpoints.huggingface import _save, writing_export
+    from distill_nemo.models.checkpoints.huggingface import writing_export
+    from distill_nemo.models.checkpoints.write_safetensors import _save
 
     out = export_directory(tmp_path / "out")
     before = (out / "model.safetensors").read_bytes()

@@ -43,7 +43,7 @@ DEFAULTS = {"scale": 1.0, "width": 8, "colours": ["red", "red"]}
 @pytest.fixture(autouse=True)
 def rainbow(monkeypatch):
     defaults = {"max_position_embeddings": 2048}
-    family = Family("rainbow", "LlamaForCausalLM", defaults, own_fields=Rainbow, tensors_like="llama")
+    family = Family("rainbow", "LlamaForCausalLM", defaults, own_fields=Rainbow)
     monkeypatch.setitem(FAMILIES, "rainbow", family)
 
 

@@ -116,7 +116,7 @@ def test_layers_that_differ_train_save_resume_and_reshard(llama, inputs, one, tw
 def test_what_cannot_be_is_refused(llama, inputs, one, two, tmp_path):
     one.run(in_one_process, write_megatron, tmp_path / "m", llama[1])
     with pytest.raises(
-        ValueError, match=r"num_query_groups of layer 2 = 1 is not divisible by parallelism.tensor_model"
+        ValueError, match=r"num_query_groups of layer 2 = 1 is neither a multiple nor a divisor of parallelism.tensor"
     ):
         two.run(train, inputs, tmp_path / "out", 1, 8, 2)
     with pytest.raises(

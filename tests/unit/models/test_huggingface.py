@@ -187,6 +187,9 @@ BROKEN = {
     "num_hidden_layers = 9000, the safetensors hold 4 layers": lambda path: _config(path, num_hidden_layers=9000),
     "num_hidden_layers must be at most 10,000, got 1000000000": lambda path: _config(path, num_hidden_layers=10**9),
     "hidden_size must be at most 16,777,216, got 1000000000": lambda path: _config(path, hidden_size=10**9),
+    "num_attention_heads must be at most 4,096, got 16000000": lambda path: _config(
+        path, num_attention_heads=16 * 10**6, num_key_value_heads=16 * 10**6, head_dim=2
+    ),
     "model.layers.0.input_layernorm.weight has shape (64,), needs (16000000,)": lambda path: _config(
         path, hidden_size=16 * 10**6, head_dim=16
     ),
@@ -363,15 +366,22 @@ def test_an_output_layer_of_its_own_beside_tied_embeddings_is_refused(tmp_path):
     from distill_nemo.models.checkpoints.hf_tensors import check_tied_weights
     from distill_nemo.models.resolve import resolve
 
+    def check(path):
+        model = resolve(StudentConfig(checkpoint=str(path)))
+        check_tied_weights(model.source.tensors, model)
+
     path = Path(write_hf(tmp_path / "m", "llama_tied"))
     tensors = load_file(path / "model.safetensors")
     embedding = tensors["model.embed_tokens.weight"]
     for head in (embedding.clone(), embedding + 1):
         save_file(tensors | {"lm_head.weight": head}, path / "model.safetensors", {"format": "pt"})
         if torch.equal(head, embedding):
-            check_tied_weights(path, resolve(StudentConfig(checkpoint=str(path))))
+            check(path)
     with pytest.raises(ValueError, match=r"lm_head.weight and model.embed_tokens.weight differ"):
-        check_tied_weights(path, resolve(StudentConfig(checkpoint=str(path))))
+        check(path)
+    save_file(tensors | {"lm_head.weight": embedding[:9].clone()}, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lm_head.weight and model.embed_tokens.weight differ"):
+        check(path)
 
 
 def test_what_deepspeed_leaves_beside_a_model_is_no_tracker(tmp_path):

@@ -155,7 +155,7 @@ def grouped_weights(path, output, sizes):
             layer.mlp.experts = GroupedExperts(layer.mlp.experts)
             for parameter in layer.mlp.experts.parameters():
                 nn.init.zeros_(parameter)
-        huggingface.load_hf_weights(grouped, student.source.weights, student)
+        huggingface.load_hf_weights(grouped, student)
         equal = [
             torch.equal(getattr(expert, name).weight, getattr(getattr(b.mlp.experts, name), f"weight{i}"))
             for a, b in zip(single.decoder.layers, grouped.decoder.layers, strict=True)

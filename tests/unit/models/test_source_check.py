@@ -80,7 +80,7 @@ def test_a_misread_configuration_is_refused(models, monkeypatch, wrong, cut):
 def test_what_transformers_cannot_open_is_refused_in_its_words(tmp_path):
     """6 heads of 48 in a hidden size of 256, which Megatron could compute."""
     setup_device()
-    from distill_nemo.models.checkpoints.hf_tensors import expected_tensors
+    from distill_nemo.models.families.tensors import hf_shapes
     from distill_nemo.models.resolve import resolve
 
     source = Path(write_hf(tmp_path / "m", "llama", width=64))
@@ -88,7 +88,7 @@ def test_what_transformers_cannot_open_is_refused_in_its_words(tmp_path):
     config |= {"hidden_size": 256, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 48}
     (source / "config.json").write_text(json.dumps(config))
     (source / "model.safetensors").unlink()
-    shapes = expected_tensors(resolve(StudentConfig(checkpoint=str(source))))
+    shapes = hf_shapes(resolve(StudentConfig(checkpoint=str(source))))
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, source / "model.safetensors")
     with pytest.raises(ValueError, match=r"/m cannot be opened by transformers .*number of attention heads \(6\)"):
         checked(source)

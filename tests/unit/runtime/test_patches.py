@@ -101,7 +101,7 @@ os._exit(0)
 
 def test_torch_still_gives_every_gloo_group_a_device_and_its_thread():
     ended = subprocess.run([sys.executable, "-W", "ignore", "-c", THREADS], capture_output=True, text=True, check=True)
-    assert ended.stdout == "4\n"
+    assert ended.stdout.splitlines()[-1] == "4"  # torch 2.10 also prints what gloo connects
 
 
 def managers_started():

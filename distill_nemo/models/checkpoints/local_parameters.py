@@ -1,0 +1,123 @@
+"""Parameters of this rank's part of a model, each with the rule that says which pieces it is made of."""
+
+import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from distill_nemo.models.architecture import Architecture
+from distill_nemo.models.families.pieces import EXPERT, OUTSIDE, Piece, Place, Rule, table_around
+from distill_nemo.models.families.tensors import LOCAL_NAMES, Shapes, shapes_of, table_of
+
+IN_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+OF_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(?P<number>\d+)\.(?P<name>.+)")
+OF_GROUPED_EXPERT = re.compile(r"mlp\.experts\.(?P<name>.+\D)(?P<number>\d+)")
+
+
+class LocalParameter(NamedTuple):
+    """A parameter of this rank.
+
+    Args:
+        name: in `named_parameters`.
+        tensor: its values.
+        rule: gives the pieces of any rank.
+        place: where it is, and this rank.
+        group: ranks that hold the other parts of it.
+    """
+
+    name: str
+    tensor: Tensor
+    rule: Rule
+    place: Place
+    group: ProcessGroup
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """Pieces that this rank's tensor consists of."""
+        return self.pieces_of(self.place.rank)
+
+    @property
+    def of_expert(self) -> bool:
+        """True for a parameter of one expert."""
+        return f".{EXPERT}" in self.name
+
+    @property
+    def is_split(self) -> bool:
+        """True if the ranks of the group hold different parts."""
+        return self.place.size > 1 and self.pieces_of(0) != self.pieces_of(1)
+
+    def pieces_of(self, rank: int) -> list[Piece]:
+        """Return the pieces of another rank of the group."""
+        return self.rule(self.place._replace(rank=rank))
+
+    def whole_shapes(self) -> Shapes:
+        """Return the shapes of the Hugging Face tensors that the group's ranks together hold."""
+        return shapes_of(self.rule(self.place._replace(size=1, rank=0)))
+
+
+def local_parameters(built: GPTModel, model: Architecture) -> Iterator[LocalParameter]:
+    """Yield every parameter of `built`, this rank's part of `model`.
+
+    Raises:
+        AssertionError: for a parameter that the family's table does not have.
+    """
+    for name, tensor in built.named_parameters():
+        in_layer = IN_LAYER.fullmatch(name)
+        if in_layer is None:
+            rule, place = table_around(model)[name], Place(model, OUTSIDE)
+        else:
+            module = built.decoder.layers[int(in_layer[1])]
+            assert isinstance(module, TransformerLayer)
+            rule, place = _in_layer(in_layer[2], module, model)
+        group = _group(f".{EXPERT}" in name)
+        yield LocalParameter(name, tensor, rule, place._replace(size=group.size(), rank=group.rank()), group)
+
+
+def _in_layer(name: str, module: TransformerLayer, model: Architecture) -> tuple[Rule, Place]:
+    number, expert = module.layer_number - 1, 0
+    name = LOCAL_NAMES.get(name, name)
+    of_expert = OF_EXPERT.fullmatch(name) or OF_GROUPED_EXPERT.fullmatch(name)
+    if of_expert is not None:
+        assert isinstance(module.mlp, MoELayer)
+        name, expert = EXPERT + of_expert["name"], module.mlp.local_expert_indices[int(of_expert["number"])]
+    table = table_of(model, model.layers[number])
+    assert name in table, f"{model.family} has no rule for {name} of layer {number}"
+    return table[name], Place(model, model.layers[number], number, expert)
+
+
+def _group(of_expert: bool) -> ProcessGroup:
+    group = (
+        parallel_state.get_expert_tensor_parallel_group()
+        if of_expert
+        else parallel_state.get_tensor_model_parallel_group()
+    )
+    assert isinstance(group, ProcessGroup)
+    return group
+
+
+def whole_tensors(parts: list[Tensor], parameter: LocalParameter) -> dict[str, Tensor]:
+    """Put the parts of a parameter, of every rank of its group, together into Hugging Face tensors."""
+    whole = {name: parts[0].new_empty(shape) for name, shape in parameter.whole_shapes().items()}
+    for rank, part in enumerate(parts):
+        for piece, rows in _rows(parameter.pieces_of(rank), part):
+            if piece.name:
+                whole[piece.name][piece.index] = rows
+    return whole
+
+
+def _rows(pieces: list[Piece], tensor: Tensor) -> Iterator[tuple[Piece, Tensor]]:
+    sizes = [piece.shape[0] for piece in pieces]
+    assert sum(sizes) == len(tensor), (pieces, tensor.shape)
+    yield from zip(pieces, tensor.split(sizes), strict=True)
+
+
+def fill(parameter: LocalParameter, read: Callable[[Piece], Tensor]) -> None:
+    """Write every row of a parameter: of its pieces as `read` gives them, zeros where they are padding."""
+    for piece, rows in _rows(parameter.pieces, parameter.tensor.data):
+        rows.copy_(read(piece)) if piece.name else rows.zero_()

@@ -1,0 +1,235 @@
+"""Tables that say which parts of Hugging Face tensors make which Megatron parameter.
+
+A table maps the name of a Megatron parameter, within its layer, to a rule. For one place in the model and one rank a
+rule returns pieces; put together along the first dimension they are that rank's parameter. Import, export, the check of
+a directory's headers, Megatron's names and shapes, and parameter counts all follow from the same table.
+
+Names of Hugging Face tensors may hold `{i}` (number of the layer) and `{e}` (number of the expert).
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from distill_nemo.models.architecture import Architecture, Layer, padded_vocab_size
+
+EXPERT = "mlp.experts."  # parameters of a table that exist once an expert
+OUTSIDE = Layer(None, None)  # place of the parameters around the layers
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of a Hugging Face tensor, or rows of zeros.
+
+    Args:
+        name: of the tensor; empty for rows of zeros, which pad the vocabulary.
+        index: start and stop along every dimension.
+    """
+
+    name: str
+    index: tuple[slice, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Size along every dimension."""
+        return tuple(part.stop - part.start for part in self.index)
+
+
+class Place(NamedTuple):
+    """A parameter's place in the model, and which of the ranks that share it asks."""
+
+    model: Architecture
+    layer: Layer
+    number: int = 0  # of the layer
+    expert: int = 0
+    size: int = 1  # tensor-parallel ranks; for experts, expert-tensor-parallel ones
+    rank: int = 0
+
+
+Rule = Callable[[Place], list[Piece]]
+Table = dict[str, Rule]
+Size = Callable[[Place], int]
+
+
+def hidden(place: Place) -> int:
+    """Return the width of the residual stream."""
+    return place.model.hidden_size
+
+
+def heads(place: Place) -> int:
+    """Return the channels of all queries."""
+    return place.model.num_attention_heads * place.model.kv_channels
+
+
+def groups(place: Place) -> int:
+    """Return the channels of all keys."""
+    return (place.layer.num_query_groups or 0) * place.model.kv_channels
+
+
+def head(place: Place) -> int:
+    """Return the channels of one head."""
+    return place.model.kv_channels
+
+
+def ffn(place: Place) -> int:
+    """Return the width of the MLP, or of one expert."""
+    assert place.layer.ffn_hidden_size is not None
+    return place.layer.ffn_hidden_size
+
+
+def experts(place: Place) -> int:
+    """Return the number of experts."""
+    assert place.model.experts is not None
+    return place.model.experts.num_experts
+
+
+def clip(pieces: Iterable[Piece], place: Place) -> list[Piece]:
+    """Return this rank's share of the rows of a whole parameter: an equal, consecutive part."""
+    pieces = list(pieces)
+    rows = sum(piece.shape[0] for piece in pieces)
+    assert rows % place.size == 0, f"{rows} rows on {place.size} ranks"
+    share = rows // place.size
+    start, stop, at, own = place.rank * share, (place.rank + 1) * share, 0, []
+    for piece in pieces:
+        first, *others = piece.index
+        begin, end = max(start - at, 0), min(stop - at, piece.shape[0])
+        if begin < end:
+            own.append(replace(piece, index=(slice(first.start + begin, first.start + end), *others)))
+        at += piece.shape[0]
+    return own
+
+
+def replicated(name: str, *shape: Size) -> Rule:
+    """Give every rank the whole tensor."""
+    return lambda place: [_part(name, place, *((0, size(place)) for size in shape))]
+
+
+def column_parallel(name: str, *shape: Size) -> Rule:
+    """Split the rows."""
+    return lambda place: clip(replicated(name, *shape)(place), place)
+
+
+def row_parallel(name: str, rows: Size, columns: Size) -> Rule:
+    """Split the columns."""
+
+    def pieces(place: Place) -> list[Piece]:
+        share, rest = divmod(columns(place), place.size)
+        assert not rest, f"{columns(place)} columns on {place.size} ranks"
+        return [_part(name, place, (0, rows(place)), (place.rank * share, (place.rank + 1) * share))]
+
+    return pieces
+
+
+def vocabulary(name: str) -> Rule:
+    """Split the rows, after they are padded with zeros to what Megatron has."""
+
+    def pieces(place: Place) -> list[Piece]:
+        rows, width = place.model.vocab_size, place.model.hidden_size
+        padding = padded_vocab_size(rows) - rows
+        whole = [_part(name, place, (0, rows), (0, width))]
+        return clip(whole + ([Piece("", (slice(0, padding), slice(0, width)))] if padding else []), place)
+
+    return pieces
+
+
+def gated(gate: str, up: str) -> Rule:
+    """Split gate and up projection each; one follows the other."""
+    gate_rows, up_rows = column_parallel(gate, ffn, hidden), column_parallel(up, ffn, hidden)
+    return lambda place: gate_rows(place) + up_rows(place)
+
+
+def gated_in_one(name: str) -> Rule:
+    """Split gate and up projection each, out of one tensor that holds the gate's rows, then the other's."""
+
+    def pieces(place: Place) -> list[Piece]:
+        rows, width = ffn(place), hidden(place)
+        halves = (_part(name, place, (half * rows, (half + 1) * rows), (0, width)) for half in range(2))
+        return [piece for half in halves for piece in clip([half], place)]
+
+    return pieces
+
+
+def query_key_value(query: str, key: str, value: str, *columns: Size) -> Rule:
+    """Interleave by query group: the group's queries, its key, its value. Split the rows of the result."""
+    return _by_group((query, key, value), lambda place: (0, 0, 0), columns)
+
+
+def query_key_value_in_one(name: str, *columns: Size) -> Rule:
+    """Interleave by query group, out of one tensor that holds all queries, all keys, all values."""
+    return _by_group((name, name, name), lambda place: (0, heads(place), heads(place) + groups(place)), columns)
+
+
+def _by_group(
+    names: tuple[str, str, str], starts: Callable[[Place], tuple[int, int, int]], columns: tuple[Size, ...]
+) -> Rule:
+    def pieces(place: Place) -> list[Piece]:
+        num_groups = place.layer.num_query_groups
+        assert num_groups is not None
+        rows = (heads(place) // num_groups, head(place), head(place))
+        others = [(0, size(place)) for size in columns]
+        whole = [
+            _part(name, place, (start + group * size, start + (group + 1) * size), *others)
+            for group in range(num_groups)
+            for name, start, size in zip(names, starts(place), rows, strict=True)
+        ]
+        return clip(whole, place)
+
+    return pieces
+
+
+def _part(name: str, place: Place, *bounds: tuple[int, int]) -> Piece:
+    return Piece(name.format(i=place.number, e=place.expert), tuple(slice(*pair) for pair in bounds))
+
+
+LAYER = "model.layers.{i}."
+SELF = LAYER + "self_attn."
+ATTENTION: Table = {
+    "input_layernorm.weight": replicated(LAYER + "input_layernorm.weight", hidden),
+    "self_attention.linear_qkv.weight": query_key_value(
+        SELF + "q_proj.weight", SELF + "k_proj.weight", SELF + "v_proj.weight", hidden
+    ),
+    "self_attention.linear_proj.weight": row_parallel(SELF + "o_proj.weight", hidden, heads),
+}
+QKV_BIAS: Table = {
+    "self_attention.linear_qkv.bias": query_key_value(SELF + "q_proj.bias", SELF + "k_proj.bias", SELF + "v_proj.bias")
+}
+QK_NORM: Table = {
+    f"self_attention.{name}_layernorm.weight": replicated(f"{SELF}{name}_norm.weight", head) for name in "qk"
+}
+MLP_NORM: Table = {"pre_mlp_layernorm.weight": replicated(LAYER + "post_attention_layernorm.weight", hidden)}
+MLP: Table = {
+    "mlp.linear_fc1.weight": gated(LAYER + "mlp.gate_proj.weight", LAYER + "mlp.up_proj.weight"),
+    "mlp.linear_fc2.weight": row_parallel(LAYER + "mlp.down_proj.weight", hidden, ffn),
+}
+EXPERTS: Table = {
+    "mlp.router.weight": replicated(LAYER + "mlp.gate.weight", experts, hidden),
+    EXPERT + "linear_fc1.weight": gated(
+        LAYER + "mlp.experts.{e}.gate_proj.weight", LAYER + "mlp.experts.{e}.up_proj.weight"
+    ),
+    EXPERT + "linear_fc2.weight": row_parallel(LAYER + "mlp.experts.{e}.down_proj.weight", hidden, ffn),
+}
+EMBEDDING, FINAL_NORM, OUTPUT = (
+    "embedding.word_embeddings.weight",
+    "decoder.final_layernorm.weight",
+    "output_layer.weight",
+)
+
+
+def layer_table(model: Architecture, layer: Layer) -> Table:
+    """Return the table of one layer of Llama, Qwen, and networks with the same names."""
+    table: Table = {}
+    if layer.num_query_groups is not None:
+        table |= ATTENTION | (QKV_BIAS if model.qkv_bias else {}) | (QK_NORM if model.qk_norm else {})
+    if layer.ffn_hidden_size is not None:
+        table |= MLP_NORM | (MLP if model.experts is None else EXPERTS)
+    return table
+
+
+def table_around(model: Architecture) -> Table:
+    """Return the table of what lies before and after the layers; a tied output layer is the embedding."""
+    embedding = "model.embed_tokens.weight"
+    return {
+        EMBEDDING: vocabulary(embedding),
+        FINAL_NORM: replicated("model.norm.weight", hidden),
+        OUTPUT: vocabulary(embedding if model.tie_word_embeddings else "lm_head.weight"),
+    }

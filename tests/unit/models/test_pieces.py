@@ -1,0 +1,225 @@
+"""Pieces of Hugging Face tensors: what a rank reads and writes of them, at every layout."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from distill_nemo.config import StudentConfig
+from distill_nemo.runtime.device import setup_device
+from distill_nemo.runtime.process_groups import process_groups
+from tests.distillation import Layout
+from tests.spawn import Gloo
+from tests.tiny_models import FAMILIES, write_hf
+
+LAYOUTS = {
+    "one": (1, Layout()),
+    "tp2": (2, Layout(tensor=2)),
+    "tp4, two key/value heads": (4, Layout(tensor=4)),
+    "pp2": (2, Layout(pipeline=2)),
+    "dp2": (2, Layout()),
+    "tp2 pp2": (4, Layout(tensor=2, pipeline=2)),
+    "ep2": (2, Layout(expert=2)),
+    "tp2 ep2": (4, Layout(tensor=2, sequence_parallel=True, expert=2)),
+}
+KNOWN_TO_MODELOPT = ("llama", "llama_tied", "llama3_rope", "qwen2", "qwen3", "qwen3_moe")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("hf")
+    return {family: write_hf(root / family, family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def groups(one, two):
+    with Gloo(4, init=False, timeout=200) as four:
+        yield {1: one, 2: two, 4: four}
+
+
+def _chunks(student, layout, **options):
+    """This rank's pipeline stages."""
+    from megatron.core import parallel_state as ps
+
+    from distill_nemo.models.provider import model_provider
+
+    stages = range(layout.virtual) if layout.virtual else [None]
+    return [
+        model_provider(
+            ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            student=student,
+            parallelism=layout.config(),
+            vp_stage=stage,
+            **options,
+        )
+        for stage in stages
+    ]
+
+
+def round_trip(path, output, layout, max_file_bytes):
+    """Import at a layout into weights that are NaN before, and export from it."""
+    setup_device()
+    with process_groups(layout.config()):
+        from distill_nemo.models.checkpoints.huggingface import load_hf_weights
+        from distill_nemo.models.checkpoints.write_safetensors import write_weights
+        from distill_nemo.models.resolve import resolve
+
+        student = resolve(StudentConfig(checkpoint=path))
+        chunks = _chunks(student, layout, load_weights=False)
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.data.fill_(torch.nan)
+            load_hf_weights(chunk, student)
+        Path(output).mkdir(exist_ok=True)
+        write_weights(chunks, student, Path(output), max_file_bytes)
+        return [name for chunk in chunks for name, p in chunk.named_parameters() if not p.isfinite().all()]
+
+
+def _stored(directory):
+    """{name: tensor} of a directory, and the number of its files."""
+    files = sorted(Path(directory).glob("*.safetensors"))
+    tensors = [load_file(file) for file in files]
+    assert sum(map(len, tensors)) == len({name for part in tensors for name in part}), "no tensor twice"
+    return {name: tensor for part in tensors for name, tensor in part.items()}, len(files)
+
+
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [(family, layout) for family in FAMILIES for layout in LAYOUTS if "moe" in family or "ep2" not in layout],
+)
+def test_import_and_export_at_any_layout_give_the_file_again(models, groups, tmp_path, family, layout):
+    processes, sizes = LAYOUTS[layout]
+    for unwritten in groups[processes].run(round_trip, models[family], str(tmp_path / "out"), sizes, 10**9):
+        assert not unwritten
+    before, _ = _stored(models[family])
+    after, _ = _stored(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_stages_of_a_virtual_pipeline_are_read_and_written(groups, tmp_path):
+    path = write_hf(tmp_path / "in", "llama_tied", layers=8)
+    groups[4].run(round_trip, path, str(tmp_path / "out"), Layout(pipeline=4, virtual=2), 10**9)
+    before, after = load_file(f"{path}/model.safetensors"), _stored(tmp_path / "out")[0]
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_an_export_is_cut_into_files_of_a_size(models, groups, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    groups[2].run(round_trip, models["llama"], str(tmp_path / "out"), Layout(pipeline=2), 150_000)
+    before = AutoModelForCausalLM.from_pretrained(models["llama"]).state_dict()
+    (tmp_path / "out" / "config.json").write_text(Path(models["llama"], "config.json").read_text())
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 3 and all(file.stat().st_size < 160_000 for file in files)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert {file.name for file in files} == set(index["weight_map"].values())
+    assert index["metadata"]["total_size"] == sum(
+        4 * tensor.numel() for tensor in _stored(tmp_path / "out")[0].values()
+    )
+
+
+def test_a_tensor_larger_than_a_file_has_one_of_its_own():
+    from distill_nemo.models.checkpoints.write_safetensors import plan_files
+
+    sizes = {"a": 4, "b": 4, "large": 30, "c": 1, "d": 9, "e": 1}
+    assert plan_files(sizes, 10) == [["a", "b"], ["large"], ["c", "d"], ["e"]]
+    assert plan_files({}, 10) == []
+
+
+def as_modelopt(path, layout):
+    """Return names of the weights that ModelOpt reads differently, and from one process those that it writes so."""
+    setup_device()
+    with process_groups(layout.config()):
+        from distill_nemo.models.resolve import resolve
+        from tests.modelopt_weights import fill_by_modelopt, tensors_by_modelopt
+
+        student = resolve(StudentConfig(checkpoint=path))
+        (ours,), (theirs,) = _chunks(student, layout), _chunks(student, layout, load_weights=False)
+        for parameter in theirs.parameters():
+            parameter.data.zero_()
+        fill_by_modelopt(theirs, path)
+        differing = [n for n, p in theirs.named_parameters() if not torch.equal(p, ours.get_parameter(n))]
+        if layout == Layout():
+            written = tensors_by_modelopt(ours, path, student.vocab_size)
+            before = load_file(Path(path, "model.safetensors"))
+            differing += [name for name in before if not torch.equal(before[name], written[name])]
+        return differing
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2", "pp2"])
+@pytest.mark.parametrize("family", KNOWN_TO_MODELOPT)
+def test_modelopt_reads_and_writes_the_same(models, groups, family, layout):
+    processes, sizes = LAYOUTS[layout]
+    assert groups[processes].run(as_modelopt, models[family], sizes) == [[]] * processes
+
+
+@pytest.mark.parametrize(("layout", "share"), [("one", 1.0), ("tp2", 0.5), ("pp2", 0.5)])
+def test_a_rank_reads_the_bytes_that_it_keeps_and_no_header_twice(models, groups, layout, share):
+    processes, sizes = LAYOUTS[layout]
+    size = sum(tensor.numel() for tensor in _stored(models["llama"])[0].values())
+    for numbers, headers in groups[processes].run(reads, models["llama"], sizes):
+        assert numbers == pytest.approx(share * size, rel=0.02)
+        assert headers == 1
+
+
+def reads(path, layout):
+    """Numbers that an import reads, and how often a header is read from resolving the model to its weights."""
+    setup_device()
+    with process_groups(layout.config()):
+        from distill_nemo.models.checkpoints import hf_tensors
+        from distill_nemo.models.resolve import resolve
+
+        numbers, headers, read, header = [], [], hf_tensors.PieceReader.read, hf_tensors._header
+
+        def counted_read(self, piece):
+            tensor = read(self, piece)
+            numbers.append(tensor.numel())
+            return tensor
+
+        def counted_header(file):
+            headers.append(file)
+            return header(file)
+
+        hf_tensors.PieceReader.read, hf_tensors._header = counted_read, counted_header
+        try:
+            _chunks(resolve(StudentConfig(checkpoint=path)), layout)
+        finally:
+            hf_tensors.PieceReader.read, hf_tensors._header = read, header
+        return sum(numbers), len(headers)
+
+
+def test_a_table_gives_the_shapes_of_a_model_that_is_built(models):
+    """Hugging Face's against the file; Megatron's against `named_parameters`, at one process."""
+    setup_device()
+    with process_groups(Layout().config()):
+        from distill_nemo.models.checkpoints.local_parameters import local_parameters
+        from distill_nemo.models.families.tensors import hf_shapes, num_parameters
+        from distill_nemo.models.resolve import resolve
+
+        for family, path in models.items():
+            student = resolve(StudentConfig(checkpoint=path))
+            with safe_open(f"{path}/model.safetensors", "pt") as file:
+                stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            assert hf_shapes(student) == stored, family
+            assert num_parameters(student) == sum(t.numel() for t in _stored(path)[0].values())
+            (built,) = _chunks(student, Layout())
+            found = {p.name: sum(piece.shape[0] for piece in p.pieces) for p in local_parameters(built, student)}
+            assert found == {name: len(p) for name, p in built.named_parameters()}
+
+
+def test_files_of_sixteen_bits_are_read_into_fp32_and_back(models, groups, tmp_path):
+    tensors = {name: tensor.bfloat16() for name, tensor in _stored(models["qwen3"])[0].items()}
+    (tmp_path / "in").mkdir()
+    save_file(tensors, tmp_path / "in" / "model.safetensors")
+    (tmp_path / "in" / "config.json").write_text(Path(models["qwen3"], "config.json").read_text())
+    groups[2].run(round_trip, str(tmp_path / "in"), str(tmp_path / "out"), Layout(tensor=2), 10**9)
+    after, _ = _stored(tmp_path / "out")
+    assert all(torch.equal(after[name], tensor.float()) for name, tensor in tensors.items())
