@@ -33,7 +33,7 @@ from distill_nemo.runtime.process_groups import process_group_of_one
 from distill_nemo.runtime.seed import seed_everything
 
 WHOLE = 64 * 2**20  # parameters up to which a model is compared whole
-# Of a larger one the first layers, experts, rows of the vocabulary and of the MLP: heads and widths stay.
+# Of a larger one the first layers (one of every kind), experts, rows of the vocabulary and MLP; heads and widths stay.
 CUT = {"num_layers": 2, "num_experts": 8, "vocab_size": 1024, "ffn_hidden_size": 1024, "moe_ffn_hidden_size": 256}
 NAMES = {  # in config.json
     "num_layers": ("num_hidden_layers",),
@@ -61,7 +61,7 @@ def check_source(model: Architecture) -> None:
     """Compare a model with what transformers makes of its Hugging Face checkpoint; others are not looked at.
 
     In fp32, by this process alone, before the run's process groups are there. A model of more than 64M parameters is
-    compared by a copy that holds two of its layers, a few experts, and a part of its vocabulary and MLP.
+    compared by a copy that holds its first layers, a few experts, and a part of its vocabulary and MLP.
 
     Raises:
         ValueError: when transformers refuses the directory, or the logits differ.

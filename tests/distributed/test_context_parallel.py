@@ -9,6 +9,7 @@ from distill_nemo.config import ParallelismConfig, StudentConfig
 from tests.spawn import Gloo
 from tests.tiny_models import write_hf
 
+FAMILIES = ("llama", "llama_tied", "qwen3", "smollm3", "yarn_rope")
 SEQUENCE, BATCH, VOCAB = 32, 2, 507
 LAYOUTS = {
     "cp2": (2, {"context_parallel_size": 2}),
@@ -31,10 +32,7 @@ def groups(one, two):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    return {
-        name: StudentConfig(checkpoint=write_hf(root / name, name, layers=2))
-        for name in ("llama", "llama_tied", "qwen3", "yarn_rope")
-    }
+    return {name: StudentConfig(checkpoint=write_hf(root / name, name, layers=2)) for name in FAMILIES}
 
 
 def relative_error(got, expected):
@@ -249,7 +247,7 @@ def whole_gradients(groups, models):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", ["llama", "llama_tied", "qwen3", "yarn_rope"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_gradients_are_those_of_one_process(groups, models, whole_gradients, family, layout):
     processes, sizes = LAYOUTS[layout]
     results = groups[processes].run(step, models[family], ParallelismConfig(**sizes))

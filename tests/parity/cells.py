@@ -49,6 +49,7 @@ MODELS: dict[str, dict[str, Any]] = {  # arguments of write_hf; the student's na
     "qwen2 (biases)": {"family": "qwen2", "seed": 6, "layers": 8, **NARROW},
     "qwen3 (qk norm)": {"family": "qwen3", "seed": 7, "layers": 8, **NARROW},
     "two query groups": {"seed": 11, "layers": 8, **NARROW, "groups": 2},
+    "smollm3 (NoPE)": {"family": "smollm3", "seed": 12, "layers": 8, **NARROW},
     "MoE teacher": {"family": "qwen3_moe", "seed": 10, "layers": 8, **WIDE},
     "MoE": {"family": "qwen3_moe", "seed": 8, "layers": 8, **NARROW},
     "llama + 30": {"seed": 2, "layers": 8, "offset": 30.0, **NARROW},  # of every logit
@@ -134,7 +135,14 @@ def _of_layout(layout: str) -> Iterator[Cell]:
         return
     yield from (Cell(layout, DENSE, loss) for loss in LOSSES)
     yield Cell(layout, ("llama of the same width", "teacher"), HIDDEN)
-    for student in ("llama, 9 layers", "tied llama", "llama3 rope", "qwen2 (biases)", "qwen3 (qk norm)"):
+    for student in (
+        "llama, 9 layers",
+        "tied llama",
+        "llama3 rope",
+        "qwen2 (biases)",
+        "qwen3 (qk norm)",
+        "smollm3 (NoPE)",
+    ):
         loss = "cosine, projected, after the last norm" if student == "llama, 9 layers" else HIDDEN
         yield Cell(layout, (student, "teacher"), loss)
     yield from (Cell(layout, models, loss) for models, loss in OFFSET)

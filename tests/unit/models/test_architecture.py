@@ -56,7 +56,8 @@ def test_defaults_without_a_checkpoint():
         resolve(StudentConfig(num_layers=4, hidden_size=64, num_attention_heads=4))
 
 
-# Spellings of config.json, each with the base and the scaling, or True for LLAMA3 and False for none.
+# Spellings of config.json, each with the base (None: the family's default) and the scaling, or True for LLAMA3 and
+# False for none.
 PLAIN = {"rope_type": "default"}
 FAR = {"max_position_embeddings": 131072}
 LINEAR = {"rope_type": "linear", "factor": 2.5}
@@ -71,7 +72,7 @@ LONGROPE = {
 }
 OTHER_LLAMA3 = LLAMA3 | {"low_freq_factor": 1.5, "high_freq_factor": 3.0, "original_max_position_embeddings": 1024}
 ROPES = {
-    "nothing": ({}, (1e4, False)),
+    "nothing": ({}, (None, False)),
     "transformers 4": ({"rope_theta": 5e5}, (5e5, False)),
     "an integer": ({"rope_theta": 500000}, (5e5, False)),
     "transformers 4, scaled": ({"rope_theta": 5e5, "rope_scaling": LLAMA3}, (5e5, True)),
@@ -95,7 +96,7 @@ ROPES = {
     ),
     "rope_scaling without a base": (
         {"rope_scaling": LLAMA3, "rope_parameters": {"rope_theta": 5e5, **PLAIN}},
-        (1e4, True),
+        (None, True),
     ),
     "rope_scaling without a base, one beside": (
         {"rope_theta": 2e5, "rope_scaling": LLAMA3, "rope_parameters": {"rope_theta": 5e5}},
@@ -117,31 +118,31 @@ ROPES = {
         {"partial_rotary_factor": 1, "rope_parameters": {"rope_theta": 5e5, "partial_rotary_factor": 1.0, **LLAMA3}},
         (5e5, True),
     ),
-    "linear": ({"rope_scaling": LINEAR}, (1e4, LINEAR)),
-    "a whole number": ({"rope_scaling": {"type": "linear", "factor": 2}}, (1e4, LINEAR | {"factor": 2.0})),
-    "dynamic": ({"rope_scaling": DYNAMIC}, (1e4, DYNAMIC)),
-    "llama3 with other numbers": ({"rope_scaling": OTHER_LLAMA3}, (1e4, OTHER_LLAMA3)),
+    "linear": ({"rope_scaling": LINEAR}, (None, LINEAR)),
+    "a whole number": ({"rope_scaling": {"type": "linear", "factor": 2}}, (None, LINEAR | {"factor": 2.0})),
+    "dynamic": ({"rope_scaling": DYNAMIC}, (None, DYNAMIC)),
+    "llama3 with other numbers": ({"rope_scaling": OTHER_LLAMA3}, (None, OTHER_LLAMA3)),
     "yarn": ({"rope_parameters": {"rope_theta": 1e6, **YARN}}, (1e6, YARN)),
-    "yarn with everything": ({"rope_scaling": YARN | MSCALE}, (1e4, YARN | MSCALE)),
-    "yarn with a null": ({"rope_scaling": YARN | {"attention_factor": None, "mscale": None}}, (1e4, YARN)),
+    "yarn with everything": ({"rope_scaling": YARN | MSCALE}, (None, YARN | MSCALE)),
+    "yarn with a null": ({"rope_scaling": YARN | {"attention_factor": None, "mscale": None}}, (None, YARN)),
     "yarn with an attention factor": (
         {"rope_scaling": YARN | {"attention_factor": 1.5}},
-        (1e4, YARN | {"attention_factor": 1.5}),
+        (None, YARN | {"attention_factor": 1.5}),
     ),
     "yarn without its original length": (
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-        (1e4, YARN | {"original_max_position_embeddings": 131072}),
+        (None, YARN | {"original_max_position_embeddings": 131072}),
     ),
     "yarn, original length beside": (
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 2048},
-        (1e4, YARN),
+        (None, YARN),
     ),
-    "longrope": ({"rope_scaling": LONGROPE}, (1e4, LONGROPE)),
+    "longrope": ({"rope_scaling": LONGROPE}, (None, LONGROPE)),
     "longrope with factors": (
         {"rope_scaling": LONGROPE | {"factor": 8.0, "attention_factor": 1.25}},
-        (1e4, LONGROPE | {"factor": 8.0, "attention_factor": 1.25}),
+        (None, LONGROPE | {"factor": 8.0, "attention_factor": 1.25}),
     ),
-    "longrope with a factor": ({"rope_scaling": LONGROPE | {"factor": 8.0}}, (1e4, LONGROPE | {"factor": 8.0})),
+    "longrope with a factor": ({"rope_scaling": LONGROPE | {"factor": 8.0}}, (None, LONGROPE | {"factor": 8.0})),
 }
 
 
@@ -158,6 +159,7 @@ def test_rotary_frequencies_equal_those_of_transformers(tmp_path, family, spelli
     config = {"model_type": family, "architectures": None, "head_dim": 24, "num_key_value_heads": 2, **FAR}
     resolved = resolve_json(tmp_path, **copy.deepcopy(config | OWN_FIELDS.get(family, {}) | rope))
     scaling = (LLAMA3 if scaling else None) if isinstance(scaling, bool) else scaling
+    base = base or FAMILIES[family].defaults.get("rope_theta", 1e4)
     assert (resolved.rotary_base, resolved.rope_scaling) == (base, scaling)
     ours, factor = frequencies(resolved.ropes[0], 24, 131072)
     if int(transformers.__version__.split(".")[0]) >= 5:  # 4 knows no rope_parameters

@@ -27,7 +27,7 @@ from tests.tiny_models import megatron_tensors, nemo_config, write_hf, write_meg
 # setup_device silences these for runs; pytest sets the filters anew for every test.
 pytestmark = pytest.mark.filterwarnings("ignore:Please use DTensor")
 FAMILIES = ("llama3_rope", "llama_tied", "qwen2", "qwen3")
-WITH_EXPERTS = (*FAMILIES, "yarn_rope", "qwen3_moe")  # NeMo's model_config.yaml of the last is refused
+WITH_EXPERTS = (*FAMILIES, "yarn_rope", "smollm3", "qwen3_moe")  # NeMo's model_config.yaml of the last is refused
 SHAPE = {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "num_query_groups": 2}
 LLAMA = {"vocab_size": 507, "rotary_base": 10000.0, "norm_epsilon": 1e-6, **SHAPE}
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}

@@ -23,6 +23,7 @@ MODELS = {
     "bias": {"family": "qwen2", "num_query_groups": 2},
     "qk-norm": {"family": "qwen3", "kv_channels": 24},
     "experts": EXPERTS,
+    "layers without rotary embedding": {"family": "smollm3", "family_fields": {"no_rope_layer_interval": 2}},
     "layers that differ": {"block_configs": DIFFERING},
 }
 LAYOUTS = {
@@ -83,6 +84,7 @@ CASES = {
     "experts": replace(SMALL, family="qwen3_moe"),
     "teacher offloaded": replace(SMALL, fields={"distillation.offload_teacher": True}, teacher=(6, 256)),
     "qk-norm, no teacher": replace(SMALL, family="qwen3", teacher=None),
+    "layers without rotary embedding": replace(SMALL, family="smollm3", student=(4, 128)),
     "data": replace(SMALL, ranks=2),
     "tensor and sequence": replace(
         SMALL, fields={"parallelism.tensor_model_parallel_size": 2, "parallelism.sequence_parallel": True}, ranks=2
