@@ -28,9 +28,27 @@ LONGROPE = {
     "long_factor": [2.0 + i for i in range(8)],
     "original_max_position_embeddings": 64,
 }
-FAMILIES = ("llama", "llama_tied", "llama3_rope", "yarn_rope", "longrope", "qwen2", "qwen3", "qwen3_moe", "smollm3")
+FAMILIES = (
+    "granite",
+    "llama",
+    "llama_tied",
+    "llama3_rope",
+    "yarn_rope",
+    "longrope",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
+)
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 OWN_FIELDS = {  # of config.json
+    "granite": {
+        "embedding_multiplier": 6.0,
+        "attention_multiplier": 0.05,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 2.0,
+        "tie_word_embeddings": True,
+    },
     "llama_tied": {"tie_word_embeddings": True},
     "llama3_rope": LLAMA3_ROPE,
     "yarn_rope": {"rope_theta": 1e4, "rope_scaling": YARN_ROPE},
@@ -48,9 +66,13 @@ def write_hf(path, family="llama", *, seed=1, layers=4, width=64, vocab=507, hea
     """
     import transformers as hf
 
-    name = {"qwen2": "Qwen2", "qwen3": "Qwen3", "smollm3": "SmolLM3"}.get(
-        family, "Qwen3Moe" if "moe" in family else "Llama"
-    )
+    classes = {
+        "granite": "Granite",
+        "qwen2": "Qwen2",
+        "qwen3": "Qwen3",
+        "smollm3": "SmolLM3",
+    }
+    name = classes.get(family, "Qwen3Moe" if "moe" in family else "Llama")
     config = getattr(hf, f"{name}Config")(
         hidden_size=width,
         intermediate_size=width * 3 // 2,

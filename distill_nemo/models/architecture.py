@@ -71,6 +71,25 @@ class Experts:
     norm_topk_prob: bool
 
 
+@dataclass(frozen=True)
+class Multipliers:
+    """Constants that a model multiplies by, and the cap of its logits.
+
+    Args:
+        embedding: of embeddings.
+        rounds_embedding: `embedding` is rounded to the dtype of the weights first.
+        residual: of what attention and MLP add to the residual stream.
+        logits: of logits, before the softcap.
+        softcap: c of `c * tanh(logits / c)`; None: logits are not capped.
+    """
+
+    embedding: float = 1.0
+    rounds_embedding: bool = False
+    residual: float = 1.0
+    logits: float = 1.0
+    softcap: float | None = None
+
+
 EXPERT_FIELDS = tuple(f.name for f in fields(Experts))
 
 
@@ -90,6 +109,7 @@ class Architecture:
         layers: sizes of each layer.
         block_configs: `layers` as the config states them; None where all layers are alike.
         experts: None for a dense model.
+        multipliers: of embeddings, residual branches and logits.
         family_fields: fields of config.json that only the family has (`Family.own_fields`), all of them.
         init_std: of random weights.
     """
@@ -114,6 +134,7 @@ class Architecture:
     layers: tuple[Layer, ...]
     block_configs: list[dict[str, Any]] | None
     experts: Experts | None
+    multipliers: Multipliers
     family_fields: dict[str, Any]
     init_std: float
 

@@ -6,16 +6,16 @@ from typing import Any, Literal
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.parallel_state import get_tensor_model_parallel_rank
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
-from torch import Tensor
 from torch.nn.init import zeros_
 
 from distill_nemo.config import ParallelismConfig
 from distill_nemo.models.architecture import Architecture, padded_vocab_size
+from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.layers.block_configs import write_block_configs
 from distill_nemo.models.layers.experts import expert_settings
+from distill_nemo.models.layers.multipliers import FinishLogits, ScaleEmbeddings, scale_residuals
 from distill_nemo.models.layers.rotary import give_rotary_embeddings
 from distill_nemo.models.layers.specs import block_spec
 
@@ -43,9 +43,7 @@ def transformer_config(
     if model.block_configs is not None:
         kind, blocks = HeterogeneousTransformerConfig, {"block_configs": write_block_configs(model.layers)}
         differing["heterogeneous_layers_config_encoded_json"] = json.dumps(blocks)
-    return kind(
-        **differing,
-        **expert_settings(model.experts, parallelism, dtype),
+    fields = dict(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -86,6 +84,8 @@ def transformer_config(
         apply_rope_fusion=False,
         deterministic_mode=False,
     )
+    experts = expert_settings(model.experts, parallelism, dtype)
+    return kind(**{**fields, **differing, **experts, **FAMILIES[model.family].settings(model)})
 
 
 def _initialisation(model: Architecture) -> dict[str, Any]:
@@ -150,9 +150,12 @@ def gpt_model(
 ) -> GPTModel:
     """Build this pipeline stage, with random weights. Megatron calls the class deprecated; only this names it."""
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
+    block, multipliers = block_spec(config, vp_stage), model.multipliers
+    if multipliers.residual != 1:
+        scale_residuals(block.layer_specs or [], multipliers.residual)
     built = GPTModel(
         config,
-        block_spec(config, vp_stage),  # pyright: ignore[reportArgumentType]  # it takes the layers of a block, too
+        block,  # pyright: ignore[reportArgumentType]  # it takes the layers of a block, too
         vocab_size=padded_vocab_size(model.vocab_size),
         max_sequence_length=model.max_position_embeddings,
         pre_process=pre_process,
@@ -163,24 +166,8 @@ def gpt_model(
         vp_stage=vp_stage,
     )
     give_rotary_embeddings(built, model)
+    if pre_process and multipliers.embedding != 1:
+        built.embedding.register_forward_hook(ScaleEmbeddings(multipliers, config.params_dtype))
     if post_process:
-        built.output_layer.register_forward_hook(_MaskPadding(model.vocab_size))
+        built.output_layer.register_forward_hook(FinishLogits(multipliers, model.vocab_size))
     return built
-
-
-class _MaskPadding:
-    """Forward hook of the output layer: logits of the padded vocabulary columns are -inf.
-
-    Megatron leaves them in the softmax of its cross entropy, where each untrained column counts as one more token:
-    log(512 / 507) = 0.01 nats for 5 columns over a small vocabulary.
-    """
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-
-    def __call__(self, layer: Any, args: Any, output: tuple[Tensor, Tensor | None]) -> None:
-        logits_SBv = output[0]
-        width = logits_SBv.size(-1)
-        start = 0 if layer.gather_output else get_tensor_model_parallel_rank() * width
-        if start + width > self.vocab_size:
-            logits_SBv[..., max(self.vocab_size - start, 0) :] = -torch.inf

@@ -73,7 +73,7 @@ def model_provider(
     frozen = _teacher_provider(models.teacher, model_kwargs)
     if distillation.offload_teacher:
         HostWeights([*frozen.decoder.layers], setup_device())
-    return convert_to_distillation_model(model, frozen, distillation, models.student.vocab_size)
+    return convert_to_distillation_model(model, frozen, distillation, models)
 
 
 def finalise(model: nn.Module) -> nn.Module:

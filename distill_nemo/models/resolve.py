@@ -131,6 +131,7 @@ def _architecture(name: str, source: Source | None, values: dict[str, Any]) -> A
         ropes=_ropes(name, values, family),
         layers=_layers(values),
         experts=experts,
+        multipliers=family.multipliers(values),
         **{field: value for field, value in values.items() if field in own},
     )
 

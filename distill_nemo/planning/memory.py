@@ -125,7 +125,10 @@ def _saved(planned: PlannedRun, rank: int) -> tuple[float, float]:
 
 
 def fused_workspace(planned: PlannedRun) -> float:
-    """Return the bytes of the fused loss: chunks of fp32 logits and hidden states of both models, one fp32 gradient."""
+    """Return the bytes of the fused loss: chunks of fp32 logits and hidden states of both models, one fp32 gradient.
+
+    A softcap takes another chunk for its derivative.
+    """
     student, teacher = planned.models
     assert teacher is not None, "there is a fused loss only with a teacher"
     par, columns = planned.config.parallelism, _columns(planned)
@@ -135,7 +138,9 @@ def fused_workspace(planned: PlannedRun) -> float:
     if par.sequence_parallel:
         hidden += planned.item * planned.tokens * (student.hidden_size + teacher.hidden_size)  # gathered
     low_precision_gradient = 2 * rows * columns if planned.item == 2 else 0
-    return buffers * 8 * rows * columns + low_precision_gradient + hidden + 4 * planned.tokens * student.hidden_size
+    slope = 0 if student.multipliers.softcap is None else 4 * rows * columns
+    chunks = buffers * 8 * rows * columns + slope + low_precision_gradient
+    return chunks + hidden + 4 * planned.tokens * student.hidden_size
 
 
 def chunk_rows(planned: PlannedRun) -> int:
@@ -147,17 +152,19 @@ def whole_workspace(planned: PlannedRun) -> float:
     """Return the bytes of the student's whole logits, for a logits loss also the teacher's, and the losses' copies.
 
     Forward makes an fp32 copy for Megatron's cross entropy. Backward makes the gradient of the divergence, beside that
-    copy if the LM loss is trained. Padding is cut off, which takes another gradient, or masked in copies.
+    copy if the LM loss is trained. Padding is cut off, which takes another gradient, or masked in copies. A
+    softcap saves logits for backward, where it takes another gradient.
     """
     student, teacher = planned.models
     kd, par = planned.config.distillation, planned.config.parallelism
     logits, copy = planned.item * planned.tokens * _columns(planned), 4 * planned.tokens * _columns(planned)
+    capped = 0 if student.multipliers.softcap is None else logits
     if teacher is None or not planned.config.distillation.uses_logits:
         in_place = planned.item == 4 and teacher is None
-        return logits if in_place else 2 * logits + copy if planned.item == 2 else logits + copy
+        return capped + (logits if in_place else 2 * logits + copy if planned.item == 2 else logits + copy)
     backward = logits + (copy if kd.uses_lm_loss else 0)
     padded = padded_vocab_size(student.vocab_size) != student.vocab_size
     masked = 2 * logits if padded and par.tensor_model_parallel_size > 1 else 0
     if padded and not masked:
         backward += logits
-    return 2 * logits + masked + max(copy, backward)
+    return 2 * logits + masked + capped + max(copy, backward + capped)

@@ -52,6 +52,8 @@ MODELS: dict[str, dict[str, Any]] = {  # arguments of write_hf; the student's na
     "smollm3 (NoPE)": {"family": "smollm3", "seed": 12, "layers": 8, **NARROW},
     "MoE teacher": {"family": "qwen3_moe", "seed": 10, "layers": 8, **WIDE},
     "MoE": {"family": "qwen3_moe", "seed": 8, "layers": 8, **NARROW},
+    "granite teacher": {"family": "granite", "seed": 11, "layers": 10, **WIDE},
+    "granite": {"family": "granite", "seed": 12, "layers": 8, **NARROW},
     "llama + 30": {"seed": 2, "layers": 8, "offset": 30.0, **NARROW},  # of every logit
     "llama + 100": {"seed": 2, "layers": 8, "offset": 100.0, **NARROW},
     "teacher + 30": {"layers": 10, "offset": 30.0, **WIDE},
@@ -101,6 +103,7 @@ class Cell:
 
 
 DENSE = ("llama", "teacher")
+FAMILIES = [("granite", "granite teacher")]  # that differ from Llama in more than one row of the pairs below
 OFFSET = [  # models and losses
     (("llama + 30", "teacher + 30"), "Jensen-Shannon, beta=0.3"),
     (("llama + 100", "teacher + 100"), "Jensen-Shannon, beta=0.3"),
@@ -145,6 +148,9 @@ def _of_layout(layout: str) -> Iterator[Cell]:
     ):
         loss = "cosine, projected, after the last norm" if student == "llama, 9 layers" else HIDDEN
         yield Cell(layout, (student, "teacher"), loss)
+    for models in FAMILIES:
+        yield Cell(layout, models, HIDDEN)
+        yield Cell(layout, models, HIDDEN, "whole logits", changes=(("fused_linear", False),))
     yield from (Cell(layout, models, loss) for models, loss in OFFSET)
     if LAYOUTS[layout][1].tensor == 4:  # two ranks share a query group
         yield Cell(layout, ("two query groups", "teacher"), HIDDEN)

@@ -23,6 +23,7 @@ from distill_nemo.balancers import LogitsAndIntermediatesLossBalancer, WeightedL
 from distill_nemo.config import DistillationConfig
 from distill_nemo.losses.hidden import HiddenStateCosineLoss, HiddenStateMSELoss
 from distill_nemo.losses.logits import LogitsKLLoss
+from distill_nemo.models.architecture import Models
 from distill_nemo.models.distillation.fused_output import FusedLogits, hand_on_hidden_states, why_not_fused
 from distill_nemo.models.distillation.hidden_losses import HiddenLosses
 from distill_nemo.models.distillation.objective import Balancer, WholeLogits, objective_of
@@ -34,7 +35,7 @@ LAYER = re.compile(r"^decoder\.layers\.(\d+)(|\.self_attention|\.mlp)$")  # outp
 
 
 def convert_to_distillation_model(
-    student: GPTModel, teacher: GPTModel, distill_cfg: DistillationConfig, vocab_size: int
+    student: GPTModel, teacher: GPTModel, distill_cfg: DistillationConfig, models: Models
 ) -> mtd.DistillationModel:
     """`mtd.convert` with our losses and balancer, then `adjust_distillation_model_for_mcore`.
 
@@ -42,7 +43,7 @@ def convert_to_distillation_model(
         student: this pipeline stage of the student, trainable.
         teacher: the same stage of the teacher, frozen.
         distill_cfg: what to learn.
-        vocab_size: the true vocabulary; columns beyond it take no probability.
+        models: architectures of both.
 
     Raises:
         ValueError: on every stage, for a hidden layer that does not exist or pairs that lie on different stages; on the
@@ -53,7 +54,7 @@ def convert_to_distillation_model(
     if not distill_cfg.uses_logits:
         _drop_output_layer(teacher)
     balancer = build_balancer(distill_cfg)
-    logits_loss = build_logits_loss(student, distill_cfg, vocab_size)
+    logits_loss = build_logits_loss(student, distill_cfg, models.student.vocab_size)
     criterion = {} if logits_loss is None else {("output_layer", "output_layer"): logits_loss}
     mode = {"teacher_model": teacher, "criterion": criterion, "loss_balancer": balancer}
     model: Any = mtd.convert(student, mode=[("kd_loss", mode)])
@@ -62,7 +63,7 @@ def convert_to_distillation_model(
     hidden_losses = HiddenLosses(pairs, len(distill_cfg.hidden_layers), balancer)
     if fuses:
         group = _tensor_parallel_group(student)
-        objective = FusedLogits(student, teacher, distill_cfg, vocab_size, group, balancer, hidden_losses)
+        objective = FusedLogits(student, teacher, distill_cfg, models, group, balancer, hidden_losses)
     else:
         objective = WholeLogits(model, logits_loss, balancer, hidden_losses)
     attach(model, objective=objective)

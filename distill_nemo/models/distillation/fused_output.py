@@ -27,6 +27,7 @@ from distill_nemo.losses.divergences import choose_divergence
 from distill_nemo.losses.fused_linear.chunks import FusedLoss, Head, ValidTokens, chunk_logits
 from distill_nemo.losses.fused_linear.loss import Losses, fused_linear_losses
 from distill_nemo.losses.metrics import METRICS, metrics_against_teacher
+from distill_nemo.models.architecture import Models, Multipliers
 from distill_nemo.models.distillation.hidden_losses import HiddenLosses
 from distill_nemo.models.distillation.objective import Balancer, Objective, Targets
 
@@ -58,7 +59,7 @@ class FusedLogits(Objective):
         student: the last stage, a `GPTModel`.
         teacher: the same.
         distill_cfg: what to learn.
-        vocab_size: the true vocabulary.
+        models: architectures of both.
         group: the ranks that share the vocabulary, or None.
         balancer: weighs the losses.
         hidden_losses: of this stage.
@@ -71,13 +72,15 @@ class FusedLogits(Objective):
         student: GPTModel,
         teacher: GPTModel,
         distill_cfg: DistillationConfig,
-        vocab_size: int,
+        models: Models,
         group: dist.ProcessGroup | None,
         balancer: Balancer,
         hidden_losses: HiddenLosses,
     ) -> None:
         super().__init__(balancer, hidden_losses)
+        assert models.teacher is not None
         self.student, self.teacher = student, teacher
+        self.multipliers = models.student.multipliers, models.teacher.multipliers
         width = student.output_layer.output_size_per_partition
         start = parallel_state.get_tensor_model_parallel_rank() * width
         self.fused_loss = FusedLoss(
@@ -85,7 +88,7 @@ class FusedLogits(Objective):
             factor=distill_cfg.temperature**2 if distill_cfg.scale_by_temperature_squared else 1.0,
             group=group,
             vocab_start=start,
-            num_true=min(max(vocab_size - start, 0), width),
+            num_true=min(max(models.student.vocab_size - start, 0), width),
         )
 
     def loss(self, output: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
@@ -134,7 +137,8 @@ class FusedLogits(Objective):
         student_sBH, teacher_sBH = hidden_sBW.split(widths, dim=-1)
         student_SBH = _whole(student_sBH, self.student.config.sequence_parallel)
         teacher_SBH = _whole(teacher_sBH.detach(), self.student.config.sequence_parallel)
-        return _head(self.student, student_SBH), _head(self.teacher, teacher_SBH)
+        student, teacher = self.multipliers
+        return _head(self.student, student_SBH, student), _head(self.teacher, teacher_SBH, teacher)
 
 
 def _flat(targets: Targets) -> tuple[Tensor, Tensor]:
@@ -149,7 +153,7 @@ def _whole(hidden_sBH: Tensor, sequence_parallel: bool) -> Tensor:
     return copy_to_tensor_model_parallel_region(hidden_sBH)
 
 
-def _head(model: Any, hidden_SBH: Tensor) -> Head:
+def _head(model: Any, hidden_SBH: Tensor, multipliers: Multipliers) -> Head:
     tied = model.share_embeddings_and_output_weights
     weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
-    return Head(hidden_SBH.flatten(0, 1), weight, model.output_layer.bias)
+    return Head(hidden_SBH.flatten(0, 1), weight, model.output_layer.bias, multipliers.logits, multipliers.softcap)

@@ -7,7 +7,7 @@ from typing import Any, Self, get_args
 
 from distill_nemo.config import from_dict
 from distill_nemo.fields import is_union
-from distill_nemo.models.architecture import Architecture, Layer, RopeType
+from distill_nemo.models.architecture import Architecture, Layer, Multipliers, RopeType
 from distill_nemo.models.config_fields import Fields
 from distill_nemo.models.families.pieces import Table, layer_table
 
@@ -51,6 +51,8 @@ class Family:
         own_fields: fields of `config.json` that other families lack, as they are written there.
         layers: layers of a model from its `ModelConfig` fields and the sizes of its layers, which it returns with
             what else sets them apart.
+        multipliers: constants that a model multiplies by, from its `ModelConfig` fields.
+        settings: further fields of Megatron's TransformerConfig, which go before those of other families.
         layer_table: tensors of one layer; those of Llama unless it says otherwise.
     """
 
@@ -66,6 +68,8 @@ class Family:
     refused: Callable[[Fields], dict[str, bool]] = lambda config: {}
     own_fields: type[OwnFields] = OwnFields
     layers: Callable[[dict[str, Any], tuple[Layer, ...]], tuple[Layer, ...]] = lambda values, layers: layers
+    multipliers: Callable[[dict[str, Any]], Multipliers] = lambda values: Multipliers()
+    settings: Callable[[Architecture], dict[str, Any]] = lambda model: {}
     read_own: Callable[[Fields], dict[str, Any]] = lambda config: {}
     write_own: Callable[[Architecture], dict[str, Any]] = lambda model: {}
     layer_table: Callable[[Architecture, Layer], Table] = layer_table

@@ -1,0 +1,70 @@
+"""Multiply embeddings, residual branches and logits by a model's constants, and cap its logits.
+
+Hooks and specs of ours, not Megatron's `use_mup`: that one knows no residual multiplier, and multiplies logits only
+after the output layer, where neither the logits loss of a teacher nor the fused loss would see it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.parallel_state import get_tensor_model_parallel_rank
+from megatron.core.transformer import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from torch import Tensor
+
+from distill_nemo.models.architecture import Multipliers
+
+Add = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
+
+
+class ScaleEmbeddings:
+    """Forward hook of the embedding."""
+
+    def __init__(self, multipliers: Multipliers, dtype: torch.dtype) -> None:
+        factor = multipliers.embedding
+        self.factor = float(torch.tensor(factor, dtype=dtype)) if multipliers.rounds_embedding else factor
+
+    def __call__(self, layer: Any, args: Any, output: Tensor) -> Tensor:
+        """Multiply `[s, B, H]`."""
+        return output * self.factor
+
+
+def scale_residuals(layers: list[ModuleSpec], factor: float) -> None:
+    """Let layers add `factor * x` to the residual stream, where x is what attention or MLP return, without bias."""
+
+    def scaled_add(training: bool, fused: bool) -> Add:
+        return lambda x_and_bias, residual, dropout: torch.add(residual, x_and_bias[0], alpha=factor)
+
+    for layer in layers:
+        parts = layer.submodules
+        assert isinstance(parts, TransformerLayerSubmodules)
+        if parts.self_attn_bda is get_bias_dropout_add:  # else the layer has no attention
+            parts.self_attn_bda = scaled_add  # pyright: ignore[reportAttributeAccessIssue]  # a function like Megatron's
+        if parts.mlp_bda is get_bias_dropout_add:
+            parts.mlp_bda = scaled_add  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class FinishLogits:
+    """Forward hook of the output layer: `cap(factor * logits)`, and -inf in columns of the padded vocabulary.
+
+    Megatron leaves those in the softmax of its cross entropy, where each untrained column counts as one more token:
+    log(512 / 507) = 0.01 nats for 5 columns over a small vocabulary.
+    """
+
+    def __init__(self, multipliers: Multipliers, vocab_size: int) -> None:
+        self.factor, self.softcap, self.vocab_size = multipliers.logits, multipliers.softcap, vocab_size
+
+    def __call__(self, layer: Any, args: Any, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+        """Finish `[S, B, v]`, in its memory as far as backward lets it."""
+        logits_SBv, bias = output
+        if self.factor != 1:
+            logits_SBv = logits_SBv.mul_(self.factor)
+        if self.softcap is not None:  # backward needs the tanh
+            logits_SBv = logits_SBv.div_(self.softcap).tanh_() * self.softcap
+        width = logits_SBv.size(-1)
+        start = 0 if layer.gather_output else get_tensor_model_parallel_rank() * width
+        if start + width > self.vocab_size:
+            logits_SBv[..., max(self.vocab_size - start, 0) :] = -torch.inf
+        return logits_SBv, bias
