@@ -4,6 +4,7 @@ And the same models as Megatron and NeMo checkpoints, by a conversion that share
 """
 
 import argparse
+import copy
 import json
 from pathlib import Path
 
@@ -22,9 +23,10 @@ LLAMA3_ROPE = {  # in the words of transformers 4, which 5 takes too
     },
 }
 YARN_ROPE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+FACTORS = [1.0 + i / 8 for i in range(8)]
 LONGROPE = {
     "rope_type": "longrope",
-    "short_factor": [1.0 + i / 8 for i in range(8)],
+    "short_factor": FACTORS,
     "long_factor": [2.0 + i for i in range(8)],
     "original_max_position_embeddings": 64,
 }
@@ -35,11 +37,13 @@ FAMILIES = (
     "llama3_rope",
     "yarn_rope",
     "longrope",
+    "phi3",
     "qwen2",
     "qwen3",
     "qwen3_moe",
     "smollm3",
 )
+NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # in place of ids beyond the rows
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 OWN_FIELDS = {  # of config.json
     "granite": {
@@ -53,7 +57,13 @@ OWN_FIELDS = {  # of config.json
     "llama3_rope": LLAMA3_ROPE,
     "yarn_rope": {"rope_theta": 1e4, "rope_scaling": YARN_ROPE},
     "longrope": {"rope_theta": 1e4, "rope_scaling": LONGROPE, "original_max_position_embeddings": 64},
-    "smollm3": {"no_rope_layer_interval": 2, **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))},
+    "phi3": {
+        "rope_scaling": {"type": "longrope", "short_factor": FACTORS[:6], "long_factor": [6.0] * 6},
+        "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 64,
+        **NO_TOKENS,
+    },
+    "smollm3": {"no_rope_layer_interval": 2, **NO_TOKENS},
     "qwen3_moe": {**EXPERTS, "norm_topk_prob": True},
     "qwen3_moe_not_normalised": {**EXPERTS, "norm_topk_prob": False},
 }
@@ -68,6 +78,7 @@ def write_hf(path, family="llama", *, seed=1, layers=4, width=64, vocab=507, hea
 
     classes = {
         "granite": "Granite",
+        "phi3": "Phi3",
         "qwen2": "Qwen2",
         "qwen3": "Qwen3",
         "smollm3": "SmolLM3",
@@ -83,7 +94,7 @@ def write_hf(path, family="llama", *, seed=1, layers=4, width=64, vocab=507, hea
         max_position_embeddings=128,
         initializer_range=0.1,
         **({"head_dim": 24} if family.startswith("qwen3") else {}),
-        **OWN_FIELDS.get(family, {}),
+        **copy.deepcopy(OWN_FIELDS.get(family, {})),  # transformers writes into the dictionaries
     )
     torch.manual_seed(seed)
     model = getattr(hf, f"{name}ForCausalLM")(config).float()

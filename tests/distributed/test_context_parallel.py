@@ -9,7 +9,7 @@ from distill_nemo.config import ParallelismConfig, StudentConfig
 from tests.spawn import Gloo
 from tests.tiny_models import write_hf
 
-FAMILIES = ("llama", "llama_tied", "qwen3", "smollm3", "yarn_rope")
+FAMILIES = ("llama", "llama_tied", "phi3", "qwen3", "smollm3", "yarn_rope")
 SEQUENCE, BATCH, VOCAB = 32, 2, 507
 LAYOUTS = {
     "cp2": (2, {"context_parallel_size": 2}),

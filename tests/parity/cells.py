@@ -49,6 +49,7 @@ MODELS: dict[str, dict[str, Any]] = {  # arguments of write_hf; the student's na
     "qwen2 (biases)": {"family": "qwen2", "seed": 6, "layers": 8, **NARROW},
     "qwen3 (qk norm)": {"family": "qwen3", "seed": 7, "layers": 8, **NARROW},
     "two query groups": {"seed": 11, "layers": 8, **NARROW, "groups": 2},
+    "phi3 (longrope)": {"family": "phi3", "seed": 13, "layers": 8, **WIDE, "heads": 4},
     "smollm3 (NoPE)": {"family": "smollm3", "seed": 12, "layers": 8, **NARROW},
     "MoE teacher": {"family": "qwen3_moe", "seed": 10, "layers": 8, **WIDE},
     "MoE": {"family": "qwen3_moe", "seed": 8, "layers": 8, **NARROW},
@@ -145,6 +146,7 @@ def _of_layout(layout: str) -> Iterator[Cell]:
         "qwen2 (biases)",
         "qwen3 (qk norm)",
         "smollm3 (NoPE)",
+        "phi3 (longrope)",
     ):
         loss = "cosine, projected, after the last norm" if student == "llama, 9 layers" else HIDDEN
         yield Cell(layout, (student, "teacher"), loss)

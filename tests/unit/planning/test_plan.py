@@ -24,6 +24,10 @@ MODELS = {
     "qk-norm": {"family": "qwen3", "kv_channels": 24},
     "experts": EXPERTS,
     "layers without rotary embedding": {"family": "smollm3", "family_fields": {"no_rope_layer_interval": 2}},
+    "rotary embedding of a part": {
+        "family": "phi3",
+        "rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5},
+    },
     "layers that differ": {"block_configs": DIFFERING},
 }
 LAYOUTS = {
