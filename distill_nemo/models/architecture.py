@@ -90,6 +90,9 @@ class Multipliers:
     softcap: float | None = None
 
 
+Activation = Literal["silu", "gelu_pytorch_tanh"]  # of the MLPs' gates, as transformers calls it
+FUSED_ACTIVATIONS = ("silu",)  # on a GPU one kernel multiplies them with the up projection
+
 EXPERT_FIELDS = tuple(f.name for f in fields(Experts))
 
 
@@ -106,6 +109,8 @@ class Architecture:
         ropes: rotary embeddings that `rotary_base` and `rope_scaling` state.
         qkv_bias: queries, keys and values have a bias.
         qk_norm: queries and keys are normalised in each head.
+        post_norms: what attention and MLP return is normalised, before it is added to the residual stream.
+        activation: of the MLPs.
         layers: sizes of each layer.
         block_configs: `layers` as the config states them; None where all layers are alike.
         experts: None for a dense model.
@@ -131,6 +136,8 @@ class Architecture:
     tie_word_embeddings: bool
     qkv_bias: bool
     qk_norm: bool
+    post_norms: bool
+    activation: Activation
     layers: tuple[Layer, ...]
     block_configs: list[dict[str, Any]] | None
     experts: Experts | None

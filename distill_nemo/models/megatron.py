@@ -2,22 +2,27 @@
 
 import json
 import logging
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
+from torch.nn import functional
 from torch.nn.init import zeros_
 
 from distill_nemo.config import ParallelismConfig
-from distill_nemo.models.architecture import Architecture, padded_vocab_size
+from distill_nemo.models.architecture import FUSED_ACTIVATIONS, Architecture, padded_vocab_size
 from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.layers.block_configs import write_block_configs
 from distill_nemo.models.layers.experts import expert_settings
-from distill_nemo.models.layers.multipliers import FinishLogits, ScaleEmbeddings, scale_residuals
+from distill_nemo.models.layers.multipliers import FinishLogits, ScaleEmbeddings
+from distill_nemo.models.layers.residual import NormedAdd, replace_add, scaled_add
 from distill_nemo.models.layers.rotary import give_rotary_embeddings
 from distill_nemo.models.layers.specs import block_spec
+
+ACTIVATIONS = {"silu": functional.silu, "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh")}
 
 Recompute = Literal["full", "selective"]
 
@@ -53,7 +58,7 @@ def transformer_config(
         layernorm_epsilon=model.norm_epsilon,
         normalization="RMSNorm",
         gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
+        activation_func=ACTIVATIONS[model.activation],
         add_bias_linear=False,
         add_qkv_bias=model.qkv_bias,
         qk_layernorm=model.qk_norm,
@@ -77,7 +82,7 @@ def transformer_config(
         recompute_method="uniform" if recompute == "full" else None,
         recompute_num_layers=1 if recompute == "full" else None,
         use_cpu_initialization=True,  # the same weights at every tensor parallel size
-        bias_activation_fusion=not on_cpu,
+        bias_activation_fusion=not on_cpu and model.activation in FUSED_ACTIVATIONS,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
@@ -151,8 +156,10 @@ def gpt_model(
     """Build this pipeline stage, with random weights. Megatron calls the class deprecated; only this names it."""
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
     block, multipliers = block_spec(config, vp_stage), model.multipliers
-    if multipliers.residual != 1:
-        scale_residuals(block.layer_specs or [], multipliers.residual)
+    if model.post_norms:
+        replace_add(block, ModuleSpec(NormedAdd, params={"config": config, "norm": block.layer_norm}))
+    elif multipliers.residual != 1:
+        replace_add(block, scaled_add(multipliers.residual))
     built = GPTModel(
         config,
         block,  # pyright: ignore[reportArgumentType]  # it takes the layers of a block, too

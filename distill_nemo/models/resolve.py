@@ -128,6 +128,8 @@ def _architecture(name: str, source: Source | None, values: dict[str, Any]) -> A
         source=source,
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
+        post_norms=family.post_norms,
+        activation=family.activation,
         ropes=_ropes(name, values, family),
         layers=_layers(values),
         experts=experts,

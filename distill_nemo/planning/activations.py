@@ -8,7 +8,7 @@ Legend: T tokens of a micro batch on a rank, H width, F width of an MLP, N = hea
 channels (N, K, F on one tensor-parallel rank).
 """
 
-from distill_nemo.models.architecture import Architecture, Layer
+from distill_nemo.models.architecture import FUSED_ACTIVATIONS, Architecture, Layer
 from distill_nemo.planning.planned import PlannedRun
 
 
@@ -25,7 +25,7 @@ def _saved_by_attention(planned: PlannedRun, model: Architecture, layer: Layer, 
     n = model.num_attention_heads * model.kv_channels // tensor
     k = _key_channels(model, layer, tensor)
     qk_norm = model.qk_norm
-    bytes_ = _norm(planned, model.hidden_size)
+    bytes_ = _norm(planned, model.hidden_size) + _post_norm(planned, model)
     softmax_statistics = 4 * tokens * model.num_attention_heads // tensor
     if planned.transformer_engine:
         return bytes_ + softmax_statistics + item * tokens * (2 * n + 2 * k + (n + k if qk_norm else 0))
@@ -53,8 +53,8 @@ def saved_by_mlp(planned: PlannedRun, model: Architecture, layer: Layer) -> int:
     """Return the bytes that the MLP or the experts save, norm included. Tokens are assumed to be spread evenly."""
     if layer.ffn_hidden_size is None:
         return 0
-    bytes_ = _norm(planned, model.hidden_size)
-    pieces = 3 if planned.on_gpu else 5  # both halves and their product; CPU does not fuse SwiGLU
+    bytes_ = _norm(planned, model.hidden_size) + _post_norm(planned, model)
+    pieces = _mlp_pieces(planned, model)
     f = layer.ffn_hidden_size // planned.config.parallelism.tensor_model_parallel_size
     if model.experts is None:
         return bytes_ + planned.item * planned.tokens * pieces * f
@@ -62,6 +62,19 @@ def saved_by_mlp(planned: PlannedRun, model: Architecture, layer: Layer) -> int:
     pieces += 0 if planned.on_gpu else 1
     router = 8 * planned.tokens * model.experts.num_experts
     return bytes_ + planned.item * rows * (pieces * f + 2 * model.hidden_size) + router
+
+
+def _mlp_pieces(planned: PlannedRun, model: Architecture) -> int:
+    """Return the tensors of the MLP's width that it saves: both halves and their product; two more if not fused."""
+    return 3 if planned.on_gpu and model.activation in FUSED_ACTIVATIONS else 5
+
+
+def _post_norm(planned: PlannedRun, model: Architecture) -> int:
+    """Return the bytes of a norm's input, after attention or MLP; ours also keeps the normalised input."""
+    if not model.post_norms:
+        return 0
+    each = planned.item if planned.transformer_engine else 8 if planned.item == 4 else 6
+    return planned.split_tokens * model.hidden_size * each
 
 
 def _norm(planned: PlannedRun, width: int) -> int:
@@ -91,7 +104,7 @@ def forward_workspace(planned: PlannedRun, model: Architecture, layer: Layer) ->
     """Return the bytes of a layer's forward pass without saved tensors, its input included."""
     tensor, item, tokens = planned.config.parallelism.tensor_model_parallel_size, planned.item, planned.tokens
     residual = 2 * item * planned.split_tokens * model.hidden_size
-    pieces = 3 if planned.on_gpu else 5
+    pieces = _mlp_pieces(planned, model)
     rows, f = tokens * model.mlps_per_token, (layer.ffn_hidden_size or 0) // tensor
     mlp = item * rows * pieces * f + (2 * item * rows * model.hidden_size if model.experts else 0)
     if layer.num_query_groups is None:

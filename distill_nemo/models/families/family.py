@@ -7,7 +7,7 @@ from typing import Any, Self, get_args
 
 from distill_nemo.config import from_dict
 from distill_nemo.fields import is_union
-from distill_nemo.models.architecture import Architecture, Layer, Multipliers, RopeType
+from distill_nemo.models.architecture import Activation, Architecture, Layer, Multipliers, RopeType
 from distill_nemo.models.config_fields import Fields
 from distill_nemo.models.families.pieces import Table, layer_table
 
@@ -41,6 +41,8 @@ class Family:
         defaults: values of that class for fields that a `config.json` leaves out; a null has another meaning.
         qkv_bias: queries, keys and values have a bias.
         qk_norm: queries and keys are normalised in each head.
+        post_norms: what attention and MLP return is normalised, before it is added to the residual stream.
+        activation: of the MLPs.
         has_experts: every layer is a mixture of experts.
         rope_types: rotary embeddings that its class computes, by their names in `config.json`.
         partial_rotary: its class rotates the first `partial_rotary_factor` of a head's channels.
@@ -61,6 +63,8 @@ class Family:
     defaults: dict[str, Any] = field(default_factory=dict)
     qkv_bias: bool = False
     qk_norm: bool = False
+    post_norms: bool = False
+    activation: Activation = "silu"
     has_experts: bool = False
     rope_types: dict[str, RopeType] = field(default_factory=lambda: {name: name for name in get_args(RopeType)})
     partial_rotary: bool = False

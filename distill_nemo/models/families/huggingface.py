@@ -69,13 +69,13 @@ def _refuse_features(family: Family, fields: Fields) -> None:
             f'{fields.where}: architectures {shown(named)} is not supported; with model_type "{family.model_type}" it '
             f'must be ["{family.hf_class}"], null or absent'
         )
-    activation = fields.text("hidden_act", "silu")
+    activation = fields.text("hidden_act", family.activation)
     refused = {
         "attention_bias": not family.qkv_bias and fields.flag("attention_bias"),
         "mlp_bias": fields.flag("mlp_bias"),
         "sliding window attention (use_sliding_window)": fields.flag("use_sliding_window"),
         f"sliding window attention (layer_types {shown(kinds)})": not _all_full_attention(kinds),
-        f"hidden_act {activation}": activation != "silu",
+        f"hidden_act {activation}": activation != family.activation,
         "quantization_config": bool(config.get("quantization_config")),
         **family.refused(fields),
     }
@@ -115,7 +115,7 @@ def to_huggingface(model: Architecture, dtype: torch.dtype) -> dict[str, Any]:
         "rms_norm_eps": model.norm_epsilon,
         **write_rope(model),
         "tie_word_embeddings": model.tie_word_embeddings,
-        "hidden_act": "silu",
+        "hidden_act": model.activation,
         "bos_token_id": None,  # else LlamaConfig takes 1 and 2, whatever the tokenizer, and generation stops at 2
         "eos_token_id": None,
         "dtype": str(dtype).removeprefix("torch."),

@@ -1,22 +1,16 @@
-"""Multiply embeddings, residual branches and logits by a model's constants, and cap its logits.
+"""Multiply embeddings and logits by a model's constants, and cap its logits.
 
-Hooks and specs of ours, not Megatron's `use_mup`: that one knows no residual multiplier, and multiplies logits only
+Hooks of ours, not Megatron's `use_mup`: that one knows no residual multiplier, and multiplies logits only
 after the output layer, where neither the logits loss of a teacher nor the fused loss would see it.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.parallel_state import get_tensor_model_parallel_rank
-from megatron.core.transformer import ModuleSpec
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
 from distill_nemo.models.architecture import Multipliers
-
-Add = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
 
 
 class ScaleEmbeddings:
@@ -29,21 +23,6 @@ class ScaleEmbeddings:
     def __call__(self, layer: Any, args: Any, output: Tensor) -> Tensor:
         """Multiply `[s, B, H]`."""
         return output * self.factor
-
-
-def scale_residuals(layers: list[ModuleSpec], factor: float) -> None:
-    """Let layers add `factor * x` to the residual stream, where x is what attention or MLP return, without bias."""
-
-    def scaled_add(training: bool, fused: bool) -> Add:
-        return lambda x_and_bias, residual, dropout: torch.add(residual, x_and_bias[0], alpha=factor)
-
-    for layer in layers:
-        parts = layer.submodules
-        assert isinstance(parts, TransformerLayerSubmodules)
-        if parts.self_attn_bda is get_bias_dropout_add:  # else the layer has no attention
-            parts.self_attn_bda = scaled_add  # pyright: ignore[reportAttributeAccessIssue]  # a function like Megatron's
-        if parts.mlp_bda is get_bias_dropout_add:
-            parts.mlp_bda = scaled_add  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class FinishLogits:
