@@ -37,12 +37,23 @@ FAMILIES = (
     "llama3_rope",
     "yarn_rope",
     "longrope",
+    "ministral",
+    "mistral",
     "phi3",
     "qwen2",
     "qwen3",
     "qwen3_moe",
     "smollm3",
 )
+MODEL_TYPES = {  # of those that are named otherwise
+    "llama_tied": "llama",
+    "llama3_rope": "llama",
+    "yarn_rope": "llama",
+    "longrope": "llama",
+    "qwen2_window": "qwen2",
+    "qwen3_moe_not_normalised": "qwen3_moe",
+    "qwen3_moe_window": "qwen3_moe",
+}
 NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # in place of ids beyond the rows
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 OWN_FIELDS = {  # of config.json
@@ -64,8 +75,13 @@ OWN_FIELDS = {  # of config.json
         **NO_TOKENS,
     },
     "smollm3": {"no_rope_layer_interval": 2, **NO_TOKENS},
-    "qwen3_moe": {**EXPERTS, "norm_topk_prob": True},
-    "qwen3_moe_not_normalised": {**EXPERTS, "norm_topk_prob": False},
+    "mistral": {"sliding_window": 5, "head_dim": 24},
+    "ministral": {"head_dim": 24, "sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"] * 2},
+    "qwen2_window": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen3": {"head_dim": 24},
+    "qwen3_moe": {**EXPERTS, "norm_topk_prob": True, "head_dim": 24},
+    "qwen3_moe_not_normalised": {**EXPERTS, "norm_topk_prob": False, "head_dim": 24},
+    "qwen3_moe_window": {**EXPERTS, "use_sliding_window": True, "sliding_window": 5, "head_dim": 24},
 }
 
 
@@ -74,17 +90,13 @@ def write_hf(path, family="llama", *, seed=1, layers=4, width=64, vocab=507, hea
 
     With an offset all logits of a token are about that much higher, as trained models' are.
     """
-    import transformers as hf
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    classes = {
-        "granite": "Granite",
-        "phi3": "Phi3",
-        "qwen2": "Qwen2",
-        "qwen3": "Qwen3",
-        "smollm3": "SmolLM3",
-    }
-    name = classes.get(family, "Qwen3Moe" if "moe" in family else "Llama")
-    config = getattr(hf, f"{name}Config")(
+    own = copy.deepcopy(OWN_FIELDS.get(family, {}))  # transformers writes into the dictionaries
+    if "layer_types" in own:
+        own["layer_types"] = (own["layer_types"] * layers)[:layers]
+    config = AutoConfig.for_model(
+        MODEL_TYPES.get(family, family),
         hidden_size=width,
         intermediate_size=width * 3 // 2,
         num_hidden_layers=layers,
@@ -93,11 +105,10 @@ def write_hf(path, family="llama", *, seed=1, layers=4, width=64, vocab=507, hea
         vocab_size=vocab,
         max_position_embeddings=128,
         initializer_range=0.1,
-        **({"head_dim": 24} if family.startswith("qwen3") else {}),
-        **copy.deepcopy(OWN_FIELDS.get(family, {})),  # transformers writes into the dictionaries
+        **own,
     )
     torch.manual_seed(seed)
-    model = getattr(hf, f"{name}ForCausalLM")(config).float()
+    model = AutoModelForCausalLM.from_config(config).float()
     for parameter in model.parameters():  # biases and norms too, so that a forgotten one shows
         if parameter.dim() == 1:
             parameter.data.add_(torch.randn_like(parameter) * 0.1)

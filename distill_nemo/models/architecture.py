@@ -51,14 +51,16 @@ class Layer:
     """One layer.
 
     Args:
-        num_query_groups: None where it has no attention.
-        ffn_hidden_size: of its MLP, or of one expert; None where it has no MLP.
+        num_query_groups: of keys and values; None without attention.
+        ffn_hidden_size: of its MLP, or of one of its experts; None without an MLP.
         rope: index into `Architecture.ropes`; None where queries and keys are not rotated.
+        window: tokens that a token sees, itself included; None if it sees all before it.
     """
 
     num_query_groups: int | None
     ffn_hidden_size: int | None
     rope: int | None = 0
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,12 @@ class Architecture:
         if self.source is None or self.source.vocab_size is None:
             return self
         return replace(self, vocab_size=self.source.vocab_size)
+
+    def at_length(self, length: int) -> "Architecture":
+        """Return the same model for sequences of `length` tokens, for which a window of as many is none."""
+        idle = [layer.window is not None and layer.window >= length for layer in self.layers]
+        layers = [replace(layer, window=None) if i else layer for layer, i in zip(self.layers, idle, strict=True)]
+        return replace(self, layers=tuple(layers))
 
     def filled[T: ModelConfig](self, config: T) -> T:
         """Return a copy of the model's config with every open field filled in, as a run records it."""

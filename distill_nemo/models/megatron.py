@@ -20,7 +20,7 @@ from distill_nemo.models.layers.experts import expert_settings
 from distill_nemo.models.layers.multipliers import FinishLogits, ScaleEmbeddings
 from distill_nemo.models.layers.residual import NormedAdd, replace_add, scaled_add
 from distill_nemo.models.layers.rotary import give_rotary_embeddings
-from distill_nemo.models.layers.specs import block_spec
+from distill_nemo.models.layers.specs import block_spec, transformer_engine_usable
 
 ACTIVATIONS = {"silu": functional.silu, "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh")}
 
@@ -49,6 +49,7 @@ def transformer_config(
         kind, blocks = HeterogeneousTransformerConfig, {"block_configs": write_block_configs(model.layers)}
         differing["heterogeneous_layers_config_encoded_json"] = json.dumps(blocks)
     fields = dict(
+        **_window_settings(model, parallelism, dtype),
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -103,6 +104,30 @@ def _initialisation(model: Architecture) -> dict[str, Any]:
     if model.source.modified_by_modelopt:
         return {"init_method": zeros_, "output_layer_init_method": zeros_}
     return {"perform_initialization": False}
+
+
+def _window_settings(model: Architecture, parallelism: ParallelismConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Return Megatron's fields for layers with a sliding window.
+
+    Raises:
+        ValueError: where Transformer Engine would have to compute them under context parallelism, or they differ.
+    """
+    windows = {layer.window for layer in model.layers if layer.window is not None}
+    if not windows:
+        return {}
+    if len(windows) > 1:
+        raise ValueError(
+            f"{model.name}: windows of {sorted(windows)} tokens in one model are not supported; one size is"
+        )
+    (window,) = windows
+    if parallelism.context_parallel_size > 1 and transformer_engine_usable(dtype):
+        raise ValueError(
+            f"{model.name}: its sliding windows of {window} tokens are not supported with Transformer Engine under "
+            f"parallelism.context_parallel_size = {parallelism.context_parallel_size}. Set that to 1, and "
+            f"parallelism.tensor_model_parallel_size higher instead; or data.sequence_length to at most {window}"
+        )
+    windowed = [int(layer.window is not None) for layer in model.layers]
+    return {"window_size": (window - 1, 0), "window_attn_skip_freq": windowed}
 
 
 def _stage_layout(num_layers: int, parallelism: ParallelismConfig) -> list[list[str]] | None:

@@ -35,6 +35,7 @@ from distill_nemo.runtime.seed import seed_everything
 WHOLE = 64 * 2**20  # parameters up to which a model is compared whole
 # Of a larger one the first layers (one of every kind), experts, rows of the vocabulary and MLP; heads and widths stay.
 CUT = {"num_layers": 2, "num_experts": 8, "vocab_size": 1024, "ffn_hidden_size": 1024, "moe_ffn_hidden_size": 256}
+WINDOW = 8  # tokens, so that a window is shorter than the sequences that are compared
 NAMES = {  # in config.json
     "num_layers": ("num_hidden_layers",),
     "num_experts": ("num_experts", "num_local_experts"),
@@ -114,7 +115,10 @@ def _cut(model: Architecture, source: Source) -> Architecture:
     return dataclasses.replace(
         model,
         source=dataclasses.replace(source, vocab_size=rows),
-        layers=tuple(dataclasses.replace(layer, ffn_hidden_size=width) for layer in _first_layers(model)),
+        layers=tuple(
+            dataclasses.replace(layer, ffn_hidden_size=width, window=layer.window and min(layer.window, WINDOW))
+            for layer in _first_layers(model)
+        ),
         vocab_size=rows,
         ffn_hidden_size=ffn,
         experts=experts,
@@ -131,6 +135,7 @@ def _copy_part(source: Source, model: Architecture, small: Architecture, config:
     """Write the part of `source` that `small` needs; all of `config` stays but the sizes."""
     own = dataclasses.asdict(small.filled(StudentConfig()))
     config |= {key: own[name] for name in CUT for key in NAMES[name] if key in config and own[name] is not None}
+    config |= {"sliding_window": max(windows)} if (windows := [x.window for x in small.layers if x.window]) else {}
     if isinstance(config.get("layer_types"), list):
         config["layer_types"] = config["layer_types"][: small.num_layers]
     assert small.source is not None

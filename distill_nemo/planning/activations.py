@@ -37,6 +37,8 @@ def _saved_by_attention(planned: PlannedRun, model: Architecture, layer: Layer, 
     else:
         numbers += 2 * n if grouped else n  # keys and values, repeated for the heads that share them
         bytes_ += softmax_statistics
+    if layer.window is not None:
+        numbers += n  # outputs of blocks of queries, before they are one
     if qk_norm and item == 4:
         numbers += n + k + (n if grouped else 0)
     elif qk_norm:

@@ -1,7 +1,7 @@
 """Operations, bytes and time of a run.
 
 A product of [a, b] and [b, c] is 2abc operations. A backward pass is two forward passes. Attention is causal and
-computes half of the scores. Norms, softmax, the divergence and Adam are left out.
+computes half of the scores, or those in a sliding window. Norms, softmax, the divergence and Adam are left out.
 """
 
 from dataclasses import dataclass
@@ -11,13 +11,19 @@ from distill_nemo.planning.parameters import layers_of, stages_of, total_paramet
 from distill_nemo.planning.planned import PlannedRun
 
 
+def seen_keys(layer: Layer, length: int) -> float:
+    """Return the keys that a token of a sequence of `length` sees on average, half of its own counted."""
+    window = layer.window or length
+    return window - (window * (window - 1) / length + 1) / 2  # half of all without a window
+
+
 def layer_flops(model: Architecture, layer: Layer, length: int) -> tuple[float, float]:
     """Return forward operations per token of a sequence of `length`: in total, and of the core attention."""
     products = core = 0.0
     if layer.num_query_groups is not None:
         n, k = model.num_attention_heads * model.kv_channels, layer.num_query_groups * model.kv_channels
         products += 2 * model.hidden_size * (n + 2 * k) + 2 * n * model.hidden_size
-        core = 2 * length * n  # scores and their product with the values, 2 * 2 * length * n, half of it
+        core = 4 * seen_keys(layer, length) * n  # scores, and their product with the values
     if layer.ffn_hidden_size is not None:
         products += 6 * model.hidden_size * layer.ffn_hidden_size * model.mlps_per_token
         products += 2 * model.hidden_size * (model.experts.num_experts if model.experts else 0)

@@ -104,7 +104,8 @@ def resolve_models(config: RunConfig) -> "tuple[RunConfig, Models]":
     config = replace(config, student=models.student.filled(config.student))
     if config.teacher is not None and models.teacher is not None:
         config.teacher = models.teacher.filled(config.teacher)
-    return config, models
+    student, teacher = (model and model.at_length(config.data.sequence_length) for model in models)
+    return config, models._replace(student=student, teacher=teacher)
 
 
 def _check_length(length: int, role: str, model: "Architecture") -> None:

@@ -9,7 +9,7 @@ from distill_nemo.config import ParallelismConfig, StudentConfig
 from tests.spawn import Gloo
 from tests.tiny_models import write_hf
 
-FAMILIES = ("llama", "llama_tied", "phi3", "qwen3", "smollm3", "yarn_rope")
+FAMILIES = ("llama", "llama_tied", "ministral", "phi3", "qwen3", "smollm3", "yarn_rope")
 SEQUENCE, BATCH, VOCAB = 32, 2, 507
 LAYOUTS = {
     "cp2": (2, {"context_parallel_size": 2}),
@@ -95,22 +95,28 @@ def attention_inputs(dtype=torch.float64, heads=4, groups=2, channels=8):
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
-def attention_reference(scale):
-    """Output and gradients of query, key and value, written out in fp64."""
+def attention_reference(scale, window=SEQUENCE):
+    """Output and gradients of query, key and value, in fp64. A token sees `window` tokens, with itself."""
     *inputs, upstream = attention_inputs()
     q, k, v = (x.requires_grad_() for x in inputs)
     k4, v4 = (x[:, :, [0, 0, 1, 1]] for x in (k, v))
     scores = torch.einsum("ibnd,jbnd->bnij", q, k4) * scale
-    future = torch.arange(SEQUENCE)[None] > torch.arange(SEQUENCE)[:, None]
-    output = torch.einsum("bnij,jbnd->ibnd", scores.masked_fill(future, -torch.inf).softmax(-1), v4).flatten(2)
+    ago = torch.arange(SEQUENCE)[:, None] - torch.arange(SEQUENCE)[None]
+    unseen = (ago < 0) | (ago >= window)
+    output = torch.einsum("bnij,jbnd->ibnd", scores.masked_fill(unseen, -torch.inf).softmax(-1), v4).flatten(2)
     output.backward(upstream)
     return [output.detach(), q.grad, k.grad, v.grad]
 
 
-def attend(size, dtype, scale=None, plain=False, **fields):
+def attend(size, dtype, scale=None, plain=False, window=None, block=256, **fields):
     """(rank, output and gradients of query, key and value) of this rank's positions."""
+    from distill_nemo.models.layers import context_parallel
     from distill_nemo.runtime.process_groups import process_groups
 
+    context_parallel._window_mask.cache_clear()
+    context_parallel.QUERY_BLOCK = block
+    if window is not None:
+        fields |= {"window_size": (window - 1, 0), "window_attn_skip_freq": [1]}
     with process_groups(ParallelismConfig(context_parallel_size=size)):
         from megatron.core import parallel_state
         from megatron.core.transformer import TransformerConfig
@@ -162,6 +168,53 @@ def test_one_rank_attends_as_megatron_does(groups):
     ours, megatrons = (groups[1].run(attend, 1, torch.float32, None, plain)[0][1] for plain in (False, True))
     for got, expected in zip(ours, megatrons, strict=True):
         assert relative_error(got, expected) < 2e-6
+
+
+@pytest.mark.parametrize("window", [2, 5, 8, 13, 31, 32, 40])
+@pytest.mark.parametrize("block", [6, 256])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_token_sees_its_window_and_no_more(groups, size, block, window):
+    got = together(size, groups[size].run(functools.partial(attend, window=window, block=block), size, torch.float64))
+    for name, value, expected in zip("oqkv", got, attention_reference(8**-0.5, window), strict=True):
+        assert relative_error(value, expected) < 1e-14, name
+
+
+def test_a_window_as_long_as_the_sequence_is_none(groups):
+    none, whole = (groups[2].run(functools.partial(attend, window=w), 2, torch.float32) for w in (None, SEQUENCE))
+    for (_, ours), (_, theirs) in zip(none, whole, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+def saved_by_attention(length, window):
+    """Bytes that the attention of one head keeps for backward, beyond query, key and value."""
+    from distill_nemo.runtime.process_groups import process_groups
+
+    with process_groups(ParallelismConfig()):
+        from megatron.core.transformer import TransformerConfig
+        from megatron.core.transformer.enums import AttnMaskType
+
+        from distill_nemo.models.layers.context_parallel import CausalAttention
+
+        fields = {} if window is None else {"window_size": (window - 1, 0), "window_attn_skip_freq": [1]}
+        config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, attention_dropout=0.0, **fields)
+        attention = CausalAttention(config, 1, AttnMaskType.causal, "self")
+        inputs = [torch.zeros(length, 1, 1, 8, requires_grad=True) for _ in range(3)]
+        mine, kept = {x.untyped_storage().data_ptr() for x in inputs}, {}
+
+        def keep(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = attention(*inputs, None)
+        del output
+        return sum(size for place, size in kept.items() if place not in mine)
+
+
+def test_no_scores_are_kept(groups):
+    full, windowed = (groups[1].run(saved_by_attention, 2048, window)[0] for window in (None, 64))
+    mask = 256 * (256 + 63) * 4  # one, for all blocks and layers
+    assert full <= windowed <= full + mask < 2048 * 2048 / 4
 
 
 def test_dropout_is_refused(groups):

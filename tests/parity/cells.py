@@ -48,6 +48,8 @@ MODELS: dict[str, dict[str, Any]] = {  # arguments of write_hf; the student's na
     "llama3 rope": {"family": "llama3_rope", "seed": 9, "layers": 8, **NARROW},
     "qwen2 (biases)": {"family": "qwen2", "seed": 6, "layers": 8, **NARROW},
     "qwen3 (qk norm)": {"family": "qwen3", "seed": 7, "layers": 8, **NARROW},
+    "mistral (windows)": {"family": "mistral", "seed": 12, "layers": 8, **NARROW},
+    "ministral (windows by layer)": {"family": "ministral", "seed": 13, "layers": 10, **WIDE},
     "two query groups": {"seed": 11, "layers": 8, **NARROW, "groups": 2},
     "phi3 (longrope)": {"family": "phi3", "seed": 13, "layers": 8, **WIDE, "heads": 4},
     "smollm3 (NoPE)": {"family": "smollm3", "seed": 12, "layers": 8, **NARROW},
@@ -150,6 +152,7 @@ def _of_layout(layout: str) -> Iterator[Cell]:
     ):
         loss = "cosine, projected, after the last norm" if student == "llama, 9 layers" else HIDDEN
         yield Cell(layout, (student, "teacher"), loss)
+    yield Cell(layout, ("mistral (windows)", "ministral (windows by layer)"), HIDDEN)
     for models in FAMILIES:
         yield Cell(layout, models, HIDDEN)
         yield Cell(layout, models, HIDDEN, "whole logits", changes=(("fused_linear", False),))

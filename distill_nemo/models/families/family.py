@@ -2,8 +2,8 @@
 
 import typing
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any, Self, get_args
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar, Self, get_args
 
 from distill_nemo.config import from_dict
 from distill_nemo.fields import is_union
@@ -18,6 +18,8 @@ class OwnFields:
 
     A field's default is that of transformers. Its type and its range (`setting`) are checked before it is used.
     """
+
+    off_by_default: ClassVar[bool] = False  # True: a checkpoint that states nothing can be taken to use none of them
 
     def resolved(self, values: dict[str, Any]) -> Self:
         """Return these fields in the one spelling of their network: defaults that depend on others are filled in.
@@ -94,7 +96,7 @@ def resolve_own_fields(
         ValueError: for a field that the family lacks, and a wrong or contradictory value, by name.
     """
     hints = typing.get_type_hints(family.own_fields)
-    if given and not hints:
+    if given and not fields(family.own_fields):
         raise ValueError(f'{where}{next(iter(given))}: family "{family.model_type}" has no fields of its own')
     stated = {name: value for name, value in given.items() if value is not None or is_union(hints.get(name))}
     return asdict(from_dict(stated, family.own_fields, where).resolved(values))

@@ -64,6 +64,7 @@ def _refuse_features(family: Family, fields: Fields) -> None:
     """Refuse what would be computed differently from transformers."""
     config = fields.values
     named, kinds = config.get("architectures"), config.get("layer_types")
+    own = family.own_fields.__dataclass_fields__
     if named and named != [family.hf_class]:
         raise ValueError(
             f'{fields.where}: architectures {shown(named)} is not supported; with model_type "{family.model_type}" it '
@@ -71,13 +72,15 @@ def _refuse_features(family: Family, fields: Fields) -> None:
         )
     activation = fields.text("hidden_act", family.activation)
     refused = {
+        **family.refused(fields),
         "attention_bias": not family.qkv_bias and fields.flag("attention_bias"),
         "mlp_bias": fields.flag("mlp_bias"),
-        "sliding window attention (use_sliding_window)": fields.flag("use_sliding_window"),
-        f"sliding window attention (layer_types {shown(kinds)})": not _all_full_attention(kinds),
+        "sliding window attention (use_sliding_window)": "use_sliding_window" not in own
+        and fields.flag("use_sliding_window"),
+        f"sliding window attention (layer_types {shown(kinds)})": "layer_types" not in own
+        and not _all_full_attention(kinds),
         f"hidden_act {activation}": activation != family.activation,
         "quantization_config": bool(config.get("quantization_config")),
-        **family.refused(fields),
     }
     for feature, used in refused.items():
         if used:

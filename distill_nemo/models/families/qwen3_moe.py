@@ -5,6 +5,7 @@ from typing import Any
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.config_fields import MAX_EXPERTS, Fields, shown
 from distill_nemo.models.families.family import Family
+from distill_nemo.models.families.windows import SwitchedWindow, with_windows
 
 
 def _read_experts(config: Fields) -> dict[str, Any]:
@@ -46,6 +47,8 @@ QWEN3_MOE = Family(
     defaults={"max_position_embeddings": 32768, "num_key_value_heads": 4},
     qk_norm=True,
     has_experts=True,
+    own_fields=SwitchedWindow,
+    layers=with_windows,
     read_own=_read_experts,
     write_own=_write_experts,
 )

@@ -4,9 +4,10 @@ The sequence is cut in 2*cp pieces; context-parallel rank r holds pieces r and 2
 causal mask every rank then has the same work).
 
 Shapes: S tokens of the whole sequence, s = S/cp on this rank, B samples, n query heads and g key heads of this
-tensor-parallel rank, d channels of a head.
+tensor-parallel rank, d channels of a head, w tokens of a sliding window.
 """
 
+import functools
 import math
 
 import torch
@@ -20,6 +21,8 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional
+
+QUERY_BLOCK = 256  # queries that share a mask in a layer with a window: each sees up to as many keys in vain
 
 
 def split_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -59,6 +62,8 @@ class CausalAttention(MegatronModule):
     softmax(q_i @ k[: i + 1].T * softmax_scale) @ v[: i + 1]  # for every position i of this rank
     ```
 
+    In a layer with a sliding window of w tokens, keys and values are those of positions i - w + 1 to i.
+
     Takes the place of Megatron's DotProductAttention, which refuses context parallelism and keeps all S x S scores for
     backward. Keys and values are all-gathered over the context-parallel group; their gradients are reduce-scattered.
     The softmax is in fp32 or better whatever `attention_softmax_in_fp32` says.
@@ -83,7 +88,12 @@ class CausalAttention(MegatronModule):
         if dropout:
             raise ValueError(f"attention_dropout = {dropout}: only 0 is supported without Transformer Engine")
         assert attn_mask_type is AttnMaskType.causal, attn_mask_type
-        assert config.window_size is None and config.softmax_type == "vanilla", "no config of ours asks for these"
+        assert config.softmax_type == "vanilla", "no config of ours asks for another"
+        self.window: int | None = None
+        if config.window_size is not None:
+            by_layer = config.window_attn_skip_freq
+            assert isinstance(by_layer, list), by_layer
+            self.window = config.window_size[0] + 1 if by_layer[layer_number - 1] else None
         assert config.kv_channels is not None, "Megatron fills it"
         self.softmax_scale = 1 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
         group = parallel_state.get_context_parallel_group()
@@ -124,26 +134,54 @@ class CausalAttention(MegatronModule):
         length = query.shape[0] // 2
         outputs = []
         for piece, query_pBnd in zip((rank, 2 * size - 1 - rank), query.split(length), strict=True):
-            end = (piece + 1) * length  # no query of this piece sees a later key
-            outputs.append(self._attend(query_pBnd, key_SBgd[:end], value_SBgd[:end]))
+            start, end = piece * length, (piece + 1) * length  # no query of this piece sees a later key
+            first = max(0, start - self.window + 1) if self.window else 0  # nor one before its window
+            outputs.append(self._attend(query_pBnd, key_SBgd[first:end], value_SBgd[first:end]))
         return torch.cat(outputs)
 
     def _attend(self, query_pBnd: Tensor, key_tBgd: Tensor, value_tBgd: Tensor) -> Tensor:
         """[p, B, n*d]; the p queries are the last of the t positions."""
         queries, keys = query_pBnd.shape[0], key_tBgd.shape[0]
+        repeats = query_pBnd.shape[2] // key_tBgd.shape[2]
+        query_Bnpd = query_pBnd.permute(1, 2, 0, 3)
+        key_Bntd = key_tBgd.repeat_interleave(repeats, dim=2).permute(1, 2, 0, 3)
+        value_Bntd = value_tBgd.repeat_interleave(repeats, dim=2).permute(1, 2, 0, 3)
+        if self.window is not None and self.window < keys:
+            return self._attend_in_window(query_Bnpd, key_Bntd, value_Bntd, self.window)
         whole, mask_pt = queries == keys, None
         if not whole:
             mask_pt = torch.ones(queries, keys, dtype=torch.bool, device=query_pBnd.device).tril(keys - queries)
-        repeats = query_pBnd.shape[2] // key_tBgd.shape[2]
         out_Bnpd = functional.scaled_dot_product_attention(
-            query_pBnd.permute(1, 2, 0, 3),
-            key_tBgd.repeat_interleave(repeats, dim=2).permute(1, 2, 0, 3),
-            value_tBgd.repeat_interleave(repeats, dim=2).permute(1, 2, 0, 3),
-            attn_mask=mask_pt,
-            is_causal=whole,
-            scale=self.softmax_scale,
+            query_Bnpd, key_Bntd, value_Bntd, attn_mask=mask_pt, is_causal=whole, scale=self.softmax_scale
         )
         return out_Bnpd.permute(2, 0, 1, 3).flatten(2)
+
+    def _attend_in_window(self, query_Bnpd: Tensor, key_Bntd: Tensor, value_Bntd: Tensor, window: int) -> Tensor:
+        """[p, B, n*d], block by block, each with the keys that one of its queries sees; all share one mask."""
+        mask = _window_mask(window, query_Bnpd.dtype, query_Bnpd.device)
+        end, outputs = key_Bntd.shape[2] - query_Bnpd.shape[2], []
+        for query_Bnbd in query_Bnpd.split(QUERY_BLOCK, dim=2):
+            start, end = end, end + query_Bnbd.shape[2]
+            first = start - window + 1  # below 0 if the block sees all keys before it
+            out_Bnbd = functional.scaled_dot_product_attention(
+                query_Bnbd,
+                key_Bntd[:, :, max(0, first) : end],
+                value_Bntd[:, :, max(0, first) : end],
+                attn_mask=mask[: end - start, max(0, -first) : end - first],
+                scale=self.softmax_scale,
+            )
+            outputs.append(out_Bnbd.permute(2, 0, 1, 3).flatten(2))
+        return torch.cat(outputs)
+
+
+@functools.lru_cache(maxsize=2)
+def _window_mask(window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return what is added to scores [b, b + w - 1]: query i sees keys i to i + w - 1 of those that its block is given.
+
+    In the dtype of the scores, since torch would make such a tensor of a boolean mask in every call, and keep each.
+    """
+    seen = torch.ones(QUERY_BLOCK, QUERY_BLOCK + window - 1, dtype=torch.bool, device=device).triu().tril(window - 1)
+    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)
 
 
 def in_sequence_order(gathered: Tensor, size: int) -> Tensor:

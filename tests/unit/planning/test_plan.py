@@ -86,6 +86,14 @@ CASES = {
     "micro batch 1": replace(SMALL, micro_batch=1),
     "micro batch 4": replace(SMALL, micro_batch=4),
     "experts": replace(SMALL, family="qwen3_moe"),
+    "sliding windows": replace(
+        SMALL,
+        family="mistral",
+        length=1024,
+        micro_batch=1,
+        teacher=None,
+        fields={"student.family_fields": {"sliding_window": 128}},
+    ),
     "teacher offloaded": replace(SMALL, fields={"distillation.offload_teacher": True}, teacher=(6, 256)),
     "qk-norm, no teacher": replace(SMALL, family="qwen3", teacher=None),
     "layers without rotary embedding": replace(SMALL, family="smollm3", student=(4, 128)),
@@ -143,6 +151,23 @@ def test_operations_are_those_that_torch_counts(one, family):
     work = all_work(planned)
     assert (work.student, work.recompute, work.teacher) == (3 * (layers + head), 0, 0)
     assert all_work(planned.with_fields(training__recompute="full")).recompute == layers
+
+
+@pytest.mark.parametrize("window", [None, 4096, 32, 1])
+def test_a_window_counts_the_keys_that_a_token_sees(window):
+    setup_device()
+    from distill_nemo.planning.compute import all_work
+    from distill_nemo.planning.planned import PlannedRun
+    from distill_nemo.training.entry import resolve_models
+
+    def work(**change):
+        fields = {"student.family_fields": {"sliding_window": window}}
+        case = replace(SMALL, **{"family": "mistral", "fields": fields, "teacher": None, **change})
+        return all_work(PlannedRun(*resolve_models(case.config()), 1)).student
+
+    seen = sum(min(i + 1, window or 128) for i in range(128)) / 128 - 0.5
+    fewer = 3 * 2 * 4 * (64 - seen) * 128  # two layers of width 128, backward is two forward passes
+    assert work() == pytest.approx(work(family="llama", fields={}) - fewer, rel=1e-12)
 
 
 def test_time_counts_the_pipelines_ends_and_its_slowest_rank():
