@@ -29,6 +29,7 @@ FILES = """
     tests/unit/models/test_mcore_distillation_adjust.py tests/unit/models/test_modelopt_agreement.py
     tests/unit/runtime/test_patches.py tests/unit/models/test_pickled.py tests/unit/planning/test_plan.py
     tests/unit/data/test_prepare.py tests/unit/models/test_quantised.py tests/unit/reports/test_report.py
+    tests/unit/models/test_phi3.py tests/unit/models/test_rotary.py
     tests/unit/executors/test_slurm_executor.py tests/unit/models/test_teacher_provider.py
     tests/unit/test_versions.py
 """.split()

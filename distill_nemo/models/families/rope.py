@@ -70,7 +70,7 @@ def write_rope(model: Architecture) -> dict[str, Any]:
     beside = (PARTIAL, ORIGINAL) if rope.rope_type == "longrope" else (PARTIAL,)
     return {
         "rope_theta": model.rotary_base,
-        "rope_scaling": model.rope_scaling,
+        "rope_scaling": None if rope.rope_type == "default" else model.rope_scaling,
         "rope_parameters": {"rope_theta": model.rotary_base, "rope_type": "default", **scaling},
         **{name: scaling[name] for name in beside if name in scaling},
     }
