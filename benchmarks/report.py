@@ -192,7 +192,7 @@ SECTIONS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ),
     (
         "## Given logits, CPU, vocabulary over two gloo ranks\nGoal: at most 0.20 of ModelOpt's time. One all-gather "
-        "in ours (tests/distributed/test_vocab_parallel.py counts it). The slower rank's figures; memory in its "
+        "in ours (tests/distributed/losses/test_vocab_parallel.py counts it). The slower rank's figures; memory in its "
         "shards.\n",
         "kl_two_ranks",
         "kl",

@@ -21,16 +21,29 @@ ROOT = Path(__file__).parent.parent
 PYPROJECT = ROOT / "pyproject.toml"
 # One file or more of each part of the package.
 FILES = """
-    tests/cli/test_bad_commands.py tests/distributed/test_checkpoints.py tests/distributed/test_fused_linear.py
-    tests/distributed/test_vocab_parallel.py tests/unit/test_config.py tests/unit/data/test_data.py
-    tests/unit/models/test_heterogeneous.py tests/unit/models/test_huggingface.py
-    tests/unit/losses/test_divergences.py tests/unit/losses/test_kernels.py
+    tests/cli/test_bad_commands.py
+    tests/distributed/checkpoint/test_checkpoints.py
+    tests/distributed/losses/test_fused_linear.py
+    tests/distributed/losses/test_vocab_parallel.py
+    tests/unit/data/test_data.py
+    tests/unit/data/test_prepare.py
     tests/unit/executors/test_kubernetes_executor.py
-    tests/unit/models/test_mcore_distillation_adjust.py tests/unit/models/test_modelopt_agreement.py
-    tests/unit/runtime/test_patches.py tests/unit/models/test_pickled.py tests/unit/planning/test_plan.py
-    tests/unit/data/test_prepare.py tests/unit/models/test_quantised.py tests/unit/reports/test_report.py
-    tests/unit/models/test_phi3.py tests/unit/models/test_rotary.py
-    tests/unit/executors/test_slurm_executor.py tests/unit/models/test_teacher_provider.py
+    tests/unit/executors/test_slurm_executor.py
+    tests/unit/losses/test_divergences.py
+    tests/unit/losses/test_kernels.py
+    tests/unit/models/test_heterogeneous.py
+    tests/unit/models/test_huggingface.py
+    tests/unit/models/test_mcore_distillation_adjust.py
+    tests/unit/models/test_modelopt_agreement.py
+    tests/unit/models/test_phi3.py
+    tests/unit/models/test_pickled.py
+    tests/unit/models/test_quantised.py
+    tests/unit/models/test_rotary.py
+    tests/unit/models/test_teacher_provider.py
+    tests/unit/planning/test_plan.py
+    tests/unit/reports/test_report.py
+    tests/unit/runtime/test_patches.py
+    tests/unit/test_config.py
     tests/unit/test_versions.py
 """.split()
 QUICKSTART = ("quickstart", "--yes", "steps=20", "teacher_steps=20")

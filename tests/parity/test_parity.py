@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.parity.cells import HIDDEN, LAYOUTS, OFFSET, Cell, cells, measure, write_models
+from tests.parity.__main__ import page
+from tests.parity.cells import HIDDEN, LAYOUTS, OFFSET, Cell, Errors, cells, measure, write_models
 from tests.spawn import Gloo
 
 EVERYWHERE = ("forward KL, T=2, and LM", HIDDEN)
@@ -50,3 +51,10 @@ def test_metrics_and_every_gradient_are_those_of_one_process_in_fp64(models, gro
         cell: errors for cell, errors in measure(wanted, models, groups[LAYOUTS[layout][0]], one) if errors.beyond
     }
     assert not beyond
+
+
+def test_the_page_names_the_layouts_that_were_not_computed():
+    cell = next(cell for cell in cells() if cell.layout == "TP=2")
+    assert "**Not computed: one process; DP=2; DP=4; TP=4; TP=2, SP;" in page([(cell, Errors(0.0, 0.0))])
+    every_layout = [(next(cell for cell in cells() if cell.layout == layout), Errors(0.0, 0.0)) for layout in LAYOUTS]
+    assert "Not computed" not in page(every_layout)

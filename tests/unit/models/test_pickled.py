@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from distill_nemo.models.checkpoints.pickled import convert
 from distill_nemo.models.checkpoints.write_safetensors import METADATA
 from distill_nemo.runtime import output_lock
-from tests.distributed.test_no_space import file_size_limit
+from tests.distributed.checkpoint.test_no_space import file_size_limit
 from tests.tiny_models import write_hf
 
 

@@ -1,4 +1,4 @@
-"""Ranks named as silent when a run hangs. Real ranks that hang: tests/distributed/test_faults.py."""
+"""Ranks named as silent when a run hangs. Real ranks that hang: tests/distributed/training/test_faults.py."""
 
 import json
 import time

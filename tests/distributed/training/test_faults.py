@@ -1,6 +1,6 @@
 """Real faults in real runs of two processes: what is resumed is, bit for bit, what an uninterrupted run gives.
 
-A full disk: tests/distributed/test_no_space.py. SIGTERM: tests/distributed/test_resume.py.
+A full disk: tests/distributed/checkpoint/test_no_space.py. SIGTERM: tests/distributed/checkpoint/test_resume.py.
 """
 
 import contextlib

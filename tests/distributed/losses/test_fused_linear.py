@@ -14,7 +14,7 @@ import torch.distributed as dist
 from distill_nemo.losses.fused_linear.chunks import Head
 from distill_nemo.losses.fused_linear.loss import fused_linear_losses
 from tests import reference
-from tests.distributed.test_vocab_parallel import Collectives, shard, world
+from tests.distributed.losses.test_vocab_parallel import Collectives, shard, world
 from tests.spawn import Gloo
 from tests.training import changed, differences, metrics, tiny_run
 from tests.unit.losses.test_fused_linear import (
