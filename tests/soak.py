@@ -119,7 +119,7 @@ def soak(
     inputs: Path, root: Path, faults: int, seed: int, asynchronous: bool
 ) -> tuple[list[tuple[str, int, int]], bool]:
     """[(fault, step reached, step it goes on from)], and whether the run ended as the one left alone."""
-    chance, told = random.Random(seed), []
+    chance, strikes = random.Random(seed), []
     struck = root / "struck"
     with Gloo(RANKS, init=False, timeout=600) as group:
         group.run(train, inputs, root / "alone", asynchronous)
@@ -131,10 +131,10 @@ def soak(
             if fault.afterwards and len(_whole(struck)) > 1:
                 fault.afterwards(_whole(struck)[0])
             good = int(_whole(struck)[0].name[5:]) if _whole(struck) else 0
-            told.append((fault.name, reached, good))
+            strikes.append((fault.name, reached, good))
             print(f"{fault.name}: at step {reached}, goes on from {good}", flush=True)
         group.run(train, inputs, struck, asynchronous)
-    return told, metrics(struck) == metrics(root / "alone")
+    return strikes, metrics(struck) == metrics(root / "alone")
 
 
 def _whole(output: Path) -> list[Path]:
@@ -159,15 +159,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         write_inputs(root)
-        told, equal = soak(root, root, arguments.faults, arguments.seed, not arguments.sync)
+        strikes, equal = soak(root, root, arguments.faults, arguments.seed, not arguments.sync)
         packages = [f"{name} {version(name)}" for name in ("torch", "megatron-core")]
         page = HEAD.format(
-            steps=STEPS, ranks=RANKS, interval=SAVE_INTERVAL, faults=len(told), seed=arguments.seed,
+            steps=STEPS, ranks=RANKS, interval=SAVE_INTERVAL, faults=len(strikes), seed=arguments.seed,
             asynchronous="" if arguments.sync else " in the background", lines=len(metrics(root / "alone")),
             verdict="those" if equal else "NOT those", lost="none" if equal else "some",
             versions=", ".join([*packages, f"Python {platform.python_version()}"]),
         )  # fmt: skip
-    rows = "".join(f"| {name} | {reached} | {good} | {reached - good} |\n" for name, reached, good in told)
+    rows = "".join(f"| {name} | {reached} | {good} | {reached - good} |\n" for name, reached, good in strikes)
     arguments.output.write_text(page + rows, encoding="utf-8")
     print(f"wrote {arguments.output}")
     raise SystemExit(not equal)

@@ -34,7 +34,7 @@ class Ended:
 class Command:
     """A command that runs in `cwd`, with its home there too, and `more` in its environment."""
 
-    def __init__(self, words, cwd, **more):
+    def __init__(self, arguments, cwd, **more):
         cwd.mkdir(parents=True, exist_ok=True)
         environment = {name: os.environ[name] for name in KEPT if name in os.environ}
         without_venv = [path for path in environment["PATH"].split(os.pathsep) if Path(path) != BIN]
@@ -43,7 +43,7 @@ class Command:
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         options = {"cwd": cwd, "env": environment, "start_new_session": True}
         self.began = time.time()
-        self.process = subprocess.Popen(list(map(str, words)), **pipes, **options)
+        self.process = subprocess.Popen(list(map(str, arguments)), **pipes, **options)
 
     def ended(self):
         """Wait for its end; after `PATIENCE`, kill it and all that it started."""
@@ -80,14 +80,14 @@ class Command:
         self.process.send_signal(number)
 
 
-def nemo(*words, cwd, **more):
+def nemo(*arguments, cwd, **more):
     """`nemo distill WORDS` from its start to its end."""
-    return start(*words, cwd=cwd, **more).ended()
+    return start(*arguments, cwd=cwd, **more).ended()
 
 
-def start(*words, cwd, **more):
+def start(*arguments, cwd, **more):
     """`nemo distill WORDS`, running."""
-    return Command([BIN / "nemo", "distill", *words], cwd, **more)
+    return Command([BIN / "nemo", "distill", *arguments], cwd, **more)
 
 
 def together(*calls):
@@ -146,12 +146,12 @@ def nemo_home(monkeypatch, path):
     monkeypatch.setattr("nemo_run.config._NEMORUN_HOME", str(path))
 
 
-def nemo_here(capfd, *words):
+def nemo_here(capfd, *arguments):
     """`nemo distill WORDS` without the four seconds of a process: for what starts nothing."""
     the_recipes()
     from nemo_run.cli.api import create_cli
     from typer.main import get_command
 
-    with mock.patch.object(sys, "argv", ["nemo", "distill", *words]), pytest.raises(SystemExit) as ended:
+    with mock.patch.object(sys, "argv", ["nemo", "distill", *arguments]), pytest.raises(SystemExit) as ended:
         get_command(create_cli()).main(sys.argv[1:], prog_name="nemo")
     return Ended(ended.value.code, *capfd.readouterr())

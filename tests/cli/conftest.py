@@ -19,8 +19,8 @@ ONE_RANK = ("parallelism.tensor_model_parallel_size=1", "parallelism.sequence_pa
 def finished(inputs, tmp_path_factory):
     """`llama32_3b_to_1b` on two ranks, to its end: the directory it ran in, and what it printed."""
     cwd = tmp_path_factory.mktemp("finished")
-    words = ("train", "--factory", "llama32_3b_to_1b", "--yes", *shrunk(inputs), *TWO_RANKS)
-    return cwd, nemo(*words, cwd=cwd, HF_TOKEN=SECRET)
+    arguments = ("train", "--factory", "llama32_3b_to_1b", "--yes", *shrunk(inputs), *TWO_RANKS)
+    return cwd, nemo(*arguments, cwd=cwd, HF_TOKEN=SECRET)
 
 
 @dataclass
@@ -55,11 +55,11 @@ def _qwen3(inputs, cwd):
     teacher = write_hf(cwd / "teacher", "qwen3")
     student = write_hf(cwd / "student", "qwen3", seed=2, layers=2, width=32)
     overrides = [*shrunk(inputs, teacher__checkpoint=teacher, student__checkpoint=student), *ONE_RANK]
-    words, output = ("train", "--factory", "qwen3_8b_to_1p7b", *overrides), cwd / "runs" / "qwen3_8b_to_1p7b"
-    command = start(*words, cwd=cwd).at_step(output, 2)
+    arguments, output = ("train", "--factory", "qwen3_8b_to_1p7b", *overrides), cwd / "runs" / "qwen3_8b_to_1p7b"
+    command = start(*arguments, cwd=cwd).at_step(output, 2)
     command.signal(signal.SIGTERM)
     stopped = command.ended()
-    return Qwen3(cwd, overrides, stopped, last_step(output), nemo(*words, cwd=cwd))
+    return Qwen3(cwd, overrides, stopped, last_step(output), nemo(*arguments, cwd=cwd))
 
 
 def _not_finite(inputs, cwd):

@@ -29,8 +29,8 @@ def ended(inputs, tmp_path_factory):
     directories = {case: tmp_path_factory.mktemp("bad") for case in CASES}
 
     def run(case):
-        words = [part for word in CASES[case][0] for part in (shrunk(inputs) if word == "SHRUNK" else [word])]
-        return nemo(*words, cwd=directories[case])
+        arguments = [part for word in CASES[case][0] for part in (shrunk(inputs) if word == "SHRUNK" else [word])]
+        return nemo(*arguments, cwd=directories[case])
 
     results = together(*(lambda case=case: run(case) for case in CASES))
     return {case: (directories[case], result) for case, result in zip(CASES, results, strict=True)}
@@ -40,7 +40,7 @@ def ended(inputs, tmp_path_factory):
 def test_one_error_that_says_what_to_type_and_nothing_left_behind(ended, case):
     cwd, result = ended[case]
     assert result.code in (1, 2) and result.out == ""
-    assert all(words in result.err for words in CASES[case][1]), result.err
+    assert all(arguments in result.err for arguments in CASES[case][1]), result.err
     assert len(result.err.splitlines()) <= 6 and "Traceback" not in result.err
     assert result.err.startswith("error: ") or case == "command"
     assert {path.name for path in cwd.iterdir()} <= {"home"}
@@ -48,21 +48,21 @@ def test_one_error_that_says_what_to_type_and_nothing_left_behind(ended, case):
 
 
 def test_dryrun_shows_what_would_run_and_leaves_nothing_behind(inputs, tmp_path):
-    words = [*shrunk(inputs, distillation__temperature=3.5), *TWO_RANKS]
+    arguments = [*shrunk(inputs, distillation__temperature=3.5), *TWO_RANKS]
     one, all_stages = together(
-        lambda: nemo(*LLAMA, "--dryrun", *words, cwd=tmp_path),
+        lambda: nemo(*LLAMA, "--dryrun", *arguments, cwd=tmp_path),
         lambda: nemo("quickstart", "--dryrun", "steps=7", cwd=tmp_path),
     )
     assert (one.code, one.err, all_stages.code, all_stages.err) == (0, "", 0, "")
-    for words in ("temperature=3.5", "runs/llama32_3b_to_1b", "sequence_parallel=True", "ntasks_per_node=2"):
-        assert words in one.out
+    for arguments in ("temperature=3.5", "runs/llama32_3b_to_1b", "sequence_parallel=True", "ntasks_per_node=2"):
+        assert arguments in one.out
     assert all_stages.out.count("steps=7") == 2 and "runs/quickstart/distilled" in all_stages.out
     assert {path.name for path in tmp_path.iterdir()} <= {"home"}
     assert not list(tmp_path.glob("home/nemo/experiments/*"))
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         ([], "name a recipe, as the first argument or by --factory. Known: llama32_3b_to_1b, quickstart"),
         (["quickstart(stepz=3)"], 'recipe quickstart has no argument "stepz". Did you mean steps?'),
@@ -93,14 +93,14 @@ def test_dryrun_shows_what_would_run_and_leaves_nothing_behind(inputs, tmp_path)
         ),
     ],
 )
-def test_more_of_them_in_this_process(capfd, words, said):
-    result = nemo_here(capfd, "train", *words)
+def test_more_of_them_in_this_process(capfd, arguments, message):
+    result = nemo_here(capfd, "train", *arguments)
     assert (result.code, result.out) == (1, "")
-    assert result.err.startswith("error: ") and said in result.err and len(result.err.splitlines()) == 1
+    assert result.err.startswith("error: ") and message in result.err and len(result.err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         (["prepare", "inputs=text"], "missing: output=, tokenizer=; see `nemo distill prepare --help`"),
         (["export", "output=student"], "missing: checkpoint=; see `nemo distill export --help`"),
@@ -110,16 +110,16 @@ def test_more_of_them_in_this_process(capfd, words, said):
         (["quickstart", "stepz=3"], 'unknown field "stepz". Did you mean steps?'),
     ],
 )
-def test_commands_beside_train_refuse_bad_words(capfd, tmp_path, monkeypatch, words, said):
+def test_commands_beside_train_refuse_bad_words(capfd, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    result = nemo_here(capfd, *words)
+    result = nemo_here(capfd, *arguments)
     assert (result.code, result.out) == (1, "")
-    assert result.err.startswith(f"error: {said}") and len(result.err.splitlines()) == 1
+    assert result.err.startswith(f"error: {message}") and len(result.err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("home", "said"),
+    ("home", "message"),
     [
         ("/proc/nowhere/.nemo_run", "which cannot be made: No such file or directory"),
         ("file/.nemo_run", "which cannot be made: Not a directory"),
@@ -127,11 +127,13 @@ def test_commands_beside_train_refuse_bad_words(capfd, tmp_path, monkeypatch, wo
         ("a$(b)", "which has characters that NeMo-Run does not quote"),
     ],
 )
-def test_a_home_that_nemo_run_cannot_use_is_refused_and_the_way_out_is_named(capfd, tmp_path, monkeypatch, home, said):
+def test_a_home_that_nemo_run_cannot_use_is_refused_and_the_way_out_is_named(
+    capfd, tmp_path, monkeypatch, home, message
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     nemo_home(monkeypatch, tmp_path / home)
     result = nemo_here(capfd, "quickstart", "--yes")
     assert (result.code, result.out) == (1, "")
-    assert result.err.startswith("error: NeMo-Run keeps its records in ") and said in result.err
+    assert result.err.startswith("error: NeMo-Run keeps its records in ") and message in result.err
     assert result.err.endswith("set NEMORUN_HOME to another directory\n") and len(result.err.splitlines()) == 1

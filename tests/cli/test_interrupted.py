@@ -22,21 +22,21 @@ def story(inputs, tmp_path_factory):
     The first three also say at which addresses they listened while they trained.
     """
     cwd = tmp_path_factory.mktemp("interrupted")
-    words = ["train", "--factory", "llama32_3b_to_1b", *shrunk(inputs, checkpoint__export="false"), *TWO_RANKS]
-    latest, newest, told = cwd / OUTPUT / "checkpoints" / "latest", 4, []
+    arguments = ["train", "--factory", "llama32_3b_to_1b", *shrunk(inputs, checkpoint__export="false"), *TWO_RANKS]
+    latest, newest, stops = cwd / OUTPUT / "checkpoints" / "latest", 4, []
     for interrupt in (
         lambda command, ranks: ranks[1].kill(),
         lambda command, ranks: command.signal(signal.SIGKILL),
         lambda command, ranks: command.signal(signal.SIGINT),
     ):
-        command = start(*words, cwd=cwd).at_step(cwd / OUTPUT, newest)
+        command = start(*arguments, cwd=cwd).at_step(cwd / OUTPUT, newest)
         ranks, listening = command.ranks(), command.listening()
         interrupt(command.at_step(cwd / OUTPUT, newest + 1), ranks)
         ended = command.ended()
         assert not psutil.wait_procs(ranks.values(), timeout=PATIENCE)[1], "ranks that go on"
         newest = int(latest.read_text()[5:])
-        told.append((ended, last_step(cwd / OUTPUT), newest, listening))
-    return [*told, (nemo(*words, cwd=cwd), last_step(cwd / OUTPUT), cwd)]
+        stops.append((ended, last_step(cwd / OUTPUT), newest, listening))
+    return [*stops, (nemo(*arguments, cwd=cwd), last_step(cwd / OUTPUT), cwd)]
 
 
 def test_a_local_run_listens_on_loopback_alone(story):

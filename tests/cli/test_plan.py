@@ -17,8 +17,8 @@ HUGE = [
 
 def test_a_plan_of_checkpoints_without_data_on_one_screen(capfd, inputs):
     checkpoints = [f"{role}.checkpoint={inputs / role}" for role in ("student", "teacher")]
-    words = [*checkpoints, *SLURM, "data.sequence_length=64", "gpu=a100-80gb", "utilisation=0.5"]
-    plan = nemo_here(capfd, *PLAN, *words)
+    arguments = [*checkpoints, *SLURM, "data.sequence_length=64", "gpu=a100-80gb", "utilisation=0.5"]
+    plan = nemo_here(capfd, *PLAN, *arguments)
     assert (plan.code, plan.err) == (0, "")
     lines = plan.out.splitlines()
     assert lines[0] == "llama32_3b_to_1b on 16 x A100 80 GB (80 GB, 312 TFLOPS)"
@@ -44,7 +44,7 @@ def test_what_does_not_fit_exits_1_and_says_what_would(capfd):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         (["gpu=h10"], 'gpu = "h10" is not known. Did you mean h100'),
         (["gpuu=h100"], 'unknown field "gpuu". Did you mean gpu? See `nemo distill plan --help`'),
@@ -62,8 +62,8 @@ def test_what_does_not_fit_exits_1_and_says_what_would(capfd):
         ),
     ],
 )
-def test_what_is_refused_is_one_error(capfd, words, said):
-    executor = [] if words[0].startswith("run.") else SLURM
-    plan = nemo_here(capfd, *PLAN, *PAIR, *executor, *words)
+def test_what_is_refused_is_one_error(capfd, arguments, message):
+    executor = [] if arguments[0].startswith("run.") else SLURM
+    plan = nemo_here(capfd, *PLAN, *PAIR, *executor, *arguments)
     assert (plan.code, plan.out) == (1, "")
-    assert plan.err.startswith("error: ") and said in plan.err and len(plan.err.splitlines()) == 1, plan.err
+    assert plan.err.startswith("error: ") and message in plan.err and len(plan.err.splitlines()) == 1, plan.err

@@ -103,7 +103,7 @@ def test_equal_student_and_teacher_stay_two_objects(tmp_path):
     assert again.teacher.rope_scaling == {"factor": 8.0}
 
 
-def test_no_teacher_round_trips(tmp_path):
+def test_a_run_without_a_teacher_survives_its_file(tmp_path):
     run = config()
     run.teacher = None
     save_yaml(run, tmp_path / "config.yaml")
@@ -111,7 +111,7 @@ def test_no_teacher_round_trips(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "world_size", "words"),
+    ("changes", "world_size", "message"),
     [
         ({"parallelism__tensor_model_parallel_size": 2}, 3, "world size 3 is not divisible"),
         ({"parallelism__tensor_model_parallel_size": 8}, 8, "student.num_attention_heads = 4 is not divisible"),
@@ -225,8 +225,8 @@ def test_no_teacher_round_trips(tmp_path):
         ),
     ],
 )
-def test_what_cannot_run_is_refused_by_name(changes, world_size, words):
-    with pytest.raises(ValueError, match=re.escape(words)):
+def test_what_cannot_run_is_refused_by_name(changes, world_size, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         check(from_dict(to_dict(config(**changes))), world_size)
 
 
@@ -243,7 +243,7 @@ def test_what_can_run_is_let_through():
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "message"),
     [
         ({"studnet": {}}, 'unknown field "studnet". Did you mean student'),
         ({"student": {"num_layer": 1}}, 'unknown field "student.num_layer". Did you mean num_layers'),
@@ -260,14 +260,14 @@ def test_what_can_run_is_let_through():
         ({"student": None}, "student must be a mapping of fields, got NoneType"),
     ],
 )
-def test_bad_fields_are_named(values, words):
+def test_bad_fields_are_named(values, message):
     with pytest.raises(ValueError) as raised:
         from_dict(values)
-    assert words in str(raised.value)
+    assert message in str(raised.value)
 
 
 @pytest.mark.parametrize(
-    ("path", "text", "value", "words"),
+    ("path", "text", "value", "message"),
     [
         ("training.steps", "0", 0, "training.steps must be at least 1, got 0"),
         (
@@ -281,17 +281,17 @@ def test_bad_fields_are_named(values, words):
         ("distillation.beta", "1.5", 1.5, "distillation.beta must be above 0 and below 1, got 1.5"),
     ],
 )
-def test_the_command_line_python_and_yaml_refuse_a_wrong_value_in_the_same_words(tmp_path, path, text, value, words):
+def test_the_command_line_python_and_yaml_refuse_a_wrong_value_in_the_same_words(tmp_path, path, text, value, message):
     section, name = path.split(".")
-    with pytest.raises(ValueError, match=f"^{re.escape(words)}$"):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         parse_arguments(distill, [f"{path}={text}"], "train")
     recipe = base("one")
     setattr(getattr(recipe, section), name, value)
-    with pytest.raises(ValueError, match=f"^{re.escape(words)}$"):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         run_config_of(recipe)
     run = config(**{f"{section}__{name}": value})
     save_yaml(run, tmp_path / "config.yaml")
-    with pytest.raises(ValueError, match=f"^{re.escape(words)}$"):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         load_yaml(tmp_path / "config.yaml")
 
 

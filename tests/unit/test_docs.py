@@ -45,7 +45,7 @@ def with_small_models(inputs, tmp_path, monkeypatch, empty_stdin):
 
 
 @pytest.mark.parametrize("snippet", found(SNIPPET))
-def test_python_snippets_run(with_small_models, snippet):
+def test_python_snippets_of_the_docs_run(with_small_models, snippet):
     """Snippets run as printed, except that launches are dry runs."""
     tree = ast.parse(with_small_models(snippet))
     for call in ast.walk(tree):
@@ -55,14 +55,14 @@ def test_python_snippets_run(with_small_models, snippet):
 
 
 @pytest.mark.parametrize("command", found(COMMAND))
-def test_commands_are_taken(with_small_models, inputs, capfd, command):
+def test_commands_of_the_docs_run(with_small_models, inputs, capfd, command):
     """Commands run as printed, on small models in one layout; `train` is a dry run."""
-    words = shlex.split(with_small_models(command).replace("\\\n", " ").replace(" ... ", " "), comments=True)[2:]
-    if words[0] == "prepare":
-        words.append(f"tokenizer={inputs}/tokenizer")
+    arguments = shlex.split(with_small_models(command).replace("\\\n", " ").replace(" ... ", " "), comments=True)[2:]
+    if arguments[0] == "prepare":
+        arguments.append(f"tokenizer={inputs}/tokenizer")
     else:
         layout = {"parallelism__tensor_model_parallel_size": 1, "parallelism__sequence_parallel": "false"}
-        words += shrunk(inputs, training__global_batch_size=16, **layout)
-        words += ["--dryrun"] * (words[0] == "train" and "--dryrun" not in words)
-    ended = nemo_here(capfd, *words)
+        arguments += shrunk(inputs, training__global_batch_size=16, **layout)
+        arguments += ["--dryrun"] * (arguments[0] == "train" and "--dryrun" not in arguments)
+    ended = nemo_here(capfd, *arguments)
     assert ended.code == 0, ended.err

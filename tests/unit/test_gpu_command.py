@@ -9,13 +9,13 @@ from benchmarks import gpu
 COMMAND = [sys.executable, "-m", "benchmarks.gpu"]
 
 
-def command(*words):
-    return subprocess.run([*COMMAND, *map(str, words)], cwd=gpu.ROOT, capture_output=True, text=True)
+def command(*arguments):
+    return subprocess.run([*COMMAND, *map(str, arguments)], cwd=gpu.ROOT, capture_output=True, text=True)
 
 
 def test_help_names_every_part():
-    said = command("--help").stdout
-    assert all(f"  {part.name:14} {part.about}" in said for part in gpu.PARTS)
+    page = command("--help").stdout
+    assert all(f"  {part.name:14} {part.about}" in page for part in gpu.PARTS)
 
 
 def test_an_unknown_part_is_refused_by_name():

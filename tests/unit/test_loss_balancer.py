@@ -24,7 +24,7 @@ def balance(balancer: torch.nn.Module, **values: float) -> tuple[float, dict[str
     return total.item(), weights
 
 
-def test_names_are_modelopts() -> None:
+def test_balancers_and_keys_are_those_of_modelopt() -> None:
     assert mtd.loss_balancers.STUDENT_LOSS_KEY == STUDENT
     assert isinstance(LogitsAndIntermediatesLossBalancer(), mtd.DistillationLossBalancer)
     assert isinstance(WeightedLossBalancer(1.0, 1.0, 1.0), mtd.DistillationLossBalancer)
@@ -60,7 +60,9 @@ def test_without_the_student_loss_nothing_is_scaled_to_it(losses: dict[str, floa
         ({STUDENT: 3.0}, 3.0, {STUDENT: 1.0}),
     ],
 )
-def test_zero_and_missing_terms(losses: dict[str, float], expected: float, expected_weights: dict[str, float]) -> None:
+def test_losses_that_are_zero_or_missing_are_balanced(
+    losses: dict[str, float], expected: float, expected_weights: dict[str, float]
+) -> None:
     total, weights = balance(LogitsAndIntermediatesLossBalancer(), **losses)
     assert total == pytest.approx(expected)
     assert weights == pytest.approx(expected_weights)
@@ -91,7 +93,7 @@ def test_nan_is_not_hidden() -> None:
             assert math.isnan(balance(balancer, **losses)[0])
 
 
-def test_weighted_is_linear() -> None:
+def test_the_weighted_balancer_is_linear() -> None:
     losses = {STUDENT: 3.0, LOGITS: 1.0, COSINE: 0.25, MSE: 0.75}
     total, weights = balance(WeightedLossBalancer(0.5, 2.0, 4.0), **losses)
     assert total == pytest.approx(0.5 * 3.0 + 2.0 * 1.0 + 4.0 * 0.5)

@@ -140,12 +140,12 @@ def _told_to_stop_at_the_end(inputs, output):
 
     close = CheckpointWriter.close
 
-    def told(writer):
+    def close_after_signal(writer):
         threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGTERM]).start()
         close(writer)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CheckpointWriter, "close", told)
+        patch.setattr(CheckpointWriter, "close", close_after_signal)
         with pytest.raises(SystemExit) as stopped:
             _train_with_slow_files(inputs, output, True)
     return stopped.value.code
@@ -180,7 +180,7 @@ def _train_until_it_blows_up(inputs, output):
     )  # fmt: skip
 
 
-def test_exports_any_saved_step(inputs, one, two, tmp_path):
+def test_any_saved_step_can_be_exported(inputs, one, two, tmp_path):
     """From TP=2 checkpoints; the exported models' held-out loss is what the run measured at that very step."""
     two.run(train, inputs, tmp_path / "run", 2)
     measured = one.run(_export_and_measure, inputs, tmp_path / "run", tmp_path)[0]

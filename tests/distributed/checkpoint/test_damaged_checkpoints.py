@@ -23,11 +23,11 @@ def train(inputs, output, changes=None):
     """One run on this rank; returns what it said."""
     from distill_nemo.training.entry import run_config
 
-    said = io.StringIO()
+    printed = io.StringIO()
     run = changed(tiny_run(inputs, output), {"checkpoint.save_interval": 2, "optimizer.decay_steps": 8})
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+    with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
         run_config(changed(run, changes or {}))
-    return said.getvalue()
+    return printed.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +46,13 @@ def search(damaged):
     found = {}
     with process_groups(ParallelismConfig()):
         for case, root in damaged.items():
-            said = io.StringIO()
-            with contextlib.redirect_stderr(said):
+            printed = io.StringIO()
+            with contextlib.redirect_stderr(printed):
                 try:
                     name = getattr(newest_whole(root), "name", None)
                 except ValueError as error:
-                    name, said = "refused", io.StringIO(str(error))
-            found[case] = (name, said.getvalue())
+                    name, printed = "refused", io.StringIO(str(error))
+            found[case] = (name, printed.getvalue())
     return found
 
 
@@ -146,7 +146,7 @@ def test_every_damage_is_told_and_the_checkpoint_before_is_taken(saved, one, tmp
     found = one.run(search, copies(saved, tmp_path, {"none": lambda root: None, **DAMAGED}))[0]
     assert found.pop("none") == (NEWEST, "")
     assert {case: name for case, (name, _) in found.items()} == dict.fromkeys(DAMAGED, OLDER)
-    untold = [case for case, (_, said) in found.items() if f"{NEWEST} is damaged: " not in said]
+    untold = [case for case, (_, printed) in found.items() if f"{NEWEST} is damaged: " not in printed]
     assert untold == []
 
 
@@ -160,8 +160,8 @@ def test_without_a_whole_checkpoint_the_run_is_refused_with_a_way_out(saved, one
             shutil.rmtree(root / step)
 
     found = one.run(search, copies(saved, tmp_path, {"both": both, "removed": removed}))[0]
-    for name, said in found.values():
-        assert name == "refused" and "is whole: restore one of them, choose another output_dir, or delete " in said
+    for name, printed in found.values():
+        assert name == "refused" and "is whole: restore one of them, choose another output_dir, or delete " in printed
 
 
 def tracker(content):
@@ -199,8 +199,11 @@ TRACKERS = {
 def test_a_tracker_that_cannot_be_followed_is_told_and_the_newest_checkpoint_is_taken(saved, one, tmp_path):
     found = one.run(search, copies(saved, tmp_path, TRACKERS))[0]
     assert {case: name for case, (name, _) in found.items()} == dict.fromkeys(TRACKERS, NEWEST)
-    told = [said.endswith("using the newest whole checkpoint\n") and "/latest " in said for _, said in found.values()]
-    assert all(told), found
+    used = [
+        printed.endswith("using the newest whole checkpoint\n") and "/latest " in printed
+        for _, printed in found.values()
+    ]
+    assert all(used), found
 
 
 def test_a_tracker_decides_where_it_names_a_checkpoint(saved, one, tmp_path):
@@ -214,8 +217,8 @@ def test_a_run_writes_a_new_tracker_and_an_export_does_without(inputs, saved, on
     output = shutil.copytree(saved, tmp_path / "run")
     tracker_as(make)(output / "checkpoints")
     one.run(exported, inputs, output, tmp_path)
-    said = one.run(train, inputs, output)[0]
-    assert f"{NEWEST} at step 4 of 8" in said and metrics(output)[-1]["step"] == 8
+    printed = one.run(train, inputs, output)[0]
+    assert f"{NEWEST} at step 4 of 8" in printed and metrics(output)[-1]["step"] == 8
     assert (output / "checkpoints" / "latest").read_text() == "step_00000008"
 
 
@@ -297,14 +300,14 @@ READ = {  # place -> roads that read what stands there, and so refuse it
 
 def refusals(inputs, run, root, roads):
     """{road: what it refused} of those that did."""
-    said = {}
+    printed = {}
     for road in roads:
         shutil.rmtree(root / "out", ignore_errors=True)
         try:
             road(inputs, run, root)
         except ValueError as error:
-            said[road.__name__] = str(error)
-    return said
+            printed[road.__name__] = str(error)
+    return printed
 
 
 @pytest.mark.parametrize("place", READ)
@@ -313,9 +316,9 @@ def test_an_object_that_would_run_code_is_refused_on_every_road(inputs, saved, o
     shutil.rmtree(run / "checkpoints" / OLDER)
     plant(run / "checkpoints" / NEWEST, place, executed)
     write_sums(run / "checkpoints" / NEWEST)
-    said = one.run(refusals, inputs, run, tmp_path, (*READ[place], planned))[0]
+    printed = one.run(refusals, inputs, run, tmp_path, (*READ[place], planned))[0]
     assert not executed.exists()
-    assert said.keys() == {road.__name__ for road in READ[place]}, said
+    assert printed.keys() == {road.__name__ for road in READ[place]}, printed
 
 
 def test_a_common_pt_of_another_version_is_read_as_weights_only(inputs, saved, one, tmp_path):
@@ -351,7 +354,7 @@ def test_random_state_of_the_first_release_is_left_out_and_told(inputs, saved, o
     (checkpoint / ".metadata").write_bytes(pickle.dumps(stored))
     plant(checkpoint, "rng/", executed)
     write_sums(checkpoint)
-    said = one.run(train, inputs, run)[0]
-    assert "step_00000004 is of an older version and holds its random state as a pickle, which is not read" in said
+    printed = one.run(train, inputs, run)[0]
+    assert "step_00000004 is of an older version and holds its random state as a pickle, which is not read" in printed
     one.run(train, inputs, tmp_path / "whole")
     assert metrics(run) == metrics(tmp_path / "whole") and not executed.exists()

@@ -42,8 +42,8 @@ def checkpoints(output):
 def assert_kept(error, output):
     """The message says what to do; only the last good checkpoint is there, named and whole."""
     assert isinstance(error, OSError) and len(str(error).splitlines()) <= 10
-    for words in ("step_00000004", "could not be written", "The last good one", "step_00000002", "free space"):
-        assert words in str(error)
+    for message in ("step_00000004", "could not be written", "The last good one", "step_00000002", "free space"):
+        assert message in str(error)
     assert checkpoints(output) == ["latest", "step_00000002"]
     assert Path(output, "checkpoints", "latest").read_text() == "step_00000002"
 

@@ -111,12 +111,12 @@ def test_another_learning_rate_counts_from_the_checkpoint_on(inputs, one, tmp_pa
     one.run(train, inputs, tmp_path / "before", 1, 1, None, {**first, "training.steps": 8, "optimizer.decay_steps": 4})
     one.run(train, inputs, tmp_path / "after", 1, 1, None, then)
     one.run(_with_unfused_adam, inputs, tmp_path / "run", first)
-    said, groups, moments = one.run(_resumed, inputs, tmp_path / "run", then)[0]
+    printed, groups, moments = one.run(_resumed, inputs, tmp_path / "run", then)[0]
     rates = {name: [line["lr"] for line in metrics(tmp_path / name) if line["kind"] == "train"] for name in RUNS}
     assert rates["run"] == rates["before"][:4] + rates["after"][4:]
     assert set(groups) == {(decay, (0.9, 0.5), 1e-3, True) for decay in (0.5, 0.0)} and moments > 0
-    assert "optimizer.lr: was 0.01, is 0.001\n" in said
-    assert "training.steps: was 4, is 8, to where the learning rate decays\n" in said
+    assert "optimizer.lr: was 0.01, is 0.001\n" in printed
+    assert "training.steps: was 4, is 8, to where the learning rate decays\n" in printed
 
 
 RUNS = ("before", "after", "run")
@@ -143,24 +143,24 @@ def _resumed(inputs, output, changes):
         found.append(sum(float(x["exp_avg"].norm()) for part in parts for x in part.optimizer.state.values()))
         return begin(loop)
 
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         patch.setattr(Loop, "run", look)
         train(inputs, output, 1, changes=changes)
-    return said.getvalue(), *found
+    return printed.getvalue(), *found
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "printed"),
     [
         ({"distillation.temperature": 2.0}, "distillation.temperature: was 1.0, is 2.0"),
         ({"optimizer.use_distributed_optimizer": False}, "optimizer.use_distributed_optimizer: was True, is False"),
     ],
 )
-def test_another_loss_or_way_of_saving_is_another_run(inputs, one, tmp_path, changes, said):
+def test_another_loss_or_way_of_saving_is_another_run(inputs, one, tmp_path, changes, printed):
     few = {"training.steps": 4, "optimizer.decay_steps": 8}
     one.run(train, inputs, tmp_path, 1, 1, None, few)
     before = metrics(tmp_path)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=printed):
         one.run(train, inputs, tmp_path, 1, 1, None, {**few, "training.steps": 8, **changes})
     assert metrics(tmp_path) == before
     one.run(train, inputs, tmp_path, 1, 1, None, {**few, "training.steps": 8, "distillation.fused_linear": False})

@@ -37,10 +37,10 @@ def train(inputs, output, changes=None, fault=None):
     run.parallelism.tensor_model_parallel_size = int(os.environ["WORLD_SIZE"])
     if fault is not None:
         threading.Thread(target=fault, args=(Path(output), int(os.environ["RANK"])), daemon=True).start()
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
         run_config(run)
-    return said.getvalue()
+    return printed.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +76,9 @@ def test_a_run_survives_kill_9(inputs, two, whole, tmp_path, fault, asynchronous
         two.run(train, inputs, tmp_path, changes, fault)
     assert metrics(tmp_path)[-1]["step"] < 8, "the kill came too late to show anything"
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000002"
-    said = two.run(train, inputs, tmp_path, changes)[0]
-    assert "step_00000002 at step 2 of 8" in said
-    assert ("ended without freeing" in said) == (fault is killed_in_a_step), "rank 0 holds the lock"
+    printed = two.run(train, inputs, tmp_path, changes)[0]
+    assert "step_00000002 at step 2 of 8" in printed
+    assert ("ended without freeing" in printed) == (fault is killed_in_a_step), "rank 0 holds the lock"
     assert metrics(tmp_path) == whole
     assert in_tensorboard(tmp_path) == [(line["step"], line["lm_loss"]) for line in whole if line["kind"] == "train"]
     assert not list(tmp_path.rglob("*.partial")) and not (tmp_path / "run.lock").exists()
@@ -110,8 +110,8 @@ def test_a_data_file_that_shrinks(inputs, two, tmp_path, workers):
     last = metrics(tmp_path)[-1]["step"]
     assert last < 20
     shutil.copy(f"{inputs}/train.bin", tmp_path)
-    said = two.run(train, inputs, tmp_path, changes)[0]
-    assert "resumed from" in said and f"at step {last // 2 * 2} of 20" in said
+    printed = two.run(train, inputs, tmp_path, changes)[0]
+    assert "resumed from" in printed and f"at step {last // 2 * 2} of 20" in printed
     resumed, once = metrics(tmp_path), tmp_path / "once"
     two.run(train, inputs, once, changes)
     assert metrics(once) == resumed
@@ -202,8 +202,8 @@ DAMAGES = {
 def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(inputs, two, whole, at_six, tmp_path, damage):
     output = shutil.copytree(at_six, tmp_path / "run")
     damage(output / "checkpoints" / SAVED)
-    said = two.run(train, inputs, output)[0]
-    assert f"{SAVED} is damaged: {DAMAGES[damage]}" in said and "step_00000004 at step 4 of 8" in said
+    printed = two.run(train, inputs, output)[0]
+    assert f"{SAVED} is damaged: {DAMAGES[damage]}" in printed and "step_00000004 at step 4 of 8" in printed
     assert metrics(output) == whole
 
 
@@ -274,7 +274,7 @@ def not_finite(inputs, output, steps, on_nan):
     from distill_nemo.training import loop
     from distill_nemo.training.entry import run_config
 
-    forward_step, calls, said = loop.forward_step, itertools.count(1), io.StringIO()
+    forward_step, calls, printed = loop.forward_step, itertools.count(1), io.StringIO()
 
     def faulty(*args):
         losses, loss_func = forward_step(*args)
@@ -283,17 +283,17 @@ def not_finite(inputs, output, steps, on_nan):
     changes = {"training.on_nan": on_nan, "training.steps": 14, "distillation.lm_weight": 0.5}
     loop.forward_step = faulty
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(printed):
             run_config(changed(tiny_run(inputs, output), changes))
     finally:
         loop.forward_step = forward_step
-    return said.getvalue()
+    return printed.getvalue()
 
 
 def test_a_step_that_is_not_finite_is_left_out(inputs, two, tmp_path):
-    said = two.run(not_finite, inputs, tmp_path, [3], "skip")[0]
-    assert said.startswith("warning: step 3: ") and said.count("\n") == 1
-    assert "gradient norm not finite, losses of rank 1 (samples 8 to 11): the update is skipped" in said
+    printed = two.run(not_finite, inputs, tmp_path, [3], "skip")[0]
+    assert printed.startswith("warning: step 3: ") and printed.count("\n") == 1
+    assert "gradient norm not finite, losses of rank 1 (samples 8 to 11): the update is skipped" in printed
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines if line.get("kd_loss", 0) is None] == [3]
     assert lines[-1]["step"] == 14 and lines[-1]["lm_loss"] is not None
@@ -365,11 +365,13 @@ def hanging(inputs, output, fault):
     run_config(changed(tiny_run(inputs, output), {"parallelism.timeout_minutes": 0.1}))
 
 
-@pytest.mark.parametrize(("fault", "said"), [(stopped, "gives no sign of life"), (asleep, "is in: step 3, asleep (")])
-def test_a_rank_that_hangs_is_named(inputs, two, tmp_path, fault, said):
+@pytest.mark.parametrize(
+    ("fault", "printed"), [(stopped, "gives no sign of life"), (asleep, "is in: step 3, asleep (")]
+)
+def test_a_rank_that_hangs_is_named(inputs, two, tmp_path, fault, printed):
     with pytest.raises(ProcessEndedError):
         two.run(hanging, inputs, tmp_path, fault)
     lines = (tmp_path / "stderr").read_text().splitlines()
     error = next(line for line in lines if line.startswith("error: no progress for 5 s"))
     collective = r"rank 0 is in: forward and backward passes, \w+ \(distributed_c10d\.py:\d+\) from start_grad_sync "
-    assert f"rank 1 {said}" in error and re.search(collective, error), error
+    assert f"rank 1 {printed}" in error and re.search(collective, error), error

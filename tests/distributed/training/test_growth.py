@@ -97,12 +97,12 @@ def test_modelopt_keeps_the_last_output_where_no_loss_is_computed():
     layers = [model.layer, model.teacher_model.layer]
     outputs = []
     for _ in range(5):  # forward passes alone, as on a stage that does not compute the loss
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for layer in layers:
                 layer(torch.ones(2, 3))
         outputs.append([weakref.ref(layer._intermediate_output) for layer in layers])
-    assert ["already has an intermediate output" in str(warning.message) for warning in said] == [True, True]
+    assert ["already has an intermediate output" in str(warning.message) for warning in caught] == [True, True]
     assert [[output() is not None for output in pair] for pair in outputs] == [[False, False]] * 4 + [[True, True]]
 
 

@@ -113,7 +113,7 @@ def assert_the_same(found, expected):
 
 @pytest.mark.parametrize("layout", TEN_STEPS)
 @pytest.mark.parametrize("loss", ["static", "dynamic"])
-def test_ten_steps_stay_together(inputs, models, eight, expected, tmp_path, loss, layout):
+def test_ten_steps_agree_at_every_layout(inputs, models, eight, expected, tmp_path, loss, layout):
     eight.run(train, inputs, models, tmp_path, layout, CHANGES[loss])
     assert_the_same(metrics(tmp_path), expected(loss))
 

@@ -75,25 +75,29 @@ class Stage:
     def cwd(self):
         return self.root / self.name
 
-    def executor(self, *words):
+    def executor(self, *arguments):
         fields = {"image": IMAGES[0], "gpus": "false", "pvc": "work", "mount": self.mount, "pvc_size": "1Gi"}
         fields["trainer_version"] = self.cluster.trainer
-        return ["run.executor=kubernetes", *(f"run.executor.{name}={value}" for name, value in fields.items()), *words]
+        return [
+            "run.executor=kubernetes",
+            *(f"run.executor.{name}={value}" for name, value in fields.items()),
+            *arguments,
+        ]
 
-    def words(self, *words, **overrides):
+    def arguments(self, *arguments, **overrides):
         """Return the arguments of `nemo distill train` on the cluster."""
         overrides = {"checkpoint__export": "false", "output_dir": self.mount / self.name, **overrides}
         recipe = ["train", "--factory", "llama32_3b_to_1b", *shrunk(self.mount / "inputs", **overrides)]
-        return [*recipe, *self.executor(*words)]
+        return [*recipe, *self.executor(*arguments)]
 
-    def train(self, *words, **overrides):
+    def train(self, *arguments, **overrides):
         """`nemo distill train` on the cluster, running."""
-        return start(*self.words(*words, **overrides), cwd=self.cwd, **self.cluster.environment)
+        return start(*self.arguments(*arguments, **overrides), cwd=self.cwd, **self.cluster.environment)
 
-    def told(self, command, *words):
+    def output_of(self, command, *arguments):
         """`nemo distill COMMAND experiment=...` of what was submitted from this story's directory."""
         (experiment,) = (path.name for path in (self.cwd / "home/nemo/experiments").glob("*/*_*"))
-        return nemo(command, f"experiment={experiment}", *words, cwd=self.cwd, **self.cluster.environment)
+        return nemo(command, f"experiment={experiment}", *arguments, cwd=self.cwd, **self.cluster.environment)
 
     def until(self, ready):
         """Wait for `ready()`; returns what it says."""
@@ -139,7 +143,7 @@ def two_nodes(stage):
 def detached(stage):
     """Submitted; seen while it is there; followed to its end."""
     ended = stage.train(*ONE_NODE, "--detach", checkpoint__export="true").ended()
-    return stage.story(ended, status=stage.told("status"), follow=stage.told("logs", "follow=true"))
+    return stage.story(ended, status=stage.output_of("status"), follow=stage.output_of("logs", "follow=true"))
 
 
 def not_finite(stage):
@@ -157,7 +161,7 @@ def started_again(stage):
     log = next(pod for pod in stage.cluster.pods.values() if _is_of(pod.job, stage)).root / "log.1"
     resumed = stage.until(lambda: log.exists() and re.search(r"resumed from \S+ at step (\d+)", log.read_text()))
     stage.at_step(int(resumed[1]) + 6)
-    cancel = stage.told("cancel")
+    cancel = stage.output_of("cancel")
     return stage.story(command.ended(), cancel=cancel)
 
 
@@ -169,10 +173,10 @@ def no_image(stage):
 def left_alone(stage):
     """Ctrl-C while the job waits."""
     command = stage.train(*ONE_NODE, "run.executor.gpus=true")
-    said = command.process.stdout.readline()
+    first_line = command.process.stdout.readline()
     command.signal(signal.SIGINT)
     ended = command.ended()
-    return stage.story(Ended(ended.code, said + ended.out, ended.err))
+    return stage.story(Ended(ended.code, first_line + ended.out, ended.err))
 
 
 def in_python(stage):
@@ -195,8 +199,8 @@ def _script(stage, text):
     (stage.cwd / "script.py").write_text(text)
     about = {"image": IMAGES[0], "pvc": "work", "mount": str(stage.mount), "gpus": False}
     about["trainer_version"] = stage.cluster.trainer
-    words = [sys.executable, "script.py", json.dumps(about), stage.mount / stage.name]
-    return Command(words, stage.cwd, **stage.cluster.environment)
+    arguments = [sys.executable, "script.py", json.dumps(about), stage.mount / stage.name]
+    return Command(arguments, stage.cwd, **stage.cluster.environment)
 
 
 def _is_of(job, stage):

@@ -100,11 +100,11 @@ class Pod:
         return found | {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(self.port)}
 
     def _start(self):
-        words = [self._expanded(word) for word in self.container["command"]]
+        command = [self._expanded(word) for word in self.container["command"]]
         for path, place in self._mounts().items():
-            words = [f"{place}{word[len(path) :]}" if f"{word}/".startswith(f"{path}/") else word for word in words]
+            command = [f"{place}{word[len(path) :]}" if f"{word}/".startswith(f"{path}/") else word for word in command]
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
-        self.process = subprocess.Popen(words, cwd=self.root, env=self.environment, start_new_session=True, **pipe)
+        self.process = subprocess.Popen(command, cwd=self.root, env=self.environment, start_new_session=True, **pipe)
         log = self.root / f"log.{len(self.codes)}"
         self.writer = threading.Thread(target=_stamp, args=(self.process.stdout, log), daemon=True)
         self.writer.start()

@@ -13,23 +13,23 @@ pytestmark = pytest.mark.timeout(2400)  # for a machine that does much else
 
 
 @pytest.fixture
-def told(monkeypatch, capfd):
+def output_of(monkeypatch, capfd):
     """`nemo distill COMMAND experiment=...` of a story, afterwards."""
 
-    def command(story, *words):
+    def command(story, *arguments):
         nemo_home(monkeypatch, story.cwd / "home/nemo")
         monkeypatch.setenv("KUBECONFIG", story.cluster.environment["KUBECONFIG"])
-        return nemo_here(capfd, words[0], f"experiment={story.experiment}", *words[1:])
+        return nemo_here(capfd, arguments[0], f"experiment={story.experiment}", *arguments[1:])
 
     return command
 
 
-def check_failed(ended, state, said):
+def check_failed(ended, state, reason):
     """Exit code 1, and on stderr the job's end, and why."""
     assert ended.code == 1
     first, second, *more = ended.err.splitlines()
     assert re.fullmatch(rf"train: job train-\w+ {state}.*; logs in /\S+", first), first
-    assert second.startswith("error: ") and re.search(said, second), second
+    assert second.startswith("error: ") and re.search(reason, second), second
     assert "Traceback" not in ended.out
     return more
 
@@ -59,12 +59,12 @@ def test_one_node_and_two_train_alike(stories):
     assert one == two and one[-1]["step"] == STEPS
 
 
-def test_a_detached_run_is_seen_and_followed_to_its_end(stories, told):
+def test_a_detached_run_is_seen_and_followed_to_its_end(stories, output_of):
     story = stories["detached"]
     assert (story.ended.code, story.ended.err) == (0, "")
     assert re.search(r"see to it with `nemo distill status\|logs\|cancel experiment=train_\d+`", story.ended.out)
     early, follow = story.typed["status"], story.typed["follow"]
-    late, logs = told(story, "status"), told(story, "logs")
+    late, logs = output_of(story, "status"), output_of(story, "logs")
     assert [(each.code, each.err) for each in (early, late, follow, logs)] == [(0, "")] * 4
     assert re.match(r"train: job train-\w+ (Pending|Running|Complete), \d pods", early.out)
     assert re.match(r"train: job train-\w+ Complete, 1 pods, \d\d:\d\d:\d\d; logs in /", late.out)
@@ -77,7 +77,7 @@ def test_a_rank_that_fails_is_the_commands_failure(stories):
     check_failed(stories["not_finite"].ended, r"Failed \(JobsFailed\)", "step 2: .* not finite.*lower optimizer.lr")
 
 
-def test_a_killed_rank_is_named_and_its_pod_goes_on_and_a_cancelled_job_saves(stories, told):
+def test_a_killed_rank_is_named_and_its_pod_goes_on_and_a_cancelled_job_saves(stories, output_of):
     story = stories["started_again"]
     again = r"train: node 1 is started again, because of error: rank 1 was killed by SIGKILL"
     assert re.search(again, story.ended.out)
@@ -87,7 +87,7 @@ def test_a_killed_rank_is_named_and_its_pod_goes_on_and_a_cancelled_job_saves(st
         r"train: job train-\w+ cancelled; it was Running, 2 pods.*started again 2 times", story.typed["cancel"].out
     )
     check_failed(story.ended, "Deleted", "the TrainJob was deleted")
-    status = told(story, "status")
+    status = output_of(story, "status")
     assert status.code == 1 and "Deleted" in status.out and "the TrainJob was deleted" in status.err
     last = metrics(story.output)[-1]["step"]
     assert (story.output / "checkpoints" / "latest").read_text().strip() == f"step_{last:08d}", "SIGTERM had it saved"
@@ -95,30 +95,30 @@ def test_a_killed_rank_is_named_and_its_pod_goes_on_and_a_cancelled_job_saves(st
     assert steps == list(range(1, last + 1)), "no step is lost or done twice"
 
 
-def test_an_image_that_is_not_there(stories, told):
+def test_an_image_that_is_not_there(stories, output_of):
     story = stories["no_image"]
-    said = 'node-0-0-\\w+: (ErrImagePull|ImagePullBackOff): failed to pull image "registry.local/no-such:1"'
-    (hint,) = check_failed(story.ended, "Pending", f"it does not start: train-\\w+-{said}")
+    reason = 'node-0-0-\\w+: (ErrImagePull|ImagePullBackOff): failed to pull image "registry.local/no-such:1"'
+    (hint,) = check_failed(story.ended, "Pending", f"it does not start: train-\\w+-{reason}")
     assert re.fullmatch(r"it is still queued; `nemo distill cancel experiment=train_\d+` ends it", hint)
-    status, cancel = told(story, "status"), told(story, "cancel")
-    assert status.code == 0 and re.search(said, status.out)
+    status, cancel = output_of(story, "status"), output_of(story, "cancel")
+    assert status.code == 0 and re.search(reason, status.out)
     assert cancel.code == 0 and "cancelled; it was Pending" in cancel.out
 
 
-def test_ctrl_c_ends_the_watching_and_not_the_job(stories, told):
+def test_ctrl_c_ends_the_watching_and_not_the_job(stories, output_of):
     story = stories["left_alone"]
     job = re.match(r"train: submitted as job (train-\w+), ", story.ended.out)[1]
     assert story.ended.code == 130
     assert re.fullmatch(rf"job {job} continues; `nemo distill cancel experiment=train_\d+` ends it\n", story.ended.err)
     assert ("TrainJob", "default", job) in story.cluster.objects
-    assert re.match(rf"train: job {job} cancelled; it was Pending", told(story, "cancel").out)
+    assert re.match(rf"train: job {job} cancelled; it was Pending", output_of(story, "cancel").out)
 
 
-def test_from_python_and_a_deadline_is_named(stories, told):
+def test_from_python_and_a_deadline_is_named(stories, output_of):
     story = stories["in_python"]
     assert story.ended.code == 0, "NeMo-Run's own"
     assert "step 5/100000  lm loss" in story.ended.out + story.ended.err, "NeMo-Run shows what the ranks say"
-    status = told(story, "status")
+    status = output_of(story, "status")
     assert status.code == 1 and re.search(r"scripted: job scripted-\w+ Failed \(DeadlineExceeded\), ", status.out)
     assert re.match(r"error: it reached its time limit after \S+; its ranks had saved; run the same", status.err)
     last = metrics(story.output)[-1]["step"]

@@ -82,26 +82,26 @@ def test_values_are_looked_at_too(schemas, tmp_path):
 def here(clusters, tmp_path, monkeypatch, capfd):
     """`nemo distill train` on a cluster, detached, in this process; afterwards another command about it."""
 
-    def run(trainer, *words, **overrides):
+    def run(trainer, *arguments, **overrides):
         stage = Stage(clusters[trainer], "here", tmp_path)
         nemo_home(monkeypatch, tmp_path / "nemo")
         monkeypatch.setenv("KUBECONFIG", stage.cluster.environment["KUBECONFIG"])
         before = set(stage.cluster.objects)
-        ended = nemo_here(capfd, *stage.words(*ONE_NODE, "--detach", *words, **overrides))
+        ended = nemo_here(capfd, *stage.arguments(*ONE_NODE, "--detach", *arguments, **overrides))
         return ended, {
             key for key in set(stage.cluster.objects) - before if key[0] not in ("Pod", "PersistentVolumeClaim")
         }
 
-    def told(command):
+    def output_of(command):
         (experiment,) = (path.name for path in tmp_path.glob("nemo/experiments/train/*"))
         return nemo_here(capfd, command, f"experiment={experiment}")
 
-    run.told, run.left = told, lambda: list(tmp_path.glob("nemo/experiments/*/*"))
+    run.output_of, run.left = output_of, lambda: list(tmp_path.glob("nemo/experiments/*/*"))
     return run
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         (
             ["run.executor.trainer_version=2.1"],
@@ -112,20 +112,20 @@ def here(clusters, tmp_path, monkeypatch, capfd):
         (["run.executor.namespace=no-such"], 'refused the PersistentVolumeClaim: namespaces "no-such" not found'),
     ],
 )
-def test_what_a_cluster_refuses_is_said_and_nothing_is_left(here, words, said):
-    ended, created = here("2.3", *words)
+def test_what_a_cluster_refuses_is_said_and_nothing_is_left(here, arguments, message):
+    ended, created = here("2.3", *arguments)
     assert (ended.code, ended.out) == (1, "")
-    assert ended.err == f"error: Kubernetes {said}\n"
+    assert ended.err == f"error: Kubernetes {message}\n"
     assert not created and not here.left()
 
 
-def test_a_cluster_without_trainer(here, monkeypatch):
+def test_a_cluster_without_trainer_is_refused(here, monkeypatch):
     monkeypatch.setattr(api, "TRAINER", re.compile("$^"))
     ended, created = here("2.3")
-    said = (
+    message = (
         "refused the TrainJob: the server could not find the requested resource; is Kubeflow Trainer installed on it?"
     )
-    assert (ended.code, ended.err) == (1, f"error: Kubernetes {said}\n") and not created
+    assert (ended.code, ended.err) == (1, f"error: Kubernetes {message}\n") and not created
 
 
 def test_files_that_are_refused_take_the_job_with_them(here, clusters, monkeypatch):
@@ -138,20 +138,20 @@ def test_files_that_are_refused_take_the_job_with_them(here, clusters, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         (["run.executor.gpus=true"], "Unschedulable: 0/2 nodes are available: 2 Insufficient nvidia.com/gpu."),
         (['run.executor.secrets={"A": "gone/key"}'], "CreateContainerConfigError: secret "),
     ],
 )
-def test_what_does_not_start_is_said_by_status(here, words, said):
-    ended, created = here("2.3", *words)
+def test_what_does_not_start_is_said_by_status(here, arguments, message):
+    ended, created = here("2.3", *arguments)
     assert (ended.code, ended.err) == (0, "") and {kind for kind, *_ in created} == {"TrainJob", "ConfigMap"}
-    while said not in (status := here.told("status")).out:
+    while message not in (status := here.output_of("status")).out:
         assert (status.code, status.err) == (0, "") and "Pending" in status.out, status
-    assert here.told("cancel").code == 0
-    after = here.told("status")
+    assert here.output_of("cancel").code == 0
+    after = here.output_of("status")
     while after.code == 0:
         assert "Deleting" in after.out
-        after = here.told("status")
+        after = here.output_of("status")
     assert "Deleted" in after.out and "the TrainJob was deleted" in after.err

@@ -109,10 +109,10 @@ class Cluster:
     def __exit__(self, *error: object) -> None:
         self._stop()
 
-    def run(self, *words: str) -> str:
+    def run(self, *arguments: str) -> str:
         """Standard output of a SLURM command."""
         environment = {**os.environ, **self.environment}
-        return subprocess.run(words, capture_output=True, text=True, check=True, env=environment).stdout
+        return subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment).stdout
 
     def _start(self) -> None:
         names = ("ctld", "dbd", "sql", "n1", "n2")
@@ -152,11 +152,11 @@ class Cluster:
         self._daemon("mariadbd", "--no-defaults", data, *where, *small, f"--pid-file={self.root}/sql.pid")
         self._until(lambda: socket.create_connection(("127.0.0.1", port), 1).close() is None)
 
-    def _daemon(self, *words: str) -> None:
-        log = (self.root / f"{words[0]}.{words[-1]}.out").open("wb") if words[0] == "slurmd" else None
-        with log or (self.root / f"{words[0]}.out").open("wb") as out:
+    def _daemon(self, *arguments: str) -> None:
+        log = (self.root / f"{arguments[0]}.{arguments[-1]}.out").open("wb") if arguments[0] == "slurmd" else None
+        with log or (self.root / f"{arguments[0]}.out").open("wb") as out:
             environment = {**os.environ, **self.environment}
-            self._daemons.append(subprocess.Popen(words, stdout=out, stderr=out, env=environment))
+            self._daemons.append(subprocess.Popen(arguments, stdout=out, stderr=out, env=environment))
 
     def _until(self, ready) -> None:
         """Wait for `ready()`; what is not there yet raises or is false."""

@@ -54,18 +54,18 @@ class Stage:
     inputs: Path
     root: Path
 
-    def train(self, name, *words, **overrides):
+    def train(self, name, *arguments, **overrides):
         """`nemo distill train` on the cluster, running, in a directory called `name`."""
         overrides = {"checkpoint__export": "false", **overrides}
         recipe = ["train", "--factory", "llama32_3b_to_1b", *shrunk(self.inputs, **overrides)]
-        executor = ["run.executor=slurm", "run.executor.gpus=false", *words]
+        executor = ["run.executor=slurm", "run.executor.gpus=false", *arguments]
         return start(*recipe, *executor, cwd=self.root / name, **self.cluster.environment)
 
-    def told(self, name, command, printed, *words):
+    def output_of(self, name, command, printed, *arguments):
         """`nemo distill COMMAND experiment=...` of the experiment that a command has `printed`."""
         experiment = re.search(r"experiment (\w+);", printed)[1]
-        words = [command, f"experiment={experiment}", *words]
-        return nemo(*words, cwd=self.root / name, **self.cluster.environment)
+        arguments = [command, f"experiment={experiment}", *arguments]
+        return nemo(*arguments, cwd=self.root / name, **self.cluster.environment)
 
     def until(self, ready):
         """Wait for `ready()`; returns what it says."""
@@ -79,7 +79,7 @@ class Stage:
         """Wait until the run in `name` has done `step`."""
         self.until(lambda: (last_step(self.root / name / OUTPUT) or 0) >= step)
 
-    def said(self, name, attempt, pattern):
+    def logged(self, name, attempt, pattern):
         """Wait until an attempt's log holds `pattern`; returns the match."""
         logs = f"home/nemo/experiments/train/*/train/log-*_{attempt}.out"
         return self.until(
@@ -88,7 +88,7 @@ class Stage:
 
     def resumed(self, name, attempt):
         """The step that the run in `name` went on from in this attempt, once it does."""
-        return int(self.said(name, attempt, r"resumed from \S+ at step (\d+)")[1])
+        return int(self.logged(name, attempt, r"resumed from \S+ at step (\d+)")[1])
 
     def limit(self, job, minutes):
         """Give a job another time limit."""
@@ -122,10 +122,10 @@ def detached(stage):
     """Submitted; seen while it is there; followed to its end; seen afterwards."""
     name = "detached"
     ended = stage.train(name, *ONE_NODE, "--detach", checkpoint__export="true").ended()
-    typed = {"status": stage.told(name, "status", ended.out)}
-    typed["follow"] = stage.told(name, "logs", ended.out, "follow=true")
-    typed["status at the end"] = stage.told(name, "status", ended.out)
-    typed["logs"] = stage.told(name, "logs", ended.out)
+    typed = {"status": stage.output_of(name, "status", ended.out)}
+    typed["follow"] = stage.output_of(name, "logs", ended.out, "follow=true")
+    typed["status at the end"] = stage.output_of(name, "status", ended.out)
+    typed["logs"] = stage.output_of(name, "logs", ended.out)
     return Story(stage.root / name, ended, typed)
 
 
@@ -156,7 +156,7 @@ def in_python(stage):
     steps = json.dumps([str(stage.inputs), 2])
     ended = Command([sys.executable, "script.py", steps], cwd, **stage.cluster.environment).ended()
     experiment = next((cwd / "home/nemo/experiments").glob("scripted/scripted_*")).name
-    typed = {"follow": stage.told("in_python", "logs", f"experiment {experiment};", "follow=true")}
+    typed = {"follow": stage.output_of("in_python", "logs", f"experiment {experiment};", "follow=true")}
     return Story(cwd, ended, typed)
 
 
@@ -168,11 +168,11 @@ def told_to_stop(stage):
     stage.at_step(name, 5)
     job = stage.job(name)
     stage.limit(job, 2 + int((time.time() - command.began) / 60))  # however long it took to start
-    stage.said(name, 0, "stopped by signal")
+    stage.logged(name, 0, "stopped by signal")
     stage.limit(job, 20)
     stage.at_step(name, stage.resumed(name, attempt=1) + 1)
     experiment = next((stage.root / name / "home/nemo/experiments").glob("train/train_*")).name
-    typed = {"cancel": stage.told(name, "cancel", f"experiment {experiment};")}
+    typed = {"cancel": stage.output_of(name, "cancel", f"experiment {experiment};")}
     return Story(stage.root / name, command.ended(), typed)
 
 

@@ -11,12 +11,12 @@ from tests.training import metrics
 pytestmark = pytest.mark.timeout(2400)  # for a machine that does much else
 
 
-def check_failed(ended, state, said):
+def check_failed(ended, state, reason):
     """Exit code 1, and on stderr two lines: the job's end, and why."""
     assert ended.code == 1
     first, second = ended.err.splitlines()
     assert re.fullmatch(rf"train: job \d+ {state}.*; logs in /\S+", first), first
-    assert second.startswith("error: ") and re.search(said, second), second
+    assert second.startswith("error: ") and re.search(reason, second), second
     assert "Traceback" not in ended.out
 
 

@@ -155,8 +155,8 @@ def test_a_damaged_memory_is_not_believed(tmp_path, alone, reads, content):
     path, cache = tmp_path / "a", tmp_path / "cache"
     path.write_bytes(b"a")
     stat = path.stat()
-    told = {b"PATH": str(path), b"SIZE": stat.st_size, b"MTIME": stat.st_mtime_ns, b"INODE": stat.st_ino}
-    for name, value in told.items():
+    replaced = {b"PATH": str(path), b"SIZE": stat.st_size, b"MTIME": stat.st_mtime_ns, b"INODE": stat.st_ino}
+    for name, value in replaced.items():
         content = content.replace(name, str(value).encode())
     cache.write_bytes(content)
     found = hash_files([path], cache)
@@ -261,8 +261,8 @@ def unreadable(root):
 def test_a_file_that_one_rank_cannot_read_is_named_by_all(two, tmp_path):
     for name in "ab":
         (tmp_path / name).write_bytes(bytes(10))
-    said = two.run(unreadable, tmp_path)
-    assert said == [f"[Errno 5] Input/output error: '{tmp_path}/b'"] * 2
+    errors = two.run(unreadable, tmp_path)
+    assert errors == [f"[Errno 5] Input/output error: '{tmp_path}/b'"] * 2
 
 
 def test_a_teacher_saved_again_is_the_same(tmp_path, alone):

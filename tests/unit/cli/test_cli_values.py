@@ -84,8 +84,8 @@ def test_a_text_is_as_typed_in_an_executor(text):
 
 @pytest.mark.parametrize("text", [text for text in TEXTS if "\\" not in text])
 def test_a_text_is_as_typed_in_a_recipes_own_arguments(text):
-    def recipe(teacher: str = "", steps: int = 0, words: list[str] | None = None):
-        return teacher, steps, words
+    def recipe(teacher: str = "", steps: int = 0, message: list[str] | None = None):
+        return teacher, steps, message
 
     pair = '"' if '"' not in text else "'"
     if pair not in text and "\n" not in text:
@@ -105,7 +105,7 @@ def test_a_recipes_arguments_need_not_be_python(called):
 
 
 @pytest.mark.parametrize(
-    ("called", "said"),
+    ("called", "error"),
     [
         ("r(1)", "must be NAME=VALUE"),
         ("r(a=1, b=2)", 'no argument "b"'),
@@ -115,11 +115,11 @@ def test_a_recipes_arguments_need_not_be_python(called):
         ("no.module", "recipe no.module: ModuleNotFoundError"),
     ],
 )
-def test_a_recipe_that_cannot_be_called_is_refused(called, said):
+def test_a_recipe_that_cannot_be_called_is_refused(called, error):
     def r(a: str):
         return a
 
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=error):
         called_recipe(called, [r])
 
 
@@ -140,7 +140,7 @@ def test_a_recipe_that_cannot_be_called_is_refused(called, said):
         ("3", int | None, 3),
     ],
 )
-def test_values_by_type(text, hint, value):
+def test_a_value_is_parsed_by_the_type_of_its_field(text, hint, value):
     assert parse("f", text, hint) == value
 
 

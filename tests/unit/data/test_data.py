@@ -143,9 +143,9 @@ def test_an_id_that_the_model_lacks_is_refused_with_its_place(tmp_path: Path, ba
         placed[document][token] = bad
         prefix = write_documents(tmp_path / f"{document}_{token}", placed, dtype)
         data = DataConfig(train=[prefix], valid=[prefix], sequence_length=8)
-        said = f"{prefix}.bin: token {token} of document {document} (both from 0) is the id {bad}, but the model has"
+        output = f"{prefix}.bin: token {token} of document {document} (both from 0) is the id {bad}, but the model has"
         for dataset in build(data, tmp_path, 20, 20, num_ids=300):
-            assert refused(dataset).startswith(said)
+            assert refused(dataset).startswith(output)
 
 
 def refused(dataset: Dataset, num_workers: int = 0) -> str:

@@ -77,7 +77,7 @@ def documents(*inputs: str | Path) -> list[str]:
     return [record.text for record in records]
 
 
-def told(*inputs: str | Path) -> str:
+def reports(*inputs: str | Path) -> str:
     return "\n".join(find_files([str(entry) for entry in inputs]).lines())
 
 
@@ -163,10 +163,10 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "content", "said"), REFUSED, ids=[f"{i}-{row[0]}" for i, row in enumerate(REFUSED)])
-def test_what_is_not_what_its_name_says_is_refused_by_name_and_counts_as_no_record(tmp_path, name, content, said):
+@pytest.mark.parametrize(("name", "content", "output"), REFUSED, ids=[f"{i}-{row[0]}" for i, row in enumerate(REFUSED)])
+def test_what_is_not_what_its_name_says_is_refused_by_name_and_counts_as_no_record(tmp_path, name, content, output):
     path = write(tmp_path / name, content)
-    with pytest.raises(ValueError, match=rf"^{path}.*{said}"):
+    with pytest.raises(ValueError, match=rf"^{path}.*{output}"):
         documents(path)
 
 
@@ -216,12 +216,12 @@ BAD_RECORDS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "said"), BAD_RECORDS)
-def test_a_bad_record_is_named(tmp_path, name, content, said):
+@pytest.mark.parametrize(("name", "content", "output"), BAD_RECORDS)
+def test_a_bad_record_is_named(tmp_path, name, content, output):
     path = write(tmp_path / name, content)
     with pytest.raises(ValueError) as error:
         documents(path)
-    assert str(error.value) == f"bad records: {path}{said}" or f"bad records: {path}{said} (" in str(error.value)
+    assert str(error.value) == f"bad records: {path}{output}" or f"bad records: {path}{output} (" in str(error.value)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 1 << 20])
@@ -268,7 +268,7 @@ def test_a_file_counts_once_however_it_is_named(tmp_path, monkeypatch):
     names = [file, "c/a.jsonl", "./c//a.jsonl", "c/../c/a.jsonl", "c/soft.jsonl", "c/hard.jsonl", "c", "d", "*/*.jsonl"]
     for name in names:
         assert documents(file, name) == documents(name, file) == DOCS
-        assert "(the same file again, counted once): " in told(file, name)
+        assert "(the same file again, counted once): " in reports(file, name)
     assert documents(*names) == DOCS
 
 
@@ -286,9 +286,9 @@ def test_links_are_followed_without_loops(tmp_path):
     (tmp_path / "real" / "back").symlink_to("../c")
     assert documents(tmp_path / "c") == DOCS * 2
     assert documents(f"{tmp_path}/c/**/*.jsonl") == DOCS * 2
-    said = told(tmp_path / "c")
-    assert f"skipped 2 (a link to nothing): {tmp_path}/c/x.jsonl, {tmp_path}/c/y.jsonl" in said
-    assert "(a directory that was read already): " in said
+    output = reports(tmp_path / "c")
+    assert f"skipped 2 (a link to nothing): {tmp_path}/c/x.jsonl, {tmp_path}/c/y.jsonl" in output
+    assert "(a directory that was read already): " in output
     with pytest.raises(ValueError, match=f"^{tmp_path}/c/x.jsonl: a link to nothing"):
         documents(tmp_path / "c" / "x.jsonl")
 
@@ -317,10 +317,10 @@ def test_what_is_left_out_of_a_directory_is_told_with_the_reason(tmp_path):
         write(tmp_path / name)
     os.mkfifo(tmp_path / "pipe.jsonl")
     assert documents(tmp_path) == DOCS * 2
-    said = told(tmp_path)
+    output = reports(tmp_path)
     for name, reason in {**SKIPPED, "pipe.jsonl": "a pipe, a socket or a device"}.items():
         named = tmp_path / name.replace("/x.jsonl", "")
-        assert any(f"({reason}): " in line and f"{named}" in line for line in said.splitlines()), (name, said)
+        assert any(f"({reason}): " in line and f"{named}" in line for line in output.splitlines()), (name, output)
     assert documents(tmp_path / "README.md") == [LINES.decode()], "it was named"
     with pytest.raises(ValueError, match=f"^{tmp_path}/pipe.jsonl: a pipe, a socket or a device"):
         documents(tmp_path / "pipe.jsonl")
@@ -335,7 +335,7 @@ def test_a_directory_without_text_is_refused_with_what_was_skipped(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("message", "expected"),
     [
         ("a,b", ["a", "b"]),
         ("a, b", ["a", "b"]),
@@ -344,10 +344,10 @@ def test_a_directory_without_text_is_refused_with_what_was_skipped(tmp_path):
         ("a b", ["a b"]),
     ],
 )
-def test_inputs_are_split_at_commas(tmp_path, monkeypatch, words, expected):
+def test_inputs_are_split_at_commas(tmp_path, monkeypatch, message, expected):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x, y.txt").write_text("a name with a comma")
-    assert split_inputs(words) == expected
+    assert split_inputs(message) == expected
 
 
 @pytest.mark.parametrize("inputs", [[""], ["a.txt", " "], []])

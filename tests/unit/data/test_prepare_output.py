@@ -128,7 +128,7 @@ def test_a_whole_output_needs_no_right_to_write(tmp_path, tokenizer, source, cap
 
 
 @pytest.mark.parametrize(
-    ("output", "said"),
+    ("output", "message"),
     [
         ("data/", 'output = "data/" is a directory: add the name of the files, as in data/corpus'),
         ("", 'output = "" is a directory'),
@@ -139,10 +139,10 @@ def test_a_whole_output_needs_no_right_to_write(tmp_path, tokenizer, source, cap
         ("file/corpus", "output = file/corpus: .*cannot be written: "),
     ],
 )
-def test_an_output_that_is_no_prefix_is_refused(tmp_path, tokenizer, source, monkeypatch, output, said):
+def test_an_output_that_is_no_prefix_is_refused(tmp_path, tokenizer, source, monkeypatch, output, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         prepare(source, output, tokenizer, num_workers=1)
     assert names(tmp_path) == ["file", "in.jsonl"]
 

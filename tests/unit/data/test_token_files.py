@@ -17,7 +17,7 @@ from tests.token_files import write_documents, write_tokens
 SIZES = [0, 1, 39, 41, 2**31 - 1, 2**32, 2**62, 2**63, 2**64 - 1]  # where 40 documents are
 
 
-def test_blend_notation():
+def test_blends_are_prefixes_with_or_without_weights():
     assert parse_blend("data.train", ["a"]) == (["a"], None)
     assert parse_blend("data.train", ["a", "b"]) == (["a", "b"], None)
     assert parse_blend("data.train", ["30", "a", "0.5", "b"]) == (["a", "b"], [30.0, 0.5])

@@ -97,7 +97,7 @@ ADDED_TOKEN = {"__type": "AddedToken", "content": EOS, "lstrip": False, "rstrip"
 
 
 @pytest.mark.parametrize(
-    ("config", "legacy", "words"),
+    ("config", "legacy", "message"),
     [
         ({}, None, None),
         ({"eos_token": EOS}, None, None),
@@ -115,16 +115,16 @@ ADDED_TOKEN = {"__type": "AddedToken", "content": EOS, "lstrip": False, "rstrip"
         ({"eos_token": 0}, None, "eos_token must be one token, got 0"),
     ],
 )
-def test_an_end_of_document_is_a_token_of_the_vocabulary(tmp_path, trained, config, legacy, words):
+def test_an_end_of_document_is_a_token_of_the_vocabulary(tmp_path, trained, config, legacy, message):
     path = directory_of(tmp_path, trained, **config)
     if legacy is not None:
         (tmp_path / "special_tokens_map.json").write_text(json.dumps(legacy))
-    if words is None:
+    if message is None:
         assert open_tokenizer(path, append_eod=True)[0].eod == 0
         return
     with pytest.raises(ValueError) as raised:
         open_tokenizer(path, append_eod=True)
-    assert str(raised.value).startswith(f"{path}: ") and words in str(raised.value)
+    assert str(raised.value).startswith(f"{path}: ") and message in str(raised.value)
     assert open_tokenizer(path, append_eod=False)[0].vocab_size == 400
 
 
@@ -178,7 +178,7 @@ TIKTOKEN = b"IQ== 0\nIg== 1\n"
 
 
 @pytest.mark.parametrize(
-    ("files", "words"),
+    ("files", "message"),
     [
         ({}, "holds no tokenizer (tokenizer.json, "),
         ({"tokenizer_config.json": b'{"eos_token": "a"}'}, "holds no tokenizer (tokenizer.json, "),
@@ -200,13 +200,13 @@ TIKTOKEN = b"IQ== 0\nIg== 1\n"
         ),
     ],
 )
-def test_a_directory_that_cannot_be_opened_is_named(tmp_path, monkeypatch, files, words):
+def test_a_directory_that_cannot_be_opened_is_named(tmp_path, monkeypatch, files, message):
     monkeypatch.setattr(module, "_installed", lambda name: False)  # here a machine may have them
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError) as raised:
         load_tokenizer(str(tmp_path))
-    assert words in str(raised.value) and str(tmp_path) in str(raised.value)
+    assert message in str(raised.value) and str(tmp_path) in str(raised.value)
 
 
 def test_a_text_that_the_tokenizer_cannot_encode_is_refused_by_its_directory(tmp_path):

@@ -33,7 +33,7 @@ def test_a_log_for_each_node():
 
 
 def test_the_first_rank_that_says_why_is_heard_whole_and_alone():
-    said = "error: step 2: the loss is not finite\n  lower optimizer.lr"
-    lines = f"{said}\nerror on rank 1: step 2: the loss is not finite\n  lower optimizer.lr".splitlines()
+    reason = "error: step 2: the loss is not finite\n  lower optimizer.lr"
+    lines = f"{reason}\nerror on rank 1: step 2: the loss is not finite\n  lower optimizer.lr".splitlines()
     log = "".join(f"[default0]:{line}\n" for line in lines)
-    assert why_a_log_ended(log + ENDED_0) == said
+    assert why_a_log_ended(log + ENDED_0) == reason

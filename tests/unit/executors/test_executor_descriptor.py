@@ -57,7 +57,7 @@ def described(monkeypatch, tmp_path):
     monkeypatch.setitem(EXECUTOR_MAPPING, CloudExecutor, EXECUTOR_MAPPING[run.LocalExecutor])
 
 
-def test_help_lists_its_arguments(capfd):
+def test_help_lists_the_arguments_of_a_new_executor(capfd):
     page = nemo_here(capfd, "train", "--help").out
     assert "run.executor=cloud: A cloud.\n  run.executor.machines: int = 2            how many." in page
 
@@ -68,7 +68,7 @@ def test_a_dry_run_prints_its_manifest(capfd):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         (["run.executor.internal=x"], 'unknown field "run.executor.internal"'),
         (["run.executor.region=moon"], "run.executor.region = moon is too far"),
@@ -77,7 +77,7 @@ def test_a_dry_run_prints_its_manifest(capfd):
         (["run.executor.region=south"], "no cloud for runs/llama32_3b_to_1b"),
     ],
 )
-def test_a_new_executor_refuses_before_anything_starts(capfd, words, said):
-    ended = nemo_here(capfd, *TRAIN, *words)
+def test_a_new_executor_refuses_before_anything_starts(capfd, arguments, message):
+    ended = nemo_here(capfd, *TRAIN, *arguments)
     assert (ended.code, ended.out) == (1, "")
-    assert ended.err.startswith("error: ") and said in ended.err
+    assert ended.err.startswith("error: ") and message in ended.err

@@ -32,8 +32,8 @@ def no_cluster(tmp_path, monkeypatch):
 
 def given(tmp_path, *fields, **overrides):
     """Words of a command, for paths that are on the volume."""
-    words = shrunk(tmp_path.__class__("/workspace"), **{**OUTPUT, **overrides})
-    return [*LLAMA, *words, "run.executor=kubernetes", *(f"run.executor.{field}" for field in fields)]
+    arguments = shrunk(tmp_path.__class__("/workspace"), **{**OUTPUT, **overrides})
+    return [*LLAMA, *arguments, "run.executor=kubernetes", *(f"run.executor.{field}" for field in fields)]
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_the_least_a_user_says(dry):
 
 
 @pytest.mark.parametrize(
-    ("fields", "overrides", "said"),
+    ("fields", "overrides", "message"),
     [
         (["devices=2"], {}, 'run.executor.image must name a container image with distill-nemo in it, got ""'),
         ([*LEAST, "nodes=0"], {}, "run.executor.nodes must be at least 1, got 0"),
@@ -222,10 +222,10 @@ def test_the_least_a_user_says(dry):
         (LEAST, {}, "no Kubernetes cluster: "),
     ],
 )
-def test_refused_before_anything_is_submitted(tmp_path, capfd, fields, overrides, said):
+def test_refused_before_anything_is_submitted(tmp_path, capfd, fields, overrides, message):
     ended = nemo_here(capfd, *given(tmp_path, *fields, **overrides))
     assert (ended.code, ended.out) == (1, "")
-    assert ended.err.startswith("error: ") and said in ended.err and len(ended.err.splitlines()) == 1
+    assert ended.err.startswith("error: ") and message in ended.err and len(ended.err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 
@@ -242,8 +242,8 @@ def test_a_cluster_that_does_not_answer(tmp_path, monkeypatch, capfd):
 
 def test_what_must_be_in_the_image_is_said(tmp_path, capfd):
     ended = nemo_here(capfd, *given(tmp_path, *LEAST, teacher__checkpoint="/models/big"), "--dryrun")
-    said = "warning: not below /workspace, so they must be in the image: teacher.checkpoint = /models/big\n"
-    assert (ended.code, ended.err) == (0, said)
+    message = "warning: not below /workspace, so they must be in the image: teacher.checkpoint = /models/big\n"
+    assert (ended.code, ended.err) == (0, message)
 
 
 def test_in_python_it_is_nemo_runs_executor():

@@ -24,7 +24,7 @@ def exported(monkeypatch):
     "HF_TOKEN WANDB_API_KEY AWS_SECRET_ACCESS_KEY OPENAI_APIKEY ssh_key PGPASSWORD DB_PASS GITHUB_PAT DOCKER_AUTH "
     "GPG_PASSPHRASE AZURE_CREDENTIALS CLIENT_SECRET".split(),
 )
-def test_names_of_secrets(name):
+def test_secrets_are_recognised_by_name(name):
     assert is_secret(name)
 
 

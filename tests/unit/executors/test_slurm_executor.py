@@ -12,16 +12,11 @@ import subprocess
 
 import nemo_run as run
 import pytest
-from invoke.exceptions import ThreadException
-from nemo_run.core.tunnel.client import LocalTunnel
-from paramiko import SSHException
 
 from distill_nemo.config import ParallelismConfig, RunConfig, StudentConfig
 from distill_nemo.executors import slurm
 from distill_nemo.executors.secrets import refuse_secrets
 from distill_nemo.executors.slurm.arguments import CommittedCode, seconds_of
-from distill_nemo.executors.slurm.jobs import SlurmJob, State
-from distill_nemo.executors.watch.jobs import UnseenError
 from tests.cli.command import nemo_here, nemo_home, shrunk
 
 LLAMA = ("train", "--factory", "llama32_3b_to_1b")
@@ -37,8 +32,8 @@ def dry(inputs, tmp_path, monkeypatch, capfd):
     nemo_home(monkeypatch, tmp_path / "nemo")
 
     def script(*fields, **overrides):
-        words = [*shrunk(inputs, **overrides), "run.executor=slurm", *(f"run.executor.{field}" for field in fields)]
-        ended = nemo_here(capfd, *LLAMA, "--dryrun", *words)
+        given = [*shrunk(inputs, **overrides), "run.executor=slurm", *(f"run.executor.{field}" for field in fields)]
+        ended = nemo_here(capfd, *LLAMA, "--dryrun", *given)
         assert ended.code == 0, ended.err
         assert not list(tmp_path.glob("nemo/experiments/*/*"))
         return ended
@@ -93,9 +88,9 @@ def test_every_argument_is_in_the_script(dry, tmp_path):
     assert "export WORDS='two words'\n" in script and "export NCCL_DEBUG=INFO\n" in script
     assert "export SRUN_CPUS_PER_TASK=12\n" in script and "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=90\n" in script
     assert "\nmodule load cuda\nulimit -n 4096\n" in script
-    words = srun(script)
-    assert [word for word in words if word.startswith("--chdir")][-1] == f"--chdir={tmp_path}", "the last one counts"
-    after = dict(itertools.pairwise(words))
+    given = srun(script)
+    assert [word for word in given if word.startswith("--chdir")][-1] == f"--chdir={tmp_path}", "the last one counts"
+    after = dict(itertools.pairwise(given))
     assert (after["--nnodes"], after["--nproc-per-node"], after["--node-rank"]) == ("2", "4", "$SLURM_NODEID")
     assert re.match(r"# sbatch --requeue --parsable /\S+/train_sbatch.sh\n#!/bin/bash\n", script)
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
@@ -122,9 +117,9 @@ def test_what_the_shell_would_read_reaches_srun_as_typed(dry, tmp_path, text):
     script = re.sub(r"^(nodes|head_node_ip)=.*$|^set .*$", "", script, flags=re.M)  # scontrol and srun are not here
     script = script.replace("exit $exitcode", "").replace("exitcode=$?", 'printf "%s" "$X" > env; exitcode=0')
     out = subprocess.run(["bash"], input=script, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    words = dict(itertools.pairwise(out.splitlines()))
-    assert words["--container-image"] == f"image{text}"
-    assert words["--container-mounts"].startswith(f"/{text}:/{text},")
+    given = dict(itertools.pairwise(out.splitlines()))
+    assert given["--container-image"] == f"image{text}"
+    assert given["--container-mounts"].startswith(f"/{text}:/{text},")
     assert (tmp_path / "env").read_text() == text
     assert not (tmp_path / "ran").exists()
 
@@ -143,7 +138,7 @@ def test_what_the_shell_would_read_is_refused_by_name(capfd, monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         (["setup=['export X=\"a b']"], "run.executor.setup: bash cannot parse it"),
         (["setup=['if true']"], "run.executor.setup: bash cannot parse it"),
@@ -161,13 +156,13 @@ def test_what_the_shell_would_read_is_refused_by_name(capfd, monkeypatch, tmp_pa
         (["host=h", "user=u", "job_dir=/j", "identity=/a b"], 'run.executor.identity = "/a b" has characters'),
     ],
 )
-def test_what_would_not_come_as_typed_is_refused(capfd, monkeypatch, tmp_path, inputs, fields, said):
+def test_what_would_not_come_as_typed_is_refused(capfd, monkeypatch, tmp_path, inputs, fields, message):
     monkeypatch.chdir(tmp_path)
     nemo_home(monkeypatch, tmp_path / "nemo")
-    words = ["run.executor=slurm", *(f"run.executor.{field}" for field in fields)]
+    given = ["run.executor=slurm", *(f"run.executor.{field}" for field in fields)]
     absolute = {name: f"{tmp_path}/x" for name in ("output_dir", "teacher__checkpoint", "student__checkpoint")}
-    ended = nemo_here(capfd, *LLAMA, "--dryrun", *shrunk(inputs, **absolute), *words)
-    assert ended.code == 1 and ended.err.startswith("error: ") and said in ended.err
+    ended = nemo_here(capfd, *LLAMA, "--dryrun", *shrunk(inputs, **absolute), *given)
+    assert ended.code == 1 and ended.err.startswith("error: ") and message in ended.err
     assert len(ended.err.splitlines()) == 1
 
 
@@ -182,8 +177,8 @@ def test_what_would_not_come_as_typed_is_refused(capfd, monkeypatch, tmp_path, i
 def test_the_rendezvous_is_ours_where_it_is_installed(dry, monkeypatch, fields, backend):
     monkeypatch.setattr(CommittedCode, "package", lambda *_: "")
     monkeypatch.chdir(os.path.dirname(__file__))
-    words = srun(dry(*fields).out)
-    assert dict(itertools.pairwise(words))["--rdzv-backend"] == backend
+    given = srun(dry(*fields).out)
+    assert dict(itertools.pairwise(given))["--rdzv-backend"] == backend
 
 
 def test_a_word_that_is_quoted_for_the_shell_is_taken(dry):
@@ -204,12 +199,12 @@ def test_a_container_is_named_to_srun(dry, inputs, tmp_path):
         'container_mounts=["/models:/models", "/runs:/runs"]',
         output_dir="/runs/one",
     ).out
-    words = srun(script)
-    after = dict(itertools.pairwise(words))
+    given = srun(script)
+    after = dict(itertools.pairwise(given))
     assert after["--container-image"] == "nvcr.io#nvidia/pytorch:25.09-py3"
     assert after["--container-mounts"].startswith("/models:/models,/runs:/runs,")
-    assert "--chdir" not in " ".join(words) and "export PATH" not in script, "the image's own"
-    assert words[-1] == "/nemo_run/configs/train_fn_or_script"
+    assert "--chdir" not in " ".join(given) and "export PATH" not in script, "the image's own"
+    assert given[-1] == "/nemo_run/configs/train_fn_or_script"
 
 
 def test_over_ssh_nothing_connects_and_paths_are_the_clusters(dry):
@@ -236,7 +231,7 @@ def test_shipped_code_comes_first_and_what_is_not_shipped_is_said(dry, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("fields", "overrides", "said"),
+    ("fields", "overrides", "message"),
     [
         (["nodes=3"], {}, "You asked for 3 nodes x 1 devices; with 1 devices a node, run.executor.nodes = 2, 4 fit"),
         (["nodes=1"], {}, "world size 1 is not divisible by tensor x pipeline x context parallel size = 2 x 1 x 1"),
@@ -275,14 +270,14 @@ def test_shipped_code_comes_first_and_what_is_not_shipped_is_said(dry, tmp_path)
         (["devices=2"], {}, "`sbatch` is not on PATH: run this command on a login node"),
     ],
 )
-def test_refused_before_anything_is_submitted(inputs, tmp_path, monkeypatch, capfd, fields, overrides, said):
+def test_refused_before_anything_is_submitted(inputs, tmp_path, monkeypatch, capfd, fields, overrides, message):
     monkeypatch.chdir(tmp_path)
     nemo_home(monkeypatch, tmp_path / "nemo")
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    words = [*shrunk(inputs, **overrides), "run.executor=slurm", *(f"run.executor.{field}" for field in fields)]
-    ended = nemo_here(capfd, *LLAMA, *words)
+    given = [*shrunk(inputs, **overrides), "run.executor=slurm", *(f"run.executor.{field}" for field in fields)]
+    ended = nemo_here(capfd, *LLAMA, *given)
     assert (ended.code, ended.out) == (1, "")
-    assert ended.err.startswith("error: ") and said in ended.err and len(ended.err.splitlines()) == 1
+    assert ended.err.startswith("error: ") and message in ended.err and len(ended.err.splitlines()) == 1
     assert "hunter2" not in ended.err
     assert not list(tmp_path.iterdir())
 
@@ -305,88 +300,6 @@ def test_in_python_it_is_nemo_runs_executor():
     assert executor.clone() == executor
     with pytest.raises(ValueError, match="nodes must be at least 1, got 0"):
         slurm(nodes=0)
-
-
-SAYS_AND_IS_KILLED = """\
-[default0]:step 5/60
-[default0]:error on rank 0: Connection closed by peer
-[default1]:step 5/60
-"""
-IS_TOLD_TO_STOP = """\
-[default0]:resumed from step_00000004 at step 4 of 60
-[default0]:stopped by signal 15; checkpoint written; the same command resumes
-"""
-GOES_ON = """\
-[default0]:resumed from step_00000007 at step 7 of 60
-[default0]:step 8/60
-"""
-
-
-def test_a_job_that_was_queued_again_is_seen_again_whatever_its_ranks_said_before(tmp_path):
-    """The ranks beside a killed one are ended by torchrun before they say that they lost a connection, or after."""
-    tunnel = LocalTunnel(job_dir=str(tmp_path))
-    job = SlurmJob("train", "7", tunnel, f"{tmp_path}/train")
-    (tmp_path / "train").mkdir()
-    shown = []
-    for attempt, text in enumerate((SAYS_AND_IS_KILLED, IS_TOLD_TO_STOP, GOES_ON)):
-        (tmp_path / f"train/log-account.train_7_{attempt}.out").write_text(text)
-        shown += job.new_shown()
-    assert [line for line in shown if line] == [
-        "step 5/60\n",
-        "rank 1: step 5/60\n",
-        "train: job 7 was started again: error on rank 0: Connection closed by peer\n",
-        "resumed from step_00000004 at step 4 of 60\n",
-        "stopped by signal 15; checkpoint written; the same command resumes\n",
-        "train: job 7 was started again: it was told to stop, by the time limit or for another job\n",
-        "resumed from step_00000007 at step 7 of 60\n",
-        "step 8/60\n",
-    ]
-    assert list(job.new_shown()) == []
-
-
-SACCT = """\
-#!/bin/sh
-case "$*" in *Restarts*) echo 'sacct: error: Invalid field requested: "Restarts"' >&2; exit 1;; esac
-echo 'COMPLETED|0:0|00:01:12|01:00:00|n[1-2]|None'
-"""
-
-
-def test_a_job_that_slurm_has_forgotten_is_asked_of_accounting_in_words_of_slurm_22(tmp_path, monkeypatch):
-    for name, text in {"sacct": SACCT, "scontrol": "#!/bin/sh\nexit 1\n"}.items():
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    state = SlurmJob("train", "7", LocalTunnel(job_dir=""), str(tmp_path)).state()
-    assert state.completed and str(state) == "COMPLETED on n[1-2], 00:01:12 of 01:00:00"
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        ConnectionRefusedError(111, "refused"),
-        EOFError(),
-        SSHException("not active"),
-        ThreadException([]),
-        SystemExit(1),
-    ],
-)
-def test_a_login_node_that_does_not_answer_is_unseen(monkeypatch, error):
-    """NeMo-Run makes SystemExit(1) of an SSH handshake that fails."""
-    tunnel = run.SSHTunnel(host="login", user="me", job_dir="/jobs")
-
-    def fails(*_, **__):
-        raise error
-
-    monkeypatch.setattr(tunnel, "run", fails)
-    job = SlurmJob("train", "7", tunnel, "/jobs/train")
-    for ask in (job.state, lambda: list(job.new_shown()), lambda: list(job.new_text()), job.cancel):
-        with pytest.raises(UnseenError, match="login"):
-            ask()
-    failed = State("FAILED", "", "00:01:12", "01:00:00", "n1", "1:0")
-    assert re.fullmatch("error: the logs with the reason cannot be read: .*login.*", job.why(failed))
-    error = SystemExit(130)
-    with pytest.raises(SystemExit):
-        job.state()
 
 
 @pytest.mark.parametrize(

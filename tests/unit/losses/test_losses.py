@@ -59,7 +59,7 @@ def test_other_vocabularies_are_refused(true_vocab_size: int | None, student_wid
         LogitsKLLoss(true_vocab_size=true_vocab_size)(student[..., :student_width], teacher)
 
 
-def test_other_tokens_are_refused() -> None:
+def test_logits_of_other_tokens_are_refused() -> None:
     student, teacher = make_logits()
     with pytest.raises(ValueError, match=r"student logits are \[5, 3, .*teacher logits \[1, 3, .*other tokens"):
         LogitsKLLoss()(student, teacher[:1])
@@ -107,7 +107,7 @@ def test_hidden_losses_equal_their_oracles(loss_class: type, oracle, dtype: torc
     torch.testing.assert_close(loss_class(64, 64)(teacher, teacher), torch.zeros(B, S), atol=5e-7, rtol=0)
 
 
-def test_projection_where_widths_differ() -> None:
+def test_states_of_another_width_are_projected() -> None:
     torch.manual_seed(0)
     loss_module = HiddenStateMSELoss(48, 64)
     torch.manual_seed(0)

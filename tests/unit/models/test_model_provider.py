@@ -128,7 +128,7 @@ def test_no_two_stages_of_a_random_student_are_alike(one):
         assert a.keys() & b.keys() and not any(torch.equal(a[name], b[name]) for name in a.keys() & b.keys())
 
 
-def test_plain_distillation_and_finalised(models, one):
+def test_a_plain_a_distilled_and_a_finalised_student_have_the_same_weights(models, one):
     seen = one.run(in_one_process, shape_of_modes, models["student"], models["teacher"])[0]
     assert seen["plain"] and seen["pair"] and seen["clean"]
     assert seen["hooks"] == [] and seen["left_over"] == []

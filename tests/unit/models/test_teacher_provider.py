@@ -119,7 +119,7 @@ STORED = {
 
 @pytest.mark.parametrize("family", WITH_EXPERTS)
 @pytest.mark.parametrize("stored", STORED)
-def test_megatron_distributed(models, tmp_path, family, stored):
+def test_a_megatron_distributed_checkpoint_gives_transformers_logits(models, tmp_path, family, stored):
     path = write_megatron(tmp_path / "m", megatron_tensors(models[family], **STORED[stored]))
     teacher = provide(TeacherConfig(**described(models[family]) | {"checkpoint": path}))
     assert_as_transformers(logits_of(teacher), models[family])

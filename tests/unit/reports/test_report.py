@@ -96,12 +96,12 @@ class Page(HTMLParser):
         (percent, NAN, "–"),
     ],
 )
-def test_numbers_read_well(form, value, text):
+def test_numbers_are_formatted_for_reading(form, value, text):
     assert form(value) == text
 
 
 @pytest.mark.parametrize(
-    ("losses", "words"),
+    ("losses", "sentence"),
     [
         ({}, "closes 71 % of the gap in held-out LM loss between student alone (4.716) and teacher (3.978)"),
         ({"distilled": 4.80}, "Distillation loses: in held-out LM loss distilled student (4.800) is worse than"),
@@ -114,8 +114,8 @@ def test_numbers_read_well(form, value, text):
         ({"distilled": NAN, "alone": None}, "Lowest of the students: initial student"),
     ],
 )
-def test_the_finding_says_who_won(losses, words):
-    assert words in finding(table(**losses))
+def test_the_finding_says_who_won(losses, sentence):
+    assert sentence in finding(table(**losses))
 
 
 def test_the_finding_takes_names_and_the_best_of_several_from_the_table():
@@ -228,11 +228,11 @@ def test_the_page_stands_alone(tmp_path, runs):
     assert embedded[0][:4] == b"\x89PNG"
     assert not {"script", "link", "iframe"} & set(page.tags) and "href" not in dict(page.attributes)
     assert "http" not in path.read_text(encoding="utf-8").replace("http-equiv", "")
-    words = " ".join(page.text.split())
-    assert "closes 71 %" in words and "seed 3" in words
-    assert "def f(x): return x" in words and words.count("def f(") == 1 and "def fdef" not in words
-    assert "student alone 919 K 4.716 111.7 0.6210 43.6 % distilled student 919 K 4.195 66.35 0.1502 70.1 %" in words
-    assert "teacher 8 16.4 K 0:00:04 4,096 6.000 alone 4 8.2 K 0:00:02 4,096 4.800" in words
+    shown = " ".join(page.text.split())
+    assert "closes 71 %" in shown and "seed 3" in shown
+    assert "def f(x): return x" in shown and shown.count("def f(") == 1 and "def fdef" not in shown
+    assert "student alone 919 K 4.716 111.7 0.6210 43.6 % distilled student 919 K 4.195 66.35 0.1502 70.1 %" in shown
+    assert "teacher 8 16.4 K 0:00:04 4,096 6.000 alone 4 8.2 K 0:00:02 4,096 4.800" in shown
     assert page.text.index("closes 71 %") < page.text.index("perplexity") < page.text.index("The models compared")
 
 

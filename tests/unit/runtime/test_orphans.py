@@ -27,12 +27,12 @@ HANDLED = "signal.signal(signal.SIGTERM, lambda *_: asked.append(1))"
 
 
 @pytest.mark.parametrize(
-    ("handler", "grace", "said"), [("", 600, ""), (HANDLED, 600, "ended by itself\n"), (IGNORED, 0.2, "")]
+    ("handler", "grace", "expected"), [("", 600, ""), (HANDLED, 600, "ended by itself\n"), (IGNORED, 0.2, "")]
 )
-def test_a_process_whose_parent_was_killed_ends(handler, grace, said):
+def test_a_process_whose_parent_was_killed_ends(handler, grace, expected):
     child = CHILD.format(handler=handler, grace=grace)
     parent = subprocess.Popen([sys.executable, "-c", PARENT, child], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None and parent.stdout.readline() == "ready\n"
     parent.kill()
     out, _ = parent.communicate(timeout=60)  # to the end of the pipe, which the child holds
-    assert out == said
+    assert out == expected

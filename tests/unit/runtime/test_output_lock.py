@@ -75,21 +75,21 @@ print(OutputLock(Path(sys.argv[2]), "output = X").take())
 
 
 @pytest.mark.parametrize(
-    ("lock", "said"),
+    ("lock", "message"),
     [
         ("lock", "lock cannot be written: Permission denied"),
         ("new/lock", "new cannot be written: Permission denied"),
         ("others", "others cannot be written: Permission denied"),
     ],
 )
-def test_a_directory_that_cannot_be_written_is_named_with_its_error(tmp_path, lock, said):
+def test_a_directory_that_cannot_be_written_is_named_with_its_error(tmp_path, lock, message):
     (tmp_path / "others").write_text("")
     (tmp_path / "others").chmod(0o444)
     tmp_path.chmod(0o555)
     command = [sys.executable, "-c", UNPRIVILEGED, str(tmp_path), lock]
     environment = {**os.environ, "PYTHONPATH": str(Path(output_lock.__file__).parents[2])}
     out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=60).stdout
-    assert out == f"output = X: {said}\n"
+    assert out == f"output = X: {message}\n"
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.EACCES, errno.EDQUOT])

@@ -38,10 +38,19 @@ class Agent:
 
     def __init__(self, place, port, node, name):
         (place / "rank.py").write_text(RANK)
-        words = ["--nnodes", "2", "--rdzv-backend", "nodes", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "7"]
+        arguments = [
+            "--nnodes",
+            "2",
+            "--rdzv-backend",
+            "nodes",
+            "--rdzv-endpoint",
+            f"127.0.0.1:{port}",
+            "--rdzv-id",
+            "7",
+        ]
         environment = {**os.environ, "SLURM_NODEID": str(node), "NODE": name, "GLOO_SOCKET_IFNAME": "lo"}
         environment |= {"LOGLEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "torch.distributed.run", *words, place / "rank.py", place]
+        command = [sys.executable, "-m", "torch.distributed.run", *arguments, place / "rank.py", place]
         self.process = subprocess.Popen(list(map(str, command)), env=environment, start_new_session=True)
 
     def kill(self):
@@ -117,7 +126,7 @@ def test_nodes_that_do_not_come_are_named():
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"backend": "loopback"}, "for one machine, got --nnodes 2; use nodes"),
         ({"least": 1}, "needs a fixed number of nodes, got --nnodes 1:2"),
@@ -126,10 +135,10 @@ def test_nodes_that_do_not_come_are_named():
         ({"rank": "first"}, "--rdzv-conf rank must be from 0 to 1, got first"),
     ],
 )
-def test_a_launch_that_cannot_meet_is_refused(monkeypatch, fields, said):
+def test_a_launch_that_cannot_meet_is_refused(monkeypatch, fields, message):
     monkeypatch.delenv("SLURM_NODEID", raising=False)
     monkeypatch.delenv("PET_NODE_RANK", raising=False)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         rendezvous.handler()(parameters(1, **fields))
 
 

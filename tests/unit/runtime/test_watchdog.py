@@ -28,19 +28,19 @@ def test_a_rank_is_silent_when_it_says_nothing_new_whatever_its_clock(monkeypatc
     monkeypatch.setattr(watchdog.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(watchdog.dist, "get_world_size", lambda: 3)
     monkeypatch.setattr(watchdog, "open_store", Store)
-    told, began = [], time.monotonic()
+    reports, began = [], time.monotonic()
 
-    def exit_(watched, words):
-        told.append((time.monotonic() - began, words))
+    def exit_(watched, message):
+        reports.append((time.monotonic() - began, message))
         watched._ended.set()
 
     monkeypatch.setattr(watchdog.Watchdog, "_exit", exit_)
     with watchdog.Watchdog(1.0) as watched:
         watchdog.heartbeat("step 9")
         assert watched._ended.wait(60)
-    seconds, words = told[0]
-    assert words.startswith("rank 2 gives no sign of life, last in: step 9, read; rank 0 is in: step 9, ")
-    assert words.endswith("; rank 1 is in: step 9, read") and seconds > watched.seconds
+    seconds, message = reports[0]
+    assert message.startswith("rank 2 gives no sign of life, last in: step 9, read; rank 0 is in: step 9, ")
+    assert message.endswith("; rank 1 is in: step 9, read") and seconds > watched.seconds
 
 
 @pytest.mark.parametrize("minutes", [0.1, 2.5])

@@ -56,7 +56,7 @@ def refused(group, inputs, output, changes=(), world_size=1):
 
 
 @pytest.mark.parametrize(
-    ("changes", "world_size", "words"),
+    ("changes", "world_size", "message"),
     [
         ({"parallelism.tensor_model_parallel_size": 2}, 3, "world size 3 is not divisible by"),
         ({"parallelism.tensor_model_parallel_size": 3}, 3, "student.num_attention_heads = 4 is not divisible by para"),
@@ -71,8 +71,8 @@ def refused(group, inputs, output, changes=(), world_size=1):
         ({"data.tokenizer": "no/such"}, 1, "no such tokenizer directory: no/such"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused_before_anything_is_written(inputs, one, tmp_path, changes, world_size, words):
-    assert words in refused(one, inputs, tmp_path / "out", changes, world_size)
+def test_what_does_not_fit_is_refused_before_anything_is_written(inputs, one, tmp_path, changes, world_size, message):
+    assert message in refused(one, inputs, tmp_path / "out", changes, world_size)
 
 
 def test_a_teacher_of_random_weights(inputs, one, tmp_path):
@@ -98,16 +98,16 @@ def test_vocabularies_that_differ_are_refused(inputs, one, tmp_path):
     write_hf(tmp_path / "larger", layers=2, width=32, vocab=600)
     output = tmp_path / "out"
     smaller = {"student.checkpoint": str(tmp_path / "smaller"), "teacher.vocab_size": 400}
-    said = refused(one, inputs, output, smaller)
-    assert "train.bin holds the token id " in said and "vocab_size is 400" in said
+    error = refused(one, inputs, output, smaller)
+    assert "train.bin holds the token id " in error and "vocab_size is 400" in error
     shutil.copytree(inputs / "tokenizer", tmp_path / "tokenizer")
     for suffix in (".bin", ".idx"):  # made elsewhere, without our manifest
         shutil.copy(f"{inputs}/train{suffix}", f"{tmp_path}/foreign{suffix}")
     changes = {"data.train": [f"{tmp_path}/foreign"], "data.valid": [f"{tmp_path}/foreign"]}
-    said = refused(one, inputs, output, changes | smaller)
-    assert "data.tokenizer" in said and "has 507 ids, but student.vocab_size = 400" in said
-    said = refused(one, inputs, output, {"teacher.checkpoint": str(tmp_path / "larger")})
-    assert "student.vocab_size = 507" in said and "teacher.vocab_size = 600" in said
+    error = refused(one, inputs, output, changes | smaller)
+    assert "data.tokenizer" in error and "has 507 ids, but student.vocab_size = 400" in error
+    error = refused(one, inputs, output, {"teacher.checkpoint": str(tmp_path / "larger")})
+    assert "student.vocab_size = 507" in error and "teacher.vocab_size = 600" in error
 
 
 def test_an_added_token_beyond_the_rows_of_the_model_is_harmless_unless_it_occurs(inputs, one, tmp_path):
@@ -124,11 +124,11 @@ def test_an_added_token_beyond_the_rows_of_the_model_is_harmless_unless_it_occur
     (tmp_path / "text.txt").write_text("padded [PAD]")
     prepare([str(tmp_path / "text.txt")], str(tmp_path / "padded"), str(student), num_workers=1, progress=False)
     changes = {"data.train": [str(tmp_path / "padded")], "data.tokenizer": str(student)}
-    said = refused(one, inputs, tmp_path / "out", changes)
-    assert "padded.bin holds the token id 507" in said and "vocab_size is 507" in said
+    error = refused(one, inputs, tmp_path / "out", changes)
+    assert "padded.bin holds the token id 507" in error and "vocab_size is 507" in error
 
 
-def test_tokenizers_of_one_size_whose_ids_differ(inputs, one, tmp_path):
+def test_tokenizers_of_one_size_whose_ids_differ_are_refused(inputs, one, tmp_path):
     """The number of ids is equal, but the tokens differ, so a falling loss would mean nothing."""
     teacher = shutil.copytree(inputs / "teacher", tmp_path / "teacher")
     shutil.copytree(inputs / "tokenizer", teacher, dirs_exist_ok=True)
@@ -138,13 +138,13 @@ def test_tokenizers_of_one_size_whose_ids_differ(inputs, one, tmp_path):
     config.teacher.checkpoint, config.student.vocab_size = str(teacher), 507
     one.run(checked_data, config)
     rename(teacher, {tokens[i]: 799 - i for i in range(300, 500)})
-    said = refused(one, inputs, tmp_path / "out", {"teacher.checkpoint": str(teacher)})
-    assert f"data.tokenizer = {inputs}/tokenizer and teacher.checkpoint = {teacher} have different tokenizers" in said
-    assert f"of 507 ids 200 are other tokens, such as 300: {tokens[300]!r} and {tokens[499]!r}" in said
+    error = refused(one, inputs, tmp_path / "out", {"teacher.checkpoint": str(teacher)})
+    assert f"data.tokenizer = {inputs}/tokenizer and teacher.checkpoint = {teacher} have different tokenizers" in error
+    assert f"of 507 ids 200 are other tokens, such as 300: {tokens[300]!r} and {tokens[499]!r}" in error
 
 
 @pytest.mark.parametrize("kept", ["tokenizer", "manifest"])
-def test_token_files_made_with_another_tokenizer(inputs, one, tmp_path, kept):
+def test_token_files_made_with_another_tokenizer_are_refused(inputs, one, tmp_path, kept):
     """The number of ids is equal, but two tokens differ. The directory of the tokenizer may be gone."""
     directory = shutil.copytree(inputs / "tokenizer", tmp_path / "tokenizer")
     tokens = {i: token for token, i in tokenizer_vocab(directory).items()}
@@ -154,17 +154,17 @@ def test_token_files_made_with_another_tokenizer(inputs, one, tmp_path, kept):
     prepare([str(text)], str(tmp_path / "data"), str(directory), num_workers=1, progress=False)
     if kept == "manifest":
         shutil.rmtree(directory)
-    words = f"data.bin was made with another tokenizer ({directory}) than"
+    message = f"data.bin was made with another tokenizer ({directory}) than"
     for field in ("data.train", "data.valid"):
-        said = refused(one, inputs, tmp_path / "out", {field: [str(tmp_path / "data")]})
-        assert field in said and f"{words} data.tokenizer = {inputs}/tokenizer" in said
-        assert f"such as 300: {tokens[301]!r} and {tokens[300]!r}" in said
+        error = refused(one, inputs, tmp_path / "out", {field: [str(tmp_path / "data")]})
+        assert field in error and f"{message} data.tokenizer = {inputs}/tokenizer" in error
+        assert f"such as 300: {tokens[301]!r} and {tokens[300]!r}" in error
     student = shutil.copytree(inputs / "student", tmp_path / "student")
     shutil.copytree(inputs / "tokenizer", student, dirs_exist_ok=True)
-    with pytest.raises(ValueError, match=re.escape(f"{words} student.checkpoint = {student}")):
+    with pytest.raises(ValueError, match=re.escape(f"{message} student.checkpoint = {student}")):
         one.run(evaluated, inputs, 32, student, tmp_path / "data")
     beside_none = {"data.tokenizer": None, "data.valid": [str(tmp_path / "data")]}
-    assert f"{words} the other token files" in refused(one, inputs, tmp_path / "out", beside_none)
+    assert f"{message} the other token files" in refused(one, inputs, tmp_path / "out", beside_none)
 
 
 def test_harmless_differences_between_tokenizers_pass(inputs, one, tmp_path):
@@ -233,14 +233,14 @@ def checked_data(config):
     check_run_data(config, dataclasses.replace(student, vocab_size=rows))
 
 
-def test_damaged_token_files(inputs, one, tmp_path):
+def test_damaged_token_files_are_refused(inputs, one, tmp_path):
     for suffix in (".bin", ".idx"):
         shutil.copy(f"{inputs}/train{suffix}", f"{tmp_path}/data{suffix}")
     changes = {"data.train": [f"{tmp_path}/data"]}
     size = os.path.getsize(f"{tmp_path}/data.bin")
     os.truncate(f"{tmp_path}/data.bin", size - 2)
-    said = refused(one, inputs, tmp_path / "out", changes)
-    assert f"data.bin is truncated: {size - 2} bytes instead of {size}" in said and "nemo distill prepare" in said
+    error = refused(one, inputs, tmp_path / "out", changes)
+    assert f"data.bin is truncated: {size - 2} bytes instead of {size}" in error and "nemo distill prepare" in error
     os.truncate(f"{tmp_path}/data.bin", 0)
     assert "data.bin is empty (0 bytes)" in refused(one, inputs, tmp_path / "out", changes)
     shutil.copy(f"{inputs}/train.bin", f"{tmp_path}/data.bin")
@@ -253,7 +253,7 @@ ODD_SIZES |= {"num_query_groups": 3, "vocab_size": 507, "checkpoint": None}
 
 
 @pytest.mark.parametrize(
-    ("files_of_student", "changes", "words"),
+    ("files_of_student", "changes", "message"),
     [
         ({"tokenizer.json": "{"}, {}, "is not a Hugging Face tokenizer directory that can be loaded"),
         ({"tokenizer_config.json": '{"eos_token": ["a"]}'}, {}, "eos_token must be one token"),
@@ -278,21 +278,21 @@ ODD_SIZES |= {"num_query_groups": 3, "vocab_size": 507, "checkpoint": None}
         ),
     ],
 )
-def test_a_student_that_could_not_be_exported_is_not_trained(inputs, one, tmp_path, files_of_student, changes, words):
+def test_a_student_that_could_not_be_exported_is_not_trained(inputs, one, tmp_path, files_of_student, changes, message):
     student = shutil.copytree(inputs / "student", tmp_path / "student")
     shutil.copytree(inputs / "tokenizer", student, dirs_exist_ok=True)
     for name, content in files_of_student.items():
         (student / name).unlink(missing_ok=True) if content is None else (student / name).write_text(content)
     settings = {"student.checkpoint": str(student), "data.tokenizer": None, "checkpoint.export": True}
-    said = refused(one, inputs, tmp_path / "out", settings | changes)
-    assert words in said and (str(student) in said or changes)
+    error = refused(one, inputs, tmp_path / "out", settings | changes)
+    assert message in error and (str(student) in error or changes)
 
 
 def test_a_directory_in_the_place_of_the_export_is_refused_before_training(inputs, one, tmp_path):
     (tmp_path / "out" / "student").mkdir(parents=True)
     (tmp_path / "out" / "student" / "thesis.txt").write_text("years of work")
-    said = refused(one, inputs, tmp_path / "out", {"checkpoint.export": True})
-    assert f"{tmp_path}/out/student exists and is no export of ours" in said
+    error = refused(one, inputs, tmp_path / "out", {"checkpoint.export": True})
+    assert f"{tmp_path}/out/student exists and is no export of ours" in error
 
 
 def test_an_output_directory_that_holds_other_checkpoints(inputs, one, tmp_path):
@@ -326,11 +326,11 @@ def own(root):
     return {"teacher.checkpoint": str(root / "teacher"), "data.train": [str(root / "train")]}
 
 
-def test_resuming_with_other_settings(inputs, one, base, tmp_path):
+def test_resuming_with_other_settings_is_refused(inputs, one, base, tmp_path):
     write_hf(tmp_path / "teacher", seed=3)
     write_hf(tmp_path / "student", seed=2, layers=4, width=32)
     same = own(base)
-    for changes, words in (
+    for changes, message in (
         (
             {"teacher.checkpoint": str(tmp_path / "teacher")},
             f"teacher.checkpoint: was '{base}/teacher', is '{tmp_path}",
@@ -342,8 +342,8 @@ def test_resuming_with_other_settings(inputs, one, base, tmp_path):
         ({"training.seed": 5}, "training.seed: was 1234, is 5"),
         ({"checkpoint.resume": False}, "checkpoint.resume is off: choose another output_dir"),
     ):
-        said = refused(one, inputs, base / "out", same | changes)
-        assert words in said and "another output_dir" in said
+        error = refused(one, inputs, base / "out", same | changes)
+        assert message in error and "another output_dir" in error
 
 
 def test_resuming_knows_teacher_and_data_by_their_contents(inputs, one, base, tmp_path):
@@ -363,11 +363,11 @@ def test_resuming_knows_teacher_and_data_by_their_contents(inputs, one, base, tm
     assert vocabulary_hash(str(copied)) != vocabulary_hash(str(inputs / "tokenizer"))
     shutil.rmtree(root / "teacher")
     write_hf(root / "teacher", seed=3)  # the same architecture, other weights
-    said = refused(one, inputs, root / "out", own(root))
-    assert "teacher.checkpoint:" in said and "holds other contents than when the run began" in said
+    error = refused(one, inputs, root / "out", own(root))
+    assert "teacher.checkpoint:" in error and "holds other contents than when the run began" in error
     shutil.rmtree(root / "teacher")
     shutil.copytree(base / "teacher", root / "teacher")
     with open(root / "train.bin", "r+b") as tokens:
         tokens.write(bytes(64))
-    assert "data.train:" in (said := refused(one, inputs, root / "out", own(root)))
-    assert "holds other contents" in said
+    assert "data.train:" in (error := refused(one, inputs, root / "out", own(root)))
+    assert "holds other contents" in error
