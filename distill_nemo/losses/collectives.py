@@ -1,4 +1,4 @@
-"""All collectives of the losses, and how the log-sum-exps of shards become that of the vocabulary.
+"""All collectives of the losses, and the merge of shards' log-sum-exps into that of the vocabulary.
 
 Legend: S sequence (s: this rank's slice of it), B batch, R ranks that share the vocabulary.
 """
@@ -63,9 +63,9 @@ def merge(lse_R2SB: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
 
 def gather_sequence(loss_sB: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Put the slices of a sequence-parallel loss together: [s, B] on each rank -> [S, B] on all.
+    """Join the slices of a sequence-parallel loss: [s, B] on each rank -> [S, B] on all.
 
-    The gradient is this rank's slice, not summed over ranks: exact when every rank goes on to compute the same total
+    The gradient is this rank's slice, not summed over ranks. It is exact if every rank then computes the same total
     loss (Megatron's `gather_from_sequence_parallel_region(tensor_parallel_output_grad=False)`).
     Collectives: one all-gather in forward; none in backward.
     """

@@ -37,14 +37,14 @@ def local_lse(logits_SBv: Tensor) -> Tensor:
 
 
 def label_logits(logits_SBv: Tensor, labels_SB: Tensor, vocab_start: int) -> Tensor:
-    """Return the label's logit where it is in this shard, else 0: [S, B] fp32. The sum over ranks is the logit."""
+    """Return the label's logit if it is in this shard, else 0: [S, B] fp32. The sum over ranks is the logit."""
     inside_SB, column_SB = _columns(labels_SB, vocab_start, logits_SBv.shape[-1])
     found_SB = logits_SBv.gather(-1, column_SB[..., None])[..., 0].float()
     return torch.where(inside_SB, found_SB, 0.0)
 
 
 def lm_gradient(labels_n: Tensor, vocab_start: int, width: int, lse_2n: Tensor, grad_n: Tensor) -> LMGradient:
-    """Return the gradient of the LM loss; labels are of the whole vocabulary, `width` columns of it are here."""
+    """Return the LM loss's gradient. Labels index the whole vocabulary, of which this shard has `width` columns."""
     inside_n, column_n = _columns(labels_n, vocab_start, width)
     return LMGradient(column_n.where(inside_n, -1), lse_2n, grad_n)
 

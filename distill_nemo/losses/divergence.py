@@ -4,8 +4,8 @@ Each is a file in `divergences/`. To use one: `ForwardKL(temperature=2.0)(studen
 
 Legend: S sequence, B batch, v this rank's vocabulary shard, R ranks that share the vocabulary, n some tokens.
 With temperature T: q = softmax(student / T), p = softmax(teacher / T) over the whole vocabulary; a and b are student
-and teacher logits less their peaks, divided by T (`kernels/eager.py`). Everything is fp32 inside, whatever comes in.
-Padded columns hold -inf on both sides and count for nothing, even where they fill a rank's shard.
+and teacher logits less their peaks, divided by T (`kernels/eager.py`). Everything is computed in fp32.
+Padded columns hold -inf on both sides and have no effect, even if they fill a rank's shard.
 """
 
 from abc import ABC, abstractmethod
@@ -31,7 +31,7 @@ class Statistics(NamedTuple):
 
 @dataclass(frozen=True)
 class Divergence(ABC):
-    """A loss of every token that vanishes where student and teacher agree. T^2 is left to the caller.
+    """Loss of every token that is 0 where student and teacher agree. The caller multiplies by T^2.
 
     `begin`, one all-gather, `finish` give the loss; `gradient` is that of the student's logits. A new divergence
     writes `begin`, `finish` and `slope`.
@@ -69,7 +69,7 @@ class Divergence(ABC):
 
     @abstractmethod
     def begin(self, student_SBv: Tensor, teacher_SBv: Tensor) -> Statistics:
-        """Compute what this shard adds; `finish` gets it with `shard` gathered."""
+        """Compute this shard's statistics; `finish` gets them with `shard` gathered."""
 
     @abstractmethod
     def finish(self, stats: Statistics, gather: Gather) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -79,10 +79,10 @@ class Divergence(ABC):
         """Return `grad` times the derivative of the loss with respect to the student's logits, in torch.
 
         Args:
-            student_nv: of some tokens, fp32, may be overwritten.
+            student_nv: logits of some tokens, fp32, may be overwritten.
             teacher_nv: the same.
-            saved: what `finish` saved, [..., n].
-            grad_n1: of each token's loss.
+            saved: the numbers that `finish` saved, [..., n].
+            grad_n1: gradient of each token's loss.
         """
         raise NotImplementedError
 
@@ -102,8 +102,8 @@ class Divergence(ABC):
         Args:
             student_SBv: [S, B, v]; with `lm` fp32, [n, v], and overwritten.
             teacher_SBv: the same shape; may be `out`.
-            saved: what `finish` saved.
-            grad_SB: of each token's loss.
+            saved: the numbers that `finish` saved.
+            grad_SB: gradient of each token's loss.
             out_SBv: the same shape as the logits.
             lm: the LM loss, whose gradient is added before the sum is rounded.
         """
@@ -121,7 +121,7 @@ class Divergence(ABC):
 def write_rows(
     out_SBv: Tensor, rows: slice, slope_nv: Tensor, grad_n1: Tensor, student_SBv: Tensor, lm: LMGradient | None
 ) -> None:
-    """Write `slope` to rows of `out`, and 0 where grad is 0, whatever the slope; add the LM loss's gradient."""
+    """Write `slope` to rows of `out`, but 0 where grad is 0, even if the slope is NaN; add the LM loss's gradient."""
     slope_nv.masked_fill_(grad_n1 == 0, 0.0)
     if lm is not None:
         add_lm_gradient(student_SBv.flatten(0, -2)[rows], lm, rows, slope_nv)

@@ -16,8 +16,8 @@ class _HiddenStateLoss(_Loss):
 
     Args:
         student_width: H of the student.
-        teacher_width: H of the teacher. Where it differs, `projection` maps the student's states to it (no bias) and
-            is trained with the student.
+        teacher_width: H of the teacher. If it differs, `projection` maps the student's states to it (no bias) and is
+            trained with the student.
         sequence_parallel_group: the ranks that share the sequence; None: every rank holds all of it.
     """
 

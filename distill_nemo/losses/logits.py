@@ -22,9 +22,9 @@ class LogitsKLLoss(_Loss):
         true_vocab_size: columns from here on (global index) are padding: no probability, gradient exactly 0.
         group: the ranks that share the vocabulary; None: v is the whole vocabulary.
         vocab_start: global index of this rank's first column.
-        beta: with jensen_shannon, the teacher's share of the mixture, 0 < beta < 1; the others do not look at it.
-        top_k: with forward_kl, how many of the teacher's most likely tokens to match one by one, the rest being one
-            bucket; None: the whole vocabulary.
+        beta: with jensen_shannon, the teacher's share of the mixture, 0 < beta < 1; other divergences ignore it.
+        top_k: with forward_kl, the number of the teacher's most likely tokens to match one by one, with one bucket for
+            the rest; None: the whole vocabulary.
 
     Raises:
         ValueError: for an unknown divergence, a temperature that is not positive, or a beta or top_k that does not fit.
@@ -60,12 +60,12 @@ class LogitsKLLoss(_Loss):
         return (loss_SB * self.factor).transpose(0, 1).contiguous()
 
     def prepare(self, student_logits_SBv: Output, teacher_logits_SBv: Output) -> tuple[Tensor, Tensor]:
-        """Both sides on the same columns, without probability for padding; the teacher's detached.
+        """Return both logits on the same columns, without probability for padding; the teacher's detached.
 
         On one rank padding is cut off; on several it becomes -inf, so that every shard keeps its width.
 
         Raises:
-            ValueError: when the tokens differ; when widths differ and the true vocabulary is unknown, larger, or
+            ValueError: if the tokens differ, or if widths differ and the true vocabulary is unknown, larger, or
                 sharded over ranks.
         """
         student = student_logits_SBv[0] if isinstance(student_logits_SBv, tuple) else student_logits_SBv

@@ -20,9 +20,9 @@ def metrics_against_teacher(
     group: dist.ProcessGroup | None = None,
     vocab_start: int = 0,
 ) -> dict[str, Tensor]:
-    """Return `METRICS` of every token at temperature 1, whatever is trained: [S, B] fp32, the same on every rank.
+    """Return `METRICS` of every token at temperature 1: [S, B] fp32, the same on every rank.
 
-    Collectives: one all-gather a metric.
+    Collectives: one all-gather per metric.
     """
     pair = student_logits_SBv, teacher_logits_SBv
     return {

@@ -1,1 +1,1 @@
-"""Student, teacher, and the two as one."""
+"""Student, teacher, and the distillation model of both."""

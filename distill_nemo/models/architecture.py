@@ -1,4 +1,4 @@
-"""The architecture of one model: every size and trait, resolved once and handed down."""
+"""The architecture of a model: every size and trait, resolved once and passed on."""
 
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple
@@ -100,7 +100,7 @@ EXPERT_FIELDS = tuple(f.name for f in fields(Experts))
 
 @dataclass(frozen=True)
 class Architecture:
-    """One decoder-only transformer. Two are equal if they are the same network, whatever they come from.
+    """A decoder-only transformer. Two are equal if they are the same network, even from different sources.
 
     Args:
         name: for messages: the checkpoint as the config names it, or the config's class.
@@ -180,7 +180,7 @@ class Architecture:
         return replace(self, layers=tuple(layers))
 
     def filled[T: ModelConfig](self, config: T) -> T:
-        """Return a copy of the model's config with every open field filled in, as a run records it."""
+        """Return a copy of the model's config with every unset field filled in, as a run records it."""
         values = vars(self) | {"num_layers": self.num_layers} | (asdict(self.experts) if self.experts else {})
         return replace(config, **{f.name: values[f.name] for f in fields(config) if f.name in values})
 

@@ -1,6 +1,6 @@
-"""Fields of a configuration that a checkpoint brings. The file may hold anything, so each is checked before it is used.
+"""Checked fields of a checkpoint's configuration, whose file may hold anything.
 
-Sizes have upper limits far above any model's: what is made from a size takes little memory before weights are read.
+Sizes have upper limits far above any model's, so objects made from them take little memory before weights are read.
 """
 
 import reprlib
@@ -19,9 +19,9 @@ _SHORT = reprlib.Repr(maxstring=80, maxother=80)
 
 @dataclass(frozen=True)
 class Fields:
-    """A mapping of fields, and where it stands: the file, or a field of it. A null is as good as an absent field.
+    """A mapping of fields and its place: the file, or a field of it. A null is the same as an absent field.
 
-    Every method raises a `ValueError` for a value of another kind: file, field, what came, what is allowed.
+    Every method raises a `ValueError` for a value of another type: file, field, what came, what is allowed.
     """
 
     values: dict[str, Any]
@@ -85,10 +85,10 @@ class Fields:
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:
-    """True for a number that is no truth value."""
+    """Return True for a number that is not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def shown(value: Any) -> str:
-    """A short `repr`, whatever the value."""
+    """Return a short `repr` of any value."""
     return _SHORT.repr(value)

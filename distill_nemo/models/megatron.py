@@ -95,9 +95,9 @@ def transformer_config(
 
 
 def _initialisation(model: Architecture) -> dict[str, Any]:
-    """Leave weights that a checkpoint fills as they are: every rank would draw the whole of every tensor.
+    """Skip random initialisation of weights that a checkpoint fills: every rank would draw every tensor as a whole.
 
-    ModelOpt computes with a model's weights while it restores what it did to it, so those are zeros.
+    ModelOpt computes with a model's weights while it restores its changes, so those are zeros.
     """
     if model.source is None:
         return {}
@@ -131,7 +131,7 @@ def _window_settings(model: Architecture, parallelism: ParallelismConfig, dtype:
 
 
 def _stage_layout(num_layers: int, parallelism: ParallelismConfig) -> list[list[str]] | None:
-    """Return the contents of each pipeline stage, in the order of the model, in Megatron's words."""
+    """Return the contents of each pipeline stage, in the order of the model and in Megatron's notation."""
     if parallelism.num_stages == 1:
         return None
     if num_layers < parallelism.num_stages:
@@ -178,7 +178,7 @@ def gpt_model(
     parallel_output: bool = True,
     vp_stage: int | None = None,
 ) -> GPTModel:
-    """Build this pipeline stage, with random weights. Megatron calls the class deprecated; only this names it."""
+    """Build this pipeline stage with random weights. Only here is the class named, which Megatron calls deprecated."""
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
     block, multipliers = block_spec(config, vp_stage), model.multipliers
     if model.post_norms:

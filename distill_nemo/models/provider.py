@@ -42,9 +42,9 @@ def model_provider(
     recompute: Recompute | None = None,
     vp_stage: int | None = None,
 ) -> nn.Module:
-    """Build this pipeline stage of the student, as the mode asks.
+    """Build this pipeline stage of the student, or with `teacher` of a `mtd.DistillationModel`.
 
-    Without `teacher`: plain training. With it: a `mtd.DistillationModel`. `finalise` gives the clean student back.
+    `finalise` returns the clean student of a distillation model.
 
     Args:
         pre_process: this stage holds the embedding.
@@ -52,15 +52,15 @@ def model_provider(
         parallel_output: logits stay split over tensor-parallel ranks.
         student: its architecture, or a config from which that is resolved; without a checkpoint its weights are random.
         parallelism: Megatron's parallel sizes.
-        dtype: of weights and activations.
-        teacher: likewise, or None for training without one.
-        distillation: what to learn from the teacher.
-        load_weights: False skips the student's weights: a resumed run has its own.
+        dtype: dtype of weights and activations.
+        teacher: architecture or config of the teacher; None for training without one.
+        distillation: losses between student and teacher.
+        load_weights: False skips the student's weights, since a resumed run has its own.
         recompute: activations of the student to compute again in backward: `full`, `selective` or None.
         vp_stage: virtual pipeline stage.
 
     Raises:
-        ValueError: for an architecture or a checkpoint that does not fit, naming what does not.
+        ValueError: for an architecture or a checkpoint that does not fit, with the reason.
     """
     where = {"pre_process": pre_process, "post_process": post_process, "parallel_output": parallel_output}
     model_kwargs = {**where, "vp_stage": vp_stage, "parallelism": parallelism, "dtype": dtype}
@@ -77,7 +77,7 @@ def model_provider(
 
 
 def finalise(model: nn.Module) -> nn.Module:
-    """Return the clean student of a distillation model (`mtd.export`); any other model as it is."""
+    """Return the clean student of a distillation model (`mtd.export`); other models are returned unchanged."""
     if not isinstance(model, mtd.DistillationModel):
         return model
     detach(model)

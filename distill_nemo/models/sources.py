@@ -1,4 +1,4 @@
-"""Tell the kinds of checkpoint directory apart."""
+"""Find out the kind of a checkpoint directory."""
 
 import enum
 import re
@@ -65,10 +65,10 @@ class Source:
 
 
 def find_checkpoint(path: Path) -> FoundCheckpoint:
-    """Look into `path` and say what kind of checkpoint it is.
+    """Find the checkpoint in `path` and its kind.
 
     Raises:
-        ValueError: when it is missing or none of the kinds, saying what was looked for.
+        ValueError: if it is missing or of no known kind, with the files that were looked for.
     """
     if not path.is_dir():
         raise ValueError(f"checkpoint directory not found: {path}")
@@ -99,14 +99,14 @@ def saved_steps(root: Path) -> list[Path]:
 
 
 def candidates(root: Path) -> list[Path]:
-    """Return what a run may resume from: the checkpoint that `latest` names and older ones, else all; newest first."""
+    """Return the checkpoints to resume from, newest first: the one that `latest` names and older ones, else all."""
     steps = saved_steps(root)
     named = _named_by_tracker(root)
     return steps[steps.index(named) :] if named in steps else steps
 
 
 def tracker_fault(root: Path) -> str | None:
-    """Return the reason why `latest` cannot be followed; None where it can, or where no run has saved."""
+    """Return the reason why `latest` cannot be followed; None if it can, or if no run has saved."""
     tracker, steps = root / "latest", saved_steps(root)
     if _named_by_tracker(root) in steps or not (steps or tracker.exists() or tracker.is_symlink()):
         return None

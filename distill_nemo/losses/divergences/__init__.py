@@ -1,4 +1,4 @@
-"""One file a divergence, by the name that configs use. A file whose name begins with _ is part of another's choice.
+"""One file per divergence, under the name that configs use. A file whose name begins with _ is no choice of its own.
 
 A new divergence is its file here, with one class, its fp64 oracle in tests/reference.py, and its row in
 docs/semantics.md.
@@ -30,8 +30,8 @@ def choose_divergence(name: str, temperature: float = 1.0, beta: float = 0.5, to
     Args:
         name: a key of `DIVERGENCES`. Never a bare "kl".
         temperature: T > 0, divides the logits of both sides.
-        beta: the teacher's share of the mixture m, for jensen_shannon; the others do not look at it.
-        top_k: with forward_kl, the number of tokens known of the teacher, all others being one bucket; None: all.
+        beta: the teacher's share of the mixture m, for jensen_shannon; other divergences ignore it.
+        top_k: with forward_kl, the number of tokens known of the teacher, with one bucket for all others; None: all.
 
     Raises:
         ValueError: for an unknown name, a value out of range, or a top_k beside another divergence than forward_kl.

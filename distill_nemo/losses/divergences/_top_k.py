@@ -1,6 +1,6 @@
 """Forward KL to a teacher of which only the k most likely tokens are known. Legend: `divergence.py`.
 
-Besides: k tokens asked for, c = min(k, v) candidates of each shard, n = R c of all shards, K = min(k, n) of them kept,
+Also: k requested tokens, c = min(k, v) candidates of each shard, n = R c of all shards, K = min(k, n) of them kept,
 m = K + 1 buckets, N = S B.
 """
 
@@ -107,9 +107,9 @@ class TopKForwardKL(Divergence):
 
 
 def _largest(logits: Tensor, num: int) -> Tensor:
-    """Columns of the `num` largest, the largest first and the lowest column first on ties: [..., v] -> [..., num].
+    """Return the columns of the `num` largest, largest first, lowest column first on ties: [..., v] -> [..., num].
 
-    `topk` takes any of equal values, and a teacher in bf16 has many: which tokens count would depend on the layout.
+    `topk` takes any of equal values, of which a teacher in bf16 has many, so the choice would depend on the layout.
     """
     bits = (logits + 0.0).view(torch.int32)  # -0.0 becomes 0.0
     ascending = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # integers in the order of the floats
@@ -126,7 +126,7 @@ def _split(logits: Tensor, columns: Tensor, temperature: float) -> Tensor:
 
 
 def _ranking(ranks_R2SBc: Tensor) -> Tensor:
-    """The order of all candidates of the ranks side by side, the teacher's largest logit first: [S, B, R c] int64."""
+    """Return the order of all ranks' candidates side by side, the teacher's largest logit first: [S, B, R c] int64."""
     teacher_SBn = ranks_R2SBc[:, 1, ..., :-2].movedim(0, -2).flatten(-2)
     # A stable sort takes the lowest column of the vocabulary first on ties.
     return teacher_SBn.argsort(dim=-1, descending=True, stable=True)
@@ -140,7 +140,7 @@ def _below(ranks_R2SBc: Tensor, peak_2SB: Tensor, temperature: float) -> Tensor:
 
 
 def _buckets(ranks_R2SBc: Tensor, order_SBn: Tensor, top_k: int) -> Tensor:
-    """`_below` of the shards to the buckets of the whole vocabulary, m = K + 1: [2, S, B, m]."""
+    """Merge the shards' `_below` into the buckets of the whole vocabulary, m = K + 1: [2, S, B, m]."""
     candidates_2SBn = ranks_R2SBc[..., :-1].movedim(0, -2).flatten(-2)
     candidates_2SBn = candidates_2SBn.gather(-1, order_SBn.expand_as(candidates_2SBn))
     tail_2SBn = torch.cat([candidates_2SBn[..., top_k:], ranks_R2SBc[..., -1].movedim(0, -1)], dim=-1)

@@ -16,8 +16,8 @@ class ForwardKL(Divergence):
 
     Without shards, `log_q, log_p = (z / T).log_softmax(-1), (t / T).log_softmax(-1)` of student z and teacher t:
     `F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)`.
-    As computed, with P and Q the totals of teacher and student: `kl = E_p[b - a] - log P + log Q`, where no number has
-    an offset common to all logits in it. Peaks, totals and means of the shards make those of the vocabulary.
+    It is computed from the totals P and Q of teacher and student as `kl = E_p[b - a] - log P + log Q`, in which no
+    number contains an offset common to all logits. The shards' peaks, totals and means give those of the vocabulary.
 
     The gradient is `(q - p) / T`.
     Collectives: one all-gather of both peaks and totals and the mean, 20 bytes per token and rank.

@@ -20,10 +20,11 @@ class JensenShannon(Divergence):
     `(beta * log_p.exp() * (log_p - log_m) + (1 - beta) * log_q.exp() * (log_q - log_m)).sum(-1)`.
 
     At most `-beta log(beta) - (1 - beta) log(1 - beta)`, so log 2 for beta = 0.5, which alone is symmetric.
-    It vanishes at both ends: divided by beta it tends to KL(p || q), forward KL, as beta -> 0; divided by (1 - beta)
-    to KL(q || p), reverse KL, as beta -> 1. So a small beta needs a learning rate or weight 1 / beta times as large.
+    It vanishes at both ends. Divided by beta it tends to KL(p || q), forward KL, as beta -> 0; divided by (1 - beta)
+    it tends to KL(q || p), reverse KL, as beta -> 1. So a small beta needs a learning rate or weight 1 / beta times as
+    large.
 
-    The gradient is `(1 - beta) q_j (log(q_j / m_j) - KL(q || m)) / T`, finite whatever the logits.
+    The gradient is `(1 - beta) q_j (log(q_j / m_j) - KL(q || m)) / T`, which is finite for all logits.
     Collectives: two all-gathers, of the log-sum-exps and of the two KLs, 16 and 8 bytes per token and rank.
     Saved for backward: the logits and five fp32 numbers per token.
 

@@ -14,11 +14,11 @@ from distill_nemo.losses.kernels.eager import below
 
 @dataclass(frozen=True)
 class ReverseKL(Divergence):
-    """KL(student || teacher) of every token; infinite where the student has mass that the teacher has not.
+    """KL(student || teacher) of every token; infinite if the student has mass where the teacher has none.
 
     Without shards, `log_q, log_p = (z / T).log_softmax(-1), (t / T).log_softmax(-1)` of student z and teacher t:
     `F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)`.
-    As computed: forward KL's sums with the sides exchanged, `kl = mean - log Q + log P`, `mean = E_q[a - b]`.
+    It is computed from forward KL's sums with the sides exchanged, `kl = mean - log Q + log P`, `mean = E_q[a - b]`.
 
     The gradient is `q_j (log q_j - log p_j - kl) / T = q_j (a_j - b_j - mean) / T`.
     Collectives: one all-gather, 20 bytes per token and rank.

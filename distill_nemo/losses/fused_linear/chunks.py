@@ -53,17 +53,17 @@ class FusedLoss:
     """The losses to compute, and their weights.
 
     Args:
-        divergence: the logits loss; its temperature is not the LM loss's, which is 1.
-        factor: of the divergence; T^2 where gradients should keep their size.
-        lm_weight: of the LM loss in the total; a tensor is not read by the host. 0.0: it has no gradient.
-        logits_weight: of the divergence in the total.
+        divergence: the logits loss; its temperature does not apply to the LM loss, whose temperature is 1.
+        factor: factor of the divergence, such as T^2 to keep the size of gradients.
+        lm_weight: weight of the LM loss in the total; the host does not read a tensor. 0.0: it has no gradient.
+        logits_weight: weight of the divergence in the total.
         group: the ranks that share the vocabulary; None: v is the whole vocabulary.
         vocab_start: global index of this rank's first column.
-        num_true: columns of this shard that are tokens; those after them are padding, without probability.
-        upstream: the upstream gradient to expect. Any other is right too, unless a parameter has Megatron's
-            `main_grad`: its gradient is added there in forward, before the upstream gradient is known.
+        num_true: columns of this shard that are tokens; later ones are padding, without probability.
+        upstream: the expected upstream gradient. Others work too, unless a parameter has Megatron's `main_grad`:
+            its gradient is added there in forward, before the upstream gradient is known.
         chunk_tokens: n; None: by the memory that a chunk's logits take.
-        num_valid: M, where the host knows it; else on CUDA it waits for the mask.
+        num_valid: M, if the host knows it; else the host waits for the mask on CUDA.
     """
 
     divergence: Divergence
@@ -106,7 +106,7 @@ class ValidTokens(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Sums that forward adds to; None where no gradient is wanted."""
+    """Sums of gradients that forward computes; None for those that are not needed."""
 
     hidden_MH: Tensor | None
     weight: GradientSum | None
@@ -114,14 +114,14 @@ class Gradients(NamedTuple):
 
     @staticmethod
     def of(student: Head, wanted: Any, valid: ValidTokens) -> "Gradients":
-        """Zeros, or Megatron's sums so far."""
+        """Start from zeros, or from Megatron's sums so far."""
         hidden_MH = valid.student.hidden_NH.new_empty(valid.student.hidden_NH.shape, dtype=torch.float32)
         pairs = zip((student.weight_vH, student.bias_v), wanted[1:], strict=True)
         parameters = (GradientSum(x) if x is not None and needed else None for x, needed in pairs)
         return Gradients(hidden_MH if wanted[0] else None, *parameters)
 
     def add(self, valid: ValidTokens, rows: slice, grad_nv: Tensor) -> None:
-        """Add what the gradient of some tokens' logits gives."""
+        """Add the gradients that follow from the gradient of some tokens' logits."""
         if self.hidden_MH is not None:
             gemm.hidden_gradient(grad_nv, valid.student.weight_vH, self.hidden_MH[rows])
         if self.weight is not None:
@@ -131,7 +131,7 @@ class Gradients(NamedTuple):
 
 
 def chunk_size(num_tokens: int, width: int, on_gpu: bool, most: int | None = None) -> int:
-    """Return the tokens of a chunk of logits of `width` columns: at most `most`, or what memory allows, and even."""
+    """Return the tokens of a chunk of logits of `width` columns, so that chunks are equal: `most`, else by memory."""
     most = most or max((CUDA_CHUNK_BYTES if on_gpu else CHUNK_BYTES) // (4 * width), CHUNK_TOKENS)
     return -(-num_tokens // -(-num_tokens // most))
 
@@ -139,7 +139,7 @@ def chunk_size(num_tokens: int, width: int, on_gpu: bool, most: int | None = Non
 def chunk_logits(valid: ValidTokens, loss: FusedLoss, num_buffers: int = 1) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yield successive tokens and their logits, student's and teacher's [n, v] fp32, free to be overwritten.
 
-    Padding holds -inf. A chunk's logits stay until `num_buffers` more are asked for.
+    Padding holds -inf. A chunk's logits are valid until `num_buffers` more have been taken.
     """
     num_tokens, width = len(valid.labels_M), valid.student.weight_vH.shape[0]
     if num_tokens == 0:

@@ -1,8 +1,8 @@
-"""Multiply with an output layer, with fp32 results whatever the dtype of its weight.
+"""Multiply with an output layer, with fp32 results for every dtype of its weight.
 
-Rounding logits to bf16 before the softmax would cost more than all else in a loss. On CUDA low-precision factors are
-multiplied as they are and the accumulator is kept. A CPU has no such product in torch: there the weight is made fp32 a
-block at a time, in a buffer that stays in the cache.
+Rounding logits to bf16 before the softmax would be the largest error of a loss. On CUDA, low-precision factors are
+multiplied directly and the fp32 accumulator is kept. On CPU torch has no such product, so the weight is converted to
+fp32 in blocks, in a buffer that stays in the cache.
 
 Legend: n some tokens, H width of a model, v this rank's vocabulary shard.
 """
@@ -59,7 +59,7 @@ def _keeps_accumulator(hidden_nH: Tensor, weight_vH: Tensor) -> bool:
 
 
 def _blocks(weight_vH: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield which rows, and those rows of the weight in fp32, valid until the next are asked for."""
+    """Yield slices of rows and those rows of the weight in fp32, valid until the next ones are taken."""
     num_rows, width = weight_vH.shape
     if weight_vH.dtype == torch.float32:
         yield slice(0, num_rows), weight_vH

@@ -1,4 +1,4 @@
-"""From hidden states and output weights to the losses and their gradients; logits exist for a few tokens at a time.
+"""Losses and gradients from hidden states and output weights; logits exist for a few tokens at a time.
 
 Legend: N tokens, M valid ones, n a chunk of them, H width (student and teacher may differ), v this rank's
 vocabulary shard. In torch, with `z, t = student.hidden @ student.weight.T, teacher.hidden @ teacher.weight.T` (and
@@ -8,13 +8,13 @@ biases, scales and softcaps, see `Head`), labels, mask, and the logits loss of `
     kd = (LogitsKLLoss(...)(z, t) * mask).sum()
     lm_weight * lm + logits_weight * kd
 
-The gradient is computed in forward, chunk by chunk, from logits that are then forgotten. So the weights of the losses
-must be known there, and only their weighted sum can be differentiated; backward multiplies by its upstream gradient.
-A chunk's all-gather (one, with Jensen-Shannon two) is under way while the next chunk's logits are computed; the others
-are hidden states' and up to the caller: the gradient of the hidden states is this rank's share of a sum over ranks.
+Forward computes the gradient chunk by chunk, from logits that it then discards. So the weights of the losses must be
+known by then, and only the weighted sum can be differentiated. Backward multiplies by its upstream gradient. A chunk's
+all-gather (two with Jensen-Shannon) overlaps the next chunk's logits. Collectives of the hidden states are up to the
+caller: their gradient is this rank's share of a sum over ranks.
 
-Ideas: Apple's Cut Cross-Entropy (arXiv:2411.09009) recomputes logits in backward, one product more; Liger's fused
-linear losses (arXiv:2410.10989) compute gradients in forward, as here.
+Related: Apple's Cut Cross-Entropy (arXiv:2411.09009) recomputes logits in backward, for one more product. Liger's
+fused linear losses (arXiv:2410.10989) compute gradients in forward, as here.
 """
 
 from collections import deque
@@ -41,13 +41,13 @@ class Losses(NamedTuple):
 
 
 def fused_linear_losses(student: Head, teacher: Head, labels_N: Tensor, loss_mask_N: Tensor, loss: FusedLoss) -> Losses:
-    """Compute the losses of tokens with a positive mask, each times its mask; the others are not even multiplied.
+    """Compute the losses of tokens with a positive mask, each times its mask. No product includes masked tokens.
 
     The gradient of `total` goes to the student's hidden states (under tensor parallelism this rank's share of a sum),
-    weight and bias, none to the teacher. It is added up in fp32, in `main_grad` where a parameter has it.
+    weight and bias. The teacher gets none. Gradients are summed in fp32, in `main_grad` if a parameter has one.
 
     Raises:
-        ValueError: when the shards' widths differ.
+        ValueError: if the shards' widths differ.
         RuntimeError: in backward, see `FusedLoss.upstream`.
     """
     widths = student.weight_vH.shape[0], teacher.weight_vH.shape[0]
@@ -146,9 +146,9 @@ def _finish(valid: ValidTokens, loss: FusedLoss, sums: Gradients | None, chunk: 
 def _logits_gradient(
     valid: ValidTokens, loss: FusedLoss, chunk: _Chunk, saved: tuple[Tensor, ...], lse_2n: Tensor
 ) -> Tensor:
-    """Return the gradient of the student's `hidden @ weight.T + bias`, over the teacher's logits if it has their dtype.
+    """Return the gradient of the student's `hidden @ weight.T + bias`, in the teacher's logits' memory if dtypes agree.
 
-    Only the derivative of a softcap takes memory of its own.
+    Only the derivative of a softcap needs more memory.
     """
     z_nv, t_nv, student, lm = chunk.student_nv, chunk.teacher_nv, valid.student, None
     weight_n = valid.weight_M[chunk.rows] * (loss.upstream * student.scale)

@@ -1,4 +1,4 @@
-"""Add up the gradient of a parameter in fp32, piece by piece.
+"""Sum the gradient of a parameter in fp32, piece by piece.
 
 Megatron's DDP gives a parameter an fp32 `main_grad`, to which its backward hook adds `.grad`. Code that adds there
 itself sets `grad_added_to_main_grad` and gives autograd no gradient (megatron/core/tensor_parallel/layers.py and
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class GradientSum:
-    """The fp32 sum for `parameter`: its `main_grad` where there is one in fp32, else a tensor of its own, of zeros."""
+    """Sum in fp32 for `parameter`: its `main_grad` if that is fp32, else a new tensor of zeros."""
 
     def __init__(self, parameter: Tensor) -> None:
         self.parameter: Any = parameter
@@ -25,7 +25,7 @@ class GradientSum:
         """Return the gradient for autograd, `scale * sum` in the parameter's dtype, or None after adding directly.
 
         Raises:
-            RuntimeError: when it was added directly and `scale` is not 1 (on CUDA an asynchronous assertion).
+            RuntimeError: if it was added directly and `scale` is not 1 (on CUDA an asynchronous assertion).
         """
         if not self.direct:
             return (self.sum * scale).to(self.parameter.dtype)

@@ -1,9 +1,9 @@
-"""Kernels in C (`cpu_kernels.c`) for bf16 and fp32 logits on CPU: several times as fast as torch.
+"""Kernels in C (`cpu_kernels.c`) for bf16 and fp32 logits on CPU, several times as fast as torch.
 
-Compiled by the machine's own C compiler ($CC, cc, gcc or clang) at first use, in about a second, and kept in
-~/.cache/distill_nemo (or $XDG_CACHE_HOME). Without a compiler, or a place to write, torch does the work.
-Tokens are shared out among `torch.get_num_threads()` threads, torch's own where both use the same OpenMP; a token's
-bits do not depend on how many.
+The machine's C compiler ($CC, cc, gcc or clang) builds them at first use, in about a second, into ~/.cache/distill_nemo
+(or $XDG_CACHE_HOME). Without a compiler or a writable place, torch computes. Tokens are divided over
+`torch.get_num_threads()` threads, which are torch's own if both use the same OpenMP. The number of threads does not
+change a token's bits.
 """
 
 import ctypes
@@ -22,8 +22,8 @@ from torch import Tensor
 from distill_nemo.losses.kernels.eager import LMGradient, add_lm_gradient
 
 SOURCE = Path(__file__).with_suffix(".c")
-# Strict floating point but for fused multiply-adds: infinities and NaN mean what they say. Scheduling lets the
-# exponentials of a loop overlap, which gcc leaves to the processor otherwise.
+# Strict floating point except for fused multiply-adds, so infinities and NaN are kept. Scheduling makes the
+# exponentials of a loop overlap, which gcc otherwise leaves to the processor.
 FLAGS = ["-O3", "-march=native", "-fschedule-insns", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 OPENMP = "-fopenmp", "-fopenmp-simd"  # or, where a compiler comes without its library, one thread
 SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
@@ -100,7 +100,7 @@ def _gradient(
 def _call(
     name: str, logits_SBv: tuple[Tensor, Tensor], temperature: float, numbers_N: tuple[Tensor, ...], *out_SBv: Tensor
 ) -> None:
-    """`name(logits and their strides, rows, width, threads, T, numbers, out and its stride)`."""
+    """Call `name(logits and their strides, rows, width, threads, T, numbers, out and its stride)`."""
     loaded = library()
     assert loaded is not None, "ask can_take first"
     function = getattr(loaded, f"{name}_{SUFFIXES[logits_SBv[0].dtype]}")
@@ -117,7 +117,7 @@ def _address(x: Tensor) -> ctypes.c_void_p:
 
 @cache
 def library() -> Any:
-    """The compiled functions, or None where they cannot be had."""
+    """Return the compiled functions, or None if they cannot be built."""
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
     if compiler is None:
         return None
@@ -128,7 +128,7 @@ def library() -> Any:
 
 
 def _compiled(compiler: str) -> Path:
-    """The library of this source, compiler and processor; built beside its place and renamed, as ranks may race."""
+    """Return the library for this source, compiler and processor. It is built aside and renamed, as ranks may race."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "distill_nemo"
     target = folder / f"cpu_kernels_{_fingerprint(compiler)}.so"
     if not target.exists():
@@ -145,7 +145,7 @@ def _compiled(compiler: str) -> Path:
 
 
 def _fingerprint(compiler: str) -> str:
-    """A home directory may be shared by machines with other processors, for which `-march=native` is another thing."""
+    """Return a key of source, compiler and processor, as machines that share a home may differ in `-march=native`."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     processor = sorted({line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))})

@@ -1,7 +1,7 @@
-"""Choose who computes a rank's own part of a loss: Triton on a GPU, compiled C on CPU, else plain torch.
+"""Choose the kernels for a rank's own part of a loss: Triton on a GPU, compiled C on CPU, else plain torch.
 
-A kernel replaces a function of torch with the same arguments and results. It passes the same tests, and returns the
-same bits whenever it runs again.
+A kernel replaces a torch function with the same arguments and results. It passes the same tests, and returns the same
+bits in every run.
 """
 
 import os
@@ -17,7 +17,7 @@ Kernel = Callable[..., Tensor]
 
 
 def choose_kernels(*tensors: Tensor) -> str:
-    """Return "triton", "c" or "eager" (torch) for these tensors: all logits, and what the gradient is written to."""
+    """Return "triton", "c" or "eager" (torch) for these tensors: all logits, and the output of the gradient."""
     wanted = os.environ.get(VARIABLE, "")
     if wanted not in ("", "eager", "c", "triton"):
         raise ValueError(f'{VARIABLE} is "{wanted}"; leave it unset, or say eager, c or triton')
@@ -27,7 +27,7 @@ def choose_kernels(*tensors: Tensor) -> str:
 
 
 def find_kernel(name: str, *tensors: Tensor) -> Kernel | None:
-    """Return the kernel of this name for these tensors, or None where torch has to do it."""
+    """Return the kernel of this name for these tensors, or None if torch has to compute."""
     kernels = {"triton": _triton_kernels, "c": lambda: cpu_kernels.KERNELS, "eager": dict}[choose_kernels(*tensors)]()
     return kernels.get(name)
 

@@ -3,9 +3,9 @@
 Legend: S sequence, B batch, v this rank's vocabulary shard, N = S B tokens, n some of them. Logits are of any float
 dtype, numbers per token fp32. No collectives.
 
-A log-sum-exp of logits x is two numbers, `lse_2SB`: the peak, their largest, and the total, sum exp((x - peak) / T). So
-softmax(x / T) = exp((x - peak) / T) / total. Their sum `peak / T + log(total)` in one fp32 number would lose digits of
-the total to an offset common to all logits; so the peak is subtracted first, and the rest is divided by T.
+A log-sum-exp of logits x is two numbers, `lse_2SB`: the peak, which is their largest, and the total, sum exp((x - peak)
+/ T). So softmax(x / T) = exp((x - peak) / T) / total. In one fp32 number, `peak / T + log(total)`, an offset common to
+all logits would take digits of the total. So the peak is subtracted first, and the rest is divided by T.
 """
 
 from collections.abc import Iterator
@@ -20,9 +20,9 @@ CUDA_CHUNK = 2**22
 
 
 def chunks(*logits_SBv: Tensor) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
-    """Yield successive tokens, and fp32 copies [n, v] of their logits, free to be overwritten.
+    """Yield successive tokens and fp32 copies [n, v] of their logits, which may be overwritten.
 
-    The copies are valid until the next are asked for.
+    The copies are valid until the next ones are taken.
     """
     logits_Nv = [x.flatten(0, -2) for x in logits_SBv]
     num_tokens, width = logits_Nv[0].shape
@@ -48,7 +48,7 @@ def softmax(logits_nv: Tensor, lse_2n: Tensor, temperature: float) -> Tensor:
 
 
 def total_and_mean(below_nv: Tensor, values_nv: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sum of the weights `exp(below)`, and the mean of `values` under them; weight 0 counts for nothing."""
+    """Return the sum of the weights `exp(below)`, and the mean of `values` under them. Weight 0 has no effect."""
     weights = below_nv.exp()
     total = weights.sum(-1)
     return total, weigh(weights, values_nv).sum(-1) / total.clamp(min=1.0)  # 0 in a shard of nothing but -inf

@@ -1,11 +1,11 @@
 """Kernels in Triton for CUDA; on CPU only through the interpreter (TRITON_INTERPRET=1).
 
-Forward reads every logit once (online log-sum-exp; twice for Jensen-Shannon), one program to a token. Backward reads
-once and writes once, one program to a token and block of columns; a token without a gradient is not read. With the LM
-loss's gradient it reads the student's logits again, from the first cache. All sums run in fp32 and one order, without
-atomics: the same bits every time.
+Forward reads every logit once (online log-sum-exp; twice for Jensen-Shannon), with one program per token. Backward
+reads once and writes once, with one program per token and block of columns; it does not read a token without a
+gradient. With the LM loss's gradient it reads the student's logits again, from the first-level cache. All sums run in
+fp32 in one order, without atomics, so results have the same bits in every run.
 
-Memory decides the time only while few instructions are spent on a column: an H200 has about 30 for one of student and
+Memory limits the time only if few instructions are spent on a column: an H200 has about 30 for a column of student and
 teacher in bf16. So logits are multiplied by 1/T, never divided; exponentials are the hardware's, of base 2; and no
 number leaves its thread within a loop. tests/unit/losses/test_kernels.py counts them in the code for sm_90.
 """
@@ -31,13 +31,13 @@ def _load(logits, columns, width):
 
 @triton.jit
 def _exp(x):
-    """`tl.exp` spends three more instructions on results below 1e-38, which are 0 here."""
+    """Compute exp(x), with 0 for results below 1e-38, on which `tl.exp` spends three more instructions."""
     return tl.exp2(x * LOG2_E)
 
 
 @triton.jit
 def _weigh(weights, values):
-    """Multiply by a weight; 0 gives 0, be the value infinite."""
+    """Multiply by a weight; 0 gives 0 even for an infinite value."""
     return tl.where(weights == 0, 0.0, weights * values)
 
 
@@ -45,7 +45,7 @@ def _weigh(weights, values):
 def _statistics(
     P, Q, OUT, p_stride, q_stride, num_tokens, width, per_temperature, ROWS: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
-    """See `eager.kl_statistics`. Every lane has peaks and sums of its own, put together at the end."""
+    """Compute `eager.kl_statistics`. Every lane has its own peaks and sums, which are merged at the end."""
     per_unit = per_temperature * LOG2_E
     token = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
@@ -230,7 +230,7 @@ KERNELS = {
 
 
 def _scale(grad: Tensor, lse: Tensor, temperature: float) -> Tensor:
-    """`grad / total / T`, and 0 where grad is 0, whatever the total. Else every thread of a token would divide."""
+    """Return `grad / total / T`, and 0 where grad is 0 for any total, so that threads of a token need not divide."""
     return torch.where(grad == 0, 0.0, grad / lse[1] / temperature)
 
 

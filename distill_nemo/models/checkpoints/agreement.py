@@ -1,4 +1,4 @@
-"""Logits of a model as transformers opens it, held against Megatron's of the same weights."""
+"""Compare the logits of a model opened by transformers with Megatron's of the same weights."""
 
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def _refusal(path: str | Path, done: str, error: Exception) -> ValueError:
 
 @torch.no_grad()
 def logits_apart(built: GPTModel, reference: transformers.PreTrainedModel, vocab_size: int) -> float:
-    """Norm of the difference of both models' logits on random tokens, relative to the reference's.
+    """Return the norm of the difference of both models' logits on random tokens, relative to the reference's.
 
     Args:
         built: a whole model (TP=1, PP=1).

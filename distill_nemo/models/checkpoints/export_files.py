@@ -1,7 +1,7 @@
-"""Everything of an exported directory but its weights.
+"""All files of an exported directory except its weights.
 
-The configuration and the files of the Hugging Face directory that the student came from are kept. They are changed only
-where the student differs.
+The configuration and files of the Hugging Face directory that the student came from are kept, and changed only where
+the student differs.
 """
 
 import dataclasses

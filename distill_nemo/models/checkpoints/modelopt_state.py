@@ -1,4 +1,4 @@
-"""ModelOpt's earlier changes to a model (quantisation, say), kept and restored with its checkpoint.
+"""Save and restore ModelOpt's earlier changes to a model, such as quantisation, with its checkpoint.
 
 Megatron's convention: a directory `modelopt_state` beside the tensors, and the quantizers' settings as extra states.
 """
@@ -28,7 +28,7 @@ def is_modified(model: nn.Module) -> bool:
 
 
 def save_modelopt_state(model: nn.Module, directory: Path) -> None:
-    """Write `modelopt_state` into a checkpoint, where there is any; every rank must call it."""
+    """Write `modelopt_state` into a checkpoint, if there is any. Collective: every rank must call it."""
     if is_modified(model):
         sharded.save_sharded_modelopt_state([model], directory)
 
@@ -64,9 +64,9 @@ def restore_modelopt_state(model: nn.Module, directory: Path) -> None:
 
 @contextlib.contextmanager
 def _without_strides() -> Iterator[None]:
-    """Let Megatron-Core 0.19 read the tables of contents of torch 2.15, for ModelOpt.
+    """Make Megatron-Core 0.19 read the tables of contents of torch 2.15, for ModelOpt.
 
-    It hands everything that a table says of a tensor to `torch.empty`, and 2.15 says the strides, too.
+    It passes all properties of a tensor in the table to `torch.empty`, and torch 2.15 adds the strides.
     """
     load = TorchDistLoadShardedStrategy.load_tensors_metadata
 

@@ -1,4 +1,4 @@
-"""Old Hugging Face checkpoints, whose weights are pickles, made into safetensors, which is all that training reads."""
+"""Convert old Hugging Face checkpoints with pickled weights to safetensors, the only format that training reads."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from distill_nemo.runtime.output_lock import OutputLock
 def convert(checkpoint: str, output: str, allow_pickle: bool = False) -> None:
     """Write the pickled weights of `checkpoint`, with its configuration and tokenizer, as safetensors.
 
-    torch opens them with its restricted unpickler, which knows tensors only. It has had holes, hence `allow_pickle`.
+    torch opens them with its restricted unpickler, which admits tensors only. It has had holes, hence `allow_pickle`.
 
     Raises:
         ValueError: without `allow_pickle`; where there is nothing to convert; for weights that do not fit the

@@ -37,7 +37,7 @@ LAYER = re.compile(r"^decoder\.layers\.(\d+)(|\.self_attention|\.mlp)$")  # outp
 def convert_to_distillation_model(
     student: GPTModel, teacher: GPTModel, distill_cfg: DistillationConfig, models: Models
 ) -> mtd.DistillationModel:
-    """`mtd.convert` with our losses and balancer, then `adjust_distillation_model_for_mcore`.
+    """Call `mtd.convert` with our losses and balancer, then `adjust_distillation_model_for_mcore`.
 
     Args:
         student: this pipeline stage of the student, trainable.
@@ -95,7 +95,7 @@ def build_balancer(distill_cfg: DistillationConfig) -> Balancer:
 
 
 def _drop_output_layer(teacher: Any) -> None:
-    """Let the teacher end with its last norm."""
+    """Make the teacher end with its last norm."""
     if teacher.post_process:
         teacher.post_process = False
         del teacher.output_layer
@@ -123,7 +123,7 @@ def fuses_output(student: GPTModel, teacher: GPTModel, distill_cfg: Distillation
     """Return True on the last stage if the output layers are part of the loss.
 
     Raises:
-        ValueError: where `fused_linear` is true, but cannot be.
+        ValueError: if `fused_linear` is true but not possible.
     """
     if not student.post_process or not distill_cfg.uses_logits or distill_cfg.fused_linear is False:
         return False
@@ -148,7 +148,7 @@ def _tensor_parallel_group(student: GPTModel) -> Any:
 def hidden_pairs(
     student: GPTModel, teacher: GPTModel, distill_cfg: DistillationConfig
 ) -> dict[int, tuple[nn.Module, nn.Module, nn.Module]]:
-    """(student layer, teacher layer, loss module) of the hidden losses of this stage, by number in the config.
+    """Return (student layer, teacher layer, loss module) of this stage's hidden losses, by number in the config.
 
     Raises:
         ValueError: on every stage alike, for a layer that does not exist or a pair on two stages.
@@ -183,15 +183,15 @@ def _initialise(weight: Tensor, number: int) -> None:
 
 
 def own_stage(vp_stage: int | None) -> int:
-    """This chunk's place in the order of the model's stages."""
+    """Return this chunk's place in the order of the model's stages."""
     size = parallel_state.get_pipeline_model_parallel_world_size()
     return (vp_stage or 0) * size + parallel_state.get_pipeline_model_parallel_rank()
 
 
 def locate_layer(name: str, model: GPTModel) -> tuple[int, str]:
-    """(stage, name there) of `decoder.layers.<global index>` or a part of it, and of `decoder.final_layernorm`.
+    """Return (stage, name there) of `decoder.layers.<global index>`, a part of it, or `decoder.final_layernorm`.
 
-    The same on every stage, so that all ranks refuse a name together.
+    The result is the same on every stage, so that all ranks refuse a name together.
     """
     sizes = _stage_sizes(model)
     if name == FINAL_NORM:
@@ -215,7 +215,7 @@ def locate_layer(name: str, model: GPTModel) -> tuple[int, str]:
 
 
 def _stage_sizes(model: GPTModel) -> list[int]:
-    """Layers of every stage, in the order of the model."""
+    """Return the number of layers of every stage, in the order of the model."""
     layout = model.config.pipeline_model_parallel_layout
     if layout is None:
         return [model.config.num_layers]
@@ -293,7 +293,7 @@ def _set_input_tensor(self: Any, tensors: Any) -> None:
 
 
 def wire_config(model: Any) -> TransformerConfig:
-    """The config that the pipeline schedule reads: as the student's, of the width that crosses stages."""
+    """Return the config that the pipeline schedule reads: the student's, with the width that crosses stages."""
     config = copy.copy(model.config)
     if isinstance(model, mtd.DistillationModel):
         teacher = model.teacher_model

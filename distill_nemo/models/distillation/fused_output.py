@@ -1,8 +1,8 @@
 """The objective of a distillation model whose output layers are part of the loss: its logits never exist as a whole.
 
-The last stage hands on what every other stage does, the hidden states of student and teacher side by side; the
-objective gives them to `losses/fused_linear` with the weights of both output layers. Megatron's `output_processor` is
-what makes a `GPTModel` end before its output layer.
+The last stage outputs the hidden states of student and teacher side by side, as every other stage does. The objective
+passes them to `losses/fused_linear` with the weights of both output layers. Megatron's `output_processor` makes a
+`GPTModel` end before its output layer.
 
 Legend: S sequence (s: this rank's slice of it under sequence parallelism), B batch, N = S B tokens, H width.
 """
@@ -35,12 +35,12 @@ Weight = float | Tensor
 
 
 def hand_on_hidden_states(hidden_states: Tensor, **_: Any) -> Tensor:
-    """Megatron's `output_processor`: neither logits nor a loss."""
+    """Return hidden states, as Megatron's `output_processor`: neither logits nor a loss."""
     return hidden_states
 
 
 def why_not_fused(student: Any, teacher: Any) -> str | None:
-    """Return what keeps these models of the last stage from it, or None."""
+    """Return why the output of these models of the last stage cannot be fused, or None."""
     for name, model in (("student", student), ("teacher", teacher)):
         layer = type(model.output_layer)
         if layer is not ColumnParallelLinear:
@@ -94,8 +94,8 @@ class FusedLogits(Objective):
     def loss(self, output: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted total.
 
-        A balancer that has observed nothing weighs by losses that are not known before the gradient would be: that is
-        for the first batch, without gradients.
+        A balancer that has observed nothing takes its weights from the losses, which come too late for the gradient.
+        That happens only for the first batch, without gradients.
         """
         assert self.balancer is not None
         if self.balancer.knows_weights:

@@ -1,8 +1,8 @@
-"""Losses between hidden states, on whatever pipeline stage their layers are.
+"""Losses between hidden states, on the pipeline stages of their layers.
 
-Each is attached to the student's activation: forward hands the activation on as it is, backward adds the gradient of
-the loss, as Megatron does for its auxiliary MoE loss (moe/moe_utils.py, MoEAuxLossAutoScaler). So no loss has to travel
-to the last stage, and one inside a recomputed layer gets its gradient. Legend: B batch, S sequence.
+Each is attached to the student's activation. Forward passes the activation on unchanged, and backward adds the gradient
+of the loss, as Megatron does for its auxiliary MoE loss (moe/moe_utils.py, MoEAuxLossAutoScaler). So no loss is sent to
+the last stage, and a loss inside a recomputed layer gets its gradient. Legend: B batch, S sequence.
 """
 
 from collections import deque
@@ -30,7 +30,7 @@ class _Attach(torch.autograd.Function):
 
 
 def attach_loss(activation: Tensor, loss: Tensor) -> Tensor:
-    """`activation`, in whose backward `loss` is differentiated too, with gradient 1."""
+    """Return `activation`, in whose backward `loss` is differentiated too, with gradient 1."""
     return _Attach.apply(activation, loss)  # pyright: ignore
 
 
@@ -49,8 +49,8 @@ class HiddenLosses:
 
     Args:
         pairs: number of the pair -> (student layer, teacher layer, loss module).
-        num_pairs: of the whole model.
-        balancer: weighs the mean of all pairs in the total loss, asked in every forward pass.
+        num_pairs: number of pairs of the whole model.
+        balancer: gives the weight of the mean of all pairs in the total loss, in every forward pass.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class HiddenLosses:
             self._handles.append(student_layer.register_forward_hook(_AttachHook(self, pair)))
 
     def sums(self, device: torch.device) -> Tensor:
-        """[num_pairs] masked sums of this chunk since the last call, in all micro batches; 0 where it has no layer."""
+        """Return [num_pairs] masked sums of this chunk's micro batches since the last call; 0 without the layer."""
         total = torch.zeros(self.num_pairs, dtype=torch.float64, device=device)
         for pair in self._pairs:
             assert not pair.waiting, "a recomputed layer was not recomputed"
@@ -79,7 +79,7 @@ class HiddenLosses:
         return total
 
     def remove(self) -> None:
-        """Leave the layers as they were."""
+        """Remove the hooks from the layers."""
         for handle in self._handles:
             handle.remove()
 

@@ -1,4 +1,4 @@
-"""Objectives: they turn the output of the last pipeline stage into a loss to differentiate, and into metrics.
+"""Objectives, which turn the output of the last pipeline stage into a loss to differentiate, and into metrics.
 
 `model_provider` chooses one for each stage; training and evaluation ask the model for it.
 
@@ -34,8 +34,8 @@ class Objective(ABC):
     """The loss and the metrics of a model. Every sum is over valid tokens of the micro batch.
 
     Args:
-        balancer: weighs the losses; None: there is one loss.
-        hidden_losses: of this stage, differentiated and summed where their layers are; None: there are none.
+        balancer: gives the weights of the losses; None if there is only one.
+        hidden_losses: hidden losses of this stage, differentiated and summed at their layers; None: there are none.
     """
 
     takes_hidden_states: ClassVar[bool] = False  # the last stage ends before its output layer

@@ -1,8 +1,8 @@
-"""Frozen layers whose weights stay in host memory, and are on the device only while they are used.
+"""Frozen layers whose weights stay in host memory and are on the device only while they are used.
 
-For a teacher that does not fit beside its student. A layer's weights are copied while the layer before it computes: two
-layers at a time are on the device. Every micro batch copies all of them, so this pays where a micro batch has many
-tokens: a layer computes 2 operations per weight and token, and a weight is 2 bytes.
+This is for a teacher that does not fit beside its student. A layer's weights are copied while the layer before it
+computes, so two layers at a time are on the device. Every micro batch copies all layers, so it pays for micro batches
+of many tokens: a layer computes 2 operations per weight and token, and a weight has 2 bytes.
 """
 
 import torch

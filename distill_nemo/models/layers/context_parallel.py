@@ -26,7 +26,7 @@ QUERY_BLOCK = 256  # queries that share a mask in a layer with a window: each se
 
 
 def split_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return this context-parallel rank's two pieces of every tensor, on the tensor's device, without waiting for it.
+    """Return this context-parallel rank's two pieces of every tensor, on its device, without waiting for the device.
 
     Args:
         batch: tensors [B, S]; every context-parallel rank has the same. It is left as it is.
@@ -69,7 +69,7 @@ class CausalAttention(MegatronModule):
     The softmax is in fp32 or better whatever `attention_softmax_in_fp32` says.
 
     Raises:
-        ValueError: for attention dropout, of which the ranks' random numbers would have to be kept apart.
+        ValueError: for attention dropout, which would need different random numbers on each rank.
     """
 
     def __init__(

@@ -46,9 +46,9 @@ def expert_settings(experts: Experts | None, parallelism: ParallelismConfig, dty
 
 
 def keep_experts_apart(built: GPTModel) -> None:
-    """Give the experts gradient buffers and an optimizer of their own, as Megatron does under expert parallelism only.
+    """Give the experts their own gradient buffers and optimizer, as Megatron does only under expert parallelism.
 
-    Then their optimizer state has the same place at every expert parallel size, and a checkpoint can be resharded.
+    Their optimizer state then has the same place at every expert-parallel size, and a checkpoint can be resharded.
     """
     for layer in built.modules():
         if isinstance(layer, MoELayer):
@@ -58,10 +58,9 @@ def keep_experts_apart(built: GPTModel) -> None:
 
 @torch.no_grad()
 def initialise_experts(built: GPTModel) -> None:
-    """Draw each expert's random weights by its number in the model: the same at every layout.
+    """Draw each expert's random weights by its number in the model, so that they are the same at every layout.
 
-    Megatron draws those of the local experts from the generator that all ranks share: experts of different ranks would
-    be copies of each other.
+    Megatron draws them from a generator that all ranks share, so experts of different ranks would be copies.
     """
     for layer in built.modules():
         if isinstance(layer, MoELayer):

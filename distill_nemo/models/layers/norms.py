@@ -1,4 +1,4 @@
-"""The norm where Transformer Engine does not run."""
+"""RMSNorm for machines on which Transformer Engine does not run."""
 
 import torch
 from megatron.core.transformer import TransformerConfig

@@ -1,4 +1,4 @@
-"""Specs of transformer layers: Transformer Engine's modules where they run, else Megatron's with our norm."""
+"""Specs of transformer layers: Transformer Engine's modules if they run, else Megatron's with our norm."""
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (

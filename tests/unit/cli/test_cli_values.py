@@ -84,13 +84,13 @@ def test_a_text_is_as_typed_in_an_executor(text):
 
 @pytest.mark.parametrize("text", [text for text in TEXTS if "\\" not in text])
 def test_a_text_is_as_typed_in_a_recipes_own_arguments(text):
-    def recipe(teacher: str = "", steps: int = 0, message: list[str] | None = None):
-        return teacher, steps, message
+    def recipe(teacher: str = "", steps: int = 0, texts: list[str] | None = None):
+        return teacher, steps, texts
 
     pair = '"' if '"' not in text else "'"
     if pair not in text and "\n" not in text:
         assert called_recipe(f"recipe(teacher={pair}{text}{pair}, steps=3)", [recipe]) == (text, 3, None)
-    assert called_recipe(f"recipe(words={[text, ',b=1']!r})", [recipe]) == ("", 0, [text, ",b=1"])
+    assert called_recipe(f"recipe(texts={[text, ',b=1']!r})", [recipe]) == ("", 0, [text, ",b=1"])
 
 
 @pytest.mark.parametrize(
