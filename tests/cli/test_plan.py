@@ -55,7 +55,7 @@ def test_what_does_not_fit_exits_1_and_says_what_would(capfd):
         (["utilisation=1.5"], "utilisation must be above 0 and at most 1, got 1.5"),
         (["run.executor.processes=3"], "world size 3 is not divisible by"),
         (["teacher.vocab_size=600"], "student and teacher must share a vocabulary"),
-        (["teacher.num_query_groups=1"], "is not divisible by parallelism.tensor_model_parallel_size = 2"),
+        (["teacher.ffn_hidden_size=33"], "is not divisible by parallelism.tensor_model_parallel_size = 2"),
         (
             ["teacher.checkpoint=/no/such"],
             "checkpoint directory not found: /no/such. A plan reads its config.json only",
