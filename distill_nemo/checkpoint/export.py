@@ -1,57 +1,49 @@
 """Export a saved step to a Hugging Face directory: load the student at TP=1, PP=1, write, reload and compare it."""
 
 import gc
-import os
-import signal
-import subprocess
 import sys
-import uuid
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from distill_nemo.config import ParallelismConfig, RunConfig, StudentConfig
-from distill_nemo.runtime.errors import errors_in_one_screen
-from distill_nemo.runtime.orphans import end_with_parent
-from distill_nemo.runtime.process_groups import open_store, process_groups
+from distill_nemo.runtime.process_groups import process_groups
 
 if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
     from distill_nemo.models.architecture import Architecture
 
 
-def export_from_run(config: RunConfig) -> None:
-    """Export the newest checkpoint in a new process of rank 0, which is a single rank under any layout.
-
-    The other ranks do not wait in a collective, which would time out while a large student is written. Call this after
-    the trained model is freed, since the process needs its memory, on rank 0's GPU if there is one.
+def export_from_run(config: RunConfig, student: "Architecture", chunks: "list[GPTModel]") -> None:
+    """Export the trained student from the ranks that hold it. Every rank calls it, when the optimizer is gone.
 
     Raises:
-        RuntimeError: if the export failed. The checkpoint is whole, and the message says how to try again.
+        RuntimeError: when the export failed; the checkpoint is whole, and the message says how to try again.
     """
+    from distill_nemo.models.checkpoints.huggingface import export_hf
+    from distill_nemo.runtime.process_groups import rank
+
     gc.collect()
     torch.cuda.empty_cache()
-    failed, key = 0, [uuid.uuid4().hex]
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(key)  # a new key, since torchrun may keep the store of an earlier attempt
-    if dist.get_rank() == 0:
-        command = [sys.executable, "-m", "distill_nemo.checkpoint.export", config.output_dir]
-        command += [str(_target(config)), config.data.tokenizer or ""]
-        failed = subprocess.run(command, env=_single_process_environment(), check=False).returncode
-    if dist.get_world_size() > 1:
-        store = open_store()
-        if dist.get_rank() == 0:
-            store.set(key[0], str(failed))
-        store.wait(key, timedelta(days=1))
-        failed = int(store.get(key[0]))
-    if failed:
+    source = _source(config.student.checkpoint) if rank() == 0 else None
+    try:
+        export_hf(chunks, str(_target(config)), student, config.data.tokenizer, source)
+    except (ValueError, OSError, RuntimeError) as error:
         raise RuntimeError(
-            f"export failed; the checkpoint is whole. Try again: nemo distill export checkpoint={config.output_dir} "
-            f"output={config.output_dir}/student"
-        )
+            f"export failed; the checkpoint is whole: {error}. Try again: nemo distill export "
+            f"checkpoint={config.output_dir} output={_target(config)}"
+        ) from error
+    _report(f"step_{config.training.steps:08d}", str(_target(config)))
+
+
+def _report(exported: str, output: str) -> None:
+    from distill_nemo.runtime.process_groups import rank
+
+    if rank() == 0:
+        print(f"exported {exported} to {output}: the reloaded model gives the same logits", flush=True)
 
 
 def prepare_export(config: RunConfig, student: "Architecture", dtype: torch.dtype) -> None:
@@ -79,11 +71,6 @@ def prepare_export(config: RunConfig, student: "Architecture", dtype: torch.dtyp
 
 def _target(config: RunConfig) -> Path:
     return Path(config.output_dir) / "student"
-
-
-def _single_process_environment() -> dict[str, str]:
-    drop = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-    return {k: v for k, v in os.environ.items() if k not in drop and not k.startswith("TORCHELASTIC")}
 
 
 def export(checkpoint: str, output: str, tokenizer: str | None = None) -> None:
@@ -130,8 +117,8 @@ def export(checkpoint: str, output: str, tokenizer: str | None = None) -> None:
         seed_everything(0)
         model = model_provider(student=student, parallelism=ParallelismConfig(), dtype=dtype)
         assert isinstance(model, GPTModel)
-        export_hf(model.cuda().eval(), output, student, tokenizer, _source(checkpoint))
-    print(f"exported {where.name} to {output}: the reloaded model gives the same logits", flush=True)
+        export_hf([model.cuda()], output, student, tokenizer, _source(checkpoint))
+    _report(where.name, output)
 
 
 def _check_source_of_run(record: dict[str, Any], student: "Architecture") -> None:
@@ -194,10 +181,3 @@ def _source(checkpoint: str | None) -> Path | None:
         passed.add(found.weights)
         checkpoint = read_record(found.weights)["student"]["checkpoint"]
     return None
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that partial output is removed
-    end_with_parent()
-    with errors_in_one_screen():
-        export(sys.argv[1], sys.argv[2], sys.argv[3] or None)

@@ -76,9 +76,10 @@ def model_provider(
     return convert_to_distillation_model(model, frozen, distillation, models)
 
 
-def finalise(model: nn.Module) -> nn.Module:
+def finalise(model: nn.Module) -> GPTModel:
     """Return the clean student of a distillation model (`mtd.export`); other models are returned unchanged."""
     if not isinstance(model, mtd.DistillationModel):
+        assert isinstance(model, GPTModel)
         return model
     detach(model)
     student = mtd.export(model)
@@ -87,6 +88,7 @@ def finalise(model: nn.Module) -> nn.Module:
     if not state:
         ModeloptStateManager.remove_state(student)
         vars(student).pop("_modelopt_state_version", None)  # ModelOpt 0.47 leaves it behind
+    assert isinstance(student, GPTModel)
     return student
 
 

@@ -5,8 +5,10 @@ An export that is reloaded proves little of how its source was read: both sides 
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +29,7 @@ from distill_nemo.models.families.pieces import Piece
 from distill_nemo.models.families.rope import ROPE_FIELDS
 from distill_nemo.models.families.tensors import hf_shapes, num_parameters, parameters
 from distill_nemo.models.provider import model_provider
-from distill_nemo.models.resolve import with_headers
+from distill_nemo.models.resolve import resolve, with_headers
 from distill_nemo.models.sources import CheckpointKind, Source
 from distill_nemo.runtime.process_groups import process_group_of_one
 from distill_nemo.runtime.seed import seed_everything
@@ -71,12 +73,13 @@ def check_source(model: Architecture) -> None:
     if source is None or source.kind is not CheckpointKind.HUGGING_FACE or not has_weights(source.weights):
         return
     with _small(source, model) as (directory, small), process_group_of_one():
-        reference = open_with_transformers(directory, torch.float32, pad_token_id=None)  # it may have no row
         seed_everything(0)
         built = model_provider(student=small, parallelism=ParallelismConfig())
         assert isinstance(built, GPTModel)
-        apart = logits_apart(built.cuda(), reference, small.vocab_size)
-    del built, reference
+        # Transformers may have no row for the padding token.
+        open_reference = functools.partial(open_with_transformers, directory, torch.float32, pad_token_id=None)
+        apart = logits_apart([built.cuda()], open_reference, small.vocab_size)
+    del built
     gc.collect()
     torch.cuda.empty_cache()
     allowed = TOLERANCE_ON_GPU if torch.cuda.is_available() else TOLERANCE
@@ -158,3 +161,10 @@ def _first_parts(source: Source, model: Architecture, small: Architecture) -> di
 def _first_part(piece: Piece, shape: tuple[int, ...]) -> Piece:
     index = (slice(part.start, part.start + size) for part, size in zip(piece.index, shape, strict=True))
     return Piece(piece.name, tuple(index))
+
+
+if __name__ == "__main__":
+    try:
+        check_source(resolve(StudentConfig(checkpoint=sys.argv[1])))
+    except ValueError as error:
+        sys.exit(str(error))

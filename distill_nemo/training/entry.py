@@ -18,6 +18,8 @@ from distill_nemo.fields import require
 from distill_nemo.runtime.errors import errors_in_one_screen
 
 if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
     from distill_nemo.models.architecture import Architecture, Models
 
 
@@ -128,21 +130,23 @@ def _train(config: RunConfig, models: "Models") -> int | None:
 
     check_output_dir(config.output_dir)
     with locked_by_rank_0(Path(config.output_dir) / "run.lock", f"output_dir = {config.output_dir}"):
-        stopped = _train_alone(config, models)
+        stopped, chunks = _train_alone(config, models)
         if stopped is None and config.checkpoint.export:
             from distill_nemo.checkpoint.export import export_from_run
 
-            export_from_run(config)
+            export_from_run(config, models.student, chunks)
         return stopped
 
 
-def _train_alone(config: RunConfig, models: "Models") -> int | None:
+def _train_alone(config: RunConfig, models: "Models") -> "tuple[int | None, list[GPTModel]]":
+    """Return the signal that stopped the run, if any, and this rank's stages of the student."""
     import torch
 
     from distill_nemo.checkpoint.directory import changes, check_resumable, checkpoint_root, read_record
     from distill_nemo.checkpoint.export import prepare_export
     from distill_nemo.checkpoint.identity import run_record
     from distill_nemo.checkpoint.load import check_whole, load_checkpoint, newest_whole
+    from distill_nemo.models.provider import finalise
     from distill_nemo.runtime.device import resolve_dtype, setup_device
     from distill_nemo.runtime.process_groups import rank
     from distill_nemo.runtime.seed import seed_everything
@@ -178,7 +182,7 @@ def _train_alone(config: RunConfig, models: "Models") -> int | None:
     if rank() == 0:
         save_yaml(config, Path(config.output_dir) / "config.yaml")
     torch.distributed.barrier()
-    return loop.run()
+    return loop.run(), [finalise(chunk) for chunk in train_state.unwrapped]
 
 
 def main(arguments: list[str] | None = None) -> None:

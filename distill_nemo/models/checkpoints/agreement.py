@@ -1,15 +1,27 @@
-"""Compare the logits of a model opened by transformers with Megatron's of the same weights."""
+"""Compare the logits of a model opened by transformers with Megatron's of the same weights, at any layout.
 
+Legend: M samples, S sequence (s: a context-parallel rank's part), V padded vocabulary (v: a tensor-parallel rank's).
+"""
+
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from torch import Tensor
 
+from distill_nemo.models.architecture import padded_vocab_size
 from distill_nemo.models.checkpoints.pretrained import open_pretrained
+from distill_nemo.models.layers.context_parallel import in_sequence_order, split_batch
+from distill_nemo.runtime.process_groups import on_rank_0
 
-TOKENS = (2, 32)
+TOKENS = (2, 32)  # samples and their length, at least
 
 
 def open_with_transformers(path: str | Path, dtype: torch.dtype, **config: Any) -> transformers.PreTrainedModel:
@@ -35,28 +47,106 @@ def _refusal(path: str | Path, done: str, error: Exception) -> ValueError:
     return ValueError(f"{path} cannot be {done} by transformers {transformers.__version__}: {reason:.400}")
 
 
-@torch.no_grad()
-def logits_apart(built: GPTModel, reference: transformers.PreTrainedModel, vocab_size: int) -> float:
+def logits_apart(
+    chunks: list[GPTModel], open_reference: Callable[[], transformers.PreTrainedModel], vocab_size: int
+) -> float:
     """Return the norm of the difference of both models' logits on random tokens, relative to the reference's.
 
+    Every rank calls it.
+
     Args:
-        built: a whole model (TP=1, PP=1).
-        reference: of transformers; it is moved to the device of `built`.
+        chunks: this rank's pipeline stages of our model.
+        open_reference: gives transformers' model, on the host; called by rank 0.
         vocab_size: tokens that both know.
 
     Raises:
         ValueError: when transformers cannot compute the reference's logits, with its reason.
     """
-    device = next(built.parameters()).device
-    reference.to(device)  # pyright: ignore[reportArgumentType]
-    generator = torch.Generator().manual_seed(0)
-    training = built.training
-    positions = torch.arange(TOKENS[1], device=device).expand(TOKENS)
-    tokens = torch.randint(vocab_size, TOKENS, generator=generator).to(device)
-    ours = built.eval()(tokens, positions, None)[..., :vocab_size].float()
-    built.train(training)
+    tokens_MS = _tokens(vocab_size)
+    ours_MSV = _on_rank_0(_logits(chunks, tokens_MS), tokens_MS, chunks[0])
+
+    def apart() -> float:
+        assert ours_MSV is not None
+        theirs_MSV = _reference_logits(open_reference(), tokens_MS)[..., :vocab_size].float()
+        return ((ours_MSV[..., :vocab_size] - theirs_MSV).norm() / theirs_MSV.norm().clamp_min(1e-6)).item()
+
+    return on_rank_0(apart)
+
+
+def _tokens(vocab_size: int) -> Tensor:
+    """Return [M, S] random tokens, the same on every rank, of a length that every rank's part of a sequence divides."""
+    unit = 2 * parallel_state.get_context_parallel_world_size() * parallel_state.get_tensor_model_parallel_world_size()
+    samples = max(TOKENS[0], parallel_state.get_pipeline_model_parallel_world_size())
+    shape = samples, -(-TOKENS[1] // unit) * unit
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def _logits(chunks: list[GPTModel], tokens_MS: Tensor) -> Tensor | None:
+    """Return the logits of every sample [M, S, V, padded] on the last pipeline stage, as one micro batch each."""
+    device = next(chunks[0].parameters()).device
+    positions_MS = torch.arange(tokens_MS.shape[1]).expand(tokens_MS.shape)
+
+    def step(samples: Iterator[int], chunk: GPTModel) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        sample = slice(at := next(samples), at + 1)
+        own = split_batch({"tokens": tokens_MS[sample], "positions": positions_MS[sample]})
+        output = chunk(own["tokens"].to(device), own["positions"].to(device), None)
+        return output, lambda logits: (logits.new_zeros(()), torch.ones((), dtype=torch.int), {"logits": logits})
+
+    training = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    streams = [iter(range(len(tokens_MS))) for _ in chunks]
+    reports = get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=streams if len(chunks) > 1 else streams[0],
+        model=[*chunks],
+        num_microbatches=len(tokens_MS),
+        seq_length=tokens_MS.shape[1],
+        micro_batch_size=1,
+        forward_only=True,
+    )
+    for chunk, was_training in zip(chunks, training, strict=True):
+        chunk.train(was_training)
+    if not chunks[-1].post_process:
+        return None
+    logits_Msv = torch.cat([report["logits"] for report in reports])
+    whole_MsV = gather_from_tensor_model_parallel_region(logits_Msv) if chunks[-1].parallel_output else logits_Msv
+    return _in_sequence(whole_MsV)
+
+
+def _in_sequence(logits_MsV: Tensor) -> Tensor:
+    """Put the pieces of context-parallel ranks together."""
+    size = parallel_state.get_context_parallel_world_size()
+    if size == 1:
+        return logits_MsV
+    parts = [torch.empty_like(logits_MsV) for _ in range(size)]
+    dist.all_gather(parts, logits_MsV.contiguous(), group=parallel_state.get_context_parallel_group())
+    return in_sequence_order(torch.cat([part.transpose(0, 1) for part in parts]), size).transpose(0, 1)
+
+
+def _on_rank_0(logits_MSV: Tensor | None, tokens_MS: Tensor, chunk: GPTModel) -> Tensor | None:
+    """Return the logits, in fp32, on rank 0 of the job; its pipeline's last stage sends them there."""
+    last = parallel_state.get_pipeline_model_parallel_last_rank()
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    assert isinstance(pipeline, dist.ProcessGroup)
+    of_rank_0 = 0 in dist.get_process_group_ranks(pipeline)
+    if last != 0 and of_rank_0 and dist.get_rank() == last:
+        assert logits_MSV is not None
+        dist.send(logits_MSV.float().contiguous(), 0)
+    if dist.get_rank() != 0:
+        return None
+    if last != 0:
+        shape = *tokens_MS.shape, padded_vocab_size(chunk.vocab_size)
+        logits_MSV = torch.empty(shape, device=next(chunk.parameters()).device)
+        dist.recv(logits_MSV, last)
+    assert logits_MSV is not None
+    return logits_MSV.float().cpu()
+
+
+@torch.no_grad()
+def _reference_logits(reference: transformers.PreTrainedModel, tokens_MS: Tensor) -> Tensor:
     try:
-        theirs = reference(tokens).logits[..., :vocab_size].float()
+        return reference(tokens_MS).logits
     except Exception as error:  # transformers raises whatever its configuration provoked
         raise _refusal(reference.config._name_or_path, "run", error) from None
-    return ((ours - theirs).norm() / theirs.norm().clamp_min(1e-6)).item()

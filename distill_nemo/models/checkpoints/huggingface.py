@@ -2,9 +2,12 @@
 
 import contextlib
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import torch
 from megatron.core.models.gpt import GPTModel
 
@@ -12,10 +15,19 @@ from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.agreement import logits_apart, open_with_transformers
 from distill_nemo.models.checkpoints.export_files import NO_EXPORT, export_files
 from distill_nemo.models.checkpoints.hf_tensors import PieceReader, check_tied_weights
-from distill_nemo.models.checkpoints.local_parameters import fill, local_parameters
-from distill_nemo.models.checkpoints.write_safetensors import is_export_of_ours, write_weights
+from distill_nemo.models.checkpoints.local_parameters import local_parameters
+from distill_nemo.models.checkpoints.write_safetensors import (
+    MAX_FILE_BYTES,
+    check_written,
+    is_export_of_ours,
+    write_weights,
+)
+from distill_nemo.models.families.tensors import num_parameters
 from distill_nemo.runtime.files import restore_replaced, writing_directory
 from distill_nemo.runtime.output_lock import OutputLock
+from distill_nemo.runtime.process_groups import environment_of_one, on_rank_0
+
+MEMORY_TO_OPEN = 1.5  # times the weights
 
 
 def load_hf_weights(built: GPTModel, model: Architecture) -> None:
@@ -34,7 +46,7 @@ def load_hf_weights(built: GPTModel, model: Architecture) -> None:
     check_tied_weights(model.source.tensors, model)
     with PieceReader(model.source.tensors) as reader:
         for parameter in local_parameters(built, model):
-            fill(parameter, reader.read)
+            parameter.fill(reader.read)
 
 
 def check_exportable(model: Architecture) -> None:
@@ -52,32 +64,47 @@ def check_exportable(model: Architecture) -> None:
 
 
 def export_hf(
-    built: GPTModel, path: str, model: Architecture, tokenizer: str | None = None, source: Path | None = None
+    chunks: list[GPTModel],
+    path: str,
+    model: Architecture,
+    tokenizer: str | None = None,
+    source: Path | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
 ) -> None:
-    """Write `built` (TP=1, PP=1) as a Hugging Face directory that `AutoModelForCausalLM.from_pretrained` opens.
+    """Write a model as a Hugging Face directory that `AutoModelForCausalLM.from_pretrained` opens.
+
+    Every rank calls it, at any layout; `path` is on a file system that all share. It appears only when it is whole:
+    read again, its tensors equal every rank's weights bit for bit, and opened by transformers, its logits equal ours.
 
     Args:
-        built: the whole model.
-        path: directory to write; it appears only when whole and its logits equal `built`'s. An earlier export there
-            is replaced, anything else refused.
-        model: its architecture.
+        chunks: this rank's pipeline stages.
+        path: directory to write. An earlier export there is replaced, anything else refused.
+        model: the architecture.
         tokenizer: directory whose tokenizer is copied; None copies the source's.
         source: the Hugging Face directory that the model came from, whose configuration and files are kept.
+        max_file_bytes: tensors of one file.
 
     Raises:
         ValueError: when `path` holds something else than an export of ours, another process writes there, `tokenizer`
             holds no tokenizer, or transformers refuses what would be written.
         OSError: when it cannot be written; an earlier export stays as it is.
-        RuntimeError: when the reloaded model's logits differ.
+        RuntimeError: when the tensors or the reloaded model's logits differ, or another rank could not write.
     """
-    assert built.pre_process and built.post_process, "export needs the whole model"
-    dtype = next(built.parameters()).dtype
-    files = export_files(model, dtype, source, Path(tokenizer) if tokenizer else None)
-    files.check()
-    with writing_export(Path(path)) as partial:
-        files.write(partial)
-        write_weights([built], model, partial)
-        check_export(built, str(partial))
+    dtype = next(chunks[0].parameters()).dtype
+    with contextlib.ExitStack() as aside:  # of rank 0
+
+        def begin() -> str:
+            files = export_files(model, dtype, source, Path(tokenizer) if tokenizer else None)
+            files.check()
+            partial = aside.enter_context(writing_export(Path(path)))
+            files.write(partial)
+            return str(partial)
+
+        partial = Path(on_rank_0(begin))
+        write_weights(chunks, model, partial, max_file_bytes)
+        check_written(chunks, model, partial)
+        check_export(chunks, model, partial)
+        on_rank_0(aside.close)
 
 
 @contextlib.contextmanager
@@ -117,16 +144,30 @@ def check_target(target: Path) -> None:
     raise ValueError(f"{target} exists and is no export of ours; name a new directory, or remove it yourself")
 
 
-def check_export(built: GPTModel, path: str, tolerance: float = 1e-4) -> None:
-    """Reload `path` with transformers and compare its logits with Megatron's on random tokens.
+def check_export(chunks: list[GPTModel], model: Architecture, path: Path, tolerance: float = 1e-4) -> None:
+    """Reload `path` with transformers and compare its logits with Megatron's on random tokens. Every rank calls it.
+
+    Of a model that does not fit the memory of rank 0's host, a part is compared, as before a run that starts from it.
 
     Raises:
         RuntimeError: when the norm of the difference exceeds `tolerance` of the norm of the logits; 0.1 below fp32,
             where other kernels alone give 0.03 and unrelated logits 1.4.
     """
-    dtype = next(built.parameters()).dtype
-    reloaded = open_with_transformers(path, dtype)
-    apart = logits_apart(built, reloaded, reloaded.config.vocab_size)
+    dtype = next(chunks[0].parameters()).dtype
+    needed = MEMORY_TO_OPEN * num_parameters(model) * dtype.itemsize
+    if not on_rank_0(lambda: needed < psutil.virtual_memory().available):
+        on_rank_0(lambda: _check_part(path))
+        return
+    apart = logits_apart(chunks, lambda: open_with_transformers(path, dtype), model.vocab_size)
     allowed = tolerance if dtype == torch.float32 else 0.1
     if not apart <= allowed:
         raise RuntimeError(f"{path}: the exported model's logits differ by {apart:.2e}, allowed {allowed:.2e}")
+
+
+def _check_part(path: Path) -> None:
+    """Compare the first layers of an export, as it is read here, with transformers, in a process outside the job."""
+    print(f"{path} does not fit this host's memory: its first layers are compared with transformers", flush=True)
+    command = [sys.executable, "-W", "ignore", "-m", "distill_nemo.models.source_check", str(path)]
+    ended = subprocess.run(command, env=environment_of_one(), capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise RuntimeError(ended.stderr.strip()[-1000:])

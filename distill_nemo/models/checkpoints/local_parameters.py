@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -56,6 +57,19 @@ class LocalParameter(NamedTuple):
         """Return the pieces of another rank of the group."""
         return self.rule(self.place._replace(rank=rank))
 
+    def fill(self, read: Callable[[Piece], Tensor]) -> None:
+        """Write every row: of the pieces as `read` gives them, zeros where they are padding."""
+        for piece, rows in rows_of(self.pieces, self.tensor.data):
+            rows.copy_(read(piece)) if piece.name else rows.zero_()
+
+    def equals(self, read: Callable[[Piece], Tensor]) -> bool:
+        """Return True if the pieces as `read` gives them are the tensor's, bit for bit."""
+        return all(
+            torch.equal(_bytes(read(piece)), _bytes(rows.cpu()))
+            for piece, rows in rows_of(self.pieces, self.tensor.detach())
+            if piece.name
+        )
+
     def whole_shapes(self) -> Shapes:
         """Return the shapes of the Hugging Face tensors that the group's ranks together hold."""
         return shapes_of(self.rule(self.place._replace(size=1, rank=0)))
@@ -105,19 +119,18 @@ def whole_tensors(parts: list[Tensor], parameter: LocalParameter) -> dict[str, T
     """Put the parts of a parameter, of every rank of its group, together into Hugging Face tensors."""
     whole = {name: parts[0].new_empty(shape) for name, shape in parameter.whole_shapes().items()}
     for rank, part in enumerate(parts):
-        for piece, rows in _rows(parameter.pieces_of(rank), part):
+        for piece, rows in rows_of(parameter.pieces_of(rank), part):
             if piece.name:
                 whole[piece.name][piece.index] = rows
     return whole
 
 
-def _rows(pieces: list[Piece], tensor: Tensor) -> Iterator[tuple[Piece, Tensor]]:
+def rows_of(pieces: list[Piece], tensor: Tensor) -> Iterator[tuple[Piece, Tensor]]:
+    """Pair every piece with its rows of the parameter."""
     sizes = [piece.shape[0] for piece in pieces]
     assert sum(sizes) == len(tensor), (pieces, tensor.shape)
     yield from zip(pieces, tensor.split(sizes), strict=True)
 
 
-def fill(parameter: LocalParameter, read: Callable[[Piece], Tensor]) -> None:
-    """Write every row of a parameter: of its pieces as `read` gives them, zeros where they are padding."""
-    for piece, rows in _rows(parameter.pieces, parameter.tensor.data):
-        rows.copy_(read(piece)) if piece.name else rows.zero_()
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)

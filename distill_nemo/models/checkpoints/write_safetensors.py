@@ -5,6 +5,7 @@ rank has more than one file's tensors in memory beside its own weights.
 """
 
 import json
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
@@ -17,10 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from distill_nemo.models.architecture import Architecture
-from distill_nemo.models.checkpoints.hf_tensors import INDEX, SINGLE_FILE
+from distill_nemo.models.checkpoints.hf_tensors import INDEX, SINGLE_FILE, PieceReader, stored_tensors
 from distill_nemo.models.checkpoints.local_parameters import LocalParameter, local_parameters, whole_tensors
 from distill_nemo.models.families.pieces import OUTPUT
 from distill_nemo.runtime.files import read_object_if_any
+from distill_nemo.runtime.process_groups import raise_on_every_rank
 
 METADATA = {"format": "pt", "producer": "distill_nemo"}  # by which an export of ours is known, and may be replaced
 MAX_FILE_BYTES = 5 * 10**9  # as transformers writes them
@@ -50,20 +52,51 @@ def write_weights(
     files = [names for sizes in by_rank for names in plan_files(sizes, max_file_bytes)]
     file_names = [SINGLE_FILE] if len(files) == 1 else [_numbered(i, len(files)) for i in range(len(files))]
     places = {name: file for file, names in zip(file_names, files, strict=True) for name in names}
+    failure = None
+    for tensors in _by_file(parameters, plan_files(own, max_file_bytes)):
+        try:
+            _save(tensors, directory / places[next(iter(tensors))])
+        except OSError as error:  # the others are in collectives: go on, and tell them at the end
+            failure = failure or error
+    try:
+        if len(files) > 1 and dist.get_rank() == 0:
+            size = sum(sum(sizes.values()) for sizes in by_rank)
+            index = {"metadata": {"total_size": size, **METADATA}, "weight_map": dict(sorted(places.items()))}
+            (directory / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    except OSError as error:
+        failure = failure or error
+    raise_on_every_rank(failure)
+
+
+def _by_file(parameters: list[LocalParameter], files: list[list[str]]) -> Iterator[dict[str, Tensor]]:
+    """Yield the tensors of each file that this rank writes. Collective over the groups that share parameters."""
     waiting: dict[str, Tensor] = {}
-    own_files = plan_files(own, max_file_bytes)
+    number = 0
     for parameter in parameters:
         parts = _gathered(parameter)
         if parts is not None:
             waiting |= {name: tensor.cpu() for name, tensor in whole_tensors(parts, parameter).items()}
-        while own_files and waiting.keys() >= set(own_files[0]):
-            names = own_files.pop(0)
-            _save({name: waiting.pop(name) for name in names}, directory / places[names[0]])
-    assert not waiting and not own_files, f"not written: {sorted(waiting)[:3]} {own_files[:1]}"
-    if len(files) > 1 and dist.get_rank() == 0:
-        size = sum(sum(sizes.values()) for sizes in by_rank)
-        index = {"metadata": {"total_size": size, **METADATA}, "weight_map": dict(sorted(places.items()))}
-        (directory / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+        while number < len(files) and waiting.keys() >= set(files[number]):
+            yield {name: waiting.pop(name) for name in files[number]}
+            number += 1
+    assert not waiting and number == len(files), f"not written: {sorted(waiting)[:3]}"
+
+
+def check_written(chunks: list[GPTModel], model: Architecture, directory: Path) -> None:
+    """Read an export again, each rank what it holds, and compare it with the weights. Every rank calls it.
+
+    Raises:
+        RuntimeError: when a bit differs, or a file cannot be read.
+    """
+    failure = None
+    try:
+        with PieceReader(stored_tensors(directory)) as reader:
+            for parameter in (p for chunk in chunks for p in local_parameters(chunk, model)):
+                if _is_first_copy(parameter) and not parameter.equals(reader.read):
+                    raise RuntimeError(f"{directory}: {parameter.name} is not what was written")
+    except (ValueError, OSError, SafetensorError, RuntimeError) as error:
+        failure = error
+    raise_on_every_rank(failure)
 
 
 def plan_files(sizes: Sizes, max_file_bytes: int) -> list[list[str]]:

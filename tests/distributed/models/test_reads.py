@@ -20,7 +20,7 @@ def descriptions_opened(inputs, output):
     sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if event == "open" else None)
     run = tiny_run(inputs, output, steps=1)
     run.optimizer.warmup_steps, run.checkpoint.export = 0, True
-    with mock.patch.object(export, "export_from_run"):  # in a process of its own, after the run
+    with mock.patch.object(export, "export_from_run"):  # transformers opens what it writes
         run_config(run)
     return {role: opened.count(str(inputs / role / "config.json")) for role in ROLES}
 

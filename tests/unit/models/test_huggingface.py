@@ -96,13 +96,13 @@ def test_round_trip_gives_identical_tensors(models, tmp_path, family):
         seed_everything(0)
         student = resolve(StudentConfig(checkpoint=models[family]))
         model = model_provider(student=student, parallelism=ParallelismConfig())
-        export_hf(model, str(tmp_path / "out"), student)
-        check_export(model, str(tmp_path / "out"))
+        export_hf([model], str(tmp_path / "out"), student)
+        check_export([model], student, tmp_path / "out")
         again = resolve(StudentConfig(checkpoint=str(tmp_path / "out")))
         assert again == student
         next(model.parameters()).data.add_(1.0)
         with pytest.raises(RuntimeError, match="logits differ"):
-            check_export(model, str(tmp_path / "out"))
+            check_export([model], student, tmp_path / "out")
     before, after = load_file(f"{models[family]}/model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -269,18 +269,18 @@ def test_export_replaces_nothing_but_an_earlier_export_and_leaves_nothing_half_w
         for path in (foreign, tmp_path / "m"):
             before = sorted(p.name for p in path.iterdir())
             with pytest.raises(ValueError, match="no export of ours"):
-                export_hf(model, str(path), student)
+                export_hf([model], str(path), student)
             assert sorted(p.name for p in path.iterdir()) == before
         with pytest.raises(ValueError, match="holds no tokenizer files"):
-            export_hf(model, str(out), student, str(foreign))
+            export_hf([model], str(out), student, str(foreign))
         assert not out.exists()
-        export_hf(model, str(out), student)
-        export_hf(model, str(out), student, str(tmp_path / "tokenizer"))
+        export_hf([model], str(out), student)
+        export_hf([model], str(out), student, str(tmp_path / "tokenizer"))
         assert model.training, "export leaves the model as it was"
         first = (out / "model.safetensors").read_bytes()
         next(model.parameters()).data.fill_(float("nan"))
         with pytest.raises(RuntimeError, match="logits differ"):
-            export_hf(model, str(out), student)
+            export_hf([model], str(out), student)
         assert (out / "model.safetensors").read_bytes() == first
     assert not (tmp_path / ".out.partial").exists()
     from transformers import AutoConfig, AutoTokenizer
@@ -301,11 +301,11 @@ def test_a_right_export_in_bf16_is_not_refused(tmp_path):
         seed_everything(0)
         student = resolve(StudentConfig(checkpoint=write_hf(tmp_path / "m", "qwen3_moe", layers=12)))
         model: Any = model_provider(student=student, parallelism=ParallelismConfig(), dtype=torch.bfloat16)
-        export_hf(model, str(tmp_path / "out"), student)
+        export_hf([model], str(tmp_path / "out"), student)
         weight = model.decoder.layers[0].self_attention.linear_qkv.weight
         weight.data = weight.data.roll(1, 0)
         with pytest.raises(RuntimeError, match="logits differ"):
-            check_export(model, str(tmp_path / "out"))
+            check_export([model], student, tmp_path / "out")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -346,7 +346,7 @@ def _exported_with_the_students_tokenizer(root):
         model = model_provider(student=student, parallelism=ParallelismConfig())
         for named in (None, str(root / "gone")):
             assert export._tokenizer_of_run({"data": {"tokenizer": named}}) is None
-        export_hf(model, str(root / "link"), student, source=export._source(hf))
+        export_hf([model], str(root / "link"), student, source=export._source(hf))
     return ends
 
 

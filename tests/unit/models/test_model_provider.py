@@ -215,7 +215,7 @@ def cut_and_exported(checkpoint, output, rows):
 
     student = resolve(StudentConfig(checkpoint, vocab_size=rows))
     model = model_provider(student=student, parallelism=ParallelismConfig())
-    export_hf(model, output, student)
+    export_hf([model], output, student)
 
 
 @pytest.mark.parametrize("kind", ["Hugging Face", "ours"])

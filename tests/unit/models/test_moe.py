@@ -164,7 +164,7 @@ def grouped_weights(path, output, sizes):
         ]
         if dist.get_world_size() == 1:
             with mock.patch.object(huggingface, "check_export"):  # the stand-in has no forward
-                huggingface.export_hf(grouped, output, student)
+                huggingface.export_hf([grouped], output, student)
         return equal
 
 

@@ -1,6 +1,9 @@
 """Pieces of Hugging Face tensors: what a rank reads and writes of them, at every layout."""
 
 import json
+import os
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -124,6 +127,101 @@ def test_an_export_is_cut_into_files_of_a_size(models, groups, tmp_path):
     assert index["metadata"]["total_size"] == sum(
         4 * tensor.numel() for tensor in _stored(tmp_path / "out")[0].values()
     )
+
+
+EXPORTED = {
+    "dp2": ("llama", 2, Layout()),
+    "tp2 sp": ("qwen2", 2, Layout(tensor=2, sequence_parallel=True)),
+    "cp2": ("qwen3", 2, Layout(context=2)),
+    "tp2 pp2": ("llama_tied", 4, Layout(tensor=2, pipeline=2)),
+    "pp2 cp2": ("llama3_rope", 4, Layout(pipeline=2, context=2)),
+    "tp2 ep2": ("qwen3_moe", 4, Layout(tensor=2, sequence_parallel=True, expert=2)),
+}
+
+
+def export_at(path, output, layout, change=None):
+    """Export at a layout; `change` may do something to this rank's stages, between the files and their comparison."""
+    setup_device()
+    with process_groups(layout.config()):
+        from distill_nemo.models.checkpoints import huggingface
+        from distill_nemo.models.resolve import resolve
+        from distill_nemo.runtime.seed import seed_everything
+
+        seed_everything(0)
+        student = resolve(StudentConfig(checkpoint=path))
+        chunks, compare = _chunks(student, layout), huggingface.check_export
+
+        def changed(*args):
+            if change is not None:
+                change(chunks)
+            compare(*args)
+
+        huggingface.check_export = changed
+        try:
+            huggingface.export_hf(chunks, output, student, source=Path(path))
+        except RuntimeError as error:
+            return str(error)
+        finally:
+            huggingface.check_export = compare
+
+
+@pytest.mark.parametrize("case", EXPORTED)
+def test_an_export_is_compared_with_transformers_at_its_own_layout(models, groups, tmp_path, case):
+    family, processes, layout = EXPORTED[case]
+    assert groups[processes].run(export_at, models[family], str(tmp_path / "out"), layout) == [None] * processes
+    before, after = load_file(f"{models[family]}/model.safetensors"), _stored(tmp_path / "out")[0]
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def other_weights_on_the_last_rank(chunks):
+    import torch.distributed as dist
+
+    if dist.get_rank() == dist.get_world_size() - 1:
+        chunks[-1].decoder.layers[0].mlp.linear_fc2.weight.data.add_(0.1)
+
+
+@pytest.mark.parametrize("case", ["tp2 sp", "cp2", "tp2 pp2", "pp2 cp2"])
+def test_an_export_that_is_not_the_model_is_refused_by_every_rank(models, groups, tmp_path, case):
+    family, processes, layout = EXPORTED[case]
+    output = str(tmp_path / "out")
+    errors = groups[processes].run(export_at, models[family], output, layout, other_weights_on_the_last_rank)
+    assert all("the exported model's logits differ by" in error for error in errors)
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".out.lock"] == []
+
+
+def test_every_rank_learns_that_one_has_no_room(models, groups, tmp_path):
+    errors = groups[2].run(export_without_room, models["llama"], str(tmp_path / "out"), Layout(pipeline=2))
+    assert all(error.startswith("rank 1: ") and "File too large" in error for error in errors)
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".out.lock"] == []
+
+
+def export_without_room(path, output, layout):
+    """Export where the last rank cannot write as much as its file needs."""
+    limits, heed = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    if os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        return export_at(path, output, layout)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, heed)
+
+
+def test_of_a_model_that_does_not_fit_this_host_a_part_is_compared(models, tmp_path, monkeypatch, capfd):
+    from distill_nemo.models.checkpoints import huggingface
+
+    monkeypatch.setattr(huggingface, "MEMORY_TO_OPEN", 1e9)
+    assert export_at(models["llama"], str(tmp_path / "out"), Layout()) is None
+    assert "does not fit this host's memory: its first layers are compared" in capfd.readouterr().out
+
+    def other_base(_):
+        config = json.loads((tmp_path / ".other.partial" / "config.json").read_text())
+        config["vocab_size"] = 300
+        (tmp_path / ".other.partial" / "config.json").write_text(json.dumps(config))
+
+    error = export_at(models["llama"], str(tmp_path / "other"), Layout(), other_base)
+    assert "does not fit its architecture" in error and not (tmp_path / "other").exists()
 
 
 def test_a_tensor_larger_than_a_file_has_one_of_its_own():
