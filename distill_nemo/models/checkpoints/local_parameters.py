@@ -116,12 +116,23 @@ def _group(of_expert: bool) -> ProcessGroup:
 
 
 def whole_tensors(parts: list[Tensor], parameter: LocalParameter) -> dict[str, Tensor]:
-    """Put the parts of a parameter, of every rank of its group, together into Hugging Face tensors."""
-    whole = {name: parts[0].new_empty(shape) for name, shape in parameter.whole_shapes().items()}
+    """Put the parts of a parameter, of every rank of its group, together into Hugging Face tensors.
+
+    A tensor that is one piece is a view of its part.
+    """
+    found: dict[str, list[tuple[Piece, Tensor]]] = {}
     for rank, part in enumerate(parts):
         for piece, rows in rows_of(parameter.pieces_of(rank), part):
             if piece.name:
-                whole[piece.name][piece.index] = rows
+                found.setdefault(piece.name, []).append((piece, rows))
+    shapes = parameter.whole_shapes()
+    return {name: pieces[0][1] if len(pieces) == 1 else _joined(pieces, shapes[name]) for name, pieces in found.items()}
+
+
+def _joined(pieces: list[tuple[Piece, Tensor]], shape: tuple[int, ...]) -> Tensor:
+    whole = pieces[0][1].new_empty(shape)
+    for piece, rows in pieces:
+        whole[piece.index] = rows
     return whole
 
 
