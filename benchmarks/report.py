@@ -21,10 +21,10 @@ STUDENT, TEACHER, MODELOPT = "student step", "teacher forward", "ModelOpt"
 MEMORY = ("extra_bytes", "tensor_bytes", "logits_bytes")
 HEAD = """# Performance
 
-Written by `make bench` from benchmarks/results/*.json. Forward and backward of KL(teacher‖student), of bf16 logits that
-are given, or of hidden states (fused linear). Ways take turns in one process; figures are medians. Wall time is
-what a busy machine gives; processor time is what the work took. Memory of the rows with given logits is the peak beyond
-inputs and gradient, in units of one fp32 tensor of the logits.
+Written by `make bench` from benchmarks/results/*.json. It measures forward and backward of KL(teacher‖student), for
+given bf16 logits or from hidden states (fused linear). Alternatives take turns in one process; values are medians.
+Wall time depends on the machine's load; processor time is the work itself. Memory in the rows with given logits is the
+peak beyond inputs and gradient, in units of one fp32 tensor of the logits.
 """
 
 
