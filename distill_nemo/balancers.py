@@ -14,7 +14,7 @@ from torch import Tensor
 
 LOGITS_PREFIX = "Logits"
 
-Losses = tuple[Tensor | None, Tensor | None, Tensor | None]  # student, logits, intermediate
+ThreeLosses = tuple[Tensor | None, Tensor | None, Tensor | None]  # student, logits, intermediate
 
 
 class LogitsAndIntermediatesLossBalancer(DistillationLossBalancer):
@@ -77,14 +77,14 @@ class LogitsAndIntermediatesLossBalancer(DistillationLossBalancer):
         """True if `weights` are known before the losses, from observed ones."""
         return self.observed is not None
 
-    def weights(self) -> Losses:
+    def weights(self) -> ThreeLosses:
         """Return the weights of student (None: left out), logits and mean intermediate loss by the observed losses."""
         assert self.observed is not None, "observe the losses first"
         found = (self.observed.get(name) for name in ("lm_loss", "logit_loss", "hidden_loss"))
         student, logits, intermediate = (None if value is None else torch.tensor(value) for value in found)
         return self._weights((student, logits, intermediate))
 
-    def _weights(self, losses: Losses) -> Losses:
+    def _weights(self, losses: ThreeLosses) -> ThreeLosses:
         student, logits, intermediate = (None if loss is None else loss.detach() for loss in losses)
         share = torch.ones(())
         if logits is not None and intermediate is not None:
@@ -140,7 +140,7 @@ class WeightedLossBalancer(DistillationLossBalancer):
         return _weighted_sum(self._weights, split_losses(self, loss_dict))
 
 
-def split_losses(balancer: DistillationLossBalancer, loss_dict: dict[str, Tensor]) -> Losses:
+def split_losses(balancer: DistillationLossBalancer, loss_dict: dict[str, Tensor]) -> ThreeLosses:
     """Return (student loss, sum of logits losses, mean of intermediate losses), each None if missing."""
     losses = dict(loss_dict)
     student = losses.pop(STUDENT_LOSS, None)
@@ -158,7 +158,7 @@ def split_losses(balancer: DistillationLossBalancer, loss_dict: dict[str, Tensor
     )
 
 
-def _weighted_sum(weights: Any, losses: Losses) -> Tensor:
+def _weighted_sum(weights: Any, losses: ThreeLosses) -> Tensor:
     pairs = zip(weights, losses, strict=True)
     return _sum(*(None if weight is None or loss is None else weight * loss for weight, loss in pairs))
 

@@ -27,7 +27,7 @@ FIXED = (
     ("training", "data_seed"),
     ("optimizer", "use_distributed_optimizer"),  # it changes how Megatron saves groups of parameters
 )
-OURS = ("step_*", "latest", "latest.partial", "latest.old")
+OUR_PATTERNS = ("step_*", "latest", "latest.partial", "latest.old")
 FOREIGN = ("*.safetensors", ".metadata", "latest_checkpointed_iteration.txt", "iter_*", "model_weights", "latest")
 
 
@@ -92,7 +92,7 @@ def check_output_dir(output_dir: str) -> None:
             raise ValueError(f"output_dir = {output_dir}: {path} is a file; choose another output_dir")
     strange = [path for pattern in FOREIGN for path in directory.glob(pattern)]
     if root.is_dir():
-        strange += [path for path in root.iterdir() if not any(path.match(pattern) for pattern in OURS)]
+        strange += [path for path in root.iterdir() if not any(path.match(pattern) for pattern in OUR_PATTERNS)]
     if strange:
         raise ValueError(
             f"output_dir = {output_dir} holds a checkpoint that no run of distill-nemo wrote there: {strange[0]}; "

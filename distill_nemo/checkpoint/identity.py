@@ -17,7 +17,7 @@ import torch.distributed as dist
 from distill_nemo.config import RunConfig, to_dict
 from distill_nemo.data.tokenizer import load_tokenizer
 from distill_nemo.models.sources import MODELOPT_STATE, find_checkpoint
-from distill_nemo.runtime.file_hashes import Part, hash_part, join_hashes, parts
+from distill_nemo.runtime.file_hashes import FilePart, hash_part, join_hashes, parts
 from distill_nemo.runtime.files import write_atomically
 
 DISTRIBUTED = (".metadata", "*.distcp", "common.pt")
@@ -105,14 +105,14 @@ def _token_files(blend: list[str]) -> list[tuple[str, Path | None]]:
     return named
 
 
-def _plan(paths: list[Path], cache: Path) -> tuple[dict[Path, str], dict[Path, Stat], list[Part]]:
+def _plan(paths: list[Path], cache: Path) -> tuple[dict[Path, str], dict[Path, Stat], list[FilePart]]:
     """Return the known hashes, each file's stat, and the parts to hash in the order of the files."""
     remembered, stats = _read_cache(cache) | _hashed, {path: _stat(path) for path in paths}
     known = {path: remembered[path][1] for path in paths if remembered.get(path, (None, ""))[0] == stats[path]}
     return known, stats, [part for path in paths if path not in known for part in parts(path)]
 
 
-def _hash_share(todo: list[Part]) -> list[str] | str:
+def _hash_share(todo: list[FilePart]) -> list[str] | str:
     """Return the hashes of this rank's share of the parts, about equal in bytes, or the reason for a failure."""
     total, before = sum(part.length for part in todo) or 1, 0
     mine, own_bytes = [], 0

@@ -15,7 +15,7 @@ from distill_nemo.data.manifest import max_token_id, read_manifest
 
 INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the ids' type, documents, bounds
 MAGIC = b"MMIDIDX\x00\x00"
-INTEGERS = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}  # 6 and 7 are floats
+INTEGER_TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}  # 6 and 7 are floats
 BLOCK_DOCUMENTS = 1 << 20  # read at a time
 ADVICE = "make the token files again with `nemo distill prepare`"
 OWN_TOKENIZER = "prepare the text again with the model's own tokenizer"
@@ -104,14 +104,14 @@ def _check_pair(field: str, idx: Path, bin_: Path) -> None:
     with open(idx, "rb") as file:
         head = file.read(INDEX_HEADER.size)
     magic, version, code, documents, bounds = INDEX_HEADER.unpack(head.ljust(INDEX_HEADER.size, b"\0"))
-    if magic != MAGIC or version != 1 or code not in INTEGERS:
+    if magic != MAGIC or version != 1 or code not in INTEGER_TYPES:
         raise ValueError(f"{field}: {idx} is not a Megatron index of integer ids; {ADVICE}")
     if not documents or not bounds:
         raise ValueError(f"{field}: {idx} holds no documents; {ADVICE}")
     _check_size(
         field, idx, INDEX_HEADER.size + documents * 12 + bounds * 8, f"its header promises {documents} documents"
     )
-    itemsize = np.dtype(INTEGERS[code]).itemsize
+    itemsize = np.dtype(INTEGER_TYPES[code]).itemsize
     if documents > bin_.stat().st_size // itemsize:
         raise ValueError(
             f"{field}: {idx} holds {documents} documents, more than the {bin_.stat().st_size // itemsize} tokens of "

@@ -15,7 +15,7 @@ MAX_HEADER_BYTES = 10**8  # of the format itself
 
 
 @dataclass(frozen=True)
-class Part:
+class FilePart:
     """Range of bytes of a file. `label` identifies their content, independent of the offset."""
 
     path: Path
@@ -24,18 +24,18 @@ class Part:
     length: int
 
 
-def parts(path: Path) -> list[Part]:
+def parts(path: Path) -> list[FilePart]:
     """Divide a file into its tensors, if it is a safetensors file, and into parts of at most `PART_BYTES`."""
     size = path.stat().st_size
     spans = _tensors(path, size) if path.suffix == ".safetensors" else None
     return [
-        Part(path, f"{label}:{begin - start}", begin, min(PART_BYTES, end - begin))
+        FilePart(path, f"{label}:{begin - start}", begin, min(PART_BYTES, end - begin))
         for label, start, end in spans or [("", 0, size)]
         for begin in range(start, max(end, start + 1), PART_BYTES)
     ]
 
 
-def hash_part(part: Part) -> str:
+def hash_part(part: FilePart) -> str:
     """Return the SHA-256 of a part's label and bytes.
 
     Raises:

@@ -31,7 +31,7 @@ from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
 LOOPBACK = "127.0.0.1"
 LAUNCHER = "DISTILL_NEMO_LAUNCHER"  # variable with the process id that torchrun must not outlive
-TIMEOUT = timedelta(minutes=10)  # of one operation on the store
+STORE_TIMEOUT = timedelta(minutes=10)  # of one operation on the store
 JOIN_SECONDS = 1800.0  # a node may have to pull its image first
 CONNECT_SECONDS = 5.0
 POLL_SECONDS = 1.0
@@ -138,7 +138,7 @@ class NodesRendezvous(LoopbackRendezvous):
         while time.monotonic() < deadline:
             try:
                 socket.create_connection(address, CONNECT_SECONDS).close()  # TCPStore ignores signals while it connects
-                self._store = TCPStore(*address, is_master=False, timeout=TIMEOUT)
+                self._store = TCPStore(*address, is_master=False, timeout=STORE_TIMEOUT)
                 self._store.set(f"ticket/{self._node}", ticket)
                 while time.monotonic() < deadline:
                     if self._store.check(["tickets"]):
@@ -205,7 +205,7 @@ def _serve(address: tuple[str, int]) -> tuple[TCPStore, int]:
     family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
     listener = socket.create_server(address, family=family)
     port = listener.getsockname()[1]
-    store = TCPStore(address[0], port, is_master=True, timeout=TIMEOUT, master_listen_fd=listener.detach())
+    store = TCPStore(address[0], port, is_master=True, timeout=STORE_TIMEOUT, master_listen_fd=listener.detach())
     return store, port
 
 

@@ -22,7 +22,7 @@ from distill_nemo.executors.worker_config import run_config_of
 from distill_nemo.fields import suggest
 from distill_nemo.training.entry import distill
 
-FILES = "/nemo_run"  # where the pods find the shipped files, named as NeMo-Run does
+FILES_ROOT = "/nemo_run"  # where the pods find the shipped files, named as NeMo-Run does
 MAX_BYTES = 1_000_000  # of a ConfigMap
 CONTAINER = "node"  # name of the container, and of the replicated job, in Trainer's runtimes
 MANAGER = "distill-nemo/launcher"  # author of a patch, which Trainer 2.2 requires
@@ -102,10 +102,10 @@ class KubernetesExecutor(KubeflowExecutor):
                 raise ValueError(f"run.executor.{name} needs pvc, the name of the claim to make")
         if self.storage_class is not None and self.pvc_size is None:
             raise ValueError("run.executor.storage_class needs pvc_size: without it, no claim is made")
-        ours = (f"{FILES}/", "/dev/shm/")
+        ours = (f"{FILES_ROOT}/", "/dev/shm/")
         if not re.fullmatch(r"(/[^/:]+)+", self.mount) or f"{self.mount}/".startswith(ours):
             raise ValueError(
-                f'run.executor.mount must be an absolute path, not below {FILES} or /dev/shm, got "{self.mount}"'
+                f'run.executor.mount must be an absolute path, not below {FILES_ROOT} or /dev/shm, got "{self.mount}"'
             )
         for each in self.volume_mounts:
             if not {"name", "mountPath"} <= each.keys():
@@ -126,7 +126,7 @@ class KubernetesExecutor(KubeflowExecutor):
                 save_yaml(run_config_of(recipe), Path(self.job_dir, "configs", name))
             else:
                 super().package_configs((name, text))
-            paths.append(f"{FILES}/configs/{name}")
+            paths.append(f"{FILES_ROOT}/configs/{name}")
         return paths
 
     def get_job_body(self, name: str, command: list[str]) -> dict[str, Any]:
@@ -159,7 +159,7 @@ class KubernetesExecutor(KubeflowExecutor):
         if files := self._shipped(command):
             items = [{"key": Path(path).name, "path": path} for path in files]
             volumes.append({"name": "files", "configMap": {"name": name, "items": items}})
-            mounts.append({"name": "files", "mountPath": FILES, "readOnly": True})
+            mounts.append({"name": "files", "mountPath": FILES_ROOT, "readOnly": True})
         if self.pvc is not None:
             volumes.append({"name": "work", "persistentVolumeClaim": {"claimName": self.pvc}})
             mounts.append({"name": "work", "mountPath": self.mount})
@@ -169,8 +169,8 @@ class KubernetesExecutor(KubeflowExecutor):
         return volumes, mounts
 
     def _shipped(self, command: list[str]) -> dict[str, str]:
-        """Return the text of each file that `command` names, by its path below `FILES`."""
-        paths = [word.removeprefix(f"{FILES}/") for word in command if word.startswith(f"{FILES}/")]
+        """Return the text of each file that `command` names, by its path below `FILES_ROOT`."""
+        paths = [word.removeprefix(f"{FILES_ROOT}/") for word in command if word.startswith(f"{FILES_ROOT}/")]
         files = {path: Path(self.job_dir, path).read_text() for path in paths if Path(self.job_dir, path).is_file()}
         if (size := sum(map(len, files.values()))) > MAX_BYTES:
             raise ValueError(

@@ -18,7 +18,7 @@ from distill_nemo.executors.watch.endings import RESUME, why_a_log_ended
 from distill_nemo.executors.watch.jobs import ClusterJob, UnseenError
 from distill_nemo.executors.watch.screen import RankLines
 
-ENDED = (
+ENDED_STATES = (
     "COMPLETED FAILED CANCELLED TIMEOUT NODE_FAIL OUT_OF_MEMORY PREEMPTED BOOT_FAIL DEADLINE REVOKED LAUNCH_FAILED"
 ).split()
 _ACCOUNTED = "State,ExitCode,Elapsed,Timelimit,NodeList,Reason"  # SLURM 22.05's accounting has no Restarts
@@ -39,7 +39,7 @@ class State:
     @property
     def ended(self) -> bool:
         """True when the job is over."""
-        return self.name in ENDED
+        return self.name in ENDED_STATES
 
     @property
     def completed(self) -> bool:

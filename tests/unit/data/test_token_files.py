@@ -11,7 +11,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import DType
 
 from distill_nemo.config import DataConfig
-from distill_nemo.data.token_files import INDEX_HEADER, INTEGERS, check_token_files, check_vocabulary, parse_blend
+from distill_nemo.data.token_files import INDEX_HEADER, INTEGER_TYPES, check_token_files, check_vocabulary, parse_blend
 from tests.token_files import write_documents, write_tokens
 
 SIZES = [0, 1, 39, 41, 2**31 - 1, 2**32, 2**62, 2**63, 2**64 - 1]  # where 40 documents are
@@ -27,10 +27,10 @@ def test_blends_are_prefixes_with_or_without_weights():
 
 
 def test_types_of_ids_are_megatrons(tmp_path: Path):
-    assert {code: np.dtype(DType.dtype_from_code(code)) for code in INTEGERS} == {
-        code: np.dtype(kind) for code, kind in INTEGERS.items()
+    assert {code: np.dtype(DType.dtype_from_code(code)) for code in INTEGER_TYPES} == {
+        code: np.dtype(kind) for code, kind in INTEGER_TYPES.items()
     }
-    for kind in INTEGERS.values():
+    for kind in INTEGER_TYPES.values():
         check_token_files(DataConfig([write_documents(tmp_path / "a", [[1, 2], [], [3]], kind)]))
 
 
