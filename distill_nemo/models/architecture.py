@@ -111,6 +111,8 @@ class Architecture:
         ropes: rotary embeddings that `rotary_base` and `rope_scaling` state.
         qkv_bias: queries, keys and values have a bias.
         qk_norm: queries and keys are normalised in each head.
+        wide_qk_norm: with `qk_norm`: they are normalised over all heads together.
+        pre_norms: attention and MLP read a normalised residual stream.
         post_norms: what attention and MLP return is normalised, before it is added to the residual stream.
         activation: of the MLPs.
         layers: sizes of each layer.
@@ -138,6 +140,8 @@ class Architecture:
     tie_word_embeddings: bool
     qkv_bias: bool
     qk_norm: bool
+    wide_qk_norm: bool
+    pre_norms: bool
     post_norms: bool
     activation: Activation
     layers: tuple[Layer, ...]

@@ -20,7 +20,8 @@ from distill_nemo.models.layers.experts import expert_settings
 from distill_nemo.models.layers.multipliers import FinishLogits, ScaleEmbeddings
 from distill_nemo.models.layers.residual import NormedAdd, replace_add, scaled_add
 from distill_nemo.models.layers.rotary import give_rotary_embeddings
-from distill_nemo.models.layers.specs import block_spec, transformer_engine_usable
+from distill_nemo.models.layers.specs import block_spec, drop_pre_norms, transformer_engine_usable
+from distill_nemo.models.layers.wide_norms import give_wide_norms
 
 ACTIVATIONS = {"silu": functional.silu, "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh")}
 
@@ -62,7 +63,7 @@ def transformer_config(
         activation_func=ACTIVATIONS[model.activation],
         add_bias_linear=False,
         add_qkv_bias=model.qkv_bias,
-        qk_layernorm=model.qk_norm,
+        qk_layernorm=model.qk_norm and not model.wide_qk_norm,
         no_rope_freq=no_rope if any(no_rope) else None,
         init_method_std=model.init_std,
         **_initialisation(model),
@@ -162,6 +163,11 @@ def _check_layout(model: Architecture, parallelism: ParallelismConfig) -> None:
             )
     for i, layer in enumerate(model.layers):
         groups = layer.num_query_groups
+        if groups is not None and groups % tensor and model.wide_qk_norm:
+            raise ValueError(
+                f"{model.name}: num_query_groups of layer {i} = {groups} is not divisible by "
+                f"parallelism.tensor_model_parallel_size = {tensor}, as norms over all heads need"
+            )
         if groups is not None and groups % tensor and (tensor % groups or model.block_configs is not None):
             raise ValueError(
                 f"{model.name}: num_query_groups of layer {i} = {groups} is neither a multiple nor a divisor of "
@@ -181,6 +187,8 @@ def gpt_model(
     """Build this pipeline stage with random weights. Only here is the class named, which Megatron calls deprecated."""
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
     block, multipliers = block_spec(config, vp_stage), model.multipliers
+    if not model.pre_norms:
+        drop_pre_norms(block, transformer_engine_usable(config.params_dtype))
     if model.post_norms:
         replace_add(block, ModuleSpec(NormedAdd, params={"config": config, "norm": block.layer_norm}))
     elif multipliers.residual != 1:
@@ -197,6 +205,8 @@ def gpt_model(
         position_embedding_type="rope",
         vp_stage=vp_stage,
     )
+    if model.wide_qk_norm:
+        give_wide_norms(built)
     give_rotary_embeddings(built, model)
     if pre_process and multipliers.embedding != 1:
         built.embedding.register_forward_hook(ScaleEmbeddings(multipliers, config.params_dtype))

@@ -20,7 +20,7 @@ from distill_nemo.models.config_fields import (
     MAX_SIZE,
 )
 from distill_nemo.models.families import FAMILIES
-from distill_nemo.models.families.family import Family, OwnFields, resolve_own_fields
+from distill_nemo.models.families.family import Family, resolve_own_fields
 from distill_nemo.models.families.huggingface import from_huggingface
 from distill_nemo.models.families.rope import resolve_ropes
 from distill_nemo.models.layers.block_configs import read_block_configs
@@ -128,6 +128,8 @@ def _architecture(name: str, source: Source | None, values: dict[str, Any]) -> A
         source=source,
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
+        wide_qk_norm=family.wide_qk_norm,
+        pre_norms=family.pre_norms,
         post_norms=family.post_norms,
         activation=family.activation,
         ropes=_ropes(name, values, family),
@@ -170,9 +172,9 @@ def _check_complete(checkpoint: str | None, values: dict[str, Any], described: d
     required = [name for name in REQUIRED if not (moe and name == "ffn_hidden_size")]
     required += EXPERT_SIZES if moe else ()
     if silent:
-        own = FAMILIES[values["family"]].own_fields if values["family"] in FAMILIES else OwnFields
-        unsaid = dataclasses.fields(own) and not own.off_by_default
-        required += [*NOT_IN_TENSORS, *(["norm_topk_prob"] if moe else []), *(["family_fields"] if unsaid else [])]
+        required += [*NOT_IN_TENSORS, *(["norm_topk_prob"] if moe else [])]
+        if values["family"] in FAMILIES and FAMILIES[values["family"]].needs_own_fields:
+            required.append("family_fields")
     missing = [name for name in required if values[name] is None]
     if missing and checkpoint is None:
         raise ValueError(f"the model needs {', '.join(missing)}: set them, or checkpoint to read them from")

@@ -25,7 +25,7 @@ def _saved_by_attention(planned: PlannedRun, model: Architecture, layer: Layer, 
     n = model.num_attention_heads * model.kv_channels // tensor
     k = _key_channels(model, layer, tensor)
     qk_norm = model.qk_norm
-    bytes_ = _norm(planned, model.hidden_size) + _post_norm(planned, model)
+    bytes_ = _norms(planned, model)
     softmax_statistics = 4 * tokens * model.num_attention_heads // tensor
     if planned.transformer_engine:
         return bytes_ + softmax_statistics + item * tokens * (2 * n + 2 * k + (n + k if qk_norm else 0))
@@ -55,7 +55,7 @@ def saved_by_mlp(planned: PlannedRun, model: Architecture, layer: Layer) -> int:
     """Return the bytes that the MLP or the experts save, norm included. Tokens are assumed to be spread evenly."""
     if layer.ffn_hidden_size is None:
         return 0
-    bytes_ = _norm(planned, model.hidden_size) + _post_norm(planned, model)
+    bytes_ = _norms(planned, model)
     pieces = _mlp_pieces(planned, model)
     f = layer.ffn_hidden_size // planned.config.parallelism.tensor_model_parallel_size
     if model.experts is None:
@@ -71,12 +71,12 @@ def _mlp_pieces(planned: PlannedRun, model: Architecture) -> int:
     return 3 if planned.on_gpu and model.activation in FUSED_ACTIVATIONS else 5
 
 
-def _post_norm(planned: PlannedRun, model: Architecture) -> int:
-    """Return the bytes of a norm's input, after attention or MLP; ours also keeps the normalised input."""
-    if not model.post_norms:
-        return 0
+def _norms(planned: PlannedRun, model: Architecture) -> int:
+    """Return the bytes of the norms around attention or MLP, or of the residual stream where none is before them."""
+    numbers = planned.split_tokens * model.hidden_size
+    before = _norm(planned, model.hidden_size) if model.pre_norms else planned.item * numbers
     each = planned.item if planned.transformer_engine else 8 if planned.item == 4 else 6
-    return planned.split_tokens * model.hidden_size * each
+    return before + (each * numbers if model.post_norms else 0)  # input; ours also keeps the normalised input
 
 
 def _norm(planned: PlannedRun, width: int) -> int:

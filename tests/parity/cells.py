@@ -50,6 +50,7 @@ MODELS: dict[str, dict[str, Any]] = {  # arguments of write_hf; the student's na
     "qwen3 (qk norm)": {"family": "qwen3", "seed": 7, "layers": 8, **NARROW},
     "mistral (windows)": {"family": "mistral", "seed": 12, "layers": 8, **NARROW},
     "ministral (windows by layer)": {"family": "ministral", "seed": 13, "layers": 10, **WIDE},
+    "olmo2 (post norms)": {"family": "olmo2", "seed": 14, "layers": 8, **NARROW},
     "two query groups": {"seed": 11, "layers": 8, **NARROW, "groups": 2},
     "phi3 (longrope)": {"family": "phi3", "seed": 13, "layers": 8, **WIDE, "heads": 4},
     "smollm3 (NoPE)": {"family": "smollm3", "seed": 12, "layers": 8, **NARROW},
@@ -153,6 +154,7 @@ def _of_layout(layout: str) -> Iterator[Cell]:
         loss = "cosine, projected, after the last norm" if student == "llama, 9 layers" else HIDDEN
         yield Cell(layout, (student, "teacher"), loss)
     yield Cell(layout, ("mistral (windows)", "ministral (windows by layer)"), HIDDEN)
+    yield Cell(layout, ("olmo2 (post norms)", "teacher"), HIDDEN)
     for models in FAMILIES:
         yield Cell(layout, models, HIDDEN)
         yield Cell(layout, models, HIDDEN, "whole logits", changes=(("fused_linear", False),))

@@ -8,6 +8,7 @@ import yaml
 
 from distill_nemo.models.config_fields import shown
 from distill_nemo.models.families import FAMILIES
+from distill_nemo.models.families.pieces import layer_table
 
 INTEGERS = {  # ours: theirs, the first that has a value counts
     "num_layers": ("num_layers",),
@@ -111,12 +112,13 @@ def _number[T: (int, float)](path: Path, kind: type[T], name: str, value: Any) -
 
 
 def _family(path: Path, values: dict[str, Any]) -> str:
-    """Return the dense family with the same norms of queries and keys and the same bias: Megatron names none."""
+    """Return the dense family with Llama's layers, these norms of queries and keys and this bias: none is named."""
     qkv_bias, qk_norm = (
         bool(value) for value in (values.get("add_qkv_bias") or values.get("qkv_bias"), values.get("qk_layernorm"))
     )
     for name, family in FAMILIES.items():
-        if (family.qkv_bias, family.qk_norm, family.has_experts) == (qkv_bias, qk_norm, False):
+        described = family.layer_table is layer_table and not (family.has_experts or family.needs_own_fields)
+        if described and (family.qkv_bias, family.qk_norm) == (qkv_bias, qk_norm):
             return name
     raise ValueError(f"{path}: qk_layernorm together with a bias of queries, keys and values is not supported")
 

@@ -43,6 +43,8 @@ class Family:
         defaults: values of that class for fields that a `config.json` leaves out; a null has another meaning.
         qkv_bias: queries, keys and values have a bias.
         qk_norm: queries and keys are normalised in each head.
+        wide_qk_norm: with `qk_norm`: they are normalised over all heads together.
+        pre_norms: attention and MLP read a normalised residual stream.
         post_norms: what attention and MLP return is normalised, before it is added to the residual stream.
         activation: of the MLPs.
         has_experts: every layer is a mixture of experts.
@@ -65,6 +67,8 @@ class Family:
     defaults: dict[str, Any] = field(default_factory=dict)
     qkv_bias: bool = False
     qk_norm: bool = False
+    wide_qk_norm: bool = False
+    pre_norms: bool = True
     post_norms: bool = False
     activation: Activation = "silu"
     has_experts: bool = False
@@ -79,6 +83,11 @@ class Family:
     read_own: Callable[[Fields], dict[str, Any]] = lambda config: {}
     write_own: Callable[[Architecture], dict[str, Any]] = lambda model: {}
     layer_table: Callable[[Architecture, Layer], Table] = layer_table
+
+    @property
+    def needs_own_fields(self) -> bool:
+        """True if a checkpoint that states none of its own fields does not describe a model."""
+        return bool(fields(self.own_fields)) and not self.own_fields.off_by_default
 
 
 def resolve_own_fields(

@@ -1,5 +1,7 @@
 """Specs of transformer layers: Transformer Engine's modules if they run, else Megatron's with our norm."""
 
+from functools import partial
+
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_submodules,
@@ -10,6 +12,8 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
@@ -63,6 +67,21 @@ def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Transf
     layer = ModuleSpec(module=TransformerLayer, submodules=submodules)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
+
+
+def drop_pre_norms(block: TransformerBlockSubmodules, use_te: bool) -> None:
+    """Let attention and MLP read the residual stream as it is. Transformer Engine fuses the norms that are dropped."""
+    for layer in block.layer_specs or []:
+        parts = layer.submodules
+        assert isinstance(parts, TransformerLayerSubmodules)
+        parts.input_layernorm = parts.pre_mlp_layernorm = IdentityOp
+        attention = getattr(parts.self_attention, "submodules", None)
+        if use_te and isinstance(attention, SelfAttentionSubmodules):
+            from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+
+            attention.linear_qkv = TEColumnParallelLinear
+            mlp = MLPSubmodules(linear_fc1=TEColumnParallelLinear, linear_fc2=TERowParallelLinear)
+            parts.mlp = partial(MLP.as_mlp_submodule, submodules=mlp)
 
 
 def _heterogeneous_spec(config: HeterogeneousTransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:

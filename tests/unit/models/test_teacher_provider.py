@@ -139,6 +139,7 @@ def test_bfloat16_weights_load_into_a_float32_teacher(models, tmp_path):
 def test_nemo_directory_states_its_architecture(models, tmp_path, family):
     tensors = megatron_tensors(models[family], prefix="model.")
     path = write_nemo(tmp_path / "m", tensors, nemo_config(models[family], family))
+    assert described(path)["family"] == family.split("_")[0].removesuffix("3" if "rope" in family else "")
     assert_as_transformers(logits_of(provide(TeacherConfig(path))), models[family])
 
 
