@@ -84,8 +84,9 @@ def _nested(rope: Fields, family: Family) -> dict[str, Fields]:
             f"{rope.where}: {shown(nested)} holds parameters for one type of layer, which is not supported: "
             "state those of all layers directly in it"
         )
-    if nested and rope.values.keys() != set(family.layer_ropes):
-        raise ValueError(f"{rope.where} must hold {' and '.join(family.layer_ropes)}, got {shown([*rope.values])}")
+    if nested and not set(nested) == rope.values.keys() == set(family.layer_ropes):
+        wanted = " and one for ".join(family.layer_ropes)
+        raise ValueError(f"{rope.where} must hold one object for {wanted}, got {shown(rope.values)}")
     for name in nested:
         if rope.mapping(name).values.get("truncate") is False:
             raise ValueError(f"{rope.where}: {name}.truncate = False is not supported: transformers overlooks it")
