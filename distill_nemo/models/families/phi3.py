@@ -1,9 +1,11 @@
 """Phi-3, Phi-3.5 and Phi-4: Llama with fused projections, rotary embeddings of a part of the channels, and longrope."""
 
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
+from distill_nemo.fields import setting
 from distill_nemo.models.architecture import Architecture, Layer
-from distill_nemo.models.config_fields import MAX_POSITIONS, Fields
+from distill_nemo.models.config_fields import MAX_POSITIONS
 from distill_nemo.models.families.family import Family
 from distill_nemo.models.families.pieces import (
     LAYER,
@@ -14,6 +16,7 @@ from distill_nemo.models.families.pieces import (
     layer_table,
     query_key_value_in_one,
 )
+from distill_nemo.models.families.windows import Window, with_windows
 
 FUSED: Table = {
     "self_attention.linear_qkv.weight": query_key_value_in_one(SELF + "qkv_proj.weight", hidden),
@@ -21,11 +24,16 @@ FUSED: Table = {
 }
 
 
-def _refused(config: Fields) -> dict[str, bool]:
-    """Refuse a window that a sequence may be longer than."""
-    longest = config.integer("max_position_embeddings", most=MAX_POSITIONS)
-    window = config.integer("sliding_window", longest, most=MAX_POSITIONS)
-    return {f"sliding window attention (sliding_window {window})": window < longest}
+@dataclass(frozen=True)
+class _Window(Window):
+    """One window in every layer, or none."""
+
+    sliding_window: int | None = setting(None, at_least=1, at_most=MAX_POSITIONS)
+
+    def resolved(self, values: dict[str, Any]) -> Self:
+        """Drop a window that no sequence is longer than, as Phi-3.5's."""
+        seen = self.sliding_window
+        return replace(self, sliding_window=None) if seen and seen >= values["max_position_embeddings"] else self
 
 
 def _layer_table(model: Architecture, layer: Layer) -> Table:
@@ -53,7 +61,8 @@ PHI3 = Family(
     # Older directories call longrope so; transformers reads them alike.
     rope_types={"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"},
     partial_rotary=True,
-    refused=_refused,
+    own_fields=_Window,
+    layers=with_windows,
     write_own=_write,
     layer_table=_layer_table,
 )

@@ -84,8 +84,7 @@ def test_older_names_of_longrope_are_read(source, name):
     [
         ({"rope_scaling": SCALING | {"type": "linear", "factor": 2.0}}, '"linear" is not supported'),
         ({"partial_rotary_factor": 1.0}, "rope_scaling.short_factor must hold 8 numbers, got 6"),
-        ({"sliding_window": 127}, "sliding window attention (sliding_window 127) is not supported"),
-        ({"sliding_window": "128"}, "sliding_window must be a positive integer, got '128'"),
+        ({"sliding_window": "128"}, "sliding_window must be int | None, got '128'"),
         ({"partial_rotary_factor": 0.7, **PLAIN}, "kv_channels = 16 x partial_rotary_factor = 0.7 = 11 is not"),
         ({"partial_rotary_factor": 0.1, **PLAIN}, "kv_channels = 16 x partial_rotary_factor = 0.1 = 1 is not even"),
         ({"partial_rotary_factor": 1.25}, "partial_rotary_factor = 1.25 is not supported; it must be at most 1"),
@@ -97,3 +96,12 @@ def test_what_is_not_computed_as_transformers_does_is_refused(source, change, wo
     with pytest.raises(ValueError) as raised:
         resolved(source, **change)
     assert words in str(raised.value) and str(source) in str(raised.value)
+
+
+@pytest.mark.parametrize(("window", "seen"), [(None, None), (128, None), (127, 127), (5, 5)])
+def test_a_window_is_that_of_transformers_and_none_that_no_sequence_is_longer_than(source, window, seen):
+    from distill_nemo.models.source_check import check_source
+
+    model = resolved(source, sliding_window=window)
+    assert [layer.window for layer in model.layers] == [seen]
+    check_source(model)
