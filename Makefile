@@ -28,10 +28,14 @@ test-versions: .venv/installed ## a third of it on the oldest and the newest pac
 parity: .venv/installed ## every layout, model and loss against fp64; writes docs/parity.md in half an hour
 	@$(BIN)/python -W ignore -m tests.parity $(ARGS)
 
+models: .venv/installed ## import and export of every model family against transformers; writes docs/models.md in two minutes
+	@$(BIN)/python -W ignore -m tests.families $(ARGS)
+
 bench: .venv/installed ## what losses and steps cost beside others, on this machine; writes docs/performance.md
 	@$(BIN)/python -W ignore -m benchmarks.kl $(ARGS)
 	@$(BIN)/python -W ignore -m benchmarks.fused_linear
 	@$(BIN)/python -W ignore -m benchmarks.step
+	@$(BIN)/python -W ignore -m benchmarks.convert
 	@$(BIN)/python -m benchmarks.report
 
 gpu: .venv/installed ## on a machine with a GPU: its tests and benchmarks, in parts of nine minutes; repeat to go on
@@ -49,4 +53,4 @@ lint: .venv/installed ## ruff, codespell, docstrings, pyright, import layers
 clean: ## remove what runs and tests left, keep .venv
 	@rm -rf runs build .pytest_cache .ruff_cache
 
-.PHONY: help quickstart test test-launch test-versions parity soak gpu bench docs lint clean
+.PHONY: help quickstart test test-launch test-versions parity models soak gpu bench docs lint clean

@@ -202,11 +202,11 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as root:
         path = write_llama(Path(root, "llama"))
-        results: dict[str, Any] = {}
+        results: dict[str, Any] = {"repeats": ROUNDS, "rows": {}}
         for tensor in (1, 2):
             with Gloo(tensor, init=False, timeout=900) as group:
                 ranks = group.run(rank_measured, path, tensor, f"{root}/out")
-                results[f"TP={tensor}"] = ranks
+                results["rows"] |= {f"TP={tensor}, rank {rank}": found for rank, found in enumerate(ranks)}
         results["many tensors"] = many_tensors(Path(root, "many"))
     write_result("convert_cpu", results)
 
