@@ -1,11 +1,11 @@
-"""Weights from and to Hugging Face directories: `python -m benchmarks.convert` writes results/convert_*.json.
+"""Import from and export to Hugging Face directories: `python -m benchmarks.convert` writes results/convert_*.json.
 
-A Llama of 302M parameters in bf16 at TP=1 and TP=2, and a directory of 36,660 small tensors in 118 files, as many as
-Qwen3-235B-A22B has. Beside our import and export: ModelOpt's importer and exporter, and what nobody can do without,
-each tensor read and copied, and a file written from memory.
+Models are a Llama of 302M parameters in bf16 at TP=1 and TP=2, and a directory of 36,660 small tensors in 118 files, as
+many as Qwen3-235B-A22B has. Our import and export are compared with ModelOpt's importer and exporter, and with the
+least that is needed: reading and copying each tensor, and writing a file from memory.
 
-Seconds of processor time and memory are each rank's, median of the rounds. Memory is anonymous, sampled, beyond what
-was there before: the pages of mapped files, which the kernel may drop, do not count.
+Processor time and memory are each rank's, median of the rounds. Memory is sampled anonymous memory beyond the start;
+pages of mapped files, which the kernel may drop, are not included.
 """
 
 import json
@@ -32,7 +32,7 @@ MANY_LAYERS, MANY_EXPERTS, MANY_FILES = 94, 128, 118
 
 
 class Sampler(threading.Thread):
-    """Samples this process's anonymous memory until it is stopped."""
+    """Sampler of this process's anonymous memory."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -46,14 +46,14 @@ class Sampler(threading.Thread):
             self.peak = max(self.peak, anonymous_bytes())
 
     def stop(self) -> int:
-        """Return the most bytes there were beyond those at the start."""
+        """Return the peak of bytes beyond those at the start."""
         self._stopped.set()
         self.join()
         return max(self.peak, anonymous_bytes()) - self.before
 
 
 def anonymous_bytes() -> int:
-    """Anonymous resident memory of this process."""
+    """Return the anonymous resident memory of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) * 1024
@@ -61,21 +61,21 @@ def anonymous_bytes() -> int:
 
 
 def measured(way: Callable[[], Any]) -> dict[str, float]:
-    """Processor seconds and extra bytes of a call."""
+    """Return the processor seconds and extra bytes of a call."""
     sampler, begun = Sampler(), time.process_time()
     way()
     return {"processor_seconds": time.process_time() - begun, "extra_bytes": sampler.stop()}
 
 
 def median_of(rounds: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Medians of every number of every way."""
+    """Return the median of every number of every way."""
     return {
         way: {name: statistics.median(one[way][name] for one in rounds) for name in rounds[0][way]} for way in rounds[0]
     }
 
 
 def rank_measured(path: str, tensor: int, output: str) -> dict[str, dict[str, float]]:
-    """Every way, on one rank."""
+    """Measure every way on one rank."""
     from distill_nemo.config import ParallelismConfig, StudentConfig
     from distill_nemo.runtime.device import setup_device
     from distill_nemo.runtime.process_groups import process_groups
@@ -119,7 +119,7 @@ def rank_measured(path: str, tensor: int, output: str) -> dict[str, dict[str, fl
 
 
 def empty(directory: str) -> Path:
-    """Return the directory without what was in it. Every rank calls it."""
+    """Empty the directory and return it. Every rank calls it."""
     import torch.distributed as dist
 
     if dist.get_rank() == 0:
@@ -173,7 +173,7 @@ def write_many(path: Path) -> dict[str, str]:
 
 
 def many_tensors(path: Path) -> dict[str, Any]:
-    """Seconds of processor time to read every tensor of the directory; ModelOpt's from every 360th."""
+    """Return the processor time to read every tensor of the directory; ModelOpt's is extrapolated from every 360th."""
     from distill_nemo.models.checkpoints.hf_tensors import PieceReader, stored_tensors
     from distill_nemo.models.families.pieces import Piece
     from distill_nemo.runtime.device import setup_device
@@ -198,7 +198,7 @@ def many_tensors(path: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure everything, and write it."""
+    """Measure everything and write the results."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as root:
         path = write_llama(Path(root, "llama"))

@@ -1,8 +1,8 @@
 """KL from hidden states, forward and backward: `python -m benchmarks.fused_linear` writes results/fused_linear_*.json.
 
-Hidden states and output weights of student and teacher in, bf16, or fp32 on a CPU whose bf16 products are slower;
-gradients of the student's hidden states and, added to an fp32 `main_grad` as Megatron's DDP does, of its weight out. On
-a machine with a GPU the row for GPUs is measured, elsewhere the one for CPU.
+Inputs are hidden states and output weights of student and teacher in bf16, or in fp32 on a CPU whose bf16 products are
+slower. Outputs are the gradients of the student's hidden states and of its weight, which is added to an fp32
+`main_grad` as Megatron's DDP does. A machine with a GPU measures the shape for GPUs, others the one for CPU.
 """
 
 import argparse
@@ -30,7 +30,7 @@ OURS, UNFUSED, MODELOPT, PRODUCTS = "distill-nemo", "matmuls + our KL", "matmuls
 
 @dataclass(frozen=True)
 class Shape:
-    """N, widths of student and teacher, V."""
+    """Number of tokens N, widths of student and teacher, and vocabulary V."""
 
     tokens: int
     student_width: int
@@ -49,7 +49,7 @@ GPU_SHAPE = Shape(8192, 4096, 4096, 128256)
 
 @dataclass(frozen=True)
 class Inputs:
-    """Leaves of the student, and the teacher's."""
+    """Tensors of the student, which need gradients, and of the teacher."""
 
     student: Head
     teacher: Head
@@ -58,7 +58,7 @@ class Inputs:
 
 
 def main() -> None:
-    """Measure what this machine can, and write it."""
+    """Measure the shapes for this machine and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=1, help="a pass of the CPU row takes 20 to 50 s on two cores")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="all cores, or it takes too long")
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def compare(shape: Shape, repeats: int, ways: dict[str, Way]) -> dict[str, Any]:
-    """Seconds, and peak memory beyond inputs, `main_grad` and the hidden states' gradient, in bytes."""
+    """Return seconds, and peak bytes beyond inputs, `main_grad` and the hidden states' gradient."""
     inputs, memory = make_inputs(shape), {}
     hidden = inputs.student.hidden_NH
     few = make_inputs(Shape(8, shape.student_width, shape.teacher_width, 128))
@@ -106,7 +106,7 @@ def compare(shape: Shape, repeats: int, ways: dict[str, Way]) -> dict[str, Any]:
 
 
 def scaling(shape: Shape, repeats: int) -> dict[str, dict[str, float]]:
-    """Ours at a quarter of tokens and vocabulary and half of the widths, and by what is doubled of that."""
+    """Measure ours at a quarter of tokens and vocabulary and half of the widths, then with each of them doubled."""
     tokens, vocabulary = shape.tokens // 4, shape.vocabulary // 4
     once = Shape(tokens, shape.student_width // 2, shape.teacher_width // 2, vocabulary)
     wider = replace(once, student_width=shape.student_width, teacher_width=shape.teacher_width)
@@ -124,7 +124,7 @@ def scaling(shape: Shape, repeats: int) -> dict[str, dict[str, float]]:
 
 
 def make_inputs(shape: Shape) -> Inputs:
-    """Logits of about 4."""
+    """Return inputs whose logits are about 4."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     low = device == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     dtype = torch.bfloat16 if low else torch.float32
@@ -141,7 +141,7 @@ def make_inputs(shape: Shape) -> Inputs:
 
 
 def step(way: Way, inputs: Inputs) -> None:
-    """One forward and backward pass."""
+    """Run a forward and a backward pass."""
     inputs.student.hidden_NH.grad = inputs.student.weight_vH.grad = None
     way(inputs)
 
@@ -156,7 +156,7 @@ def fused(inputs: Inputs) -> None:
 
 
 def unfused(loss: Callable[[Tensor, Tensor], Tensor], inputs: Inputs) -> None:
-    """Whole logits, then a loss of them."""
+    """Compute whole logits, then a loss of them."""
     teacher = inputs.teacher.hidden_NH[:, None] @ inputs.teacher.weight_vH.T
     student = inputs.student.hidden_NH[:, None] @ inputs.student.weight_vH.T
     total = loss(student, teacher).sum()
@@ -166,7 +166,7 @@ def unfused(loss: Callable[[Tensor, Tensor], Tensor], inputs: Inputs) -> None:
 
 
 def products(inputs: Inputs) -> None:
-    """The matrix products alone."""
+    """Compute the matrix products alone."""
     student, weight = (x.detach() for x in inputs.student[:2])
     logits = student @ weight.T
     inputs.teacher.hidden_NH @ inputs.teacher.weight_vH.T
@@ -174,7 +174,7 @@ def products(inputs: Inputs) -> None:
 
 
 def liger() -> dict[str, Way]:
-    """Liger's fused losses, where it is installed (`pip install liger-kernel`); beta 0 is KL(teacher || student)."""
+    """Return Liger's fused losses, if installed (`pip install liger-kernel`); beta 0 is KL(teacher || student)."""
     try:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
         from liger_kernel.transformers import LigerFusedLinearJSD

@@ -1,10 +1,10 @@
 """Run everything that needs a GPU, in parts: `make gpu`, or `python -m benchmarks.gpu` from a source tree.
 
-Each part is a process of its own, ends within nine minutes and writes `<output>/<part>.json` and `<part>.log`. A part
-whose result says that it passed is skipped, so an interrupted command is repeated. Benchmarks also write
-benchmarks/results/, from which the last part draws docs/performance.md and its plot.
+Each part is a separate process, ends within nine minutes and writes `<output>/<part>.json` and `<part>.log`. Parts that
+have passed are skipped, so an interrupted command can be repeated. Benchmarks also write benchmarks/results/, from
+which the last part draws docs/performance.md and its plot.
 
-It needs PyTorch with CUDA, Triton, pytest, and the packages that `environment` names where they are missing. It needs
+It needs PyTorch with CUDA, Triton, pytest, and the packages that `environment` reports if they are missing. It needs
 neither Transformer Engine nor NeMo-Run nor a network.
 """
 
@@ -55,7 +55,7 @@ class Part:
 
     @property
     def command(self) -> list[str]:
-        """Words of the process."""
+        """Return the arguments of the process."""
         return [sys.executable, "-W", "ignore", "-m", self.module, *self.arguments]
 
 
@@ -167,8 +167,8 @@ def run(part: Part, output: Path, limit: float) -> bool:
         "last_lines": lines[-40:],
     }
     (output / f"{part.name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    said = "passed" if code == 0 else f"killed after {limit:.0f} s" if code is None else f"FAILED with exit code {code}"
-    print(f"{part.name:14} {said} in {seconds:.0f} s", flush=True)
+    end = "passed" if code == 0 else f"killed after {limit:.0f} s" if code is None else f"FAILED with exit code {code}"
+    print(f"{part.name:14} {end} in {seconds:.0f} s", flush=True)
     for line in lines[-15:] if code != 0 else lines[-1:]:
         print(f"    {line}", flush=True)
     return code == 0
@@ -182,7 +182,7 @@ def _passed(result: Path) -> bool:
 
 
 def _environ() -> dict[str, str]:
-    """Offline, and able to import this tree wherever the interpreter's packages lie."""
+    """Return an environment that is offline and imports this source tree."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
     rehearsal = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if os.environ.get(REHEARSAL) else {}
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
@@ -213,7 +213,7 @@ def environment() -> dict[str, Any]:
 
 
 def _import_error(module: str) -> str:
-    """Import in a process of its own, since some modules need another imported first.
+    """Import a module in a separate process, since some need another to be imported first.
 
     Returns:
         The last line of the traceback; empty if there is none.

@@ -1,6 +1,6 @@
-"""KL forward and backward of logits that are given: `python -m benchmarks.kl` writes results/kl_*.json.
+"""KL of given logits, forward and backward: `python -m benchmarks.kl` writes results/kl_*.json.
 
-On a machine with a GPU the row for GPUs is measured, elsewhere those for CPU: one process, and two over gloo.
+A machine with a GPU measures the shape for GPUs, others those for CPU: one process, and two over gloo.
 """
 
 import argparse
@@ -25,7 +25,7 @@ SHAPES = [(1024, 32000), (2048, 32000), (1024, 64000), (1024, 151936)]  # N and 
 
 
 def main() -> None:
-    """Measure what this machine can, and write it."""
+    """Measure the shapes for this machine and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of one process; two ranks have one each")
@@ -40,14 +40,14 @@ def main() -> None:
 
 
 def on_cpu(repeats: int) -> list[dict[str, Any]]:
-    """Every shape in this process; the slow ways at the goals' shapes only."""
+    """Measure every shape in this process, the slow ways at the goals' shapes only."""
     setup_device()
     goals = {SHAPES[0], SHAPES[-1]}
     return [compare(*shape, repeats, ways() if shape in goals else {"distill-nemo": ours}) for shape in SHAPES]
 
 
 def on_gpu(repeats: int) -> list[dict[str, Any]]:
-    """The same with Liger's losses and a copy of as many bytes as one tensor of logits has."""
+    """Measure on a GPU, also Liger's losses and a copy of the bytes of one tensor of logits."""
     setup_device()
     others = ways() | liger()
     row = compare(*GPU_SHAPE, repeats, others)
@@ -59,7 +59,7 @@ def on_gpu(repeats: int) -> list[dict[str, Any]]:
 
 
 def compare(num_tokens: int, width: int, repeats: int, losses: dict[str, Callable[..., Tensor]]) -> dict[str, Any]:
-    """Seconds of each, and peak memory beyond inputs and gradient in units of an fp32 tensor of the logits."""
+    """Return seconds of each way, and peak memory beyond inputs and gradient, in fp32 tensors of the logits."""
     student, teacher = logits(num_tokens, width)
     gradient_bytes, fp32_bytes = student.numel() * 2, student.numel() * 4
 
@@ -78,14 +78,14 @@ def compare(num_tokens: int, width: int, repeats: int, losses: dict[str, Callabl
 
 
 def logits(num_tokens: int, width: int) -> tuple[Tensor, Tensor]:
-    """[N, 1, V] bf16, student and teacher."""
+    """Return logits of student and teacher, [N, 1, V] in bf16."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pair = [torch.randn(num_tokens, 1, width, device=device).bfloat16().mul_(4) for _ in range(2)]
     return pair[0].requires_grad_(), pair[1]
 
 
 def ways() -> dict[str, Callable[..., Tensor]]:
-    """Ours first."""
+    """Return the ways to compute KL, ours first."""
     compiled: Any = torch.compile(plain)
     return {"distill-nemo": ours, "ModelOpt": modelopt(), "torch": plain, "torch.compile": compiled}
 
@@ -96,13 +96,13 @@ def ours(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def plain(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL as its formula says."""
+    """Compute KL by its formula."""
     log_q, log_p = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
     return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
 
 
 def modelopt(tensor_parallel: int = 1) -> Callable[..., Tensor]:
-    """ModelOpt's LogitsKLLoss of its Megatron plugin."""
+    """Return LogitsKLLoss of ModelOpt's Megatron plugin."""
     from megatron.core.transformer import TransformerConfig
     from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
 
@@ -114,7 +114,7 @@ def modelopt(tensor_parallel: int = 1) -> Callable[..., Tensor]:
 
 
 def liger() -> dict[str, Callable[..., Tensor]]:
-    """Liger's losses of given logits, where it is installed (`pip install liger-kernel`)."""
+    """Return Liger's losses of given logits, if it is installed (`pip install liger-kernel`)."""
     try:
         from liger_kernel.transformers import LigerJSD, LigerKLDIVLoss
     except ImportError:
@@ -129,7 +129,7 @@ def liger() -> dict[str, Callable[..., Tensor]]:
 
 
 def on_two_ranks(repeats: int) -> list[dict[str, Any]]:
-    """ModelOpt's and ours with the vocabulary on two gloo processes; the slower rank counts."""
+    """Measure ModelOpt's and ours with the vocabulary on two gloo processes; take the slower rank."""
     from tests.spawn import Gloo
 
     rows = []

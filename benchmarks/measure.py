@@ -1,4 +1,4 @@
-"""Time and memory of several ways to do the same, in turns, so that a busy machine is busy for all of them."""
+"""Measure time and memory of alternatives in turns, so that a machine's load affects all of them alike."""
 
 import ctypes
 import json
@@ -17,10 +17,10 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def interleaved(ways: dict[str, Callable[[], Any]], repeats: int, warm: bool = False) -> dict[str, dict[str, float]]:
-    """Medians over `repeats` rounds, each of which measures every way once: seconds, and seconds of processor time.
+    """Return medians of wall and processor seconds over `repeats` rounds, each of which measures every way once.
 
-    `warm` says that every way has run already, and long enough not to mind what ran before it. Otherwise each runs
-    right before it is measured, as in a loop of its own: fresh memory that the machine must find first is slower.
+    With `warm`, every way has run already, and takes long enough not to depend on the way before it. Otherwise each
+    runs once right before it is measured, as in a loop of its own, since fresh memory is slower.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     processor: dict[str, list[float]] = {name: [] for name in ways}
@@ -46,7 +46,7 @@ def interleaved(ways: dict[str, Callable[[], Any]], repeats: int, warm: bool = F
 
 
 def peak_bytes(way: Callable[[], Any]) -> int:
-    """The most memory that was in use during a call, beyond what was before it."""
+    """Return the peak of memory during a call, beyond the memory before it."""
     _wait()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -75,7 +75,7 @@ def machine() -> dict[str, Any]:
 
 
 def write_result(what: str, results: dict[str, Any]) -> None:
-    """benchmarks/results/<what>_<machine>.json, and the same on stdout."""
+    """Write benchmarks/results/<what>_<machine>.json, and print the same."""
     where = machine()
     kind = re.search(r"H[12]00|[AB]\d00|EPYC|Xeon|Apple|Neoverse", where["gpu"] or where["cpu"])
     text = json.dumps({"machine": where, **results}, indent=1)

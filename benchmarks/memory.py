@@ -1,7 +1,7 @@
 """Predicted and measured peaks of training on CPU: `python -m benchmarks.memory` writes docs/planning.md's table.
 
-Measured is what tensors occupy: every allocation of a training step that goes through torch's dispatcher, forward,
-backward and optimizer, from the building of the models on.
+The measured value is the memory of tensors: every allocation through torch's dispatcher, in forward, backward and
+optimizer, from the construction of the models on.
 """
 
 import json
@@ -24,7 +24,7 @@ SETTINGS = dict[str, Any]
 
 @dataclass
 class Case:
-    """A pair of random models and how they are trained; `fields` are `section.field` of `RunConfig`."""
+    """A pair of random models and settings of their training; `fields` are `section.field` of `RunConfig`."""
 
     fields: SETTINGS = field(default_factory=dict)
     family: str = "llama"
@@ -37,7 +37,7 @@ class Case:
     ranks: int = 1
 
     def config(self) -> RunConfig:
-        """The run; nothing of it is written."""
+        """Return the run, which writes nothing."""
         run = RunConfig("nowhere", self._model(StudentConfig, *self.student))
         run.teacher = None if self.teacher is None else self._model(TeacherConfig, *self.teacher)
         run.data.sequence_length = self.length
@@ -84,9 +84,9 @@ CASES = {
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that are alive, and the most there have been since `peak` was set.
+    """Bytes of live tensors, and their peak since `peak` was set.
 
-    `large_at_peak` is what tensors of `large` elements and more took of it.
+    `large_at_peak` is the part of tensors with at least `large` elements.
     """
 
     def __init__(self, large: float = float("inf")) -> None:
@@ -120,7 +120,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def measured(case: Case) -> int:
-    """The peak of this rank in the second step, with every buffer and optimizer state there."""
+    """Return the peak of this rank in the second step, when every buffer and optimizer state exists."""
     from distill_nemo.runtime.device import setup_device
     from distill_nemo.runtime.process_groups import process_groups
 
@@ -144,7 +144,7 @@ def measured(case: Case) -> int:
 
 
 def predicted(case: Case) -> list[int]:
-    """The peak of each pipeline rank."""
+    """Return the predicted peak of each pipeline rank."""
     from distill_nemo.runtime.device import setup_device
 
     setup_device()
@@ -158,12 +158,12 @@ def predicted(case: Case) -> list[int]:
 
 
 def compared(case: Case, group: Any) -> tuple[int, int]:
-    """Predicted and measured peak of the fullest rank; `group` is a `tests.spawn.Gloo` of as many ranks."""
+    """Return the predicted and measured peak of the fullest rank; `group` is a `tests.spawn.Gloo` of as many ranks."""
     return max(predicted(case)), max(group.run(measured, case))
 
 
 def main() -> None:
-    """Every case."""
+    """Measure every case."""
     from tests.spawn import Gloo
 
     results = {}

@@ -1,4 +1,4 @@
-"""docs/performance.md and its plot from benchmarks/results/*.json: nothing in it is written by hand."""
+"""Write docs/performance.md and its plot from benchmarks/results/*.json."""
 
 import json
 from collections.abc import Callable
@@ -29,7 +29,7 @@ peak beyond inputs and gradient, in units of one fp32 tensor of the logits.
 
 
 def main() -> None:
-    """Write both."""
+    """Write the page and its plot."""
     parts = [HEAD, *(_section(*section) for section in SECTIONS)]
     PAGE.write_text("\n".join(parts))
     _plot()
@@ -99,7 +99,7 @@ def _on_gpu(found: dict[str, Any]) -> str:
 
 
 def _fused(found: dict[str, Any]) -> str:
-    """Memory is beyond inputs and both gradients."""
+    """Return the table of fused losses. Memory is that beyond inputs and both gradients."""
     (row,) = found["rows"]
     lines = [
         "| | wall time, s | processor time, s | GFLOP/s of the products | ours / this, wall | ours / this, processor "
@@ -128,7 +128,7 @@ def _doubled(scaling: dict[str, dict[str, float]], clock: str) -> str:
 
 
 def _step(found: dict[str, Any]) -> str:
-    """Memory is what a step needs beyond what lies there between steps."""
+    """Return the table of steps. Memory is that of a step beyond the memory between steps."""
     (row,) = found["rows"]
     ways = row["ways"]
     keys = ("seconds", "processor_seconds")

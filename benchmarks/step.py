@@ -1,7 +1,7 @@
-"""A distillation step beside its parts and ModelOpt's: `python -m benchmarks.step` writes results/step_*.json.
+"""A distillation step beside its parts and ModelOpt's step: `python -m benchmarks.step` writes results/step_*.json.
 
 Every way is a step of the same loop (zero gradients, Megatron's schedule, report, optimizer) on the same random tokens,
-by forward KL alone. On a machine with a GPU the shape for GPUs is measured, elsewhere the one for CPU.
+by forward KL alone. A machine with a GPU measures the shape for GPUs, others the one for CPU.
 """
 
 import argparse
@@ -24,13 +24,13 @@ from distill_nemo.models.distillation.objective import Objective, Targets
 from distill_nemo.runtime.device import setup_device
 
 OURS, WHOLE, MODELOPT = "distill-nemo", "distill-nemo, whole logits", "ModelOpt"
-AS_SHIPPED = "ModelOpt, Megatron's attention"  # what its user has without Transformer Engine
+AS_SHIPPED = "ModelOpt, Megatron's attention"  # as its users have it without Transformer Engine
 TEACHER, STUDENT = "teacher forward", "student step"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Layers, width and heads of teacher and student, and what a step sees."""
+    """Layers, width and heads of teacher and student, and the tokens of a step."""
 
     teacher: tuple[int, int, int]
     student: tuple[int, int, int]
@@ -59,7 +59,7 @@ GPU_SHAPE = Shape((13, 1024, 16), (12, 512, 8), 128256, 4096, 2, tied=True)  # 2
 
 
 def main() -> None:
-    """Measure what this machine can, and write it."""
+    """Measure the shape for this machine and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="a run has one thread in each process")
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def compare(shape: Shape, repeats: int, root: str) -> dict[str, Any]:
-    """Seconds of each way, and the peak of memory beyond what lies there between steps."""
+    """Return seconds of each way, and the peak of memory beyond that between steps."""
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
     config = run_config(shape, root)
@@ -112,7 +112,7 @@ def compare(shape: Shape, repeats: int, root: str) -> dict[str, Any]:
 
 
 def smaller_and_doubled(shape: Shape) -> dict[str, Shape]:
-    """`once`, a step of a quarter of the work, and by what is doubled of it."""
+    """Return `once`, a step of a quarter of the work, and it with each size doubled, by the size's name."""
 
     def of_layers(times: int) -> dict[str, Any]:
         models = {"teacher": shape.teacher, "student": shape.student}
@@ -140,7 +140,7 @@ def tensors_at_peak(run: Callable[[], Any], shape: Shape) -> dict[str, int]:
 
 
 def run_config(shape: Shape, root: str) -> RunConfig:
-    """One micro batch a step, no evaluation, no files."""
+    """Return a run of one micro batch per step, without evaluation and files."""
     models = [
         dict(
             family="llama",
@@ -163,7 +163,7 @@ def run_config(shape: Shape, root: str) -> RunConfig:
 
 
 class RandomTokens(Dataset):
-    """Tokens of no meaning; every one counts."""
+    """Random tokens, all of them valid."""
 
     def __init__(self, length: int, vocabulary: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -186,7 +186,7 @@ class RandomTokens(Dataset):
 def stepper(
     config: RunConfig, teacher: bool = True, fused: bool = True, modelopt: bool = False
 ) -> Callable[[], dict[str, float]]:
-    """A run's next step, each time it is called."""
+    """Return a function that takes a run's next step."""
     import copy
 
     from distill_nemo.training.entry import resolve_models
@@ -206,7 +206,7 @@ def stepper(
 
 
 def teacher_forward(config: RunConfig) -> Callable[[], Tensor]:
-    """The logits of one micro batch by the teacher."""
+    """Return a function that computes the teacher's logits of a micro batch."""
     from distill_nemo.models.provider import model_provider
     from distill_nemo.models.resolve import resolve
 
@@ -221,7 +221,7 @@ def teacher_forward(config: RunConfig) -> Callable[[], Tensor]:
 
 
 def modelopt_model(config: RunConfig, dtype: torch.dtype) -> Any:
-    """The pair as ModelOpt's Megatron plugin joins it, logits only."""
+    """Return the pair as ModelOpt's Megatron plugin joins it, with a logits loss only."""
     import modelopt.torch.distill as mtd
     from modelopt.torch.distill.plugins import megatron as plugin
 
@@ -242,7 +242,7 @@ def modelopt_model(config: RunConfig, dtype: torch.dtype) -> Any:
 
 
 class ModelOptObjective(Objective):
-    """Megatron-LM's pretraining script for ModelOpt (megatron/post_training/loss_func.py)."""
+    """Objective of Megatron-LM's pretraining script for ModelOpt (megatron/post_training/loss_func.py)."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""A recipe is a value: take one, change what your run does differently, launch it.
+"""Launch a changed recipe: a recipe is a Python object whose fields can be set.
 
-Run `make quickstart` first; this distils its student once more, from the same teacher and tokens, at temperature 2.
+Run `make quickstart` first. This distils its student again, from the same teacher and tokens, at temperature 2.
 """
 
 import nemo_run as run

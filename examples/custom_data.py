@@ -1,7 +1,7 @@
-"""Text of your own: two sources made into token files and mixed 70 to 30, and a third held out.
+"""Distil on your own text: two sources are tokenised and mixed 70 to 30, and a third is held out.
 
-Run `make quickstart` first; this distils its student from the same teacher on other text. The sources here come with
-Python; put your own files, directories or globs in their place.
+Run `make quickstart` first. This distils its student from the same teacher on other text. The sources here come with
+Python; replace them by your own files, directories or globs.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ ROOT = Path("runs/custom_data")
 
 
 def write_records(path: Path, files: list[Path]) -> None:
-    """JSONL, a document in the field `body` of each line."""
+    """Write JSONL with a document in the field `body` of each line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"id": file.name, "body": file.read_text(encoding="utf-8")}) + "\n" for file in files]
     path.write_text("".join(lines), encoding="utf-8")

@@ -1,6 +1,6 @@
-"""Two nodes of eight GPUs on Kubernetes, from Python: prints the objects, offline; `--submit` creates them.
+"""Launch on two nodes of eight GPUs on Kubernetes. It prints the objects, offline; `--submit` creates them.
 
-Put your image, volume, secrets and Trainer's version in; docs/launching.md explains each.
+Set your image, volume, secrets and version of Trainer; docs/launching.md explains each.
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""Eight nodes of eight GPUs, from Python: prints the batch script, offline; `--submit` hands it to SLURM.
+"""Launch on eight nodes of eight GPUs on SLURM. It prints the batch script, offline; `--submit` submits it.
 
-Put your account, partition, paths and set-up lines in; docs/launching.md explains each.
+Set your account, partition, paths and set-up lines; docs/launching.md explains each.
 """
 
 import sys
@@ -22,7 +22,7 @@ if __name__ == "__main__":
         exclusive=True,
         time="04:00:00",
         stop_seconds=600,  # ten minutes to finish the step and save
-        retries=10,  # then SLURM queues the job again, and it goes on
+        retries=10,  # times that SLURM queues the job again; it resumes
         container_image="nvcr.io#nvidia/pytorch:26.03-py3",
         container_mounts=["/lustre:/lustre"],
         env={"NCCL_DEBUG": "WARN"},

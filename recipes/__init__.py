@@ -15,6 +15,6 @@ __all__ = [
     "qwen3_8b_to_1p7b",
 ]
 
-# NeMo-Run finds commands by importing this package, which its entry point names.
+# NeMo-Run finds the commands by importing this package, which is named as its entry point.
 register_commands()
 register(run_quickstart, name="quickstart", context=TrainContext, kind="experiment")

@@ -9,6 +9,6 @@ from distill_nemo.training.entry import distill
 
 
 def base(name: str) -> run.Partial:
-    """Return a complete recipe with every default, to be changed where a run differs."""
+    """Return a complete recipe with every default, which other recipes change."""
     parts: dict[str, Any] = {section: run.Config(cls) for section, cls in sections().items()}
     return run.Partial(distill, output_dir=f"runs/{name}", **parts)

@@ -1,6 +1,6 @@
-"""The quickstart: on the text of Python's standard library, a small teacher, then two students, one of them distilled.
+"""The quickstart: a small teacher and two students, one of them distilled, on the text of Python's standard library.
 
-Without GPUs, weights or a network. Cost: 5 to 11 minutes on 2 CPU cores, after the installation.
+It needs no GPU, weights or network. Cost: 5 to 11 minutes on 2 CPU cores, after the installation.
 """
 
 import json
@@ -83,20 +83,20 @@ def run_quickstart(
     processes: int = 0,
     seed: int = 0,
 ) -> None:
-    """Corpus, teacher, distilled student, student alone, report: one experiment, a few minutes, no GPU needed.
+    """Train a teacher, distil a student, train one alone, and compare them: a few minutes, no GPU needed.
 
-    Typed again, it goes on where it was interrupted.
+    The same command resumes where it was interrupted.
 
     Example:
         nemo distill quickstart --yes
 
     Args:
         ctx: NeMo-Run's context.
-        steps: of both students.
-        teacher_steps: of the teacher.
-        root: everything goes below it.
-        processes: data-parallel ranks; 0 takes two, or one where there is one GPU.
-        seed: of the initial weights.
+        steps: steps of both students.
+        teacher_steps: steps of the teacher.
+        root: directory for everything that it writes.
+        processes: data-parallel ranks; 0 means two, or one if there is one GPU.
+        seed: seed of the initial weights.
     """
     many = local(processes or (1 if num_gpus() == 1 else 2))
     single = run.LocalExecutor(env_vars=many.env_vars)
@@ -126,7 +126,7 @@ def run_quickstart(
 
 
 def _conclude(root: Path) -> None:
-    """The table, where everything is, and what to type next."""
+    """Print the table, the places of all results, and the next commands."""
     from rich.console import Console
 
     from distill_nemo.reports.comparison import render_table
