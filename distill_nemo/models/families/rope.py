@@ -57,7 +57,9 @@ def resolve_ropes(base: float, scaling: dict[str, Any] | None, family: Family) -
     nested = _nested(fields, family)
     if nested:
         return tuple(_read(nested[kind], family, strict=True) for kind in family.layer_ropes)
-    rope = _read(Fields({"rope_theta": base, **fields.values}, fields.where), family, strict=True)
+    if "rope_theta" in fields.values:
+        raise ValueError("rope_scaling: rope_theta is not read here; set rotary_base")
+    rope = _read(Fields(fields.values | {"rope_theta": base}, fields.where), family, strict=True)
     return (rope,) * max(1, len(family.layer_ropes))
 
 
@@ -94,7 +96,7 @@ def _nested(rope: Fields, family: Family) -> dict[str, Fields]:
 
 
 def _completed(rope: Fields, config: Fields, base: float) -> Fields:
-    """Return a dictionary with what stands beside it, or is said nowhere."""
+    """Return a dictionary completed by what stands beside it, and by transformers' defaults."""
     values = dict(rope.values)
     values.setdefault("rope_theta", _theta(config, base))
     for name in (PARTIAL, ORIGINAL):

@@ -390,6 +390,7 @@ def test_our_own_description_is_read_back_and_checked(tmp_path):
         ("init_std", float("nan"), "init_std must be above 0, got nan"),
         ("kv_channels", 7, "kv_channels = 7 is not even"),
         ("rope_scaling", LINEAR | {"low_freq_factor": 1.0}, "rope_scaling: ['low_freq_factor'] is not read with type"),
+        ("rope_scaling", LINEAR | {"rope_theta": 1e6}, "rope_scaling: rope_theta is not read here; set rotary_base"),
         ("rope_scaling", {"rope_type": "yarn", "factor": 2.0}, "rope_scaling: original_max_position_embeddings must"),
         ("hidden_size", 3, "kv_channels = 0 is not even"),
     ],
