@@ -31,6 +31,7 @@ LONGROPE = {
     "original_max_position_embeddings": 64,
 }
 FAMILIES = (
+    "gemma3_text",
     "granite",
     "llama",
     "llama_tied",
@@ -57,7 +58,17 @@ MODEL_TYPES = {  # of those that are named otherwise
 }
 NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # in place of ids beyond the rows
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+GEMMA = {"head_dim": 24, "sliding_window": 5, "query_pre_attn_scalar": 20, "tie_word_embeddings": True, **NO_TOKENS}
 OWN_FIELDS = {  # of config.json
+    "gemma3_text": {
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+        },
+        "sliding_window_pattern": 2,
+        "final_logit_softcapping": 8.0,
+        **GEMMA,
+    },
     "granite": {
         "embedding_multiplier": 6.0,
         "attention_multiplier": 0.05,

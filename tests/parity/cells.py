@@ -56,6 +56,8 @@ MODELS: dict[str, dict[str, Any]] = {  # arguments of write_hf; the student's na
     "smollm3 (NoPE)": {"family": "smollm3", "seed": 12, "layers": 8, **NARROW},
     "MoE teacher": {"family": "qwen3_moe", "seed": 10, "layers": 8, **WIDE},
     "MoE": {"family": "qwen3_moe", "seed": 8, "layers": 8, **NARROW},
+    "gemma3 teacher": {"family": "gemma3_text", "seed": 13, "layers": 10, **WIDE},
+    "gemma3": {"family": "gemma3_text", "seed": 14, "layers": 8, **NARROW},
     "granite teacher": {"family": "granite", "seed": 11, "layers": 10, **WIDE},
     "granite": {"family": "granite", "seed": 12, "layers": 8, **NARROW},
     "llama + 30": {"seed": 2, "layers": 8, "offset": 30.0, **NARROW},  # of every logit
@@ -107,7 +109,10 @@ class Cell:
 
 
 DENSE = ("llama", "teacher")
-FAMILIES = [("granite", "granite teacher")]  # that differ from Llama in more than one row of the pairs below
+FAMILIES = [
+    ("gemma3", "gemma3 teacher"),
+    ("granite", "granite teacher"),
+]  # that differ from Llama in more than one row of the pairs below
 OFFSET = [  # models and losses
     (("llama + 30", "teacher + 30"), "Jensen-Shannon, beta=0.3"),
     (("llama + 100", "teacher + 100"), "Jensen-Shannon, beta=0.3"),

@@ -1,5 +1,6 @@
 """Model families, a file each."""
 
+from distill_nemo.models.families.gemma import GEMMA3_TEXT
 from distill_nemo.models.families.granite import GRANITE
 from distill_nemo.models.families.llama import LLAMA
 from distill_nemo.models.families.ministral import MINISTRAL
@@ -13,5 +14,5 @@ from distill_nemo.models.families.smollm3 import SMOLLM3
 
 FAMILIES = {
     family.model_type: family
-    for family in (GRANITE, LLAMA, MINISTRAL, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3, QWEN3_MOE, SMOLLM3)
+    for family in (GEMMA3_TEXT, GRANITE, LLAMA, MINISTRAL, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3, QWEN3_MOE, SMOLLM3)
 }

@@ -51,6 +51,7 @@ class Family:
         rope_types: rotary embeddings that its class computes, by their names in `config.json`.
         partial_rotary: its class rotates the first `partial_rotary_factor` of a head's channels.
         layer_ropes: types of layers that may have rotary embeddings of their own, in the order of `Architecture.ropes`.
+        spelled: fields of `config.json` as transformers 5 spells them, where other versions did otherwise.
         refused: features that would be computed differently from transformers, and True where a config asks for one.
         read_own: `ModelConfig` fields from fields of `config.json` that other families lack.
         write_own: fields of `config.json` that other families lack.
@@ -75,6 +76,7 @@ class Family:
     rope_types: dict[str, RopeType] = field(default_factory=lambda: {name: name for name in get_args(RopeType)})
     partial_rotary: bool = False
     layer_ropes: tuple[str, ...] = ()
+    spelled: Callable[[Fields], dict[str, Any]] = lambda config: {}
     refused: Callable[[Fields], dict[str, bool]] = lambda config: {}
     own_fields: type[OwnFields] = OwnFields
     layers: Callable[[dict[str, Any], tuple[Layer, ...]], tuple[Layer, ...]] = lambda values, layers: layers

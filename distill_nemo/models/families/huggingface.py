@@ -33,6 +33,7 @@ def from_huggingface(config: dict[str, Any], where: Path) -> dict[str, Any]:
         )
     family = FAMILIES[model_type]
     fields = Fields(family.defaults | config, fields.where)
+    fields = Fields(fields.values | family.spelled(fields), fields.where)
     _refuse_features(family, fields)
     fields.integer("num_labels", 2, most=MAX_LABELS)  # transformers names each one as soon as it opens the file
     heads = fields.integer("num_attention_heads", most=MAX_HEADS)

@@ -1,0 +1,117 @@
+"""Gemma: norms before and after attention and MLP, windows, embeddings times the root of their width, capped logits."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from distill_nemo.fields import setting
+from distill_nemo.models.architecture import Architecture, Layer, Multipliers
+from distill_nemo.models.config_fields import Fields
+from distill_nemo.models.families.family import Family
+from distill_nemo.models.families.pieces import LAYER, Table, hidden, layer_table, replicated
+from distill_nemo.models.families.windows import LayerType, WindowByLayer, with_windows
+
+ACTIVATION = "gelu_pytorch_tanh"
+KINDS: tuple[LayerType, ...] = ("sliding_attention", "full_attention")
+NORMS: Table = {
+    "pre_mlp_layernorm.weight": replicated(LAYER + "pre_feedforward_layernorm.weight", hidden),
+    "self_attn_bda.norm.weight": replicated(LAYER + "post_attention_layernorm.weight", hidden),
+    "mlp_bda.norm.weight": replicated(LAYER + "post_feedforward_layernorm.weight", hidden),
+}
+
+
+@dataclass(frozen=True)
+class Gemma3Fields(WindowByLayer):
+    """Windows in five of six layers, and constants; the pattern means nothing beside `layer_types`."""
+
+    sliding_window_pattern: int = setting(6, at_least=1)
+    query_pre_attn_scalar: int = setting(256, "attention divides scores by its root", at_least=1)
+    final_logit_softcapping: float | None = setting(None, above=0)
+
+    def default_layer_types(self, num_layers: int) -> list[LayerType]:
+        """Return full attention in the last layer of every `sliding_window_pattern`."""
+        return [KINDS[(i + 1) % self.sliding_window_pattern == 0] for i in range(num_layers)]
+
+    def resolved(self, values: dict[str, Any]) -> "Gemma3Fields":
+        """Fill in `layer_types`."""
+        return replace(super().resolved(values), sliding_window_pattern=6)
+
+
+def _layers(values: dict[str, Any], layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+    kinds = values["family_fields"]["layer_types"]
+    pairs = zip(with_windows(values, layers), kinds, strict=True)
+    return tuple(replace(layer, rope=KINDS.index(kind)) for layer, kind in pairs)
+
+
+def _multipliers(values: dict[str, Any]) -> Multipliers:
+    return Multipliers(
+        embedding=values["hidden_size"] ** 0.5,
+        rounds_embedding=True,
+        softcap=values["family_fields"]["final_logit_softcapping"],
+    )
+
+
+def _settings(model: Architecture) -> dict[str, Any]:
+    scale = model.family_fields["query_pre_attn_scalar"] ** -0.5
+    return {"softmax_scale": scale, "layernorm_zero_centered_gamma": True}
+
+
+def _refused(config: Fields) -> dict[str, bool]:
+    activation = config.text("hidden_activation", ACTIVATION)
+    return {
+        f"hidden_activation {activation}": activation != ACTIVATION,
+        "attn_logit_softcapping (transformers overlooks it)": config.values.get("attn_logit_softcapping") is not None,
+        "use_bidirectional_attention": config.flag("use_bidirectional_attention"),
+    }
+
+
+def _spelled(config: Fields) -> dict[str, Any]:
+    """Return the rotary embeddings by type of layer, as transformers 5 has them.
+
+    Version 4 states both bases, and a scaling that is of the layers with full attention.
+    """
+    stated = config.mapping("rope_parameters")
+    sliding = {"rope_theta": config.number("rope_local_base_freq", 1e4), **stated.mapping(KINDS[0]).values}
+    full = {"rope_theta": config.number("rope_theta", 1e6), **stated.mapping(KINDS[1]).values}
+    full |= config.mapping("rope_scaling").values
+    return {"rope_scaling": None, "rope_parameters": {KINDS[0]: sliding, KINDS[1]: full}}
+
+
+def _write(model: Architecture) -> dict[str, Any]:
+    """Write what both versions of transformers read."""
+    sliding, full = model.ropes
+    scaling = {name: value for name, value in full.stated.items() if name != "rope_theta"}
+    return {
+        "hidden_activation": ACTIVATION,
+        "rope_theta": full.rope_theta,
+        "rope_local_base_freq": sliding.rope_theta,
+        "rope_scaling": None if full.rope_type == "default" else scaling,
+        "rope_parameters": {KINDS[0]: sliding.stated, KINDS[1]: full.stated},
+    }
+
+
+def _layer_table(model: Architecture, layer: Layer) -> Table:
+    return layer_table(model, layer) | NORMS
+
+
+GEMMA3_TEXT = Family(
+    "gemma3_text",
+    "Gemma3ForCausalLM",
+    defaults={
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "tie_word_embeddings": True,
+    },
+    qk_norm=True,
+    post_norms=True,
+    activation=ACTIVATION,
+    layer_ropes=KINDS,
+    own_fields=Gemma3Fields,
+    layers=_layers,
+    multipliers=_multipliers,
+    settings=_settings,
+    spelled=_spelled,
+    refused=_refused,
+    write_own=_write,
+    layer_table=_layer_table,
+)
