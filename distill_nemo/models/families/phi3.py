@@ -1,7 +1,7 @@
 """Phi-3, Phi-3.5 and Phi-4: Llama with fused projections, rotary embeddings of a part of the channels, and longrope."""
 
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Any
 
 from distill_nemo.fields import setting
 from distill_nemo.models.architecture import Architecture, Layer
@@ -29,11 +29,6 @@ class _Window(Window):
     """One window in every layer, or none."""
 
     sliding_window: int | None = setting(None, at_least=1, at_most=MAX_POSITIONS)
-
-    def resolved(self, values: dict[str, Any]) -> Self:
-        """Drop a window that no sequence is longer than, as Phi-3.5's."""
-        seen = self.sliding_window
-        return replace(self, sliding_window=None) if seen and seen >= values["max_position_embeddings"] else self
 
 
 def _layer_table(model: Architecture, layer: Layer) -> Table:
