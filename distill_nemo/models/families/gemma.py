@@ -1,4 +1,4 @@
-"""Gemma: norms before and after attention and MLP, windows, embeddings times the root of their width, capped logits."""
+"""Gemma 3: norms on both sides of attention and MLP, windows, scaled embeddings, capped logits."""
 
 from dataclasses import dataclass, replace
 from typing import Any
