@@ -51,6 +51,7 @@ MODELS: dict[str, dict[str, Any]] = {  # arguments of write_hf; the student's na
     "mistral (windows)": {"family": "mistral", "seed": 12, "layers": 8, **NARROW},
     "ministral (windows by layer)": {"family": "ministral", "seed": 13, "layers": 10, **WIDE},
     "olmo2 (post norms)": {"family": "olmo2", "seed": 14, "layers": 8, **NARROW},
+    "olmo3 (and windows, two ropes)": {"family": "olmo3", "seed": 15, "layers": 10, **WIDE},
     "two query groups": {"seed": 11, "layers": 8, **NARROW, "groups": 2},
     "phi3 (longrope)": {"family": "phi3", "seed": 13, "layers": 8, **WIDE, "heads": 4},
     "smollm3 (NoPE)": {"family": "smollm3", "seed": 12, "layers": 8, **NARROW},
@@ -159,7 +160,7 @@ def _of_layout(layout: str) -> Iterator[Cell]:
         loss = "cosine, projected, after the last norm" if student == "llama, 9 layers" else HIDDEN
         yield Cell(layout, (student, "teacher"), loss)
     yield Cell(layout, ("mistral (windows)", "ministral (windows by layer)"), HIDDEN)
-    yield Cell(layout, ("olmo2 (post norms)", "teacher"), HIDDEN)
+    yield Cell(layout, ("olmo2 (post norms)", "olmo3 (and windows, two ropes)"), HIDDEN)
     for models in FAMILIES:
         yield Cell(layout, models, HIDDEN)
         yield Cell(layout, models, HIDDEN, "whole logits", changes=(("fused_linear", False),))

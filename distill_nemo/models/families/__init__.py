@@ -6,6 +6,7 @@ from distill_nemo.models.families.llama import LLAMA
 from distill_nemo.models.families.ministral import MINISTRAL
 from distill_nemo.models.families.mistral import MISTRAL
 from distill_nemo.models.families.olmo2 import OLMO2
+from distill_nemo.models.families.olmo3 import OLMO3
 from distill_nemo.models.families.phi3 import PHI3
 from distill_nemo.models.families.qwen2 import QWEN2
 from distill_nemo.models.families.qwen3 import QWEN3
@@ -14,5 +15,8 @@ from distill_nemo.models.families.smollm3 import SMOLLM3
 
 FAMILIES = {
     family.model_type: family
-    for family in (GEMMA3_TEXT, GRANITE, LLAMA, MINISTRAL, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3, QWEN3_MOE, SMOLLM3)
+    for family in (
+        *(GEMMA3_TEXT, GRANITE, LLAMA, MINISTRAL, MISTRAL, OLMO2, OLMO3),
+        *(PHI3, QWEN2, QWEN3, QWEN3_MOE, SMOLLM3),
+    )
 }

@@ -15,19 +15,18 @@ from distill_nemo.models.families.pieces import (
     replicated,
 )
 
-OLMO_ATTENTION: Table = {
+NORMED_ATTENTION: Table = {
     **{name: rule for name, rule in ATTENTION.items() if name != "input_layernorm.weight"},
     "self_attention.q_layernorm.weight": column_parallel(SELF + "q_norm.weight", heads),
     "self_attention.k_layernorm.weight": column_parallel(SELF + "k_norm.weight", groups),
     "self_attn_bda.norm.weight": replicated(LAYER + "post_attention_layernorm.weight", hidden),
 }
-OLMO_MLP: Table = {**MLP, "mlp_bda.norm.weight": replicated(LAYER + "post_feedforward_layernorm.weight", hidden)}
+NORMED_MLP: Table = {**MLP, "mlp_bda.norm.weight": replicated(LAYER + "post_feedforward_layernorm.weight", hidden)}
 
 
-def olmo_layer_table(model: Architecture, layer: Layer) -> Table:
-    """Return the table of one layer of OLMo 2 or 3."""
-    table: Table = {} if layer.num_query_groups is None else dict(OLMO_ATTENTION)
-    return table if layer.ffn_hidden_size is None else table | OLMO_MLP
+def _layer_table(model: Architecture, layer: Layer) -> Table:
+    table: Table = {} if layer.num_query_groups is None else dict(NORMED_ATTENTION)
+    return table if layer.ffn_hidden_size is None else table | NORMED_MLP
 
 
 OLMO2 = Family(
@@ -39,6 +38,6 @@ OLMO2 = Family(
     pre_norms=False,
     post_norms=True,
     rope_types={"default": "default"},  # no OLMo 2 has another, and transformers 4 takes few spellings
-    layer_table=olmo_layer_table,
+    layer_table=_layer_table,
     write_own=lambda model: {"pad_token_id": None},  # else 1, whatever the tokenizer
 )

@@ -86,7 +86,8 @@ def _nested(rope: Fields, family: Family) -> dict[str, Fields]:
             f"{rope.where}: {shown(nested)} holds parameters for one type of layer, which is not supported: "
             "state those of all layers directly in it"
         )
-    if nested and not set(nested) == rope.values.keys() == set(family.layer_ropes):
+    # Where all layers are of one type, transformers 5 writes a base and a type beside, and reads neither.
+    if nested and not set(nested) == rope.values.keys() - {"rope_theta", "rope_type"} == set(family.layer_ropes):
         wanted = " and one for ".join(family.layer_ropes)
         raise ValueError(f"{rope.where} must hold one object for {wanted}, got {shown(rope.values)}")
     for name in nested:
