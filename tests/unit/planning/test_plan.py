@@ -22,6 +22,7 @@ MODELS = {
     "tied": {"tie_word_embeddings": True},
     "bias": {"family": "qwen2", "num_query_groups": 2},
     "qk-norm": {"family": "qwen3", "kv_channels": 24},
+    "norms after, over all heads": {"family": "olmo2", "num_query_groups": 2},
     "experts": EXPERTS,
     "layers without rotary embedding": {"family": "smollm3", "family_fields": {"no_rope_layer_interval": 2}},
     "rotary embedding of a part": {
@@ -87,6 +88,7 @@ CASES = {
     "micro batch 1": replace(SMALL, micro_batch=1),
     "micro batch 4": replace(SMALL, micro_batch=4),
     "experts": replace(SMALL, family="qwen3_moe"),
+    "norms after, over all heads": replace(SMALL, family="olmo2"),
     "sliding windows": replace(
         SMALL,
         family="mistral",
