@@ -13,12 +13,12 @@ RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding, in the fields of `rope_parameters` of transformers 5; None where its type has no such field.
+    """Rotary embedding, in the fields of `rope_parameters` of transformers 5. Fields that its type lacks are None.
 
     Args:
         rope_theta: base of the frequencies.
-        rope_type: how transformers scales the frequencies.
-        partial_rotary_factor: share of a head's channels that turn, the first ones.
+        rope_type: scaling of the frequencies, by transformers' names.
+        partial_rotary_factor: fraction of a head's channels that is rotated, from the first one on.
     """
 
     rope_theta: float
@@ -39,7 +39,7 @@ class Rope:
 
     @property
     def stated(self) -> dict[str, Any]:
-        """The fields that have a value, as a config states them; `partial_rotary_factor` where it is not 1."""
+        """Fields that are set, as a config states them; without `partial_rotary_factor` if it is 1."""
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
         if self.partial_rotary_factor == 1.0:
             del values["partial_rotary_factor"]
@@ -51,10 +51,10 @@ class Layer:
     """One layer.
 
     Args:
-        num_query_groups: of keys and values; None without attention.
-        ffn_hidden_size: of its MLP, or of one of its experts; None without an MLP.
-        rope: index into `Architecture.ropes`; None where queries and keys are not rotated.
-        window: tokens that a token sees, itself included; None if it sees all before it.
+        num_query_groups: number of key-value heads; None without attention.
+        ffn_hidden_size: width of the MLP, or of one expert; None without an MLP.
+        rope: index into `Architecture.ropes`; None if queries and keys are not rotated.
+        window: number of tokens that a token attends to, itself included; None: itself and all before it.
     """
 
     num_query_groups: int | None
@@ -78,11 +78,11 @@ class Multipliers:
     """Constants that a model multiplies by, and the cap of its logits.
 
     Args:
-        embedding: of embeddings.
-        rounds_embedding: `embedding` is rounded to the dtype of the weights first.
-        residual: of what attention and MLP add to the residual stream.
-        logits: of logits, before the softcap.
-        softcap: c of `c * tanh(logits / c)`; None: logits are not capped.
+        embedding: factor of the embeddings.
+        rounds_embedding: `embedding` is first rounded to the dtype of the weights.
+        residual: factor of what attention and MLP add to the residual stream.
+        logits: factor of the logits, applied before the softcap.
+        softcap: c in `c * tanh(logits / c)`; None: logits are not capped.
     """
 
     embedding: float = 1.0
@@ -92,35 +92,35 @@ class Multipliers:
     softcap: float | None = None
 
 
-Activation = Literal["silu", "gelu_pytorch_tanh"]  # of the MLPs' gates, as transformers calls it
-FUSED_ACTIVATIONS = ("silu",)  # on a GPU one kernel multiplies them with the up projection
+Activation = Literal["silu", "gelu_pytorch_tanh"]  # of the MLPs' gates, by transformers' names
+FUSED_ACTIVATIONS = ("silu",)  # on a GPU, one kernel also multiplies them with the up projection
 
 EXPERT_FIELDS = tuple(f.name for f in fields(Experts))
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder-only transformer. Two are equal if they are the same network, even from different sources.
+    """A decoder-only transformer. Two are equal if they describe the same network, whatever their sources.
 
     Args:
-        name: for messages: the checkpoint as the config names it, or the config's class.
-        source: the checkpoint that was read; None for random weights.
+        name: name in messages: the checkpoint as the config names it, or the config's class.
+        source: checkpoint that was read; None for random weights.
         family: key of `families.FAMILIES`.
-        vocab_size: tokens; the source may have more rows, and Megatron pads them (`padded_vocab_size`).
-        rope_scaling: as in config.json; None without. Maps the types of layers to their parameters where these differ.
-        ropes: rotary embeddings that `rotary_base` and `rope_scaling` state.
+        vocab_size: number of tokens. The source may have more rows, and Megatron pads them (`padded_vocab_size`).
+        rope_scaling: as in config.json, or None. If types of layers differ, it maps each type to its parameters.
+        ropes: rotary embeddings resolved from `rotary_base` and `rope_scaling`.
         qkv_bias: queries, keys and values have a bias.
         qk_norm: queries and keys are normalised in each head.
-        wide_qk_norm: with `qk_norm`: they are normalised over all heads together.
+        wide_qk_norm: with `qk_norm`, they are normalised over all heads together.
         pre_norms: attention and MLP read a normalised residual stream.
-        post_norms: what attention and MLP return is normalised, before it is added to the residual stream.
-        activation: of the MLPs.
+        post_norms: outputs of attention and MLP are normalised before they are added to the residual stream.
+        activation: activation of the MLPs.
         layers: sizes of each layer.
-        block_configs: `layers` as the config states them; None where all layers are alike.
+        block_configs: `layers` as the config states them; None if all layers are alike.
         experts: None for a dense model.
-        multipliers: of embeddings, residual branches and logits.
-        family_fields: fields of config.json that only the family has (`Family.own_fields`), all of them.
-        init_std: of random weights.
+        multipliers: constants for embeddings, residual branches and logits.
+        family_fields: all fields of config.json that only this family has (`Family.own_fields`).
+        init_std: standard deviation of random weights.
     """
 
     name: str = field(compare=False)
@@ -158,27 +158,27 @@ class Architecture:
 
     @property
     def mlps_per_token(self) -> int:
-        """MLPs that a token passes in a layer: one, or its experts."""
+        """MLPs that process a token in a layer: one, or the token's experts."""
         return 1 if self.experts is None else self.experts.num_experts_per_tok
 
     @property
     def longest_sequence(self) -> int:
-        """Most tokens of a sequence whose rotary frequencies do not depend on its length.
+        """Length in tokens up to which rotary frequencies do not depend on the length of a sequence.
 
-        transformers takes longrope's `long_factor`, for all positions, where a sequence is longer than the original.
+        For a sequence beyond longrope's original length, transformers uses `long_factor` at all positions.
         """
         originals = [rope.original_max_position_embeddings for rope in self.ropes if rope.rope_type == "longrope"]
         return min([self.max_position_embeddings, *(length for length in originals if length is not None)])
 
     @property
     def as_stored(self) -> "Architecture":
-        """The same model with every row that its source states; `vocab_size` may leave the last ones out."""
+        """The same model with all rows of its source. `vocab_size` may leave out the last ones."""
         if self.source is None or self.source.vocab_size is None:
             return self
         return replace(self, vocab_size=self.source.vocab_size)
 
     def at_length(self, length: int) -> "Architecture":
-        """Return the same model for sequences of `length` tokens, for which a window of as many is none."""
+        """Return the same model for sequences of `length` tokens. Windows at least as long are dropped."""
         idle = [layer.window is not None and layer.window >= length for layer in self.layers]
         layers = [replace(layer, window=None) if i else layer for layer, i in zip(self.layers, idle, strict=True)]
         return replace(self, layers=tuple(layers))
@@ -197,5 +197,5 @@ class Models(NamedTuple):
 
 
 def padded_vocab_size(vocab_size: int) -> int:
-    """Return the number of rows that embedding and output layer have in Megatron."""
+    """Return the number of rows of Megatron's embedding and output layer."""
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE

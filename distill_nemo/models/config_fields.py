@@ -1,6 +1,6 @@
-"""Checked fields of a checkpoint's configuration, whose file may hold anything.
+"""Type-checked fields of a checkpoint's configuration, whose file may hold anything.
 
-Sizes have upper limits far above any model's, so objects made from them take little memory before weights are read.
+Upper limits, far above any model's sizes, bound the memory that is taken before weights are read.
 """
 
 import reprlib
@@ -19,16 +19,16 @@ _SHORT = reprlib.Repr(maxstring=80, maxother=80)
 
 @dataclass(frozen=True)
 class Fields:
-    """A mapping of fields and its place: the file, or a field of it. A null is the same as an absent field.
+    """Fields and their location: the file, or a field in it. A null counts as absent.
 
-    Every method raises a `ValueError` for a value of another type: file, field, what came, what is allowed.
+    For a value of another type every method raises a `ValueError` with file, field, value and what is allowed.
     """
 
     values: dict[str, Any]
     where: str
 
     def integer(self, name: str, default: int | None = None, most: int = MAX_SIZE) -> int:
-        """A positive integer."""
+        """Return a positive integer."""
         value = self.values.get(name)
         if value is None and default is not None:
             return default
@@ -39,7 +39,7 @@ class Fields:
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A positive, finite number."""
+        """Return a positive, finite number."""
         value = self.values.get(name)
         if value is None and default is not None:
             return default
@@ -48,7 +48,7 @@ class Fields:
         return float(value)
 
     def numbers(self, name: str) -> tuple[float, ...]:
-        """Positive, finite numbers, at least one."""
+        """Return positive, finite numbers, at least one."""
         values = self.values.get(name)
         if not isinstance(values, list) or not values:
             raise self.wrong(name, "a list of positive numbers")
@@ -57,28 +57,28 @@ class Fields:
         return tuple(map(float, values))
 
     def flag(self, name: str) -> bool:
-        """True or false; false when absent."""
+        """Return true or false; false if absent."""
         value = self.values.get(name)
         if not isinstance(value, bool | None):
             raise self.wrong(name, "true, false or null")
         return bool(value)
 
     def text(self, name: str, default: str | None = None) -> str:
-        """A string. An explicit null is refused."""
+        """Return a string. An explicit null is refused."""
         value = self.values.get(name, default)
         if not isinstance(value, str):
             raise self.wrong(name, "a string")
         return value
 
     def mapping(self, name: str) -> "Fields":
-        """A JSON object; empty when absent."""
+        """Return a JSON object; empty if absent."""
         value = self.values.get(name)
         if not isinstance(value, dict | None):
             raise self.wrong(name, "an object or null")
         return Fields(value or {}, f"{self.where}: {name}")
 
     def wrong(self, name: str, wanted: str) -> ValueError:
-        """The error for a field that is not as wanted."""
+        """Return the error for a field that is not as wanted."""
         return ValueError(
             f"{self.where}: {name} must be {wanted}, got {shown(self.values.get(name))}; correct the file"
         )

@@ -1,4 +1,4 @@
-"""Megatron's config and model of an architecture at a layout."""
+"""Build Megatron's config and model of an architecture at a parallel layout."""
 
 import json
 import logging
@@ -31,16 +31,16 @@ Recompute = Literal["full", "selective"]
 def transformer_config(
     model: Architecture, parallelism: ParallelismConfig, dtype: torch.dtype, recompute: Recompute | None = None
 ) -> TransformerConfig:
-    """Make Megatron's config of an architecture at a layout.
+    """Return Megatron's config of an architecture at a parallel layout.
 
     Args:
         model: the architecture.
-        parallelism: Megatron's parallel sizes. Layers that do not divide evenly over stages are spread.
-        dtype: of weights and activations.
+        parallelism: Megatron's parallel sizes. Layers need not divide evenly over the stages.
+        dtype: dtype of weights and activations.
         recompute: `full` (every layer), `selective` (the core attention) or None.
 
     Raises:
-        ValueError: when the layout does not divide heads, experts or vocabulary, naming both numbers.
+        ValueError: if the layout does not divide heads, experts or vocabulary. The message has both numbers.
     """
     _check_layout(model, parallelism)
     on_cpu = not torch.cuda.is_available()
@@ -73,7 +73,7 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         attention_softmax_in_fp32=True,
-        calculate_per_token_loss=True,  # before DDP is built: it scales gradients by it
+        calculate_per_token_loss=True,  # set before DDP is built, which scales gradients accordingly
         tensor_model_parallel_size=parallelism.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallelism.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallelism.virtual_pipeline_model_parallel_size,
@@ -96,9 +96,9 @@ def transformer_config(
 
 
 def _initialisation(model: Architecture) -> dict[str, Any]:
-    """Skip random initialisation of weights that a checkpoint fills: every rank would draw every tensor as a whole.
+    """Skip random initialisation if a checkpoint fills the weights: every rank would draw every whole tensor.
 
-    ModelOpt computes with a model's weights while it restores its changes, so those are zeros.
+    ModelOpt computes with the weights while it restores its changes to a model, so then they are zeros.
     """
     if model.source is None:
         return {}
@@ -111,14 +111,14 @@ def _window_settings(model: Architecture, parallelism: ParallelismConfig, dtype:
     """Return Megatron's fields for layers with a sliding window.
 
     Raises:
-        ValueError: where Transformer Engine would have to compute them under context parallelism, or they differ.
+        ValueError: if windows differ in size, or Transformer Engine would compute them under context parallelism.
     """
     windows = {layer.window for layer in model.layers if layer.window is not None}
     if not windows:
         return {}
     if len(windows) > 1:
         raise ValueError(
-            f"{model.name}: windows of {sorted(windows)} tokens in one model are not supported; one size is"
+            f"{model.name}: windows of {sorted(windows)} tokens in one model are not supported; all must have one size"
         )
     (window,) = windows
     if parallelism.context_parallel_size > 1 and transformer_engine_usable(dtype):
@@ -184,7 +184,7 @@ def gpt_model(
     parallel_output: bool = True,
     vp_stage: int | None = None,
 ) -> GPTModel:
-    """Build this pipeline stage with random weights. Only here is the class named, which Megatron calls deprecated."""
+    """Build this pipeline stage with random weights. Only here is `GPTModel` built, which Megatron deprecates."""
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
     block, multipliers = block_spec(config, vp_stage), model.multipliers
     if not model.pre_norms:

@@ -24,7 +24,7 @@ from distill_nemo.models.sources import CheckpointKind
 from distill_nemo.runtime.device import setup_device
 from distill_nemo.runtime.seed import seed_apart
 
-# Between seeds from which stages draw, else they would be copies of each other; experts' are apart by less.
+# Offset between the seeds of stages, which would otherwise draw equal weights. Experts' seeds are closer together.
 STAGES_APART = 10**6
 
 
@@ -42,7 +42,7 @@ def model_provider(
     recompute: Recompute | None = None,
     vp_stage: int | None = None,
 ) -> nn.Module:
-    """Build this pipeline stage of the student, or with `teacher` of a `mtd.DistillationModel`.
+    """Build this pipeline stage of the student or, with `teacher`, of a `mtd.DistillationModel`.
 
     `finalise` returns the clean student of a distillation model.
 
@@ -50,13 +50,13 @@ def model_provider(
         pre_process: this stage holds the embedding.
         post_process: this stage holds the output layer.
         parallel_output: logits stay split over tensor-parallel ranks.
-        student: its architecture, or a config from which that is resolved; without a checkpoint its weights are random.
+        student: architecture or config of the student. Without a checkpoint its weights are random.
         parallelism: Megatron's parallel sizes.
         dtype: dtype of weights and activations.
         teacher: architecture or config of the teacher; None for training without one.
         distillation: losses between student and teacher.
-        load_weights: False skips the student's weights, since a resumed run has its own.
-        recompute: activations of the student to compute again in backward: `full`, `selective` or None.
+        load_weights: False skips the student's weights: a resumed run has its own.
+        recompute: activations of the student to recompute in backward: `full`, `selective` or None.
         vp_stage: virtual pipeline stage.
 
     Raises:
@@ -100,7 +100,7 @@ def _teacher_provider(config: TeacherConfig | Architecture, model_kwargs: dict[s
         model_kwargs: `pre_process`, `post_process`, `parallel_output`, `vp_stage`, `parallelism`, `dtype`.
 
     Raises:
-        ValueError: for a checkpoint that is missing, corrupt, or holds other tensors than the architecture needs.
+        ValueError: if the checkpoint is missing, corrupt, or does not hold the tensors that the architecture needs.
     """
     return _build(resolve(config), model_kwargs, load_weights=True).requires_grad_(False).eval()
 

@@ -31,9 +31,9 @@ from distill_nemo.runtime.process_groups import rank
 
 REQUIRED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "vocab_size")
 EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "moe_ffn_hidden_size")
-NOT_IN_TENSORS = ("rotary_base", "norm_epsilon")  # a wrong default would load, and give other logits
-MORE_ROWS = 0.01  # of the student's vocabulary, that a teacher may have more without being asked: padding, not tokens
-MOST = {
+NOT_IN_TENSORS = ("rotary_base", "norm_epsilon")  # a wrong default would load without an error, and give other logits
+MORE_ROWS = 0.01  # fraction of the student's vocabulary that a teacher may have on top: taken for padding
+UPPER_LIMITS = {
     "num_layers": MAX_LAYERS,
     "num_attention_heads": MAX_HEADS,
     "num_query_groups": MAX_HEADS,
@@ -41,16 +41,16 @@ MOST = {
     "num_experts_per_tok": MAX_EXPERTS,
     "max_position_embeddings": MAX_POSITIONS,
 }
-WITHOUT_DEFAULT = ("rope_scaling", "block_configs", *EXPERT_SIZES)  # None says that the model has none
+WITHOUT_DEFAULT = ("rope_scaling", "block_configs", *EXPERT_SIZES)  # None means that the model has none
 
 
 def resolve(model: ModelConfig | Architecture) -> Architecture:
-    """Fill in every field, from the checkpoint's own description, else by default. An architecture stays as it is.
+    """Fill in every field from the checkpoint's own description, else by default. Return an architecture unchanged.
 
     Raises:
-        ValueError: when the checkpoint is missing or of an unsupported architecture, when a field contradicts it,
-            when a required field has no value, or when a Hugging Face checkpoint's tensors do not fit its config;
-            naming the checkpoint, if there is one.
+        ValueError: if the checkpoint is missing or its architecture unsupported, a field contradicts it, a required
+            field has no value, or a Hugging Face checkpoint's tensors do not fit its config. The message names the
+            checkpoint, if there is one.
     """
     if isinstance(model, Architecture):
         return model
@@ -86,11 +86,11 @@ def _resolve(model: ModelConfig) -> Architecture:
 
 
 def _family_fields(model: ModelConfig, stated: dict[str, Any] | None, values: dict[str, Any]) -> dict[str, Any]:
-    """Return the family's own fields. The config may repeat those that the checkpoint states, not contradict them."""
+    """Return the family's own fields. The config may repeat, but not contradict, those of the checkpoint."""
     family, given = FAMILIES[values["family"]], model.family_fields or {}
     own = resolve_own_fields(family, (stated or {}) | given, values)
-    if stated is not None and own != (said := resolve_own_fields(family, stated, values)):
-        raise ValueError(f"family_fields = {given} contradicts {model.checkpoint}, which says {said}; leave it unset")
+    if stated is not None and own != (found := resolve_own_fields(family, stated, values)):
+        raise ValueError(f"family_fields = {given} contradicts {model.checkpoint}, which says {found}; leave it unset")
     return own
 
 
@@ -108,7 +108,7 @@ def with_headers(model: Architecture) -> Architecture:
 def _defaults(values: dict[str, Any]) -> dict[str, Any]:
     return {
         "family": "llama",
-        "ffn_hidden_size": values["moe_ffn_hidden_size"],  # no layer of a mixture of experts has it
+        "ffn_hidden_size": values["moe_ffn_hidden_size"],  # unused: every layer has experts
         "norm_topk_prob": True if _has_experts(values["family"]) else None,
         "num_query_groups": values["num_attention_heads"],
         "kv_channels": values["hidden_size"] // values["num_attention_heads"],
@@ -144,7 +144,7 @@ def _ropes(name: str, values: dict[str, Any], family: Family) -> tuple[Rope, ...
     try:
         ropes = resolve_ropes(values["rotary_base"], values["rope_scaling"], family)
         for rope in ropes:
-            frequencies(rope, values["kv_channels"], values["max_position_embeddings"])  # refuses what has none
+            frequencies(rope, values["kv_channels"], values["max_position_embeddings"])  # raises if there are none
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     return ropes
@@ -187,7 +187,7 @@ def _check_sizes(model: str, values: dict[str, Any]) -> None:
         if type(value) in (int, float) and not (isfinite(value) and value > 0):
             raise ValueError(f"{model}: {name} must be above 0, got {value}")
         if type(value) in (int, float) and value > (
-            most := MOST.get(name, MAX_SIZE if isinstance(value, int) else MAX_NUMBER)
+            most := UPPER_LIMITS.get(name, MAX_SIZE if isinstance(value, int) else MAX_NUMBER)
         ):
             raise ValueError(f"{model}: {name} must be at most {most:,}, got {value}")
     experts = values["num_layers"] * (values["num_experts"] or 0)
@@ -213,7 +213,7 @@ def _check_values(name: str, values: dict[str, Any]) -> None:
 
 
 def _check_experts(values: dict[str, Any]) -> None:
-    """Refuse a mixture of experts that is none, or that Megatron-Core does not compute as transformers does."""
+    """Refuse counts that make no mixture, and mixtures that Megatron-Core does not compute as transformers does."""
     for name in EXPERT_SIZES:
         if values[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {values[name]}")
@@ -232,7 +232,7 @@ def _check_experts(values: dict[str, Any]) -> None:
 
 
 def read_source(checkpoint: str) -> tuple[Source, dict[str, Any]]:
-    """Read a checkpoint's description: the source, and `ModelConfig` fields, none where it states none."""
+    """Read a checkpoint's description. Return the source, and the `ModelConfig` fields that it states, if any."""
     found = find_checkpoint(Path(checkpoint))
     config: dict[str, Any] = {}
     described: dict[str, Any] = {}
@@ -251,12 +251,12 @@ def read_source(checkpoint: str) -> tuple[Source, dict[str, Any]]:
 
 
 def resolve_pair(student: StudentConfig | Architecture, teacher: TeacherConfig | Architecture | None) -> Models:
-    """Resolve both, with the student's vocabulary. A teacher's last rows are left out, up to `MORE_ROWS`.
+    """Resolve both with the student's vocabulary. A teacher's surplus rows are left out, up to `MORE_ROWS`.
 
     Models of one tokenizer are padded to different sizes (Qwen2.5: 151,936 rows at 1.5B, 152,064 at 7B).
 
     Raises:
-        ValueError: as `resolve` does, and when the vocabularies differ otherwise, stating both sizes.
+        ValueError: as `resolve` does, and if the vocabularies differ in any other way. The message has both sizes.
     """
     own = resolve(student)
     if teacher is None:
@@ -265,7 +265,7 @@ def resolve_pair(student: StudentConfig | Architecture, teacher: TeacherConfig |
     more = other.vocab_size - own.vocab_size
     if 0 < more <= MORE_ROWS * own.vocab_size:
         if rank() == 0:
-            print(f"teacher: the last {more:,} of its {other.vocab_size:,} ids are left out, which the student lacks")
+            print(f"teacher: the last {more:,} of its {other.vocab_size:,} ids are left out: the student lacks them")
         other = dataclasses.replace(other, vocab_size=own.vocab_size)
     elif more:
         raise ValueError(

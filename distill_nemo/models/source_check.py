@@ -1,6 +1,6 @@
-"""Import held against an independent reading: transformers opens the same Hugging Face directory, and the logits agree.
+"""Compare an imported model with transformers, which opens the same Hugging Face directory: the logits must agree.
 
-An export that is reloaded proves little of how its source was read: both sides of that comparison are ours.
+Reloading an export proves little about the import, since both sides of that comparison are ours.
 """
 
 import contextlib
@@ -34,10 +34,11 @@ from distill_nemo.models.sources import CheckpointKind, Source
 from distill_nemo.runtime.process_groups import process_group_of_one
 from distill_nemo.runtime.seed import seed_everything
 
-WHOLE = 64 * 2**20  # parameters up to which a model is compared whole
-# Of a larger one the first layers (one of every kind), experts, rows of the vocabulary and MLP; heads and widths stay.
+WHOLE = 64 * 2**20  # models of up to this many parameters are compared whole
+# Larger ones are cut to their first layers (one of every kind), experts, rows of vocabulary and MLP. Heads and the
+# residual stream keep their size.
 CUT = {"num_layers": 2, "num_experts": 8, "vocab_size": 1024, "ffn_hidden_size": 1024, "moe_ffn_hidden_size": 256}
-WINDOW = 8  # tokens, so that a window is shorter than the sequences that are compared
+WINDOW = 8  # tokens; shorter than the sequences that are compared
 NAMES = {  # in config.json
     "num_layers": ("num_hidden_layers",),
     "num_experts": ("num_experts", "num_local_experts"),
@@ -50,7 +51,7 @@ TOLERANCE_ON_GPU = 1e-2  # Transformer Engine multiplies fp32 in TF32
 
 
 def refusal_of_sources(*models: Architecture | None) -> str | None:
-    """Return why a model that comes from a Hugging Face directory must not be trained with, or None."""
+    """Return the reason not to train with models from Hugging Face directories, or None."""
     try:
         for model in models:
             if model is not None:
@@ -61,13 +62,13 @@ def refusal_of_sources(*models: Architecture | None) -> str | None:
 
 
 def check_source(model: Architecture) -> None:
-    """Compare a model with what transformers makes of its Hugging Face checkpoint; others are not looked at.
+    """Compare a model's logits with those of transformers on the same Hugging Face checkpoint. Others are not checked.
 
-    In fp32, by this process alone, before the run's process groups are there. A model of more than 64M parameters is
-    compared by a copy that holds its first layers, a few experts, and a part of its vocabulary and MLP.
+    The comparison runs in fp32, in this process alone, before the run's process groups exist. For a model of more than
+    64M parameters, it uses a copy with the first layers, a few experts, and a part of the vocabulary and MLP.
 
     Raises:
-        ValueError: when transformers refuses the directory, or the logits differ.
+        ValueError: if transformers refuses the directory, or the logits differ.
     """
     source = model.source
     if source is None or source.kind is not CheckpointKind.HUGGING_FACE or not has_weights(source.weights):
@@ -85,7 +86,7 @@ def check_source(model: Architecture) -> None:
     allowed = TOLERANCE_ON_GPU if torch.cuda.is_available() else TOLERANCE
     if not apart <= allowed:
         raise ValueError(
-            f"{model.name} is read otherwise by transformers {transformers.__version__} than here: the logits "
+            f"{model.name} is read differently by transformers {transformers.__version__} than here: the logits "
             f"are {apart:.1e} apart, allowed {allowed:.0e}. Please report it with its config.json"
         )
 
@@ -98,7 +99,7 @@ def _small(source: Source, model: Architecture) -> Iterator[tuple[Path, Architec
     if num_parameters(model) <= WHOLE and not unreadable:
         yield source.weights, model
         return
-    if unreadable:  # transformers 4 overlooks it, and takes base 10000
+    if unreadable:  # transformers 4 ignores it and uses base 10000
         config |= {name: value for name, value in to_huggingface(model, torch.float32).items() if name in ROPE_FIELDS}
     with tempfile.TemporaryDirectory() as copy:
         small = _cut(model, dataclasses.replace(source, weights=Path(copy)))
@@ -107,7 +108,7 @@ def _small(source: Source, model: Architecture) -> Iterator[tuple[Path, Architec
 
 
 def _cut(model: Architecture, source: Source) -> Architecture:
-    """Cut every size in `CUT`, but not below the experts of a token."""
+    """Reduce every size in `CUT`, but keep enough experts for a token."""
     ffn, experts = min(CUT["ffn_hidden_size"], model.ffn_hidden_size), model.experts
     if experts is not None:
         count = min(experts.num_experts, max(CUT["num_experts"], experts.num_experts_per_tok))
@@ -135,7 +136,7 @@ def _first_layers(model: Architecture) -> tuple[Layer, ...]:
 
 
 def _copy_part(source: Source, model: Architecture, small: Architecture, config: dict[str, Any]) -> None:
-    """Write the part of `source` that `small` needs; all of `config` stays but the sizes."""
+    """Write the part of `source` that `small` needs. In `config` only the sizes change."""
     own = dataclasses.asdict(small.filled(StudentConfig()))
     config |= {key: own[name] for name in CUT for key in NAMES[name] if key in config and own[name] is not None}
     config |= {"sliding_window": max(windows)} if (windows := [x.window for x in small.layers if x.window]) else {}
@@ -148,11 +149,13 @@ def _copy_part(source: Source, model: Architecture, small: Architecture, config:
 
 
 def _first_parts(source: Source, model: Architecture, small: Architecture) -> dict[str, Tensor]:
-    """Return the tensors of `small`: of every piece the first rows and columns of the same piece of `model`."""
+    """Return the tensors of `small`: the first rows and columns of each piece of `model`."""
     tensors = {name: torch.empty(shape) for name, shape in hf_shapes(small).items()}
     with PieceReader(source.tensors) as reader:
         for parameter in parameters(small):
-            for piece, large in zip(parameter.pieces, parameter.of(model).pieces, strict=False):  # but for padding
+            for piece, large in zip(
+                parameter.pieces, parameter.of(model).pieces, strict=False
+            ):  # padding may be absent
                 if piece.name:
                     tensors[piece.name][piece.index] = reader.read(_first_part(large, piece.shape))
     return tensors

@@ -1,4 +1,4 @@
-"""Find out the kind of a checkpoint directory."""
+"""Recognise checkpoint directories."""
 
 import enum
 import re
@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-OURS = ("architecture.json", "run.json", "SHA256SUMS")  # each tells, as the others may be lost
-MODELOPT_STATE = "modelopt_state"  # directory of what ModelOpt did to the model; its quantizers have tensors too
+OWN_FILES = ("architecture.json", "run.json", "SHA256SUMS")  # any one suffices: the others may be lost
+MODELOPT_STATE = "modelopt_state"  # directory of ModelOpt's changes to a model; its quantizers have tensors too
 STEP = re.compile(r"step_\d{8,}")
 
 
@@ -21,7 +21,7 @@ class StoredTensor(NamedTuple):
 
 
 class CheckpointKind(enum.Enum):
-    """Writer of the directory."""
+    """Format of a checkpoint directory."""
 
     HUGGING_FACE = "Hugging Face"
     MEGATRON = "Megatron distributed"
@@ -31,7 +31,7 @@ class CheckpointKind(enum.Enum):
 
 @dataclass(frozen=True)
 class FoundCheckpoint:
-    """Directory of the weights, and the file that states the architecture, if any does."""
+    """Directory of the weights, and the file that describes the architecture, if there is one."""
 
     kind: CheckpointKind
     weights: Path
@@ -43,11 +43,11 @@ class Source:
     """The checkpoint that an architecture was read from.
 
     Args:
-        checkpoint: as the config names it.
-        kind: who wrote it.
+        checkpoint: path as the config states it.
+        kind: format of the directory.
         weights: directory of its tensors.
         config: content of a Hugging Face `config.json`; empty for other kinds.
-        vocab_size: rows that its description states; None where it states none.
+        vocab_size: number of rows that its description states, if any.
         tensors: headers of its safetensors, once `check_hf_tensors` has compared them; empty for other kinds.
     """
 
@@ -60,7 +60,7 @@ class Source:
 
     @property
     def modified_by_modelopt(self) -> bool:
-        """True if the model was quantised, say, before it was saved."""
+        """True if ModelOpt changed the model (quantised it, say) before it was saved."""
         return (self.weights / MODELOPT_STATE).is_dir()
 
 
@@ -68,7 +68,7 @@ def find_checkpoint(path: Path) -> FoundCheckpoint:
     """Find the checkpoint in `path` and its kind.
 
     Raises:
-        ValueError: if it is missing or of no known kind, with the files that were looked for.
+        ValueError: if it is missing or of no known kind. The message lists the files that were looked for.
     """
     if not path.is_dir():
         raise ValueError(f"checkpoint directory not found: {path}")
@@ -77,7 +77,7 @@ def find_checkpoint(path: Path) -> FoundCheckpoint:
     if not (path / "config.json").is_file():
         steps = candidates(path / "checkpoints") or candidates(path)
         path = steps[0] if steps else path
-    if any((path / name).exists() for name in OURS):
+    if any((path / name).exists() for name in OWN_FILES):
         return FoundCheckpoint(CheckpointKind.OURS, path, path / "architecture.json")
     if (path / "model_weights").is_dir():
         return FoundCheckpoint(CheckpointKind.NEMO, path / "model_weights", description)
@@ -87,38 +87,38 @@ def find_checkpoint(path: Path) -> FoundCheckpoint:
     if (path / "config.json").is_file():
         return FoundCheckpoint(CheckpointKind.HUGGING_FACE, path, path / "config.json")
     raise ValueError(
-        f"{path} is no checkpoint that can be read: expected config.json and *.safetensors (Hugging Face), .metadata "
-        "(Megatron distributed), model_weights/ (NeMo), or architecture.json (a checkpoint of ours)"
+        f"{path} is not a checkpoint that can be read: expected config.json and *.safetensors (Hugging Face), "
+        ".metadata (Megatron distributed), model_weights/ (NeMo), or architecture.json (a checkpoint of ours)"
     )
 
 
 def saved_steps(root: Path) -> list[Path]:
-    """Return the checkpoints of a run of ours below `root`, newest first."""
+    """Return the checkpoints that a run of ours saved in `root`, newest first."""
     steps = [path for path in root.glob("step_*") if STEP.fullmatch(path.name) and path.is_dir()]
     return sorted(steps, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def candidates(root: Path) -> list[Path]:
-    """Return the checkpoints to resume from, newest first: the one that `latest` names and older ones, else all."""
+    """Return the checkpoints to resume from, newest first: that named by `latest` and older ones, else all."""
     steps = saved_steps(root)
     named = _named_by_tracker(root)
     return steps[steps.index(named) :] if named in steps else steps
 
 
 def tracker_fault(root: Path) -> str | None:
-    """Return the reason why `latest` cannot be followed; None if it can, or if no run has saved."""
+    """Return the reason why `latest` cannot be followed; None if it can, or if nothing was saved."""
     tracker, steps = root / "latest", saved_steps(root)
     if _named_by_tracker(root) in steps or not (steps or tracker.exists() or tracker.is_symlink()):
         return None
     if not tracker.is_file():
-        return f"{tracker} is {'no file' if tracker.exists() or tracker.is_symlink() else 'missing'}"
-    return f"{tracker} names no checkpoint that is there"
+        return f"{tracker} is {'not a file' if tracker.exists() or tracker.is_symlink() else 'missing'}"
+    return f"{tracker} does not name an existing checkpoint"
 
 
 def _named_by_tracker(root: Path) -> Path | None:
     tracker = root / "latest"
     try:
-        if not tracker.is_file():  # to open a pipe would wait for its writer
+        if not tracker.is_file():  # opening a pipe would wait for its writer
             return None
         with tracker.open("rb") as file:
             name = file.read(64).decode().strip()

@@ -71,7 +71,7 @@ def test_a_misread_configuration_is_refused(models, monkeypatch, wrong, cut):
     misread(monkeypatch, **values)
     if cut:
         always_cut(monkeypatch)
-    with pytest.raises(ValueError, match=r"is read otherwise by transformers .* than here: the logits are") as raised:
+    with pytest.raises(ValueError, match=r"is read differently by transformers .* than here: the logits are") as raised:
         checked(models[family])
     assert models[family] in str(raised.value)
 
@@ -143,21 +143,21 @@ def exported(source, output):
 
 
 WRONG = {"rotary_base": 5e5}
-WORDS = "is read otherwise by transformers"
+REFUSAL = "is read differently by transformers"
 
 
 def test_train_evaluate_and_export_refuse_a_misread_source(inputs, one, tmp_path):
     (said,) = one.run(ending, trained, WRONG, inputs, tmp_path / "run")
-    assert WORDS in said and not (tmp_path / "run").exists()
+    assert REFUSAL in said and not (tmp_path / "run").exists()
     (said,) = one.run(ending, evaluated, WRONG, inputs)
-    assert WORDS in said
+    assert REFUSAL in said
     (said,) = one.run(ending, exported, WRONG, inputs / "student", tmp_path / "export")
-    assert WORDS in said and not (tmp_path / "export").exists()
+    assert REFUSAL in said and not (tmp_path / "export").exists()
 
 
 def test_every_rank_refuses_a_misread_source(inputs, two, tmp_path):
     said = two.run(ending, trained, WRONG, inputs, tmp_path / "run", 2)
-    assert said[0] == said[1] and WORDS in said[0]
+    assert said[0] == said[1] and REFUSAL in said[0]
     two.run(trained, inputs, tmp_path / "run", 2)  # rank 0 alone has been in another world before
     assert metrics(tmp_path / "run")[-1]["step"] == 4
 

@@ -390,7 +390,7 @@ def test_what_is_no_checkpoint_is_refused_by_path(models, tmp_path):
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("thirty")
     assert 'must hold an iteration or "release", got "thirty"' in refused(TeacherConfig(str(tmp_path)))
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("30")
-    assert "iter_0000030 is no checkpoint" in refused(TeacherConfig(str(tmp_path)))
+    assert "iter_0000030 is not a checkpoint" in refused(TeacherConfig(str(tmp_path)))
     (tmp_path / "model_weights").mkdir()
     (tmp_path / "model_config.yaml").write_text(json.dumps(nemo_config(models["llama"], "llama")))
     assert ".metadata is missing" in refused(TeacherConfig(str(tmp_path)))

@@ -121,7 +121,7 @@ def test_a_family_that_may_have_windows_is_computed_with_them(tmp_path, family):
     check_source(model)
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"use_sliding_window": False, "layer_types": None}))
-    with pytest.raises(ValueError, match="is read otherwise by transformers"):
+    with pytest.raises(ValueError, match="is read differently by transformers"):
         check_source(model)
 
 
@@ -137,7 +137,7 @@ def test_a_long_window_is_compared_by_a_short_one(tmp_path, monkeypatch):
     model = resolve(StudentConfig(checkpoint=path))
     source_check.check_source(model)
     swapped = tuple(dataclasses.replace(layer, window=None if layer.window else 4096) for layer in model.layers)
-    with pytest.raises(ValueError, match="is read otherwise by transformers"):
+    with pytest.raises(ValueError, match="is read differently by transformers"):
         source_check.check_source(dataclasses.replace(model, layers=swapped))
 
 
