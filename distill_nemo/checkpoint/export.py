@@ -65,7 +65,7 @@ def prepare_export(config: RunConfig, student: "Architecture", dtype: torch.dtyp
         try:
             load_tokenizer(str(tokenizer)).token_id("eos_token")
         except ValueError as error:
-            raise ValueError(f"{error}; mend it, name another directory as data.tokenizer, or {NO_EXPORT}") from None
+            raise ValueError(f"{error}; repair it, name another directory as data.tokenizer, or {NO_EXPORT}") from None
     export_files(student, dtype, source, tokenizer).check()
 
 

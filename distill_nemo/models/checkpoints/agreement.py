@@ -1,4 +1,4 @@
-"""Compare the logits of a model opened by transformers with Megatron's of the same weights, at any layout.
+"""Compare Megatron's logits, at any layout, with those of transformers on the same weights.
 
 Legend: M samples, S sequence (s: a context-parallel rank's part), V padded vocabulary (v: a tensor-parallel rank's).
 """
@@ -21,24 +21,24 @@ from distill_nemo.models.checkpoints.pretrained import open_pretrained
 from distill_nemo.models.layers.context_parallel import in_sequence_order, split_batch
 from distill_nemo.runtime.process_groups import on_rank_0
 
-TOKENS = (2, 32)  # samples and their length, at least
+TOKENS = (2, 32)  # minimum number of samples, minimum length
 
 
 def open_with_transformers(path: str | Path, dtype: torch.dtype, **config: Any) -> transformers.PreTrainedModel:
-    """Open a Hugging Face directory with transformers, which runs no code of it and asks no network.
+    """Open a Hugging Face directory with transformers, without running its code or using the network.
 
     Args:
         path: the directory.
-        dtype: of the weights.
-        config: fields of its config.json that are overruled.
+        dtype: dtype of the weights.
+        config: values that override fields of its config.json.
 
     Raises:
-        ValueError: when transformers refuses it, with its reason.
+        ValueError: if transformers refuses it, with its reason.
     """
     options: dict[str, Any] = config | {"dtype": dtype, "use_safetensors": True}
     try:
         return open_pretrained(transformers.AutoModelForCausalLM, path, **options).eval()
-    except Exception as error:  # transformers raises whatever the files provoked
+    except Exception as error:  # transformers raises errors of any type
         raise _refusal(path, "opened", error) from None
 
 
@@ -50,14 +50,14 @@ def _refusal(path: str | Path, done: str, error: Exception) -> ValueError:
 def logits_apart(
     chunks: list[GPTModel], open_reference: Callable[[], transformers.PreTrainedModel], vocab_size: int
 ) -> float:
-    """Return the norm of the difference of both models' logits on random tokens, relative to the reference's.
+    """Return the norm of the difference between both models' logits on random tokens, relative to the reference's.
 
-    Every rank calls it.
+    Collective: every rank calls it.
 
     Args:
         chunks: this rank's pipeline stages of our model.
-        open_reference: gives transformers' model, on the host; called by rank 0.
-        vocab_size: tokens that both know.
+        open_reference: returns transformers' model, on the host; only rank 0 calls it.
+        vocab_size: number of tokens that both models have.
 
     Raises:
         ValueError: when transformers cannot compute the reference's logits, with its reason.
@@ -74,7 +74,7 @@ def logits_apart(
 
 
 def _tokens(vocab_size: int) -> Tensor:
-    """Return [M, S] random tokens, the same on every rank, of a length that every rank's part of a sequence divides."""
+    """Return [M, S] random tokens, the same on every rank, of a length that divides evenly over all ranks."""
     unit = 2 * parallel_state.get_context_parallel_world_size() * parallel_state.get_tensor_model_parallel_world_size()
     samples = max(TOKENS[0], parallel_state.get_pipeline_model_parallel_world_size())
     shape = samples, -(-TOKENS[1] // unit) * unit
@@ -83,7 +83,7 @@ def _tokens(vocab_size: int) -> Tensor:
 
 @torch.no_grad()
 def _logits(chunks: list[GPTModel], tokens_MS: Tensor) -> Tensor | None:
-    """Return the logits of every sample [M, S, V, padded] on the last pipeline stage, as one micro batch each."""
+    """Return the logits [M, S, V] on the last pipeline stage, else None. Each sample is a micro batch."""
     device = next(chunks[0].parameters()).device
     positions_MS = torch.arange(tokens_MS.shape[1]).expand(tokens_MS.shape)
 
@@ -116,7 +116,7 @@ def _logits(chunks: list[GPTModel], tokens_MS: Tensor) -> Tensor | None:
 
 
 def _in_sequence(logits_MsV: Tensor) -> Tensor:
-    """Put the pieces of context-parallel ranks together."""
+    """Gather the pieces of context-parallel ranks, in the order of the sequence."""
     size = parallel_state.get_context_parallel_world_size()
     if size == 1:
         return logits_MsV
@@ -126,7 +126,7 @@ def _in_sequence(logits_MsV: Tensor) -> Tensor:
 
 
 def _on_rank_0(logits_MSV: Tensor | None, tokens_MS: Tensor, chunk: GPTModel) -> Tensor | None:
-    """Return the logits, in fp32, on rank 0 of the job; its pipeline's last stage sends them there."""
+    """Return the logits in fp32 on rank 0 of the job, sent by its pipeline's last stage; None on other ranks."""
     last = parallel_state.get_pipeline_model_parallel_last_rank()
     pipeline = parallel_state.get_pipeline_model_parallel_group()
     assert isinstance(pipeline, dist.ProcessGroup)
@@ -148,5 +148,5 @@ def _on_rank_0(logits_MSV: Tensor | None, tokens_MS: Tensor, chunk: GPTModel) ->
 def _reference_logits(reference: transformers.PreTrainedModel, tokens_MS: Tensor) -> Tensor:
     try:
         return reference(tokens_MS).logits
-    except Exception as error:  # transformers raises whatever its configuration provoked
+    except Exception as error:  # transformers raises errors of any type
         raise _refusal(reference.config._name_or_path, "run", error) from None

@@ -1,7 +1,7 @@
-"""All files of an exported directory except its weights.
+"""Collect the files of an exported directory, except its weights.
 
-The configuration and files of the Hugging Face directory that the student came from are kept, and changed only where
-the student differs.
+An export keeps the configuration and files of the Hugging Face directory that the student came from. They change only
+where the student differs.
 """
 
 import dataclasses
@@ -34,11 +34,11 @@ TOKENIZER_FILES = (
     "tekken.json",
 )
 CHAT_TEMPLATES = ("*.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
-GENERATION = "generation_config.json"  # where an answer may end at several tokens
+GENERATION = "generation_config.json"  # may name several tokens at which an answer ends
 DROPPED = ("auto_map",)  # names code, which is not copied
 NO_EXPORT = "train with checkpoint.export=false, and keep the Megatron checkpoint"
 
-Files = dict[str, Path | str]  # by path inside the directory: a file to copy, or the text to write
+Files = dict[str, Path | str]  # path inside the directory -> file to copy, or text to write
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class ExportFiles:
         write_files(self.files, directory)
 
     def check(self) -> None:
-        """Open everything with transformers, as its users will.
+        """Open everything with transformers, as users of the export will.
 
         Raises:
-            ValueError: if it refuses the student's sizes or the tokenizer, saying what can be done.
+            ValueError: if transformers refuses the student's sizes or the tokenizer, with advice.
         """
         with tempfile.TemporaryDirectory() as temporary:
             self.write(Path(temporary))
@@ -66,10 +66,10 @@ class ExportFiles:
                 empty_model(open_pretrained(AutoConfig, temporary))
                 if GENERATION in self.files:
                     open_pretrained(GenerationConfig, temporary)
-            except Exception as error:  # transformers raises whatever the values provoke
+            except Exception as error:  # transformers raises errors of any type
                 raise ValueError(
                     f"the student could not be exported: transformers refuses its config.json or {GENERATION}: "
-                    f"{_said(error, temporary)}; change its sizes, mend {self.files.get(GENERATION, 'them')}, or "
+                    f"{_reason(error, temporary)}; change its sizes, correct {self.files.get(GENERATION, 'them')}, or "
                     f"{NO_EXPORT}"
                 ) from None
             if self.tokenizer is not None:
@@ -83,22 +83,22 @@ def _opened(directory: str | Path, tokenizer: Path) -> Any:
     except Exception as error:
         raise ValueError(
             f"the student could not be exported: transformers cannot open the tokenizer in {tokenizer}: "
-            f"{_said(error, directory)}; mend it, name another directory as data.tokenizer, or {NO_EXPORT}"
+            f"{_reason(error, directory)}; repair it, name another directory as data.tokenizer, or {NO_EXPORT}"
         ) from None
 
 
-def _said(error: Exception, directory: str | Path) -> str:
+def _reason(error: Exception, directory: str | Path) -> str:
     return str(error).replace(str(directory), "its directory")[:400] or repr(error)
 
 
 def export_files(model: Architecture, dtype: torch.dtype, source: Path | None, tokenizer: Path | None) -> ExportFiles:
-    """Collect an export's files; nothing is written.
+    """Collect an export's files without writing any.
 
     Args:
         model: the student.
-        dtype: of its weights.
+        dtype: dtype of its weights.
         source: the Hugging Face directory that it came from, if any.
-        tokenizer: a directory whose tokenizer goes before the source's.
+        tokenizer: directory whose tokenizer takes precedence over the source's.
 
     Raises:
         ValueError: if `tokenizer` holds no tokenizer.
@@ -116,7 +116,7 @@ def export_files(model: Architecture, dtype: torch.dtype, source: Path | None, t
 
 
 def exported_tokenizer(source: Path | None, named: Path | None) -> Path | None:
-    """Return the directory whose tokenizer an export has: `named`, else the source if it holds one.
+    """Return the directory from which an export takes its tokenizer: `named`, else the source if it holds one.
 
     Raises:
         ValueError: if `named` holds no tokenizer.
@@ -139,7 +139,7 @@ def write_files(files: Files | dict[str, Path], directory: Path) -> None:
         target = directory / name
         target.parent.mkdir(exist_ok=True)
         if isinstance(content, Path):
-            shutil.copyfile(content, target)  # without a link, and without read-only permissions
+            shutil.copyfile(content, target)  # follows links, and leaves out read-only permissions
         else:
             target.write_text(content)
 
@@ -154,7 +154,7 @@ def _states_template(directory: Path) -> bool:
 
 
 def _chat_templates(directory: Path) -> Files:
-    """Return the chat templates of a directory as files: transformers keeps them so, or in `tokenizer_config.json`."""
+    """Return a directory's chat templates as files, even if transformers kept them in `tokenizer_config.json`."""
     found: Files = {**_matching(directory, CHAT_TEMPLATES)}
     stated = read_object_if_any(directory / "tokenizer_config.json").get("chat_template")
     if found or not stated:
@@ -172,7 +172,7 @@ def _config(model: Architecture, dtype: torch.dtype, source: Path | None, tokeni
     ours = to_huggingface(model, dtype)
     theirs = {} if source is None else _source_config(source, model)
     kept = {name: value for name, value in theirs.items() if value is not None or ours.get(name) is None}
-    forced = {"vocab_size", "dtype", "torch_dtype", *ROPE_FIELDS}  # alike for transformers 4 and 5
+    forced = {"vocab_size", "dtype", "torch_dtype", *ROPE_FIELDS}  # so that transformers 4 and 5 read them alike
     config = ours | kept | {name: value for name, value in ours.items() if name in forced}
     if tokenizer is not None and not {"bos_token_id", "eos_token_id"} <= theirs.keys():
         config |= {name: i for name, i in _token_ids(tokenizer).items() if name not in theirs}
@@ -182,7 +182,7 @@ def _config(model: Architecture, dtype: torch.dtype, source: Path | None, tokeni
 
 
 def _source_config(source: Path, model: Architecture) -> dict[str, Any]:
-    """Return `config.json` of the source, or nothing if another model is there by now."""
+    """Return the source's `config.json`, or an empty one if the directory holds another model by now."""
     if model.source is not None and model.source.weights == source:
         return model.source.config
     config = read_object(source / "config.json")
@@ -191,8 +191,8 @@ def _source_config(source: Path, model: Architecture) -> dict[str, Any]:
     if not differing:
         return config
     print(
-        f"warning: {source} is another model now ({differing[0]} = {stated[differing[0]]}, the student's is "
-        f"{own[differing[0]]}): the export does not take over its config.json",
+        f"warning: {source} holds another model now ({differing[0]} = {stated[differing[0]]}, the student's is "
+        f"{own[differing[0]]}): the export does not use its config.json",
         file=sys.stderr,
         flush=True,
     )
@@ -200,13 +200,13 @@ def _source_config(source: Path, model: Architecture) -> dict[str, Any]:
 
 
 def _token_ids(tokenizer: Path) -> dict[str, int | None]:
-    """Return the ids by which generation starts and ends."""
+    """Return the ids of the tokens that begin and end a generation."""
     loaded = _opened(tokenizer, tokenizer)
     return {"bos_token_id": loaded.bos_token_id, "eos_token_id": loaded.eos_token_id}
 
 
 def _within(value: Any, vocab_size: int) -> Any:
-    """Return a token id, or several, without those beyond the student's rows."""
+    """Drop token ids beyond the student's rows from an id or a list of ids."""
     if isinstance(value, list):
         return [i for i in value if i < vocab_size] or None
     return None if isinstance(value, int) and value >= vocab_size else value

@@ -1,6 +1,6 @@
-"""Tensors that the safetensors of a Hugging Face directory hold.
+"""Read and check the safetensors of a Hugging Face directory.
 
-Headers come with the checkpoint, like `config.json`, so neither is trusted: they must agree.
+Headers and `config.json` both come with the checkpoint, so neither is trusted: they must agree.
 """
 
 import re
@@ -22,10 +22,10 @@ from distill_nemo.models.sources import StoredTensor
 from distill_nemo.runtime.files import read_object
 
 VOCAB_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
-ROWS_AT_ONCE = 4096  # of an embedding that is compared
+ROWS_AT_ONCE = 4096  # rows of an embedding to compare at a time
 SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("BF16", "F16", "F32", "F64")
-OLD_BUFFER = "rotary_emb.inv_freq"  # of old Llamas; computed today
+OLD_BUFFER = "rotary_emb.inv_freq"  # stored with old Llamas; computed today
 LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 
 
@@ -42,7 +42,8 @@ def check_hf_tensors(path: Path, model: Architecture) -> dict[str, StoredTensor]
         model: with the vocabulary that `path` states.
 
     Raises:
-        ValueError: when tensors are missing, extra, of another shape or no plain floats, or a file is corrupt, by name.
+        ValueError: if tensors are missing, extra, of another shape or not plain floats, or a file is corrupt. The
+            message names them.
     """
     stored = stored_tensors(path)
     _check_dtypes(path, stored)
@@ -68,10 +69,10 @@ def check_hf_tensors(path: Path, model: Architecture) -> dict[str, StoredTensor]
 
 
 def check_tied_weights(stored: Mapping[str, StoredTensor], model: Architecture) -> None:
-    """Refuse tied embeddings beside which another output layer is stored; reads both, some rows at a time.
+    """Refuse tied embeddings stored beside a different output layer. Reads both, some rows at a time.
 
     Raises:
-        ValueError: when the two differ.
+        ValueError: if the two differ.
     """
     if not model.tie_word_embeddings or "lm_head.weight" not in stored:
         return
@@ -79,7 +80,7 @@ def check_tied_weights(stored: Mapping[str, StoredTensor], model: Architecture) 
         return
     raise ValueError(
         f"{stored['lm_head.weight'].file.parent}: config.json says tie_word_embeddings, but lm_head.weight and "
-        "model.embed_tokens.weight differ: transformers would use both; say tie_word_embeddings: false there"
+        "model.embed_tokens.weight differ: transformers would use both; set tie_word_embeddings: false there"
     )
 
 
@@ -100,12 +101,12 @@ def _check_dtypes(path: Path, stored: dict[str, StoredTensor]) -> None:
     if quantised:
         raise ValueError(
             f"{path}: weights must be {', '.join(FLOATS)}; {', '.join(first_few(quantised))}. "
-            "Write quantised weights out dequantised first"
+            "Dequantise quantised weights first"
         )
 
 
 class PieceReader:
-    """Read pieces of stored tensors. Files are opened when first asked for, and stay mapped until the end."""
+    """Read pieces of stored tensors. Files are opened on first use, and stay mapped until exit."""
 
     def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
         self.stored = stored
@@ -120,7 +121,7 @@ class PieceReader:
         self._stack.close()
 
     def read(self, piece: Piece) -> torch.Tensor:
-        """Return the piece alone, in the dtype of the file."""
+        """Read the piece alone, in the dtype of the file."""
         file = self.stored[piece.name].file
         if file not in self._files:
             self._files[file] = self._stack.enter_context(safe_open(file, "pt"))
@@ -131,7 +132,8 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     """Return every tensor in the files that the importer and transformers read.
 
     Raises:
-        ValueError: when there are no safetensors, or a file or the index is corrupt or names what is not there.
+        ValueError: if there are no safetensors, a file or the index is corrupt, or the index names a missing file or
+            tensor.
     """
     found: dict[str, StoredTensor] = {}
     places = _indexed_files(path)
@@ -159,7 +161,7 @@ def _header(file: Path) -> dict[str, StoredTensor]:
 
 
 def _indexed_files(path: Path) -> dict[str, str]:
-    """Return each tensor's file from the index; empty where `model.safetensors` holds all, which takes precedence."""
+    """Return each tensor's file from the index; empty if there is a `model.safetensors`, which takes precedence."""
     if not has_weights(path):
         raise ValueError(
             f"{path} holds no *.safetensors files, and pickles (*.bin) can run code when they are opened: they are not "

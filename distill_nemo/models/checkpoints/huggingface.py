@@ -1,4 +1,4 @@
-"""Weights from and to Hugging Face directories. An export appears only when it is whole and checked."""
+"""Load weights from Hugging Face directories, and export them. An export appears once it is complete and checked."""
 
 import contextlib
 import os
@@ -27,20 +27,20 @@ from distill_nemo.runtime.files import restore_replaced, writing_directory
 from distill_nemo.runtime.output_lock import OutputLock
 from distill_nemo.runtime.process_groups import environment_of_one, on_rank_0
 
-MEMORY_TO_OPEN = 1.5  # times the weights
+MEMORY_TO_OPEN = 1.5  # memory to open a model, as a multiple of its weights
 
 
 def load_hf_weights(built: GPTModel, model: Architecture) -> None:
-    """Fill this rank's part of `built` from the safetensors of its source; every row of every parameter is written.
+    """Fill this rank's part of `built` from the safetensors of its source: every row of every parameter.
 
-    A rank reads the pieces that it keeps, and nothing else.
+    A rank reads only the pieces that it keeps.
 
     Args:
-        built: where the weights go.
+        built: model to fill.
         model: its architecture, with a Hugging Face source whose headers `check_hf_tensors` has read.
 
     Raises:
-        ValueError: when embeddings are tied and another output layer is stored beside them.
+        ValueError: if embeddings are tied and a different output layer is stored beside them.
     """
     assert model.source is not None
     check_tied_weights(model.source.tensors, model)
@@ -53,7 +53,7 @@ def check_exportable(model: Architecture) -> None:
     """Refuse a model that no class of transformers can hold.
 
     Raises:
-        ValueError: saying why, and what can be done.
+        ValueError: with the reason, and advice.
     """
     if model.block_configs is not None:
         raise ValueError(f"block_configs: transformers has no model whose layers differ; {NO_EXPORT}")
@@ -73,8 +73,8 @@ def export_hf(
 ) -> None:
     """Write a model as a Hugging Face directory that `AutoModelForCausalLM.from_pretrained` opens.
 
-    Every rank calls it, at any layout; `path` is on a file system that all share. It appears only when it is whole:
-    read again, its tensors equal every rank's weights bit for bit, and opened by transformers, its logits equal ours.
+    Collective, at any layout; all ranks share the file system of `path`. The directory appears only after two checks:
+    its tensors, read back, equal every rank's weights bit for bit, and transformers' logits agree with ours.
 
     Args:
         chunks: this rank's pipeline stages.
@@ -82,16 +82,16 @@ def export_hf(
         model: the architecture.
         tokenizer: directory whose tokenizer is copied; None copies the source's.
         source: the Hugging Face directory that the model came from, whose configuration and files are kept.
-        max_file_bytes: tensors of one file.
+        max_file_bytes: limit on the bytes of tensors in one file.
 
     Raises:
-        ValueError: when `path` holds something else than an export of ours, another process writes there, `tokenizer`
-            holds no tokenizer, or transformers refuses what would be written.
-        OSError: when it cannot be written; an earlier export stays as it is.
-        RuntimeError: when the tensors or the reloaded model's logits differ, or another rank could not write.
+        ValueError: if `path` holds anything but an export of ours, another process writes there, `tokenizer` holds no
+            tokenizer, or transformers refuses what would be written.
+        OSError: if the export cannot be written. An earlier export stays as it is.
+        RuntimeError: if the tensors or the reloaded model's logits differ, or another rank could not write.
     """
     dtype = next(chunks[0].parameters()).dtype
-    with contextlib.ExitStack() as aside:  # of rank 0
+    with contextlib.ExitStack() as aside:  # used on rank 0 only
 
         def begin() -> str:
             files = export_files(model, dtype, source, Path(tokenizer) if tokenizer else None)
@@ -109,11 +109,11 @@ def export_hf(
 
 @contextlib.contextmanager
 def writing_export(path: Path) -> Iterator[Path]:
-    """Yield a directory to write an export into. It takes the place of `path` at the end, or disappears on an error.
+    """Yield a directory to write an export into. It replaces `path` at the end, or is removed on an error.
 
     Raises:
-        ValueError: when `path` may not be replaced, or another process writes there.
-        OSError: when it cannot be written.
+        ValueError: if `path` may not be replaced, or another process writes there.
+        OSError: if it cannot be written.
     """
     check_target(path)
     target = path.resolve()
@@ -131,26 +131,26 @@ def writing_export(path: Path) -> Iterator[Path]:
 
 
 def check_target(target: Path) -> None:
-    """Refuse a place for an export: it replaces only an empty directory or an earlier export.
+    """Refuse a target for an export, which replaces only an empty directory or an earlier export.
 
     Raises:
-        ValueError: for anything else that is there, and for a place that cannot be written to.
+        ValueError: if anything else is there, or the target cannot be written.
     """
     there = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"{target} cannot be written: {there} is no directory that may be written to; choose another")
+        raise ValueError(f"{target} cannot be written: {there} is not a writable directory; choose another")
     if not target.exists() or not any(target.iterdir()) or is_export_of_ours(target):
         return
-    raise ValueError(f"{target} exists and is no export of ours; name a new directory, or remove it yourself")
+    raise ValueError(f"{target} exists and is not an export of ours; name a new directory, or remove it yourself")
 
 
 def check_export(chunks: list[GPTModel], model: Architecture, path: Path, tolerance: float = 1e-4) -> None:
     """Reload `path` with transformers and compare its logits with Megatron's on random tokens. Every rank calls it.
 
-    Of a model that does not fit the memory of rank 0's host, a part is compared, as before a run that starts from it.
+    If the model does not fit the memory of rank 0's host, only a part is compared, as before a run that starts from it.
 
     Raises:
-        RuntimeError: when the norm of the difference exceeds `tolerance` of the norm of the logits; 0.1 below fp32,
+        RuntimeError: if the norm of the difference exceeds `tolerance` of the norm of the logits; 0.1 below fp32,
             where other kernels alone give 0.03 and unrelated logits 1.4.
     """
     dtype = next(chunks[0].parameters()).dtype
@@ -165,7 +165,7 @@ def check_export(chunks: list[GPTModel], model: Architecture, path: Path, tolera
 
 
 def _check_part(path: Path) -> None:
-    """Compare the first layers of an export, as it is read here, with transformers, in a process outside the job."""
+    """Compare the first layers of an export, read by both, with transformers in a process outside the job."""
     print(f"{path} does not fit this host's memory: its first layers are compared with transformers", flush=True)
     command = [sys.executable, "-W", "ignore", "-m", "distill_nemo.models.source_check", str(path)]
     ended = subprocess.run(command, env=environment_of_one(), capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Parameters of this rank's part of a model, each with the rule that says which pieces it is made of."""
+"""Parameters of this rank's part of a model, each with the rule that gives its pieces of Hugging Face tensors."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -25,11 +25,11 @@ class LocalParameter(NamedTuple):
     """A parameter of this rank.
 
     Args:
-        name: in `named_parameters`.
+        name: name in `named_parameters`.
         tensor: its values.
-        rule: gives the pieces of any rank.
-        place: where it is, and this rank.
-        group: ranks that hold the other parts of it.
+        rule: returns the pieces of any rank.
+        place: its place in the model, and this rank.
+        group: ranks that together hold the whole parameter.
     """
 
     name: str
@@ -58,12 +58,12 @@ class LocalParameter(NamedTuple):
         return self.rule(self.place._replace(rank=rank))
 
     def fill(self, read: Callable[[Piece], Tensor]) -> None:
-        """Write every row: of the pieces as `read` gives them, zeros where they are padding."""
+        """Write every row: pieces as `read` returns them, and zeros for padding."""
         for piece, rows in rows_of(self.pieces, self.tensor.data):
             rows.copy_(read(piece)) if piece.name else rows.zero_()
 
     def equals(self, read: Callable[[Piece], Tensor]) -> bool:
-        """Return True if the pieces as `read` gives them are the tensor's, bit for bit."""
+        """Return True if the pieces that `read` returns equal the tensor's, bit for bit."""
         return all(
             torch.equal(_bytes(read(piece)), _bytes(rows.cpu()))
             for piece, rows in rows_of(self.pieces, self.tensor.detach())
@@ -71,7 +71,7 @@ class LocalParameter(NamedTuple):
         )
 
     def whole_shapes(self) -> Shapes:
-        """Return the shapes of the Hugging Face tensors that the group's ranks together hold."""
+        """Return the shapes of the Hugging Face tensors that the group's ranks hold together."""
         return shapes_of(self.rule(self.place._replace(size=1, rank=0)))
 
 
@@ -116,9 +116,9 @@ def _group(of_expert: bool) -> ProcessGroup:
 
 
 def whole_tensors(parts: list[Tensor], parameter: LocalParameter) -> dict[str, Tensor]:
-    """Put the parts of a parameter, of every rank of its group, together into Hugging Face tensors.
+    """Assemble Hugging Face tensors from a parameter's parts, one of each rank of its group.
 
-    A tensor that is one piece is a view of its part.
+    A tensor made of one piece is a view of its part.
     """
     found: dict[str, list[tuple[Piece, Tensor]]] = {}
     for rank, part in enumerate(parts):

@@ -1,7 +1,7 @@
-"""Weights from Megatron distributed checkpoints: Megatron's, NeMo's and our own, saved at any layout.
+"""Load weights from Megatron distributed checkpoints (Megatron's, NeMo's and our own), saved at any layout.
 
-Every tensor of the whole model is checked by name and shape before one is read, from the checkpoint's own table of
-contents, so each rank alone finds what is wrong anywhere.
+Before a tensor is read, names and shapes of the whole model are checked against the checkpoint's table of contents. So
+each rank finds every mismatch by itself.
 """
 
 import re
@@ -24,7 +24,7 @@ from distill_nemo.models.sources import MODELOPT_STATE
 from distill_nemo.runtime.pickles import read_contents, weights_only
 
 PREFIXES = ("", "model.", "module.", "model.module.", "module.module.")  # Megatron, NeMo 1 and ours, NeMo 2, wrapped
-# Beside the model: optimizer states; Transformer Engine's extra states; what ModelOpt's distillation adds.
+# Keys that are not the model's: optimizer states; Transformer Engine's extra states; what ModelOpt's distillation adds.
 IGNORED = re.compile(r"^(chained_\d+\.)?optimizer\b|^rng|_extra_state\b|(^|\.)(_teacher_model|_loss_modules)\.")
 LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 MAX_VOCAB_PADDING = 128 * 64  # Megatron pads to a multiple of 128 times the tensor parallel size
@@ -38,10 +38,10 @@ def load_megatron_weights(directory: Path, built: GPTModel) -> None:
 
     Args:
         directory: holds `.metadata`, which `check_megatron_tensors` has compared with the model.
-        built: where the weights go.
+        built: model to fill.
 
     Raises:
-        ValueError: when a file is missing or corrupt, by name.
+        ValueError: if a file is missing or corrupt, by name.
     """
     stored = stored_tensors(directory)
     prefix = key_prefix(stored)
@@ -57,7 +57,7 @@ def load_megatron_weights(directory: Path, built: GPTModel) -> None:
 
 
 def is_extra(name: str) -> bool:
-    """Return True for Transformer Engine's fp8 state, which is no tensor; grouped experts number theirs."""
+    """Return True for Transformer Engine's fp8 state, which is not a tensor. Grouped experts number theirs."""
     return re.search(r"_extra_state\d*$", name) is not None
 
 
@@ -67,10 +67,10 @@ def key_prefix(stored: Shapes) -> str:
 
 
 def stored_tensors(directory: Path) -> Shapes:
-    """Return name and global shape of every tensor of the checkpoint's model, quantizers left out.
+    """Return the global shape of every tensor of the checkpoint's model, by name, without quantizers.
 
     Raises:
-        ValueError: when the table of contents cannot be read, could run code, or names files that are missing or too
+        ValueError: if the table of contents cannot be read, could run code, or names files that are missing or too
             short.
     """
     contents = read_contents(directory)
@@ -109,7 +109,7 @@ def stored_dtype(directory: Path) -> torch.dtype:
 
 
 def expected_shapes(model: Architecture) -> tuple[list[Shapes], Shapes]:
-    """Return name and shape of each layer's tensors, and of those around the layers, in Transformer Engine's naming.
+    """Return the shapes of each layer's tensors, and of those outside the layers, by Transformer Engine's names.
 
     Experts are stored together, one after another along a first dimension.
     """
@@ -131,25 +131,25 @@ def expected_shapes(model: Architecture) -> tuple[list[Shapes], Shapes]:
 
 
 def _shape(pieces: list[Piece]) -> tuple[int, ...]:
-    """Return the shape of what pieces make, without the padding of the vocabulary."""
+    """Return the shape that pieces make together, without the padding of the vocabulary."""
     stored = [piece.shape for piece in pieces if piece.name]
     return (sum(shape[0] for shape in stored), *stored[0][1:])
 
 
 def _is_stacked(names: Shapes) -> bool:
-    """True if a layer's tensors are stored as one for all layers."""
+    """Return True if each stored tensor holds all layers."""
     return not any(LAYER.match(name) for name in names)
 
 
 def check_megatron_tensors(directory: Path, model: Architecture) -> None:
-    """Compare the tensors of a checkpoint with those that the architecture needs, by its table of contents alone.
+    """Compare the tensors of a checkpoint with those that the architecture needs. Only its table of contents is read.
 
     Args:
         directory: holds `.metadata`.
         model: with the vocabulary that the checkpoint states.
 
     Raises:
-        ValueError: when tensors are missing, extra or of another shape, or a file is missing or short, by name.
+        ValueError: if tensors are missing, extra or of another shape, or a file is missing or short, by name.
     """
     stored = stored_tensors(directory)
     prefix = key_prefix(stored)
@@ -178,7 +178,7 @@ def check_megatron_tensors(directory: Path, model: Architecture) -> None:
 
 
 def _stored_layers(names: Shapes) -> int | None:
-    """Return the number of layers in the checkpoint; None when that cannot be told."""
+    """Return the number of layers in the checkpoint; None if its tensors do not show it."""
     numbers = [int(match[1]) for name in names if (match := LAYER.match(name))]
     if numbers:
         return max(numbers) + 1
@@ -187,8 +187,8 @@ def _stored_layers(names: Shapes) -> int | None:
 
 
 def _stored_name(name: str, names: Shapes) -> str:
-    """Return `name`, or the local layers' name where the checkpoint has only that."""
-    # The norm before experts is not fused, but Megatron's local layers call it so.
+    """Return `name`, or the local layers' name if the checkpoint has only that."""
+    # The norm before experts is not fused, but Megatron's local layers store it under a fused norm's name.
     for ours, theirs in (LOCAL_NAMES | FUSED_NAMES).items():
         own = name.replace(ours, theirs)
         if own != name and name not in names and own in names:
@@ -197,7 +197,7 @@ def _stored_name(name: str, names: Shapes) -> str:
 
 
 def _fits(name: str, stored: tuple[int, ...], needed: tuple[int, ...]) -> bool:
-    """Return True if the shapes are equal; the vocabulary may be padded, to any multiple."""
+    """Return True if the shapes are equal. The vocabulary may be padded to any multiple."""
     if name in (EMBEDDING, OUTPUT) and len(stored) == 2:
         return stored[1] == needed[1] and 0 <= stored[0] - needed[0] < MAX_VOCAB_PADDING
     return stored == needed

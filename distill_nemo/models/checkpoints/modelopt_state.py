@@ -23,26 +23,29 @@ from distill_nemo.runtime.pickles import read_contents, weights_only
 
 
 def is_modified(model: nn.Module) -> bool:
-    """Return True if a ModelOpt mode is in force that a checkpoint must keep; distillation itself is not one."""
+    """Return True if the model has a ModelOpt mode that a checkpoint must keep. Distillation itself is not one."""
     return mto.ModeloptStateManager.is_converted(model) and bool(mto.modelopt_state(model)["modelopt_state_dict"])
 
 
 def save_modelopt_state(model: nn.Module, directory: Path) -> None:
-    """Write `modelopt_state` into a checkpoint, if there is any. Collective: every rank must call it."""
+    """Write `modelopt_state` into a checkpoint, if the model has any. Collective: every rank must call it."""
     if is_modified(model):
         sharded.save_sharded_modelopt_state([model], directory)
 
 
 def restore_modelopt_state(model: nn.Module, directory: Path) -> None:
-    """Modify a fresh `model` as the one in the checkpoint `directory` was, if it was; every rank must call it.
+    """Apply the ModelOpt changes in the checkpoint `directory`, if any, to a fresh `model`. Every rank must call it.
 
     Raises:
-        ValueError: under tensor parallelism, and when ModelOpt cannot restore it, with what it says.
+        ValueError: under tensor parallelism or a virtual pipeline, and if ModelOpt cannot restore it, with its reason.
     """
     if not (directory / MODELOPT_STATE).is_dir():
         return
     if parallel_state.get_virtual_pipeline_model_parallel_world_size() is not None:
-        raise ValueError(f"{directory} was modified by ModelOpt, which knows no virtual pipeline; leave it unset")
+        raise ValueError(
+            f"{directory} was modified by ModelOpt, which supports no virtual pipeline: leave "
+            "parallelism.virtual_pipeline_model_parallel_size unset"
+        )
     if parallel_state.get_tensor_model_parallel_world_size() > 1:
         # ModelOpt 0.47 splits linear_fc1's scales by consecutive rows, but its weight into gate and up first.
         raise ValueError(
@@ -53,7 +56,7 @@ def restore_modelopt_state(model: nn.Module, directory: Path) -> None:
     built: list[Any] = [model]
     with weights_only(directory), _without_strides():
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # versions and counts
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints versions and counts
                 sharded.restore_sharded_modelopt_state(built, str(directory), prefix)
         except pickle.UnpicklingError:
             raise
@@ -64,9 +67,9 @@ def restore_modelopt_state(model: nn.Module, directory: Path) -> None:
 
 @contextlib.contextmanager
 def _without_strides() -> Iterator[None]:
-    """Make Megatron-Core 0.19 read the tables of contents of torch 2.15, for ModelOpt.
+    """Let Megatron-Core 0.19 read torch 2.15's tables of contents, as ModelOpt's restore needs.
 
-    It passes all properties of a tensor in the table to `torch.empty`, and torch 2.15 adds the strides.
+    It passes all properties of a tensor in the table to `torch.empty`. torch 2.15 added strides to them.
     """
     load = TorchDistLoadShardedStrategy.load_tensors_metadata
 

@@ -1,4 +1,4 @@
-"""`model_config.yaml` of NeMo 1, NeMo 2 and ModelOpt -> `ModelConfig` fields."""
+"""Read `ModelConfig` fields from `model_config.yaml` of NeMo 1, NeMo 2 and ModelOpt."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from distill_nemo.models.config_fields import shown
 from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.families.pieces import layer_table
 
-INTEGERS = {  # ours: theirs, the first that has a value counts
+INTEGER_FIELDS = {  # our name: NeMo's names, of which the first with a value is used
     "num_layers": ("num_layers",),
     "hidden_size": ("hidden_size",),
     "ffn_hidden_size": ("ffn_hidden_size",),
@@ -20,11 +20,11 @@ INTEGERS = {  # ours: theirs, the first that has a value counts
     "vocab_size": ("override_vocab_size", "vocab_size"),  # before padding; NeMo mostly leaves it to the tokenizer
     "max_position_embeddings": ("max_position_embeddings", "encoder_seq_length", "seq_length"),
 }
-FLOATS = {"rotary_base": ("rotary_base",), "norm_epsilon": ("layernorm_epsilon", "norm_epsilon")}
+FLOAT_FIELDS = {"rotary_base": ("rotary_base",), "norm_epsilon": ("layernorm_epsilon", "norm_epsilon")}
 # Constants of Megatron-Core's rotary embedding.
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 SWIGLU = ("swiglu", "fast-swiglu")
-# What the field may say, where it says anything: a field that is absent shows in the tensors. Lower case.
+# Supported values, in lower case. A field may be absent: the tensors show what it would state.
 ALLOWED: dict[str, tuple[Any, ...]] = {
     "mcore_gpt": (True,),
     "normalization": ("rmsnorm",),
@@ -53,10 +53,10 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
 
 
 def read_nemo_config(path: Path) -> dict[str, Any]:
-    """`ModelConfig` fields out of the file; those it leaves open (often the vocabulary) are absent.
+    """Return the `ModelConfig` fields that the file states. It often leaves out the vocabulary.
 
     Raises:
-        ValueError: when it cannot be read, or states what the model cannot be built with, by field.
+        ValueError: if the file cannot be read, or a field has an unsupported value, by name.
     """
     try:
         values = yaml.safe_load(path.read_text())
@@ -74,9 +74,9 @@ def read_nemo_config(path: Path) -> dict[str, Any]:
             what = " or ".join(str(value) for value in allowed) or "null"
             raise ValueError(f"{path}: {name} = {shown(values[name]).strip("'")} is not supported; {what} is")
     described: dict[str, Any] = {
-        ours: _number(path, int, name, values[name]) for ours, name in _stated(INTEGERS, values)
+        ours: _number(path, int, name, values[name]) for ours, name in _stated(INTEGER_FIELDS, values)
     }
-    described |= {ours: _number(path, float, name, values[name]) for ours, name in _stated(FLOATS, values)}
+    described |= {ours: _number(path, float, name, values[name]) for ours, name in _stated(FLOAT_FIELDS, values)}
     described |= {"family": _family(path, values), "rope_scaling": _rope_scaling(path, values)}
     for name, tied in (("untie_embeddings_and_output_weights", False), ("share_embeddings_and_output_weights", True)):
         if values.get(name) is not None:
@@ -87,19 +87,19 @@ def read_nemo_config(path: Path) -> dict[str, Any]:
 
 
 def _interpolated(value: Any, values: dict[str, Any]) -> Any:
-    """OmegaConf's `${.encoder_seq_length}` within the file; other expressions stay and are refused where used."""
+    """Resolve OmegaConf's `${.encoder_seq_length}` within the file. Others stay, and are refused where used."""
     named = re.fullmatch(r"\$\{\.?(\w+)\}", value) if isinstance(value, str) else None
     return values.get(named[1]) if named else value
 
 
 def _stated(fields: dict[str, tuple[str, ...]], values: dict[str, Any]) -> list[tuple[str, str]]:
-    """(our name, their name) of each field that has a value."""
+    """Return (our name, NeMo's name) of each field that has a value."""
     found = [(ours, [name for name in names if values.get(name) is not None]) for ours, names in fields.items()]
     return [(ours, names[0]) for ours, names in found if names]
 
 
 def _number[T: (int, float)](path: Path, kind: type[T], name: str, value: Any) -> T:
-    """A positive number; YAML 1.1 reads 1e-5, without a dot, as text."""
+    """Return a positive number. YAML 1.1 reads 1e-5, without a dot, as text."""
     try:
         number = kind(value)
     except (TypeError, ValueError, OverflowError):
@@ -112,7 +112,7 @@ def _number[T: (int, float)](path: Path, kind: type[T], name: str, value: Any) -
 
 
 def _family(path: Path, values: dict[str, Any]) -> str:
-    """Return the dense family with Llama's layers, these norms of queries and keys and this bias: none is named."""
+    """Return the dense family with Llama's layers that has this bias and these norms. The file names no family."""
     qkv_bias, qk_norm = (
         bool(value) for value in (values.get("add_qkv_bias") or values.get("qkv_bias"), values.get("qk_layernorm"))
     )
@@ -124,7 +124,7 @@ def _family(path: Path, values: dict[str, Any]) -> str:
 
 
 def _rope_scaling(path: Path, values: dict[str, Any]) -> dict[str, Any] | None:
-    """Return Llama 3's, which NeMo 1, Megatron and NeMo 2 switch on each in its own way, or a linear one."""
+    """Return Llama 3's scaling, for which NeMo 1, Megatron and NeMo 2 have different switches, or a linear one."""
     factor = values.get("rope_scaling_factor") or values.get("scale_factor")
     switches = [values.get(name) for name in ("scale_positional_embedding", "use_rope_scaling", "rope_scaling")]
     interpolation = values.get("seq_len_interpolation_factor")

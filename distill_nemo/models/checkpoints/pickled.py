@@ -15,11 +15,11 @@ from distill_nemo.runtime.output_lock import OutputLock
 def convert(checkpoint: str, output: str, allow_pickle: bool = False) -> None:
     """Write the pickled weights of `checkpoint`, with its configuration and tokenizer, as safetensors.
 
-    torch opens them with its restricted unpickler, which admits tensors only. It has had holes, hence `allow_pickle`.
+    torch opens them with its restricted unpickler, which admits only tensors. It has had holes, hence `allow_pickle`.
 
     Raises:
-        ValueError: without `allow_pickle`; where there is nothing to convert; for weights that do not fit the
-            configuration, or a pickle that names anything else than tensors.
+        ValueError: without `allow_pickle`, or if there is nothing to convert, the weights do not fit the configuration,
+            or a pickle names anything but tensors.
     """
     source, target = Path(checkpoint), Path(output).resolve()
     if any(source.glob("*.safetensors")):
@@ -40,7 +40,7 @@ def convert(checkpoint: str, output: str, allow_pickle: bool = False) -> None:
 
 
 def _write(model: Any, files: dict[str, Path], target: Path) -> None:
-    """Write the model and copies of `files`; `target` appears when all is there."""
+    """Write the model and copies of `files`. `target` appears once it is complete."""
     try:
         with writing_directory(target) as partial:
             model.save_pretrained(partial)
@@ -55,7 +55,7 @@ def _opened(source: Path) -> Any:
     options: dict[str, Any] = {"dtype": "auto", "use_safetensors": False, "weights_only": True}
     try:
         opened = open_pretrained(AutoModelForCausalLM, source, output_loading_info=True, **options)
-    except Exception as error:  # transformers and torch raise whatever the files provoked
+    except Exception as error:  # transformers and torch raise errors of any type
         raise ValueError(f"{source} was not opened: {error!r:.300}") from None
     model, info = opened
     wrong = [

@@ -1,4 +1,4 @@
-"""The one place that opens Hugging Face directories with transformers."""
+"""Open Hugging Face directories with transformers: the only place that does."""
 
 from pathlib import Path
 from typing import Any
@@ -7,15 +7,15 @@ import torch
 
 
 def open_pretrained(auto_class: Any, path: str | Path, **options: Any) -> Any:
-    """Return `auto_class.from_pretrained(path)`, from local files, without running code that lies among them.
+    """Return `auto_class.from_pretrained(path)` from local files, without running code among them.
 
     Args:
         auto_class: one of transformers' classes; its type hints fit no protocol.
         path: the directory.
-        options: further ones of `from_pretrained`.
+        options: further options of `from_pretrained`.
 
     Raises:
-        ValueError: if `path` is no directory, which transformers would take for a name on the hub, or needs such code.
+        ValueError: if `path` is not a directory (transformers would take it for a name on the hub), or needs such code.
     """
     if not Path(path).is_dir():
         raise ValueError(f"no such directory: {path}")
@@ -28,7 +28,7 @@ def open_pretrained(auto_class: Any, path: str | Path, **options: Any) -> Any:
 
 
 def empty_model(config: Any) -> torch.nn.Module:
-    """Return the causal language model of a transformers configuration, without memory for its weights."""
+    """Return the causal language model of a transformers configuration, its weights on the meta device."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):

@@ -1,7 +1,7 @@
-"""Write the weights of a model as Hugging Face safetensors, each rank what it holds, a file at a time.
+"""Write the weights of a model as Hugging Face safetensors. Each rank writes what it holds, a file at a time.
 
-A parameter that tensor-parallel ranks share is gathered on the first of them, and is gone before the next one comes. No
-rank has more than one file's tensors in memory beside its own weights.
+The first of the tensor-parallel ranks gathers their parameters, one at a time. Beside its own weights, no rank has more
+than one file's tensors in memory.
 """
 
 import json
@@ -24,7 +24,7 @@ from distill_nemo.models.families.pieces import OUTPUT
 from distill_nemo.runtime.files import read_object_if_any
 from distill_nemo.runtime.process_groups import raise_on_every_rank
 
-METADATA = {"format": "pt", "producer": "distill_nemo"}  # by which an export of ours is known, and may be replaced
+METADATA = {"format": "pt", "producer": "distill_nemo"}  # marks an export of ours, which a later one may replace
 MAX_FILE_BYTES = 5 * 10**9  # as transformers writes them
 
 Sizes = dict[str, int]  # bytes of each tensor, in the order of writing
@@ -33,16 +33,16 @@ Sizes = dict[str, int]  # bytes of each tensor, in the order of writing
 def write_weights(
     chunks: list[GPTModel], model: Architecture, directory: Path, max_file_bytes: int = MAX_FILE_BYTES
 ) -> None:
-    """Write `model.safetensors`, or numbered files and their index. Every rank calls it; the file system is shared.
+    """Write `model.safetensors`, or numbered files and their index. Collective; all ranks share the file system.
 
     Args:
         chunks: this rank's pipeline stages.
         model: the architecture.
         directory: exists and is empty.
-        max_file_bytes: tensors of one file; a larger tensor has a file of its own.
+        max_file_bytes: limit on the bytes of tensors in one file. A larger tensor has a file of its own.
 
     Raises:
-        OSError: when a file cannot be written.
+        OSError: if a file cannot be written.
     """
     parameters = [p for chunk in chunks for p in local_parameters(chunk, model) if _is_stored(p, model)]
     own: Sizes = {}
@@ -56,7 +56,7 @@ def write_weights(
     for tensors in _by_file(parameters, plan_files(own, max_file_bytes)):
         try:
             _save(tensors, directory / places[next(iter(tensors))])
-        except OSError as error:  # the others are in collectives: go on, and tell them at the end
+        except OSError as error:  # other ranks are in collectives: go on, and raise on all at the end
             failure = failure or error
     try:
         if len(files) > 1 and dist.get_rank() == 0:
@@ -83,10 +83,10 @@ def _by_file(parameters: list[LocalParameter], files: list[list[str]]) -> Iterat
 
 
 def check_written(chunks: list[GPTModel], model: Architecture, directory: Path) -> None:
-    """Read an export again, each rank what it holds, and compare it with the weights. Every rank calls it.
+    """Read an export back, each rank what it holds, and compare it with the weights. Collective.
 
     Raises:
-        RuntimeError: when a bit differs, or a file cannot be read.
+        RuntimeError: if a bit differs, or a file cannot be read.
     """
     failure = None
     try:
@@ -128,12 +128,12 @@ def is_export_of_ours(directory: Path) -> bool:
 
 
 def _is_stored(parameter: LocalParameter, model: Architecture) -> bool:
-    """Return False for a tied output layer, which a last stage has as a copy of the embedding."""
+    """Return False for a tied output layer, which on the last stage is a copy of the embedding."""
     return not (model.tie_word_embeddings and parameter.name == OUTPUT)
 
 
 def _writes(parameter: LocalParameter) -> bool:
-    """Return True if this rank writes the parameter: it is the first of those that share or repeat it."""
+    """Return True if this rank writes the parameter: it is the first of the ranks that share or replicate it."""
     return _is_first_copy(parameter) and parameter.group.rank() == 0
 
 
@@ -144,7 +144,7 @@ def _is_first_copy(parameter: LocalParameter) -> bool:
 
 
 def _sizes(parameter: LocalParameter) -> Sizes:
-    """Return bytes of the whole tensors that a parameter belongs to."""
+    """Return the bytes of the whole tensors that a parameter belongs to."""
     return {name: prod(shape) * parameter.tensor.element_size() for name, shape in parameter.whole_shapes().items()}
 
 
@@ -156,7 +156,7 @@ def _from_every_rank(own: Sizes) -> list[Sizes]:
 
 
 def _gathered(parameter: LocalParameter) -> list[Tensor] | None:
-    """Return the parameter's parts of all ranks where this rank writes it, else None. Collective over its group."""
+    """Return the parts of all ranks if this rank writes the parameter, else None. Collective over its group."""
     if not _is_first_copy(parameter):
         return None
     tensor, writes = parameter.tensor.detach().contiguous(), parameter.group.rank() == 0
@@ -174,5 +174,5 @@ def _numbered(number: int, total: int) -> str:
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(tensors, path, METADATA)
-    except SafetensorError as error:  # its words for a full disk
+    except SafetensorError as error:  # raised for a full disk, say
         raise OSError(str(error)) from None

@@ -85,7 +85,7 @@ def _refuse_features(family: Family, fields: Fields) -> None:
     }
     for feature, used in refused.items():
         if used:
-            advice = "; write its weights out dequantised" if feature == "quantization_config" else ""
+            advice = "; dequantise its weights first" if feature == "quantization_config" else ""
             raise ValueError(f"{fields.where}: {feature} is not supported{advice}")
 
 

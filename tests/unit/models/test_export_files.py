@@ -78,7 +78,7 @@ def test_only_where_the_student_differs_the_configuration_does(tmp_path, capsys)
     student = resolve(StudentConfig(checkpoint=write_hf(tmp_path / "other", layers=2)))
     config = export_files(student, torch.float32, Path(source), None).config
     assert config["num_hidden_layers"] == 2 and "pad_token_id" not in config
-    assert f"{source} is another model now (num_layers = 1, the student's is 2)" in capsys.readouterr().err
+    assert f"{source} holds another model now (num_layers = 1, the student's is 2)" in capsys.readouterr().err
 
 
 def chat_student(directory: Path, kind: str) -> str:

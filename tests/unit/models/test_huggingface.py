@@ -268,7 +268,7 @@ def test_export_replaces_nothing_but_an_earlier_export_and_leaves_nothing_half_w
         (foreign / "thesis.txt").write_text("years of work")
         for path in (foreign, tmp_path / "m"):
             before = sorted(p.name for p in path.iterdir())
-            with pytest.raises(ValueError, match="no export of ours"):
+            with pytest.raises(ValueError, match="not an export of ours"):
                 export_hf([model], str(path), student)
             assert sorted(p.name for p in path.iterdir()) == before
         with pytest.raises(ValueError, match="holds no tokenizer files"):
