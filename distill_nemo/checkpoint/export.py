@@ -33,8 +33,8 @@ def export_from_run(config: RunConfig, student: "Architecture", chunks: "list[GP
         export_hf(chunks, str(_target(config)), student, config.data.tokenizer, source)
     except (ValueError, OSError, RuntimeError) as error:
         raise RuntimeError(
-            f"export failed; the checkpoint is whole: {error}. Try again: nemo distill export "
-            f"checkpoint={config.output_dir} output={_target(config)}"
+            f"export failed; the checkpoint is whole: {error}. Run the same command again to export it, or in one "
+            f"process: nemo distill export checkpoint={config.output_dir} output={_target(config)}"
         ) from error
     _report(f"step_{config.training.steps:08d}", str(_target(config)))
 

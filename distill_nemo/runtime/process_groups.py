@@ -1,14 +1,11 @@
 """Start and end the process groups of a run."""
 
 import contextlib
-import json
 import math
 import os
 import socket
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
 
 import torch.distributed as dist
 
@@ -97,55 +94,6 @@ def raise_everywhere(refusal: str | None) -> None:
         raise ValueError(of_rank_0[0])
 
 
-def on_rank_0[T](function: Callable[[], T]) -> T:
-    """Call a function on rank 0, and return what it returned on every rank, which all call this.
-
-    It may take up to a day: the other ranks wait at the store, not in a collective, which would time out.
-
-    Args:
-        function: returns plain values, and may raise a `ValueError`, an `OSError` or a `RuntimeError`.
-
-    Raises:
-        ValueError, OSError, RuntimeError: as the function does, on every rank.
-    """
-    if dist.get_world_size() == 1:
-        return function()
-    key = [uuid.uuid4().hex]  # of no attempt before: torchrun may keep their store
-    dist.broadcast_object_list(key)
-    store, failure = open_store(), None
-    if dist.get_rank() == 0:
-        answer: dict[str, Any] = {}
-        try:
-            answer["value"] = function()
-        except tuple(PASSED_ON.values()) as error:
-            kinds = [name for name, kind in PASSED_ON.items() if isinstance(error, kind)]
-            answer, failure = {"error": kinds[0], "message": str(error)}, error
-        store.set(key[0], json.dumps(answer))
-    else:
-        store.wait([key[0]], timedelta(days=1))
-        answer = json.loads(store.get(key[0]))
-        if "error" in answer:
-            failure = PASSED_ON[answer["error"]](answer["message"])
-    if failure is not None:
-        raise failure
-    return answer["value"]
-
-
-PASSED_ON: dict[str, type[Exception]] = {"ValueError": ValueError, "OSError": OSError, "RuntimeError": RuntimeError}
-
-
-def raise_on_every_rank(error: Exception | None) -> None:
-    """Raise a `RuntimeError` on every rank if any of them has an error; all must call it."""
-    if dist.get_world_size() == 1:
-        if error is not None:
-            raise error
-        return
-    found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, None if error is None else f"rank {dist.get_rank()}: {error}")
-    if messages := [message for message in found if message is not None]:
-        raise RuntimeError(messages[0]) from error
-
-
 def stay_on_loopback() -> None:
     """Bind gloo and NCCL to loopback if all ranks are on this machine. The user's settings take precedence."""
     here = os.environ.get("MASTER_ADDR", "127.0.0.1") in ("127.0.0.1", "::1", "localhost")
@@ -153,12 +101,6 @@ def stay_on_loopback() -> None:
     if loopback and (here or os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE", "1")):
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, loopback[0])
-
-
-def open_store() -> dist.TCPStore:
-    """Open another connection to this run's store, so that waiting on it blocks no other use. Needs several ranks."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
 
 
 def environment_of_one() -> dict[str, str]:

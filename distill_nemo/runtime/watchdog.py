@@ -16,7 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from distill_nemo.fields import first_few
-from distill_nemo.runtime.process_groups import open_store
+from distill_nemo.runtime.everyone import open_store
 
 SILENT_INTERVALS = 5  # without a report
 GRACE_SECONDS = 5.0  # for one rank to print the error, before the others end

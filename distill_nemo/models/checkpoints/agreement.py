@@ -19,7 +19,7 @@ from torch import Tensor
 from distill_nemo.models.architecture import padded_vocab_size
 from distill_nemo.models.checkpoints.pretrained import open_pretrained
 from distill_nemo.models.layers.context_parallel import in_sequence_order, split_batch
-from distill_nemo.runtime.process_groups import on_rank_0
+from distill_nemo.runtime.everyone import Everyone
 
 TOKENS = (2, 32)  # minimum number of samples, minimum length
 
@@ -48,7 +48,10 @@ def _refusal(path: str | Path, done: str, error: Exception) -> ValueError:
 
 
 def logits_apart(
-    chunks: list[GPTModel], open_reference: Callable[[], transformers.PreTrainedModel], vocab_size: int
+    chunks: list[GPTModel],
+    open_reference: Callable[[], transformers.PreTrainedModel],
+    vocab_size: int,
+    everyone: Everyone | None = None,
 ) -> float:
     """Return the norm of the difference between both models' logits on random tokens, relative to the reference's.
 
@@ -58,10 +61,12 @@ def logits_apart(
         chunks: this rank's pipeline stages of our model.
         open_reference: returns transformers' model, on the host; only rank 0 calls it.
         vocab_size: number of tokens that both models have.
+        everyone: the ranks, if they have met already.
 
     Raises:
         ValueError: when transformers cannot compute the reference's logits, with its reason.
     """
+    everyone = everyone or Everyone()
     tokens_MS = _tokens(vocab_size)
     ours_MSV = _on_rank_0(_logits(chunks, tokens_MS), tokens_MS, chunks[0])
 
@@ -70,7 +75,7 @@ def logits_apart(
         theirs_MSV = _reference_logits(open_reference(), tokens_MS)[..., :vocab_size].float()
         return ((ours_MSV[..., :vocab_size] - theirs_MSV).norm() / theirs_MSV.norm().clamp_min(1e-6)).item()
 
-    return on_rank_0(apart)
+    return everyone.on_rank_0(apart)
 
 
 def _tokens(vocab_size: int) -> Tensor:

@@ -23,9 +23,10 @@ from distill_nemo.models.checkpoints.write_safetensors import (
     write_weights,
 )
 from distill_nemo.models.families.tensors import num_parameters
+from distill_nemo.runtime.everyone import Everyone
 from distill_nemo.runtime.files import restore_replaced, writing_directory
 from distill_nemo.runtime.output_lock import OutputLock
-from distill_nemo.runtime.process_groups import environment_of_one, on_rank_0
+from distill_nemo.runtime.process_groups import environment_of_one
 
 MEMORY_TO_OPEN = 1.5  # memory to open a model, as a multiple of its weights
 
@@ -91,6 +92,7 @@ def export_hf(
         RuntimeError: if the tensors or the reloaded model's logits differ, or another rank could not write.
     """
     dtype = next(chunks[0].parameters()).dtype
+    everyone = Everyone()
     with contextlib.ExitStack() as aside:  # used on rank 0 only
 
         def begin() -> str:
@@ -100,11 +102,11 @@ def export_hf(
             files.write(partial)
             return str(partial)
 
-        partial = Path(on_rank_0(begin))
-        write_weights(chunks, model, partial, max_file_bytes)
-        check_written(chunks, model, partial)
-        check_export(chunks, model, partial)
-        on_rank_0(aside.close)
+        partial = Path(everyone.on_rank_0(begin))
+        write_weights(chunks, model, partial, max_file_bytes, everyone)
+        check_written(chunks, model, partial, everyone)
+        check_export(chunks, model, partial, everyone=everyone)
+        everyone.on_rank_0(aside.close)
 
 
 @contextlib.contextmanager
@@ -144,7 +146,13 @@ def check_target(target: Path) -> None:
     raise ValueError(f"{target} exists and is not an export of ours; name a new directory, or remove it yourself")
 
 
-def check_export(chunks: list[GPTModel], model: Architecture, path: Path, tolerance: float = 1e-4) -> None:
+def check_export(
+    chunks: list[GPTModel],
+    model: Architecture,
+    path: Path,
+    tolerance: float = 1e-4,
+    everyone: Everyone | None = None,
+) -> None:
     """Reload `path` with transformers and compare its logits with Megatron's on random tokens. Every rank calls it.
 
     If the model does not fit the memory of rank 0's host, only a part is compared, as before a run that starts from it.
@@ -153,12 +161,12 @@ def check_export(chunks: list[GPTModel], model: Architecture, path: Path, tolera
         RuntimeError: if the norm of the difference exceeds `tolerance` of the norm of the logits; 0.1 below fp32,
             where other kernels alone give 0.03 and unrelated logits 1.4.
     """
-    dtype = next(chunks[0].parameters()).dtype
+    everyone, dtype = everyone or Everyone(), next(chunks[0].parameters()).dtype
     needed = MEMORY_TO_OPEN * num_parameters(model) * dtype.itemsize
-    if not on_rank_0(lambda: needed < psutil.virtual_memory().available):
-        on_rank_0(lambda: _check_part(path))
+    if not everyone.on_rank_0(lambda: needed < psutil.virtual_memory().available):
+        everyone.on_rank_0(lambda: _check_part(path))
         return
-    apart = logits_apart(chunks, lambda: open_with_transformers(path, dtype), model.vocab_size)
+    apart = logits_apart(chunks, lambda: open_with_transformers(path, dtype), model.vocab_size, everyone)
     allowed = tolerance if dtype == torch.float32 else 0.1
     if not apart <= allowed:
         raise RuntimeError(f"{path}: the exported model's logits differ by {apart:.2e}, allowed {allowed:.2e}")

@@ -21,8 +21,8 @@ from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.hf_tensors import INDEX, SINGLE_FILE, PieceReader, stored_tensors
 from distill_nemo.models.checkpoints.local_parameters import LocalParameter, local_parameters, whole_tensors
 from distill_nemo.models.families.pieces import OUTPUT
+from distill_nemo.runtime.everyone import Everyone
 from distill_nemo.runtime.files import read_object_if_any
-from distill_nemo.runtime.process_groups import raise_on_every_rank
 
 METADATA = {"format": "pt", "producer": "distill_nemo"}  # marks an export of ours, which a later one may replace
 MAX_FILE_BYTES = 5 * 10**9  # as transformers writes them
@@ -31,7 +31,11 @@ Sizes = dict[str, int]  # bytes of each tensor, in the order of writing
 
 
 def write_weights(
-    chunks: list[GPTModel], model: Architecture, directory: Path, max_file_bytes: int = MAX_FILE_BYTES
+    chunks: list[GPTModel],
+    model: Architecture,
+    directory: Path,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    everyone: Everyone | None = None,
 ) -> None:
     """Write `model.safetensors`, or numbered files and their index. Collective; all ranks share the file system.
 
@@ -40,10 +44,12 @@ def write_weights(
         model: the architecture.
         directory: exists and is empty.
         max_file_bytes: limit on the bytes of tensors in one file. A larger tensor has a file of its own.
+        everyone: the ranks, if they have met already.
 
     Raises:
         OSError: if a file cannot be written.
     """
+    everyone = everyone or Everyone()
     parameters = [p for chunk in chunks for p in local_parameters(chunk, model) if _is_stored(p, model)]
     own: Sizes = {}
     for parameter in filter(_writes, parameters):
@@ -52,6 +58,9 @@ def write_weights(
     files = [names for sizes in by_rank for names in plan_files(sizes, max_file_bytes)]
     file_names = [SINGLE_FILE] if len(files) == 1 else [_numbered(i, len(files)) for i in range(len(files))]
     places = {name: file for file, names in zip(file_names, files, strict=True) for name in names}
+    total = sum(sum(sizes.values()) for sizes in by_rank)
+    if len(files) > 1 and dist.get_rank() == 0:
+        print(f"writing {len(files)} files, {total / 1e9:.1f} GB, into {directory}", flush=True)
     failure = None
     for tensors in _by_file(parameters, plan_files(own, max_file_bytes)):
         try:
@@ -60,12 +69,11 @@ def write_weights(
             failure = failure or error
     try:
         if len(files) > 1 and dist.get_rank() == 0:
-            size = sum(sum(sizes.values()) for sizes in by_rank)
-            index = {"metadata": {"total_size": size, **METADATA}, "weight_map": dict(sorted(places.items()))}
+            index = {"metadata": {"total_size": total, **METADATA}, "weight_map": dict(sorted(places.items()))}
             (directory / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
     except OSError as error:
         failure = failure or error
-    raise_on_every_rank(failure)
+    everyone.raise_errors(failure)
 
 
 def _by_file(parameters: list[LocalParameter], files: list[list[str]]) -> Iterator[dict[str, Tensor]]:
@@ -82,7 +90,7 @@ def _by_file(parameters: list[LocalParameter], files: list[list[str]]) -> Iterat
     assert not waiting and number == len(files), f"not written: {sorted(waiting)[:3]}"
 
 
-def check_written(chunks: list[GPTModel], model: Architecture, directory: Path) -> None:
+def check_written(chunks: list[GPTModel], model: Architecture, directory: Path, everyone: Everyone) -> None:
     """Read an export back, each rank what it holds, and compare it with the weights. Collective.
 
     Raises:
@@ -96,7 +104,7 @@ def check_written(chunks: list[GPTModel], model: Architecture, directory: Path) 
                     raise RuntimeError(f"{directory}: {parameter.name} is not what was written")
     except (ValueError, OSError, SafetensorError, RuntimeError) as error:
         failure = error
-    raise_on_every_rank(failure)
+    everyone.raise_errors(failure)
 
 
 def plan_files(sizes: Sizes, max_file_bytes: int) -> list[list[str]]:

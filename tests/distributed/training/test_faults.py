@@ -136,25 +136,30 @@ def test_a_warning_that_comes_before_the_first_step(inputs, two, whole, tmp_path
     assert metrics(tmp_path) == whole
 
 
-def transformers_opens_slowly(output, rank):
-    """The next time, longer than the collectives' timeout of six seconds."""
-    from distill_nemo.models.checkpoints import huggingface
+def slow_disk_and_transformers(output, rank):
+    """The next time, each takes longer than the collectives' timeout of six seconds."""
+    from distill_nemo.models.checkpoints import huggingface, write_safetensors
 
-    opened = huggingface.open_with_transformers
+    def slow_once(module, name):
+        function = getattr(module, name)
 
-    def slowly(*args):
-        huggingface.open_with_transformers = opened
-        time.sleep(8)
-        return opened(*args)
+        def slowly(*args):
+            setattr(module, name, function)
+            time.sleep(7)
+            return function(*args)
 
-    huggingface.open_with_transformers = slowly if rank == 0 else opened
+        setattr(module, name, slowly)
+
+    if rank == 0:
+        slow_once(write_safetensors, "_save")
+        slow_once(huggingface, "open_with_transformers")
 
 
 def test_an_export_may_take_longer_than_a_collective(inputs, two, tmp_path):
     began = time.monotonic()
     changes = {"checkpoint.export": True, "parallelism.timeout_minutes": 0.1}
-    two.run(train, inputs, tmp_path, changes, transformers_opens_slowly)
-    assert time.monotonic() - began > 8, "too fast to show anything"
+    two.run(train, inputs, tmp_path, changes, slow_disk_and_transformers)
+    assert time.monotonic() - began > 14, "too fast to show anything"
     assert (tmp_path / "student" / "model.safetensors").is_file()
 
 

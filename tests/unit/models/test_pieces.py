@@ -90,9 +90,14 @@ def _stored(directory):
     return {name: tensor for part in tensors for name, tensor in part.items()}, len(files)
 
 
+def _possible(family: str, layout: str) -> bool:
+    """Return False for expert parallelism without experts, and for OLMo with ranks that share a key/value head."""
+    return ("moe" in family or "ep2" not in layout) and not ("olmo" in family and "tp4" in layout)
+
+
 @pytest.mark.parametrize(
     ("family", "layout"),
-    [(family, layout) for family in FAMILIES for layout in LAYOUTS if "moe" in family or "ep2" not in layout],
+    [(family, layout) for family in FAMILIES for layout in LAYOUTS if _possible(family, layout)],
 )
 def test_import_and_export_at_any_layout_give_the_file_again(models, groups, tmp_path, family, layout):
     processes, sizes = LAYOUTS[layout]
@@ -151,10 +156,10 @@ def export_at(path, output, layout, change=None):
         student = resolve(StudentConfig(checkpoint=path))
         chunks, compare = _chunks(student, layout), huggingface.check_export
 
-        def changed(*args):
+        def changed(*args, **options):
             if change is not None:
                 change(chunks)
-            compare(*args)
+            compare(*args, **options)
 
         huggingface.check_export = changed
         try:
