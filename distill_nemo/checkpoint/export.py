@@ -1,4 +1,4 @@
-"""Export a saved step to a Hugging Face directory: load the student at TP=1, PP=1, write, reload and compare it."""
+"""Export a trained student to a Hugging Face directory: at the end of a run from its ranks, or later a saved step."""
 
 import gc
 import sys

@@ -82,8 +82,6 @@ def wrap(unwrapped: list[Any], config: RunConfig, dtype: torch.dtype, load_weigh
         _fuse(adam)
     if config.training.on_nan == "skip":
         _skip_not_finite(optimizer)
-    for chunk in chunks:
-        chunk.config.grad_scale_func = optimizer.scale_loss
     return TrainState(chunks, unwrapped, optimizer, _scheduler(optimizer, config.optimizer, config.training.steps))
 
 

@@ -8,7 +8,9 @@ import queue
 import signal
 import threading
 import time
+import weakref
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import pytest
@@ -211,3 +213,30 @@ def _export_and_measure(inputs, run, where):
             logits = model(tokens.long()).logits.double()
         losses[step] = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.long().flatten()))
     return losses
+
+
+def optimizers_at_export(inputs, output):
+    """Train and export; return for each optimizer of the run if it is still in memory then."""
+    from distill_nemo.runtime.device import setup_device
+
+    setup_device()
+    from distill_nemo.models.checkpoints import huggingface
+    from distill_nemo.training import loop
+
+    optimizers, alive = [], []
+
+    class Observed(loop.Loop):
+        def __init__(self, config, train_state, *others):
+            optimizers.append(weakref.ref(train_state.optimizer))
+            super().__init__(config, train_state, *others)
+
+    def export(*_):
+        alive.extend(optimizer() is not None for optimizer in optimizers)
+
+    with mock.patch.object(loop, "Loop", Observed), mock.patch.object(huggingface, "export_hf", export):
+        train(inputs, output, training__steps=1, optimizer__warmup_steps=0, checkpoint__export=True)
+    return alive
+
+
+def test_the_optimizer_leaves_memory_before_the_export(inputs, one, tmp_path):
+    assert one.run(optimizers_at_export, inputs, tmp_path) == [[False]]
