@@ -46,6 +46,7 @@ FAMILIES = (
     "qwen2",
     "qwen3",
     "qwen3_moe",
+    "seed_oss",
     "smollm3",
 )
 MODEL_TYPES = {  # of those that are named otherwise
@@ -95,6 +96,7 @@ OWN_FIELDS = {  # of config.json
         "rope_scaling": YARN_ROPE,
         **NO_TOKENS,
     },
+    "seed_oss": {"head_dim": 24, **NO_TOKENS},
     "smollm3": {"no_rope_layer_interval": 2, **NO_TOKENS},
     "mistral": {"sliding_window": 5, "head_dim": 24},
     "ministral": {"head_dim": 24, "sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"] * 2},

@@ -54,6 +54,7 @@ MODELS: dict[str, dict[str, Any]] = {  # arguments of write_hf; the student's na
     "olmo3 (and windows, two ropes)": {"family": "olmo3", "seed": 15, "layers": 10, **WIDE},
     "two query groups": {"seed": 11, "layers": 8, **NARROW, "groups": 2},
     "phi3 (longrope)": {"family": "phi3", "seed": 13, "layers": 8, **WIDE, "heads": 4},
+    "seed_oss (biases, wide heads)": {"family": "seed_oss", "seed": 16, "layers": 8, **NARROW},
     "smollm3 (NoPE)": {"family": "smollm3", "seed": 12, "layers": 8, **NARROW},
     "MoE teacher": {"family": "qwen3_moe", "seed": 10, "layers": 8, **WIDE},
     "MoE": {"family": "qwen3_moe", "seed": 8, "layers": 8, **NARROW},
@@ -154,6 +155,7 @@ def _of_layout(layout: str) -> Iterator[Cell]:
         "llama3 rope",
         "qwen2 (biases)",
         "qwen3 (qk norm)",
+        "seed_oss (biases, wide heads)",
         "smollm3 (NoPE)",
         "phi3 (longrope)",
     ):

@@ -11,12 +11,13 @@ from distill_nemo.models.families.phi3 import PHI3
 from distill_nemo.models.families.qwen2 import QWEN2
 from distill_nemo.models.families.qwen3 import QWEN3
 from distill_nemo.models.families.qwen3_moe import QWEN3_MOE
+from distill_nemo.models.families.seed_oss import SEED_OSS
 from distill_nemo.models.families.smollm3 import SMOLLM3
 
 FAMILIES = {
     family.model_type: family
     for family in (
         *(GEMMA3_TEXT, GRANITE, LLAMA, MINISTRAL, MISTRAL, OLMO2, OLMO3),
-        *(PHI3, QWEN2, QWEN3, QWEN3_MOE, SMOLLM3),
+        *(PHI3, QWEN2, QWEN3, QWEN3_MOE, SEED_OSS, SMOLLM3),
     )
 }
