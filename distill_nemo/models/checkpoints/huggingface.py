@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import torch
 from megatron.core.models.gpt import GPTModel
 
@@ -25,6 +24,7 @@ from distill_nemo.models.checkpoints.write_safetensors import (
 from distill_nemo.models.families.tensors import num_parameters
 from distill_nemo.runtime.everyone import Everyone
 from distill_nemo.runtime.files import restore_replaced, writing_directory
+from distill_nemo.runtime.host_memory import available_memory
 from distill_nemo.runtime.output_lock import OutputLock
 from distill_nemo.runtime.process_groups import environment_of_one
 
@@ -163,7 +163,7 @@ def check_export(
     """
     everyone, dtype = everyone or Everyone(), next(chunks[0].parameters()).dtype
     needed = MEMORY_TO_OPEN * num_parameters(model) * dtype.itemsize
-    if not everyone.on_rank_0(lambda: needed < psutil.virtual_memory().available):
+    if not everyone.on_rank_0(lambda: needed < available_memory()):
         everyone.on_rank_0(lambda: _check_part(path))
         return
     apart = logits_apart(chunks, lambda: open_with_transformers(path, dtype), model.vocab_size, everyone)

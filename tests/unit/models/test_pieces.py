@@ -216,7 +216,7 @@ def export_without_room(path, output, layout):
 def test_of_a_model_that_does_not_fit_this_host_a_part_is_compared(models, tmp_path, monkeypatch, capfd):
     from distill_nemo.models.checkpoints import huggingface
 
-    monkeypatch.setattr(huggingface, "MEMORY_TO_OPEN", 1e9)
+    monkeypatch.setattr(huggingface, "available_memory", lambda: 0)
     assert export_at(models["llama"], str(tmp_path / "out"), Layout()) is None
     assert "does not fit this host's memory: its first layers are compared" in capfd.readouterr().out
 
