@@ -121,9 +121,10 @@ def row(family: str, path: str, groups: dict[int, Gloo], root: Path) -> tuple[li
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.families", description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("docs/models.md"))
+    parser.add_argument("--output", type=Path, help="default: docs/models.md, if all families are measured")
     parser.add_argument("families", nargs="*", default=FAMILIES, help="of tests/tiny_models.py; all by default")
     arguments = parser.parse_args()
+    output = arguments.output or (Path("docs/models.md") if arguments.families == FAMILIES else None)
     transformers.utils.logging.disable_progress_bar()
     rows, bad = [["model", "beside Llama's", *LAYOUTS, "export"], ["---"] * (len(LAYOUTS) + 3)], False
     with tempfile.TemporaryDirectory() as root, Gloo(1, init=False, timeout=600) as one:
@@ -136,8 +137,9 @@ def main() -> None:
                 print(" | ".join(cells), flush=True)
     packages = [f"{name} {version(name)}" for name in ("torch", "megatron-core", "transformers")]
     head = HEAD.format(tolerance=TOLERANCE, versions=", ".join([*packages, f"Python {platform.python_version()}"]))
-    arguments.output.write_text(head + "".join(f"| {' | '.join(cells)} |\n" for cells in rows), encoding="utf-8")
-    print(f"wrote {arguments.output}")
+    if output is not None:
+        output.write_text(head + "".join(f"| {' | '.join(cells)} |\n" for cells in rows), encoding="utf-8")
+        print(f"wrote {output}")
     raise SystemExit(bad)
 
 
