@@ -5,9 +5,10 @@ from typing import Any
 
 from distill_nemo.fields import setting
 from distill_nemo.models.architecture import Architecture, Layer, Multipliers
-from distill_nemo.models.config_fields import Fields
+from distill_nemo.models.config_fields import MAX_SIZE, Fields
 from distill_nemo.models.families.family import Family
 from distill_nemo.models.families.pieces import LAYER, Table, hidden, layer_table, replicated
+from distill_nemo.models.families.rope import parameters_by_type
 from distill_nemo.models.families.windows import LayerType, WindowByLayer, with_windows
 
 ACTIVATION = "gelu_pytorch_tanh"
@@ -24,7 +25,7 @@ class Gemma3Fields(WindowByLayer):
     """Windows in five of six layers, and constants; the pattern means nothing beside `layer_types`."""
 
     sliding_window_pattern: int = setting(6, at_least=1)
-    query_pre_attn_scalar: int = setting(256, "attention divides scores by its root", at_least=1)
+    query_pre_attn_scalar: int = setting(256, "attention divides scores by its root", at_least=1, at_most=MAX_SIZE)
     final_logit_softcapping: float | None = setting(None, above=0)
 
     def default_layer_types(self, num_layers: int) -> list[LayerType]:
@@ -69,11 +70,12 @@ def _spelled(config: Fields) -> dict[str, Any]:
 
     Version 4 states both bases, and a scaling that is of the layers with full attention.
     """
-    stated = config.mapping("rope_parameters")
-    sliding = {"rope_theta": config.number("rope_local_base_freq", 1e4), **stated.mapping(KINDS[0]).values}
-    full = {"rope_theta": config.number("rope_theta", 1e6), **stated.mapping(KINDS[1]).values}
+    stated = parameters_by_type(config, KINDS)
+    sliding = {"rope_theta": config.number("rope_local_base_freq", 1e4), **stated[KINDS[0]]}
+    full = {"rope_theta": config.number("rope_theta", 1e6), **stated[KINDS[1]]}
     full |= config.mapping("rope_scaling").values
-    return {"rope_scaling": None, "rope_parameters": {KINDS[0]: sliding, KINDS[1]: full}}
+    nested = {KINDS[0]: sliding, KINDS[1]: full}
+    return {"rope_theta": full["rope_theta"], "rope_scaling": None, "rope_parameters": nested}
 
 
 def _write(model: Architecture) -> dict[str, Any]:

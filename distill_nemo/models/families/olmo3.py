@@ -6,7 +6,7 @@ from typing import Any
 from distill_nemo.models.architecture import Architecture, Layer
 from distill_nemo.models.config_fields import Fields
 from distill_nemo.models.families.olmo2 import OLMO2
-from distill_nemo.models.families.rope import read_rope
+from distill_nemo.models.families.rope import parameters_by_type, read_rope
 from distill_nemo.models.families.windows import LayerType, WindowByLayer, with_windows
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -32,13 +32,9 @@ def _read_ropes(config: Fields) -> dict[str, Any]:
     """Read `rope_parameters` by type of layer, which transformers 5 writes, and `rope_scaling` of full attention.
 
     Raises:
-        ValueError: for a base that its versions read differently.
+        ValueError: for a base that its versions read differently, and as `parameters_by_type` does.
     """
-    by_type = config.mapping("rope_parameters")
-    stated = {kind: dict(by_type.mapping(kind).values) for kind in OLMO3.layer_ropes}
-    extra = by_type.values.keys() - stated.keys()
-    if extra and not stated.keys() <= by_type.values.keys():
-        raise ValueError(f"{by_type.where} must hold {FULL} and {SLIDING}, got {', '.join(sorted(map(str, extra)))}")
+    stated = parameters_by_type(config, OLMO3.layer_ropes)
     stated[FULL] |= config.mapping("rope_scaling").values
     for kind, own in stated.items():
         if "rope_theta" not in own and config.number("rope_theta") != THETA:

@@ -47,6 +47,18 @@ def read_rope(config: Fields, family: Family) -> tuple[float, dict[str, Any] | N
     return base, {kind: _read(_completed(own, config, base), family).stated for kind, own in nested.items()}
 
 
+def parameters_by_type(config: Fields, kinds: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Return what `rope_parameters` states for each type of layer.
+
+    Raises:
+        ValueError: for parameters of all layers together, which transformers overlooks in part.
+    """
+    rope = config.mapping("rope_parameters")
+    if rope.values.keys() - {*kinds} and not rope.values.keys() >= {*kinds}:
+        raise ValueError(f"{rope.where} must hold {' and '.join(kinds)}, got {shown([*rope.values])}")
+    return {kind: dict(rope.mapping(kind).values) for kind in kinds}
+
+
 def resolve_ropes(base: float, scaling: dict[str, Any] | None, family: Family) -> tuple[Rope, ...]:
     """Return the rotary embeddings of `rotary_base` and `rope_scaling`, one for each of the family's `layer_ropes`.
 

@@ -111,7 +111,10 @@ def test_each_type_of_layer_has_its_window_and_its_rotary_embedding(tmp_path, sp
     [
         ({"rope_theta": 1e4}, "rope_theta = 10000.0 is read differently by transformers 4 and 5"),
         ({}, "rope_theta must be a positive number, got None"),
-        ({"rope_parameters": PLAIN}, "rope_parameters must hold full_attention and sliding_attention, got rope_theta"),
+        (
+            {"rope_parameters": PLAIN},
+            "rope_parameters must hold full_attention and sliding_attention, got ['rope_type'",
+        ),
         ({"rope_theta": 5e5, "sliding_window": None}, "there is no sliding_window"),
         ({"rope_theta": 5e5, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, '"dynamic" is not supported'),
     ],
