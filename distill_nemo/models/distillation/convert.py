@@ -1,7 +1,7 @@
 """Turn a student and a teacher into one ModelOpt distillation model that Megatron-Core's schedules can run.
 
-ModelOpt hooks the layers named in the criterion and computes their losses; what is added here is what Megatron needs
-and ModelOpt's own plugin lacks or gets wrong (docs/semantics of each in the functions below).
+ModelOpt hooks the layers named in the criterion and computes their losses. This file adds what Megatron needs and
+ModelOpt's own plugin lacks or gets wrong; each function below describes its part.
 """
 
 import copy
@@ -29,7 +29,7 @@ from distill_nemo.models.distillation.hidden_losses import HiddenLosses
 from distill_nemo.models.distillation.objective import Balancer, WholeLogits, objective_of
 
 HIDDEN = {"cosine": HiddenStateCosineLoss, "mse": HiddenStateMSELoss}
-ATTACHED = "_attached_by_distillation"  # the names that `attach` has set on an instance
+ATTACHED = "_attached_by_distillation"  # attribute with the names that `attach` has set on an instance
 FINAL_NORM = "decoder.final_layernorm"
 LAYER = re.compile(r"^decoder\.layers\.(\d+)(|\.self_attention|\.mlp)$")  # outputs that are whole on every rank
 
@@ -42,12 +42,12 @@ def convert_to_distillation_model(
     Args:
         student: this pipeline stage of the student, trainable.
         teacher: the same stage of the teacher, frozen.
-        distill_cfg: what to learn.
+        distill_cfg: losses and their weights.
         models: architectures of both.
 
     Raises:
-        ValueError: on every stage, for a hidden layer that does not exist or pairs that lie on different stages; on the
-            last one for an output layer that cannot be part of the loss, if it must.
+        ValueError: on every stage, for a hidden layer that does not exist or a pair on two stages; on the last stage,
+            if `fused_linear` is true but the output layers cannot be fused.
     """
     pairs = hidden_pairs(student, teacher, distill_cfg)
     fuses = fuses_output(student, teacher, distill_cfg)
@@ -71,7 +71,7 @@ def convert_to_distillation_model(
 
 
 def attach(model: nn.Module, **attributes: object) -> None:
-    """Set attributes of this instance until `detach`, past the registration of modules and ModelOpt's `__setattr__`."""
+    """Set attributes of this instance until `detach`, bypassing module registration and ModelOpt's `__setattr__`."""
     for name, value in attributes.items():
         object.__setattr__(model, name, value)
     object.__setattr__(model, ATTACHED, {*vars(model).get(ATTACHED, ()), *attributes})
@@ -120,7 +120,7 @@ def build_logits_loss(student: GPTModel, distill_cfg: DistillationConfig, vocab_
 
 
 def fuses_output(student: GPTModel, teacher: GPTModel, distill_cfg: DistillationConfig) -> bool:
-    """Return True on the last stage if the output layers are part of the loss.
+    """Return True on the last stage if the output layers are fused with the losses.
 
     Raises:
         ValueError: if `fused_linear` is true but not possible.
@@ -229,18 +229,18 @@ def _stage_sizes(model: GPTModel) -> list[int]:
 def adjust_distillation_model_for_mcore(
     model: mtd.DistillationModel, distill_cfg: DistillationConfig
 ) -> mtd.DistillationModel:
-    """Make a `mtd.DistillationModel` of two `GPTModel`s right for Megatron-Core.
+    """Adapt a `mtd.DistillationModel` of two `GPTModel`s to Megatron-Core.
 
     - the teacher stays out of `sharded_state_dict` (the optimizer skips it: it requires no gradient), and in eval mode;
-    - the teacher's LM loss is never computed; the student's is, without a graph where it does not count in the loss;
+    - the teacher's LM loss is never computed; the student's is, without a graph if it has no weight in the loss;
     - Megatron's vocab-parallel cross entropy writes into fp32 logits, so it gets a copy and the KD loss the original;
-    - between pipeline stages travels student‖teacher, of the summed width (`wire_config`);
+    - pipeline stages exchange student‖teacher, of the summed width (`wire_config`);
     - the loss mask reaches the hidden losses on every stage;
     - with a fused output, the last stage hands on hidden states too (`models/distillation/fused_output.py`).
     """
     overrides = (_train, _sharded_state_dict, _forward, _set_input_tensor)
     attach(model, **{function.__name__[1:]: MethodType(function, model) for function in overrides})
-    # Backward has to begin somewhere, if with weight 0.
+    # Backward needs a loss to start from, even one with weight 0.
     differentiates_lm = distill_cfg.uses_lm_loss or not distill_cfg.uses_logits
 
     def student_lm_loss(self: Any, labels: Tensor, logits: Tensor) -> Tensor:
@@ -284,7 +284,7 @@ def _forward(self: Any, *args: Any, loss_mask: Tensor | None = None, **kwargs: A
 
 
 def _set_input_tensor(self: Any, tensors: Any) -> None:
-    """Split what came from the stage before into student and teacher activations `[s, b, Hs + Ht]`."""
+    """Split the previous stage's output `[s, b, Hs + Ht]` into student and teacher activations."""
     tensors = tensors if isinstance(tensors, list) else [tensors]
     width = self.config.hidden_size
     type(self).set_input_tensor(self, [t if t is None else t[..., :width] for t in tensors])

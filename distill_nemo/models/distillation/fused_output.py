@@ -1,4 +1,4 @@
-"""The objective of a distillation model whose output layers are part of the loss: its logits never exist as a whole.
+"""The objective of a distillation model whose output layers are fused with the losses: whole logits never exist.
 
 The last stage outputs the hidden states of student and teacher side by side, as every other stage does. The objective
 passes them to `losses/fused_linear` with the weights of both output layers. Megatron's `output_processor` makes a
@@ -35,12 +35,12 @@ Weight = float | Tensor
 
 
 def hand_on_hidden_states(hidden_states: Tensor, **_: Any) -> Tensor:
-    """Return hidden states, as Megatron's `output_processor`: neither logits nor a loss."""
+    """Return the hidden states in place of logits or a loss, as Megatron's `output_processor`."""
     return hidden_states
 
 
 def why_not_fused(student: Any, teacher: Any) -> str | None:
-    """Return why the output of these models of the last stage cannot be fused, or None."""
+    """Return the reason why the output layers of a last stage cannot be fused, or None."""
     for name, model in (("student", student), ("teacher", teacher)):
         layer = type(model.output_layer)
         if layer is not ColumnParallelLinear:
@@ -58,11 +58,11 @@ class FusedLogits(Objective):
     Args:
         student: the last stage, a `GPTModel`.
         teacher: the same.
-        distill_cfg: what to learn.
+        distill_cfg: losses and their weights.
         models: architectures of both.
         group: the ranks that share the vocabulary, or None.
         balancer: weighs the losses.
-        hidden_losses: of this stage.
+        hidden_losses: hidden losses of this stage.
     """
 
     takes_hidden_states = True
@@ -92,10 +92,10 @@ class FusedLogits(Objective):
         )
 
     def loss(self, output: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the weighted total.
+        """Return the weighted total, and the sums to report.
 
-        A balancer that has observed nothing takes its weights from the losses, which come too late for the gradient.
-        That happens only for the first batch, without gradients.
+        A balancer that has observed nothing derives its weights from the losses, too late for the gradient. This
+        happens only for the first batch, which is run without gradients.
         """
         assert self.balancer is not None
         if self.balancer.knows_weights:

@@ -30,7 +30,7 @@ class _Attach(torch.autograd.Function):
 
 
 def attach_loss(activation: Tensor, loss: Tensor) -> Tensor:
-    """Return `activation`, in whose backward `loss` is differentiated too, with gradient 1."""
+    """Return `activation`. Its backward also differentiates `loss`, with gradient 1."""
     return _Attach.apply(activation, loss)  # pyright: ignore
 
 
@@ -39,7 +39,8 @@ class _Pair:
     number: int  # in the config's list
     loss: nn.Module
     teacher_output: Tensor | None = None
-    # Of a layer that is recomputed in backward: what its first pass saw, a micro batch each; backwards come in order.
+    # For a layer recomputed in backward: teacher output and mask of its first pass, by micro batch. Backward passes run
+    # in the same order.
     waiting: deque[tuple[Tensor | None, Tensor]] = field(default_factory=deque)
     sums: list[Tensor] = field(default_factory=list)
 
@@ -50,7 +51,7 @@ class HiddenLosses:
     Args:
         pairs: number of the pair -> (student layer, teacher layer, loss module).
         num_pairs: number of pairs of the whole model.
-        balancer: gives the weight of the mean of all pairs in the total loss, in every forward pass.
+        balancer: returns, in every forward pass, the weight of the mean of all pairs in the total loss.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class HiddenLosses:
             self._handles.append(student_layer.register_forward_hook(_AttachHook(self, pair)))
 
     def sums(self, device: torch.device) -> Tensor:
-        """Return [num_pairs] masked sums of this chunk's micro batches since the last call; 0 without the layer."""
+        """Return [num_pairs] masked sums over micro batches since the last call; 0 for pairs of other chunks."""
         total = torch.zeros(self.num_pairs, dtype=torch.float64, device=device)
         for pair in self._pairs:
             assert not pair.waiting, "a recomputed layer was not recomputed"

@@ -66,13 +66,13 @@ class LanguageModelling(Objective):
 
 
 class WholeLogits(Objective):
-    """LM loss, and the logits loss of the logits that ModelOpt's hooks have captured; the output is [B, S].
+    """LM loss, and logits loss of the logits that ModelOpt's hooks have captured. The output is [B, S].
 
     Args:
         model: the distillation model.
-        logits_loss: of its output layer; None: the logits loss has no weight, or this is not the last stage.
+        logits_loss: logits loss; None if it has no weight, or this is not the last stage.
         balancer: weighs the losses.
-        hidden_losses: of this stage.
+        hidden_losses: hidden losses of this stage.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class WholeLogits(Objective):
         self.logits_loss = logits_loss
 
     def loss(self, output: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the total that the balancer makes of the losses."""
+        """Return the balancer's weighted total of the losses, and the sums to report."""
         assert self.balancer is not None
         lm_sum = masked_sum(output, targets.loss_mask_BS)
         losses: dict[str, Tensor] = self.model.compute_kd_loss(

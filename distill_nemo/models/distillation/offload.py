@@ -1,6 +1,6 @@
-"""Frozen layers whose weights stay in host memory and are on the device only while they are used.
+"""Frozen layers whose weights stay in host memory, and are on the device only while they are used.
 
-This is for a teacher that does not fit beside its student. A layer's weights are copied while the layer before it
+Use it for a teacher that does not fit beside its student. A layer's weights are copied while the layer before it
 computes, so two layers at a time are on the device. Every micro batch copies all layers, so it pays for micro batches
 of many tokens: a layer computes 2 operations per weight and token, and a weight has 2 bytes.
 """
@@ -15,11 +15,11 @@ class HostWeights:
     Their parameters are empty between two uses, so the layers have no weights to save, to move or to broadcast.
 
     Args:
-        layers: in the order in which they run. All of a micro batch run, and none needs a gradient of its weights.
-        device: where they run.
+        layers: layers in the order in which they run. A micro batch runs all of them, without gradients of weights.
+        device: device on which they run.
 
     Raises:
-        ValueError: for a parameter that requires a gradient: backward would need its weight again.
+        ValueError: if a parameter requires a gradient: backward would need its weight again.
     """
 
     def __init__(self, layers: list[nn.Module], device: torch.device) -> None:
@@ -28,8 +28,8 @@ class HostWeights:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.hosts = [[self._keep(parameter) for parameter in layer.parameters()] for layer in layers]
         for number, layer in enumerate(layers):
-            layer.register_forward_pre_hook(lambda *_, number=number: self._lend(number))
-            layer.register_forward_hook(lambda *_, number=number: self._take_back(number))
+            layer.register_forward_pre_hook(lambda *_, number=number: self._make_resident(number))
+            layer.register_forward_hook(lambda *_, number=number: self._release(number))
 
     def _keep(self, parameter: nn.Parameter) -> Tensor:
         if parameter.requires_grad:
@@ -38,7 +38,7 @@ class HostWeights:
         parameter.data = torch.empty(0, dtype=host.dtype, device=self.device)
         return host.pin_memory() if self.stream is not None else host  # pinned: else the copy would not be asynchronous
 
-    def _lend(self, number: int) -> None:
+    def _make_resident(self, number: int) -> None:
         self._copy(number)
         if self.stream is not None:
             torch.cuda.current_stream().wait_stream(self.stream)
@@ -46,10 +46,10 @@ class HostWeights:
             parameter.data = weight
         self._copy((number + 1) % len(self.layers))
 
-    def _take_back(self, number: int) -> None:
+    def _release(self, number: int) -> None:
         if self.stream is not None:
-            # What is copied from now on may take this layer's memory. The copy under way was queued before, so it goes
-            # on beside the layer; the next one waits, so that a host that runs ahead fills no memory.
+            # Later copies may reuse this layer's memory, so they wait for the layer. The copy under way was queued
+            # before, and overlaps it. Waiting also keeps a host that runs ahead from filling the device's memory.
             self.stream.wait_stream(torch.cuda.current_stream())
         for parameter, weight in zip(self.layers[number].parameters(), self.copies.pop(number), strict=True):
             parameter.data = torch.empty(0, dtype=weight.dtype, device=weight.device)

@@ -1,4 +1,4 @@
-"""Model families, a file each."""
+"""Model families, one file each."""
 
 from distill_nemo.models.families.gemma import GEMMA3_TEXT
 from distill_nemo.models.families.granite import GRANITE

@@ -1,4 +1,4 @@
-"""One row of facts about a model family."""
+"""Description of a model family."""
 
 import typing
 from collections.abc import Callable
@@ -14,21 +14,21 @@ from distill_nemo.models.families.pieces import Table, layer_table
 
 @dataclass(frozen=True)
 class OwnFields:
-    """Fields of `config.json` that other families lack. A family's are a subclass, declared as in `config.py`.
+    """Fields of `config.json` that other families lack. A family subclasses this and declares them as in `config.py`.
 
     A field's default is that of transformers. Its type and its range (`setting`) are checked before it is used.
     """
 
-    off_by_default: ClassVar[bool] = False  # True: a checkpoint that states nothing can be taken to use none of them
+    off_by_default: ClassVar[bool] = False  # True: a checkpoint that states none is taken to use none
 
     def resolved(self, values: dict[str, Any]) -> Self:
-        """Return these fields in the one spelling of their network: defaults that depend on others are filled in.
+        """Return these fields in canonical form: one spelling per network, with dependent defaults filled in.
 
         Args:
             values: the model's `ModelConfig` fields, resolved.
 
         Raises:
-            ValueError: for fields that contradict each other, or that would not be computed as transformers does.
+            ValueError: for fields that contradict each other, or would be computed differently from transformers.
         """
         return self
 
@@ -43,24 +43,23 @@ class Family:
         defaults: values of that class for fields that a `config.json` leaves out; a null has another meaning.
         qkv_bias: queries, keys and values have a bias.
         qk_norm: queries and keys are normalised in each head.
-        wide_qk_norm: with `qk_norm`: they are normalised over all heads together.
+        wide_qk_norm: with `qk_norm`, they are normalised over all heads together.
         pre_norms: attention and MLP read a normalised residual stream.
-        post_norms: what attention and MLP return is normalised, before it is added to the residual stream.
-        activation: of the MLPs.
+        post_norms: outputs of attention and MLP are normalised before they are added to the residual stream.
+        activation: activation of the MLPs.
         has_experts: every layer is a mixture of experts.
         rope_types: rotary embeddings that its class computes, by their names in `config.json`.
         partial_rotary: its class rotates the first `partial_rotary_factor` of a head's channels.
         layer_ropes: types of layers that may have rotary embeddings of their own, in the order of `Architecture.ropes`.
-        spelled: fields of `config.json` as transformers 5 spells them, where other versions did otherwise.
-        refused: features that would be computed differently from transformers, and True where a config asks for one.
+        spelled: fields of `config.json` as transformers 5 spells them, if other versions differ.
+        refused: features that would be computed differently from transformers, mapped to True if a config asks for one.
         read_own: `ModelConfig` fields from fields of `config.json` that other families lack.
         write_own: fields of `config.json` that other families lack.
         own_fields: fields of `config.json` that other families lack, as they are written there.
-        layers: layers of a model from its `ModelConfig` fields and the sizes of its layers, which it returns with
-            what else sets them apart.
+        layers: completes layers, whose sizes alone are set, from the model's `ModelConfig` fields.
         multipliers: constants that a model multiplies by, from its `ModelConfig` fields.
-        settings: further fields of Megatron's TransformerConfig, which go before those of other families.
-        layer_table: tensors of one layer; those of Llama unless it says otherwise.
+        settings: further fields of Megatron's TransformerConfig, which override the common ones.
+        layer_table: tensors of one layer; by default those of Llama.
     """
 
     model_type: str
@@ -88,7 +87,7 @@ class Family:
 
     @property
     def needs_own_fields(self) -> bool:
-        """True if a checkpoint that states none of its own fields does not describe a model."""
+        """True if a checkpoint must state the family's own fields to describe a model."""
         return bool(fields(self.own_fields)) and not self.own_fields.off_by_default
 
 
@@ -99,7 +98,7 @@ def resolve_own_fields(
 
     Args:
         family: the model's.
-        given: those that are stated. A null is as good as an absent field, unless the field may be null.
+        given: stated fields. A null counts as absent, unless the field may be null.
         values: the model's other fields, resolved.
         where: text before a field's name in an error.
 

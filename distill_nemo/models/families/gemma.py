@@ -22,7 +22,7 @@ NORMS: Table = {
 
 @dataclass(frozen=True)
 class Gemma3Fields(WindowByLayer):
-    """Windows in five of six layers, and constants; the pattern means nothing beside `layer_types`."""
+    """Windows in five of six layers, and constants. `layer_types` overrides the pattern."""
 
     sliding_window_pattern: int = setting(6, at_least=1)
     query_pre_attn_scalar: int = setting(256, "attention divides scores by its root", at_least=1, at_most=MAX_SIZE)
@@ -60,7 +60,7 @@ def _refused(config: Fields) -> dict[str, bool]:
     activation = config.text("hidden_activation", ACTIVATION)
     return {
         f"hidden_activation {activation}": activation != ACTIVATION,
-        "attn_logit_softcapping (transformers overlooks it)": config.values.get("attn_logit_softcapping") is not None,
+        "attn_logit_softcapping (transformers ignores it)": config.values.get("attn_logit_softcapping") is not None,
         "use_bidirectional_attention": config.flag("use_bidirectional_attention"),
     }
 
@@ -68,7 +68,7 @@ def _refused(config: Fields) -> dict[str, bool]:
 def _spelled(config: Fields) -> dict[str, Any]:
     """Return the rotary embeddings by type of layer, as transformers 5 has them.
 
-    Version 4 states both bases, and a scaling that is of the layers with full attention.
+    Version 4 states both bases, and a scaling for the layers with full attention.
     """
     stated = parameters_by_type(config, KINDS)
     sliding = {"rope_theta": config.number("rope_local_base_freq", 1e4), **stated[KINDS[0]]}
@@ -79,7 +79,7 @@ def _spelled(config: Fields) -> dict[str, Any]:
 
 
 def _write(model: Architecture) -> dict[str, Any]:
-    """Write what both versions of transformers read."""
+    """Return the fields that transformers 4 and 5 read."""
     sliding, full = model.ropes
     scaling = {name: value for name, value in full.stated.items() if name != "rope_theta"}
     return {

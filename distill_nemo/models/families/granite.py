@@ -1,4 +1,4 @@
-"""Granite 3: Llama whose embeddings, scores of attention, residual branches and logits are multiplied by constants."""
+"""Granite 3: Llama with constant factors on embeddings, attention scores, residual branches and logits."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from distill_nemo.models.families.family import Family, OwnFields
 
 @dataclass(frozen=True)
 class GraniteFields(OwnFields):
-    """Constants that it multiplies by."""
+    """Granite's constant factors."""
 
     embedding_multiplier: float = setting(1.0, above=0)
     attention_multiplier: float = setting(1.0, "of queries times keys, in place of 1 / sqrt(head_dim)", above=0)

@@ -19,7 +19,7 @@ def from_huggingface(config: dict[str, Any], where: Path) -> dict[str, Any]:
     """Return the `ModelConfig` fields of a Hugging Face config.
 
     Args:
-        config: what config.json holds, unchecked.
+        config: content of config.json, unchecked.
         where: its directory, for messages.
 
     Raises:
@@ -62,7 +62,7 @@ def from_huggingface(config: dict[str, Any], where: Path) -> dict[str, Any]:
 
 
 def _refuse_features(family: Family, fields: Fields) -> None:
-    """Refuse what would be computed differently from transformers."""
+    """Refuse features that would be computed differently from transformers."""
     config = fields.values
     named, kinds = config.get("architectures"), config.get("layer_types")
     own = family.own_fields.__dataclass_fields__

@@ -6,9 +6,9 @@ from distill_nemo.models.families.windows import Window, with_windows
 
 
 def _refused(config: Fields) -> dict[str, bool]:
-    """Refuse what the auto classes of transformers open as another family."""
-    advice = 'makes a Ministral: say model_type "ministral" and architectures ["MinistralForCausalLM"]; Mistral with it'
-    return {f"layer_types {advice}": config.values.get("layer_types") is not None}
+    """Refuse a config that transformers' auto classes open as another family."""
+    advice = 'a Ministral: set model_type "ministral" and architectures ["MinistralForCausalLM"]'
+    return {f"layer_types (which makes it {advice})": config.values.get("layer_types") is not None}
 
 
 MISTRAL = Family(

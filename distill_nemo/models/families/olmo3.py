@@ -10,12 +10,12 @@ from distill_nemo.models.families.rope import parameters_by_type, read_rope
 from distill_nemo.models.families.windows import LayerType, WindowByLayer, with_windows
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-THETA = 500000.0  # of transformers 5, for layers whose base nothing states
+THETA = 500000.0  # transformers 5's default for layers whose base is not stated
 
 
 @dataclass(frozen=True)
 class Olmo3Fields(WindowByLayer):
-    """The window, and the layers that have it."""
+    """Window, and layers that have it."""
 
     def default_layer_types(self, num_layers: int) -> list[LayerType]:
         """Return a window in all layers but every fourth."""
@@ -50,7 +50,7 @@ def _read_ropes(config: Fields) -> dict[str, Any]:
 
 
 def _write(model: Architecture) -> dict[str, Any]:
-    """Write both for transformers 5, and for 4 what it can say: one base, and a scaling of full attention."""
+    """Return both embeddings for transformers 5, and for 4 those it can state: one base, scaling of full attention."""
     nested = {kind: rope.stated for kind, rope in zip(OLMO3.layer_ropes, model.ropes, strict=True)}
     full = {name: value for name, value in nested[FULL].items() if name != "rope_theta"}
     return {

@@ -36,7 +36,7 @@ def _layer_table(model: Architecture, layer: Layer) -> Table:
 
 
 def _write(model: Architecture) -> dict[str, Any]:
-    """Write longrope as transformers 4 wants it: three fields. It refuses those that have more, rightly."""
+    """Write longrope in three fields, as transformers 4 requires: it refuses more."""
     own: dict[str, Any] = {"pad_token_id": None}  # else 32000, for which a small vocabulary has no row
     (rope,) = model.ropes
     if rope.rope_type == "longrope" and rope.factor is None and rope.attention_factor is None:
@@ -53,7 +53,7 @@ PHI3 = Family(
         "original_max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
     },
-    # Older directories call longrope so; transformers reads them alike.
+    # Older directories call longrope "su" or "yarn"; transformers reads them alike.
     rope_types={"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"},
     partial_rotary=True,
     own_fields=_Window,

@@ -1,7 +1,7 @@
-"""Tables that say which parts of Hugging Face tensors make which Megatron parameter.
+"""Tables of the parts of Hugging Face tensors that make each Megatron parameter.
 
-A table maps the name of a Megatron parameter, within its layer, to a rule. For one place in the model and one rank a
-rule returns pieces; put together along the first dimension they are that rank's parameter. Import, export, the check of
+A table maps the name of a Megatron parameter, within its layer, to a rule. For a place in the model and a rank, a rule
+returns pieces. Concatenated along the first dimension, they are that rank's parameter. Import, export, the check of
 a directory's headers, Megatron's names and shapes, and parameter counts all follow from the same table.
 
 Names of Hugging Face tensors may hold `{i}` (number of the layer) and `{e}` (number of the expert).
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from distill_nemo.models.architecture import Architecture, Layer, padded_vocab_size
 
-EXPERT = "mlp.experts."  # parameters of a table that exist once an expert
+EXPERT = "mlp.experts."  # prefix of parameters that exist once per expert
 OUTSIDE = Layer(None, None)  # place of the parameters around the layers
 
 
@@ -36,7 +36,7 @@ class Piece:
 
 
 class Place(NamedTuple):
-    """A parameter's place in the model, and which of the ranks that share it asks."""
+    """A parameter's place in the model, and one of the ranks that share it."""
 
     model: Architecture
     layer: Layer
@@ -121,7 +121,7 @@ def row_parallel(name: str, rows: Size, columns: Size) -> Rule:
 
 
 def vocabulary(name: str) -> Rule:
-    """Split the rows, after they are padded with zeros to what Megatron has."""
+    """Split the rows, padded with zeros to Megatron's size."""
 
     def pieces(place: Place) -> list[Piece]:
         rows, width = place.model.vocab_size, place.model.hidden_size
@@ -133,13 +133,13 @@ def vocabulary(name: str) -> Rule:
 
 
 def gated(gate: str, up: str) -> Rule:
-    """Split gate and up projection each; one follows the other."""
+    """Split gate and up projection separately. A rank has the gate's rows, then those of up."""
     gate_rows, up_rows = column_parallel(gate, ffn, hidden), column_parallel(up, ffn, hidden)
     return lambda place: gate_rows(place) + up_rows(place)
 
 
 def gated_in_one(name: str) -> Rule:
-    """Split gate and up projection each, out of one tensor that holds the gate's rows, then the other's."""
+    """Split gate and up projection separately, from one tensor that holds the gate's rows, then those of up."""
 
     def pieces(place: Place) -> list[Piece]:
         rows, width = ffn(place), hidden(place)
@@ -155,7 +155,7 @@ def query_key_value(query: str, key: str, value: str, *columns: Size) -> Rule:
 
 
 def query_key_value_in_one(name: str, *columns: Size) -> Rule:
-    """Interleave by query group, out of one tensor that holds all queries, all keys, all values."""
+    """Interleave by query group, from one tensor that holds all queries, then all keys, then all values."""
     return _by_group((name, name, name), lambda place: (0, heads(place), heads(place) + groups(place)), columns)
 
 
@@ -226,7 +226,7 @@ def layer_table(model: Architecture, layer: Layer) -> Table:
 
 
 def table_around(model: Architecture) -> Table:
-    """Return the table of what lies before and after the layers; a tied output layer is the embedding."""
+    """Return the table of parameters outside the layers. A tied output layer is the embedding."""
     embedding = "model.embed_tokens.weight"
     return {
         EMBEDDING: vocabulary(embedding),

@@ -1,8 +1,8 @@
 """Rotary embeddings in `config.json`, by the precedence of transformers 5.
 
-`rope_scaling`, where it is not empty, replaces `rope_parameters`. A `rope_theta` in the dictionary goes before the one
+A `rope_scaling` that is not empty replaces `rope_parameters`. A `rope_theta` in the dictionary overrides the one
 beside it: transformers 4 rewrites a configuration of transformers 5 with its own default, 10000, at the top.
-`rope_type` goes before `type`. Other fields that stand both in the dictionary and beside it must agree.
+`rope_type` overrides `type`. Other fields that stand both in the dictionary and beside it must agree.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ DEFAULT_THETA = 10000.0
 PARTIAL, ORIGINAL = "partial_rotary_factor", "original_max_position_embeddings"
 # Fields of config.json that `write_rope` may write.
 ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters", PARTIAL, ORIGINAL)
-# By type: fields that it must have, and fields that it may have.
+# By type: required fields, and optional ones.
 TYPE_FIELDS: dict[RopeType, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), ()),
@@ -30,11 +30,11 @@ TYPE_FIELDS: dict[RopeType, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def read_rope(config: Fields, family: Family) -> tuple[float, dict[str, Any] | None]:
-    """Return `rotary_base` and `rope_scaling` (None without) of a Hugging Face configuration.
+    """Return `rotary_base` and `rope_scaling` (or None) of a Hugging Face configuration.
 
     Raises:
-        ValueError: for what would not be computed as transformers does, and for what its versions read differently:
-            a null as base or type, contradictions between the dictionary and what stands beside it.
+        ValueError: for an embedding that would be computed differently from transformers, and for one that its versions
+            read differently: a null as base or type, contradictions between the dictionary and fields beside it.
     """
     rope = config.mapping("rope_scaling")
     if not rope.values:
@@ -91,25 +91,25 @@ def write_rope(model: Architecture) -> dict[str, Any]:
 
 
 def _nested(rope: Fields, family: Family) -> dict[str, Fields]:
-    """Return the parameters of each type of layer; none where all layers have the same."""
+    """Return the parameters of each type of layer; empty if all layers have the same."""
     nested = [name for name, value in rope.values.items() if isinstance(value, dict)]
     if nested and not family.layer_ropes:
         raise ValueError(
             f"{rope.where}: {shown(nested)} holds parameters for one type of layer, which is not supported: "
             "state those of all layers directly in it"
         )
-    # Where all layers are of one type, transformers 5 writes a base and a type beside, and reads neither.
+    # If all layers are of one type, transformers 5 writes a base and a type beside, and reads neither.
     if nested and not set(nested) == rope.values.keys() - {"rope_theta", "rope_type"} == set(family.layer_ropes):
         wanted = " and one for ".join(family.layer_ropes)
         raise ValueError(f"{rope.where} must hold one object for {wanted}, got {shown(rope.values)}")
     for name in nested:
         if rope.mapping(name).values.get("truncate") is False:
-            raise ValueError(f"{rope.where}: {name}.truncate = False is not supported: transformers overlooks it")
+            raise ValueError(f"{rope.where}: {name}.truncate = False is not supported: transformers ignores it")
     return {name: rope.mapping(name) for name in nested}
 
 
 def _completed(rope: Fields, config: Fields, base: float) -> Fields:
-    """Return a dictionary completed by what stands beside it, and by transformers' defaults."""
+    """Complete a dictionary with the fields beside it and with transformers' defaults."""
     values = dict(rope.values)
     values.setdefault("rope_theta", _theta(config, base))
     for name in (PARTIAL, ORIGINAL):
@@ -131,7 +131,7 @@ def _theta(fields: Fields, default: float) -> float:
 
 
 def _read(rope: Fields, family: Family, *, strict: bool = False) -> Rope:
-    """Read one dictionary that states its base; with `strict`, refuse fields that its type does not have."""
+    """Read a dictionary that states its base. With `strict`, refuse fields that its type does not have."""
     named = rope.text("rope_type" if "rope_type" in rope.values else "type", "default")
     if named not in family.rope_types:
         known = ", ".join(f'"{name}"' for name in family.rope_types)

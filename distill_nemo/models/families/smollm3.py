@@ -12,7 +12,7 @@ from distill_nemo.models.families.windows import LayerType, WindowByLayer, with_
 
 @dataclass(frozen=True)
 class _OwnFields(WindowByLayer):
-    """Layers with a rotary embedding (1) and without (0), which transformers names the other way round, and windows."""
+    """Windows, and layers with a rotary embedding (1) or without (0): transformers' name says the opposite."""
 
     no_rope_layers: list[int] | None = None
     no_rope_layer_interval: int = setting(4, at_least=1)
@@ -20,12 +20,12 @@ class _OwnFields(WindowByLayer):
     use_sliding_window: bool = False
 
     def default_layer_types(self, num_layers: int) -> list[LayerType]:
-        """Return a window, if there is one, in the layers without rotary embedding."""
+        """Return a window, if there is one, in the layers without a rotary embedding."""
         full = self.sliding_window is None
         return ["full_attention" if full or rotated else "sliding_attention" for rotated in self.no_rope_layers or []]
 
     def resolved(self, values: dict[str, Any]) -> Self:
-        """Fill in `no_rope_layers`, beside which the interval means nothing, and drop a window that no layer has."""
+        """Fill in `no_rope_layers`, which overrides the interval, and drop a window that no layer has."""
         count, rotary = values["num_layers"], self.no_rope_layers
         if rotary is None:
             rotary = [int((i + 1) % self.no_rope_layer_interval != 0) for i in range(count)]

@@ -10,7 +10,7 @@ from distill_nemo.models.families.pieces import EXPERT, OUTPUT, OUTSIDE, Piece, 
 
 Shapes = dict[str, tuple[int, ...]]
 
-LOCAL_NAMES = {  # Transformer Engine's fused layer norms, and their names without it, which tables have
+LOCAL_NAMES = {  # Transformer Engine's fused layer norms -> their names in local layers and in tables
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
@@ -21,9 +21,9 @@ class Parameter(NamedTuple):
     """A whole Megatron parameter.
 
     Args:
-        name: within its layer.
-        rule: gives its pieces.
-        place: where it is; outside the layers for embedding, last norm and output layer.
+        name: name within its layer.
+        rule: returns its pieces.
+        place: its place in the model; `OUTSIDE` the layers for embedding, last norm and output layer.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Parameter(NamedTuple):
 
     @property
     def pieces(self) -> list[Piece]:
-        """Pieces of Hugging Face tensors; one after the other they are its rows."""
+        """Pieces of Hugging Face tensors that, concatenated, are its rows."""
         return self.rule(self.place)
 
     def of(self, model: Architecture) -> "Parameter":
@@ -48,7 +48,7 @@ def table_of(model: Architecture, layer: Layer) -> Table:
 
 
 def parameters(model: Architecture) -> Iterator[Parameter]:
-    """Yield every parameter of a model, experts one by one; a tied output layer is none."""
+    """Yield every parameter of a model, experts one by one, without a tied output layer."""
     for name, rule in table_around(model).items():
         if name != OUTPUT or not model.tie_word_embeddings:
             yield Parameter(name, rule, Place(model, OUTSIDE))
@@ -68,7 +68,7 @@ def hf_shapes(model: Architecture) -> Shapes:
 
 
 def shapes_of(pieces: Iterable[Piece]) -> Shapes:
-    """Return name and shape of the tensors that whole pieces cover."""
+    """Return name and shape of the tensors that the pieces cover."""
     shapes: Shapes = {}
     for piece in pieces:
         if piece.name:

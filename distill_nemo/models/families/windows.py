@@ -1,4 +1,4 @@
-"""Sliding windows, as families of transformers state them in `config.json`."""
+"""Sliding windows, as model families state them in `config.json`."""
 
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
@@ -20,7 +20,7 @@ class Window(OwnFields):
 
 @dataclass(frozen=True)
 class WindowByLayer(Window):
-    """A window in the layers of one type. A subclass knows the types where `layer_types` is null."""
+    """A window in the layers of one type. A subclass gives the types for a `layer_types` of null."""
 
     layer_types: list[LayerType] | None = None
 
@@ -29,7 +29,7 @@ class WindowByLayer(Window):
         raise NotImplementedError
 
     def resolved(self, values: dict[str, Any]) -> Self:
-        """Fill in `layer_types`, and refuse those of another number of layers or without a window."""
+        """Fill in `layer_types`. Refuse types for another number of layers, or windowed ones without a window."""
         count, types = values["num_layers"], self.layer_types
         if types is None:
             types = self.default_layer_types(count)
@@ -43,7 +43,7 @@ class WindowByLayer(Window):
 
 @dataclass(frozen=True)
 class SwitchedWindow(Window):
-    """A window in every layer, but only if `use_sliding_window` says so."""
+    """A window in every layer, but only if `use_sliding_window` is true."""
 
     off_by_default: ClassVar[bool] = True
 
@@ -57,7 +57,7 @@ class SwitchedWindow(Window):
 
 @dataclass(frozen=True)
 class SwitchedWindowByLayer(WindowByLayer):
-    """Qwen's windows: in the layers after the first `max_window_layers`, if `use_sliding_window` says so."""
+    """Qwen's windows: in the layers after the first `max_window_layers`, if `use_sliding_window` is true."""
 
     off_by_default: ClassVar[bool] = True
 
@@ -65,12 +65,12 @@ class SwitchedWindowByLayer(WindowByLayer):
     max_window_layers: int = setting(28, at_least=0)
 
     def default_layer_types(self, num_layers: int) -> list[LayerType]:
-        """Return a window in all layers but the first."""
+        """Return a window in all layers after the first `max_window_layers`."""
         full = num_layers if self.sliding_window is None else min(self.max_window_layers, num_layers)
         return ["full_attention" if i < full else "sliding_attention" for i in range(num_layers)]
 
     def resolved(self, values: dict[str, Any]) -> Self:
-        """Drop a window that is switched off, or that no layer has; then the other fields mean nothing either."""
+        """Drop a window that is switched off or that no layer has. The other fields then have no effect either."""
         window = self.sliding_window if self.use_sliding_window else None
         own = super(SwitchedWindowByLayer, replace(self, sliding_window=window)).resolved(values)
         types = own.layer_types or []

@@ -1,6 +1,6 @@
-"""Layers that differ, as `block_configs` states them.
+"""Read and write `block_configs`, the sizes of layers that differ.
 
-The format is that of Nemotron's NAS models, as Megatron-Core reads it: one entry a layer,
+The format is that of Nemotron's NAS models, as Megatron-Core reads it: one entry per layer,
 `{"attention": {"num_query_groups": 8}, "mlp": {"ffn_hidden_size": 14336}}`, with `{"no_op": true}` for a part that is
 left out. `n_heads_in_group` and `ffn_mult` are read too.
 """

@@ -1,4 +1,4 @@
-"""Attention, and context parallelism, where Transformer Engine does not run.
+"""Context parallelism, and attention for machines on which Transformer Engine does not run.
 
 The sequence is cut in 2*cp pieces; context-parallel rank r holds pieces r and 2*cp-1-r (Megatron's zig-zag: under the
 causal mask every rank then has the same work).
@@ -22,17 +22,17 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional
 
-QUERY_BLOCK = 256  # queries that share a mask in a layer with a window: each sees up to as many keys in vain
+QUERY_BLOCK = 256  # queries that share a mask in a layer with a window; each also computes up to as many masked scores
 
 
 def split_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return this context-parallel rank's two pieces of every tensor, on its device, without waiting for the device.
 
     Args:
-        batch: tensors [B, S]; every context-parallel rank has the same. It is left as it is.
+        batch: tensors [B, S], the same on every context-parallel rank. They are not modified.
 
     Returns:
-        tensors [B, s], pinned where they were; the batch itself without context parallelism.
+        tensors [B, s], pinned if the batch's are; the batch itself without context parallelism.
 
     Raises:
         ValueError: when 2*cp does not divide S.
@@ -64,7 +64,7 @@ class CausalAttention(MegatronModule):
 
     In a layer with a sliding window of w tokens, keys and values are those of positions i - w + 1 to i.
 
-    Takes the place of Megatron's DotProductAttention, which refuses context parallelism and keeps all S x S scores for
+    Replaces Megatron's DotProductAttention, which refuses context parallelism and keeps all S x S scores for
     backward. Keys and values are all-gathered over the context-parallel group; their gradients are reduce-scattered.
     The softmax is in fp32 or better whatever `attention_softmax_in_fp32` says.
 
@@ -140,7 +140,7 @@ class CausalAttention(MegatronModule):
         return torch.cat(outputs)
 
     def _attend(self, query_pBnd: Tensor, key_tBgd: Tensor, value_tBgd: Tensor) -> Tensor:
-        """[p, B, n*d]; the p queries are the last of the t positions."""
+        """Return [p, B, n*d]. The p queries are the last of the t positions."""
         queries, keys = query_pBnd.shape[0], key_tBgd.shape[0]
         repeats = query_pBnd.shape[2] // key_tBgd.shape[2]
         query_Bnpd = query_pBnd.permute(1, 2, 0, 3)
@@ -157,7 +157,7 @@ class CausalAttention(MegatronModule):
         return out_Bnpd.permute(2, 0, 1, 3).flatten(2)
 
     def _attend_in_window(self, query_Bnpd: Tensor, key_Bntd: Tensor, value_Bntd: Tensor, window: int) -> Tensor:
-        """[p, B, n*d], block by block, each with the keys that one of its queries sees; all share one mask."""
+        """Return [p, B, n*d], by blocks of queries that share one mask. A block gets only keys that its queries see."""
         mask = _window_mask(window, query_Bnpd.dtype, query_Bnpd.device)
         end, outputs = key_Bntd.shape[2] - query_Bnpd.shape[2], []
         for query_Bnbd in query_Bnpd.split(QUERY_BLOCK, dim=2):
@@ -176,15 +176,15 @@ class CausalAttention(MegatronModule):
 
 @functools.lru_cache(maxsize=2)
 def _window_mask(window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return what is added to scores [b, b + w - 1]: query i sees keys i to i + w - 1 of those that its block is given.
+    """Return the additive mask of a block's scores, [b, b + w - 1]: query i sees keys i to i + w - 1 of the block's.
 
-    In the dtype of the scores, since torch would make such a tensor of a boolean mask in every call, and keep each.
+    It has the dtype of the scores: from a boolean mask torch would make such a tensor in every call, and keep each.
     """
     seen = torch.ones(QUERY_BLOCK, QUERY_BLOCK + window - 1, dtype=torch.bool, device=device).triu().tril(window - 1)
     return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)
 
 
 def in_sequence_order(gathered: Tensor, size: int) -> Tensor:
-    """Put gathered rows, `size` ranks' [s, ...] one after the other, into the order of the sequence [S, ...]."""
+    """Reorder gathered rows, [s, ...] of each of `size` ranks in turn, into the order of the sequence, [S, ...]."""
     pieces = gathered.chunk(2 * size)
     return torch.cat(pieces[::2] + pieces[1::2][::-1])

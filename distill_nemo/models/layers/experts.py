@@ -1,7 +1,7 @@
 """Mixtures of experts in Megatron: settings, optimizer, random weights.
 
-Every layer is a router and `num_experts` MLPs, of which a token takes `num_experts_per_tok`. Under expert parallelism
-each data (and context) parallel rank holds some of the experts, and tokens travel to them.
+Every layer has a router and `num_experts` MLPs. A token is routed to `num_experts_per_tok` of them. Under expert
+parallelism each data (and context) parallel rank holds some of the experts, and tokens travel to them.
 """
 
 from typing import Any
@@ -22,9 +22,9 @@ from distill_nemo.runtime.seed import seed_apart
 
 
 def expert_settings(experts: Experts | None, parallelism: ParallelismConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """Return fields of Megatron's TransformerConfig; a dense model beside one with experts is not split over them.
+    """Return fields of Megatron's TransformerConfig. A dense model beside one with experts has no expert parallelism.
 
-    norm_topk_prob: softmax over the chosen logits is the softmax over all, divided by its sum over the chosen.
+    norm_topk_prob: the softmax over the chosen logits is the softmax over all, divided by its sum over the chosen.
     """
     if experts is None:
         return {"expert_model_parallel_size": 1}
@@ -34,7 +34,7 @@ def expert_settings(experts: Experts | None, parallelism: ParallelismConfig, dty
         "moe_router_topk": experts.num_experts_per_tok,
         "moe_ffn_hidden_size": experts.moe_ffn_hidden_size,
         "moe_router_pre_softmax": not experts.norm_topk_prob,
-        # An auxiliary loss would change the objective: the loss that is reported would not be the one that is followed.
+        # An auxiliary loss would change the objective: the reported loss would not be the one that is minimised.
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,
         # gloo's all_to_all_single takes no tensors as split sizes; both dispatchers compute the same.

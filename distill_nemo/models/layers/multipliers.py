@@ -1,7 +1,7 @@
 """Multiply embeddings and logits by a model's constants, and cap its logits.
 
-Hooks of ours, not Megatron's `use_mup`: that one knows no residual multiplier, and multiplies logits only
-after the output layer, where neither the logits loss of a teacher nor the fused loss would see it.
+These are our own hooks, because Megatron's `use_mup` has no residual multiplier and multiplies logits only after the
+output layer, where neither the logits loss of a teacher nor the fused loss would see it.
 """
 
 from typing import Any
@@ -36,7 +36,7 @@ class FinishLogits:
         self.factor, self.softcap, self.vocab_size = multipliers.logits, multipliers.softcap, vocab_size
 
     def __call__(self, layer: Any, args: Any, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
-        """Finish `[S, B, v]`, in its memory as far as backward lets it."""
+        """Finish logits `[S, B, v]`, in place as far as backward allows."""
         logits_SBv, bias = output
         if self.factor != 1:
             logits_SBv = logits_SBv.mul_(self.factor)

@@ -21,7 +21,7 @@ class RMSNorm(nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x_SBH: Tensor) -> Tensor:
-        """Same shape and dtype as the input."""
+        """Return the normalised input, in its shape and dtype."""
         x = x_SBH.float()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
         if self.zero_centred:

@@ -1,4 +1,4 @@
-"""Add what attention and MLP return to the residual stream, multiplied by a constant or normalised.
+"""Add the outputs of attention and MLP to the residual stream, multiplied by a constant or normalised.
 
 Megatron has a place for this in every layer (`self_attn_bda`, `mlp_bda`), the same with and without Transformer Engine.
 """
@@ -38,7 +38,7 @@ class NormedAdd(nn.Module):
 
 
 def replace_add(block: TransformerBlockSubmodules, add: Callable[[bool, bool], Add] | ModuleSpec) -> None:
-    """Let all layers add like this, after attention and MLP each."""
+    """Replace the residual additions of all layers, after attention and after MLP."""
     replacement: Any = add
     for layer in block.layer_specs or []:
         parts = layer.submodules

@@ -1,4 +1,4 @@
-"""Rotary embeddings by transformers' own frequencies, in place of Megatron's, which knows few of them.
+"""Rotary embeddings with transformers' own frequencies, in place of Megatron's, which supports few types.
 
 Legend: S positions of this context-parallel rank, d channels that turn, of all rotary embeddings of the model.
 """
@@ -22,7 +22,7 @@ from distill_nemo.models.layers.context_parallel import split_batch
 def frequencies(rope: Rope, kv_channels: int, max_position_embeddings: int) -> tuple[Tensor, float]:
     """Return radians per position, [d / 2] in fp32, and the factor of cosine and sine, as transformers computes both.
 
-    They hold for sequences up to `Architecture.longest_sequence`.
+    Both hold for sequences up to `Architecture.longest_sequence`.
 
     Raises:
         ValueError: for channels that make no pairs, lists of another length, and numbers that give no frequencies.
@@ -71,7 +71,9 @@ class Rotary(RotaryEmbedding):
 
     def __init__(self, of_ropes: list[Tensor]) -> None:
         nn.Module.__init__(self)  # not Megatron's, which computes frequencies of its own
-        self.inv_freq = torch.cat([half for found in of_ropes for half in (found, found)])  # bf16 must not round it
+        self.inv_freq = torch.cat(
+            [half for found in of_ropes for half in (found, found)]
+        )  # not a buffer: bf16 would round it
         self.angles: tuple[int, Tensor] | None = None
 
     def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: object = None) -> Tensor:
@@ -102,7 +104,7 @@ def give_rotary_embeddings(built: GPTModel, model: Architecture) -> None:
 
 
 class _Columns:
-    """Forward pre-hook of an attention: it sees its own columns of the angles."""
+    """Forward pre-hook that gives an attention its own columns of the angles."""
 
     def __init__(self, columns: slice) -> None:
         self.columns = columns

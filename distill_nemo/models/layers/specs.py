@@ -23,9 +23,10 @@ from distill_nemo.models.layers.norms import RMSNorm
 
 
 def transformer_engine_usable(dtype: torch.dtype) -> bool:
-    """Return True if Transformer Engine can run here: it imports without CUDA, but then builds no module.
+    """Return True if Transformer Engine can run here. Without CUDA it imports, but builds no module.
 
-    In fp32 it multiplies in TF32, and has no attention but one that keeps all scores and knows no context parallelism.
+    In fp32 it is not used: it would multiply in TF32, and its only attention keeps all scores and has no context
+    parallelism.
     """
     if not torch.cuda.is_available() or dtype == torch.float32:
         return False
@@ -70,7 +71,10 @@ def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> Transf
 
 
 def drop_pre_norms(block: TransformerBlockSubmodules, use_te: bool) -> None:
-    """Let attention and MLP read the residual stream as it is. Transformer Engine fuses the norms that are dropped."""
+    """Let attention and MLP read the residual stream as it is.
+
+    Transformer Engine fuses the dropped norms into linear layers, so those are replaced too.
+    """
     for layer in block.layer_specs or []:
         parts = layer.submodules
         assert isinstance(parts, TransformerLayerSubmodules)
@@ -85,7 +89,7 @@ def drop_pre_norms(block: TransformerBlockSubmodules, use_te: bool) -> None:
 
 
 def _heterogeneous_spec(config: HeterogeneousTransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """Megatron's spec of layers that differ, with our norm and attention where it would take its local ones."""
+    """Return Megatron's spec of layers that differ, with our norm and attention in place of its local ones."""
     use_te = transformer_engine_usable(config.params_dtype)
     block = get_gpt_heterogeneous_layer_spec(config, use_te=use_te, vp_stage=vp_stage)
     assert block.layer_specs is not None

@@ -1,4 +1,4 @@
-"""Norm of queries or keys over all their heads together, as OLMo 2 has it, under tensor parallelism."""
+"""RMSNorm of queries or keys over all heads together, as in OLMo 2, under tensor parallelism."""
 
 from typing import Any
 
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 class WideRMSNorm(MegatronModule):
     """`x * rsqrt(mean(x^2) + eps) * weight` over the channels of all heads, in fp32.
 
-    Every tensor-parallel rank has its heads' channels and their weights; the mean is over those of all ranks. Shapes: S
-    tokens, B samples, n heads of this rank, d channels of a head.
+    Every tensor-parallel rank holds the channels of its own heads and their weights. The mean runs over the channels of
+    all ranks. Shapes: S tokens, B samples, n heads of this rank, d channels of a head.
     """
 
     def __init__(self, config: TransformerConfig, num_heads: int) -> None:
@@ -33,7 +33,10 @@ class WideRMSNorm(MegatronModule):
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
 
     def forward(self, x_SBnd: Tensor) -> Tensor:
-        """Same shape and dtype as the input; an all-reduce over the tensor-parallel group in forward and backward."""
+        """Return the normalised input, in its shape and dtype.
+
+        Collectives: an all-reduce over the tensor-parallel group in forward, and one in backward.
+        """
         x = x_SBnd.float().flatten(2)
         squares = reduce_from_tensor_model_parallel_region(x.square().sum(-1, keepdim=True))
         squares = copy_to_tensor_model_parallel_region(squares)  # every rank's output depends on it
@@ -43,7 +46,7 @@ class WideRMSNorm(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Say that the weight is a part of a whole; Megatron takes that of a norm for the same on all ranks."""
+        """Mark the weight as a shard. Megatron would take a norm's weight to be the same on all ranks."""
         state = self.state_dict(prefix="", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets)
 

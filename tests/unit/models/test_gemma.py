@@ -92,7 +92,7 @@ def test_a_model_of_either_version_is_the_same_after_an_export(tmp_path):
 @pytest.mark.parametrize(
     ("stated", "words"),
     [
-        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping (transformers overlooks it) is not supported"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping (transformers ignores it) is not supported"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
         ({"hidden_activation": "silu"}, "hidden_activation silu is not supported"),
         ({"final_logit_softcapping": -1.0}, "final_logit_softcapping must be above 0"),

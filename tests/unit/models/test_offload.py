@@ -23,7 +23,7 @@ def blocks(count=3, width=16):
     return [block.requires_grad_(False) for block in made]
 
 
-def lent(layers):
+def resident(layers):
     return [all(p.numel() for p in layer.parameters()) for layer in layers]
 
 
@@ -37,9 +37,9 @@ def test_layers_have_weights_in_their_turn_only(count):
     layers, seen = blocks(count), []
     held = HostWeights(layers, device)
     for layer in layers:
-        layer.register_forward_pre_hook(lambda *_: seen.append((lent(layers), len(held.copies))))
+        layer.register_forward_pre_hook(lambda *_: seen.append((resident(layers), len(held.copies))))
     for _ in range(3):
-        assert not any(lent(layers))
+        assert not any(resident(layers))
         assert torch.equal(torch.nn.Sequential(*layers)(x), expected)
     assert seen == 3 * [([i == j for i in range(count)], min(count, 2)) for j in range(count)]
     assert len(held.copies) == (count > 1), "the first layer's, for the next micro batch"

@@ -95,7 +95,7 @@ def test_every_spelling_of_no_window_is_the_same_network(tmp_path, own):
     [
         ("mistral", {"sliding_window": 0}, "sliding_window must be at least 1"),
         ("mistral", {"sliding_window": "4096"}, "sliding_window must be int | None, got '4096'"),
-        ("mistral", {"layer_types": [FULL] * 4}, 'say model_type "ministral"'),
+        ("mistral", {"layer_types": [FULL] * 4}, 'set model_type "ministral"'),
         ("ministral", {"layer_types": [FULL]}, "layer_types has 1 entries, num_layers = 4"),
         ("ministral", {"layer_types": ["chunked_attention"] * 4}, "layer_types must be list[Literal["),
         ("ministral", {"layer_types": [SLIDING] * 4, "sliding_window": None}, "there is no sliding_window"),
