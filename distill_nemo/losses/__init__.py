@@ -1,1 +1,1 @@
-"""Divergences and hidden-state losses; they take process groups and floats."""
+"""Divergences and hidden-state losses. Their arguments are process groups and numbers, not configs."""

@@ -20,25 +20,25 @@ class Gather:
 
     @property
     def num_ranks(self) -> int:
-        """R."""
+        """Number of ranks, R."""
         return 1 if self.group is None else dist.get_world_size(self.group)
 
     @property
     def rank(self) -> int:
-        """This rank's place."""
+        """Index of this rank in the group."""
         return 0 if self.group is None else dist.get_rank(self.group)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Gather at once."""
+        """Gather, and wait for the result."""
         if self.num_ranks == 1:
             return x[None]
         gathered = x.new_empty(self.num_ranks, *x.shape)
-        # Its one-tensor form has other names in other torches.
+        # Its one-tensor form has different names in different versions of torch.
         dist.all_gather(list(gathered), x.contiguous(), group=self.group)
         return gathered
 
     def start(self, parts: list[Tensor]) -> Callable[[], list[Tensor]]:
-        """Begin to gather several in one collective; call the result for [R, ...] of each."""
+        """Start to gather several tensors in one collective. Call the result to wait for [R, ...] of each."""
         if self.num_ranks == 1:
             return lambda: [x[None] for x in parts]
         flat = torch.cat([x.flatten() for x in parts])

@@ -12,7 +12,7 @@ Output = Tensor | tuple[Tensor, Any]  # Megatron's layers return (hidden, contex
 
 
 class _HiddenStateLoss(_Loss):
-    """Base of both losses: projection, fp32, gathering, layout.
+    """Base of both losses. It projects, converts to fp32, gathers and transposes.
 
     Args:
         student_width: H of the student.
@@ -36,7 +36,9 @@ class _HiddenStateLoss(_Loss):
             setattr(self.projection.weight, "sequence_parallel", sequence_parallel_group is not None)  # noqa: B010
 
     def forward(self, student_SBH: Output, teacher_SBH: Output) -> Tensor:
-        """[S, B, H] of each (or a tuple that starts with it), any float dtype -> [B, S] fp32, S the full sequence.
+        """Return the loss of every token, [B, S] fp32, S the full sequence.
+
+        Both arguments are [S, B, H] of any float dtype, or tuples that begin with it.
 
         Collectives: with a group, one all-gather of the losses in forward (`gather_sequence`); none in backward.
         """
@@ -50,7 +52,7 @@ class _HiddenStateLoss(_Loss):
         return loss_SB.transpose(0, 1).contiguous()
 
     def per_token(self, student_SBH: Tensor, teacher_SBH: Tensor) -> Tensor:
-        """[S, B, H] fp32 twice, same width -> [S, B]."""
+        """Return the loss of every token: [S, B, H] fp32 twice, same width -> [S, B]."""
         raise NotImplementedError
 
 
@@ -58,7 +60,7 @@ class HiddenStateCosineLoss(_HiddenStateLoss):
     """`1 - cos(student, teacher)` of every token, in [0, 2]; arguments as `_HiddenStateLoss`."""
 
     def per_token(self, student_SBH: Tensor, teacher_SBH: Tensor) -> Tensor:
-        """[S, B, H] fp32 twice, same width -> [S, B]."""
+        """Return the loss of every token: [S, B, H] fp32 twice, same width -> [S, B]."""
         return 1.0 - nn.functional.cosine_similarity(student_SBH, teacher_SBH, dim=-1)
 
 
@@ -66,5 +68,5 @@ class HiddenStateMSELoss(_HiddenStateLoss):
     """`mean over H of (student - teacher)^2` of every token; arguments as `_HiddenStateLoss`."""
 
     def per_token(self, student_SBH: Tensor, teacher_SBH: Tensor) -> Tensor:
-        """[S, B, H] fp32 twice, same width -> [S, B]."""
+        """Return the loss of every token: [S, B, H] fp32 twice, same width -> [S, B]."""
         return (student_SBH - teacher_SBH).square().mean(-1)

@@ -50,17 +50,17 @@ class LogitsKLLoss(_Loss):
         self.vocab_start = vocab_start
 
     def forward(self, student_logits_SBv: Output, teacher_logits_SBv: Output) -> Tensor:
-        """[S, B, v] twice, any float dtype -> [B, S] fp32, transposed as Megatron's LM loss is.
+        """Return the loss of every token: [S, B, v] twice, any float dtype -> [B, S] fp32, as Megatron's LM loss.
 
         Raises:
-            ValueError: when the vocabularies differ beyond padding; see `prepare`.
+            ValueError: if the vocabularies differ beyond padding; see `prepare`.
         """
         pair = self.prepare(student_logits_SBv, teacher_logits_SBv)
         loss_SB = self.divergence(*pair, self.group)
         return (loss_SB * self.factor).transpose(0, 1).contiguous()
 
     def prepare(self, student_logits_SBv: Output, teacher_logits_SBv: Output) -> tuple[Tensor, Tensor]:
-        """Return both logits on the same columns, without probability for padding; the teacher's detached.
+        """Return both logits on the same columns, with no probability for padding. The teacher's are detached.
 
         On one rank padding is cut off; on several it becomes -inf, so that every shard keeps its width.
 
@@ -74,7 +74,7 @@ class LogitsKLLoss(_Loss):
         sharded = self.group is not None and dist.get_world_size(self.group) > 1
         if student.shape[:-1] != teacher.shape[:-1]:
             raise ValueError(
-                f"student logits are {list(student.shape)}, teacher logits {list(teacher.shape)}: other tokens"
+                f"student logits are {list(student.shape)}, teacher logits {list(teacher.shape)}: tokens differ"
             )
         self._check(student.shape[-1], teacher.shape[-1], sharded)
         if self.true_vocab_size is None:

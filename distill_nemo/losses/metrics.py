@@ -1,4 +1,4 @@
-"""Metrics of a student beside its teacher, from logits, without gradients. Legend: `divergence.py`."""
+"""Metrics that compare a student with its teacher, from logits, without gradients. Legend: `divergence.py`."""
 
 import torch
 import torch.distributed as dist

@@ -31,7 +31,8 @@ def choose_divergence(name: str, temperature: float = 1.0, beta: float = 0.5, to
         name: a key of `DIVERGENCES`. Never a bare "kl".
         temperature: T > 0, divides the logits of both sides.
         beta: the teacher's share of the mixture m, for jensen_shannon; other divergences ignore it.
-        top_k: with forward_kl, the number of tokens known of the teacher, with one bucket for all others; None: all.
+        top_k: with forward_kl, the number of the teacher's tokens that are known, with one bucket for the others;
+            None: all.
 
     Raises:
         ValueError: for an unknown name, a value out of range, or a top_k beside another divergence than forward_kl.

@@ -63,7 +63,7 @@ class TopKForwardKL(Divergence):
     def finish(self, stats: Statistics, gather: Gather) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the loss.
 
-        Saved are the student's log-sum-exp, columns [N, c] and r [S, B, c] of the candidates, and the tail's
+        Save the student's log-sum-exp, columns [N, c] and r [S, B, c] of the candidates, and the tail's
         `log r_j - a_j`.
         """
         ranks_R2SBc, (columns_Nc,) = stats
@@ -109,7 +109,7 @@ class TopKForwardKL(Divergence):
 def _largest(logits: Tensor, num: int) -> Tensor:
     """Return the columns of the `num` largest, largest first, lowest column first on ties: [..., v] -> [..., num].
 
-    `topk` takes any of equal values, of which a teacher in bf16 has many, so the choice would depend on the layout.
+    `topk` picks any of equal values. A teacher in bf16 has many, so the choice would depend on the layout.
     """
     bits = (logits + 0.0).view(torch.int32)  # -0.0 becomes 0.0
     ascending = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # integers in the order of the floats
@@ -118,7 +118,7 @@ def _largest(logits: Tensor, num: int) -> Tensor:
 
 
 def _split(logits: Tensor, columns: Tensor, temperature: float) -> Tensor:
-    """[n, v], [n, c] -> [n, c + 2]: the logits there, and peak and total of all others. Overwrites `logits`."""
+    """Return logits of `columns`, peak and total of the others: [n, v], [n, c] -> [n, c + 2]. Overwrites `logits`."""
     inside = logits.gather(-1, columns)
     peak = logits.scatter_(-1, columns, -torch.inf).amax(-1)
     total = below(logits, peak, temperature).exp_().sum(-1)

@@ -15,14 +15,14 @@ from distill_nemo.losses.divergence import Divergence
 from distill_nemo.losses.fused_linear import gemm
 from distill_nemo.losses.fused_linear.main_grad import GradientSum
 
-# Of one side's fp32 logits of a chunk; there are two sides, and under tensor parallelism two chunks.
+# Limit on the fp32 logits of one side of a chunk. There are two sides and, under tensor parallelism, two chunks.
 CHUNK_BYTES, CUDA_CHUNK_BYTES = 64 * 2**20, 512 * 2**20
-# But no fewer: every chunk reads both output weights and reads and writes the student's gradient, whatever its size.
+# Lower limit: whatever its size, a chunk reads both output weights, and reads and writes the student's gradient.
 CHUNK_TOKENS = 416
 
 
 class Head(NamedTuple):
-    """The last hidden states, and all that makes logits of them: `cap(scale * (hidden @ weight.T + bias))`.
+    """The last hidden states and their output layer. Logits are `cap(scale * (hidden @ weight.T + bias))`.
 
     `cap(z) = softcap * tanh(z / softcap)`, or z without a softcap.
     """
@@ -42,7 +42,7 @@ class Head(NamedTuple):
             out_nv.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def cap_slope(self, logits_nv: Tensor) -> Tensor | None:
-        """Return the derivative of `cap` where it gave these logits, 0 in padding; None without a softcap."""
+        """Return the derivative of `cap` at the inputs of these logits, 0 in padding; None without a softcap."""
         if self.softcap is None:
             return None
         return (logits_nv / self.softcap).clamp_(-1, 1).square_().neg_().add_(1)
@@ -55,14 +55,14 @@ class FusedLoss:
     Args:
         divergence: the logits loss; its temperature does not apply to the LM loss, whose temperature is 1.
         factor: factor of the divergence, such as T^2 to keep the size of gradients.
-        lm_weight: weight of the LM loss in the total; the host does not read a tensor. 0.0: it has no gradient.
+        lm_weight: weight of the LM loss in the total. The host does not read a tensor. With 0.0 it has no gradient.
         logits_weight: weight of the divergence in the total.
         group: the ranks that share the vocabulary; None: v is the whole vocabulary.
         vocab_start: global index of this rank's first column.
         num_true: columns of this shard that are tokens; later ones are padding, without probability.
         upstream: the expected upstream gradient. Others work too, unless a parameter has Megatron's `main_grad`:
             its gradient is added there in forward, before the upstream gradient is known.
-        chunk_tokens: n; None: by the memory that a chunk's logits take.
+        chunk_tokens: n; None: chosen by the memory of a chunk's logits.
         num_valid: M, if the host knows it; else the host waits for the mask on CUDA.
     """
 
@@ -94,7 +94,7 @@ class ValidTokens(NamedTuple):
 
     @staticmethod
     def of(student: Head, teacher: Head, labels_N: Tensor, loss_mask_N: Tensor, num_valid: int | None) -> "ValidTokens":
-        """Leave the masked tokens out."""
+        """Select the tokens that are not masked."""
         loss_mask_N = loss_mask_N.float()
         valid_N = loss_mask_N > 0
         num_valid = int(valid_N.sum()) if num_valid is None else num_valid
@@ -131,7 +131,7 @@ class Gradients(NamedTuple):
 
 
 def chunk_size(num_tokens: int, width: int, on_gpu: bool, most: int | None = None) -> int:
-    """Return the tokens of a chunk of logits of `width` columns, so that chunks are equal: `most`, else by memory."""
+    """Return the tokens per chunk of logits of `width` columns, in equal chunks of at most `most`, else by memory."""
     most = most or max((CUDA_CHUNK_BYTES if on_gpu else CHUNK_BYTES) // (4 * width), CHUNK_TOKENS)
     return -(-num_tokens // -(-num_tokens // most))
 

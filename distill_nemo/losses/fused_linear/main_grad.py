@@ -29,9 +29,7 @@ class GradientSum:
         """
         if not self.direct:
             return (self.sum * scale).to(self.parameter.dtype)
-        message = (
-            "the weight's gradient is in main_grad already, for another upstream gradient: say which one to expect"
-        )
+        message = "the weight's gradient is in main_grad already, for another upstream gradient: set FusedLoss.upstream"
         if scale.is_cuda:
             torch._assert_async(scale == 1, message)  # no host sync
         elif scale != 1:

@@ -4,7 +4,7 @@
  * Each function takes `rows` tokens of `width` logits (p, q: [rows, width], of any distance between rows), the number
  * of threads that share out the tokens, the temperature T, and fp32 numbers per token. Exponentials are powers of two:
  * e^((x - y) / T) = 2^((x - y) per_unit). Sums run in fp32 over BLOCK columns, then in double, in one order: the same
- * bits for any number of threads. Weight 0 counts for nothing, so -inf may stand in a column on both sides.
+ * bits for any number of threads. Weight 0 has no effect, so -inf may stand in a column on both sides.
  * A log-sum-exp is two numbers, peak and total, as in eager.py.
  */
 #ifndef LOGIT /* once; what follows includes this file again for each dtype */
@@ -61,11 +61,11 @@ static inline float exp2_(float t) {
     return y * bits_to_float(float_to_bits(shifted) << 23);
 }
 
-/* Sums of 2^((x - reference) per_unit): the reference is a logit that was met, left for far higher ones only. */
+/* Sums of 2^((x - reference) per_unit). The reference is a logit seen before; only a far higher one replaces it. */
 typedef struct { float reference, peak; double sum, weighed; } online;
 #define NONE_MET {-FLT_MAX, -INFINITY, 0, 0}
 
-/* By how much the reference was raised. What is weighed are distances from it. */
+/* Raise the reference to a far higher peak; return the difference. Weighed values are distances from it. */
 static inline double raise_to(online *all, float peak, float per_unit) {
     const double by = (double)peak - all->reference;
     if (!(by * per_unit > 60)) return 0;
@@ -75,19 +75,19 @@ static inline double raise_to(online *all, float peak, float per_unit) {
     return by;
 }
 
-/* Of the peak, above the reference. */
+/* Height of the peak above the reference. */
 static inline double height(online all) {
     return all.peak == -INFINITY ? 0 : (double)all.peak - all.reference;
 }
 
 static inline float quiet(float x) { return x != x ? NAN : x; } /* a NaN that survives `rounded` */
 
-/* Fresh memory page by page costs as much as a third of the gradient. */
+/* Ask for huge pages: fresh memory page by page costs as much as a third of the gradient. */
 static void ask_for_huge_pages(void *start, long bytes) {
 #ifdef MADV_HUGEPAGE
     const uintptr_t huge = 2 << 20, first = ((uintptr_t)start + huge - 1) & -huge;
     const uintptr_t end = ((uintptr_t)start + bytes) & -huge;
-    if (first < end) madvise((void *)first, end - first, MADV_HUGEPAGE); /* refused: pages are small */
+    if (first < end) madvise((void *)first, end - first, MADV_HUGEPAGE); /* if refused, pages are small */
 #else
     (void)start, (void)bytes;
 #endif
@@ -108,7 +108,7 @@ static void ask_for_huge_pages(void *start, long bytes) {
 
 #else
 
-/* x, or its copy with one more column that counts for nothing, if columns are odd. */
+/* x or, if its number of columns is odd, its copy with one more column of weight 0. */
 static inline const LOGIT *OF(even)(const LOGIT *x, long n, LOGIT *copy) {
     if (n % 2 == 0) return x;
     memcpy(copy, x, n * sizeof(LOGIT)), copy[n] = NOTHING;

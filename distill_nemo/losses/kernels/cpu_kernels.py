@@ -25,12 +25,12 @@ SOURCE = Path(__file__).with_suffix(".c")
 # Strict floating point except for fused multiply-adds, so infinities and NaN are kept. Scheduling makes the
 # exponentials of a loop overlap, which gcc otherwise leaves to the processor.
 FLAGS = ["-O3", "-march=native", "-fschedule-insns", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-OPENMP = "-fopenmp", "-fopenmp-simd"  # or, where a compiler comes without its library, one thread
+OPENMP = "-fopenmp", "-fopenmp-simd"  # the second, with one thread, if a compiler lacks OpenMP's library
 SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
 
 def can_take(*logits_SBv: Tensor) -> bool:
-    """Return True on CPU for one dtype and shape with columns side by side, if there is a compiled library."""
+    """Return True on CPU for logits of one dtype and shape with contiguous columns, if the library is compiled."""
     kinds = {(x.device.type, x.dtype, x.shape) for x in logits_SBv}
     fits = len(kinds) == 1 and logits_SBv[0].device.type == "cpu" and logits_SBv[0].dtype in SUFFIXES
     return fits and all(x.stride(-1) == 1 for x in logits_SBv) and library() is not None
@@ -123,7 +123,7 @@ def library() -> Any:
         return None
     try:
         return ctypes.CDLL(str(_compiled(compiler)))
-    except (OSError, subprocess.SubprocessError, RuntimeError):  # the last: no home directory
+    except (OSError, subprocess.SubprocessError, RuntimeError):  # RuntimeError: no home directory
         return None
 
 

@@ -20,20 +20,20 @@ def choose_kernels(*tensors: Tensor) -> str:
     """Return "triton", "c" or "eager" (torch) for these tensors: all logits, and the output of the gradient."""
     wanted = os.environ.get(VARIABLE, "")
     if wanted not in ("", "eager", "c", "triton"):
-        raise ValueError(f'{VARIABLE} is "{wanted}"; leave it unset, or say eager, c or triton')
+        raise ValueError(f'{VARIABLE} is "{wanted}"; leave it unset, or set it to eager, c or triton')
     if wanted == "triton" or (wanted == "" and tensors[0].is_cuda):
         return "triton" if _triton_kernels() else "eager"
     return "c" if wanted != "eager" and cpu_kernels.can_take(*tensors) else "eager"
 
 
 def find_kernel(name: str, *tensors: Tensor) -> Kernel | None:
-    """Return the kernel of this name for these tensors, or None if torch has to compute."""
+    """Return the kernel of this name for these tensors, or None if torch must compute."""
     kernels = {"triton": _triton_kernels, "c": lambda: cpu_kernels.KERNELS, "eager": dict}[choose_kernels(*tensors)]()
     return kernels.get(name)
 
 
 def kl_statistics(p_logits_SBv: Tensor, q_logits_SBv: Tensor, temperature: float) -> Tensor:
-    """Compute `eager.kl_statistics` by the fastest kernel."""
+    """Compute `eager.kl_statistics` with the fastest kernel."""
     pair = p_logits_SBv, q_logits_SBv
     return (find_kernel("kl_statistics", *pair) or eager.kl_statistics)(*pair, temperature)
 

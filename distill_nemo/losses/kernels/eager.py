@@ -75,9 +75,9 @@ def kl_statistics(p_logits_SBv: Tensor, q_logits_SBv: Tensor, temperature: float
 
 
 class LMGradient(NamedTuple):
-    """The gradient of the LM loss of some tokens, `grad (softmax(logits) - [j = label])`, but for their logits."""
+    """The gradient of the LM loss of some tokens, `grad (softmax(logits) - [j = label])`, without their logits."""
 
-    column_n: Tensor  # the label's in this shard; -1 where it is in another
+    column_n: Tensor  # column of the label in this shard; -1 if it is in another
     lse_2n: Tensor  # over the whole vocabulary, at temperature 1
     grad_n: Tensor  # of each token's loss
 

@@ -1,7 +1,7 @@
 """Kernels in Triton for CUDA; on CPU only through the interpreter (TRITON_INTERPRET=1).
 
 Forward reads every logit once (online log-sum-exp; twice for Jensen-Shannon), with one program per token. Backward
-reads once and writes once, with one program per token and block of columns; it does not read a token without a
+reads once and writes once, with one program per token and block of columns. It skips the logits of a token without a
 gradient. With the LM loss's gradient it reads the student's logits again, from the first-level cache. All sums run in
 fp32 in one order, without atomics, so results have the same bits in every run.
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distill_nemo.losses.kernels.eager import LMGradient
 
-# Forward: one thread has ROWS of the columns of a lane. Backward: BLOCK columns of one token.
+# Forward: a thread handles ROWS columns of a lane. Backward: a program handles BLOCK columns of one token.
 ROWS, LANES, LANE_WARPS = 4, 1024, 4
 BLOCK, WARPS = 4096, 8
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -109,7 +109,7 @@ def _gradient(
     Z, T, NUMBERS, COLUMN, OUT, z_stride, t_stride, width, per_temperature, beta,
     DIVERGENCE: tl.constexpr, LM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`_launch_gradient` says what a token's eight NUMBERS are."""
+    """Write the gradient of BLOCK columns of a token. `_launch_gradient` defines a token's eight NUMBERS."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     numbers = NUMBERS + token * 8
@@ -230,7 +230,7 @@ KERNELS = {
 
 
 def _scale(grad: Tensor, lse: Tensor, temperature: float) -> Tensor:
-    """Return `grad / total / T`, and 0 where grad is 0 for any total, so that threads of a token need not divide."""
+    """Return `grad / total / T` of each token, 0 where grad is 0, so that the kernel's threads need not divide."""
     return torch.where(grad == 0, 0.0, grad / lse[1] / temperature)
 
 
@@ -244,9 +244,9 @@ def _launch_gradient(
     out_SBv: Tensor,
     lm: LMGradient | None,
 ) -> Tensor:
-    """Numbers: z_peak, z_scale, t_peak; t_scale, or the mean, or log(z_total / t_total); KL(q || m).
+    """Launch `_gradient` with numbers z_peak, z_scale, t_peak; t_scale, the mean or log(z_total / t_total); KL(q || m).
 
-    The kernel reads each token's beside one another, with the LM loss's peak, scale and gradient.
+    The kernel reads a token's numbers side by side, followed by the LM loss's peak, scale and gradient.
     """
     z_Nv, t_Nv = _rows(student_SBv), _rows(teacher_SBv)
     assert out_SBv.is_contiguous(), "the kernel writes rows side by side"
@@ -267,6 +267,6 @@ def _block(width: int, most: int) -> int:
 
 
 def _rows(logits_SBv: Tensor) -> Tensor:
-    """[S, B, v] -> [N, v], columns side by side."""
+    """Flatten [S, B, v] to [N, v], with contiguous columns."""
     logits_Nv = logits_SBv.detach().flatten(0, -2)
     return logits_Nv if logits_Nv.stride(-1) == 1 else logits_Nv.contiguous()

@@ -183,7 +183,7 @@ def test_without_c_torch_does_it(tmp_path: Path, missing: str) -> None:
 
 def test_a_misspelt_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "fast")
-    with pytest.raises(ValueError, match='DISTILL_NEMO_KERNELS is "fast"; leave it unset, or say eager, c or triton'):
+    with pytest.raises(ValueError, match='DISTILL_NEMO_KERNELS is "fast"; leave it unset, or set it to eager, c or triton'):
         choose_kernels(torch.zeros(1, 1, 8))
 
 
