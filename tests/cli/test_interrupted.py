@@ -59,7 +59,7 @@ def test_a_rank_that_is_killed_is_named_and_the_command_fails(story):
     assert 4 <= newest <= step < STEPS
 
 
-def test_ctrl_c_is_passed_on_and_told_in_the_exit_code(story):
+def test_ctrl_c_is_passed_on_and_shown_in_the_exit_code(story):
     _, (_, _, before, _), (ended, step, newest, _), _ = story
     assert ended.code == 130
     assert f"resumed from {OUTPUT}/checkpoints/step_{before:08d} at step {before} of {STEPS}" in ended.out

@@ -1,4 +1,4 @@
-"""`nemo distill prepare`, `export` and `evaluate`, and the figures that they print."""
+"""`nemo distill prepare`, `export` and `evaluate`, and the metrics that they print."""
 
 import json
 import re
@@ -58,11 +58,11 @@ def test_evaluate_gives_the_same_figures_for_a_run_and_for_its_export(inputs, to
     ours, exported = tools[1]["of ours"], tools[1]["of Hugging Face's"]
     assert (ours.code, ours.err, exported.code, exported.err) == (0, "", 0, "")
     assert ours.out == exported.out == tools[1]["with more rows"].out
-    figures = dict(line.split() for line in ours.out.splitlines())
-    assert figures.keys() == {"lm_loss", "forward_kl", "top1_agreement", "teacher_entropy", "teacher_lm_loss", "tokens"}
-    assert figures["tokens"] == "256"
-    assert 0.2 < float(figures["forward_kl"]) < 0.8, "0.47 at the start"
-    assert abs(float(figures["lm_loss"]) - np.log(507)) < 0.5, "about uniform"
+    metrics = dict(line.split() for line in ours.out.splitlines())
+    assert metrics.keys() == {"lm_loss", "forward_kl", "top1_agreement", "teacher_entropy", "teacher_lm_loss", "tokens"}
+    assert metrics["tokens"] == "256"
+    assert 0.2 < float(metrics["forward_kl"]) < 0.8, "0.47 at the start"
+    assert abs(float(metrics["lm_loss"]) - np.log(507)) < 0.5, "about uniform"
 
 
 def test_prepare_tells_documents_tokens_and_bad_records(inputs, tools):

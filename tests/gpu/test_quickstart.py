@@ -50,8 +50,8 @@ def start(run: RunConfig) -> subprocess.Popen[str]:
     """`python -m distill_nemo CONFIG.yaml` in a process of its own."""
     path = Path(run.output_dir).with_suffix(".yaml")
     save_yaml(run, path)
-    words = [sys.executable, "-m", "distill_nemo", str(path)]
-    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, "-m", "distill_nemo", str(path)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process: subprocess.Popen[str]) -> str:
@@ -96,8 +96,8 @@ def distilled(root):
 
 
 def test_the_killed_run_resumes_from_its_checkpoint(distilled):
-    run, said = distilled
-    assert "resumed from" in said
+    run, printed = distilled
+    assert "resumed from" in printed
     assert list(trained(run)) == list(range(1, STEPS + 1))
     losses = [line["logit_loss"] for line in trained(run).values()]
     assert losses[-1] < losses[0]

@@ -64,7 +64,7 @@ ODD = [
 
 
 def all_different(cls, odd):
-    """A `cls` with every field another value than its default; the strings are odd ones."""
+    """Return a `cls` whose fields all differ from their defaults, with odd strings."""
     values = {}
     for name, hint in typing.get_type_hints(cls).items():
         hint = plain_type(hint)

@@ -1,4 +1,4 @@
-"""Run the Python snippets and the commands `prepare`, `train` and `plan` that README.md and docs/ show."""
+"""Run the Python snippets, and the commands `prepare`, `train` and `plan`, of README.md and docs/."""
 
 import ast
 import json
@@ -17,7 +17,7 @@ COMMAND = r"^ *nemo distill (?:train|plan|prepare) (?:.*\\\n)*.*"
 
 
 def found(pattern):
-    """Every match in the pages, named by its page."""
+    """Return every match in the pages, named by its page."""
     return [
         pytest.param(match[1] if match.re.groups else match[0], id=f"{page.name}-{number}")
         for page in PAGES
@@ -27,7 +27,7 @@ def found(pattern):
 
 @pytest.fixture
 def with_small_models(inputs, tmp_path, monkeypatch, empty_stdin):
-    """Go to a directory like the one where the examples are typed; returns what replaces their models by small ones."""
+    """Change to a directory like that of the examples. Return what replaces their models by small ones."""
     nemo_home(monkeypatch, tmp_path / "nemo")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").mkdir()

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu` runs its parts in order, skips what has passed, and tells what failed."""
+"""`python -m benchmarks.gpu` runs its parts in order, skips those that have passed, and reports failures."""
 
 import json
 import subprocess
@@ -43,7 +43,7 @@ def test_a_part_without_time_left_is_not_started(tmp_path):
     assert ended.returncode == 1 and "not started" in ended.stdout and "not passed: environment" in ended.stderr
 
 
-def test_a_part_that_fails_or_outlasts_its_limit_is_told(tmp_path):
+def test_a_part_that_fails_or_outlasts_its_limit_is_reported(tmp_path):
     fails = gpu.Part("fails", "exits with 3", "this_module_is_missing")
     hangs = gpu.Part("hangs", "never ends", "http.server", ("--bind", "127.0.0.1", "0"))
     assert not gpu.run(fails, tmp_path, 60.0) and not gpu.run(hangs, tmp_path, 1.0)

@@ -1,4 +1,4 @@
-"""Both balancers by hand: values, and the weight that each loss has in the gradient."""
+"""Both balancers checked by hand: values, and the weight of each loss in the gradient."""
 
 import math
 
@@ -13,7 +13,7 @@ STUDENT, LOGITS, COSINE, MSE = "student_loss", "LogitsKLLoss_0", "HiddenStateCos
 
 
 def balance(balancer: torch.nn.Module, **values: float) -> tuple[float, dict[str, float]]:
-    """Total, and d total / d loss of every loss."""
+    """Return the total, and d total / d loss of every loss."""
     losses = {name: torch.tensor(value, requires_grad=True) for name, value in values.items()}
     before = dict(losses)
     total = balancer(losses)
@@ -31,7 +31,7 @@ def test_balancers_and_keys_are_those_of_modelopt() -> None:
 
 
 def test_three_losses_are_scaled_to_each_other() -> None:
-    """Intermediate mean 0.5 to the size of logits 1: x2. Their sum 2 to the student's 3: x1.5, halved: x0.75."""
+    """Scale the intermediate mean 0.5 to logits 1: x2. Scale their sum 2 to the student's 3: x1.5, halved: x0.75."""
     losses = {STUDENT: 3.0, LOGITS: 1.0, COSINE: 0.25, MSE: 0.75}
     total, weights = balance(LogitsAndIntermediatesLossBalancer(kd_loss_scale=0.5), **losses)
     assert total == pytest.approx(3.0 + 0.5 * 3.0)
@@ -69,7 +69,7 @@ def test_losses_that_are_zero_or_missing_are_balanced(
 
 
 def test_gradient_upstream_of_a_zero_term_is_finite() -> None:
-    """Through the losses, not only with respect to them: where() and division make NaN of 0 * inf."""
+    """Differentiate through the losses, not only with respect to them: where() and division make NaN of 0 * inf."""
     x = torch.zeros(3, requires_grad=True)
     losses = {STUDENT: x.sum() + 2.0, LOGITS: x.square().sum(), COSINE: x.abs().mean()}
     LogitsAndIntermediatesLossBalancer()(losses).backward()

@@ -1,4 +1,4 @@
-"""Version ranges: they admit a container's torch and the pins. And the parts of `make test-versions`."""
+"""Version ranges admit a container's torch and the pins. Also the parts of `make test-versions`."""
 
 import subprocess
 import sys
@@ -28,7 +28,7 @@ def requirements() -> list[Requirement]:
 
 @pytest.mark.parametrize("torch", TORCHES)
 def test_no_requirement_makes_pip_replace_the_torch_that_is_there(torch: str) -> None:
-    """An installed package stays if every specifier contains its version; pip admits pre-releases here."""
+    """An installed package stays if every specifier contains its version. Pip admits pre-releases here."""
     direct = requirements()
     through = [Requirement(text) for r in direct for text in requires(r.name) or []]
     on_torch = [

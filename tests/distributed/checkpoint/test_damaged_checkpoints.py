@@ -142,7 +142,7 @@ DAMAGED = {
 }
 
 
-def test_every_damage_is_told_and_the_checkpoint_before_is_taken(saved, one, tmp_path):
+def test_every_damage_is_reported_and_the_checkpoint_before_is_taken(saved, one, tmp_path):
     found = one.run(search, copies(saved, tmp_path, {"none": lambda root: None, **DAMAGED}))[0]
     assert found.pop("none") == (NEWEST, "")
     assert {case: name for case, (name, _) in found.items()} == dict.fromkeys(DAMAGED, OLDER)
@@ -196,7 +196,7 @@ TRACKERS = {
 }
 
 
-def test_a_tracker_that_cannot_be_followed_is_told_and_the_newest_checkpoint_is_taken(saved, one, tmp_path):
+def test_a_tracker_that_cannot_be_followed_is_reported_and_the_newest_checkpoint_is_taken(saved, one, tmp_path):
     found = one.run(search, copies(saved, tmp_path, TRACKERS))[0]
     assert {case: name for case, (name, _) in found.items()} == dict.fromkeys(TRACKERS, NEWEST)
     used = [
@@ -340,7 +340,7 @@ def allowing_pickles(inputs, run):
             assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
 
 
-def test_random_state_of_the_first_release_is_left_out_and_told(inputs, saved, one, tmp_path):
+def test_random_state_of_the_first_release_is_left_out_and_reported(inputs, saved, one, tmp_path):
     """It was a pickle under the name `rng`; no supported model draws random numbers after its first step."""
     run, executed = shutil.copytree(saved, tmp_path / "run"), tmp_path / "executed"
     checkpoint = run / "checkpoints" / NEWEST

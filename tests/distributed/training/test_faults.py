@@ -219,7 +219,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(inputs, two, whole, at_six, tmp_path, damage):
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_taken(inputs, two, whole, at_six, tmp_path, damage):
     output = shutil.copytree(at_six, tmp_path / "run")
     damage(output / "checkpoints" / SAVED)
     printed = two.run(train, inputs, output)[0]

@@ -57,7 +57,7 @@ class Schemas:
 
     def errors(self, manifest: dict) -> list[str]:
         """Each unknown field, and each value that may not be there, by its path."""
-        return sorted(found for error in self._of(manifest["kind"]).iter_errors(manifest) for found in _told(error))
+        return sorted(found for error in self._of(manifest["kind"]).iter_errors(manifest) for found in _describe(error))
 
     def _of(self, kind: str) -> jsonschema.Draft202012Validator:
         if kind == "TrainJob":
@@ -82,7 +82,7 @@ def _strict(schema: dict) -> dict:
     return schema
 
 
-def _told(error: jsonschema.ValidationError) -> list[str]:
+def _describe(error: jsonschema.ValidationError) -> list[str]:
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.absolute_path).lstrip(".")
     if error.validator == "additionalProperties" and isinstance(error.instance, dict):
         unknown = sorted(set(error.instance) - set(error.schema["properties"]))

@@ -112,7 +112,7 @@ def here(clusters, tmp_path, monkeypatch, capfd):
         (["run.executor.namespace=no-such"], 'refused the PersistentVolumeClaim: namespaces "no-such" not found'),
     ],
 )
-def test_what_a_cluster_refuses_is_said_and_nothing_is_left(here, arguments, message):
+def test_what_a_cluster_refuses_is_reported_and_nothing_is_left(here, arguments, message):
     ended, created = here("2.3", *arguments)
     assert (ended.code, ended.out) == (1, "")
     assert ended.err == f"error: Kubernetes {message}\n"
@@ -144,7 +144,7 @@ def test_files_that_are_refused_take_the_job_with_them(here, clusters, monkeypat
         (['run.executor.secrets={"A": "gone/key"}'], "CreateContainerConfigError: secret "),
     ],
 )
-def test_what_does_not_start_is_said_by_status(here, arguments, message):
+def test_what_does_not_start_is_reported_by_status(here, arguments, message):
     ended, created = here("2.3", *arguments)
     assert (ended.code, ended.err) == (0, "") and {kind for kind, *_ in created} == {"TrainJob", "ConfigMap"}
     while message not in (status := here.output_of("status")).out:

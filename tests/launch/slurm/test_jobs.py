@@ -97,7 +97,7 @@ def test_a_time_limit_is_named(stories):
     check_failed(stories["out_of_time"].ended, "TIMEOUT", "it reached its time limit of 00:01:00")
 
 
-def test_what_sbatch_refuses_is_said_and_nothing_is_left(cluster, inputs, tmp_path):
+def test_what_sbatch_refuses_is_reported_and_nothing_is_left(cluster, inputs, tmp_path):
     from tests.launch.slurm.conftest import Stage
 
     ended = Stage(cluster, inputs, tmp_path).train("x", "run.executor.devices=2", "run.executor.partition=no").ended()

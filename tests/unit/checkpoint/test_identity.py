@@ -1,4 +1,4 @@
-"""Know teacher and token files again by all of their content, and read them again only when they changed."""
+"""Recognise teacher and token files by their whole content, and read them again only after a change."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def hash_files(paths, cache):
 
 
 def write_safetensors(path, tensors, metadata=None, order=None, seed=0):
-    """Write a file by hand: `order` of the header's keys, and of the data where `seed` is set."""
+    """Write a file by hand: `order` is the order of the header's keys and, with `seed`, of the data."""
     names = list(tensors)
     random.Random(seed).shuffle(names) if seed else None
     header, data = {}, b""
@@ -120,7 +120,7 @@ def test_every_byte_counts_however_the_file_is_divided(tmp_path, monkeypatch, na
 
 @pytest.fixture
 def reads(monkeypatch):
-    """Names of the files that were read."""
+    """Return the names of the files that were read."""
     read, names = identity.hash_part, []
     monkeypatch.setattr(identity, "hash_part", lambda part: (names.append(part.path.name), read(part))[1])
     return names
@@ -171,7 +171,7 @@ def test_a_memory_that_cannot_be_kept_is_done_without(tmp_path, alone, make):
 
 
 def record(root, output):
-    """The content of a run's files; a teacher of one file and one pair of token files."""
+    """Return the recorded content of a run's files: a teacher of one file and one pair of token files."""
     config = RunConfig(str(output), StudentConfig(), TeacherConfig(str(root / "teacher")))
     config.data = DataConfig(["0.5", str(root / "train")], [])
     return run_record(config)["contents"]
@@ -221,7 +221,7 @@ def test_a_student_is_known_by_its_weights_where_they_moved_and_by_its_path_wher
 
 
 def shares(root, paths, part_bytes):
-    """(hashes, bytes that this rank read), of two ranks."""
+    """Return (hashes, bytes that this rank read) of two ranks."""
     from distill_nemo.runtime.process_groups import process_groups
 
     read = []
@@ -266,7 +266,7 @@ def test_a_file_that_one_rank_cannot_read_is_named_by_all(two, tmp_path):
 
 
 def test_a_teacher_saved_again_is_the_same(tmp_path, alone):
-    """The export's header has its metadata in another order each time."""
+    """Every export writes the header's metadata in another order."""
     from safetensors.torch import save_file
 
     tensors = {f"layer.{i}": torch.full((3,), float(i)) for i in range(20)}

@@ -1,4 +1,4 @@
-"""FIELD=VALUE: the value is taken as typed, in every command and for every type."""
+"""FIELD=VALUE: every command takes the value as typed, for every type."""
 
 from typing import Any, Literal
 
@@ -188,7 +188,7 @@ def test_a_plugins_field_is_as_typed():
 
 
 def test_nemo_runs_own_parser_still_loses_quotes():
-    """When this fails, `cli/values.py` can go: NeMo-Run takes texts as typed."""
+    """If this fails, `cli/values.py` can go: NeMo-Run then takes texts as typed."""
     assert parse_value('say "hi"', str) == 'say "hi'
     assert parse_value("""['echo "a"']""", list[str]) == ['echo "a']
     assert parse_value("""{"A": 'say "hi"'}""", dict[str, str]) == {"A": 'say "hi'}

@@ -54,7 +54,7 @@ def test_samples_repeat_in_epochs_and_depend_on_seed_and_contents(tmp_path: Path
     assert order == [build(data, tmp_path, 400, 0)[0][i]["tokens"].tolist() for i in range(400)]
     assert order != [build(data, tmp_path, 400, 0, seed=2)[0][i]["tokens"].tolist() for i in range(400)]
     assert len(list((tmp_path / "cache").iterdir())) == 2, "one folder per order, none half built"
-    write_tokens(tmp_path / "a", 7000)  # other contents under the old name
+    write_tokens(tmp_path / "a", 7000)  # other content under the old name
     assert min(ids(build(data, tmp_path, 400, 0)[0], 400)) >= 7000
 
 
@@ -90,7 +90,7 @@ def samples_of(dataset: Dataset, count: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("blend", ["{a}", "{a} {b}", "30 {a} 70 {b}", "1 {a} 1 {a}", "{tiny}"])
 def test_the_order_of_samples_does_not_depend_on_how_many_are_asked_for(tmp_path: Path, blend: str):
-    """124 samples of 16 tokens are a pass over `a`; a sample of `tiny` takes more than one pass."""
+    """124 samples of 16 tokens are one pass over `a`. A sample of `tiny` takes more than one pass."""
     written = {
         "a": write_tokens(tmp_path / "a", 0),
         "b": write_tokens(tmp_path / "b", 10_000, documents=7, length=33),
@@ -124,7 +124,7 @@ def test_a_single_pass_is_in_megatrons_own_order(tmp_path: Path):
 @pytest.mark.parametrize(
     ("bad", "dtype"),
     [
-        (300, np.uint16),  # the first beyond the model's, and one of its padding
+        (300, np.uint16),  # the first id beyond the model's, and one in its padding
         (383, np.uint16),
         (65_535, np.uint16),
         (-1, np.int8),
@@ -168,7 +168,7 @@ def test_the_largest_id_of_the_model_passes(tmp_path: Path):
 
 @pytest.mark.parametrize("blend", ["{a}", "1 {a} 1 {a}"])
 @pytest.mark.parametrize("limit", [0, 200, 600])
-def test_an_index_cache_that_cannot_be_written_is_told_and_leaves_nothing(tmp_path: Path, blend: str, limit: int):
+def test_an_index_cache_that_cannot_be_written_is_reported_and_leaves_nothing(tmp_path: Path, blend: str, limit: int):
     data = DataConfig(train=blend.format(a=write_tokens(tmp_path / "a", 0)).split(), split="1,0,0", sequence_length=16)
     with pytest.raises(OSError, match=rf"the index cache {tmp_path}/cache could not be written .* data\.cache"):
         built_with_limit(data, tmp_path, limit)
@@ -176,15 +176,15 @@ def test_an_index_cache_that_cannot_be_written_is_told_and_leaves_nothing(tmp_pa
     assert build(data, tmp_path, 400, 0)[0]
 
 
-def test_an_index_cache_that_rank_0_cannot_write_is_told(tmp_path: Path, one):
-    """Megatron tells it otherwise in a process group."""
+def test_an_index_cache_that_rank_0_cannot_write_is_reported(tmp_path: Path, one):
+    """Megatron reports it in another way inside a process group."""
     data = DataConfig(train=[write_tokens(tmp_path / "a", 0)], split="1,0,0", sequence_length=16)
     with pytest.raises(OSError, match=r"the index cache .* could not be written .* data\.cache"):
         one.run(built_in_a_group, data, tmp_path, 0)
 
 
 def built_with_limit(data: DataConfig, tmp_path: Path, limit: int) -> None:
-    """The kernel refuses to write beyond `limit`: EFBIG, where a full disk gives ENOSPC."""
+    """Build with file sizes limited by the kernel: EFBIG takes the place of a full disk's ENOSPC."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
@@ -204,7 +204,7 @@ def built_in_a_group(data: DataConfig, tmp_path: Path, limit: int) -> None:
 def test_an_index_cache_that_was_cut_short_by_a_kill_is_not_used(tmp_path: Path, monkeypatch):
     data = DataConfig(train=[write_tokens(tmp_path / "a", 0)], sequence_length=16)
     with monkeypatch.context() as killed:
-        killed.setattr("os.rename", lambda *_: None)  # before it was whole; then the same process id comes again
+        killed.setattr("os.rename", lambda *_: None)  # killed before it was whole; then the same process id comes again
         build(data, tmp_path)
     for path in (tmp_path / "cache").rglob("*.npy"):
         path.write_bytes(path.read_bytes()[:-40])
@@ -213,7 +213,7 @@ def test_an_index_cache_that_was_cut_short_by_a_kill_is_not_used(tmp_path: Path,
 
 
 class Numbers(Dataset):
-    """Sample i holds the number i."""
+    """Dataset whose sample i holds the number i."""
 
     def __len__(self) -> int:
         return 1000
@@ -254,8 +254,8 @@ def test_a_resumed_stream_goes_on_where_it_stopped_also_with_workers():
     assert batch["loss_mask"].dtype == torch.float32 and batch["tokens"].shape == (2, 3)
 
 
-def test_a_dead_data_worker_is_told_by_the_next_batch_and_interrupts_nothing_else(monkeypatch):
-    """The handler of torch would raise in whatever runs at that time, a save for one, which then seemed to fail."""
+def test_a_dead_data_worker_is_reported_by_the_next_batch_and_interrupts_nothing_else(monkeypatch):
+    """The handler of torch would raise in unrelated code, such as a save, which would then seem to fail."""
     monkeypatch.setattr("torch.utils.data._utils.signal_handling._SIGCHLD_handler_set", False)  # as in a new process
     others = set(multiprocessing.active_children())
     dying = stream(Mortal(), 0, 1, 1, 0, 1, num_workers=1)

@@ -1,4 +1,4 @@
-"""`prepare` and its readers: real text, a real tokenizer, real processes."""
+"""`prepare` and its readers, on real text with a real tokenizer in real processes."""
 
 import json
 import os
@@ -195,7 +195,7 @@ def test_the_corpus_of_other_inputs_is_not_replaced(tmp_path: Path, tokenizer: s
 
 
 def test_bad_records_are_named_and_stop_the_job_past_the_limit(tmp_path: Path, tokenizer: str, monkeypatch, capsys):
-    monkeypatch.setattr(module, "MIN_PART_BYTES", 30)  # so that line numbers must count what other parts hold
+    monkeypatch.setattr(module, "MIN_PART_BYTES", 30)  # so that line numbers must include lines of other parts
     source = tmp_path / "in.jsonl"
     source.write_bytes("".join(line + "\n" for line, _ in BAD).encode() + b'{"text": "\xff"}\n{"text": "last"}\n')
     with pytest.raises(ValueError, match=r"6 bad records, more than max_bad_records = 5") as error:

@@ -1,4 +1,4 @@
-"""Files that `prepare` is given: by suffix, compression, link and content; each is read, told or refused by name."""
+"""Inputs of `prepare`, by suffix, compression, link and content: each is read, reported or refused by name."""
 
 import bz2
 import gzip
@@ -64,7 +64,7 @@ def table(path: Path, kind: str) -> Path:
 
 
 def documents(*inputs: str | Path) -> list[str]:
-    """Texts of the documents; a bad record raises ValueError, as `max_bad_records = 0` does."""
+    """Return the texts of the documents. A bad record raises ValueError, as with `max_bad_records = 0`."""
     records = [
         record
         for file in find_files([str(entry) for entry in inputs]).files.values()
@@ -185,7 +185,7 @@ def test_an_arrow_stream_that_lost_its_last_batches_is_refused(tmp_path):
         for text in DOCS:
             whole = file.tell()
             stream.write(pa.record_batch({"text": [text]}))
-    os.truncate(path, whole)  # between two batches, where pyarrow sees an end
+    os.truncate(path, whole)  # between two batches, where pyarrow sees the end of the file
     with pytest.raises(ValueError, match=f"^{path} cannot be read: .*end mark is missing"):
         documents(path)
 
@@ -310,7 +310,7 @@ SKIPPED = {
 }
 
 
-def test_what_is_left_out_of_a_directory_is_told_with_the_reason(tmp_path):
+def test_what_is_left_out_of_a_directory_is_reported_with_the_reason(tmp_path):
     write(tmp_path / "data.jsonl")
     write(tmp_path / "license_plates.jsonl")
     for name in SKIPPED:

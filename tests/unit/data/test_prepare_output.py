@@ -1,4 +1,4 @@
-"""Output of `prepare`: written by one process at a time, whole or not at all, with parts kept when the disk is full."""
+"""Output of `prepare`: one writer at a time, whole or absent, with finished parts kept when the disk is full."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def tokenizer(tmp_path_factory) -> str:
 
 @pytest.fixture
 def source(tmp_path, monkeypatch) -> list[str]:
-    """One input, of several parts."""
+    """Return one input of several parts."""
     monkeypatch.setattr(module, "MIN_PART_BYTES", 2000)
     (tmp_path / "in.jsonl").write_text(LINES)
     return [str(tmp_path / "in.jsonl")]
@@ -57,7 +57,7 @@ def test_a_second_process_is_refused_and_changes_nothing(tmp_path, tokenizer, so
 
 
 @pytest.mark.parametrize("full", ["000000.bin", "000003.bin", "000003.len", "joined.bin", "joined.idx"])
-def test_a_full_disk_is_told_and_what_is_whole_is_kept(tmp_path, tokenizer, source, capsys, full):
+def test_a_full_disk_is_reported_and_what_is_whole_is_kept(tmp_path, tokenizer, source, capsys, full):
     output, parts = tmp_path / "out", tmp_path / "out.parts"
     parts.mkdir()
     (parts / full).symlink_to("/dev/full")

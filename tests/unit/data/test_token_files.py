@@ -1,4 +1,4 @@
-"""The checks of token files: blends, damage, and the ids that a manifest names."""
+"""Checks of token files: blends, damage, and the ids that a manifest names."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from distill_nemo.config import DataConfig
 from distill_nemo.data.token_files import INDEX_HEADER, INTEGER_TYPES, check_token_files, check_vocabulary, parse_blend
 from tests.token_files import write_documents, write_tokens
 
-SIZES = [0, 1, 39, 41, 2**31 - 1, 2**32, 2**62, 2**63, 2**64 - 1]  # where 40 documents are
+SIZES = [0, 1, 39, 41, 2**31 - 1, 2**32, 2**62, 2**63, 2**64 - 1]  # in the place of 40 documents
 
 
 def test_blends_are_prefixes_with_or_without_weights():
@@ -108,7 +108,7 @@ def test_an_index_of_many_empty_documents_is_refused_before_it_is_read(tmp_path:
     prefix, documents = write_tokens(tmp_path / "a", 0), 2 * 10**8
     with open(f"{prefix}.idx", "r+b") as idx:
         idx.write(INDEX_HEADER.pack(b"MMIDIDX\x00\x00", 1, 8, documents, 1))
-        idx.truncate(INDEX_HEADER.size + documents * 12 + 8)  # a hole: takes no room on the disk
+        idx.truncate(INDEX_HEADER.size + documents * 12 + 8)  # a hole, which takes no room on the disk
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match=r"a\.idx holds 200000000 documents, more than the 2000 tokens of .*a\.bin"):
         check_token_files(DataConfig(train=[prefix]))
@@ -119,7 +119,7 @@ def test_an_index_of_many_empty_documents_is_refused_before_it_is_read(tmp_path:
 def test_a_manifest_with_an_id_that_the_model_lacks_is_refused(tmp_path: Path):
     data = DataConfig(train=[write_tokens(tmp_path / "a", 0)])
     (tmp_path / "a.json").write_text(json.dumps({"vocab_size": 600, "tokenizer": "tok", "max_token_id": 511}))
-    check_vocabulary(data, 512)  # ids of the tokenizer that do not occur are no obstacle
+    check_vocabulary(data, 512)  # ids of the tokenizer that do not occur are allowed
     with pytest.raises(ValueError, match=r"data.train: .*a.bin holds the token id 511 \(.*tok\).*vocab_size is 511"):
         check_vocabulary(data, 511)
 

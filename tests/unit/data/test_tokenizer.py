@@ -1,4 +1,4 @@
-"""The tokenizer of a directory: ids of its tokenizer.json, special tokens of its vocabulary, and clear refusals."""
+"""Tokenizers of a directory: ids of its tokenizer.json, special tokens of its vocabulary, and clear refusals."""
 
 import ast
 import json
@@ -49,7 +49,7 @@ def digits(trained: str) -> tokenizers.Tokenizer:
 
 
 def llama2(trained: str) -> tokenizers.Tokenizer:
-    """Sentencepiece's kind: no pre-tokenizer, spaces as U+2581, unknown characters as bytes."""
+    """Return a tokenizer of sentencepiece's kind: no pre-tokenizer, spaces as U+2581, unknown characters as bytes."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"adefhnorstu+(),:", "de"]
     ids = {piece: i for i, piece in enumerate(pieces)}
     tokenizer = tokenizers.Tokenizer(models.BPE(ids, [("d", "e")], unk_token="<unk>", byte_fallback=True))
@@ -70,7 +70,7 @@ def directory_of(path: Path, tokenizer: tokenizers.Tokenizer | str, **config) ->
 
 @pytest.mark.parametrize("make", [gpt2, llama3, digits, llama2])
 def test_ids_are_those_of_tokenizer_json_whatever_class_the_config_names(tmp_path, trained, make):
-    """Transformers 5 would let the class replace the pre-tokenizer: LlamaTokenizer loses a byte-level one's spaces."""
+    """Transformers 5 would let the class replace the pre-tokenizer; LlamaTokenizer loses a byte-level one's spaces."""
     expected = make(trained).encode(TEXT, add_special_tokens=False).ids
     classes = TOKENIZER_MAPPING_NAMES.values()  # of transformers 4: pairs of a slow and a fast one
     names = {name for named in classes for name in (named if isinstance(named, tuple) else [named]) if name}
@@ -105,7 +105,7 @@ ADDED_TOKEN = {"__type": "AddedToken", "content": EOS, "lstrip": False, "rstrip"
         ({"eos_token": ADDED_TOKEN}, None, None),
         ({}, {"eos_token": EOS}, None),
         ({}, {"eos_token": ADDED_TOKEN}, None),
-        ({"eos_token": "<|no|>"}, {"eos_token": EOS}, None),  # transformers lets the older file decide
+        ({"eos_token": "<|no|>"}, {"eos_token": EOS}, None),  # in transformers the older file takes precedence
         ({"eos_token": EOS, "added_tokens_decoder": {}}, {"eos_token": "<|no|>"}, None),
         ({"eos_token": "<|no|>"}, None, 'eos_token = "<|no|>" is not a token of its vocabulary'),
         ({"eos_token": ADDED_TOKEN | {"content": "<|no|>"}}, None, 'eos_token = "<|no|>" is not a token'),
@@ -201,7 +201,7 @@ TIKTOKEN = b"IQ== 0\nIg== 1\n"
     ],
 )
 def test_a_directory_that_cannot_be_opened_is_named(tmp_path, monkeypatch, files, message):
-    monkeypatch.setattr(module, "_installed", lambda name: False)  # here a machine may have them
+    monkeypatch.setattr(module, "_installed", lambda name: False)  # this machine may have them
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError) as raised:
@@ -216,7 +216,7 @@ def test_a_text_that_the_tokenizer_cannot_encode_is_refused_by_its_directory(tmp
 
 
 def test_only_one_function_opens_directories_with_transformers():
-    """It says `trust_remote_code=False, local_files_only=True`."""
+    """It passes `trust_remote_code=False, local_files_only=True`."""
     root = Path(distill_nemo.__file__).parent
     sources = [*root.rglob("*.py"), *(root.parent / "recipes").rglob("*.py")]
     found = {
@@ -233,7 +233,7 @@ def test_only_one_function_opens_directories_with_transformers():
 
 
 def test_code_beside_a_tokenizer_is_not_run(tmp_path, trained):
-    """Through both roads: our own, and transformers'."""
+    """By both paths: our own, and transformers'."""
     from transformers import AutoTokenizer
 
     from distill_nemo.models.checkpoints.pretrained import open_pretrained

@@ -1,4 +1,4 @@
-"""Why a task ended, out of logs that several nodes write."""
+"""Reasons why a task ended, from logs that several nodes write."""
 
 import pytest
 

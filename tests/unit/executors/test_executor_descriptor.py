@@ -1,4 +1,4 @@
-"""A new kind of executor is one descriptor: the command line asks it, and knows nothing else of it."""
+"""A new kind of executor is one descriptor: the command line uses nothing else of it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +17,17 @@ TRAIN = ("train", "llama32_3b_to_1b", "data.train=['1']", "run.executor=cloud")
 
 @dataclass(kw_only=True)
 class CloudExecutor(run.LocalExecutor):
-    """A cluster that nobody else knows."""
+    """An executor that the package does not know."""
 
     region: str = "north"
     internal: str = ""
 
 
 def cloud(machines: int = 2) -> run.Config[CloudExecutor]:
-    """A cloud.
+    """Return a cloud.
 
     Args:
-        machines: how many.
+        machines: number of machines.
     """
     return run.Config(CloudExecutor, ntasks_per_node=machines, launcher="torchrun")
 

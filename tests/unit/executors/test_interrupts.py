@@ -14,7 +14,7 @@ from distill_nemo.executors.watch.interrupts import left_running, passing_on_sig
 
 
 class Closed(io.StringIO):
-    """A terminal that is gone."""
+    """A closed terminal."""
 
     def write(self, text):
         raise OSError(5, "Input/output error")

@@ -1,6 +1,6 @@
-"""`run.executor=kubernetes`: the objects that a dry run prints, without a cluster; and what is refused.
+"""Objects that a dry run of `run.executor=kubernetes` prints, without a cluster, and refusals.
 
-On clusters of three versions of Trainer, with their schemas: tests/launch/kubernetes.
+Tests on clusters of three versions of Trainer, with their schemas, are in tests/launch/kubernetes.
 """
 
 import os
@@ -23,7 +23,7 @@ OUTPUT = {"output_dir": "/workspace/runs/one"}
 
 @pytest.fixture(autouse=True)
 def no_cluster(tmp_path, monkeypatch):
-    """Neither a kubeconfig nor a service account, and a directory of its own."""
+    """Remove kubeconfig and service account, and change to an empty directory."""
     monkeypatch.chdir(tmp_path)
     nemo_home(monkeypatch, tmp_path / "nemo")
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "nothing"))
@@ -31,7 +31,7 @@ def no_cluster(tmp_path, monkeypatch):
 
 
 def given(tmp_path, *fields, **overrides):
-    """Words of a command, for paths that are on the volume."""
+    """Return the arguments of a command whose paths are on the volume."""
     arguments = shrunk(tmp_path.__class__("/workspace"), **{**OUTPUT, **overrides})
     return [*LLAMA, *arguments, "run.executor=kubernetes", *(f"run.executor.{field}" for field in fields)]
 
@@ -50,7 +50,7 @@ def dry(tmp_path, capfd):
 
 
 def patched(job, version):
-    """The pod spec that a TrainJob asks for, wherever its Trainer wants it."""
+    """Return the pod spec that a TrainJob asks for, in whichever field its Trainer version has it."""
     (patch,) = job["spec"][PATCHES[version]]
     assert not set(PATCHES.values()) - {PATCHES[version]} & set(job["spec"])
     if version == "2.0":
@@ -240,7 +240,7 @@ def test_a_cluster_that_does_not_answer(tmp_path, monkeypatch, capfd):
     assert not list(tmp_path.glob("nemo/experiments/*/*"))
 
 
-def test_what_must_be_in_the_image_is_said(tmp_path, capfd):
+def test_what_must_be_in_the_image_is_reported(tmp_path, capfd):
     ended = nemo_here(capfd, *given(tmp_path, *LEAST, teacher__checkpoint="/models/big"), "--dryrun")
     message = "warning: not below /workspace, so they must be in the image: teacher.checkpoint = /models/big\n"
     assert (ended.code, ended.err) == (0, message)

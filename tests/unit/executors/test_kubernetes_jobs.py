@@ -1,4 +1,4 @@
-"""State and logs of a TrainJob over real HTTP: several attempts, odd lines, other watchers, calls that fail."""
+"""State and logs of a TrainJob over real HTTP: several attempts, odd lines, several watchers, failing calls."""
 
 import io
 import socket
@@ -33,16 +33,16 @@ GONE = "Get https://node-1:10250/containerLogs/default/p/node: dial tcp: i/o tim
 
 @dataclass
 class Pod:
-    """One pod of one container."""
+    """A pod with one container."""
 
     cluster: "Cluster"
     name: str
     node: int = 0
     created: str = "2026-01-01T00:00:00Z"
-    attempts: list[str] = field(default_factory=lambda: [""])  # their logs
+    attempts: list[str] = field(default_factory=lambda: [""])  # logs of the attempts
     state: dict = field(default_factory=lambda: {"running": {}})
     last: dict = field(default_factory=dict)
-    lost: bool = False  # with its machine
+    lost: bool = False  # together with its machine
 
     def says(self, text):
         self.attempts[-1] += "".join(f"{self.cluster.stamp()} {line}\n" for line in text.removesuffix("\n").split("\n"))
@@ -107,7 +107,7 @@ class Cluster:
 
 @pytest.fixture
 def connect(tmp_path, monkeypatch):
-    """A watcher of a job, a new process' each time, of one on the API at a port."""
+    """Return a function that makes a watcher of a job, as a new process would, for the API at a port."""
 
     def job(port, nodes=1):
         cluster = {"name": "here", "cluster": {"server": f"http://127.0.0.1:{port}"}}
@@ -137,7 +137,7 @@ def watcher(cluster, connect):
 
 
 def kept(tmp_path):
-    """Return the logs on this machine without times, by the ends of their names."""
+    """Return the logs kept on this machine, without times, by the ends of their names."""
     files = sorted((tmp_path / "logs").iterdir())
     return {
         path.stem.rpartition("-")[2]: [line.partition(" ")[2] for line in path.read_text().splitlines()]
@@ -145,11 +145,11 @@ def kept(tmp_path):
     }
 
 
-# Calls that fail
+# -- failing calls
 
 
 def two_nodes(cluster, ends_at):
-    """A step of each node with every look; node 1 is lost from look 2 until `found`."""
+    """Each look at the job shows a further step of each node; node 1 is lost from look 2 until `found`."""
     pods = [cluster.pod(f"p{node}", node=node) for node in (0, 1)]
 
     def look(cluster):
@@ -182,7 +182,7 @@ def test_a_log_that_is_not_shown_for_a_while_loses_no_line_for_nemo_run(cluster,
     assert len(set(lines)) == len(lines) == 2 * cluster.looks
 
 
-def test_the_end_of_a_job_is_said_even_if_its_logs_are_not(cluster, watcher):
+def test_the_end_of_a_job_is_reported_even_if_its_logs_are_not(cluster, watcher):
     cluster.pod(lost=True)
     cluster.end("Failed", "BackoffLimitExceeded")
     job = watcher()
@@ -218,11 +218,11 @@ def test_a_call_that_is_never_answered_ends(connect, monkeypatch):
         silent.setblocking(False)
         for _ in range(8):
             silent.accept()[0].close()
-        with pytest.raises(BlockingIOError):  # urllib3 would try some of them four times
+        with pytest.raises(BlockingIOError):  # urllib3 would retry some of them up to four times
             silent.accept()
 
 
-# Attempts
+# -- attempts
 
 
 def test_the_reason_is_the_last_attempts(cluster, watcher):
@@ -270,7 +270,7 @@ def test_what_waits_to_be_started_again_is_its_own_previous(cluster, watcher, tm
     assert list(watcher().new_text()) == ["[default0]:step 2\n"] and list(kept(tmp_path)) == ["001"]
 
 
-# Lines
+# -- lines
 
 
 @pytest.mark.parametrize("odd", ["a\fb", "a\vb", "a\x85b", "a\u2028b", "a\rb", "", "a\u2028"])
@@ -307,7 +307,7 @@ def test_what_was_said_while_the_watching_laptop_slept(cluster, watcher, monkeyp
     assert [*shown, *job.new_shown()] == ["step 1\n", "step 2\n"]
 
 
-# Other watchers
+# -- other watchers
 
 
 def test_what_one_process_kept_another_leaves_and_goes_on_with(cluster, watcher, tmp_path):

@@ -1,4 +1,4 @@
-"""NeMo-Run's executors that we have no name for take our recipes too: as far as can be seen without their clouds."""
+"""Recipes run on NeMo-Run's executors that have no name here, as far as can be tested without their clouds."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The lines of ranks that reach the screen."""
+"""Lines of ranks that reach the screen."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Secrets in what would be written down: known by their names and by their values, in every field of our executors."""
+"""Secrets in anything that is written down, recognised by name and by value in every field of our executors."""
 
 import fiddle as fdl
 import nemo_run as run

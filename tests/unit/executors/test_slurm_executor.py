@@ -1,6 +1,6 @@
-"""`run.executor=slurm`: the batch script that a dry run prints, without a cluster; and what is refused.
+"""Batch script that a dry run of `run.executor=slurm` prints, without a cluster, and refusals.
 
-On a real SLURM: tests/launch/slurm.
+Tests on a real SLURM are in tests/launch/slurm.
 """
 
 import itertools
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("empty_stdin")
 
 @pytest.fixture
 def dry(inputs, tmp_path, monkeypatch, capfd):
-    """The script of `run.executor=slurm` with further fields; in a directory of its own."""
+    """Return a function that does a dry run with further fields, in an empty directory, and returns the script."""
     monkeypatch.chdir(tmp_path)
     nemo_home(monkeypatch, tmp_path / "nemo")
 
@@ -42,12 +42,12 @@ def dry(inputs, tmp_path, monkeypatch, capfd):
 
 
 def flags(script):
-    """`#SBATCH` lines, as a dictionary."""
+    """Return the `#SBATCH` lines as a dictionary."""
     return dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", script, re.M))
 
 
 def srun(script):
-    """The words of the line that starts the ranks, as the shell splits them."""
+    """Return the arguments of the line that starts the ranks, split as the shell does."""
     lines = [line for line in script.splitlines() if line.startswith("srun --output")]
     assert len(lines) == 1
     return shlex.split(lines[0])
@@ -114,7 +114,9 @@ def test_what_the_shell_would_read_reaches_srun_as_typed(dry, tmp_path, text):
         data__tokenizer="/tok",
     ).out
     script = re.sub(r"^(?=srun --output)", "printf '%s\\n' ", script, flags=re.M)
-    script = re.sub(r"^(nodes|head_node_ip)=.*$|^set .*$", "", script, flags=re.M)  # scontrol and srun are not here
+    script = re.sub(
+        r"^(nodes|head_node_ip)=.*$|^set .*$", "", script, flags=re.M
+    )  # this machine has neither scontrol nor srun
     script = script.replace("exit $exitcode", "").replace("exitcode=$?", 'printf "%s" "$X" > env; exitcode=0')
     out = subprocess.run(["bash"], input=script, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     given = dict(itertools.pairwise(out.splitlines()))
@@ -217,7 +219,7 @@ def test_over_ssh_nothing_connects_and_paths_are_the_clusters(dry):
     assert "--chdir=/lustre/me/work" in srun(dry(*ssh, "workdir=/lustre/me/work").out)
 
 
-def test_shipped_code_comes_first_and_what_is_not_shipped_is_said(dry, tmp_path):
+def test_shipped_code_comes_first_and_what_is_not_shipped_is_reported(dry, tmp_path):
     for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first", "--allow-empty"]):
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *command], check=True, cwd=tmp_path)
     (tmp_path / ".git" / "info" / "exclude").write_text("nemo/\n")  # NeMo-Run's home, which the fixture puts here

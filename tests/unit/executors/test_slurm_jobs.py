@@ -1,4 +1,4 @@
-"""Jobs on SLURM, seen through a tunnel: output of several attempts, accounting, a login node that does not answer."""
+"""Jobs on SLURM through a tunnel: output of several attempts, accounting, an unresponsive login node."""
 
 import os
 import re
@@ -28,7 +28,7 @@ GOES_ON = """\
 
 
 def test_a_job_that_was_queued_again_is_seen_again_whatever_its_ranks_said_before(tmp_path):
-    """The ranks beside a killed one are ended by torchrun before they say that they lost a connection, or after."""
+    """Torchrun ends the ranks beside a killed one before or after they report a lost connection."""
     tunnel = LocalTunnel(job_dir=str(tmp_path))
     job = SlurmJob("train", "7", tunnel, f"{tmp_path}/train")
     (tmp_path / "train").mkdir()
@@ -76,7 +76,7 @@ def test_a_job_that_slurm_has_forgotten_is_asked_of_accounting_in_words_of_slurm
     ],
 )
 def test_a_login_node_that_does_not_answer_is_unseen(monkeypatch, error):
-    """NeMo-Run makes SystemExit(1) of an SSH handshake that fails."""
+    """NeMo-Run turns a failed SSH handshake into SystemExit(1)."""
     tunnel = run.SSHTunnel(host="login", user="me", job_dir="/jobs")
 
     def fails(*_, **__):

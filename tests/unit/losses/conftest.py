@@ -1,4 +1,4 @@
-"""Kernels by which the tests of the losses run."""
+"""Choice of kernels for the tests of the losses."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests.kernels import skip_if_unusable
 
 @pytest.fixture(params=["c", "eager", "triton"])
 def kernels(request, monkeypatch):
-    """Compute losses by these kernels."""
+    """Compute losses with these kernels."""
     skip_if_unusable(request.param)
     monkeypatch.setenv(VARIABLE, request.param)
     return request.param

@@ -1,4 +1,4 @@
-"""Value and gradient of every divergence on one rank, by all kernels, against fp64. See also `test_top_k.py`."""
+"""Value and gradient of every divergence on one rank, with all kernels, against fp64. See also `test_top_k.py`."""
 
 import math
 
@@ -19,11 +19,11 @@ from tests.unit.losses.test_losses import PADDED, B, S, V, error, make_logits
 
 pytestmark = pytest.mark.usefixtures("kernels")
 every_divergence = pytest.mark.parametrize("name", reference.DIVERGENCES)
-CHUNKS = (1, 2 * B * V, eager_code.CHUNK)  # of torch's kernels, which C has in part
+CHUNKS = (1, 2 * B * V, eager_code.CHUNK)  # of torch's kernels, some of which C replaces
 
 
 def loss_and_oracle(name: str, student: Tensor, teacher: Tensor, temperature: float = 1.0):
-    """([B, S] of LogitsKLLoss without T^2, not yet differentiated; value and gradient that it should have)."""
+    """Return ([B, S] of LogitsKLLoss without T^2, not yet differentiated; expected value and gradient)."""
     arguments, oracle, *_ = reference.DIVERGENCES[name]
     loss = LogitsKLLoss(temperature=temperature, scale_by_temperature_squared=False, **arguments)(student, teacher)
     return loss, *oracle(student.detach().double().numpy(), teacher.double().numpy(), temperature)
@@ -76,8 +76,8 @@ def test_zero_for_equal_logits_and_never_negative(name: str) -> None:
     loss = module(equal, teacher)
     loss.sum().backward()
     assert torch.equal(loss, torch.zeros(B, S)) and error(equal.grad, np.zeros(1)) < 1e-6
-    near = teacher + 1e-3 * torch.randn_like(teacher)
-    assert module(near, teacher).min() > -3e-6  # of a value near 5e-7, from terms near 10
+    student = teacher + 1e-3 * torch.randn_like(teacher)
+    assert module(student, teacher).min() > -3e-6  # of a value around 5e-7, from terms around 10
     assert module(*make_logits(1)).min() > 0
 
 
@@ -99,7 +99,7 @@ OFFSETS = [(30, 30), (100, 100), (1000, 1000), (-100, -100), (1000, 0), (0, -100
 @every_divergence
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_an_offset_of_all_logits_costs_no_digit(name: str, temperature: float) -> None:
-    """Other offsets for student and teacher, and from token to token; fp64 gets the logits as fp32 rounds them."""
+    """Offsets differ between student and teacher and between tokens. fp64 gets the logits as fp32 rounds them."""
     for offsets in OFFSETS:
         (student, teacher), by_token = make_logits(), torch.linspace(1, 2, S * B).view(S, B, 1)
         with torch.no_grad():
@@ -124,7 +124,7 @@ def test_an_offset_of_all_logits_costs_no_digit(name: str, temperature: float) -
     indirect=["kernels"],
 )
 def test_low_precision_is_as_exact_as_fp32_eager(name: str, dtype: torch.dtype) -> None:
-    """Compare with the formula in fp32 on logits of that precision, which is stricter than the formula in it."""
+    """The reference is the formula in fp32 on logits of that precision, which is stricter than the formula in it."""
     student, teacher = make_logits(2, dtype=dtype)
     loss, value, gradient = loss_and_oracle(name, student, teacher)
     loss.sum().backward()
@@ -139,7 +139,7 @@ def test_low_precision_is_as_exact_as_fp32_eager(name: str, dtype: torch.dtype) 
 @every_divergence
 @pytest.mark.parametrize("true_vocab_size", [V, None], ids=["garbage", "minus infinity"])
 def test_padding_takes_no_probability(name: str, true_vocab_size: int | None) -> None:
-    """Padding cut off by true_vocab_size, or already -inf on both sides."""
+    """Padding is cut off by true_vocab_size, or already -inf on both sides."""
     arguments, oracle, *_ = reference.DIVERGENCES[name]
     student, teacher = make_logits(3, PADDED)
     with torch.no_grad():
@@ -189,7 +189,7 @@ def test_nan_logits_are_not_hidden(name: str) -> None:
 
 
 class WideTensors(TorchDispatchMode):
-    """The most elements that any tensor wider than 16 bits had."""
+    """Record the most elements of any tensor whose dtype is wider than 16 bits."""
 
     largest = 0
 
@@ -212,7 +212,7 @@ def test_no_fp32_copy_of_the_logits(monkeypatch: pytest.MonkeyPatch, name: str) 
 
 @every_divergence
 def test_what_is_saved_for_backward(name: str) -> None:
-    """The logits, of the teacher's only where there is no top-k, and a few numbers per token."""
+    """Saved are the logits (the teacher's only without top-k) and a few numbers per token."""
     expected = reference.DIVERGENCES[name]
     arguments = expected.arguments
     student, teacher = make_logits()
@@ -227,7 +227,7 @@ def test_what_is_saved_for_backward(name: str) -> None:
 
 
 def test_jensen_shannon_tends_to_forward_and_reverse_kl() -> None:
-    """Divided by beta as beta -> 0, and by 1 - beta as beta -> 1: values and gradients."""
+    """Divided by beta as beta -> 0, and by 1 - beta as beta -> 1, its values and gradients are those of the KLs."""
     small = 1e-4
     student, teacher = (0.3 * x.detach() for x in make_logits(5))
     student.requires_grad_()

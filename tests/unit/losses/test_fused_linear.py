@@ -18,7 +18,7 @@ GRADIENTS = "hidden", "weight", "bias"
 
 
 def make_heads(dtype: torch.dtype = torch.float32, bias: bool = True, seed: int = 0) -> tuple[Head, Head]:
-    """Student (leaves) and teacher of another width, logits of about 2, padding with logits of its own."""
+    """Return student (leaves) and teacher of another width, with logits of about 2 and padding that has logits."""
     generator = torch.Generator().manual_seed(seed)
 
     def head(width: int) -> Head:
@@ -74,7 +74,7 @@ def oracle(
 
 
 def relative(found: Tensor | None, expected: NDArray[np.float64]) -> float:
-    """Largest error over the largest entry."""
+    """Return the largest error relative to the largest entry."""
     assert found is not None
     return float(np.abs(found.detach().double().numpy() - expected).max() / max(np.abs(expected).max(), 1e-30))
 
@@ -112,7 +112,7 @@ def check_values_and_gradients(name: str, masked: str, temperature: float, weigh
 @pytest.mark.parametrize("name", reference.DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_an_offset_of_all_logits_costs_no_digit(name: str, temperature: float) -> None:
-    """Offsets in the biases, of factors so coarse that fp32 holds every logit exactly."""
+    """Offsets are in the biases. Factors are so coarse that fp32 holds every logit exactly."""
     for offsets in ((0.0, 0.0), (100.0, 100.0), (1000.0, -1000.0)):
         student, teacher = make_heads()
         with torch.no_grad():
@@ -162,7 +162,7 @@ def test_logits_are_scaled_and_capped(name: str, how: str, temperature: float, l
 @pytest.mark.parametrize("offset", [30.0, 100.0])
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jensen_shannon"])
 def test_capped_logits_with_an_offset_are_as_exact_as_torchs(name: str, offset: float) -> None:
-    """Up to a factor of 3: at 100, a softcap of 30 lets 0.5 % of a difference through, and fp32 loses two digits."""
+    """Allow a factor of 3: at 100, a softcap of 30 lets 0.5 % of a difference through, and fp32 loses two digits."""
     student, teacher = (head._replace(softcap=30.0) for head in make_heads())
     with torch.no_grad():
         for head in (student, teacher):
@@ -227,7 +227,7 @@ def test_without_gradients_nothing_is_added_anywhere() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_as_exact_as_given_logits(dtype: torch.dtype) -> None:
-    """Unfused logits, and their gradient, are rounded to the dtype of the weights."""
+    """The reference rounds unfused logits and their gradient to the dtype of the weights."""
     from distill_nemo.losses.logits import LogitsKLLoss
 
     (student, teacher), (labels, mask) = make_heads(dtype, bias=False), make_targets()
@@ -250,7 +250,7 @@ def named(student: Head) -> list[tuple[Tensor, str]]:
 
 
 def test_megatrons_main_grad_is_added_to_in_fp32() -> None:
-    """DDP's hook is told so, over two micro batches, with an upstream gradient that was announced."""
+    """DDP's hook is notified, over two micro batches, with the upstream gradient that was announced."""
     student, teacher = make_heads(torch.bfloat16, bias=False)
     weight: Any = student.weight_vH
     weight.main_grad, weight.grad_added_to_main_grad = torch.ones(PADDED, H), False

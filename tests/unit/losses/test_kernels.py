@@ -1,4 +1,4 @@
-"""Kernels of the losses beyond what the tests of the divergences check for each of them."""
+"""Kernels of the losses, beyond what the tests of the divergences check for each."""
 
 import json
 import os
@@ -49,14 +49,14 @@ def test_kernels_are_as_exact_as_torch_over_many_blocks(
         value, gradient = getattr(reference, name)(*pair, 3.0)
         assert student.grad is not None and student.grad[..., 3000:6000].abs().max() == 0
         found[each] = error(loss, value), error(student.grad[..., torch.from_numpy(finite)], gradient)
-        few_last_places = 3e-7 * value.max()  # of losses of some 100; reverse KL's gradient has the mean's error
+        few_last_places = 3e-7 * value.max()  # of losses around 100; reverse KL's gradient has the mean's error
     assert all(c <= torchs + few_last_places for c, torchs in zip(found[kernels], found["eager"], strict=True))
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("kernels", ["eager", "triton"], indirect=True)
 def test_a_gradient_in_another_dtype_is_that_of_fp32_rounded(kernels: str, name: str) -> None:
-    """The gradient includes the LM loss, for one token only that. C writes no other dtype."""
+    """The gradient includes the LM loss, for one token nothing else. C writes no other dtype."""
     divergence, (student, teacher) = DIVERGENCES[name](2.0), make_logits(seed=3, width=5000)
     z, t = (x.detach().flatten(0, 1) for x in (student, teacher))
     stats = divergence.begin(z, t)
@@ -126,7 +126,7 @@ def test_c_is_torch_at_the_ends_of_what_fp32_holds(
             gradients.append(divergence.gradient(*pair, saved, torch.ones(1, 1), out))
         found.append((statistics, *gradients))
     for c, torchs in zip(*found, strict=True):
-        rtol = 2e-6 + (0.0 if c.dtype == torch.float32 else 16e-3)  # two last places of bf16
+        rtol = 2e-6 + (0.0 if c.dtype == torch.float32 else 16e-3)  # two units in the last place of bf16
         torch.testing.assert_close(c, torchs, rtol=rtol, atol=1e-6, equal_nan=True)
 
 
@@ -164,7 +164,7 @@ def test_what_c_cannot_take_goes_to_torch() -> None:
 
 @pytest.mark.parametrize("missing", ["compiler", "place to write"])
 def test_without_c_torch_does_it(tmp_path: Path, missing: str) -> None:
-    """A process whose PATH holds no compiler, or whose cache is a file."""
+    """PATH holds no compiler, or the cache is a file."""
     (tmp_path / "file").touch()
     changes = {"XDG_CACHE_HOME": str(tmp_path)} | (
         {"PATH": str(tmp_path), "CC": "nothing"}
@@ -183,12 +183,14 @@ def test_without_c_torch_does_it(tmp_path: Path, missing: str) -> None:
 
 def test_a_misspelt_choice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "fast")
-    with pytest.raises(ValueError, match='DISTILL_NEMO_KERNELS is "fast"; leave it unset, or set it to eager, c or triton'):
+    with pytest.raises(
+        ValueError, match='DISTILL_NEMO_KERNELS is "fast"; leave it unset, or set it to eager, c or triton'
+    ):
         choose_kernels(torch.zeros(1, 1, 8))
 
 
-# What memory leaves time for on an H200 (132 multiprocessors at 1.75 GHz with 4 schedulers, a copy at 4.1 TB/s) is 30
-# instructions for a column of bf16 forward, and 45 backward; Jensen-Shannon's logarithm takes more.
+# An H200 (132 multiprocessors at 1.75 GHz with 4 schedulers, a copy at 4.1 TB/s) is limited by memory up to 30
+# instructions per column of bf16 in forward, and 45 in backward. Jensen-Shannon's logarithm takes more.
 MOST_PER_COLUMN = {
     "statistics": 24,
     "forward_kl_gradient": 18,
@@ -202,7 +204,7 @@ MOST_PER_COLUMN = {
 
 
 def test_triton_for_hopper_spends_few_instructions_on_a_column(tmp_path: Path) -> None:
-    """Compiled without a GPU. A division by the temperature alone made them 65."""
+    """Compiled without a GPU. A division by the temperature alone made it 65."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", VARIABLE)}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
     command = [sys.executable, "-m", "tests.compile_kernels"]

@@ -1,4 +1,4 @@
-"""The losses on one rank against fp64; what every divergence has in common is in `test_divergences.py`."""
+"""Losses on one rank against fp64. `test_divergences.py` has the tests that all divergences share."""
 
 import typing
 

@@ -1,4 +1,4 @@
-"""Top-k forward KL: ties, tails that are tiny or empty, and how it meets full forward KL."""
+"""Top-k forward KL: ties, tiny and empty tails, and agreement with full forward KL."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def oracle(student: Tensor, teacher: Tensor, top_k: int) -> tuple[np.ndarray, np
 
 @pytest.mark.parametrize("top_k", [V, V + 3, 1000])
 def test_the_whole_vocabulary_is_forward_kl(top_k: int) -> None:
-    """Also where top_k reaches into padding, which is -inf on both sides."""
+    """This also holds if top_k reaches into padding, which is -inf on both sides."""
     student, teacher = make_logits(width=PADDED)
     with torch.no_grad():
         student[..., V:] = teacher[..., V:] = -torch.inf
@@ -67,7 +67,7 @@ def test_ties_go_to_the_lowest_column(top_k: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("peak", [30.0, 80.0])
 def test_a_student_with_next_to_no_tail(peak: float) -> None:
-    """The tail has a mass of 1e-11 or 1e-32. Computed as 1 minus the others it would be 0, and the loss infinite."""
+    """The tail's mass is 1e-11 or 1e-32. Computed as 1 minus the others it would be 0, and the loss infinite."""
     student, teacher = make_logits(4)
     teacher /= 4  # so that most of its mass is in the tail
     with torch.no_grad():
@@ -81,7 +81,7 @@ def test_a_student_with_next_to_no_tail(peak: float) -> None:
 
 @pytest.mark.parametrize("top_k", [10, 20])
 def test_a_teacher_without_a_tail(top_k: int) -> None:
-    """It knows 10 tokens and is -inf elsewhere: forward KL again, and the student's tail has gradient q."""
+    """The teacher has 10 tokens and is -inf elsewhere: forward KL again, and the student's tail has gradient q."""
     student, teacher = make_logits(5)
     teacher = teacher.scatter(-1, teacher.topk(V - 10, largest=False).indices, -torch.inf)
     loss, gradient = differentiate(student, top_k_loss(top_k, student, teacher))

@@ -1,4 +1,4 @@
-"""Architectures read from `config.json` or `architecture.json`, and what is refused, by name."""
+"""Architectures read from `config.json` or `architecture.json`, and refusals by name."""
 
 import copy
 import dataclasses
@@ -56,7 +56,7 @@ def test_defaults_without_a_checkpoint():
         resolve(StudentConfig(num_layers=4, hidden_size=64, num_attention_heads=4))
 
 
-# Spellings of config.json, each with the base (None: the family's default) and the scaling, or True for LLAMA3 and
+# Spellings of config.json, each with the base (None: the family's default) and the scaling; True stands for LLAMA3,
 # False for none.
 PLAIN = {"rope_type": "default"}
 FAR = {"max_position_embeddings": 131072}
@@ -165,7 +165,7 @@ def test_rotary_frequencies_equal_those_of_transformers(tmp_path, family, spelli
     base = base or FAMILIES[family].defaults.get("rope_theta", 1e4)
     assert (resolved.rotary_base, resolved.rope_scaling) == (base, scaling)
     ours, factor = frequencies(resolved.ropes[0], 24, 131072)
-    if int(transformers.__version__.split(".")[0]) >= 5:  # 4 knows no rope_parameters
+    if int(transformers.__version__.split(".")[0]) >= 5:  # transformers 4 has no rope_parameters
         theirs = LlamaRotaryEmbedding(transformers.AutoConfig.from_pretrained(tmp_path))
         assert torch.equal(ours, theirs.inv_freq) and factor == theirs.attention_scaling
 
@@ -242,15 +242,15 @@ BAD_ROPES = [
 ]
 
 
-@pytest.mark.parametrize(("rope", "words"), BAD_ROPES, ids=[str(i) for i in range(len(BAD_ROPES))])
-def test_rotary_embeddings_that_cannot_be_read_for_certain_are_refused(tmp_path, rope, words):
+@pytest.mark.parametrize(("rope", "message"), BAD_ROPES, ids=[str(i) for i in range(len(BAD_ROPES))])
+def test_rotary_embeddings_that_cannot_be_read_for_certain_are_refused(tmp_path, rope, message):
     with pytest.raises(ValueError) as raised:
         resolve_json(tmp_path, **rope)
-    assert words in str(raised.value) and str(tmp_path) in str(raised.value) and len(str(raised.value)) < 600
+    assert message in str(raised.value) and str(tmp_path) in str(raised.value) and len(str(raised.value)) < 600
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"num_attention_heads": "absent"}, "num_attention_heads must be a positive integer, got None"),
         ({"hidden_size": "64"}, "hidden_size must be a positive integer, got '64'"),
@@ -269,10 +269,10 @@ def test_rotary_embeddings_that_cannot_be_read_for_certain_are_refused(tmp_path,
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ],
 )
-def test_a_config_that_would_be_misread_is_refused_by_name(tmp_path, change, words):
+def test_a_config_that_would_be_misread_is_refused_by_name(tmp_path, change, message):
     with pytest.raises(ValueError) as raised:
         resolve_json(tmp_path, **change)
-    assert words in str(raised.value) and str(tmp_path) in str(raised.value)
+    assert message in str(raised.value) and str(tmp_path) in str(raised.value)
 
 
 WRONG_KINDS = ("x", "4", 0, -1, 1.5, True, [], [4], {}, float("nan"), float("inf"), 10**9 * 10**9, 10**400)
@@ -288,15 +288,15 @@ def test_a_value_of_the_wrong_kind_is_refused_by_file_and_field(tmp_path, field)
             return isinstance(value, bool)
         if field == "rms_norm_eps":
             return value in (1.5, 10**18)
-        return field in ("hidden_act", "model_type") and value in ("x", "4")  # of the right kind, and unknown
+        return field in ("hidden_act", "model_type") and value in ("x", "4")  # of the right type, but unknown
 
     for value in WRONG_KINDS:
         if is_right(value):
             continue
         with pytest.raises(ValueError) as raised:
             resolve_json(tmp_path, **{field: value})
-        said = str(raised.value)
-        assert f"{tmp_path}/config.json: {field} must be " in said and len(said) < 400, (value, said)
+        message = str(raised.value)
+        assert f"{tmp_path}/config.json: {field} must be " in message and len(message) < 400, (value, message)
 
 
 @pytest.mark.parametrize("field", [*OPTIONAL_SIZES, *FLAGS, "rms_norm_eps", "architectures", "layer_types"])
@@ -319,7 +319,7 @@ def test_fields_that_are_absent_have_the_values_of_transformers(tmp_path, family
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         (b"", "cannot be read"),
         (b"[]", "must hold a JSON object, got []"),
@@ -331,19 +331,19 @@ def test_fields_that_are_absent_have_the_values_of_transformers(tmp_path, family
     ],
 )
 @pytest.mark.parametrize("name", ["config.json", "architecture.json"])
-def test_a_file_that_is_no_configuration_is_refused_by_name(tmp_path, name, text, words):
+def test_a_file_that_is_no_configuration_is_refused_by_name(tmp_path, name, text, message):
     from distill_nemo.models.resolve import resolve
 
     (tmp_path / name).write_bytes(text)
     with pytest.raises(ValueError) as raised:
         resolve(StudentConfig(checkpoint=str(tmp_path)))
-    said = str(raised.value)
-    assert str(tmp_path) in said and len(said) < 400
-    assert words in said or (name, text) == ("architecture.json", b"{}")
+    message = str(raised.value)
+    assert str(tmp_path) in message and len(message) < 400
+    assert message in message or (name, text) == ("architecture.json", b"{}")
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "words"),
+    ("field", "value", "message"),
     [
         ("num_layers", 10**9, "num_layers must be at most 10,000, got 1000000000"),
         ("num_layers", "4", "num_layers must be int | None, got '4'"),
@@ -356,14 +356,14 @@ def test_a_file_that_is_no_configuration_is_refused_by_name(tmp_path, name, text
         ("family", 7, "family must be str | None, got 7"),
     ],
 )
-def test_a_description_of_ours_is_believed_no_more_than_others(tmp_path, field, value, words):
+def test_a_description_of_ours_is_believed_no_more_than_others(tmp_path, field, value, message):
     from distill_nemo.models.resolve import resolve
 
     own = dataclasses.asdict(resolve(StudentConfig(**SHAPE)).filled(StudentConfig())) | {field: value}
     (tmp_path / "architecture.json").write_text(json.dumps(own))
     with pytest.raises(ValueError) as raised:
         resolve(StudentConfig(checkpoint=str(tmp_path)))
-    assert words in str(raised.value) and str(tmp_path) in str(raised.value)
+    assert message in str(raised.value) and str(tmp_path) in str(raised.value)
 
 
 def test_our_own_description_is_read_back_and_checked(tmp_path):
@@ -385,7 +385,7 @@ def test_our_own_description_is_read_back_and_checked(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "words"),
+    ("field", "value", "message"),
     [
         ("num_layers", 0, "num_layers must be above 0, got 0"),
         ("num_attention_heads", 0, "num_attention_heads must be above 0"),
@@ -398,26 +398,26 @@ def test_our_own_description_is_read_back_and_checked(tmp_path):
         ("hidden_size", 3, "kv_channels = 0 is not even"),
     ],
 )
-def test_sizes_that_no_model_has_are_refused(field, value, words):
+def test_sizes_that_no_model_has_are_refused(field, value, message):
     from distill_nemo.models.resolve import resolve
 
     with pytest.raises(ValueError) as raised:
         resolve(StudentConfig(**SHAPE | {field: value}))
-    assert f"StudentConfig: {words}" in str(raised.value)
+    assert f"StudentConfig: {message}" in str(raised.value)
 
 
 @pytest.mark.parametrize(
-    ("layout", "words"),
+    ("layout", "message"),
     [
         ({"tensor_model_parallel_size": 3}, "num_attention_heads = 4 is not divisible by parallelism.tensor"),
         ({"pipeline_model_parallel_size": 5}, "num_layers = 4 cannot fill"),
     ],
 )
-def test_a_layout_that_does_not_divide_a_loaded_architecture_is_refused(tmp_path, layout, words):
+def test_a_layout_that_does_not_divide_a_loaded_architecture_is_refused(tmp_path, layout, message):
     setup_device()
     from distill_nemo.models.megatron import transformer_config
 
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         transformer_config(resolve_json(tmp_path), ParallelismConfig(**layout), torch.float32)
 
 
@@ -461,7 +461,7 @@ def test_experts_are_read_and_written(tmp_path, change, normalised):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"num_experts": "absent"}, "num_experts must be a positive integer, got None"),
         ({"moe_intermediate_size": 0}, "moe_intermediate_size must be a positive integer, got 0"),
@@ -477,10 +477,10 @@ def test_experts_are_read_and_written(tmp_path, change, normalised):
         ({"model_type": "qwen2_moe"}, "Did you mean qwen3_moe"),
     ],
 )
-def test_experts_that_are_not_supported_are_refused_by_name(tmp_path, change, words):
+def test_experts_that_are_not_supported_are_refused_by_name(tmp_path, change, message):
     with pytest.raises(ValueError) as raised:
         resolve_json(tmp_path, **(QWEN3_MOE | change))
-    assert words in str(raised.value)
+    assert message in str(raised.value)
 
 
 def test_fields_of_experts_go_with_a_family_that_has_them():

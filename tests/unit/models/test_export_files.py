@@ -1,4 +1,4 @@
-"""An export keeps its source's configuration and files, is written by one process at a time, and survives crashes."""
+"""An export keeps its source's configuration and files, has one writer at a time, and survives crashes."""
 
 import json
 import resource
@@ -56,9 +56,9 @@ def test_every_field_of_the_source_is_kept(tmp_path, family):
     own = {"dtype", "torch_dtype", "auto_map"}
     kept = {name: value for name, value in stated(source).items() if name not in own}
     rope = kept.get("rope_parameters", {})
-    rope.pop("type", None)  # beside rope_type, which goes before it
+    rope.pop("type", None)  # beside rope_type, which overrides it
     nested = {kind: value for kind, value in rope.items() if isinstance(value, dict)}
-    kept |= {"rope_parameters": nested} if nested else {}  # beside them, transformers reads nothing
+    kept |= {"rope_parameters": nested} if nested else {}  # beside these, transformers reads nothing
     assert {name: config.get(name, "lost") for name in kept} == kept
     assert (config["dtype"], config["torch_dtype"]) == ("bfloat16", "bfloat16") and "auto_map" not in config
     base = stated(source)["rope_parameters"]["rope_theta"] if "rope_parameters" in stated(source) else None
@@ -82,7 +82,7 @@ def test_only_where_the_student_differs_the_configuration_does(tmp_path, capsys)
 
 
 def chat_student(directory: Path, kind: str) -> str:
-    """A model with a tokenizer, two chat templates in files or in its configuration, and what else a hub shows."""
+    """Write a model with a tokenizer, two chat templates (files or configuration) and typical files of the hub."""
     from distill_nemo.data.stdlib_corpus import stdlib_modules, train_tokenizer
 
     source = Path(write_hf(directory, layers=1))
@@ -107,7 +107,7 @@ def chat_student(directory: Path, kind: str) -> str:
 @pytest.mark.parametrize("kind", ["files", "config"])
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_tokenizer_chat_templates_and_generation_config_are_kept(tmp_path, kind, elsewhere):
-    """Also those of the source where the tokenizer of another directory is exported, which has none."""
+    """The source's are kept too if the exported tokenizer is another directory's, which has none."""
     from transformers import AutoTokenizer, GenerationConfig
 
     from distill_nemo.data.stdlib_corpus import stdlib_modules, train_tokenizer
@@ -138,7 +138,7 @@ def test_a_tokenizer_that_is_named_keeps_its_own_chat_template(tmp_path):
 
 
 def export_directory(path: Path) -> Path:
-    """Write a directory that counts as an earlier export of ours."""
+    """Write a directory that passes for an earlier export of ours."""
     from safetensors.torch import save_file
 
     from distill_nemo.models.checkpoints.write_safetensors import METADATA
@@ -149,7 +149,7 @@ def export_directory(path: Path) -> Path:
 
 
 def test_two_exports_into_one_directory(one, tmp_path):
-    """The second is refused while the first writes, and the first is whole."""
+    """The second is refused while the first writes. The first is whole."""
     setup_device()
     from distill_nemo.models.checkpoints.huggingface import writing_export
 

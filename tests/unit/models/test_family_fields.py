@@ -1,4 +1,4 @@
-"""Fields of `config.json` that only one family has, shown with a family that exists here alone."""
+"""Fields of `config.json` that only one family has, tested on a family that exists only here."""
 
 import dataclasses
 import json
@@ -88,14 +88,14 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("own", "words"), BAD)
-def test_a_wrong_value_is_refused_by_name(tmp_path, own, words):
+@pytest.mark.parametrize(("own", "message"), BAD)
+def test_a_wrong_value_is_refused_by_name(tmp_path, own, message):
     with pytest.raises(ValueError) as raised:
         resolve_json(tmp_path, own)
-    assert words in str(raised.value) and str(tmp_path) in str(raised.value)
+    assert message in str(raised.value) and str(tmp_path) in str(raised.value)
     with pytest.raises(ValueError) as raised:
         random_student(family_fields=own)
-    assert words in str(raised.value)
+    assert message in str(raised.value)
 
 
 def test_a_random_student_states_only_fields_that_its_family_has():

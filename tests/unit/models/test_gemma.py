@@ -1,4 +1,4 @@
-"""Traps of Gemma's `config.json`; its logits, gradients and exports are tested with those of all families."""
+"""Traps of Gemma's `config.json`. Its logits, gradients and exports are tested with those of all families."""
 
 import json
 
@@ -8,7 +8,7 @@ import torch
 from distill_nemo.config import StudentConfig
 from distill_nemo.models.architecture import Layer, Multipliers
 
-# What the hub's google/gemma-3-1b-it states, as transformers 4.50 wrote it.
+# Content of the hub's google/gemma-3-1b-it, as transformers 4.50 wrote it.
 HUB = {
     "architectures": ["Gemma3ForCausalLM"],
     "attention_bias": False,
@@ -90,7 +90,7 @@ def test_a_model_of_either_version_is_the_same_after_an_export(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("stated", "words"),
+    ("stated", "message"),
     [
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping (transformers ignores it) is not supported"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
@@ -105,10 +105,10 @@ def test_a_model_of_either_version_is_the_same_after_an_export(tmp_path):
         ({"rope_parameters": {"x" * 10**6: {}}}, "got ['xxxx"),
     ],
 )
-def test_a_feature_that_would_be_computed_otherwise_is_refused_by_name(tmp_path, stated, words):
+def test_a_feature_that_would_be_computed_otherwise_is_refused_by_name(tmp_path, stated, message):
     with pytest.raises(ValueError) as raised:
         read(tmp_path, **stated)
-    assert words in str(raised.value) and len(str(raised.value)) < 1000
+    assert message in str(raised.value) and len(str(raised.value)) < 1000
 
 
 def test_a_random_student_is_written_as_transformers_reads_it(tmp_path):

@@ -24,9 +24,9 @@ HETEROGENEOUS = {
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """A Llama of `BLOCKS` in transformers: (its logits, its tensors as Megatron has them).
+    """Return a Llama of `BLOCKS` in transformers: (its logits, its tensors as Megatron has them).
 
-    Its layers have sizes of their own, and zero weights where a part is left out: nothing is added to the residual.
+    Its layers have sizes of their own. A part that is left out has zero weights, so it adds nothing to the residual.
     """
     path = write_hf(tmp_path_factory.mktemp("llama") / "m")
     from transformers import AutoModelForCausalLM
@@ -91,7 +91,7 @@ def test_layers_that_differ_come_from_a_megatron_checkpoint(llama, one, tmp_path
 
 
 def train(inputs, output, pipeline=1, steps=8, tensor=1, export=False):
-    """A tiny run of a student whose layers differ, from the Megatron checkpoint beside `output`."""
+    """Train a tiny student whose layers differ, from the Megatron checkpoint beside `output`."""
     from distill_nemo.training.entry import run_config
 
     run = tiny_run(inputs, output, steps=steps)
@@ -127,7 +127,7 @@ def test_what_cannot_be_is_refused(llama, inputs, one, two, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (lambda blocks: blocks.pop(), "block_configs has 3 entries, num_layers = 4"),
         (lambda blocks: blocks[0].pop("mlp"), r"block_configs\[0\] = .* cannot be read .*write "),
@@ -139,10 +139,10 @@ def test_what_cannot_be_is_refused(llama, inputs, one, two, tmp_path):
         (lambda blocks: blocks[2]["attention"].update(n_heads_in_group=3), r"must be a multiple of n_heads_in_group"),
     ],
 )
-def test_block_configs_that_cannot_be_read_are_named(change, words):
+def test_block_configs_that_cannot_be_read_are_named(change, message):
     from distill_nemo.models.resolve import resolve
 
     blocks = copy.deepcopy(BLOCKS)
     change(blocks)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         resolve(StudentConfig(**HETEROGENEOUS | {"block_configs": blocks}))

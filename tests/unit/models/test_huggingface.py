@@ -1,4 +1,4 @@
-"""Weights and architectures from and to Hugging Face: identical tensors, equal logits, and every refusal."""
+"""Import from and export to Hugging Face: identical tensors, equal logits, and every refusal."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from tests.tiny_models import FAMILIES, megatron_tensors, nemo_config, write_hf,
 
 
 def logits_of(path, tensor=1, pipeline=1, expert=1):
-    """Megatron's logits of a fixed batch at a layout; from the last pipeline stage."""
+    """Return Megatron's logits of a fixed batch at a layout, from the last pipeline stage."""
     setup_device()
     par = ParallelismConfig(
         tensor_model_parallel_size=tensor,
@@ -126,7 +126,7 @@ def _shard(path, index):
 
 
 def _header(path, change):
-    """Let `change` edit the header of model.safetensors; the bytes behind it stay."""
+    """Let `change` edit the header of model.safetensors. The bytes after it stay."""
     file = path / "model.safetensors"
     data = file.read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
@@ -142,7 +142,7 @@ def _config(path, **change):
 
 
 def _two_files(path, places):
-    """Two files, the norm in both, and an index that says `places` where it is."""
+    """Write two files, the norm in both, and an index that puts it in `places`."""
     tensors = load_file(path / "model.safetensors")
     (path / "model.safetensors").unlink()
     save_file(tensors, path / "a.safetensors")
@@ -198,21 +198,21 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("words", BROKEN)
-def test_a_broken_directory_is_refused_by_name(tmp_path, words):
+@pytest.mark.parametrize("message", BROKEN)
+def test_a_broken_directory_is_refused_by_name(tmp_path, message):
     from distill_nemo.models.checkpoints.hf_tensors import check_hf_tensors
     from distill_nemo.models.resolve import resolve
 
     path = tmp_path / "m"
     write_hf(path)
-    BROKEN[words](path)
+    BROKEN[message](path)
     with pytest.raises(ValueError) as raised:
         check_hf_tensors(path, resolve(StudentConfig(checkpoint=str(path))))
-    assert words in str(raised.value) and str(path) in str(raised.value)
+    assert message in str(raised.value) and str(path) in str(raised.value)
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"model_type": "llamma"}, "Did you mean llama"),
         ({"mlp_bias": True}, "mlp_bias is not supported"),
@@ -220,7 +220,7 @@ def test_a_broken_directory_is_refused_by_name(tmp_path, words):
         ({"rope_scaling": {"rope_type": "ntk"}}, '"ntk" is not supported'),
     ],
 )
-def test_an_unsupported_config_is_refused_by_name(tmp_path, change, words):
+def test_an_unsupported_config_is_refused_by_name(tmp_path, change, message):
     from distill_nemo.models.resolve import resolve
 
     path = tmp_path / "m"
@@ -229,7 +229,7 @@ def test_an_unsupported_config_is_refused_by_name(tmp_path, change, words):
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError) as raised:
         resolve(StudentConfig(checkpoint=str(path)))
-    assert words in str(raised.value)
+    assert message in str(raised.value)
 
 
 def test_buffers_of_old_llamas_and_surplus_files_beside_an_index_do_not_matter(tmp_path):
@@ -245,7 +245,7 @@ def test_buffers_of_old_llamas_and_surplus_files_beside_an_index_do_not_matter(t
     (path / "model.safetensors").rename(path / "model-1.safetensors")
     save_file({"stale": torch.ones(1)}, path / "stale.safetensors")
     check_hf_tensors(path, resolve(StudentConfig(checkpoint=str(path))))
-    (path / "model-1.safetensors").rename(path / "model.safetensors")  # is read then, by transformers and ModelOpt too
+    (path / "model-1.safetensors").rename(path / "model.safetensors")  # transformers and ModelOpt then read it, too
     check_hf_tensors(path, resolve(StudentConfig(checkpoint=str(path))))
 
 
@@ -290,7 +290,7 @@ def test_export_replaces_nothing_but_an_earlier_export_and_leaves_nothing_half_w
 
 
 def test_a_right_export_in_bf16_is_not_refused(tmp_path):
-    """Rounding sends tokens to other experts, which changes single logits by several hundredths of the largest."""
+    """Rounding routes tokens to other experts, which changes single logits by several hundredths of the largest."""
     setup_device()
     with process_groups(ParallelismConfig()):
         from distill_nemo.models.checkpoints.huggingface import check_export, export_hf
@@ -310,13 +310,13 @@ def test_a_right_export_in_bf16_is_not_refused(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_an_export_has_the_dtype_of_what_was_saved(one, tmp_path, dtype):
-    """Not of the machine that exports: a run on GPUs is often exported where there is none."""
+    """The exporting machine does not decide it: runs on GPUs are often exported on machines without one."""
     one.run(_exported_from_nemo, tmp_path, dtype)
     assert {x.dtype for x in load_file(tmp_path / "out" / "model.safetensors").values()} == {dtype}
 
 
 def test_without_a_tokenizer_of_the_run_an_export_has_the_students(one, tmp_path):
-    """And what a generation ends at; through a link that stands for the output."""
+    """It also has the tokens at which a generation ends; the output is a symbolic link."""
     from transformers import AutoTokenizer, GenerationConfig
 
     ends = one.run(_exported_with_the_students_tokenizer, tmp_path)[0]
@@ -362,7 +362,7 @@ def _exported_from_nemo(root, dtype):
 
 
 def test_an_output_layer_of_its_own_beside_tied_embeddings_is_refused(tmp_path):
-    """Transformers would not tie them: the model would be another one."""
+    """Transformers would not tie them, so the model would be different."""
     from distill_nemo.models.checkpoints.hf_tensors import check_tied_weights
     from distill_nemo.models.resolve import resolve
 

@@ -1,4 +1,4 @@
-"""Rotary embeddings of each type of layer, shown with a family that exists here alone."""
+"""Rotary embeddings of each type of layer, tested on a family that exists only here."""
 
 import dataclasses
 import json
@@ -80,7 +80,7 @@ def test_they_are_recorded_and_exported_as_they_were_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("nested", "words"),
+    ("nested", "message"),
     [
         ({"full_attention": YARN}, "must hold one object for sliding_attention and one for full_attention, got {'full"),
         (NESTED | {"factor": 2.0}, "must hold one object for sliding_attention and one for full_attention"),
@@ -91,12 +91,12 @@ def test_they_are_recorded_and_exported_as_they_were_read(tmp_path):
         (NESTED | {"full_attention": {"rope_type": "ntk"}}, 'full_attention: type "ntk" is not supported'),
     ],
 )
-def test_what_cannot_be_read_is_refused_by_name(tmp_path, nested, words):
+def test_what_cannot_be_read_is_refused_by_name(tmp_path, nested, message):
     from distill_nemo.models.resolve import resolve
 
     with pytest.raises(ValueError) as raised:
         resolve_json(tmp_path, rope_parameters=nested)
-    assert words in str(raised.value) and str(tmp_path) in str(raised.value)
+    assert message in str(raised.value) and str(tmp_path) in str(raised.value)
     with pytest.raises(ValueError) as raised:
         resolve(StudentConfig(family="striped", **SHAPE, rope_scaling=nested))
     assert "rope_scaling" in str(raised.value)

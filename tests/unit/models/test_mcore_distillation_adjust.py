@@ -1,4 +1,4 @@
-"""`adjust_distillation_model_for_mcore`: exact gradients under every layout, and a teacher that leaves no trace.
+"""`adjust_distillation_model_for_mcore`: exact gradients at every layout, and a teacher that leaves no trace.
 
 Gradients of every parameter are compared with transformers' in fp64, relative to the largest entry of the tensor. That
 also shows that Megatron's cross entropy, which writes into fp32 logits, does not reach the ones that the KD loss reads.
@@ -28,7 +28,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A teacher of four layers; students of two, as wide as the teacher and narrower."""
+    """Write a teacher of four layers and students of two, one as wide as the teacher and one narrower."""
     root = tmp_path_factory.mktemp("models")
     return {
         "teacher": write_hf(root / "teacher", "llama", width=64, layers=4),
@@ -57,7 +57,7 @@ def test_student_of_another_width_with_tied_embeddings(models, one, two, tmp_pat
 
 
 def structure(case, layout, output):
-    """Return what this rank's model shows of its teacher."""
+    """Return the traces of the teacher in this rank's model."""
     from distill_nemo.runtime.device import setup_device
     from distill_nemo.runtime.process_groups import process_groups
 

@@ -1,4 +1,4 @@
-"""`model_provider` in its three modes, as a recipe binds it, from every source of weights."""
+"""`model_provider` in its three modes, bound as in a recipe, with every source of weights."""
 
 import itertools
 import json
@@ -52,7 +52,7 @@ def logits(model):
 
 
 def provider(student, teacher=None):
-    """`model_provider` bound as a recipe binds it, built by Fiddle."""
+    """Bind `model_provider` as a recipe does, and build it with Fiddle."""
     import fiddle as fdl
 
     from distill_nemo.models.provider import model_provider
@@ -100,7 +100,7 @@ def shape_of_modes(student, teacher):
 
 
 def drawn(stage):
-    """The weights of one of four random stages, alone in its process."""
+    """Return the weights of one of four random stages, alone in its process."""
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -143,7 +143,7 @@ def logits_from(checkpoint):
 
 
 def test_weights_come_from_a_checkpoint_of_ours_saved_at_tp2(models, one, two, tmp_path):
-    """The checkpoint holds gradients in the place of weights: nothing else could give these logits."""
+    """The checkpoint holds gradients in place of weights, so these logits can come from nowhere else."""
     from tests.distillation import gradients
 
     two.run(megatron_step, Case(models["student"], models["teacher"]), Layout(tensor=2), str(tmp_path))
@@ -172,19 +172,19 @@ def build_pair(student, teacher):
 
 
 @pytest.mark.parametrize(
-    ("student", "teacher", "said"),
+    ("student", "teacher", "message"),
     [
         ("student", "other_vocabulary", r"student\.vocab_size = 507, teacher\.vocab_size = 600"),
         ("other_vocabulary", "teacher", r"student\.vocab_size = 600, teacher\.vocab_size = 507"),
     ],
 )
-def test_another_vocabulary_is_refused_with_both_sizes(models, one, student, teacher, said):
-    with pytest.raises(ValueError, match=said):
+def test_another_vocabulary_is_refused_with_both_sizes(models, one, student, teacher, message):
+    with pytest.raises(ValueError, match=message):
         one.run(in_one_process, build_pair, models[student], models[teacher])
 
 
 def cut(source, target, rows):
-    """A copy whose vocabulary has the first `rows` only, made without the package."""
+    """Write a copy, without using the package, whose vocabulary has only the first `rows`."""
     shutil.copytree(source, target)
     config, weights = json.loads(Path(target, "config.json").read_text()), load_file(f"{target}/model.safetensors")
     Path(target, "config.json").write_text(json.dumps(config | {"vocab_size": rows}))
@@ -220,7 +220,7 @@ def cut_and_exported(checkpoint, output, rows):
 
 @pytest.mark.parametrize("kind", ["Hugging Face", "ours"])
 def test_rows_beyond_a_smaller_vocab_size_are_left_out(models, one, two, tmp_path, kind):
-    """300 of 600: other padding, too."""
+    """300 of 600 rows: the padding changes too."""
     from tests.distillation import gradients
 
     source = whole = models["other_vocabulary"]
@@ -228,7 +228,7 @@ def test_rows_beyond_a_smaller_vocab_size_are_left_out(models, one, two, tmp_pat
         two.run(megatron_step, Case(source, None), Layout(tensor=2), str(tmp_path / "run"))
         one.run(gradients, str(tmp_path / "run"))
         source, whole = str(tmp_path / "run"), tmp_path / "run" / "hf"
-    one.run(in_one_process, cut_and_exported, source, str(tmp_path / "out"), 300)  # its logits are compared there
+    one.run(in_one_process, cut_and_exported, source, str(tmp_path / "out"), 300)  # compares its logits too
     by_hand = cut(whole, tmp_path / "by_hand", 300)
     exported, expected = (load_file(f"{path}/model.safetensors") for path in (tmp_path / "out", by_hand))
     assert exported.keys() == expected.keys()

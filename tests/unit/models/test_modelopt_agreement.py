@@ -1,7 +1,7 @@
-"""Our losses and dynamic balancer beside those of ModelOpt's Megatron plugin, the real classes on the same tensors.
+"""Our losses and dynamic balancer against those of ModelOpt's Megatron plugin: the real classes on the same tensors.
 
-The first half: where ModelOpt is right, values and gradients are equal. The second half pins what it does otherwise, as
-of 0.47, so that a test fails when that changes; docs/semantics.md has the table. Legend: as in `tests/reference.py`.
+In the first half, where ModelOpt is right, values and gradients are equal. The second half pins down differences, as
+of 0.47, so that a test fails if they change. docs/semantics.md has the table. Legend: as in `tests/reference.py`.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ from tests import reference
 TOLERANCE = 1e-5
 S, B, V, WIDTH, TEACHERS_WIDTH = 8, 3, 512, 32, 48
 HEAT = {"temperature": 2.0}
-LOGITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # arguments of our class, of ModelOpt's
+LOGITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # arguments of our class, and of ModelOpt's
     "forward KL": ({}, {}),
     "forward KL, T=2": (HEAT | {"scale_by_temperature_squared": False}, HEAT),
     "reverse KL": ({"divergence": "reverse_kl"}, {"reverse": True}),
@@ -50,7 +50,7 @@ def megatron_config(tensor: int = 1, width: int = WIDTH) -> Any:
 
 
 def in_groups(parallelism: dict[str, int], function: Any, *args: Any) -> Any:
-    """`function(*args)` in a process that Megatron's parallel state knows."""
+    """Return `function(*args)` in a process with Megatron's parallel state."""
     setup_device()
     from distill_nemo.runtime.process_groups import process_groups
 
@@ -68,7 +68,7 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 
 def logit_pair() -> tuple[Tensor, Tensor]:
-    """[S, B, V] each."""
+    """Return student and teacher logits, [S, B, V] each."""
     return 4 * normal(S, B, V, seed=0), 4 * normal(S, B, V, seed=1)
 
 
@@ -77,7 +77,7 @@ def shard(x: Tensor, dim: int) -> Tensor:
 
 
 def relative(found: Tensor, expected: Any) -> float:
-    """Largest difference, relative to the largest entry."""
+    """Return the largest difference relative to the largest entry."""
     expected = torch.as_tensor(np.asarray(expected)).double()
     return float((found.double() - expected).abs().max() / expected.abs().max())
 
@@ -91,7 +91,7 @@ def whole_sum(value: Tensor, reduced: bool) -> float:
 
 
 def both_logits(ours: dict[str, Any], modelopts: dict[str, Any], class_name: str = "LogitsKLLoss") -> dict[str, Any]:
-    """(weighted sum over tokens, gradient of this rank's shard), by whose loss; weights other than 1."""
+    """Return, by implementation, (weighted sum over tokens, gradient of this rank's shard); weights are not 1."""
     weights_BS, found = normal(B, S, seed=2).abs(), {}
     start = dist.get_rank() * (V // dist.get_world_size())
     our_loss = LogitsKLLoss(**ours, true_vocab_size=V, group=dist.group.WORLD, vocab_start=start)
@@ -116,7 +116,7 @@ def test_logits_losses_agree(one, two, name: str, tensor: int) -> None:
 
 
 def both_hidden(name: str, width: int) -> dict[str, Any]:
-    """(weighted sum over tokens, gradients of this rank's slice of the sequence and of the projection)."""
+    """Return (weighted sum over tokens, gradients of this rank's slice of the sequence and of the projection)."""
     tensor, found = dist.get_world_size(), {}
     split = tensor > 1  # sequence parallel: each rank has a part of the sequence
     weights_BS = normal(B, S, seed=2).abs()
@@ -147,7 +147,7 @@ def both_hidden(name: str, width: int) -> dict[str, Any]:
 @pytest.mark.parametrize("width", [TEACHERS_WIDTH, WIDTH], ids=["same width", "projected"])
 @pytest.mark.parametrize("name", HIDDEN)
 def test_hidden_losses_and_projection_agree(one, two, name: str, width: int, tensor: int) -> None:
-    """With two ranks under sequence parallelism. ModelOpt's projection begins with a bias of zero, which ours lacks."""
+    """Two ranks use sequence parallelism. ModelOpt's projection starts with a bias of zero; ours has none."""
     for rank in at(tensor, one, two, both_hidden, name, width):
         (value, gradient, slope), (their_value, their_gradient, their_slope) = rank["ours"], rank["ModelOpt's"]
         assert value == pytest.approx(their_value, rel=TOLERANCE)
@@ -161,7 +161,7 @@ STUDENT, KL, COSINE, MSE = "student_loss", "LogitsKLLoss_0", "HiddenStateCosineL
 
 
 def balance(balancer: Any, values: dict[str, float]) -> tuple[float, dict[str, float], dict[str, Tensor]]:
-    """Total, its derivative with respect to every loss, and what is left of the dict."""
+    """Return the total, its derivative with respect to every loss, and the remaining entries of the dict."""
     losses = {name: torch.tensor(value, requires_grad=True) for name, value in values.items()}
     given = dict(losses)
     output = balancer(given)
@@ -171,7 +171,7 @@ def balance(balancer: Any, values: dict[str, float]) -> tuple[float, dict[str, f
     return total.item(), weights, given
 
 
-@pytest.mark.filterwarnings("ignore:To copy construct")  # ModelOpt's, where nothing intermediate is positive
+@pytest.mark.filterwarnings("ignore:To copy construct")  # ModelOpt's, if no intermediate loss is positive
 @pytest.mark.parametrize("arguments", [{}, {"kd_loss_scale": 0.7}, {"skip_original_loss": True}])
 @pytest.mark.parametrize(
     "losses",
@@ -193,7 +193,7 @@ def test_dynamic_balancers_agree_within_the_limit(losses: dict[str, float], argu
     )
 
 
-# Where ModelOpt 0.47 differs.
+# Differences from ModelOpt 0.47.
 
 
 def test_top_k_gradient_grows_with_tensor_parallelism_in_modelopt_only(one, two) -> None:
@@ -213,7 +213,7 @@ def test_top_k_gradient_grows_with_tensor_parallelism_in_modelopt_only(one, two)
 
 
 def test_top_k_of_modelopt_has_no_gradient_outside_k(one) -> None:
-    """Both sides are normalised over the k tokens there; here over the vocabulary, with a bucket for the rest."""
+    """ModelOpt normalises both sides over the k tokens. Ours uses the vocabulary, with a bucket for the rest."""
     (found,) = at(1, one, None, both_logits, {"top_k": 20}, {"top_k": 20}, "TopKLogitsKLLoss")
     moved = {whose: (gradient != 0).sum(dim=-1) for whose, (_, gradient) in found.items()}
     assert (moved["ModelOpt's"] <= 20).all()
@@ -228,7 +228,7 @@ def test_modelopt_does_not_multiply_by_temperature_squared(one) -> None:
 
 
 def test_modelopt_counts_the_padded_vocabulary() -> None:
-    """Columns from 507 on are padding. With -inf there, as our output layer has them, its loss is NaN."""
+    """Columns from 507 on are padding. If they hold -inf, as after our output layer, ModelOpt's loss is NaN."""
     student, teacher = logit_pair()
     theirs = plugin().LogitsKLLoss(megatron_config())
     as_numpy = [x.double().numpy() for x in (student, teacher)]
@@ -289,14 +289,14 @@ def test_modelopt_takes_all_but_the_last_logits_loss_for_intermediate_ones() -> 
 
 
 def test_modelopt_leaves_distillation_unscaled_where_the_student_loss_is_zero() -> None:
-    """A rank without valid tokens has such a loss. Ours scales to zero; in training, global means are not zero."""
+    """A rank without valid tokens has such a loss. Ours scales to zero; in training, global means are never zero."""
     losses = {STUDENT: 0.0, KL: 1.0}
     assert balance(plugin().LogitsAndIntermediatesLossBalancer(), losses)[1][KL] == 1.0
     assert balance(LogitsAndIntermediatesLossBalancer(), losses)[1][KL] == 0.0
 
 
 def test_modelopt_weighs_every_micro_batch_by_itself() -> None:
-    """So its gradient depends on how the global batch is cut and spread; ours is linear once it has observed."""
+    """The gradient depends on how the global batch is split and spread. Ours is linear after its first observation."""
     micro_batches = [{STUDENT: 2.0, KL: 1.0}, {STUDENT: 2.0, KL: 0.5}]
     theirs, ours = plugin().LogitsAndIntermediatesLossBalancer(), LogitsAndIntermediatesLossBalancer()
     ours.observe({"lm_loss": 2.0, "logit_loss": 0.75})

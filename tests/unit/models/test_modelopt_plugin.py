@@ -1,4 +1,4 @@
-"""ModelOpt 0.47's Megatron plugin on whole models, where it differs from ours; docs/semantics.md has the table."""
+"""ModelOpt 0.47's Megatron plugin on whole models: differences from ours. docs/semantics.md has the table."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ SHAPE: dict[str, Any] = {
 
 
 def their_model(pairs: list[tuple[str, ...]], **changes: Any) -> Any:
-    """A distillation model made by ModelOpt's own functions, of two random models of one shape; fp32."""
+    """Return a distillation model made by ModelOpt's own functions from two random fp32 models of one shape."""
     import modelopt.torch.distill as mtd
 
     from distill_nemo.models.megatron import gpt_model, transformer_config
@@ -54,7 +54,7 @@ def run_once(model: Any) -> None:
 
 
 def what_it_compares(part: str) -> dict[str, float]:
-    """Return the distance of the captured output of a part of layer 0 from the output when the part returned it."""
+    """Return the distance between the captured output of a part of layer 0 and the output at the time of its return."""
     model = their_model([(f"decoder.layers.0.{part}", f"decoder.layers.0.{part}", "mse")])
     sides = {"student": model, "teacher": model.teacher_model}
     returned: dict[str, Tensor] = {}
@@ -68,13 +68,13 @@ def what_it_compares(part: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("part", ["mlp", "self_attention"])
 def test_modelopt_reads_the_teachers_parts_after_the_residual_was_added_in_place(one, part: str) -> None:
-    """Megatron does so in eval mode, where the teacher is; the student's, in training, are left alone."""
+    """Megatron adds in place in eval mode, so only in the teacher. The student is in training mode."""
     (moved,) = one.run(in_groups, {}, what_it_compares, part)
     assert moved["teacher"] > 0.1 and moved["student"] == 0
 
 
 def logits_read(skip_lm_loss: bool) -> float:
-    """Return the distance of the student's logits that ModelOpt reads from those that the output layer returned."""
+    """Return the distance between the student's logits that ModelOpt reads and those that the output layer returned."""
     model, returned = their_model([], skip_lm_loss=skip_lm_loss), []
     model.output_layer.register_forward_hook(lambda _, __, output: returned.append(output[0].detach().clone()))
     run_once(model)
@@ -96,7 +96,7 @@ def hidden_gradient(layer: str, recompute: str | None) -> bool:
 
 
 def test_modelopt_has_no_gradient_for_hidden_losses_inside_recomputed_layers(one) -> None:
-    """The first pass has no gradients, and only outputs that leave the recomputed piece are joined to the graph."""
+    """The first pass has no gradients, and only outputs that leave the recomputed part are joined to the graph."""
     found = {
         (part, recompute): one.run(in_groups, {}, hidden_gradient, f"decoder.layers.0{part}", recompute)[0]
         for part in ("", ".mlp")
@@ -106,7 +106,7 @@ def test_modelopt_has_no_gradient_for_hidden_losses_inside_recomputed_layers(one
 
 
 def projections() -> tuple[bool, list[str]]:
-    """Return True if ModelOpt's pairs share their projection, and its parameters."""
+    """Return True if ModelOpt's pairs share their projection, and that projection's parameters."""
     pairs = [("decoder.layers.0", "decoder.layers.0"), ("decoder.layers.1", "decoder.layers.1")]
     wanted = plugin().DistillationConfig(intermediate_layer_pairs=pairs)
     configs = megatron_config(), megatron_config(width=TEACHERS_WIDTH)
@@ -122,7 +122,7 @@ def test_modelopt_shares_one_projection_with_a_bias_among_all_pairs(one) -> None
 
 
 def early_layer() -> str:
-    """Return ModelOpt's answer to a pair of first layers on this one of two pipeline stages."""
+    """Return ModelOpt's error for a pair of first layers on this one of two pipeline stages."""
     setup_device()
     from megatron.core.transformer import TransformerConfig
 

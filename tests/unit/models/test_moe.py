@@ -1,7 +1,7 @@
-"""Mixtures of experts: logits and every gradient of a distillation are transformers' at each layout, and the refusals.
+"""Mixtures of experts: logits and all gradients of a distillation equal transformers' at each layout; refusals.
 
 Gradients are compared with transformers' in fp64, as in test_mcore_distillation_adjust.py, relative to the largest
-entry of the tensor. But for one thing: transformers takes the router's softmax in fp32 whatever the dtype, so the
+entry of the tensor. One exception: transformers computes the router's softmax in fp32 whatever the dtype, so the
 reference itself is rounded there to about 6e-8, the precision that Megatron has everywhere. The tolerance is the same.
 """
 
@@ -73,7 +73,7 @@ def test_every_gradient_is_that_of_transformers_in_fp64(models, groups, tmp_path
 
 
 def experts_of(student, sizes):
-    """{(layer, number of the expert, matrix): weight} that this rank draws."""
+    """Return {(layer, number of the expert, matrix): weight} of this rank's random weights."""
     from distill_nemo.runtime.device import setup_device
     from distill_nemo.runtime.process_groups import process_groups
 
@@ -93,7 +93,7 @@ def experts_of(student, sizes):
 
 
 def test_random_experts_differ_and_are_the_same_at_every_layout(groups):
-    """With Megatron's own, experts 2 and 3 of two expert parallel ranks would be experts 0 and 1 again."""
+    """With Megatron's own weights, experts 2 and 3 of two expert-parallel ranks would be copies of experts 0 and 1."""
     sizes = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 507}
     student = StudentConfig(
         family="qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_ffn_hidden_size=48, init_std=0.1, **sizes
@@ -128,7 +128,7 @@ class Grouped(nn.Module):
 
 
 class GroupedExperts(nn.Module):
-    """Stands for `TEGroupedMLP`, which needs a GPU."""
+    """Stand-in for `TEGroupedMLP`, which needs a GPU."""
 
     def __init__(self, experts):
         super().__init__()
@@ -138,7 +138,7 @@ class GroupedExperts(nn.Module):
 
 
 def grouped_weights(path, output, sizes):
-    """Return True if grouped experts are filled as single ones are, and the contents of their export (one process)."""
+    """Return True if grouped experts are filled like single ones; on one process, also the content of their export."""
     from distill_nemo.runtime.device import setup_device
     from distill_nemo.runtime.process_groups import process_groups
 
@@ -179,7 +179,7 @@ def test_grouped_experts_are_read_and_written_as_single_ones(models, groups, tmp
 
 
 def train(inputs, models, output, student, sizes, steps=8):
-    """A run of the whole loop on this rank."""
+    """Run the whole training loop on this rank."""
     from distill_nemo.training.entry import run_config
 
     run = tiny_run(inputs, output, steps=steps)
@@ -207,7 +207,7 @@ def test_a_run_gives_one_curve_at_every_layout_and_resumes(inputs, models, group
 
 
 def losses(lines):
-    """Training losses and gradient norms, by step."""
+    """Return training losses and gradient norms by step."""
     trained = [line for line in lines if line["kind"] == "train"]
     return {(line["step"], name): line[name] for line in trained for name in ("lm_loss", "kd_loss", "grad_norm")}
 

@@ -1,4 +1,4 @@
-"""Constants that models multiply by, where no teacher is; with a teacher every layout is in `tests/parity`."""
+"""Constant factors of models without a teacher. `tests/parity` has all layouts with one."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_a_factor_is_rounded_only_where_transformers_does():
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_whole_logits_are_scaled_capped_and_padded(one, scale, softcap):
-    """With the gradient of a product, which is overwritten."""
+    """The gradient also passes through a product whose result is overwritten."""
     one.run(finish, scale, softcap)
 
 

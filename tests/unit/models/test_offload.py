@@ -1,4 +1,4 @@
-"""A teacher whose layers' weights stay in host memory is the same teacher, and is not on the device."""
+"""A teacher whose layers' weights stay in host memory computes the same, and is not on the device."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def test_weights_that_learn_are_refused():
 
 
 def train(inputs, output, fields):
-    """Metrics, and how many elements the teacher's layers have after it."""
+    """Return metrics, and the number of elements in the teacher's layers afterwards."""
     from distill_nemo.models import provider
     from distill_nemo.training.entry import run_config
 

@@ -1,4 +1,4 @@
-"""OLMo 2 and 3: norms of all heads together, checkpoints that reshard, windows and rotary embeddings by layer."""
+"""OLMo 2 and 3: norms over all heads, resharded checkpoints, windows and rotary embeddings by layer."""
 
 import copy
 import dataclasses
@@ -92,7 +92,7 @@ def test_each_type_of_layer_has_its_window_and_its_rotary_embedding(tmp_path, sp
     model = olmo3(tmp_path, **copy.deepcopy(ROPES[spelling]))
     assert [layer.window for layer in model.layers] == [4096, 4096, 4096, None] * 2
     assert [layer.rope for layer in model.layers] == [1, 1, 1, 0] * 2
-    for _ in range(2):  # as it was written, and as we write it
+    for _ in range(2):  # as transformers wrote it, and as we write it
         if int(transformers.__version__.split(".")[0]) >= 5:
             from transformers.models.olmo3.modeling_olmo3 import Olmo3RotaryEmbedding
 

@@ -1,4 +1,4 @@
-"""Phi-3's rotary embeddings: how its directories state them, and what is refused."""
+"""Spellings of Phi-3's rotary embeddings, and refusals."""
 
 import json
 from pathlib import Path
@@ -79,7 +79,7 @@ def test_older_names_of_longrope_are_read(source, name):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"rope_scaling": SCALING | {"type": "linear", "factor": 2.0}}, '"linear" is not supported'),
         ({"partial_rotary_factor": 1.0}, "rope_scaling.short_factor must hold 8 numbers, got 6"),
@@ -91,10 +91,10 @@ def test_older_names_of_longrope_are_read(source, name):
         ({"rope_scaling": {"original_max_position_embeddings": 32, **SCALING}}, "contradicts 64 beside it"),
     ],
 )
-def test_what_is_not_computed_as_transformers_does_is_refused(source, change, words):
+def test_what_is_not_computed_as_transformers_does_is_refused(source, change, message):
     with pytest.raises(ValueError) as raised:
         resolved(source, **change)
-    assert words in str(raised.value) and str(source) in str(raised.value)
+    assert message in str(raised.value) and str(source) in str(raised.value)
 
 
 @pytest.mark.parametrize("window", [None, 5, 128])

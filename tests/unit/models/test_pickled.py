@@ -1,4 +1,4 @@
-"""`nemo distill convert`: pickled weights become safetensors when the user says so, and cannot run code even then."""
+"""`nemo distill convert`: pickled weights become safetensors if the user allows it, and even then run no code."""
 
 import os
 import pickle
@@ -18,7 +18,7 @@ from tests.tiny_models import write_hf
 
 @pytest.fixture
 def old(tmp_path):
-    """A checkpoint as they were."""
+    """Write a checkpoint of the old format."""
     path = tmp_path / "old"
     write_hf(path, "llama", layers=1)
     torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
@@ -57,7 +57,7 @@ def earlier_export(path):
 
 
 @pytest.mark.parametrize(
-    ("change", "allow", "said"),
+    ("change", "allow", "message"),
     [
         (lambda path: None, False, "can run code when they are opened: add allow_pickle=true if you trust"),
         (malicious, True, "was not opened"),
@@ -69,10 +69,10 @@ def earlier_export(path):
         (lambda path: path.with_name("new").mkdir() or path.with_name("new").joinpath("x").touch(), True, "exists and"),
     ],
 )
-def test_pickles_that_cannot_be_converted_are_refused(old, tmp_path, monkeypatch, change, allow, said):
+def test_pickles_that_cannot_be_converted_are_refused(old, tmp_path, monkeypatch, change, allow, message):
     monkeypatch.chdir(tmp_path)
     change(old)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         convert(str(old), str(tmp_path / "new"), allow)
     assert not (tmp_path / "executed").exists() and not (tmp_path / "new" / "config.json").exists()
     assert not list(tmp_path.glob("*.partial"))

@@ -1,4 +1,4 @@
-"""Pieces of Hugging Face tensors: what a rank reads and writes of them, at every layout."""
+"""Pieces of Hugging Face tensors that a rank reads and writes, at every layout."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def groups(one, two):
 
 
 def _chunks(student, layout, **options):
-    """This rank's pipeline stages."""
+    """Return this rank's pipeline stages."""
     from megatron.core import parallel_state as ps
 
     from distill_nemo.models.provider import model_provider
@@ -64,7 +64,7 @@ def _chunks(student, layout, **options):
 
 
 def round_trip(path, output, layout, max_file_bytes):
-    """Import at a layout into weights that are NaN before, and export from it."""
+    """Import at a layout into weights of NaN, and export from there."""
     setup_device()
     with process_groups(layout.config()):
         from distill_nemo.models.checkpoints.huggingface import load_hf_weights
@@ -83,7 +83,7 @@ def round_trip(path, output, layout, max_file_bytes):
 
 
 def _stored(directory):
-    """{name: tensor} of a directory, and the number of its files."""
+    """Return {name: tensor} of a directory, and the number of its files."""
     files = sorted(Path(directory).glob("*.safetensors"))
     tensors = [load_file(file) for file in files]
     assert sum(map(len, tensors)) == len({name for part in tensors for name in part}), "no tensor twice"
@@ -145,7 +145,7 @@ EXPORTED = {
 
 
 def export_at(path, output, layout, change=None):
-    """Export at a layout; `change` may do something to this rank's stages, between the files and their comparison."""
+    """Export at a layout. `change` may alter this rank's stages between the writing of files and their comparison."""
     setup_device()
     with process_groups(layout.config()):
         from distill_nemo.models.checkpoints import huggingface
@@ -202,7 +202,7 @@ def test_every_rank_learns_that_one_has_no_room(models, groups, tmp_path):
 
 
 def export_without_room(path, output, layout):
-    """Export where the last rank cannot write as much as its file needs."""
+    """Export while the last rank has too little room for its file."""
     limits, heed = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     if os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
@@ -238,7 +238,7 @@ def test_a_tensor_larger_than_a_file_has_one_of_its_own():
 
 
 def as_modelopt(path, layout):
-    """Return names of the weights that ModelOpt reads differently, and from one process those that it writes so."""
+    """Return names of weights that ModelOpt reads differently and, on one process, of those that it writes so."""
     setup_device()
     with process_groups(layout.config()):
         from distill_nemo.models.resolve import resolve
@@ -274,7 +274,7 @@ def test_a_rank_reads_the_bytes_that_it_keeps_and_no_header_twice(models, groups
 
 
 def reads(path, layout):
-    """Numbers that an import reads, and how often a header is read from resolving the model to its weights."""
+    """Return the elements that an import reads, and the reads of a header from resolving the model to its weights."""
     setup_device()
     with process_groups(layout.config()):
         from distill_nemo.models.checkpoints import hf_tensors
@@ -300,7 +300,7 @@ def reads(path, layout):
 
 
 def test_a_table_gives_the_shapes_of_a_model_that_is_built(models):
-    """Hugging Face's against the file; Megatron's against `named_parameters`, at one process."""
+    """Hugging Face's shapes are compared with the file, Megatron's with `named_parameters` on one process."""
     setup_device()
     with process_groups(Layout().config()):
         from distill_nemo.models.checkpoints.local_parameters import local_parameters

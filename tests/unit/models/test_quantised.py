@@ -1,4 +1,4 @@
-"""A student that ModelOpt has quantised (on CPU: simulated INT8) is distilled as such: restored, trained, resumed."""
+"""A student that ModelOpt has quantised (on CPU: simulated INT8) stays quantised when restored, trained and resumed."""
 
 import contextlib
 import shutil
@@ -18,7 +18,7 @@ STATED = {"vocab_size": 507, "rotary_base": 1e4, "norm_epsilon": 1e-6, **SHAPE}
 
 
 def quantise(student, output):
-    """Save a quantised student as ModelOpt's examples for Megatron-LM do; returns its logits and the plain ones."""
+    """Save a quantised student as ModelOpt's examples for Megatron-LM do. Return its logits, and those before."""
     import modelopt.torch.quantization as mtq
     from megatron.core import dist_checkpointing
     from modelopt.torch.opt.plugins.mcore_dist_checkpointing import save_sharded_modelopt_state
@@ -34,7 +34,7 @@ def quantise(student, output):
 
 @pytest.fixture(scope="module")
 def quantised(inputs, one, tmp_path_factory):
-    """(directory, logits before, logits after quantising)."""
+    """Return (directory, logits before quantising, logits after)."""
     path = tmp_path_factory.mktemp("quantised") / "m"
     return path, *one.run(in_one_process, quantise, str(inputs / "student"), str(path))[0]
 
@@ -88,7 +88,7 @@ def test_a_state_of_modelopts_that_would_run_code_is_refused(quantised, inputs, 
 
 
 def test_a_quantised_output_layer_cannot_be_part_of_the_loss(quantised, inputs, one):
-    """Left alone the run takes whole logits (every run here does)."""
+    """Without the setting, a run uses whole logits, as every run here does."""
     with pytest.raises(ValueError, match="fused_linear = true is not possible: the student's output layer is a Quant"):
         one.run(in_one_process, load, quantised[0], inputs / "teacher", True)
 

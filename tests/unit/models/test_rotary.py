@@ -1,4 +1,4 @@
-"""Rotary embeddings: angles of Megatron's own where it knows them, logits of transformers for every other."""
+"""Rotary embeddings: Megatron's own angles for the types that it has, transformers' logits for all others."""
 
 import dataclasses
 import functools
@@ -99,7 +99,7 @@ SCALINGS = {
 
 
 def scaled_llama(path, scaling):
-    """A directory whose config.json states the scaling for transformers 4 and 5."""
+    """Write a directory whose config.json states the scaling for transformers 4 and 5."""
     write_hf(path)
     config = json.loads((path / "config.json").read_text())
     config.pop("rope_parameters", None)
@@ -117,13 +117,13 @@ def test_logits_are_those_of_transformers(tmp_path, kind):
     architecture = resolve(StudentConfig(path))
     expected = theirs(path)
     assert error(logits_of(built(architecture)), expected) < 1e-5
-    if kind != "dynamic":  # which is the plain one up to max_position_embeddings
+    if kind != "dynamic":  # dynamic equals the default up to max_position_embeddings
         without = dataclasses.replace(architecture, ropes=(Rope(1e4),))
         assert error(logits_of(built(without)), expected) > 1e-3
 
 
 def test_megatron_has_no_setting_for_the_factor_of_cosine_and_sine(tmp_path):
-    """Fails when `SelfAttention` reads the factor from a documented field: then `give_rotary_embeddings` sets that."""
+    """If this fails, `SelfAttention` reads the factor from a documented field, for `give_rotary_embeddings` to set."""
     from distill_nemo.models.resolve import resolve
 
     path = scaled_llama(tmp_path, YARN_ROPE)
@@ -136,7 +136,7 @@ def test_megatron_has_no_setting_for_the_factor_of_cosine_and_sine(tmp_path):
 
 
 def test_layers_may_have_rotary_embeddings_of_their_own_or_none(tmp_path):
-    """Plain, yarn on a part of the channels, none, and plain again."""
+    """Layers are plain, yarn on a part of the channels, without an embedding, and plain again."""
     from distill_nemo.models.architecture import Rope
     from distill_nemo.models.layers.rotary import frequencies
     from distill_nemo.models.resolve import resolve
@@ -155,7 +155,7 @@ def test_layers_may_have_rotary_embeddings_of_their_own_or_none(tmp_path):
 
 @torch.no_grad()
 def theirs_by_layer(path, ropes):
-    """Logits of a Llama of transformers whose layers rotate by (frequencies, factor) of their own."""
+    """Return logits of transformers' Llama whose layers rotate by (frequencies, factor) of their own."""
     from transformers.models.llama import modeling_llama
     from transformers.models.phi3 import modeling_phi3
 
@@ -166,7 +166,7 @@ def theirs_by_layer(path, ropes):
         whole = torch.cat([half, half], dim=-1)[None]
         own = {"position_embeddings": (whole.cos() * factor, whole.sin() * factor)}
         layer.register_forward_pre_hook(lambda _, args, kwargs, own=own: (args, kwargs | own), with_kwargs=True)
-    with pytest.MonkeyPatch.context() as patch:  # Phi-3's leaves channels beyond the angles' as they are
+    with pytest.MonkeyPatch.context() as patch:  # Phi-3's leaves channels beyond the angles' unchanged
         patch.setattr(modeling_llama, "apply_rotary_pos_emb", modeling_phi3.apply_rotary_pos_emb)
         return model(tokens()).logits
 

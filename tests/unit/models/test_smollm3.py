@@ -1,4 +1,4 @@
-"""SmolLM3's layers without rotary embedding: which they are, and what is refused."""
+"""SmolLM3's layers without a rotary embedding: their choice, and refusals."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_layers_rotate_where_transformers_says(source, change, rotary):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"no_rope_layers": [1, 1, 1]}, "no_rope_layers has 3 entries, num_layers = 4"),
         ({"no_rope_layers": [1, 2, 1, 0]}, "no_rope_layers must hold 0 (without) and 1"),
@@ -60,10 +60,10 @@ def test_layers_rotate_where_transformers_says(source, change, rotary):
         ({"partial_rotary_factor": 0.5}, 'must be 1 with family "smollm3"'),
     ],
 )
-def test_what_is_not_computed_as_transformers_does_is_refused(source, change, words):
+def test_what_is_not_computed_as_transformers_does_is_refused(source, change, message):
     with pytest.raises(ValueError) as raised:
         resolved(source, **change)
-    assert words in str(raised.value) and str(source) in str(raised.value)
+    assert message in str(raised.value) and str(source) in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Import held against an independent reading: what is right passes, whole or cut, and any misreading is refused."""
+"""Imports compared with transformers: a right one passes, whole or cut, and any misreading is refused."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_a_model_that_is_read_as_transformers_reads_it_passes(models, monkeypatc
 
 
 def misread(patch, **wrong):
-    """Let our reading of config.json come to other values."""
+    """Let our reader of config.json return other values."""
     setup_device()
     from distill_nemo.models import resolve
     from distill_nemo.models.families.huggingface import from_huggingface
@@ -104,7 +104,7 @@ def test_what_transformers_cannot_run_is_refused_in_its_words(tmp_path):
 
 
 def test_a_padding_token_without_a_row_does_not_matter(tmp_path):
-    """Some fine-tuned models name one; training reads it nowhere."""
+    """Some fine-tuned models name one. Training never reads it."""
     source = Path(write_hf(tmp_path / "m", layers=1))
     config = json.loads((source / "config.json").read_text()) | {"pad_token_id": 507, "eos_token_id": [506, 600]}
     (source / "config.json").write_text(json.dumps(config))
@@ -112,7 +112,7 @@ def test_a_padding_token_without_a_row_does_not_matter(tmp_path):
 
 
 def ending(function, patch_values, *args):
-    """The refusal of `function(*args)` while configurations are misread, or None."""
+    """Return the refusal of `function(*args)` while configurations are misread, or None."""
     with pytest.MonkeyPatch.context() as patch:
         misread(patch, **patch_values)
         try:
@@ -147,23 +147,23 @@ REFUSAL = "is read differently by transformers"
 
 
 def test_train_evaluate_and_export_refuse_a_misread_source(inputs, one, tmp_path):
-    (said,) = one.run(ending, trained, WRONG, inputs, tmp_path / "run")
-    assert REFUSAL in said and not (tmp_path / "run").exists()
-    (said,) = one.run(ending, evaluated, WRONG, inputs)
-    assert REFUSAL in said
-    (said,) = one.run(ending, exported, WRONG, inputs / "student", tmp_path / "export")
-    assert REFUSAL in said and not (tmp_path / "export").exists()
+    (message,) = one.run(ending, trained, WRONG, inputs, tmp_path / "run")
+    assert REFUSAL in message and not (tmp_path / "run").exists()
+    (message,) = one.run(ending, evaluated, WRONG, inputs)
+    assert REFUSAL in message
+    (message,) = one.run(ending, exported, WRONG, inputs / "student", tmp_path / "export")
+    assert REFUSAL in message and not (tmp_path / "export").exists()
 
 
 def test_every_rank_refuses_a_misread_source(inputs, two, tmp_path):
-    said = two.run(ending, trained, WRONG, inputs, tmp_path / "run", 2)
-    assert said[0] == said[1] and REFUSAL in said[0]
-    two.run(trained, inputs, tmp_path / "run", 2)  # rank 0 alone has been in another world before
+    message = two.run(ending, trained, WRONG, inputs, tmp_path / "run", 2)
+    assert message[0] == message[1] and REFUSAL in message[0]
+    two.run(trained, inputs, tmp_path / "run", 2)  # only rank 0 has been in another process group before
     assert metrics(tmp_path / "run")[-1]["step"] == 4
 
 
 def test_the_export_of_a_run_is_held_against_the_source_of_its_student(inputs, one, tmp_path):
-    """A run from before the check, whose own logits the export gives again."""
+    """The run predates the check, and its export reproduces the run's own logits."""
     one.run(trained, inputs, tmp_path / "run")
     (described,) = Path(tmp_path, "run", "checkpoints").glob("step_*/architecture.json")
     described.write_text(json.dumps(json.loads(described.read_text()) | WRONG))

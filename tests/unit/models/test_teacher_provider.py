@@ -1,4 +1,4 @@
-"""Function 3: teachers of every kind of checkpoint, made here, give the logits that transformers gives."""
+"""Teachers of every kind of checkpoint, written here, give transformers' logits."""
 
 import contextlib
 import functools
@@ -24,7 +24,7 @@ from distill_nemo.runtime.device import setup_device
 from distill_nemo.runtime.process_groups import process_groups
 from tests.tiny_models import megatron_tensors, nemo_config, write_hf, write_megatron, write_nemo
 
-# setup_device silences these for runs; pytest sets the filters anew for every test.
+# setup_device silences these in runs; pytest resets the filters for every test.
 pytestmark = pytest.mark.filterwarnings("ignore:Please use DTensor")
 FAMILIES = ("llama3_rope", "llama_tied", "qwen2", "qwen3")
 WITH_EXPERTS = (*FAMILIES, "yarn_rope", "smollm3", "qwen3_moe")  # NeMo's model_config.yaml of the last is refused
@@ -36,7 +36,7 @@ TOKENS = (torch.arange(32).view(2, 16) * 37 + 11) % 507
 
 @contextlib.contextmanager
 def groups(layout=None):
-    """Process groups and seeds, as a run has them."""
+    """Set up process groups and seeds as a run does."""
     setup_device()
     with process_groups(ParallelismConfig(**layout or {})):
         from distill_nemo.runtime.seed import seed_everything
@@ -58,7 +58,7 @@ def models(tmp_path_factory):
 
 
 def described(path):
-    """The architecture of a Hugging Face directory as a user would write it into the config."""
+    """Return the architecture of a Hugging Face directory as a user would write it into the config."""
     from distill_nemo.models.resolve import resolve
 
     return vars(resolve(TeacherConfig(checkpoint=path)).filled(TeacherConfig()))
@@ -79,7 +79,7 @@ def arguments(first=True, last=True, layout=None):
 
 @torch.no_grad()
 def logits_of(teacher):
-    """`[b, s, V]` of the whole model, or None on any but the last pipeline stage."""
+    """Return `[b, s, V]` of the whole model; None except on the last pipeline stage."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     def step(_, stage):
@@ -144,7 +144,7 @@ def test_nemo_directory_states_its_architecture(models, tmp_path, family):
 
 
 def test_modelopt_keeps_a_config_beside_a_tracker_and_a_teacher_of_its_own_inside(models, tmp_path):
-    """The student of a ModelOpt run as teacher of the next: the old teacher and the projections are not loaded."""
+    """The student of a ModelOpt run is the next run's teacher. The old teacher and the projections are not loaded."""
     tensors = megatron_tensors(models["llama"])
     tensors |= {f"_teacher_model.{name}": torch.zeros(3) for name in tensors}
     tensors["_loss_modules.1.projection.weight"] = torch.zeros(3, 3)
@@ -163,7 +163,7 @@ def save_ours(inputs, output, layout):
 
 
 def _save_ours(inputs, output, parallelism):
-    """A checkpoint as a run with a hidden loss leaves it: optimizer states, a projection, random states."""
+    """Save a checkpoint like that of a run with a hidden loss: optimizer states, a projection, random states."""
     from distill_nemo.checkpoint.save import CheckpointWriter
     from distill_nemo.checkpoint.state import _allocate_adam_state
     from distill_nemo.training.entry import resolve_models
@@ -183,7 +183,7 @@ def _save_ours(inputs, output, parallelism):
 
 
 def logits_at(path, layout):
-    """Every rank's logits of a teacher at a layout (None before the last stage)."""
+    """Return every rank's logits of a teacher at a layout (None before the last stage)."""
     with groups(layout):
         logits = logits_of(provide(TeacherConfig(path), layout))
         return None if logits is None else logits.numpy()
@@ -226,7 +226,7 @@ def test_nemo_directory_at_tp2_and_pp2(models, two, tmp_path, family, stored):
 
 
 def test_frozen_and_of_its_own_depth_width_and_heads(models, tmp_path):
-    """A NeMo teacher of other depth, width and heads than its student."""
+    """A NeMo teacher differs from its student in depth, width and heads."""
     from distill_nemo.models.provider import model_provider
 
     path = write_nemo(tmp_path / "m", megatron_tensors(models["llama"]), nemo_config(models["llama"], "llama"))
@@ -265,7 +265,7 @@ def write_hf_edited(path, change, source):
 
 
 def broken(kind, path, change, source, **stored):
-    """The config of a teacher of `kind` whose tensors were changed."""
+    """Return the config of a teacher of `kind` whose tensors were changed."""
     if kind == "Hugging Face":
         return TeacherConfig(write_hf_edited(path, change, source))
     prefix = "" if kind == "Megatron" else "model."
@@ -288,7 +288,7 @@ def refused(config):
     return text
 
 
-NAMES = {  # a norm, a matrix, what is added
+NAMES = {  # a norm, a matrix, the added tensor
     "Hugging Face": ("model.norm.weight", "model.layers.2.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.bias"),
     "Megatron": ("decoder.final_layernorm.weight", "decoder.layers.mlp.linear_fc1.weight", "decoder.layers.mlp.bias"),
 }
@@ -300,7 +300,7 @@ def test_missing_extra_and_misshapen_tensors_are_named(models, tmp_path, kind):
     norm, matrix, surplus = NAMES[kind]
     ok = provide(broken(kind, tmp_path / "whole", lambda t: None, models["llama"]))
     assert_as_transformers(logits_of(ok), models["llama"])
-    for number, (change, words) in enumerate(
+    for number, (change, message) in enumerate(
         [
             (lambda t: t.pop(norm), f"missing: {norm} (64,)"),
             (lambda t: t.pop(matrix), f"missing: {matrix}"),
@@ -309,14 +309,14 @@ def test_missing_extra_and_misshapen_tensors_are_named(models, tmp_path, kind):
             (lambda t: t.update({matrix: t[matrix][..., :63].contiguous()}), f"{matrix} has shape"),
         ]
     ):
-        assert words in refused(broken(kind, tmp_path / str(number), change, models["llama"]))
+        assert message in refused(broken(kind, tmp_path / str(number), change, models["llama"]))
 
 
 FC2 = "decoder.layers.{}.mlp.linear_fc2.weight"
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         (lambda t: t.pop(FC2.format(1)), "missing: decoder.layers.1.mlp.linear_fc2.weight (64, 96)"),
         (lambda t: t.update({FC2.format(4): torch.ones(64, 96)}), "it holds 5 layers, num_layers = 4"),
@@ -327,8 +327,8 @@ FC2 = "decoder.layers.{}.mlp.linear_fc2.weight"
         (lambda t: t.pop("output_layer.weight"), "missing: output_layer.weight (507, 64)"),
     ],
 )
-def test_layers_stored_one_by_one(models, tmp_path, change, words):
-    assert words in refused(broken("Megatron", tmp_path / "m", change, models["llama"], stacked=False))
+def test_layers_stored_one_by_one(models, tmp_path, change, message):
+    assert message in refused(broken("Megatron", tmp_path / "m", change, models["llama"], stacked=False))
 
 
 def test_extra_tensors_outside_the_prefix_count_too(models, tmp_path):
@@ -377,11 +377,11 @@ def _zero(file):
     file.write_bytes(bytes(file.stat().st_size))
 
 
-@pytest.mark.parametrize("words", CORRUPT)
-def test_a_corrupt_checkpoint_is_refused_by_file(models, tmp_path, words):
+@pytest.mark.parametrize("message", CORRUPT)
+def test_a_corrupt_checkpoint_is_refused_by_file(models, tmp_path, message):
     path = write_nemo(tmp_path / "m", megatron_tensors(models["llama"]), nemo_config(models["llama"], "llama"))
-    CORRUPT[words](Path(path, "model_weights"))
-    assert words in refused(TeacherConfig(path))
+    CORRUPT[message](Path(path, "model_weights"))
+    assert message in refused(TeacherConfig(path))
 
 
 def test_what_is_no_checkpoint_is_refused_by_path(models, tmp_path):
@@ -405,7 +405,7 @@ def test_what_a_megatron_checkpoint_does_not_say_is_asked_for(models, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"normalization": "layernorm1p"}, "normalization = layernorm1p is not supported; rmsnorm is"),
         ({"activation": "gelu"}, "activation = gelu is not supported; swiglu or fast-swiglu is"),
@@ -427,11 +427,11 @@ def test_what_a_megatron_checkpoint_does_not_say_is_asked_for(models, tmp_path):
         ({"override_vocab_size": None}, "does not say vocab_size: set them beside checkpoint"),
     ],
 )
-def test_a_nemo_config_that_would_be_misread_is_refused_by_field(models, tmp_path, change, words):
+def test_a_nemo_config_that_would_be_misread_is_refused_by_field(models, tmp_path, change, message):
     (tmp_path / "model_weights").mkdir()
     config = nemo_config(models["llama"], "llama") | change
     (tmp_path / "model_config.yaml").write_text(json.dumps(config))
-    assert words in refused(TeacherConfig(str(tmp_path)))
+    assert message in refused(TeacherConfig(str(tmp_path)))
 
 
 def test_nemo_config_in_its_variants(models, tmp_path):

@@ -1,4 +1,4 @@
-"""Sliding windows: read as transformers reads them, computed as it computes them, refused where they are not exact."""
+"""Sliding windows: read and computed as in transformers, and refused where they would not be exact."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ def windows_of(model):
 
 
 def windows_of_transformers(path):
-    """The window of each layer, by the config that transformers makes of the directory."""
+    """Return the window of each layer according to transformers' config of the directory."""
     from transformers import AutoConfig
 
     theirs = AutoConfig.from_pretrained(path)
@@ -62,7 +62,7 @@ READ = [
     ("qwen3", {"use_sliding_window": True, "max_window_layers": 3}, [None, None, None, 4096]),
     ("qwen3_moe", {}, [None] * 4),
     ("qwen3_moe", {"sliding_window": 7, "max_window_layers": 3}, [None] * 4),
-    ("qwen3_moe", {**ON, "max_window_layers": 3}, [7] * 4),  # it has no such field
+    ("qwen3_moe", {**ON, "max_window_layers": 3}, [7] * 4),  # this family has no such field
 ]
 
 
@@ -91,7 +91,7 @@ def test_every_spelling_of_no_window_is_the_same_network(tmp_path, own):
 
 
 @pytest.mark.parametrize(
-    ("family", "own", "words"),
+    ("family", "own", "message"),
     [
         ("mistral", {"sliding_window": 0}, "sliding_window must be at least 1"),
         ("mistral", {"sliding_window": "4096"}, "sliding_window must be int | None, got '4096'"),
@@ -104,10 +104,10 @@ def test_every_spelling_of_no_window_is_the_same_network(tmp_path, own):
         ("qwen3_moe", {"layer_types": [SLIDING] * 4}, "sliding window attention (layer_types"),
     ],
 )
-def test_windows_that_transformers_would_not_compute_are_refused(tmp_path, family, own, words):
+def test_windows_that_transformers_would_not_compute_are_refused(tmp_path, family, own, message):
     with pytest.raises(ValueError) as raised:
         resolve_json(tmp_path, family, **own)
-    assert words in str(raised.value) and str(tmp_path) in str(raised.value)
+    assert message in str(raised.value) and str(tmp_path) in str(raised.value)
 
 
 @pytest.mark.parametrize("family", ["qwen2_window", "qwen3_moe_window"])

@@ -1,4 +1,4 @@
-"""Plans against models that are built, training that is measured, and operations that torch counts."""
+"""Plans against models that are built, training that is measured, and operations counted by torch."""
 
 from dataclasses import replace
 
@@ -41,7 +41,7 @@ LAYOUTS = {
 
 
 def built(models, sizes):
-    """By model: parameters of this rank's student and teacher, and what a plan says of them."""
+    """Return, by model, parameters of this rank's student and teacher, and a plan's prediction."""
     from distill_nemo.runtime.process_groups import process_groups
 
     setup_device()
@@ -124,7 +124,7 @@ def test_memory_is_within_5_percent_of_what_training_takes(one, two, case):
 
 
 def counted_flops(case):
-    """Operations of one forward pass of the student, by torch's count, in which the core attention of a CPU is not."""
+    """Return torch's count of operations in a forward pass of the student, which leaves out core attention on a CPU."""
     from distill_nemo.runtime.process_groups import process_groups
 
     setup_device()
@@ -194,7 +194,7 @@ def test_time_counts_the_pipelines_ends_and_its_slowest_rank():
     run.training.global_batch_size = 8 * case.micro_batch
     planned = PlannedRun(run, models, 2)
     works = [rank_work(planned, rank).total for rank in (0, 1)]
-    assert works[1] > works[0]  # the output layers
+    assert works[1] > works[0]  # because of the output layers
     time = time_of(planned, tflops=1e-6, utilisation=0.5)
     one = works[1] * case.micro_batch * case.length / 0.5e6  # seconds of a micro batch on the slowest rank
     assert time.step == pytest.approx((8 + 1) * one)
@@ -216,7 +216,7 @@ def test_a_published_models_parameters_and_what_would_fit():
     run = RunConfig("nowhere", StudentConfig(**student, **shared), TeacherConfig(**teacher, **shared))
     run.data.train, run.training.micro_batch_size = ["any"], 8
     run, models = resolve_models(run)
-    assert total_parameters(models.student) == 1_235_814_400  # Llama 3.2 1B and 3B, as their model cards say
+    assert total_parameters(models.student) == 1_235_814_400  # Llama 3.2 1B and 3B, according to their model cards
     assert total_parameters(models.teacher) == 3_212_749_824
     planned = PlannedRun(run, models, 8)
     needed = fullest(planned).total

@@ -1,4 +1,4 @@
-"""Outputs of metrics: JSONL, TensorBoard, and the line on the screen."""
+"""Destinations of metrics: JSONL, TensorBoard, and the line on the screen."""
 
 import os
 import pty
@@ -32,7 +32,7 @@ def test_tensorboard_and_jsonl_agree_and_a_resume_writes_nothing_twice(tmp_path)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     write(tmp_path, 0, [1, 2, 3])
-    write(tmp_path, 2, [3, 4])  # step 3 was not in the checkpoint: it comes anew
+    write(tmp_path, 2, [3, 4])  # step 3 was not in the checkpoint, so it is run again
     lines = metrics_file.read(tmp_path / "metrics.jsonl")
     assert [x["step"] for x in lines if x["kind"] == "train"] == [1, 2, 3, 4]
     events = EventAccumulator(str(tmp_path / "tensorboard"))

@@ -1,4 +1,4 @@
-"""The report: numbers, finding, plots, page; and that none of it needs torch."""
+"""The report: numbers, finding, plots and page. It does not import torch."""
 
 import base64
 import io
@@ -33,9 +33,9 @@ def table(teacher=3.978, alone=4.716, distilled=4.195):
 
 
 def write_run(path, evaluations, train=(), tokens=2048):
-    """A metrics file as the loop writes it: `evaluations` step -> figures, `train` the losses of steps 1, 2, ..."""
-    for step, figures in evaluations.items():
-        metrics_file.append(path, {"kind": "eval", "step": step, **figures, "tokens": step * tokens})
+    """A metrics file as the loop writes it: `evaluations` step -> metrics, `train` the losses of steps 1, 2, ..."""
+    for step, metrics in evaluations.items():
+        metrics_file.append(path, {"kind": "eval", "step": step, **metrics, "tokens": step * tokens})
     for step, loss in enumerate(train, 1):
         line = {"lm_loss": loss, "lr": 1e-3, "grad_norm": 1.0, "seconds": 0.5, "tokens": step * tokens}
         metrics_file.append(path, {"kind": "train", "step": step, **line, "tokens_per_second": tokens / 0.5})
@@ -54,7 +54,7 @@ def runs(tmp_path):
 
 
 class Page(HTMLParser):
-    """Contents of a page as a browser sees them."""
+    """Contents of a page as a browser shows them."""
 
     def __init__(self, path):
         super().__init__()
@@ -132,7 +132,7 @@ def test_the_best_student_is_marked_never_the_teacher():
     assert best(table(distilled=4.8), columns["lm_loss"]) == {"student alone"}
     assert best(table(), columns["top1_agreement"]) == {"distilled student"}
     assert best(table(), columns["parameters"]) == set()
-    assert best(table()[:2], columns["lm_loss"]) == set()  # alone in its class
+    assert best(table()[:2], columns["lm_loss"]) == set()  # the only one in its class
 
 
 def test_the_terminal_table_fits_80_columns():
@@ -196,7 +196,7 @@ def test_the_dots_are_the_tables_values():
 
 
 def dots(axes, marker="o"):
-    """Row -> value."""
+    """Return {row: value}."""
     return {line.get_ydata()[0]: line.get_xdata()[0] for line in axes.lines if line.get_marker() == marker}
 
 
@@ -267,7 +267,7 @@ def test_a_report_replaces_the_last_one_whole_or_not_at_all(tmp_path, runs):
         write_report(tmp_path / "report", runs, table(), {"seed": "second"}, [{"model": "no text"}])
     assert "seed first" in " ".join(Page(path).text.split())
     (tmp_path / ".report.partial").mkdir()
-    (tmp_path / ".report.partial" / "left").touch()  # by a kill
+    (tmp_path / ".report.partial" / "left").touch()  # left by a kill
     assert write_report(tmp_path / "report", runs, table(), {"seed": "second"}, []) == path
     text = " ".join(Page(path).text.split())
     assert "seed second" in text and "seed first" not in text

@@ -1,4 +1,4 @@
-"""A process ends when its parent was killed, whatever it does with SIGTERM."""
+"""A process ends when its parent is killed, whatever it does with SIGTERM."""
 
 import subprocess
 import sys

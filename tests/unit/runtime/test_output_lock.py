@@ -1,4 +1,4 @@
-"""One writer of an output at a time: a holder elsewhere is waited for, and what cannot be locked says why."""
+"""One writer of an output at a time: others wait for a holder elsewhere, and a failure to lock gives the reason."""
 
 import errno
 import fcntl
@@ -93,7 +93,7 @@ def test_a_directory_that_cannot_be_written_is_named_with_its_error(tmp_path, lo
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO, errno.EACCES, errno.EDQUOT])
-def test_the_error_of_the_file_system_is_told(tmp_path, monkeypatch, number):
+def test_the_error_of_the_file_system_is_reported(tmp_path, monkeypatch, number):
     def failing(path, *args):
         raise OSError(number, os.strerror(number), str(path))
 

@@ -21,7 +21,7 @@ def train(inputs, output, steps=2):
 
 
 def failures_without_each_replacement(inputs, output):
-    """{replacement: what a run says without it}; None where it does not miss it."""
+    """Return {replacement: error of a run without it}; None if the run succeeds."""
     import torch
 
     from distill_nemo.runtime import device
@@ -60,7 +60,7 @@ def test_every_replacement_on_cpu_is_still_needed(inputs, tmp_path):
 
 
 def test_resuming_needs_help_with_torchs_adam(inputs, one, tmp_path):
-    """Megatron looks for Adam's step among its tensors; test_resume.py shows that the help is right."""
+    """Megatron looks for Adam's step among its tensors. test_resume.py tests the replacement."""
     one.run(train, inputs, tmp_path, 2)
     with pytest.raises(KeyError, match="step"):
         one.run(resume_without_help, inputs, tmp_path)
@@ -105,7 +105,7 @@ def test_torch_still_gives_every_gloo_group_a_device_and_its_thread():
 
 
 def managers_started():
-    """Number of processes that Megatron starts to hold the results of an asynchronous save."""
+    """Return the number of processes that Megatron starts to hold the results of an asynchronous save."""
     from multiprocessing.context import BaseContext
     from unittest import mock
 

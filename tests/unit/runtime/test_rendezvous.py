@@ -1,4 +1,4 @@
-"""torchrun's agents meet through runtime/rendezvous.py: real ones, each a process of its own, on loopback."""
+"""torchrun's agents meet through runtime/rendezvous.py: real agents in processes of their own, on loopback."""
 
 import os
 import signal
@@ -34,7 +34,7 @@ def parameters(port, backend="nodes", nodes=2, least=None, **configuration):
 
 
 class Agent:
-    """torchrun of one node with one rank; `name` tells its ranks' marks from those of an earlier one."""
+    """torchrun of one node with one rank; `name` distinguishes its ranks' files from those of an earlier agent."""
 
     def __init__(self, place, port, node, name):
         (place / "rank.py").write_text(RANK)
@@ -76,14 +76,14 @@ def marks(place):
 
 @pytest.mark.timeout(900)
 def test_a_node_started_again_waits_for_the_next_run(tmp_path):
-    """The first node's torchrun still stands when the second is back: torch's static rendezvous lets it in there."""
+    """The first node's torchrun still runs when the second comes back. torch's static rendezvous would let it join."""
     port = free_port()
     agents = [Agent(tmp_path, port, node, "first") for node in (0, 1)]
     try:
         until(lambda: marks(tmp_path) == ["0_of_2_first", "1_of_2_first"], "the first two")
         assert agents[0].listening() == {"127.0.0.1"}
         rank_0 = psutil.Process(agents[0].process.pid).children()[0]
-        rank_0.send_signal(signal.SIGSTOP)  # it does not see its neighbour go
+        rank_0.send_signal(signal.SIGSTOP)  # it does not notice its neighbour's end
         agents[1].kill()
         agents.append(Agent(tmp_path, port, 1, "again"))
         store = TCPStore("127.0.0.1", port, is_master=False)
@@ -147,8 +147,8 @@ def test_a_launch_that_cannot_meet_is_refused(monkeypatch, fields, message):
     [
         ("127.0.0.1", "127.0.0.1"),
         ("::1", "::1"),
-        ("localhost", "0.0.0.0"),  # a name that only this node knows so
-        ("192.0.2.1", "0.0.0.0"),  # of a router before this node
+        ("localhost", "0.0.0.0"),  # a name that only this node resolves so
+        ("192.0.2.1", "0.0.0.0"),  # address of a router before this node
     ],
 )
 def test_the_store_listens_where_the_other_nodes_look(host, address):

@@ -1,4 +1,4 @@
-"""Ranks named as silent when a run hangs. Real ranks that hang: tests/distributed/training/test_faults.py."""
+"""Ranks that a watchdog names when a run hangs. Real ranks that hang: tests/distributed/training/test_faults.py."""
 
 import json
 import time
@@ -12,7 +12,7 @@ MINUTE = 60.0
 
 
 class Store(dict):
-    """Reports of three ranks: rank 1 lives and its clock is a minute behind; rank 2 was stopped, a minute ahead."""
+    """Reports of three ranks. Rank 1 lives and its clock is a minute behind; rank 2 has stopped, a minute ahead."""
 
     def check(self, keys):
         return keys[0] in self or keys[0] != "watchdog/0"
@@ -49,7 +49,7 @@ def test_the_groups_do_not_time_out_before_it(one, minutes):
 
 
 def groups_timeout(minutes):
-    """Seconds that Megatron's groups are given."""
+    """Return the timeout in seconds of Megatron's groups."""
     import torch
     from megatron.core import parallel_state
 

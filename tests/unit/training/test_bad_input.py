@@ -1,4 +1,4 @@
-"""Mistakes in a run: one `ValueError` names the field, what came and what to do, and nothing is written.
+"""Mistakes in a run: one `ValueError` has the field, the value and what to do, and nothing is written.
 
 Each case is a whole run in a real process, up to its refusal. Weights that do not fit:
 tests/unit/models/test_huggingface.py and test_teacher_provider.py; fields: test_config.py; the command line: tests/cli.
@@ -23,7 +23,7 @@ from tests.training import changed, metrics, tiny_run
 
 
 def run(inputs, output, changes=(), world_size=1):
-    """A tiny run with `changes` ("section.field" -> value), on this rank."""
+    """Run a tiny config with `changes` ("section.field" -> value) on this rank."""
     from distill_nemo.training.entry import run_config
 
     config = tiny_run(inputs, output, steps=4)
@@ -38,7 +38,7 @@ def run(inputs, output, changes=(), world_size=1):
 
 
 def files(directory):
-    """Every path below `directory`, with size and time of change; None where there is no such directory."""
+    """Return every path below `directory`, with size and time of change; None if there is no such directory."""
     if not Path(directory).exists():
         return None
     stats = {path: path.stat() for path in sorted(Path(directory).rglob("*"))}
@@ -46,7 +46,7 @@ def files(directory):
 
 
 def refused(group, inputs, output, changes=(), world_size=1):
-    """The message of the refusal; what is in `output` was not touched."""
+    """Return the message of the refusal. The content of `output` is unchanged."""
     before = files(output)
     with pytest.raises(ValueError) as raised:
         group.run(run, inputs, output, changes, world_size)
@@ -129,7 +129,7 @@ def test_an_added_token_beyond_the_rows_of_the_model_is_harmless_unless_it_occur
 
 
 def test_tokenizers_of_one_size_whose_ids_differ_are_refused(inputs, one, tmp_path):
-    """The number of ids is equal, but the tokens differ, so a falling loss would mean nothing."""
+    """The number of ids is equal but the tokens differ, so a falling loss would mean nothing."""
     teacher = shutil.copytree(inputs / "teacher", tmp_path / "teacher")
     shutil.copytree(inputs / "tokenizer", teacher, dirs_exist_ok=True)
     tokens = {i: token for token, i in tokenizer_vocab(teacher).items()}
@@ -145,7 +145,7 @@ def test_tokenizers_of_one_size_whose_ids_differ_are_refused(inputs, one, tmp_pa
 
 @pytest.mark.parametrize("kept", ["tokenizer", "manifest"])
 def test_token_files_made_with_another_tokenizer_are_refused(inputs, one, tmp_path, kept):
-    """The number of ids is equal, but two tokens differ. The directory of the tokenizer may be gone."""
+    """The number of ids is equal but two tokens differ. The tokenizer's directory may be gone."""
     directory = shutil.copytree(inputs / "tokenizer", tmp_path / "tokenizer")
     tokens = {i: token for token, i in tokenizer_vocab(directory).items()}
     rename(directory, {tokens[300]: 301, tokens[301]: 300})
@@ -185,7 +185,7 @@ def test_harmless_differences_between_tokenizers_pass(inputs, one, tmp_path):
 @pytest.mark.parametrize("split", ["tensor_model_parallel_size", "context_parallel_size", None])
 @pytest.mark.parametrize("field", ["data.train", "data.valid"])
 def test_ids_that_the_model_lacks_are_refused_on_every_rank(inputs, two, tmp_path, split, field):
-    """Without a manifest of ours they are found where they are read, before they reach the model."""
+    """Without a manifest of ours they are found as they are read, before they reach the model."""
     changes = {field: [write_documents(tmp_path / "foreign", [[3, 507] * 2000])], "training.eval_interval": 1}
     changes |= {f"parallelism.{split}": 2} if split else {}
     with pytest.raises(ValueError, match=r"foreign.bin: token \d+ of document 0 .* is the id 507, .* the ids 0 to 506"):
@@ -313,7 +313,7 @@ def test_an_output_directory_that_holds_other_checkpoints(inputs, one, tmp_path)
 
 @pytest.fixture(scope="module")
 def base(inputs, one, tmp_path_factory):
-    """A finished run of four steps, with a teacher and token files of its own that tests may move; do not change it."""
+    """Return a finished run of four steps, not to be changed. Tests may move its teacher and token files."""
     root = tmp_path_factory.mktemp("base")
     shutil.copytree(inputs / "teacher", root / "teacher")
     for suffix in (".bin", ".idx", ".json"):
@@ -347,7 +347,7 @@ def test_resuming_with_other_settings_is_refused(inputs, one, base, tmp_path):
 
 
 def test_resuming_knows_teacher_and_data_by_their_contents(inputs, one, base, tmp_path):
-    """Replaced under the same path they are refused; moved elsewhere they are the same."""
+    """Replaced under the same path, they are refused. Moved elsewhere, they are recognised."""
     from distill_nemo.checkpoint.identity import vocabulary_hash
 
     root = tmp_path / "moved"

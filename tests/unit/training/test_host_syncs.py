@@ -1,6 +1,6 @@
-"""A training step asks a device for nothing that it need not: each such question empties the GPU's queue.
+"""A training step reads from the device only what it must: each such host sync empties the GPU's queue.
 
-Questions are counted on CPU, where nobody waits for them; tests/gpu has torch refuse them on a GPU.
+Syncs are counted on CPU, where they cost nothing. In tests/gpu, torch refuses them on a GPU.
 """
 
 import collections
@@ -29,14 +29,14 @@ CASES = {
 }
 MICRO_BATCHES = 2
 ALLOWED = {
-    "run_model": MICRO_BATCHES,  # the mask of a micro batch that is still the host's
-    "finish": MICRO_BATCHES,  # what is an asynchronous assertion on CUDA
-    "_hidden_means": 1,  # the balancer's weights, which are the host's
+    "run_model": MICRO_BATCHES,  # the mask of a micro batch, which is still on the host
+    "finish": MICRO_BATCHES,  # an asynchronous assertion on CUDA
+    "_hidden_means": 1,  # the balancer's weights, which are on the host
 }
 
 
 class Spy(TorchDispatchMode):
-    """Counts the questions by the function of ours that asks; Megatron's own are its own."""
+    """Count host syncs by the function of ours that causes them, without Megatron's own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Spy(TorchDispatchMode):
 
 
 def steps_under(mode, inputs, output, changes):
-    """A run of three steps, the last of them under `mode`."""
+    """Run three steps, the last of them under `mode`."""
     from distill_nemo.training.entry import run_config
     from distill_nemo.training.loop import Loop
 

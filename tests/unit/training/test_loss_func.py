@@ -17,7 +17,7 @@ def models(tmp_path_factory):
 
 
 def call(case, output, num_rows=GLOBAL_BATCH):
-    """`loss_func` on the first rows of the batch, in one process: (loss, num_tokens, report, largest gradient)."""
+    """Run `loss_func` on the first rows of the batch: (loss, num_tokens, report, largest gradient). One process."""
     from distill_nemo.runtime.device import setup_device
     from distill_nemo.runtime.process_groups import process_groups
 
@@ -76,7 +76,7 @@ def test_a_micro_batch_without_a_valid_token_gives_zeros(models, one, tmp_path):
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(tensor=2)], ids=["dp2", "tp2"])
 def test_means_and_gradients_weigh_tokens_not_ranks(models, one, two, tmp_path, layout):
-    """Rank 0's first sample is all masked at DP=2: means of means, or a division per rank, would differ."""
+    """At DP=2 rank 0's first sample is all masked: means of means, or a division per rank, would differ."""
     case = Case(*models, KD, masked="first")
     ranks = two.run(megatron_step, case, layout, str(tmp_path))
     assert ranks[0] == ranks[1]
