@@ -1,7 +1,7 @@
 """`python -m tests.compile_kernels`: the Triton kernels for sm_90, compiled without a GPU, as JSON.
 
-Of each kernel, dtype of the logits and, of the fused loss, of its gradient: instructions for a column of a token, and
-whether registers were spilled.
+For each kernel, dtype of the logits and (fused loss) of the gradient: instructions per column of a token, and whether
+registers were spilled.
 """
 
 import json
@@ -17,7 +17,7 @@ from distill_nemo.losses.kernels import triton_kernels as kernels
 LOGITS = {"P", "Q", "Z", "T"}
 LANES = {"ROWS": kernels.ROWS, "LANES": kernels.LANES}
 BLOCK = {"BLOCK": kernels.BLOCK}
-GIVEN = [("bf16", "bf16"), ("fp32", "fp32"), ("fp16", "fp16")]  # logits and gradient
+GIVEN = [("bf16", "bf16"), ("fp32", "fp32"), ("fp16", "fp16")]  # dtypes of logits and gradient
 FUSED = [("fp32", "bf16"), ("fp32", "fp16"), ("fp32", "fp32")]
 Case = tuple[str, Any, dict[str, Any], int, int, list[tuple[str, str]]]
 CASES: list[Case] = [
@@ -32,7 +32,7 @@ for divergence in ("forward_kl", "reverse_kl", "jensen_shannon"):
 
 
 def compiled(kernel: Any, constants: dict[str, Any], logits: str, gradient: str, warps: int) -> Any:
-    """For a vocabulary that 16 divides, which is what Triton looks at."""
+    """Compile for a vocabulary divisible by 16, a property that Triton specialises on."""
     signature: dict[str, str] = {}
     for name in kernel.arg_names:
         if name in constants:
@@ -53,12 +53,12 @@ def compiled(kernel: Any, constants: dict[str, Any], logits: str, gradient: str,
 
 
 def longest_loop(sass: str) -> int:
-    """Instructions of the loop, of all the code where there is none."""
+    """Return the number of instructions in the loop, or in all the code if there is none."""
     lines = [line.split("\t")[-1].strip() for line in sass.splitlines()[1:]]
     lines = [line for line in lines if line and not line.startswith("NOP")]
     labels = {line.rstrip(":"): i for i, line in enumerate(lines) if line.endswith(":")}
     targets = [(i, match[1]) for i, line in enumerate(lines) if (match := re.search(r"\bBRA (\w+)", line))]
-    loops = [i - labels[target] for i, target in targets if labels.get(target, i) < i - 1]  # the last one traps
+    loops = [i - labels[target] for i, target in targets if labels.get(target, i) < i - 1]  # the last one is a trap
     return max(loops, default=len(lines) - len(labels))
 
 

@@ -1,4 +1,4 @@
-"""Fixtures that many test files share: the inputs of a tiny run, and processes that have already imported Megatron."""
+"""Fixtures shared by many test files: inputs of a tiny run, and processes that have already imported Megatron."""
 
 import os
 
@@ -13,13 +13,13 @@ from xdist.scheduler import LoadScopeScheduling
 from tests.spawn import Gloo
 from tests.training import write_inputs
 
-torch.set_num_threads(1)  # as every process of a run; more threads than cores spin
+torch.set_num_threads(1)  # like every process of a run; more threads than cores would spin
 
 
 class ByFixtures(LoadScopeScheduling):
     """Run tests that share fixtures in one worker: those of a file, and all of tests/cli.
 
-    Marks would do (`--dist loadgroup`), but pytest-xdist 3.8 overlooks them under pytest 9.2.
+    Marks would do (`--dist loadgroup`), but pytest-xdist 3.8 ignores them under pytest 9.2.
     """
 
     def _split_scope(self, nodeid):
@@ -49,13 +49,13 @@ def empty_stdin(monkeypatch):
 
 @pytest.fixture(scope="session")
 def one():
-    """One process that joins no group by itself."""
+    """Return one process that joins no group by itself."""
     with Gloo(1, init=False, timeout=200) as group:
         yield group
 
 
 @pytest.fixture(scope="session")
 def two():
-    """Two processes that join no group by themselves."""
+    """Return two processes that join no group by themselves."""
     with Gloo(2, init=False, timeout=200) as group:
         yield group

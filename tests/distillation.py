@@ -1,6 +1,6 @@
-"""One global batch of a distillation, in Megatron on any layout and in transformers on fp64; tests compare the two.
+"""Compute one global batch of a distillation in Megatron at any layout; tests compare it with transformers in fp64.
 
-The reference (`tests/distillation_reference.py`) shares nothing with the package but the weight files. Megatron's
+The reference (`tests/distillation_reference.py`) shares nothing with the package except the weight files. Megatron's
 gradients travel as a checkpoint: they take the place of the weights, are saved at the layout, and the exporter gives
 them Hugging Face's names and shapes.
 """
@@ -23,7 +23,7 @@ HELD_OUT = "held-out "
 
 @dataclass(frozen=True)
 class Layout:
-    """Way of computing a batch: parallel sizes and options that must not change the result."""
+    """Parallel sizes and options that must not change the result of a batch."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -57,9 +57,9 @@ class Case:
     masked: str = "some"  # some | first (every token of the first two samples) | all
 
     def batch(self) -> dict[str, torch.Tensor]:
-        """The global batch: tokens, labels, loss_mask and position_ids, each [GLOBAL_BATCH, SEQUENCE].
+        """Return the global batch: tokens, labels, loss_mask and position_ids, each [GLOBAL_BATCH, SEQUENCE].
 
-        The later a sample, the fewer tokens count, so that no two ranks have equally many.
+        Later samples have fewer valid tokens, so that no two ranks have equally many.
         """
         generator = torch.Generator().manual_seed(5)
         text = torch.randint(VOCAB, (GLOBAL_BATCH, SEQUENCE + 1), generator=generator)
@@ -84,17 +84,17 @@ class Case:
 
 
 def megatron_step(case: Case, layout: Layout, output: str) -> dict[str, Any]:
-    """Forward and backward of the global batch on this rank; the gradients saved as a checkpoint below `output`.
+    """Run forward and backward of the global batch on this rank. Save the gradients as a checkpoint below `output`.
 
     Returns:
-        The global token means of training and, `HELD_OUT` before their names, of an evaluation of the same batch; and
-        the gradients of this rank's projections.
+        The global token means of training and, prefixed with `HELD_OUT`, of an evaluation of the same batch; and the
+        gradients of this rank's projections.
     """
     return megatron_steps([(case, layout, output)])[0]
 
 
 def megatron_steps(cells: list[tuple[Case, Layout, str]]) -> list[dict[str, Any]]:
-    """`megatron_step` of several cells whose parallel sizes are the same."""
+    """Run `megatron_step` for several cells with the same parallel sizes."""
     from distill_nemo.runtime.device import setup_device
     from distill_nemo.runtime.process_groups import process_groups
 
@@ -136,7 +136,7 @@ def _step(case: Case, run: RunConfig, models: Any, output: str) -> dict[str, Any
 
 
 def _micro_batches(case: Case, run: RunConfig) -> list[dict[str, torch.Tensor]]:
-    """This data-parallel rank's share."""
+    """Return this data-parallel rank's share."""
     from megatron.core import parallel_state as ps
 
     size = run.training.micro_batch_size
@@ -146,7 +146,7 @@ def _micro_batches(case: Case, run: RunConfig) -> list[dict[str, torch.Tensor]]:
 
 
 def _evaluated(case: Case, run: RunConfig, train_state: Any, step: Any = None) -> dict[str, float]:
-    """Token means of the global batch, by training's evaluation or, without gradients, by a training step."""
+    """Return token means of the global batch, from training's evaluation or from a training step without gradients."""
     from distill_nemo.evaluation import evaluate
 
     micro = _micro_batches(case, run)
@@ -185,7 +185,7 @@ def _gather_slices(buffer: Any) -> None:
 
 
 def gradients(output: str) -> dict[str, torch.Tensor]:
-    """The gradients that `megatron_step` saved, by transformers' parameter names; needs one process."""
+    """Return the gradients that `megatron_step` saved, by transformers' parameter names. Needs one process."""
     from safetensors.torch import load_file
 
     from distill_nemo.checkpoint.export import export
@@ -196,7 +196,7 @@ def gradients(output: str) -> dict[str, torch.Tensor]:
 
 
 def gradients_of(outputs: list[str]) -> list[dict[str, torch.Tensor]]:
-    """`gradients` of several."""
+    """Return `gradients` of several cells."""
     return [gradients(output) for output in outputs]
 
 
@@ -205,7 +205,7 @@ def worst_errors(
     got: dict[str, torch.Tensor],
     expected: tuple[dict[str, float], dict[str, torch.Tensor]],
 ) -> tuple[float, float]:
-    """(of every metric on every rank, relative; of every gradient, relative to the largest entry of its tensor)."""
+    """Return the worst errors (of metrics over ranks, relative; of gradients, relative to their largest entry)."""
     means, wanted = expected
     metric = max(abs(rank[name] - value) / max(abs(value), 1e-12) for rank in ranks for name, value in means.items())
     found = dict(got)

@@ -9,16 +9,16 @@ from torch.nn import functional
 from tests.distillation import HELD_OUT, PROJECTION, Case
 
 EXPERTS: dict[str, Any] = {}
-if int(transformers.__version__.split(".")[0]) >= 5:  # 4 has no other implementation
+if int(transformers.__version__.split(".")[0]) >= 5:  # transformers 4 has no other implementation
     EXPERTS["experts_implementation"] = "eager"  # torch's grouped_mm has no fp64
 MAX_AMPLIFICATION = 10.0
 
 
 def reference(case: Case, dtype: torch.dtype = torch.float64) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    """(global token means, gradients of the total loss). Sums over valid tokens, divided by their number.
+    """Return (global token means, gradients of the total loss): sums over valid tokens, divided by their number.
 
-    In `torch.float32` it tells which error plain torch has. The means are those of training, and with `HELD_OUT` before
-    their names those of an evaluation of the same batch.
+    With `torch.float32` it shows the error of plain torch. The means are those of training and, prefixed with
+    `HELD_OUT`, those of an evaluation of the same batch.
     """
     kd = {"temperature": 1.0, "scale_by_temperature_squared": True, "hidden_layers": []} | case.distillation
     batch = case.batch()
@@ -65,7 +65,7 @@ def reference(case: Case, dtype: torch.dtype = torch.float64) -> tuple[dict[str,
 
 
 def _as_on_disk(name: str, gradient: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Transformers 5 holds the experts of a layer as one tensor, and saves them one by one."""
+    """Split the experts of a layer, one tensor in transformers 5's memory, as its files have them."""
     if ".mlp.experts." not in name:
         return {name: gradient}
     around, part = name.rsplit(".", 1)
@@ -80,7 +80,7 @@ def _as_on_disk(name: str, gradient: torch.Tensor) -> dict[str, torch.Tensor]:
 def _forward(
     path: str, tokens: torch.Tensor, pairs: list[str], side: int, dtype: torch.dtype
 ) -> tuple[Any, dict[Any, torch.Tensor]]:
-    """The model, and its logits and hidden states, these by number of the pair."""
+    """Return the model, its logits, and its hidden states by number of the pair."""
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **EXPERTS)
@@ -132,7 +132,7 @@ def _against_teacher(z: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> 
 
 
 def _projection(width: int, to: int, number: int) -> torch.Tensor:
-    """The weights that the package begins with: seeded, so that every layout has the same."""
+    """Return the projection's initial weights in the package: seeded, so that every layout has the same."""
     weight = torch.empty(to, width)
     torch.nn.init.kaiming_uniform_(weight, a=5**0.5, generator=torch.Generator().manual_seed(number))
     return weight.double().requires_grad_()

@@ -41,7 +41,7 @@ A student without a checkpoint takes its sizes from `student.*`, and the fields 
 
 
 def measured(path: str, output: str, layout: Layout) -> tuple[float, str]:
-    """Relative norm of the logits' difference; and on rank 0 what the architecture has. Exports from the layout."""
+    """Export at the layout. Return the logits' difference (relative norm) and, on rank 0, the architecture's traits."""
     from distill_nemo.config import StudentConfig
     from distill_nemo.runtime.device import setup_device
     from distill_nemo.runtime.process_groups import process_groups
@@ -102,7 +102,7 @@ def same_tensors(path: str, output: Path) -> bool:
 
 
 def row(family: str, path: str, groups: dict[int, Gloo], root: Path) -> tuple[list[str], bool]:
-    """Cells of a family, and True if all of them are as they must be."""
+    """Return the cells of a family's row, and True if all are as required."""
     cells, good, text = [], True, ""
     for name, (processes, layout) in LAYOUTS.items():
         if layout.expert > 1 and "moe" not in family:

@@ -1,4 +1,4 @@
-"""Checkpoints that would run code: objects that create a file when they are unpickled, wherever one can stand."""
+"""Checkpoints that would run code: objects that create a file when they are unpickled, in every possible place."""
 
 import hashlib
 import io
@@ -14,7 +14,7 @@ HOSTILE = "hostile.distcp"
 
 
 class Runs:
-    """Creates `path` when it is unpickled."""
+    """Object that creates `path` when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -24,7 +24,7 @@ class Runs:
 
 
 def plant(directory: Path, key: str, executed: Path) -> None:
-    """Let an object that runs code stand under the first stored name that holds `key`, tensor or not.
+    """Store an object that runs code under the first stored name that contains `key`, tensor or not.
 
     Megatron-Core 0.18 keeps ModelOpt's `common_state` in a file of its own.
     """
@@ -33,7 +33,7 @@ def plant(directory: Path, key: str, executed: Path) -> None:
         return
     contents = pickle.loads((directory / ".metadata").read_bytes())
     names = sorted(contents.state_dict_metadata, key=lambda name: name.find(key))
-    name = next(name for name in names if key in name)  # where it begins, if there is one
+    name = next(name for name in names if key in name)  # the beginning of its storage, if there is one
     buffer = io.BytesIO()
     torch.save([Runs(executed)], buffer)
     (directory / HOSTILE).write_bytes(buffer.getvalue())
@@ -44,7 +44,7 @@ def plant(directory: Path, key: str, executed: Path) -> None:
 
 
 def write_sums(checkpoint: Path) -> None:
-    """Make the sums those of what is there."""
+    """Update the sums to the present files."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != "SHA256SUMS")
     lines = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.relative_to(checkpoint).as_posix()}\n" for f in files]
     (checkpoint / "SHA256SUMS").write_text("".join(lines))

@@ -1,4 +1,4 @@
-"""The venv's own `nemo`, in a process of its own, as a user starts it: by its path, with nothing set up around it."""
+"""Run the venv's own `nemo` as a user starts it: by its path, in a process of its own, with no setup around it."""
 
 import json
 import os
@@ -18,7 +18,7 @@ import pytest
 
 BIN = Path(sys.executable).parent
 STEPS = 16
-PATIENCE = 500.0  # seconds; seen: 25 on two idle cores
+PATIENCE = 500.0  # seconds; 25 were measured on two idle cores
 KEPT = ("PATH", "PYTHONPATH", "LANG", "TMPDIR", "LD_LIBRARY_PATH")
 
 
@@ -32,7 +32,7 @@ class Ended:
 
 
 class Command:
-    """A command that runs in `cwd`, with its home there too, and `more` in its environment."""
+    """A command that runs in `cwd`, which is also its home. `more` is added to its environment."""
 
     def __init__(self, arguments, cwd, **more):
         cwd.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ class Command:
         self.process = subprocess.Popen(list(map(str, arguments)), **pipes, **options)
 
     def ended(self):
-        """Wait for its end; after `PATIENCE`, kill it and all that it started."""
+        """Wait for its end. After `PATIENCE`, kill it and all that it started."""
         try:
             out, err = self.process.communicate(timeout=PATIENCE)
         except subprocess.TimeoutExpired:
@@ -56,14 +56,14 @@ class Command:
         return Ended(self.process.returncode, out, err)
 
     def ranks(self):
-        """The processes of its ranks, by rank."""
+        """Return the processes of its ranks, by rank."""
         below = psutil.Process(self.process.pid).children(recursive=True)
         of_ranks = [process for process in below if "RANK" in process.environ()]
         helpers = [process for process in of_ranks if process.parent() in of_ranks]
         return {int(process.environ()["RANK"]): process for process in of_ranks if process not in helpers}
 
     def listening(self):
-        """Addresses at which the command and all that it started listen now, as the kernel says."""
+        """Return the addresses at which the command and all that it started listen now, according to the kernel."""
         processes = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
         found = [each for process in processes for each in process.net_connections("inet")]
         return {each.laddr.ip for each in found if each.status == psutil.CONN_LISTEN or each.type == socket.SOCK_DGRAM}
@@ -81,23 +81,23 @@ class Command:
 
 
 def nemo(*arguments, cwd, **more):
-    """`nemo distill WORDS` from its start to its end."""
+    """Run `nemo distill ARGUMENTS` to its end."""
     return start(*arguments, cwd=cwd, **more).ended()
 
 
 def start(*arguments, cwd, **more):
-    """`nemo distill WORDS`, running."""
+    """Start `nemo distill ARGUMENTS`."""
     return Command([BIN / "nemo", "distill", *arguments], cwd, **more)
 
 
 def together(*calls):
-    """The results of `calls`, two at a time: a command is mostly one process."""
+    """Return the results of `calls`, run two at a time: a command is mostly one process."""
     with ThreadPoolExecutor(2) as pool:
         return [future.result() for future in [pool.submit(call) for call in calls]]
 
 
 def last_step(output, since=0.0):
-    """The last step in `metrics.jsonl`; None without one, or where it was not written after `since`."""
+    """Return the last step in `metrics.jsonl`; None if there is none, or it was not written after `since`."""
     path = Path(output) / "metrics.jsonl"
     try:
         return json.loads(path.read_text().splitlines()[-1])["step"] if path.stat().st_mtime > since else None
@@ -106,9 +106,9 @@ def last_step(output, since=0.0):
 
 
 def shrunk(inputs, **others):
-    """Overrides that shrink a full-size recipe onto the tiny models and token files in `inputs`, and no other value.
+    """Return overrides that shrink a full-size recipe onto the tiny models and token files in `inputs`.
 
-    `others` are further ones, `section__field=value`.
+    `others` are further overrides, `section__field=value`.
     """
     fields = {
         "teacher.checkpoint": inputs / "teacher",
@@ -133,7 +133,7 @@ TWO_RANKS = ("run.executor=local", "run.executor.processes=2")
 
 
 def the_recipes():
-    """The package `recipes`, without the warnings of what NeMo-Run imports."""
+    """Import the package `recipes`, without warnings from NeMo-Run's imports."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import recipes
@@ -141,13 +141,13 @@ def the_recipes():
 
 
 def nemo_home(monkeypatch, path):
-    """NeMo-Run's home for `nemo_here`: it reads NEMORUN_HOME once, when it is imported."""
+    """Set NeMo-Run's home for `nemo_here`. NeMo-Run reads NEMORUN_HOME once, when it is imported."""
     the_recipes()
     monkeypatch.setattr("nemo_run.config._NEMORUN_HOME", str(path))
 
 
 def nemo_here(capfd, *arguments):
-    """`nemo distill WORDS` without the four seconds of a process: for what starts nothing."""
+    """Run `nemo distill ARGUMENTS`, one that starts nothing, in this process: it saves four seconds."""
     the_recipes()
     from nemo_run.cli.api import create_cli
     from typer.main import get_command

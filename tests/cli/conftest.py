@@ -1,4 +1,4 @@
-"""Runs that several files look at."""
+"""Runs that several test files share."""
 
 import signal
 import sys
@@ -17,7 +17,7 @@ ONE_RANK = ("parallelism.tensor_model_parallel_size=1", "parallelism.sequence_pa
 
 @pytest.fixture(scope="session")
 def finished(inputs, tmp_path_factory):
-    """`llama32_3b_to_1b` on two ranks, to its end: the directory it ran in, and what it printed."""
+    """Return a finished run of `llama32_3b_to_1b` on two ranks: its directory, and its output."""
     cwd = tmp_path_factory.mktemp("finished")
     arguments = ("train", "--factory", "llama32_3b_to_1b", "--yes", *shrunk(inputs), *TWO_RANKS)
     return cwd, nemo(*arguments, cwd=cwd, HF_TOKEN=SECRET)
@@ -25,7 +25,7 @@ def finished(inputs, tmp_path_factory):
 
 @dataclass
 class Qwen3:
-    """`qwen3_8b_to_1p7b` on one rank: stopped by SIGTERM, and the same command again."""
+    """A run of `qwen3_8b_to_1p7b` on one rank: stopped by SIGTERM, then started again with the same command."""
 
     cwd: Path
     overrides: list[str]
@@ -36,7 +36,7 @@ class Qwen3:
 
 @dataclass
 class Scripted:
-    """A recipe composed in Python and launched on two ranks; then its snapshot under plain torchrun."""
+    """A recipe composed in Python, launched on two ranks; then its snapshot under plain torchrun."""
 
     cwd: Path
     ended: Ended
@@ -45,7 +45,7 @@ class Scripted:
 
 @pytest.fixture(scope="session")
 def others(inputs, tmp_path_factory):
-    """`Qwen3`; a run whose loss is not finite (where, Ended); `Scripted`. Two at a time, because they wait much."""
+    """Return `Qwen3`, a run without finite loss (directory, Ended) and `Scripted`. Two at a time, as they mostly wait."""
     one, two, three = (tmp_path_factory.mktemp(name) for name in ("qwen3", "not_finite", "scripted"))
     first, rest = together(lambda: _qwen3(inputs, one), lambda: (_not_finite(inputs, two), _scripted(inputs, three)))
     return first, *rest

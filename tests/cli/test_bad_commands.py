@@ -1,4 +1,4 @@
-"""Mistyped commands: an error on one screen says what to type instead, and nothing is left behind.
+"""Mistyped commands: a short error says what to type instead, and nothing is left behind.
 
 For mistakes in a run's config see tests/unit/training/test_bad_input.py.
 """
@@ -25,7 +25,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def ended(inputs, tmp_path_factory):
-    """By case: the directory it ran in, and what it printed."""
+    """Return, by case, the directory of a command and its output."""
     directories = {case: tmp_path_factory.mktemp("bad") for case in CASES}
 
     def run(case):

@@ -58,7 +58,7 @@ runpy.run_path(nemo, run_name="__main__") if nemo else __import__("nemo_run.__ma
 
 
 def test_the_groups_help_names_every_command_and_imports_nothing_heavy(tmp_path):
-    """Beyond what NeMo-Run itself imports: that is the time it takes."""
+    """Nothing heavy beyond NeMo-Run's own imports, which take all the time."""
     page, bare = together(
         lambda: Command([sys.executable, "-c", TELL, BIN / "nemo", "distill", "--help"], tmp_path).ended(),
         lambda: Command([sys.executable, "-c", TELL, ""], tmp_path).ended(),

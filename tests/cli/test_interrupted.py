@@ -1,6 +1,6 @@
-"""A rank that dies, Ctrl-C, a loss that is not finite: the exit code tells, and the same command goes on.
+"""A dead rank, Ctrl-C, a loss that is not finite: the exit code shows it, and the same command resumes.
 
-SIGTERM: tests/cli/test_train.py.
+SIGTERM is tested in tests/cli/test_train.py.
 """
 
 import signal
@@ -11,15 +11,15 @@ import pytest
 from tests.cli.command import PATIENCE, STEPS, TWO_RANKS, last_step, nemo, shrunk, start
 from tests.training import metrics
 
-pytestmark = pytest.mark.timeout(1800)  # for a machine that does much else; seen: under two minutes
+pytestmark = pytest.mark.timeout(1800)  # for a busy machine; under two minutes were measured
 OUTPUT = "runs/llama32_3b_to_1b"
 
 
 @pytest.fixture(scope="module")
 def story(inputs, tmp_path_factory):
-    """One command typed four times: a rank is killed, the command is, Ctrl-C, to the end. Each: Ended, step, newest.
+    """Run a command four times: a rank killed, the command killed, Ctrl-C, to the end. Each: Ended, step, newest.
 
-    The first three also say at which addresses they listened while they trained.
+    The first three also return the addresses at which they listened while they trained.
     """
     cwd = tmp_path_factory.mktemp("interrupted")
     arguments = ["train", "--factory", "llama32_3b_to_1b", *shrunk(inputs, checkpoint__export="false"), *TWO_RANKS]

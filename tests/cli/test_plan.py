@@ -1,4 +1,4 @@
-"""`nemo distill plan`: what it prints, what it refuses, and its exit code."""
+"""`nemo distill plan`: output, refusals, and exit code."""
 
 import re
 

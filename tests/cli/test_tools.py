@@ -15,7 +15,7 @@ RUN = "runs/llama32_3b_to_1b"
 
 @pytest.fixture(scope="module")
 def tools(inputs, finished, tmp_path_factory):
-    """By name: what each command left. Text for `prepare` lies beside its output."""
+    """Return, by name, the results of each command. Text for `prepare` lies beside its output."""
     ran_in, _ = finished
     cwd = tmp_path_factory.mktemp("tools")
     (cwd / "text").mkdir()
@@ -37,7 +37,7 @@ def tools(inputs, finished, tmp_path_factory):
 
 
 def padded(source, target):
-    """A copy with 93 rows of the vocabulary more, which would change every probability."""
+    """Write a copy with 93 more rows of the vocabulary, which would change every probability."""
     model = transformers.AutoModelForCausalLM.from_pretrained(source)
     model.resize_token_embeddings(600, mean_resizing=False)
     torch.nn.init.ones_(model.lm_head.weight.data[507:])

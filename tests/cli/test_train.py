@@ -1,6 +1,6 @@
-"""The recipes for full-size models, shrunk onto tiny ones: what a run prints and leaves, and other ways to start it.
+"""Recipes for full-size models, shrunk onto tiny ones: output and files of a run, and other ways to start it.
 
-The rest of each recipe is as it is: parallel layout, optimizer, losses.
+All else of a recipe stays: parallel layout, optimizer, losses.
 """
 
 import re
@@ -16,7 +16,7 @@ from tests.cli.command import STEPS, shrunk, the_recipes
 from tests.cli.conftest import SECRET
 from tests.training import metrics
 
-pytestmark = pytest.mark.timeout(1800)  # for a machine that does much else; seen: under two minutes
+pytestmark = pytest.mark.timeout(1800)  # for a busy machine; under two minutes were measured
 NUMBER = r"[\d.,]+"
 LOSSES = f"lm loss {NUMBER}  kd loss {NUMBER}  logit loss {NUMBER}"
 TRAINED = rf"step (\d+)/{STEPS}  {LOSSES}  {NUMBER} tokens/s  ETA \d+:\d\d"
@@ -24,7 +24,7 @@ HELD_OUT = rf"step (\d+)/{STEPS}  held out  lm loss {NUMBER}  forward kl {NUMBER
 
 
 def check_screen(ended, output, resumed=0):
-    """A line a step and an evaluation, and where things are; nothing else."""
+    """Check that the screen shows a line per step and evaluation, the paths, and nothing else."""
     assert (ended.code, ended.err) == (0, "")
     first, *steps, last = ended.out.splitlines()
     assert re.fullmatch(r"train: started; logs in /\S+/train", first)
@@ -40,7 +40,7 @@ def check_screen(ended, output, resumed=0):
 
 
 def check_output(output, initial):
-    """Figures of every step, checkpoints, and a trained student that opens in transformers."""
+    """Check for metrics of every step, checkpoints, and a trained student that opens in transformers."""
     lines = metrics(output)
     assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, STEPS + 1))
     held_out = [line["forward_kl"] for line in lines if line["kind"] == "eval"]
@@ -55,7 +55,7 @@ def check_output(output, initial):
 
 
 def check_snapshot(output, recipe, overrides):
-    """Every field of the snapshot is the recipe's, or what was overridden, or read from the models' `config.json`."""
+    """Check that every field of the snapshot is the recipe's, overridden, or read from the models' `config.json`."""
     config, expected = load_yaml(output / "config.yaml"), fdl.build(recipe).keywords
     overridden = {override.partition("=")[0] for override in overrides}
     for section, values in asdict(config).items():
@@ -89,7 +89,7 @@ def test_secrets_of_the_environment_are_in_no_file(finished):
 
 
 def test_qwen3_stopped_and_typed_again(others):
-    """At tensor parallel 1 instead of 4, without `run.executor`."""
+    """The second start has tensor parallel size 1 instead of 4, without `run.executor`."""
     qwen3, _, _ = others
     assert qwen3.stopped.code == 143 and 2 <= qwen3.stopped_at < STEPS
     assert qwen3.stopped.err == "stopping: waiting for the checkpoint; the same command resumes\n"
@@ -101,7 +101,7 @@ def test_qwen3_stopped_and_typed_again(others):
 
 
 def test_a_recipe_composed_in_python(finished, others):
-    """The script is in conftest.py: the same run as the command's, but for the temperature."""
+    """The script (in conftest.py) gives the same run as the command, except for the temperature."""
     _, _, scripted = others
     output = scripted.cwd / "runs" / "llama32_3b_to_1b"
     assert (scripted.ended.code, scripted.ended.err) == (0, "")

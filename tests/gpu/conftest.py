@@ -1,6 +1,6 @@
 """Tests that need a GPU; `make gpu` runs them.
 
-With DISTILL_NEMO_GPU_REHEARSAL=1 they run on CPU, at smaller sizes, so that a machine without a GPU can tell that they
+With DISTILL_NEMO_GPU_REHEARSAL=1 they run on CPU, at smaller sizes, so that a machine without a GPU can check that they
 still work. Otherwise a machine without a GPU skips them.
 """
 
@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def device():
-    """The device under test."""
+    """Return the device under test."""
     from distill_nemo.runtime.device import setup_device
 
     return setup_device()

@@ -1,4 +1,4 @@
-"""Triton's kernels on the device, against fp64 and beside torch on the same device."""
+"""Triton's kernels on the device, against fp64 and against torch on the same device."""
 
 import numpy as np
 import pytest
@@ -103,7 +103,7 @@ def test_fused_linear_is_exact(device, name, masked):
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jensen_shannon"])
 def test_fused_linear_in_bf16_is_no_worse_than_torch(monkeypatch, device, name):
-    """Errors of the gradients against fp64, beside those of the same loss with torch's own operations."""
+    """Errors of the gradients against fp64 are compared with those of torch's own operations on the same loss."""
     heads, targets = make_heads(FP32 if REHEARSAL else torch.bfloat16, bias=False), make_targets()
     loss = of(name, lm_weight=0.3, chunk_tokens=None)
     expected, errors = oracle(name, *heads, *targets, loss), {}

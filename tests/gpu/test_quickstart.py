@@ -47,7 +47,7 @@ def config(root: Path, name: str, layers: int, width: int, steps: int, lr: float
 
 
 def start(run: RunConfig) -> subprocess.Popen[str]:
-    """`python -m distill_nemo CONFIG.yaml` in a process of its own."""
+    """Start `python -m distill_nemo CONFIG.yaml` in a process of its own."""
     path = Path(run.output_dir).with_suffix(".yaml")
     save_yaml(run, path)
     command = [sys.executable, "-m", "distill_nemo", str(path)]
@@ -81,7 +81,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def distilled(root):
-    """The distilled student's run, killed once on its way, and what the second start said."""
+    """Return the distilled student's run, killed once on its way, and the output of its second start."""
     teacher = config(root, "teacher", 4, 256, TEACHER_STEPS, 1e-3)
     finish(start(teacher))
     run = config(root, "distilled", 2, 128, STEPS, 2e-3)

@@ -1,4 +1,4 @@
-"""Whole runs on the device: what the loop does there is what it does on CPU, and the host does not wait."""
+"""Whole runs on the device: the loop computes the same as on CPU, and the host does not wait."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tests.tiny_models import write_hf
 from tests.training import changed, differences, metrics, tiny_run
 from tests.unit.training.test_host_syncs import CASES, steps_under
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # in pytest's own process, third parties' warnings are errors
+pytestmark = pytest.mark.filterwarnings("ignore")  # third parties' warnings would be errors in pytest's own process
 BF16 = "float32" if REHEARSAL else "bfloat16"
 VARIANTS = {
     "fused": {},
@@ -31,7 +31,7 @@ def run(inputs, output, changes):
 
 
 class Refused:
-    """Torch raises an error where the host would wait for the GPU."""
+    """Context in which torch raises an error if the host would wait for the GPU."""
 
     def __enter__(self):
         torch.cuda.set_sync_debug_mode("error")

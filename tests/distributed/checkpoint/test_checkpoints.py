@@ -1,4 +1,4 @@
-"""Files of a save, signals that stop a run, and export of any step, with two real processes."""
+"""Files of a save, signals that stop a run, and exports of any step, with two real processes."""
 
 import json
 import multiprocessing
@@ -20,7 +20,7 @@ from tests.training import metrics, tiny_run
 
 
 def train(inputs, output, tensor=1, **changes):
-    """One run; `changes` are "section.field" values."""
+    """Run once with `changes` ("section.field" values)."""
     from distill_nemo.training.entry import run_config
 
     run = tiny_run(inputs, output)
@@ -36,7 +36,7 @@ def names(output):
 
 
 def test_async_saves_give_the_checkpoints_that_sync_saves_give(inputs, two, tmp_path):
-    """Six steps and, from their last checkpoint, two more."""
+    """Six steps are run and, from their last checkpoint, two more."""
     for name, asynchronous in (("sync", False), ("async", True)):
         for steps in (6, 8):
             two.run(_train_saving, inputs, tmp_path / name, asynchronous, steps)
@@ -52,7 +52,7 @@ def _train_saving(inputs, output, asynchronous, steps, tensor=2):
 
 
 def test_saving_leaves_no_process_behind(inputs, two, tmp_path):
-    """Megatron would: one a rank, which imports torch during the first save."""
+    """Megatron would leave one per rank, which imports torch during the first save."""
     for asynchronous in (False, True):
         assert two.run(_processes_after_saving, inputs, tmp_path / str(asynchronous), asynchronous) == [[], []]
 
@@ -65,7 +65,7 @@ def _processes_after_saving(inputs, output, asynchronous):
 
 def test_results_come_from_a_forked_process_whatever_their_size_and_none_from_one_that_was_killed():
     results, fork = WriteResults(), multiprocessing.get_context("fork")
-    for item in (RuntimeError("no space"), {0: [b"x" * 10_000_000]}, {0: []}):  # more than a pipe holds, then less
+    for item in (RuntimeError("no space"), {0: [b"x" * 10_000_000]}, {0: []}):  # more than fits in a pipe, then less
         writer = fork.Process(target=results.put, args=[item])
         writer.start()
         writer.join()
@@ -80,7 +80,7 @@ def test_results_come_from_a_forked_process_whatever_their_size_and_none_from_on
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_what_data_and_saves_hold_up_is_in_the_metrics(inputs, one, tmp_path, asynchronous):
-    """A sample takes 50 ms here, and what a save writes 3 s: an asynchronous one does not hold the next step up."""
+    """A sample takes 50 ms here, and the writing of a save 3 s. An asynchronous save does not delay the next step."""
     one.run(_train_with_slow_files, inputs, tmp_path, asynchronous)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     *steps, end = (line for line in lines if line["kind"] != "eval")
@@ -183,7 +183,7 @@ def _train_until_it_blows_up(inputs, output):
 
 
 def test_any_saved_step_can_be_exported(inputs, one, two, tmp_path):
-    """From TP=2 checkpoints; the exported models' held-out loss is what the run measured at that very step."""
+    """The checkpoints have TP=2. The exported models' held-out loss is that of the run at the same step."""
     two.run(train, inputs, tmp_path / "run", 2)
     measured = one.run(_export_and_measure, inputs, tmp_path / "run", tmp_path)[0]
     evaluations = {line["step"]: line for line in metrics(tmp_path / "run") if line["kind"] == "eval"}
@@ -192,7 +192,7 @@ def test_any_saved_step_can_be_exported(inputs, one, two, tmp_path):
 
 
 def _export_and_measure(inputs, run, where):
-    """Held-out LM loss of transformers' models over the run's own evaluation batch, by step."""
+    """Return the held-out LM loss of transformers' models on the run's own evaluation batch, by step."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

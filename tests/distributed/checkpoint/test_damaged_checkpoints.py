@@ -1,4 +1,4 @@
-"""Damaged and hostile checkpoints: what is taken instead, what is refused, and that nothing in one of them runs."""
+"""Damaged and hostile checkpoints: fallbacks and refusals. Nothing in a checkpoint is executed."""
 
 import contextlib
 import io
@@ -20,7 +20,7 @@ OLDER, NEWEST = "step_00000002", "step_00000004"
 
 
 def train(inputs, output, changes=None):
-    """One run on this rank; returns what it said."""
+    """Run once on this rank, and return the output."""
     from distill_nemo.training.entry import run_config
 
     printed = io.StringIO()
@@ -32,14 +32,14 @@ def train(inputs, output, changes=None):
 
 @pytest.fixture(scope="module")
 def saved(inputs, one, tmp_path_factory):
-    """A run of four steps that has saved two checkpoints."""
+    """Return a run of four steps that has saved two checkpoints."""
     output = tmp_path_factory.mktemp("saved")
     one.run(train, inputs, output, {"training.steps": 4})
     return output
 
 
 def search(damaged):
-    """{case: (directory found, what was said)} of copies of a run that were damaged each in its way."""
+    """Return {case: (directory found, output)} for copies of a run, each with its own damage."""
     from distill_nemo.checkpoint.load import newest_whole
     from distill_nemo.runtime.process_groups import process_groups
 
@@ -57,7 +57,7 @@ def search(damaged):
 
 
 def copies(saved, where, damages):
-    """{case: root} of copies of the run's checkpoints, each damaged by its function."""
+    """Return {case: root} of copies of the run's checkpoints, each damaged by its function."""
     roots = {}
     for number, (case, damage) in enumerate(damages.items()):
         roots[case] = shutil.copytree(saved / "checkpoints", where / str(number))
@@ -66,7 +66,7 @@ def copies(saved, where, damages):
 
 
 def rewritten(name, change, sums=False):
-    """A damage of one file of the newest checkpoint; with `sums`, the sums are those of the damaged file."""
+    """Return a function that damages one file of the newest checkpoint; with `sums`, it also updates the sums."""
 
     def damage(root):
         path = root / NEWEST / name
@@ -233,7 +233,7 @@ def test_all_of_a_checkpoint_is_on_the_disk_before_the_tracker_names_it(inputs, 
 
 
 def synced_files(inputs, output):
-    """{file or directory: number of renames before each fsync of it}, and the renames of a run that saves once."""
+    """Return {file or directory: number of renames before each fsync of it} and the renames, for a run with one save."""
     fsync, replace, rename = os.fsync, os.replace, Path.rename
     synced, renamed = defaultdict(list), []
 
@@ -290,7 +290,7 @@ def planned(inputs, run, root):
 
 ROADS = (resumed, started, taught, exported, evaluated, planned)
 EMBEDDING, MOMENTS = "model.embedding", "optimizer.state.exp_avg"
-READ = {  # place -> roads that read what stands there, and so refuse it
+READ = {  # file -> ways to read it, each of which must refuse it
     "random_state": (resumed,),
     "common_state": (resumed,),
     EMBEDDING: (resumed, started, taught, exported, evaluated),
@@ -299,7 +299,7 @@ READ = {  # place -> roads that read what stands there, and so refuse it
 
 
 def refusals(inputs, run, root, roads):
-    """{road: what it refused} of those that did."""
+    """Return {way: refusal} of those that refused."""
     printed = {}
     for road in roads:
         shutil.rmtree(root / "out", ignore_errors=True)
@@ -330,7 +330,7 @@ def test_a_common_pt_of_another_version_is_read_as_weights_only(inputs, saved, o
 
 
 def allowing_pickles(inputs, run):
-    """Resume where the environment asks torch to unpickle everything."""
+    """Resume with an environment that asks torch to unpickle everything."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
         try:
@@ -341,7 +341,7 @@ def allowing_pickles(inputs, run):
 
 
 def test_random_state_of_the_first_release_is_left_out_and_reported(inputs, saved, one, tmp_path):
-    """It was a pickle under the name `rng`; no supported model draws random numbers after its first step."""
+    """It was a pickle named `rng`. No supported model draws random numbers after its first step."""
     run, executed = shutil.copytree(saved, tmp_path / "run"), tmp_path / "executed"
     checkpoint = run / "checkpoints" / NEWEST
     contents = (checkpoint / ".metadata").read_bytes()

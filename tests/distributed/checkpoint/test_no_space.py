@@ -1,4 +1,4 @@
-"""A disk that fills up while a checkpoint is written: the last good one stays, nothing half-written does."""
+"""A disk that fills up during a save: the last good checkpoint stays, and nothing half-written does."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ from tests.training import metrics, tiny_run
 
 
 def run(inputs, output, steps, asynchronous=False, file_limit=None):
-    """Train to `steps`, saving every second; on the last rank no file may grow beyond `file_limit` bytes."""
+    """Train to `steps` and save every second one. On the last rank no file may grow beyond `file_limit` bytes."""
     from distill_nemo.training.entry import run_config
 
     config = tiny_run(inputs, output, steps=steps, eval_interval=100)
@@ -26,7 +26,7 @@ def run(inputs, output, steps, asynchronous=False, file_limit=None):
 
 @contextlib.contextmanager
 def file_size_limit(limit):
-    """The kernel refuses to write further: EFBIG, where a full disk gives ENOSPC."""
+    """Let the kernel refuse further writes: EFBIG takes the place of a full disk's ENOSPC."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit or soft, hard))
     try:
@@ -40,7 +40,7 @@ def checkpoints(output):
 
 
 def assert_kept(error, output):
-    """The message says what to do; only the last good checkpoint is there, named and whole."""
+    """Check that the error has advice, and that only the last good checkpoint is left, named and whole."""
     assert isinstance(error, OSError) and len(str(error).splitlines()) <= 10
     for message in ("step_00000004", "could not be written", "The last good one", "step_00000002", "free space"):
         assert message in str(error)
@@ -55,7 +55,7 @@ def test_one_rank_that_cannot_write_stops_all(inputs, two, tmp_path, asynchronou
     with pytest.raises(OSError) as raised:
         two.run(run, inputs, tmp_path / "out", 8, asynchronous, largest // 2)
     assert_kept(raised.value, tmp_path / "out")
-    two.close()  # as a command typed again: see `test_a_full_disk`
+    two.close()  # like a command typed again: see `test_a_full_disk`
     two.run(run, inputs, tmp_path / "out", 8, asynchronous)
     assert metrics(tmp_path / "out")[-1]["step"] == 8
 
@@ -71,10 +71,10 @@ def small_disk(tmp_path):
 
 
 def test_a_run_survives_a_full_disk(inputs, two, small_disk):
-    """The last run has processes of its own, as a command typed again has.
+    """The last run has new processes, like a command typed again.
 
-    In the old ones a write that failed has left a memoryview of a BytesIO in a cycle, through the frames of torch's
-    traceback, and Python 3.12.1's garbage collector crashes on those.
+    In the old ones, a failed write has left a memoryview of a BytesIO in a cycle, through the frames of torch's
+    traceback. Python 3.12.1's garbage collector crashes on those.
     """
     output = small_disk / "out"
     two.run(run, inputs, output, 2)

@@ -1,4 +1,4 @@
-"""Interrupted and resumed equals uninterrupted, bit for bit; and at another layout, within rounding."""
+"""A resumed run equals an uninterrupted one bit for bit and, at another layout, within rounding."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ from tests.training import changed, metrics, tiny_run
 
 
 def train(inputs, output, tensor, pipeline=1, stop_at=None, changes=None):
-    """One run on this rank; SIGTERM comes to rank 0 when the metrics reach step `stop_at`."""
+    """Run once on this rank. SIGTERM reaches rank 0 when the metrics reach step `stop_at`."""
     from distill_nemo.training.entry import run_config
 
     run = changed(tiny_run(inputs, output), changes or {})
@@ -58,7 +58,7 @@ DYNAMIC = {
     "distillation.balancer": "dynamic",
     "distillation.skip_lm_loss": False,
     "distillation.hidden_loss": "cosine",
-    "distillation.hidden_layers": ["decoder.layers.0:decoder.layers.1"],  # of the first stage
+    "distillation.hidden_layers": ["decoder.layers.0:decoder.layers.1"],  # on the first stage
 }
 
 
@@ -105,7 +105,7 @@ OTHER_OPTIMIZER = {
 
 @pytest.mark.parametrize("distributed", [True, False])
 def test_another_learning_rate_counts_from_the_checkpoint_on(inputs, one, tmp_path, distributed):
-    """After a loss that is not finite, a lower one is what the error advises; moments stay, Adam is the fused one."""
+    """After a loss that is not finite, the error advises a lower one. Moments stay; Adam is the fused one."""
     first = {"training.steps": 4, "optimizer.use_distributed_optimizer": distributed, "training.eval_interval": 100}
     then = {**first, **OTHER_OPTIMIZER, "training.steps": 8}
     one.run(train, inputs, tmp_path / "before", 1, 1, None, {**first, "training.steps": 8, "optimizer.decay_steps": 4})
@@ -123,7 +123,7 @@ RUNS = ("before", "after", "run")
 
 
 def _with_unfused_adam(inputs, output, changes):
-    """Train as runs did before Adam was fused."""
+    """Train as before Adam was fused."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("distill_nemo.training.setup._fuse", lambda adam: None)
         train(inputs, output, 1, changes=changes)

@@ -1,6 +1,6 @@
-"""Fused linear losses with the vocabulary on 2 and 4 gloo processes, against fp64, and what each rank sends.
+"""Fused linear losses with the vocabulary on 2 and 4 gloo processes, against fp64, and the bytes that each rank sends.
 
-Whole runs with and without them; every layout's gradients against fp64 are in `tests/parity`.
+Whole runs are tested with and without them. tests/parity has every layout's gradients against fp64.
 """
 
 from collections import Counter
@@ -31,7 +31,7 @@ from tests.unit.losses.test_fused_linear import (
 )
 
 WEIGHTS = {"lm_weight": 0.3, "logits_weight": 0.7}
-NUM_CHUNKS = 4  # the 18 tokens that count, 5 at a time
+NUM_CHUNKS = 4  # the 18 valid tokens, 5 at a time
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["tp2", "tp4"])
@@ -68,7 +68,7 @@ def fused(name: str, temperature: float, num_true: int, how: str) -> dict[str, A
     ids=["", "T=2", "a shard of padding", "scales, softcaps, a shard of padding"],
 )
 def test_fused_losses_equal_the_oracles(group: Gloo, name: str, temperature: float, num_true: int, how: str) -> None:
-    """The hidden states' gradient is a sum over ranks, which the caller makes; all else is complete."""
+    """The caller sums the hidden states' gradient over ranks. All else is complete."""
     ranks = group.run(fused, name, temperature, num_true, how)
     (student, teacher), (labels, mask) = heads(how), make_targets()
     loss = of(name, temperature=temperature, factor=temperature**2, **WEIGHTS)
@@ -131,7 +131,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def train(inputs: Any, output: Any, changes: dict[str, Any]) -> list[str]:
-    """A run in chunks of 6 tokens; the shapes of what its last stage hands to the loss function."""
+    """Train in chunks of 6 tokens. Return the shapes that the last stage hands to the loss function."""
     from distill_nemo.losses.fused_linear import chunks
     from distill_nemo.models.distillation.fused_output import FusedLogits
     from distill_nemo.training.entry import run_config
@@ -155,7 +155,7 @@ def train(inputs: Any, output: Any, changes: dict[str, Any]) -> list[str]:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_runs_are_those_of_whole_logits(inputs: Any, two: Gloo, tmp_path: Any, layout: str) -> None:
-    """Losses, gradient norms and held-out figures of three steps; fused is what a run does when nothing is said."""
+    """Compare losses, gradient norms and held-out metrics of three steps. Fused losses are the default."""
     weighed = {"distillation.lm_weight": 0.3, "distillation.temperature": 2.0, **LAYOUTS[layout]}
     fused = two.run(train, inputs, tmp_path / "fused", weighed)
     whole = two.run(train, inputs, tmp_path / "whole", weighed | {"distillation.fused_linear": False})

@@ -1,4 +1,4 @@
-"""The losses on 2 and 4 gloo processes, value and gradient, against fp64 on the whole tensors."""
+"""Losses on 2 and 4 gloo processes: values and gradients against fp64 on the whole tensors."""
 
 import os
 from collections import Counter
@@ -49,7 +49,7 @@ def shard(x: Tensor, dim: int) -> Tensor:
 
 
 class Collectives:
-    """Counter of the collectives that this process calls by their names in torch.distributed."""
+    """Counter of collectives that this process calls by their names in torch.distributed."""
 
     num_bytes = 0  # given to all-gathers by this rank
 
@@ -130,7 +130,7 @@ def check_logits_loss(
         assert torch.equal(rank["loss"], ranks[0]["loss"])
         assert rank["collectives"] == ({"all_gather": expected.num_gathers}, {})
         assert rank["bytes of a token"] == num_bytes
-    size = max(1.0, value.max() / 100)  # in the hundreds where peaks are far apart
+    size = max(1.0, value.max() / 100)  # in the hundreds if peaks are far apart
     np.testing.assert_allclose(ranks[0]["loss"], value.T, rtol=0, atol=2e-5 * temperature**2 * size)
     whole = torch.cat([rank["gradient"] for rank in ranks], dim=-1)
     assert whole.dtype == dtype
@@ -184,7 +184,7 @@ def agreement(student: Tensor, teacher: Tensor) -> Tensor:
 def test_top1_agreement(group: Gloo) -> None:
     student, teacher = make_pair(PADDED)
     student[:4] = teacher[:4] + 1.0
-    student[4, 0, [3, 500]] = teacher[4, 0, [3, 200]] = 99.0  # ties on several ranks: the lowest index on both
+    student[4, 0, [3, 500]] = teacher[4, 0, [3, 200]] = 99.0  # ties on several ranks: the lowest index on both sides
     student[4, 1, [3, 500]] = teacher[4, 1, [4, 500]] = 99.0
     expected = student.numpy().argmax(-1) == teacher.numpy().argmax(-1)
     assert expected[4, :2].tolist() == [True, False]

@@ -24,7 +24,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def groups(one, two):
-    """Processes by their number."""
+    """Return the processes by their number."""
     with Gloo(4, init=False, timeout=200) as four:
         yield {1: one, 2: two, 4: four}
 
@@ -40,7 +40,7 @@ def relative_error(got, expected):
 
 
 def pieces(rank, size, length=SEQUENCE):
-    """The positions that a context-parallel rank holds, in its order."""
+    """Return the positions that a context-parallel rank holds, in its order."""
     every = torch.arange(length).view(2 * size, -1)
     return torch.cat([every[rank], every[2 * size - 1 - rank]])
 
@@ -89,14 +89,14 @@ def test_a_length_that_cannot_be_cut_is_refused(groups):
 
 
 def attention_inputs(dtype=torch.float64, heads=4, groups=2, channels=8):
-    """Query, key and value of the whole sequence, and the gradient of the output."""
+    """Return query, key and value of the whole sequence, and the gradient of the output."""
     generator = torch.Generator().manual_seed(3)
     shapes = [(SEQUENCE, BATCH, n, channels) for n in (heads, groups, groups)] + [(SEQUENCE, BATCH, heads * channels)]
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
 def attention_reference(scale, window=SEQUENCE):
-    """Output and gradients of query, key and value, in fp64. A token sees `window` tokens, with itself."""
+    """Return output and gradients of query, key and value, in fp64. A token sees `window` tokens, itself included."""
     *inputs, upstream = attention_inputs()
     q, k, v = (x.requires_grad_() for x in inputs)
     k4, v4 = (x[:, :, [0, 0, 1, 1]] for x in (k, v))
@@ -109,7 +109,7 @@ def attention_reference(scale, window=SEQUENCE):
 
 
 def attend(size, dtype, scale=None, plain=False, window=None, block=256, **fields):
-    """(rank, output and gradients of query, key and value) of this rank's positions."""
+    """Return (rank, output and gradients of query, key and value) for this rank's positions."""
     from distill_nemo.models.layers import context_parallel
     from distill_nemo.runtime.process_groups import process_groups
 
@@ -142,7 +142,7 @@ def attend(size, dtype, scale=None, plain=False, window=None, block=256, **field
 
 
 def together(size, results):
-    """The ranks' rows, back in sequence order."""
+    """Return the ranks' rows in sequence order."""
     whole = [torch.empty(SEQUENCE, *x.shape[1:], dtype=x.dtype) for x in results[0][1]]
     for rank, parts in results:
         for target, part in zip(whole, parts, strict=True):
@@ -186,7 +186,7 @@ def test_a_window_as_long_as_the_sequence_is_none(groups):
 
 
 def saved_by_attention(length, window):
-    """Bytes that the attention of one head keeps for backward, beyond query, key and value."""
+    """Return the bytes that the attention of one head keeps for backward, beyond query, key and value."""
     from distill_nemo.runtime.process_groups import process_groups
 
     with process_groups(ParallelismConfig()):
@@ -213,7 +213,7 @@ def saved_by_attention(length, window):
 
 def test_no_scores_are_kept(groups):
     full, windowed = (groups[1].run(saved_by_attention, 2048, window)[0] for window in (None, 64))
-    mask = 256 * (256 + 63) * 4  # one, for all blocks and layers
+    mask = 256 * (256 + 63) * 4  # one mask for all blocks and layers
     assert full <= windowed <= full + mask < 2048 * 2048 / 4
 
 
@@ -226,7 +226,7 @@ def test_dropout_is_refused(groups):
 
 
 def rotate(frequencies):
-    """(rank, angles of this rank's positions)."""
+    """Return (rank, angles of this rank's positions)."""
     from distill_nemo.runtime.process_groups import process_groups
 
     with process_groups(ParallelismConfig(context_parallel_size=2)):
@@ -256,7 +256,7 @@ def batch():
 
 
 def step(student, parallelism):
-    """(context-parallel and tensor-parallel rank, logits [s, B, vocab], gradients), summed as in training."""
+    """Return (context- and tensor-parallel rank, logits [s, B, vocab], gradients), summed as in training."""
     from distill_nemo.runtime.process_groups import process_groups
 
     with process_groups(parallelism):
@@ -295,7 +295,7 @@ def transformers_logits(student):
 
 @pytest.fixture(scope="module")
 def whole_gradients(groups, models):
-    """Gradients of one process, by model."""
+    """Return the gradients of one process, by model."""
     return {name: groups[1].run(step, student, ParallelismConfig())[0][3] for name, student in models.items()}
 
 
@@ -311,7 +311,7 @@ def test_logits_and_gradients_are_those_of_one_process(groups, models, whole_gra
 
 
 def compare(results, expected):
-    """Every rank's gradients with those of one process."""
+    """Compare every rank's gradients with those of one process."""
     errors = {}
     for _, tensor_rank, _, gradients in results:
         assert gradients.keys() == expected.keys()
@@ -322,7 +322,7 @@ def compare(results, expected):
 
 
 def shard(name, whole, part, rank):
-    """The rows or columns of `whole` that tensor-parallel rank `rank` holds in `part`."""
+    """Return the rows or columns of `whole` that tensor-parallel rank `rank` holds in `part`."""
     for dim, (rows, held) in enumerate(zip(whole.shape, part.shape, strict=True)):
         if rows != held:
             stacked = whole.chunk(2) if name.endswith("linear_fc1.weight") else [whole]  # gate and up projection

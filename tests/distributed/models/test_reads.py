@@ -1,4 +1,4 @@
-"""Each rank reads the description of a model once; everything later gets what was read."""
+"""Each rank reads the description of a model once, and passes it on."""
 
 import sys
 from unittest import mock
@@ -20,13 +20,13 @@ def descriptions_opened(inputs, output):
     sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if event == "open" else None)
     run = tiny_run(inputs, output, steps=1)
     run.optimizer.warmup_steps, run.checkpoint.export = 0, True
-    with mock.patch.object(export, "export_from_run"):  # transformers opens what it writes
+    with mock.patch.object(export, "export_from_run"):  # transformers opens the written files
         run_config(run)
     return {role: opened.count(str(inputs / role / "config.json")) for role in ROLES}
 
 
 def test_config_json_is_read_once_a_rank(inputs, two, tmp_path):
-    """Rank 0 reads it twice more, for an independent reading of the checkpoint: with transformers."""
+    """Rank 0 reads it twice more, with transformers, for the independent check of the checkpoint."""
     first, second = two.run(descriptions_opened, inputs, tmp_path)
     assert second == dict.fromkeys(ROLES, 1)
     assert all(count > 1 for count in first.values()), "the count does not see transformers' own reads"

@@ -1,4 +1,4 @@
-"""Ranks of a torchrun that was killed save and end, instead of training on where nobody sees them."""
+"""Ranks of a killed torchrun save and end, instead of training on unseen."""
 
 import subprocess
 import sys

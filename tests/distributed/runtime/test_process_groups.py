@@ -1,4 +1,4 @@
-"""Four real processes split as each layout says; seeds and stop requests agree where they must."""
+"""Four real processes, divided as each layout says. Seeds and stop requests agree where they must."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ import pytest
 from distill_nemo.config import ParallelismConfig
 from tests.spawn import Gloo
 
-LAYOUTS = {  # sizes asked for -> data parallel size
+LAYOUTS = {  # requested sizes -> data parallel size
     "dp4": ({}, 4),
     "tp2_pp2": ({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, 1),
     "pp4_vpp2": ({"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": 2}, 1),

@@ -1,4 +1,4 @@
-"""Real faults in real runs of two processes: what is resumed is, bit for bit, what an uninterrupted run gives.
+"""Real faults in real runs of two processes: a resumed run equals an uninterrupted one bit for bit.
 
 A full disk: tests/distributed/checkpoint/test_no_space.py. SIGTERM: tests/distributed/checkpoint/test_resume.py.
 """
@@ -28,7 +28,7 @@ SAVED = "step_00000006"
 
 
 def train(inputs, output, changes=None, fault=None):
-    """One run on this rank, and what it said on stdout and stderr; `fault(output, rank)` is called beside it."""
+    """Run once on this rank, with `fault(output, rank)` beside it. Return the output on stdout and stderr."""
     from distill_nemo.training.entry import run_config
 
     run = changed(
@@ -45,7 +45,7 @@ def train(inputs, output, changes=None, fault=None):
 
 @pytest.fixture(scope="module")
 def whole(inputs, two, tmp_path_factory):
-    """Metrics of a run to its end."""
+    """Return the metrics of an uninterrupted run."""
     output = tmp_path_factory.mktemp("whole")
     two.run(train, inputs, output)
     return metrics(output)
@@ -72,7 +72,7 @@ def killed_in_a_save(output, rank):
 )
 def test_a_run_survives_kill_9(inputs, two, whole, tmp_path, fault, asynchronous):
     changes = {"checkpoint.async_save": asynchronous, "logging.tensorboard": True}
-    with pytest.raises((ProcessEndedError, RuntimeError, OSError)):  # what a rank says of the other's death, or nothing
+    with pytest.raises((ProcessEndedError, RuntimeError, OSError)):  # a rank's error about the other's death, or none
         two.run(train, inputs, tmp_path, changes, fault)
     assert metrics(tmp_path)[-1]["step"] < 8, "the kill came too late to show anything"
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000002"
@@ -164,14 +164,14 @@ def test_an_export_may_take_longer_than_a_collective(inputs, two, tmp_path):
 
 
 def a_file_where_the_export_belongs(output, rank):
-    """Appears during training, since a target that cannot be written is refused before it."""
+    """Put it there during training, since a target that cannot be written is refused before."""
     waiting((output / "metrics.jsonl").is_file)
     if rank == 0:
         (output / "student").write_text("")
 
 
 def test_an_export_that_failed_before_is_not_taken_for_the_next(inputs, two, tmp_path):
-    """When torchrun starts ranks again it keeps the store, through which the other ranks learn how it went."""
+    """When torchrun restarts the ranks, it keeps the store that tells the other ranks the result."""
     exporting = {"checkpoint.export": True}
     with pytest.raises(RuntimeError, match="export failed; the checkpoint is whole"):
         two.run(train, inputs, tmp_path, exporting, a_file_where_the_export_belongs)
@@ -189,7 +189,7 @@ def test_kill_9_before_anything_was_saved(inputs, two, whole, tmp_path):
 
 @pytest.fixture(scope="module")
 def at_six(inputs, two, tmp_path_factory):
-    """A run that has saved steps 4 and 6, of 8."""
+    """Return a run of 8 steps that has saved steps 4 and 6."""
     output = tmp_path_factory.mktemp("at_six")
     two.run(train, inputs, output, {"training.steps": 6})
     return output
@@ -290,7 +290,7 @@ def train_there(where, inputs, teacher):
 
 
 def not_finite(inputs, output, steps, on_nan):
-    """The losses of rank 1's micro batch are NaN in these steps."""
+    """Let the losses of rank 1's micro batch be NaN in these steps."""
     from distill_nemo.training import loop
     from distill_nemo.training.entry import run_config
 
@@ -338,7 +338,7 @@ def not_finite_without_help(*args):
 
 
 def test_megatron_still_updates_by_a_gradient_that_is_not_finite(inputs, two, tmp_path):
-    with pytest.raises(Exception, match="the 10th step in a row"):  # one NaN, and every weight is NaN
+    with pytest.raises(Exception, match="the 10th step in a row"):  # after one NaN, every weight is NaN
         two.run(not_finite_without_help, inputs, tmp_path, [3], "skip")
 
 
@@ -369,7 +369,7 @@ def asleep():
 
 
 def hanging(inputs, output, fault):
-    """Rank 1 does not come out of its third micro batch."""
+    """Let rank 1 hang in its third micro batch."""
     from distill_nemo.training import loop
     from distill_nemo.training.entry import run_config
 

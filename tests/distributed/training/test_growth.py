@@ -1,4 +1,4 @@
-"""A long run needs no more at its end than at its beginning: tensors and resident memory are flat after warm-up."""
+"""Long runs do not grow: tensors and resident memory are flat after warm-up."""
 
 import gc
 import time
@@ -16,9 +16,9 @@ from tests.tiny_models import write_hf
 from tests.training import changed, tiny_run
 
 STEPS, EVERY, WARM = 300, 50, 150
-# The number of tensors is the same to the last one. Resident memory still rises by up to 1.4 MiB between steps 150 and
-# 300, slower and slower: allocators, and Python's own caches. What is looked for is more: one [8, 1, 512] fp32 output
-# kept of each of these 2 x 150 micro batches is 4.7 MiB.
+# The number of tensors is exactly constant. Resident memory still rises by up to 1.4 MiB between steps 150 and 300,
+# more and more slowly: allocators, and Python's own caches. A leak would be larger: one [8, 1, 512] fp32 output kept
+# of each of these 2 x 150 micro batches is 4.7 MiB.
 MEBIBYTES = 3.0
 
 
@@ -31,14 +31,14 @@ def models(tmp_path_factory):
 
 
 def live_tensors():
-    """Tensors that the garbage collector can reach; those of autograd's graph are counted by the resident memory."""
-    time.sleep(0.2)  # gloo's threads let go of what they sent, a little after the collective
+    """Return the tensors that the garbage collector reaches. Resident memory includes those of autograd's graph."""
+    time.sleep(0.2)  # gloo's threads release what they sent a little after the collective
     gc.collect()
     return sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
 
 
 def watch(inputs, models, output, steps, pipeline=1, recompute=None):
-    """Every `EVERY` steps of a run of this rank: (step, live tensors, resident MiB); and calls queued for CUDA."""
+    """Return, every `EVERY` steps of this rank's run, (step, live tensors, resident MiB); and calls queued for CUDA."""
     from distill_nemo.training.entry import run_config
     from distill_nemo.training.loop import Loop
 
@@ -77,7 +77,7 @@ def watch(inputs, models, output, steps, pipeline=1, recompute=None):
 @pytest.mark.parametrize("recompute", [None, "full"])
 @pytest.mark.parametrize("pipeline", [1, 2])
 def test_memory_does_not_grow_with_the_steps(inputs, models, one, two, tmp_path, pipeline, recompute):
-    """Also on stages that never compute the loss: no output is kept there for each micro batch."""
+    """This includes stages that never compute the loss, which must keep no output of a micro batch."""
     for seen, _ in (one, two)[pipeline - 1].run(watch, inputs, models, tmp_path, STEPS, pipeline, recompute):
         print(seen)
         after = [(tensors, memory) for step, tensors, memory in seen if step >= WARM]
@@ -86,7 +86,7 @@ def test_memory_does_not_grow_with_the_steps(inputs, models, one, two, tmp_path,
 
 
 def test_modelopt_keeps_the_last_output_where_no_loss_is_computed():
-    """ModelOpt 0.47's hook has one slot a layer: the output of the micro batch before is dropped, with a warning."""
+    """ModelOpt 0.47's hook has one slot per layer. It drops the previous micro batch's output, with a warning."""
 
     def pair_of_layers():
         return nn.ModuleDict({"layer": nn.Linear(3, 3)})
@@ -96,7 +96,7 @@ def test_modelopt_keeps_the_last_output_where_no_loss_is_computed():
     model: Any = mtd.convert(pair_of_layers(), mode=[("kd_loss", mode)])
     layers = [model.layer, model.teacher_model.layer]
     outputs = []
-    for _ in range(5):  # forward passes alone, as on a stage that does not compute the loss
+    for _ in range(5):  # forward passes only, as on a stage that does not compute the loss
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             for layer in layers:
@@ -107,9 +107,10 @@ def test_modelopt_keeps_the_last_output_where_no_loss_is_computed():
 
 
 def test_nothing_waits_for_a_gpu_that_never_comes(inputs, models, one, tmp_path):
-    """Megatron's RNG tracker sets CUDA's state by torch's `_lazy_call`, which without a GPU keeps every call for ever.
+    """Megatron's RNG tracker sets CUDA's state with torch's `_lazy_call`, which without a GPU keeps every call forever.
 
-    Each holds a generator's state of 5 kB and its call's traceback in words: some 270 kB a step of two micro batches.
+    Each holds a generator's state of 5 kB and the formatted traceback of its call: about 270 kB per step of two micro
+    batches.
     """
     ((_, queued),) = one.run(watch, inputs, models, tmp_path, 2 * EVERY)
     assert queued[1] == queued[0]

@@ -1,4 +1,4 @@
-"""Whole runs at every layout are one run: ten steps stay together, and a run may change its layout as it goes.
+"""Whole runs at every layout agree over ten steps, and a run may change its layout on the way.
 
 Legend: DP, TP, PP, VPP, CP, EP the data, tensor, pipeline, virtual pipeline, context and expert parallel sizes; SP
 sequence parallelism.
@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from tests.spawn import Gloo
 from tests.training import changed, differences, metrics, tiny_run, write_deep_models
 
-# Sums run in another order, so the last of 7 digits differ, and Adam passes that on. Measured over all of these runs:
+# Sums run in another order, so the last of 7 digits differ, and Adam amplifies that. Measured over all of these runs:
 # losses and evaluations 3.8e-7 at most, the gradient norm 3.1e-6.
 TOLERANCE = 1e-5
 
@@ -32,8 +32,8 @@ LAYOUTS = {  # processes, parallel sizes
     "TP=2, PP=2, DP=2": (8, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
     "EP=2": (2, {"expert_model_parallel_size": 2}),
 }
-TEN_STEPS = [layout for layout in LAYOUTS if layout not in ("one", "EP=2")]  # EP=2: a test of its own
-HIDDEN = {  # of different widths, so with projections
+TEN_STEPS = [layout for layout in LAYOUTS if layout not in ("one", "EP=2")]  # EP=2 has a test of its own
+HIDDEN = {  # of different widths, hence with projections
     "distillation.hidden_loss": "mse",
     "distillation.hidden_layers": ["decoder.layers.0:decoder.layers.0", "decoder.layers.6:decoder.layers.6"],
 }
@@ -61,14 +61,14 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def eight():
-    """Eight processes; runs of fewer let the others sit out."""
+    """Return eight processes. Smaller runs leave some of them idle."""
     with Gloo(8, init=False, timeout=590) as group:
         yield group
 
 
 @pytest.fixture(scope="module")
 def expected(inputs, models, eight, tmp_path_factory):
-    """Name of the changes -> metrics of the uninterrupted run on one process."""
+    """Return {name of the changes: metrics of the uninterrupted run on one process}."""
     root, known = tmp_path_factory.mktemp("one"), {}
 
     def found(name):
@@ -81,13 +81,13 @@ def expected(inputs, models, eight, tmp_path_factory):
 
 
 def train(inputs, models, output, layout, changes):
-    """A run on the ranks that its layout needs."""
+    """Run on the ranks that the layout needs."""
     from distill_nemo.training.entry import run_config
 
     processes, sizes = LAYOUTS[layout]
     if int(os.environ["RANK"]) >= processes:
         return
-    # Pipelines and copies of the model need four micro batches; elsewhere two do, as collectives are what takes time.
+    # Pipelines and copies of the model need four micro batches. Elsewhere two suffice, as collectives take the time.
     micro_batch = 1 if processes == 1 or "PP" in layout or "DP" in layout or "EP" in layout else 2
     run = tiny_run(inputs, output, steps=10, micro_batch_size=micro_batch, global_batch_size=4, eval_interval=5)
     run.data.sequence_length = 16
@@ -105,7 +105,7 @@ def train(inputs, models, output, layout, changes):
 
 
 def assert_the_same(found, expected):
-    """Print the worst of each metric (`pytest -rP` shows it) before judging."""
+    """Print the worst difference of each metric (`pytest -rP` shows it), then compare."""
     worst = differences(found, expected)
     print({name: f"{value:.1e}" for name, value in sorted(worst.items()) if value})
     assert max(worst.values()) <= TOLERANCE, worst
@@ -119,7 +119,7 @@ def test_ten_steps_agree_at_every_layout(inputs, models, eight, expected, tmp_pa
 
 
 def test_a_dynamic_balancer_weighs_by_the_means_of_the_step_before(expected):
-    """By the formula of docs/semantics.md, from what the run reports; the first step by its own means."""
+    """The formula is that of docs/semantics.md, on reported losses. The first step uses its own means."""
     steps = [line for line in expected("dynamic") if line["kind"] == "train"]
     for before, now in zip([steps[0], *steps], steps, strict=False):
         lm, logits, hidden = (before[name] for name in ("lm_loss", "logit_loss", "hidden_loss"))
@@ -130,7 +130,7 @@ def test_a_dynamic_balancer_weighs_by_the_means_of_the_step_before(expected):
 
 
 def test_ten_steps_stay_together_whoever_holds_the_optimizer(inputs, models, eight, expected, tmp_path):
-    """The static loss by the plain optimizer, the dynamic one by the distributed: the other way round than above."""
+    """The plain optimizer has the static loss, the distributed one the dynamic loss: the reverse of the test above."""
     for loss, distributed in (("static", False), ("dynamic", True)):
         changes = {**CHANGES[loss], "optimizer.use_distributed_optimizer": distributed}
         eight.run(train, inputs, models, tmp_path / loss, "DP=2", changes)
@@ -145,7 +145,7 @@ def test_ten_steps_of_experts_stay_together(inputs, models, eight, expected, tmp
 
 
 def test_a_run_goes_on_at_one_layout_after_another(inputs, models, eight, expected, tmp_path):
-    """Two steps at each, optimizer state and projections included, which keep their names whatever stage has them."""
+    """Each layout trains two steps. Optimizer state and projections keep their names on every stage."""
     for i, layout in enumerate(("TP=2", "PP=2", "DP=4", "PP=4, VPP=2", "CP=2", "one")):
         changes = {**CHANGES["long"], "training.steps": 2 * (i + 1)}
         eight.run(train, inputs, models, tmp_path, layout, changes)
@@ -158,7 +158,7 @@ def test_a_run_goes_on_at_one_layout_after_another(inputs, models, eight, expect
 
 
 def projections(output, step):
-    """Keys of projection parameters in a checkpoint."""
+    """Return the keys of projection parameters in a checkpoint."""
     keys = FileSystemReader(output / "checkpoints" / f"step_{step:08d}").read_metadata().state_dict_metadata
     return {key for key in keys if "projection" in key}
 

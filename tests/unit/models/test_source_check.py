@@ -156,8 +156,8 @@ def test_train_evaluate_and_export_refuse_a_misread_source(inputs, one, tmp_path
 
 
 def test_every_rank_refuses_a_misread_source(inputs, two, tmp_path):
-    message = two.run(ending, trained, WRONG, inputs, tmp_path / "run", 2)
-    assert message[0] == message[1] and REFUSAL in message[0]
+    messages = two.run(ending, trained, WRONG, inputs, tmp_path / "run", 2)
+    assert messages[0] == messages[1] and REFUSAL in messages[0]
     two.run(trained, inputs, tmp_path / "run", 2)  # only rank 0 has been in another process group before
     assert metrics(tmp_path / "run")[-1]["step"] == 4
 
