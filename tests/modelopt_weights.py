@@ -1,4 +1,4 @@
-"""Weights as ModelOpt's importer reads and its exporter writes them: an oracle for the families that it knows."""
+"""Weights as ModelOpt's importer reads and its exporter writes them: an oracle for the families that it supports."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ VOCAB_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 class Importer(GPTModelImporter):
-    """ModelOpt's, with the vocabulary padded by rows of zeros as Megatron's is."""
+    """ModelOpt's importer, with the vocabulary padded by rows of zeros like Megatron's."""
 
     def __init__(self, built, path):
         super().__init__(built, str(path), dtype=next(built.parameters()).dtype)
@@ -37,7 +37,7 @@ def fill_by_modelopt(built, path):
 
 
 def tensors_by_modelopt(built, path, vocab_size):
-    """Return the tensors of an export of `built`, the whole model of the directory."""
+    """Return the tensors of an export of `built`, which is the whole model of the directory."""
     config = json.loads(Path(path, "config.json").read_text())
     with tempfile.TemporaryDirectory() as stated, contextlib.redirect_stdout(io.StringIO()):
         Path(stated, "config.json").write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""Imports of the processes of `tests.spawn`, which take nine seconds once for all of them."""
+"""Imports for the processes of `tests.spawn`, which take nine seconds once for all of them."""
 
 from distill_nemo.runtime.device import setup_device
 

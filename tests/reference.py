@@ -20,12 +20,12 @@ def softmax(x: Array) -> Array:
 
 
 def through_softmax(value_by_q: Array, q: Array, temperature: float) -> Array:
-    """Derivative with respect to q = softmax(z / T) -> derivative with respect to z."""
+    """Turn a derivative with respect to q = softmax(z / T) into one with respect to z."""
     return q * (value_by_q - (q * value_by_q).sum(axis=-1, keepdims=True)) / temperature
 
 
 def finished(product_NV: Array, scale: float, softcap: float | None) -> tuple[Array, Array]:
-    """Logits, scaled and capped, and their derivative with respect to the product of output weight and hidden state."""
+    """Return scaled and capped logits, and their derivative with respect to output weight times hidden state."""
     if softcap is None:
         return scale * product_NV, np.full_like(product_NV, scale)
     x = scale * product_NV / softcap
@@ -58,7 +58,7 @@ def jensen_shannon(
 def top_k_forward_kl(
     student_NV: Array, teacher_NV: Array, temperature: float = 1.0, top_k: int = 1
 ) -> tuple[Array, Array]:
-    """KL(teacher || student) of the teacher's top k tokens, lowest first on ties, and one bucket for the others."""
+    """Return KL(teacher || student) of the teacher's top k tokens, lowest first on ties, and a bucket for others."""
     p, q = softmax(teacher_NV / temperature), softmax(student_NV / temperature)
     width = p.shape[-1]
     order = np.argsort(-teacher_NV, axis=-1, kind="stable")
@@ -74,13 +74,13 @@ Oracle = Callable[..., tuple[Array, Array]]
 
 
 class Expected(NamedTuple):
-    """A divergence as it should be."""
+    """Expected properties of a divergence."""
 
-    arguments: dict[str, Any]  # of LogitsKLLoss
+    arguments: dict[str, Any]  # arguments of LogitsKLLoss
     oracle: Oracle
     num_gathers: int = 1
-    num_bytes: int = 20  # gathered of a token and rank; with top-k it depends on the shard
-    num_saved: int = 4  # fp32 numbers for backward of a token; likewise
+    num_bytes: int = 20  # bytes gathered per token and rank; with top-k it depends on the shard
+    num_saved: int = 4  # fp32 numbers per token saved for backward; likewise
 
 
 DIVERGENCES = {

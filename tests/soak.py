@@ -1,7 +1,7 @@
-"""`make soak`: one run with twenty faults in it, at random moments, ends as an uninterrupted one; docs/reliability.md.
+"""Run with twenty faults at random moments, and end like an uninterrupted run (`make soak`; docs/reliability.md).
 
-Each attempt runs until its fault strikes; the next is the same command. What they had in common with the run that was
-left alone is compared bit for bit.
+Each attempt runs until its fault strikes; the next is the same command. Everything that they share with the run that
+was left alone is compared bit for bit.
 """
 
 import argparse
@@ -42,17 +42,17 @@ bit. Lost steps are those computed again, since the newest whole checkpoint; sav
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that happens to a run; `afterwards` is done to its newest whole checkpoint, when it has ended."""
+    """A fault of a run. When the run has ended, `afterwards` is applied to its newest whole checkpoint."""
 
     name: str
-    number: int  # of the signal
+    number: int  # number of the signal
     rank: int
     in_save: bool = False
     afterwards: Callable[[Path], None] | None = None
 
 
 def flip(checkpoint: Path) -> None:
-    """One bit of a tensor file."""
+    """Flip one bit of a tensor file."""
     with max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size).open("r+b") as file:
         file.seek(5000)
         byte = file.read(1)[0]
@@ -61,13 +61,13 @@ def flip(checkpoint: Path) -> None:
 
 
 def cut(checkpoint: Path) -> None:
-    """The table of contents, to half."""
+    """Cut the table of contents in half."""
     path = checkpoint / ".metadata"
     os.truncate(path, path.stat().st_size // 2)
 
 
 def half_a_line(checkpoint: Path) -> None:
-    """Append half a line to the metrics, as a machine that dies while it writes."""
+    """Append half a line to the metrics, like a machine that dies while writing."""
     with (checkpoint.parents[1] / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "tra')
 
@@ -86,7 +86,7 @@ FAULTS = [
 
 
 def train(inputs: Path, output: Path, asynchronous: bool, fault: Fault | None = None, after: int = 0) -> None:
-    """The run on this rank; `fault` strikes when `after` more lines of metrics are there."""
+    """Run on this rank. `fault` strikes after `after` more lines of metrics."""
     from distill_nemo.training.entry import run_config
 
     run = tiny_run(inputs, output, steps=STEPS, eval_interval=20)
@@ -101,7 +101,7 @@ def train(inputs: Path, output: Path, asynchronous: bool, fault: Fault | None = 
 
 def _strike(output: Path, fault: Fault, after: int) -> None:
     lines, before = output / "metrics.jsonl", _count(output / "metrics.jsonl")
-    while _count(lines) == before:  # what was beyond the checkpoint is dropped first
+    while _count(lines) == before:  # lines beyond the checkpoint are dropped first
         time.sleep(0.001)
     until = _count(lines) + after
     while _count(lines) < until:
@@ -118,14 +118,14 @@ def _count(path: Path) -> int:
 def soak(
     inputs: Path, root: Path, faults: int, seed: int, asynchronous: bool
 ) -> tuple[list[tuple[str, int, int]], bool]:
-    """[(fault, step reached, step it goes on from)], and whether the run ended as the one left alone."""
+    """Return [(fault, step reached, step resumed from)], and True if the run ended like the one left alone."""
     chance, strikes = random.Random(seed), []
     struck = root / "struck"
     with Gloo(RANKS, init=False, timeout=600) as group:
         group.run(train, inputs, root / "alone", asynchronous)
         for number in range(faults):
             fault = FAULTS[number] if number < len(FAULTS) else chance.choice(FAULTS)
-            with contextlib.suppress(ProcessEndedError, RuntimeError, OSError):  # what the ranks say of it
+            with contextlib.suppress(ProcessEndedError, RuntimeError, OSError):  # errors of the ranks about the fault
                 group.run(train, inputs, struck, asynchronous, fault, chance.randint(1, 6))
             reached = read(struck / "metrics.jsonl")[-1]["step"]
             if fault.afterwards and len(_whole(struck)) > 1:
@@ -138,7 +138,7 @@ def soak(
 
 
 def _whole(output: Path) -> list[Path]:
-    """Checkpoints that `sha256sum` finds whole, up to the one that `latest` names, newest first."""
+    """Return checkpoints that `sha256sum` finds whole, up to the one that `latest` names, newest first."""
     root = output / "checkpoints"
     named = (root / "latest").read_text() if (root / "latest").is_file() else ""
     command = ["sha256sum", "--quiet", "--strict", "--check", "SHA256SUMS"]

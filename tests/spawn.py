@@ -1,4 +1,4 @@
-"""N gloo processes on loopback, started once, in which a test runs as many functions as it likes."""
+"""N gloo processes on loopback, started once, in which a test runs any number of functions."""
 
 import atexit
 import contextlib
@@ -18,12 +18,12 @@ import torch.distributed as dist
 
 from distill_nemo.runtime.gloo import share_gloo_device
 
-RUNS_OF_A_PROCESS = 6  # so that what a run leaves behind reaches few others
-GRACE_SECONDS = 5.0  # for the other ranks to answer once one has failed
+RUNS_OF_A_PROCESS = 6  # so that leftovers of a run reach few others
+GRACE_SECONDS = 5.0  # for the other ranks to answer after one has failed
 
 
 class ProcessEndedError(RuntimeError):
-    """A process died while its answer was awaited."""
+    """A process died before it answered."""
 
 
 class Gloo:
@@ -36,13 +36,13 @@ class Gloo:
 
     Functions, arguments and results are pickled, so a function must be at a module's top level. Each process sees
     `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR` and `MASTER_PORT` as under torchrun, has one thread and no GPU.
-    It starts at the first `run`, and afresh every few runs and where some ranks failed or hung while others did not.
+    It starts at the first `run`, and afresh every few runs or if some ranks failed or hung while others did not.
     All are forked from one process that has set up the device and imported Megatron (`tests/preloaded.py`).
 
     Args:
         world_size: number of processes.
-        init: join them in a gloo group; False leaves `init_process_group` to the function (a new port every run).
-        timeout: seconds that one `run`, or one collective, may take.
+        init: join them in a gloo group. False leaves `init_process_group` to the function (a new port every run).
+        timeout: limit in seconds of one `run`, or of one collective.
         fresh: start processes that have imported nothing.
     """
 
@@ -53,11 +53,11 @@ class Gloo:
         self._connections: list[Connection] = []
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """`[function(*args) on rank r for r in ranks]`.
+        """Return `[function(*args) on rank r for r in ranks]`.
 
         Raises:
-            Exception: what the lowest failing rank raised, with every failing rank's traceback as a note.
-            TimeoutError: when no rank failed and some rank has not answered in time.
+            Exception: the lowest failing rank's, with every failing rank's traceback as a note.
+            TimeoutError: if no rank failed and some rank has not answered in time.
         """
         if self._runs == RUNS_OF_A_PROCESS and not self.init:
             self.close()
@@ -70,7 +70,7 @@ class Gloo:
         return self._collect()
 
     def close(self) -> None:
-        """End the processes, by kill where they do not end by themselves."""
+        """End the processes, and kill those that do not end by themselves."""
         atexit.unregister(self.close)
         for connection in self._connections:
             connection.close()  # the child's recv ends with EOFError
@@ -133,7 +133,7 @@ class Gloo:
 
 
 def free_port() -> int:
-    """A port on loopback that nobody listens on."""
+    """Return a port on loopback that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
@@ -147,7 +147,7 @@ def _receive(connection: Connection) -> tuple[bool, Any]:
 
 
 def _serve(connection: Connection, rank: int, world_size: int, port: int, init: bool, timeout: float) -> None:
-    """The child: answer the start, then every function sent, until the parent closes the pipe."""
+    """Answer the start, then every function sent, until the parent closes the pipe. Runs in the child."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -178,7 +178,7 @@ def _call(message: bytes, init: bool) -> Any:
 
 
 def _answer(call: Callable[[], Any]) -> bytes:
-    """Pickled `(True, result)` or `(False, (exception, traceback))`; plain pickle, so no shared memory outlives us."""
+    """Pickle `(True, result)` or `(False, (exception, traceback))`, plainly, so that no shared memory outlives us."""
     try:
         return pickle.dumps((True, call()))
     except Exception as error:

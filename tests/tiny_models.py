@@ -1,6 +1,6 @@
 """Tiny random Hugging Face models of every supported family, made by transformers.
 
-And the same models as Megatron and NeMo checkpoints, by a conversion that shares no code with the package's.
+They are also written as Megatron and NeMo checkpoints, by a conversion that shares no code with the package's.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-LLAMA3_ROPE = {  # in the words of transformers 4, which 5 takes too
+LLAMA3_ROPE = {  # in the spelling of transformers 4, which 5 reads too
     "rope_theta": 5e5,
     "rope_scaling": {
         "rope_type": "llama3",
@@ -49,7 +49,7 @@ FAMILIES = (
     "seed_oss",
     "smollm3",
 )
-MODEL_TYPES = {  # of those that are named otherwise
+MODEL_TYPES = {  # families whose type in transformers differs
     "llama_tied": "llama",
     "llama3_rope": "llama",
     "yarn_rope": "llama",
@@ -109,9 +109,9 @@ OWN_FIELDS = {  # of config.json
 
 
 def write_hf(path, family="llama", *, seed=1, layers=4, width=64, vocab=507, heads=4, groups=2, offset=0.0):
-    """Save a random fp32 model with grouped-query attention and a vocabulary that needs padding; returns its path.
+    """Save a random fp32 model with grouped-query attention and a vocabulary that needs padding. Return its path.
 
-    With an offset all logits of a token are about that much higher, as trained models' are.
+    With an offset, all logits of a token are higher by about that much, as in trained models.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -143,9 +143,9 @@ def write_hf(path, family="llama", *, seed=1, layers=4, width=64, vocab=507, hea
 
 @torch.no_grad()
 def _add_offset(model, offset):
-    """Give every token one hidden component in common, which the output layer multiplies by one number for all logits.
+    """Give all tokens a common hidden component, which the output layer multiplies by one number for all logits.
 
-    It is the last: a product then adds it to sums that are small until then, and rounds once.
+    It is the last component: a product adds it to sums that are small until then, and rounds once.
     """
     seen = []
     model.lm_head.weight.mul_(8)  # logits of about 4 around the offset
@@ -159,12 +159,12 @@ def _add_offset(model, offset):
 LOCAL_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",  # before experts it is the other way round
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",  # before experts it is the reverse
 }
 
 
 def megatron_layers(path):
-    """The layers of a Hugging Face directory as Megatron has them, in Transformer Engine's names: one dict a layer.
+    """Return a Hugging Face directory's layers in Megatron's form, by Transformer Engine's names: one dict per layer.
 
     `linear_qkv` holds, group by group, the group's queries, its key and its value; `linear_fc1` the gate, then the up
     projection.
@@ -198,7 +198,7 @@ def megatron_layers(path):
 
 
 def _mlp(one, prefix):
-    """`linear_fc1` and `linear_fc2` of a layer, or of one of its experts."""
+    """Return `linear_fc1` and `linear_fc2` of a layer, or of one of its experts."""
     gate, up, down = (one[f"{prefix}{n}_proj.weight"] for n in ("gate", "up", "down"))
     return {"linear_fc1.weight": torch.cat([gate, up]), "linear_fc2.weight": down}
 
@@ -206,14 +206,14 @@ def _mlp(one, prefix):
 def megatron_tensors(path, *, local=False, stacked=True, prefix="", rows=512):
     """Yield tensors of a Megatron checkpoint of a Hugging Face directory: (key, tensor or layers' tensors, stacked).
 
-    `local` takes the names of layers without Transformer Engine, `rows` is the padded vocabulary.
+    `local` uses the names of layers without Transformer Engine. `rows` is the padded vocabulary.
     """
     hf, layers = load_file(Path(path, "model.safetensors")), megatron_layers(path)
     around = {"embedding.word_embeddings.weight": "model.embed_tokens.weight", "output_layer.weight": "lm_head.weight"}
     tensors = {}
     for name, source in around.items():
         if source in hf:
-            padding = torch.full((rows - len(hf[source]), hf[source].shape[1]), 7.0)  # trained a little, so not zero
+            padding = torch.full((rows - len(hf[source]), hf[source].shape[1]), 7.0)  # slightly trained, so not zero
             tensors[name] = torch.cat([hf[source], padding])
     tensors["decoder.final_layernorm.weight"] = hf["model.norm.weight"]
     for name in layers[0]:
@@ -226,7 +226,7 @@ def megatron_tensors(path, *, local=False, stacked=True, prefix="", rows=512):
 
 
 def write_megatron(path, tensors):
-    """Save by Megatron, beside what lies in a real checkpoint; needs a process group of one. Returns the path.
+    """Save with Megatron, with the other content of a real checkpoint. Needs a process group of one. Return the path.
 
     Stacked tensors are saved layer by layer, as Megatron's ranks do.
     """
@@ -252,7 +252,7 @@ def write_megatron(path, tensors):
 
 
 def nemo_config(path, family):
-    """`model_config.yaml` of NeMo 1 for a Hugging Face directory, with what NeMo has and we do not read."""
+    """Return NeMo 1's `model_config.yaml` for a Hugging Face directory, with fields of NeMo that we do not read."""
     hf = json.loads(Path(path, "config.json").read_text())
     return {
         "mcore_gpt": True,
@@ -284,7 +284,7 @@ def nemo_config(path, family):
 
 
 def write_nemo(path, tensors, config):
-    """A NeMo directory: `model_weights/` and `model_config.yaml`. Returns the path."""
+    """Write a NeMo directory, `model_weights/` and `model_config.yaml`. Return the path."""
     write_megatron(Path(path, "model_weights"), tensors)
     Path(path, "model_config.yaml").write_text(yaml.safe_dump(config))
     return str(path)

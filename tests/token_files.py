@@ -10,7 +10,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 
 def write_documents(prefix: Path, documents: Sequence[Any], dtype: type[np.number] = np.uint16) -> str:
-    """One document for each list of ids; returns the prefix."""
+    """Write one document for each list of ids. Return the prefix."""
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
     for ids in documents:
         builder.add_document(torch.from_numpy(np.array(ids, dtype=dtype)), [len(ids)])
@@ -19,6 +19,6 @@ def write_documents(prefix: Path, documents: Sequence[Any], dtype: type[np.numbe
 
 
 def write_tokens(prefix: Path, first: int, documents: int = 40, length: int = 50) -> str:
-    """Documents of consecutive ids from `first` on: every token tells where it stood."""
+    """Write documents of consecutive ids from `first` on, so that every token shows its position."""
     starts = range(first, first + documents * length, length)
     return write_documents(prefix, [range(start, start + length) for start in starts])

@@ -1,4 +1,4 @@
-"""A tiny run on real text: token files, teacher, config; and what it takes to run one in a test."""
+"""A tiny run on real text (token files, teacher, config), and the functions to run one in a test."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from tests.tiny_models import write_hf
 
 
 def write_inputs(root: Path) -> None:
-    """Tokenizer, train and valid token files of some standard library modules, teacher and student, below `root`.
+    """Write tokenizer, train and valid token files of some standard library modules, teacher and student, below `root`.
 
     The student comes from a file because random initial weights differ between layouts.
     """
@@ -34,7 +34,7 @@ def write_inputs(root: Path) -> None:
 
 
 def tiny_run(inputs: Path, output: Path, **training) -> RunConfig:
-    """Eight steps of a two-layer student against the four-layer teacher."""
+    """Return a run of eight steps, of a two-layer student with the four-layer teacher."""
     student = StudentConfig(checkpoint=str(inputs / "student"))
     run = RunConfig(str(output), student, TeacherConfig(checkpoint=str(inputs / "teacher")))
     run.data = DataConfig([str(inputs / "train")], [str(inputs / "valid")], tokenizer=str(inputs / "tokenizer"))
@@ -51,14 +51,14 @@ TIMINGS = ("seconds", "tokens_per_second", "data_seconds", "save_seconds")
 
 
 def metrics(output: Path) -> list[dict]:
-    """`metrics.jsonl` without what a clock wrote, and without the ends of processes."""
+    """Return `metrics.jsonl` without times, and without the ends of processes."""
     lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
     kept = [line for line in lines if line["kind"] != "end"]
     return [{name: value for name, value in line.items() if name not in TIMINGS} for line in kept]
 
 
 def write_deep_models(root: Path, layers: int = 8) -> None:
-    """`student`, `teacher` and, with experts, `moe_student`, `moe_teacher` below `root`, deep enough for 8 stages."""
+    """Write `student`, `teacher` and, with experts, `moe_student`, `moe_teacher`, deep enough for 8 stages."""
     shape = {"layers": layers, "heads": 4, "groups": 4}
     write_hf(root / "teacher", "llama", width=64, **shape)
     write_hf(root / "student", "llama", seed=2, width=32, **shape)
@@ -67,7 +67,7 @@ def write_deep_models(root: Path, layers: int = 8) -> None:
 
 
 def changed(run: RunConfig, changes: dict[str, Any]) -> RunConfig:
-    """`run` with `{"section.field": value}` set."""
+    """Return `run` with `{"section.field": value}` set."""
     for path, value in changes.items():
         section, field = path.split(".")
         assert hasattr(getattr(run, section), field), path
@@ -76,7 +76,7 @@ def changed(run: RunConfig, changes: dict[str, Any]) -> RunConfig:
 
 
 def differences(lines: list[dict], expected: list[dict]) -> dict[str, float]:
-    """The worst relative difference of every metric of two runs; they must have the same lines and metrics."""
+    """Return the worst relative difference of every metric of two runs, which must have the same lines and metrics."""
     assert [(line["kind"], line["step"]) for line in lines] == [(line["kind"], line["step"]) for line in expected]
     worst: dict[str, float] = {}
     for line, other in zip(lines, expected, strict=True):

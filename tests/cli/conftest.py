@@ -45,7 +45,7 @@ class Scripted:
 
 @pytest.fixture(scope="session")
 def others(inputs, tmp_path_factory):
-    """Return `Qwen3`, a run without finite loss (directory, Ended) and `Scripted`. Two at a time, as they mostly wait."""
+    """Return `Qwen3`, a run without finite loss (directory, Ended), `Scripted`. Two at a time, as they mostly wait."""
     one, two, three = (tmp_path_factory.mktemp(name) for name in ("qwen3", "not_finite", "scripted"))
     first, rest = together(lambda: _qwen3(inputs, one), lambda: (_not_finite(inputs, two), _scripted(inputs, three)))
     return first, *rest

@@ -1,4 +1,4 @@
-"""`make parity`: compute the whole matrix on this machine and write docs/parity.md. About half an hour on 2 cores."""
+"""Compute the whole matrix on this machine and write docs/parity.md (`make parity`): half an hour on two cores."""
 
 import argparse
 import platform
@@ -67,7 +67,7 @@ def _row(cell: Cell, errors: Errors) -> str:
 
 
 def page(rows: list[tuple[Cell, Errors]]) -> str:
-    """Return docs/parity.md for these cells. It names the layouts that have none."""
+    """Return docs/parity.md for these cells. It names layouts without any."""
     packages = [f"{name} {version(name)}" for name in ("torch", "megatron-core", "nvidia-modelopt", "transformers")]
     missing = [layout for layout in LAYOUTS if layout not in {cell.layout for cell, _ in rows}]
     head = HEAD.format(

@@ -1,6 +1,6 @@
-"""The matrix: layouts, models, losses and ways to compute them; each cell is one global batch, compared with fp64.
+"""The matrix of layouts, models, losses and ways to compute them. Each cell is one global batch, compared with fp64.
 
-Legend of a cell's errors: see `tests.distillation.worst_errors`.
+A cell's errors are defined in `tests.distillation.worst_errors`.
 """
 
 import tempfile
@@ -18,7 +18,7 @@ from tests.tiny_models import write_hf
 
 # Sums run in another order: in fp32 the last of 7 digits differ. Measured worst values are in docs/parity.md.
 TOLERANCE = 1e-5
-OFFSET_FACTOR = 3.0  # where logits have an offset, errors allowed in units of those of plain torch in fp32
+OFFSET_FACTOR = 3.0  # allowed errors if logits have an offset, as a multiple of those of plain torch in fp32
 
 LAYOUTS: dict[str, tuple[int, Layout]] = {  # processes, sizes
     "one process": (1, Layout()),
@@ -62,7 +62,7 @@ MODELS: dict[str, dict[str, Any]] = {  # arguments of write_hf; the student's na
     "gemma3": {"family": "gemma3_text", "seed": 14, "layers": 8, **NARROW},
     "granite teacher": {"family": "granite", "seed": 11, "layers": 10, **WIDE},
     "granite": {"family": "granite", "seed": 12, "layers": 8, **NARROW},
-    "llama + 30": {"seed": 2, "layers": 8, "offset": 30.0, **NARROW},  # of every logit
+    "llama + 30": {"seed": 2, "layers": 8, "offset": 30.0, **NARROW},  # offset of every logit
     "llama + 100": {"seed": 2, "layers": 8, "offset": 100.0, **NARROW},
     "teacher + 30": {"layers": 10, "offset": 30.0, **WIDE},
     "teacher + 100": {"layers": 10, "offset": 100.0, **WIDE},
@@ -96,12 +96,12 @@ HIDDEN = "MSE, projected, on early and late layers"
 
 @dataclass(frozen=True)
 class Cell:
-    """One row."""
+    """One row of the matrix."""
 
     layout: str
     models: tuple[str, str]  # student, teacher
     loss: str
-    way: str = ""  # what else differs, in words
+    way: str = ""  # other differences, in words
     masked: str = "some"
     changes: tuple[tuple[str, Any], ...] = ()  # of the layout
 
@@ -114,7 +114,7 @@ DENSE = ("llama", "teacher")
 FAMILIES = [
     ("gemma3", "gemma3 teacher"),
     ("granite", "granite teacher"),
-]  # that differ from Llama in more than one row of the pairs below
+]  # models that differ from Llama in more than one row of the pairs below
 OFFSET = [  # models and losses
     (("llama + 30", "teacher + 30"), "Jensen-Shannon, beta=0.3"),
     (("llama + 100", "teacher + 100"), "Jensen-Shannon, beta=0.3"),
@@ -136,7 +136,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def cells() -> list[Cell]:
-    """All of them: every layout with every loss, with every pair of models, and in every way."""
+    """Return all cells: every layout with every loss, with every pair of models, and in every way."""
     return [cell for layout in LAYOUTS for cell in _of_layout(layout)]
 
 
@@ -189,7 +189,7 @@ def _possible(layout: str, differs: dict[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Errors:
-    """The worst relative errors of a cell, and how large that of a gradient may be."""
+    """The worst relative errors of a cell, and the limit for that of a gradient."""
 
     metric: float
     gradient: float
@@ -202,7 +202,7 @@ class Errors:
 
 
 def write_models(root: Path) -> dict[str, str]:
-    """Every model of the matrix, by name."""
+    """Write every model of the matrix. Return the paths by name."""
     return {name: write_hf(root / str(i), **how) for i, (name, how) in enumerate(MODELS.items())}
 
 
@@ -222,7 +222,7 @@ def measure(wanted: Iterable[Cell], models: dict[str, str], group: Gloo, one: Gl
 
 
 def _allowed(case: Case) -> float:
-    """Bound a gradient's error where fp32 logits are themselves rounded: at 100 to 8e-6, whatever a loss does."""
+    """Return the limit of a gradient's error. fp32 logits are rounded themselves: at 100 to 8e-6, whatever the loss."""
     key = f"{case!r} in fp32"
     if key not in _REFERENCES:
         _, gradients = reference(case, torch.float32)
@@ -235,7 +235,7 @@ _REFERENCES: dict[str, Any] = {}
 
 
 def _reference(case: Case) -> Any:
-    """The same for every layout."""
+    """Return the reference, which is the same for every layout."""
     key = repr(case)
     if key not in _REFERENCES:
         _REFERENCES[key] = reference(case)

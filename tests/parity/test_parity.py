@@ -1,4 +1,4 @@
-"""A representative part of the matrix of docs/parity.md (`make parity` computes all of it): a test is a layout."""
+"""A representative part of the matrix of docs/parity.md, one test per layout (`make parity` computes all of it)."""
 
 import pytest
 
@@ -16,16 +16,16 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def groups(one, two):
-    """Processes by number, started when first asked for."""
+    """Return the processes by number, started on first use."""
     with Gloo(4, init=False, timeout=600) as four, Gloo(8, init=False, timeout=600) as eight:
         yield {1: one, 2: two, 4: four, 8: eight}
 
 
 def chosen(layout: str) -> list[Cell]:
-    """Some cells of a layout.
+    """Return some cells of a layout.
 
     TP=2 has every loss and offset, TP=2 x PP=2 every other pair of models, the virtual pipeline every way.
-    Where nothing is said the losses are fused with the output layers; "whole logits" is without that.
+    By default the losses are fused with the output layers; "whole logits" turns that off.
     """
     of_layout = [cell for cell in cells() if cell.layout == layout]
     dense = [cell for cell in of_layout if cell.models == ("llama", "teacher")]

@@ -233,7 +233,7 @@ def test_all_of_a_checkpoint_is_on_the_disk_before_the_tracker_names_it(inputs, 
 
 
 def synced_files(inputs, output):
-    """Return {file or directory: number of renames before each fsync of it} and the renames, for a run with one save."""
+    """Return {file or directory: number of renames before each fsync of it}, and the renames of a run with one save."""
     fsync, replace, rename = os.fsync, os.replace, Path.rename
     synced, renamed = defaultdict(list), []
 

@@ -1,6 +1,6 @@
-"""A strict API server on loopback: it takes what the schemas know, and nothing else; stores it; and shows it.
+"""Strict API server on loopback: it accepts only what the schemas allow, stores it, and shows it.
 
-Requests go to a `cluster`, which has `objects`, `create`, `delete` and `log`.
+Requests are passed to a `cluster`, which has `objects`, `create`, `delete` and `log`.
 """
 
 import json
@@ -31,7 +31,7 @@ class Handler(BaseHTTPRequestHandler):
     """One request."""
 
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # or each answer takes 40 ms
+    disable_nagle_algorithm = True  # else each answer takes 40 ms
 
     def do_GET(self):
         self._answer(self._get)
@@ -58,10 +58,10 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def _target(self):
-        """Kind, namespace, name, whether its log, and the options."""
+        """Return kind, namespace, name, True for a request of the log, and the options."""
         parts = urlsplit(self.path)
         options = {name: values[-1] for name, values in parse_qs(parts.query).items()}
-        options = {name: {"True": "true"}.get(value, value) for name, value in options.items()}  # Go takes either
+        options = {name: {"True": "true"}.get(value, value) for name, value in options.items()}  # Go accepts either
         if match := TRAINER.fullmatch(parts.path):
             return "TrainJob", match[1], match[3], None, options
         match = OF_CORE.fullmatch(parts.path)
@@ -96,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def serve(cluster) -> ThreadingHTTPServer:
-    """The server of a cluster, running; `server_address` says where."""
+    """Start the server of a cluster. `server_address` is its address."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     server.cluster = cluster

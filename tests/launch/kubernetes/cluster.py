@@ -1,4 +1,4 @@
-"""A Kubernetes with Kubeflow Trainer, as far as a TrainJob sees it: admission, torch plugin, jobs, pods that run."""
+"""Kubernetes with Kubeflow Trainer, as a TrainJob sees it: admission, torch plugin, jobs, and pods that really run."""
 
 import contextlib
 import copy
@@ -15,13 +15,13 @@ from tests.launch.slurm.cluster import ports
 
 RESERVED = ("PET_NNODES", "PET_NPROC_PER_NODE", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")
 NAMESPACES = ("default", "training")
-# ClusterTrainingRuntimes: restart policy of the pods, and how many restarts a job survives
+# ClusterTrainingRuntimes: restart policy of the pods, and number of restarts that a job survives
 RUNTIMES = {"torch-distributed": ("Never", 0), "again": ("OnFailure", 3)}
 STEP = 0.1
 
 
 class Cluster:
-    """`with Cluster("2.3", directory) as cluster:` then commands with `cluster.environment`."""
+    """Use as `with Cluster("2.3", directory) as cluster:`, then run commands with `cluster.environment`."""
 
     def __init__(self, trainer, root):
         self.trainer, self.root, self.schemas = trainer, root, Schemas(trainer)
@@ -44,12 +44,12 @@ class Cluster:
         self._server.server_close()
 
     def claim(self, namespace, name):
-        """Directory of a volume."""
+        """Return the directory of a volume."""
         place = self.root / "claims" / namespace / name
         place.mkdir(parents=True, exist_ok=True)
         return place
 
-    # The API
+    # -- the API
 
     def get(self, kind, namespace, name):
         with self.lock:
@@ -93,7 +93,7 @@ class Cluster:
             return copy.deepcopy(made)
 
     def _admit(self, name, spec):
-        """Refuse a TrainJob that Trainer's webhook refuses."""
+        """Refuse a TrainJob that Trainer's webhook would refuse."""
         if not re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", name):
             raise ApiError(422, "Invalid", f'metadata.name: "{name}" is no RFC 1035 label')
         if spec["runtimeRef"]["name"] not in RUNTIMES:
@@ -125,10 +125,10 @@ class Cluster:
         lines = text.splitlines(keepends=True)
         return text if options.get("timestamps") == "true" else "".join(line.partition(" ")[2] for line in lines)
 
-    # The controllers
+    # -- the controllers
 
     def _run(self, namespace, name):
-        """A TrainJob, from its pods to its end, and until it is deleted."""
+        """Run a TrainJob from its pods to its end, and until it is deleted."""
         job = self.objects["TrainJob", namespace, name]
         _, survives = RUNTIMES[job["spec"]["runtimeRef"]["name"]]
         port, began, ended = ports(1)[0], time.time(), False
@@ -152,7 +152,7 @@ class Cluster:
                 self.objects.pop(("Pod", namespace, pod.name), None)
 
     def _ends(self, job, pods, survives, began):
-        """The condition of a job that has ended."""
+        """Return the condition of a job that has ended."""
         limit = job["spec"].get("activeDeadlineSeconds", float("inf"))
         if all(pod.over and pod.codes[-1] == 0 for pod in pods):
             ended, reason = "Complete", "JobsCompleted"
@@ -168,7 +168,7 @@ class Cluster:
         return ended
 
     def _stopped(self, pods):
-        """End those that still run; whether none does."""
+        """Stop the pods that still run. Return True if none does."""
         for pod in pods:
             if not pod.over:
                 pod.stop()
@@ -216,7 +216,7 @@ def _torch(name, trainer):
 
 
 def _patches(spec):
-    """Pod specs, however this Trainer has them."""
+    """Return pod specs, in whichever field this Trainer has them."""
     for patch in spec.get("podSpecOverrides", []):
         yield {field: value for field, value in patch.items() if field != "targetJobs"}
     for patch in spec.get("podTemplateOverrides", []):
@@ -227,7 +227,7 @@ def _patches(spec):
 
 
 def _targets(spec):
-    """Each job that is patched, with its containers."""
+    """Return each patched job with its containers."""
     overrides = [*spec.get("podSpecOverrides", []), *spec.get("podTemplateOverrides", [])]
     jobs = [target["name"] for patch in overrides for target in patch["targetJobs"]]
     for patch in spec.get("runtimePatches", []):
@@ -242,7 +242,7 @@ def _now():
 
 @contextlib.contextmanager
 def clusters(root):
-    """One for each version of Trainer, and a kubeconfig with a context for each."""
+    """Return a cluster for each version of Trainer, and a kubeconfig with a context for each."""
     with contextlib.ExitStack() as stack:
         found = {}
         for trainer in ("2.0", "2.1", "2.3"):

@@ -1,4 +1,4 @@
-"""A cluster for each version of Trainer, and the runs on them: three lanes side by side, since most of a run waits."""
+"""A cluster for each version of Trainer, and runs on them in three lanes side by side, since most of a run waits."""
 
 import base64
 import json
@@ -26,7 +26,7 @@ TOKEN = "not-to-be-seen-4711"
 
 @pytest.fixture(scope="session")
 def clusters(inputs, tmp_path_factory):
-    """By version; each with the volume `work`, and the inputs on it."""
+    """Return the clusters by version, each with the volume `work` and the inputs on it."""
     fetch()
     with all_clusters(tmp_path_factory.mktemp("clusters")) as running:
         for cluster in running.values():
@@ -39,7 +39,7 @@ def clusters(inputs, tmp_path_factory):
 
 @dataclass
 class Story:
-    """A run: its cluster, where it wrote, what its command printed, and what was typed about it afterwards."""
+    """A run: its cluster, its output directory, the output of its command, and of later commands about it."""
 
     cluster: object
     output: Path
@@ -49,7 +49,7 @@ class Story:
 
     @property
     def experiment(self):
-        """The id of what was submitted."""
+        """Id of the submitted experiment."""
         (found,) = (path.name for path in (self.cwd / "home/nemo/experiments").glob("*/*_*"))
         return found
 
@@ -64,7 +64,7 @@ class Stage:
 
     @property
     def mount(self):
-        """Path of the volume in the pods, which exists here too."""
+        """Path of the volume in the pods, which exists on this machine too."""
         return self.cluster.root / "mounted" / "work"
 
     @property
@@ -91,16 +91,16 @@ class Stage:
         return [*recipe, *self.executor(*arguments)]
 
     def train(self, *arguments, **overrides):
-        """`nemo distill train` on the cluster, running."""
+        """Start `nemo distill train` on the cluster."""
         return start(*self.arguments(*arguments, **overrides), cwd=self.cwd, **self.cluster.environment)
 
     def output_of(self, command, *arguments):
-        """`nemo distill COMMAND experiment=...` of what was submitted from this story's directory."""
+        """Run `nemo distill COMMAND experiment=...` on the experiment submitted from this story's directory."""
         (experiment,) = (path.name for path in (self.cwd / "home/nemo/experiments").glob("*/*_*"))
         return nemo(command, f"experiment={experiment}", *arguments, cwd=self.cwd, **self.cluster.environment)
 
     def until(self, ready):
-        """Wait for `ready()`; returns what it says."""
+        """Wait until `ready()` is true, and return its value."""
         end = time.time() + PATIENCE
         while not (found := ready()):
             assert time.time() < end, self.cluster.objects
@@ -116,7 +116,7 @@ class Stage:
 
 @pytest.fixture(scope="session")
 def stories(clusters, tmp_path_factory):
-    """By name, every run on the clusters."""
+    """Return every run on the clusters, by name."""
     root = tmp_path_factory.mktemp("stories")
     lanes = ([two_nodes, not_finite, scripts], [detached, started_again], [no_image, left_alone, in_python])
     trainers = {"not_finite": "2.0", "detached": "2.1"}
@@ -141,19 +141,19 @@ def two_nodes(stage):
 
 
 def detached(stage):
-    """Submitted; seen while it is there; followed to its end."""
+    """Submit a run, look at it while it exists, and follow it to its end."""
     ended = stage.train(*ONE_NODE, "--detach", checkpoint__export="true").ended()
     return stage.story(ended, status=stage.output_of("status"), follow=stage.output_of("logs", "follow=true"))
 
 
 def not_finite(stage):
-    """A rank says why it ends."""
+    """Run until a rank reports why it ends."""
     wild = {"optimizer__lr": 1e30, "optimizer__min_lr": 0, "optimizer__warmup_steps": 0}
     return stage.story(stage.train(*TWO_NODES, **wild).ended())
 
 
 def started_again(stage):
-    """A rank is killed, and its pod started again; then the job is cancelled: the ranks save."""
+    """Kill a rank, whose pod starts again. Then cancel the job: the ranks save."""
     forever = {"training__steps": FOREVER, "training__eval_interval": FOREVER}
     command = stage.train(*TWO_NODES, "run.executor.runtime=again", **forever)
     stage.at_step(5)
@@ -166,12 +166,12 @@ def started_again(stage):
 
 
 def no_image(stage):
-    """Nothing ever starts; the command says so and gives up."""
+    """Submit a run that never starts. The command reports it and gives up."""
     return stage.story(stage.train(*ONE_NODE, "run.executor.image=registry.local/no-such:1").ended())
 
 
 def left_alone(stage):
-    """Ctrl-C while the job waits."""
+    """Press Ctrl-C while the job waits."""
     command = stage.train(*ONE_NODE, "run.executor.gpus=true")
     first_line = command.process.stdout.readline()
     command.signal(signal.SIGINT)
@@ -180,7 +180,7 @@ def left_alone(stage):
 
 
 def in_python(stage):
-    """`run.run(recipe, executor=kubernetes(...))`, watched by NeMo-Run; then its deadline comes, and the ranks save."""
+    """Run `run.run(recipe, executor=kubernetes(...))`, watched by NeMo-Run, to its deadline, when the ranks save."""
     command = _script(stage, RECIPE)
     stage.at_step(5)
     jobs = [each for (kind, *_), each in stage.cluster.objects.items() if kind == "TrainJob"]
@@ -190,7 +190,7 @@ def in_python(stage):
 
 
 def scripts(stage):
-    """`run.Script` in a shell, and a `run.Partial` that is no recipe of ours, on two nodes."""
+    """Run a `run.Script` in a shell, and a `run.Partial` that is not a recipe of ours, on two nodes."""
     return stage.story(_script(stage, SCRIPT).ended())
 
 
@@ -210,7 +210,7 @@ def _is_of(job, stage):
 
 
 def rank(output, number):
-    """The process of a rank of the run that writes to `output`; its helpers are not torchrun's children."""
+    """Return the process of a rank of the run that writes to `output`. Its helpers are not torchrun's children."""
     for process in psutil.process_iter():
         try:
             line, environment, parent = process.cmdline(), process.environ(), process.parent()

@@ -14,8 +14,8 @@ import psutil
 
 ROOT = Path(__file__).parents[3]
 BIN = Path(sys.executable).parent
-IMAGES = ("registry.local/distill:1",)  # that can be pulled
-# What the image has. A pod's own name would lead to its master; here all are on loopback.
+IMAGES = ("registry.local/distill:1",)  # images that can be pulled
+# Content of the image. A pod's own name would resolve to its master; here all are on loopback.
 IN_IMAGE = {
     "PATH": f"{BIN}:{os.environ['PATH']}",
     "PYTHONPATH": str(ROOT),
@@ -25,7 +25,7 @@ IN_IMAGE = {
 
 
 class Pod:
-    """One pod of one container, `step`ped by who owns it."""
+    """A pod with one container; its owner calls `step`."""
 
     def __init__(self, manifest, cluster, port):
         self.manifest, self.cluster, self.port = manifest, cluster, port
@@ -35,7 +35,7 @@ class Pod:
         self.root = cluster.root / "pods" / self.name
         self.root.mkdir(parents=True)
         self.process, self.killed_at, self.environment = None, None, None
-        self.codes: list[int] = []  # of attempts that have ended
+        self.codes: list[int] = []  # exit codes of attempts that have ended
         self.waits = ("ContainerCreating", "")
         self.pulls = 0
 
@@ -51,7 +51,7 @@ class Pod:
         return self.codes[-1] == 0 or self.killed_at is not None or self.manifest["spec"]["restartPolicy"] == "Never"
 
     def step(self):
-        """Start what can start; see what has ended."""
+        """Start the container if possible; notice its end."""
         if self.process is not None:
             if self.process.poll() is not None:
                 self.writer.join()
@@ -63,7 +63,7 @@ class Pod:
                 self._start()
 
     def _hindered(self):
-        """Why it cannot start: reason and message."""
+        """Return the reason and message for why it cannot start."""
         if "nvidia.com/gpu" in self.container.get("resources", {}).get("requests", {}):
             return "Unschedulable", "0/2 nodes are available: 2 Insufficient nvidia.com/gpu."
         for volume in self.manifest["spec"].get("volumes", []):
@@ -113,7 +113,7 @@ class Pod:
         return re.sub(r"\$\((\w+)\)", lambda match: self.environment.get(match[1], match[0]), word)
 
     def _mounts(self):
-        """Return each volume's path in the container and here; a claim is also visible at its own path."""
+        """Return each volume's path in the container and on this machine. A claim is also visible at its own path."""
         volumes = {volume["name"]: volume for volume in self.manifest["spec"].get("volumes", [])}
         found = {}
         for mount in self.container.get("volumeMounts", []):
@@ -135,7 +135,7 @@ class Pod:
         return found
 
     def stop(self):
-        """SIGTERM to the container's first process; SIGKILL to all of them when the grace period is over."""
+        """Send SIGTERM to the container's first process, and SIGKILL to all when the grace period is over."""
         grace = self.manifest["spec"].get("terminationGracePeriodSeconds", 30)
         now = time.time()
         if self.killed_at is None:
@@ -146,7 +146,7 @@ class Pod:
             self.kill()
 
     def kill(self):
-        """SIGKILL to all of its processes."""
+        """Send SIGKILL to all of its processes."""
         if self.process is not None and self.process.poll() is None:
             for process in [
                 *psutil.Process(self.process.pid).children(recursive=True),
@@ -177,7 +177,7 @@ class Pod:
         return {"phase": phase, "containerStatuses": [container]}
 
     def log(self, options):
-        """Text of the current container, or of the one before; None where there is none."""
+        """Return the log of the current container or of the previous one; None if there is none."""
         attempt = self.restarts - (options.get("previous") == "true")
         path = self.root / f"log.{attempt}"
         if attempt < 0 or not path.exists():
@@ -188,12 +188,12 @@ class Pod:
 
 
 def _stamp(pipe, path):
-    """Lines as a container runtime keeps them, each with its time."""
+    """Write lines as a container runtime does, each with its time."""
     last = ""
     with path.open("a") as file:
         for line in pipe:
             now = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%f}000Z"
-            while now <= last:  # two in a microsecond
+            while now <= last:  # two within a microsecond
                 now = f"{last[:-1][:-3]}{int(last[-4:-1]) + 1:03}Z"
             last = now
             file.write(f"{now} {line.decode(errors='replace').rstrip(chr(10))}\n")

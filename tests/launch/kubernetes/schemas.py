@@ -1,6 +1,6 @@
 """Schemas of the API servers, from Kubeflow Trainer's and Kubernetes' own packages, made strict.
 
-The packages are fetched as wheels and read where they lie, because three versions of one cannot be installed.
+The packages are fetched as wheels and read in place, because three versions of one cannot be installed.
 """
 
 import json
@@ -27,7 +27,7 @@ print(json.dumps(TrainerV1alpha1TrainJob.model_json_schema()))
 
 
 def fetch() -> None:
-    """The wheels, where they are not there: about 25 MB."""
+    """Fetch the missing wheels, about 25 MB."""
     wanted = [f"kubeflow-trainer-api=={version}" for version in TRAINERS.values()]
     for package in [*wanted, f"kubernetes-validate=={KUBERNETES}"]:
         if not _wheels(package):
@@ -41,7 +41,7 @@ def _wheels(package: str) -> list[Path]:
 
 
 class Schemas:
-    """`errors(manifest)` of a cluster with this Trainer."""
+    """Schemas of a cluster with this Trainer."""
 
     def __init__(self, trainer: str) -> None:
         (wheel,) = _wheels(f"kubeflow-trainer-api=={TRAINERS[trainer]}")
@@ -56,7 +56,7 @@ class Schemas:
         self._registry = Registry().with_resource("/api/_definitions.json", definitions)
 
     def errors(self, manifest: dict) -> list[str]:
-        """Each unknown field, and each value that may not be there, by its path."""
+        """Return each unknown field, and each value that is not allowed, by its path."""
         return sorted(found for error in self._of(manifest["kind"]).iter_errors(manifest) for found in _describe(error))
 
     def _of(self, kind: str) -> jsonschema.Draft202012Validator:
@@ -67,7 +67,7 @@ class Schemas:
 
 
 def _strict(schema: dict) -> dict:
-    """Refuse fields that a model does not have; leave out that every field may be null, which says nothing."""
+    """Refuse fields that a model does not have. Leave out that every field may be null, which means nothing here."""
     for model in [schema, *schema["$defs"].values()]:
         fields = model["properties"]
         if "actual_instance" in fields:  # a string or a number

@@ -1,4 +1,4 @@
-"""Runs on clusters of Trainer 2.0, 2.1 and 2.3: to their end, to bad ends, stopped, and seen from outside."""
+"""Runs on clusters of Trainer 2.0, 2.1 and 2.3: successful, failed, stopped, and seen from outside."""
 
 import json
 import re
@@ -9,12 +9,12 @@ from tests.cli.command import STEPS, nemo_here, nemo_home
 from tests.launch.kubernetes.conftest import TOKEN
 from tests.training import metrics
 
-pytestmark = pytest.mark.timeout(2400)  # for a machine that does much else
+pytestmark = pytest.mark.timeout(2400)  # for a busy machine
 
 
 @pytest.fixture
 def output_of(monkeypatch, capfd):
-    """`nemo distill COMMAND experiment=...` of a story, afterwards."""
+    """Return a function that runs `nemo distill COMMAND experiment=...` on a story afterwards."""
 
     def command(story, *arguments):
         nemo_home(monkeypatch, story.cwd / "home/nemo")
@@ -25,7 +25,7 @@ def output_of(monkeypatch, capfd):
 
 
 def check_failed(ended, state, reason):
-    """Exit code 1, and on stderr the job's end, and why."""
+    """Check for exit code 1 and, on stderr, the job's end and its reason."""
     assert ended.code == 1
     first, second, *more = ended.err.splitlines()
     assert re.fullmatch(rf"train: job train-\w+ {state}.*; logs in /\S+", first), first

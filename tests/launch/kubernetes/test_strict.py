@@ -1,4 +1,4 @@
-"""Submitted objects have only fields that their cluster knows; refusals and jobs that cannot start are reported."""
+"""Submitted objects have only fields that their cluster has. Refusals and jobs that cannot start are reported."""
 
 import re
 
@@ -37,7 +37,7 @@ def schemas():
 
 
 def everything(tmp_path, version):
-    """The objects of a run that sets all that its Trainer has."""
+    """Return the objects of a run that sets everything its Trainer supports."""
     more = {name: value for first, fields in LATER.items() if first <= version for name, value in fields.items()}
     executor = kubernetes(trainer_version=version, **EVERYWHERE, **more)
     executor.job_dir = str(tmp_path)
@@ -80,7 +80,7 @@ def test_values_are_looked_at_too(schemas, tmp_path):
 
 @pytest.fixture
 def here(clusters, tmp_path, monkeypatch, capfd):
-    """`nemo distill train` on a cluster, detached, in this process; afterwards another command about it."""
+    """Return a function that runs `nemo distill train` on a cluster, detached, in this process; then a command."""
 
     def run(trainer, *arguments, **overrides):
         stage = Stage(clusters[trainer], "here", tmp_path)

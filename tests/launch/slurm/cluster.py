@@ -1,7 +1,7 @@
-"""A whole SLURM on this machine, for an hour: two nodes on loopback, with accounting, without systemd.
+"""A complete SLURM on this machine, for the time of the tests: two nodes on loopback, accounting, no systemd.
 
-munged, mariadbd, slurmdbd, slurmctld and two slurmd, each a child of the tests with its files in one directory, and
-ended by its process id.
+munged, mariadbd, slurmdbd, slurmctld and two slurmd are children of the tests. Their files are in one directory, and
+they are ended by process id.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from pathlib import Path
 
 PACKAGES = ("slurm-wlm", "munge", "slurmdbd", "mariadb-server")
 NEEDED = ("munged", "mariadbd", "mariadb-install-db", "slurmdbd", "slurmctld", "slurmd", "sbatch")
-CPUS = 8  # of each node, whatever the machine has: ranks that wait need none
+CPUS = 8  # per node, whatever the machine has: ranks that wait need none
 PATIENCE = 120.0  # seconds for a daemon to answer
 
 SLURM_CONF = """\
@@ -76,10 +76,10 @@ PidFile={root}/slurmdbd.pid
 
 
 def install() -> None:
-    """The Debian packages, where they are not there.
+    """Install the missing Debian packages.
 
     Raises:
-        RuntimeError: when they cannot be installed.
+        RuntimeError: if they cannot be installed.
     """
     if all(map(shutil.which, NEEDED)):
         return
@@ -91,7 +91,7 @@ def install() -> None:
 
 
 class Cluster:
-    """`with Cluster(directory) as cluster:` then commands with `cluster.environment`."""
+    """Use as `with Cluster(directory) as cluster:`, then run commands with `cluster.environment`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -110,7 +110,7 @@ class Cluster:
         self._stop()
 
     def run(self, *arguments: str) -> str:
-        """Standard output of a SLURM command."""
+        """Return the standard output of a SLURM command."""
         environment = {**os.environ, **self.environment}
         return subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment).stdout
 
@@ -159,7 +159,7 @@ class Cluster:
             self._daemons.append(subprocess.Popen(arguments, stdout=out, stderr=out, env=environment))
 
     def _until(self, ready) -> None:
-        """Wait for `ready()`; what is not there yet raises or is false."""
+        """Wait until `ready()` is true. Until then it may raise or return false."""
         end = time.time() + PATIENCE
         while True:
             with contextlib.suppress(OSError, subprocess.CalledProcessError):
@@ -171,7 +171,7 @@ class Cluster:
             time.sleep(0.2)
 
     def _stop(self) -> None:
-        """The last one started ends first; a database last."""
+        """End the daemons in reverse order of their start, the database last."""
         for daemon in reversed(self._daemons):
             daemon.send_signal(signal.SIGTERM)
             try:
@@ -182,7 +182,7 @@ class Cluster:
 
 
 def ports(count: int) -> list[int]:
-    """Free ones on loopback."""
+    """Return free ports on loopback."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:

@@ -1,4 +1,4 @@
-"""One cluster for all tests, and the runs on it: two lanes side by side, because most of a run is waiting."""
+"""One cluster for all tests, and runs on it in two lanes side by side, because most of a run waits."""
 
 import json
 import re
@@ -24,7 +24,7 @@ FOREVER = 100_000  # steps
 
 @pytest.fixture(scope="session")
 def cluster():
-    """A SLURM of two nodes."""
+    """Return a SLURM of two nodes."""
     install()
     root = Path(tempfile.mkdtemp(prefix="slurm_"))
     root.chmod(0o755)
@@ -35,7 +35,7 @@ def cluster():
 
 @dataclass
 class Story:
-    """A run: where, what its command printed, and what was typed about it afterwards."""
+    """A run: its directory, the output of its command, and of later commands about it."""
 
     cwd: Path
     ended: Ended
@@ -48,27 +48,27 @@ class Story:
 
 @dataclass
 class Stage:
-    """Setting of a story."""
+    """Setting of a story: the cluster and its commands."""
 
     cluster: Cluster
     inputs: Path
     root: Path
 
     def train(self, name, *arguments, **overrides):
-        """`nemo distill train` on the cluster, running, in a directory called `name`."""
+        """Start `nemo distill train` on the cluster, in a directory called `name`."""
         overrides = {"checkpoint__export": "false", **overrides}
         recipe = ["train", "--factory", "llama32_3b_to_1b", *shrunk(self.inputs, **overrides)]
         executor = ["run.executor=slurm", "run.executor.gpus=false", *arguments]
         return start(*recipe, *executor, cwd=self.root / name, **self.cluster.environment)
 
     def output_of(self, name, command, printed, *arguments):
-        """`nemo distill COMMAND experiment=...` of the experiment that a command has `printed`."""
+        """Run `nemo distill COMMAND experiment=...` on the experiment that a command has `printed`."""
         experiment = re.search(r"experiment (\w+);", printed)[1]
         arguments = [command, f"experiment={experiment}", *arguments]
         return nemo(*arguments, cwd=self.root / name, **self.cluster.environment)
 
     def until(self, ready):
-        """Wait for `ready()`; returns what it says."""
+        """Wait until `ready()` is true, and return its value."""
         end = time.time() + PATIENCE
         while not (found := ready()):
             assert time.time() < end, self.cluster.run("scontrol", "show", "job")
@@ -80,22 +80,22 @@ class Stage:
         self.until(lambda: (last_step(self.root / name / OUTPUT) or 0) >= step)
 
     def logged(self, name, attempt, pattern):
-        """Wait until an attempt's log holds `pattern`; returns the match."""
+        """Wait until an attempt's log contains `pattern`, and return the match."""
         logs = f"home/nemo/experiments/train/*/train/log-*_{attempt}.out"
         return self.until(
             lambda: re.search(pattern, "".join(path.read_text() for path in (self.root / name).glob(logs)))
         )
 
     def resumed(self, name, attempt):
-        """The step that the run in `name` went on from in this attempt, once it does."""
+        """Return the step from which the run in `name` resumes in this attempt, once it does."""
         return int(self.logged(name, attempt, r"resumed from \S+ at step (\d+)")[1])
 
     def limit(self, job, minutes):
-        """Give a job another time limit."""
+        """Set another time limit for a job."""
         self.cluster.run("scontrol", "update", f"jobid={job}", f"timelimit={minutes}")
 
     def job(self, name):
-        """SLURM's number of the job that was submitted from the directory `name`."""
+        """Return SLURM's number of the job submitted from the directory `name`."""
         records = self.until(lambda: (self.root / name / "home/nemo/.slurm_jobs").is_file())
         assert records
         return (self.root / name / "home/nemo/.slurm_jobs").read_text().splitlines()[-1].partition(" ")[0]
@@ -103,7 +103,7 @@ class Stage:
 
 @pytest.fixture(scope="session")
 def stories(cluster, inputs, tmp_path_factory):
-    """By name, every run on the cluster."""
+    """Return every run on the cluster, by name."""
     stage = Stage(cluster, inputs, tmp_path_factory.mktemp("stories"))
     lanes = (
         [two_nodes, not_finite, queued_again, in_python],
@@ -119,7 +119,7 @@ def two_nodes(stage):
 
 
 def detached(stage):
-    """Submitted; seen while it is there; followed to its end; seen afterwards."""
+    """Submit a run, look at it while it exists, follow it to its end, and look again."""
     name = "detached"
     ended = stage.train(name, *ONE_NODE, "--detach", checkpoint__export="true").ended()
     typed = {"status": stage.output_of(name, "status", ended.out)}
@@ -130,13 +130,13 @@ def detached(stage):
 
 
 def not_finite(stage):
-    """A rank says why it ends."""
+    """Run until a rank reports why it ends."""
     wild = {"optimizer__lr": 1e30, "optimizer__min_lr": 0, "optimizer__warmup_steps": 0}
     return Story(stage.root / "not_finite", stage.train("not_finite", *TWO_NODES, **wild).ended())
 
 
 def queued_again(stage):
-    """A rank is killed; SLURM sends SIGTERM to every process, as when another job needs the nodes; then the end."""
+    """Kill a rank; SLURM sends SIGTERM to every process, as when another job needs the nodes; then run to the end."""
     name = "queued_again"
     command = stage.train(name, *ONE_NODE, "run.executor.retries=2", training__steps=60)
     stage.at_step(name, 5)
@@ -149,7 +149,7 @@ def queued_again(stage):
 
 
 def in_python(stage):
-    """`run.run(recipe, executor=slurm(...))`; then `logs` and `status` of what it left."""
+    """Run `run.run(recipe, executor=slurm(...))`, then `logs` and `status` of its experiment."""
     cwd = stage.root / "in_python"
     cwd.mkdir()
     (cwd / "script.py").write_text(SCRIPT)
@@ -161,13 +161,13 @@ def in_python(stage):
 
 
 def told_to_stop(stage):
-    """The time limit comes near: it saves, ends, is queued again and goes on; then it is cancelled."""
+    """Run towards the time limit: the run saves, ends, is queued again and resumes. Then cancel it."""
     name = "told_to_stop"
     limit = ["run.executor.time=20", "run.executor.stop_seconds=60", "run.executor.retries=1"]
     command = stage.train(name, *ONE_NODE, *limit, training__steps=FOREVER, training__eval_interval=FOREVER)
     stage.at_step(name, 5)
     job = stage.job(name)
-    stage.limit(job, 2 + int((time.time() - command.began) / 60))  # however long it took to start
+    stage.limit(job, 2 + int((time.time() - command.began) / 60))  # however long the start took
     stage.logged(name, 0, "stopped by signal")
     stage.limit(job, 20)
     stage.at_step(name, stage.resumed(name, attempt=1) + 1)
@@ -177,14 +177,14 @@ def told_to_stop(stage):
 
 
 def out_of_time(stage):
-    """It is not told, and killed at its limit."""
+    """Let a run be killed at its limit, without notice."""
     limit = ["run.executor.time=1", "run.executor.stop_seconds=0"]
     ended = stage.train("out_of_time", *ONE_NODE, *limit, training__steps=FOREVER).ended()
     return Story(stage.root / "out_of_time", ended)
 
 
 def rank_of_job(job, rank):
-    """The process of a job's rank; its helpers and torchrun have the same environment, or the same command line."""
+    """Return the process of a job's rank. Helpers and torchrun share its environment or its command line."""
     for process in psutil.process_iter():
         try:
             environment = process.environ() if "nemo_run.core.runners.fdl_runner" in process.cmdline() else {}

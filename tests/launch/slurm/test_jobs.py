@@ -1,4 +1,4 @@
-"""Runs on a real SLURM: to their end, to bad ends, over time limits, and seen from outside."""
+"""Runs on a real SLURM: successful, failed, over time limits, and seen from outside."""
 
 import re
 
@@ -8,11 +8,11 @@ from tests.cli.command import STEPS
 from tests.launch.slurm.conftest import FOREVER
 from tests.training import metrics
 
-pytestmark = pytest.mark.timeout(2400)  # for a machine that does much else
+pytestmark = pytest.mark.timeout(2400)  # for a busy machine
 
 
 def check_failed(ended, state, reason):
-    """Exit code 1, and on stderr two lines: the job's end, and why."""
+    """Check for exit code 1 and, on stderr, two lines: the job's end, and its reason."""
     assert ended.code == 1
     first, second = ended.err.splitlines()
     assert re.fullmatch(rf"train: job \d+ {state}.*; logs in /\S+", first), first
