@@ -19,10 +19,10 @@ quickstart: .venv/installed ## the main job: distil a small model on this machin
 test: .venv/installed ## the test suite, without tests/launch, in two processes
 	@$(BIN)/python -m pytest -n 2 $(ARGS)
 
-test-launch: .venv/installed ## SLURM (apt, root) and a Kubernetes on this machine, and runs on them: a few minutes
+test-launch: .venv/installed ## runs on SLURM (apt, root) and on a Kubernetes, both on this machine: a few minutes
 	@$(BIN)/python -m pytest tests/launch $(ARGS)
 
-test-versions: .venv/installed ## a third of it on the oldest and the newest packages; writes docs/compatibility.md in half an hour
+test-versions: .venv/installed ## a third of the suite on the oldest and the newest packages; writes docs/compatibility.md in half an hour
 	@$(BIN)/python -W ignore -m tests.versions $(ARGS)
 
 parity: .venv/installed ## every layout, model and loss against fp64; writes docs/parity.md in half an hour
@@ -31,17 +31,17 @@ parity: .venv/installed ## every layout, model and loss against fp64; writes doc
 models: .venv/installed ## import and export of every model family against transformers; writes docs/models.md in two minutes
 	@$(BIN)/python -W ignore -m tests.families $(ARGS)
 
-bench: .venv/installed ## what losses and steps cost beside others, on this machine; writes docs/performance.md
+bench: .venv/installed ## cost of losses and steps beside other implementations, on this machine; writes docs/performance.md
 	@$(BIN)/python -W ignore -m benchmarks.kl $(ARGS)
 	@$(BIN)/python -W ignore -m benchmarks.fused_linear
 	@$(BIN)/python -W ignore -m benchmarks.step
 	@$(BIN)/python -W ignore -m benchmarks.convert
 	@$(BIN)/python -m benchmarks.report
 
-gpu: .venv/installed ## on a machine with a GPU: its tests and benchmarks, in parts of nine minutes; repeat to go on
+gpu: .venv/installed ## tests and benchmarks on a GPU, in parts of nine minutes; repeat to continue
 	@$(BIN)/python -m benchmarks.gpu $(ARGS)
 
-soak: .venv/installed ## a run struck by twenty faults must end as one left alone; writes docs/reliability.md
+soak: .venv/installed ## a run with twenty faults must end like an uninterrupted one; writes docs/reliability.md
 	@$(BIN)/python -W ignore -m tests.soak $(ARGS)
 
 docs: .venv/installed ## the documentation as a site, in build/site
@@ -50,7 +50,7 @@ docs: .venv/installed ## the documentation as a site, in build/site
 lint: .venv/installed ## ruff, codespell, docstrings, pyright, import layers
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/codespell && $(BIN)/python .ci/docstrings.py && $(BIN)/pyright && $(BIN)/lint-imports
 
-clean: ## remove what runs and tests left, keep .venv
+clean: ## remove files of runs and tests, keep .venv
 	@rm -rf runs build .pytest_cache .ruff_cache
 
 .PHONY: help quickstart test test-launch test-versions parity models soak gpu bench docs lint clean

@@ -61,7 +61,7 @@ def main() -> None:
     """Measure the shapes for this machine and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=1, help="a pass of the CPU row takes 20 to 50 s on two cores")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="all cores, or it takes too long")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores; fewer take too long")
     parser.add_argument("--shape", type=int, nargs=4, metavar=("N", "HS", "HT", "V"), help="another shape")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

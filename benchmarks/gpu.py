@@ -68,9 +68,9 @@ PARTS = (
     Part("kernels", "Triton's kernels and the fused loss against fp64", "pytest", _tests("test_kernels.py")),
     Part("training", "host syncs, offload, layouts of one GPU, bf16", "pytest", _tests("test_training.py")),
     Part("quickstart", "quickstart in bf16: kill, resume, export", "pytest", _tests("test_quickstart.py")),
-    Part("kl", "KL of given logits beside others", "benchmarks.kl", ("--only", "gpu")),
-    Part("fused_linear", "KL from hidden states beside others", "benchmarks.fused_linear"),
-    Part("step", "a whole distillation step beside others", "benchmarks.step"),
+    Part("kl", "KL of given logits beside other implementations", "benchmarks.kl", ("--only", "gpu")),
+    Part("fused_linear", "KL from hidden states beside other implementations", "benchmarks.fused_linear"),
+    Part("step", "a whole distillation step beside other implementations", "benchmarks.step"),
     Part("report", "docs/performance.md and its plot", "benchmarks.report"),
 )
 
@@ -90,7 +90,9 @@ def main() -> None:
             continue
         left = arguments.budget - (time.monotonic() - begun)
         if left < arguments.least:
-            print(f"{part.name:14} not started: {max(left, 0):.0f} s are left; the same command goes on", flush=True)
+            print(
+                f"{part.name:14} not started: {max(left, 0):.0f} s are left; repeat the command to continue", flush=True
+            )
             failed.append(part.name)
             continue
         if not run(part, arguments.output, min(LIMIT_SECONDS, left)):

@@ -152,7 +152,7 @@ def test_the_file_that_is_shipped_is_the_recipe(dry, tmp_path):
 
 def test_the_least_a_user_says(dry):
     found = dry(*LEAST, "gpus=false", "shared_memory=null")
-    assert set(found) == {"ConfigMap", "TrainJob"}, "a claim is made only when its size is said"
+    assert set(found) == {"ConfigMap", "TrainJob"}, "a claim is made only if its size is given"
     spec = found["TrainJob"]["spec"]
     assert "resourcesPerNode" not in spec["trainer"] and "activeDeadlineSeconds" not in spec
     assert re.fullmatch(r"train-[0-9a-f]{6}", found["TrainJob"]["metadata"]["name"])
