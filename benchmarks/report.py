@@ -214,8 +214,8 @@ SECTIONS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     ),
     (
         "## Given logits, CPU, vocabulary over two gloo ranks\nGoal: at most 0.20 of ModelOpt's time. One all-gather "
-        "in ours (tests/distributed/losses/test_vocab_parallel.py counts it). All values are the slower rank's; memory is in "
-        "units of its shards.\n",
+        "in ours (tests/distributed/losses/test_vocab_parallel.py counts it). All values are the slower rank's; "
+        "memory is in units of its shards.\n",
         "kl_two_ranks",
         "kl",
         _given_logits,

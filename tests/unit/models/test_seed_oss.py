@@ -29,7 +29,7 @@ def resolved(source):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "message"),
     [
         ({"attention_bias": False}, "attention_bias = false is not supported"),
         ({"attention_bias": None}, "attention_bias = false is not supported"),
@@ -41,11 +41,11 @@ def resolved(source):
         ({"partial_rotary_factor": 0.5}, 'must be 1 with family "seed_oss"'),
     ],
 )
-def test_what_is_not_computed_as_transformers_does_is_refused(source, change, words):
+def test_what_is_not_computed_as_transformers_does_is_refused(source, change, message):
     state(source, **change)
     with pytest.raises(ValueError) as raised:
         resolved(source)
-    assert words in str(raised.value) and str(source) in str(raised.value)
+    assert message in str(raised.value) and str(source) in str(raised.value)
 
 
 @pytest.mark.parametrize(
