@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self, get_args
 from distill_nemo.config import from_dict
 from distill_nemo.fields import is_union
 from distill_nemo.models.architecture import Activation, Architecture, Layer, Multipliers, RopeType
-from distill_nemo.models.config_fields import Fields
+from distill_nemo.models.config_fields import MAX_LAYERS, Fields
 from distill_nemo.models.families.pieces import Table, layer_table
 
 
@@ -86,9 +86,14 @@ class Family:
     layer_table: Callable[[Architecture, Layer], Table] = layer_table
 
     @property
+    def own_names(self) -> set[str]:
+        """Names of its own fields."""
+        return {each.name for each in fields(self.own_fields)}
+
+    @property
     def needs_own_fields(self) -> bool:
         """True if a checkpoint must state the family's own fields to describe a model."""
-        return bool(fields(self.own_fields)) and not self.own_fields.off_by_default
+        return bool(self.own_names) and not self.own_fields.off_by_default
 
 
 def resolve_own_fields(
@@ -108,5 +113,8 @@ def resolve_own_fields(
     hints = typing.get_type_hints(family.own_fields)
     if given and not fields(family.own_fields):
         raise ValueError(f'{where}{next(iter(given))}: family "{family.model_type}" has no fields of its own')
+    for name, value in given.items():
+        if isinstance(value, list) and len(value) > MAX_LAYERS:
+            raise ValueError(f"{where}{name} has {len(value):,} entries; at most {MAX_LAYERS:,} are read, one a layer")
     stated = {name: value for name, value in given.items() if value is not None or is_union(hints.get(name))}
     return asdict(from_dict(stated, family.own_fields, where).resolved(values))

@@ -57,7 +57,7 @@ def from_huggingface(config: dict[str, Any], where: Path) -> dict[str, Any]:
         **dict.fromkeys(("block_configs", *EXPERT_FIELDS)),
         **family.read_own(fields),
     }
-    own = {name: value for name, value in config.items() if name in family.own_fields.__dataclass_fields__}
+    own = {name: value for name, value in config.items() if name in family.own_names}
     return described | {"family_fields": resolve_own_fields(family, own, described, f"{fields.where}: ")}
 
 
@@ -65,7 +65,6 @@ def _refuse_features(family: Family, fields: Fields) -> None:
     """Refuse features that would be computed differently from transformers."""
     config = fields.values
     named, kinds = config.get("architectures"), config.get("layer_types")
-    own = family.own_fields.__dataclass_fields__
     if named and named != [family.hf_class]:
         raise ValueError(
             f'{fields.where}: architectures {shown(named)} is not supported; with model_type "{family.model_type}" it '
@@ -76,9 +75,9 @@ def _refuse_features(family: Family, fields: Fields) -> None:
         **family.refused(fields),
         "attention_bias": not family.qkv_bias and fields.flag("attention_bias"),
         "mlp_bias": fields.flag("mlp_bias"),
-        "sliding window attention (use_sliding_window)": "use_sliding_window" not in own
+        "sliding window attention (use_sliding_window)": "use_sliding_window" not in family.own_names
         and fields.flag("use_sliding_window"),
-        f"sliding window attention (layer_types {shown(kinds)})": "layer_types" not in own
+        f"sliding window attention (layer_types {shown(kinds)})": "layer_types" not in family.own_names
         and not _all_full_attention(kinds),
         f"hidden_act {activation}": activation != family.activation,
         "quantization_config": bool(config.get("quantization_config")),

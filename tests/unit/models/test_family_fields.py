@@ -137,3 +137,12 @@ def test_a_run_of_an_older_version_resumes(tmp_path):
     saved["student"]["family_fields"] = {"width": 8}
     with pytest.raises(ValueError, match=r"student\.family_fields: was {'width': 8}, is {'width': 4}"):
         check_resumable(saved, now, resume=True)
+
+
+def test_a_list_longer_than_any_model_is_refused_unread(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json: colours has 10,001 entries; at most 10,000 are read"):
+        resolve_json(tmp_path, {"colours": [None] * 10_001})
+
+
+def test_a_name_of_the_package_is_no_field_of_the_file(tmp_path):
+    assert resolve_json(tmp_path, {"off_by_default": True}).family_fields == DEFAULTS
