@@ -53,7 +53,7 @@ PHI3 = Family(
         "original_max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
     },
-    # Older directories call longrope "su" or "yarn"; transformers reads them alike.
+    # Names of longrope in older directories. transformers 5 opens those that state the original length in rope_scaling.
     rope_types={"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"},
     partial_rotary=True,
     own_fields=_Window,
