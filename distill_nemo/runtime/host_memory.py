@@ -15,8 +15,8 @@ def available_memory(own: Path = Path("/proc/self/cgroup"), cgroups: Path = CGRO
     them. They are read from cgroups of version 2.
 
     Args:
-        own: file that says in which cgroup this process is.
-        cgroups: where they are mounted.
+        own: file that names this process's cgroup.
+        cgroups: mount point of cgroups.
     """
     found = [psutil.virtual_memory().available]
     with contextlib.suppress(OSError):

@@ -64,7 +64,7 @@ def logits_apart(
         everyone: the ranks, if they have met already.
 
     Raises:
-        ValueError: when transformers cannot compute the reference's logits, with its reason.
+        ValueError: if transformers cannot compute the reference's logits, with its reason.
     """
     everyone = everyone or Everyone()
     tokens_MS = _tokens(vocab_size)

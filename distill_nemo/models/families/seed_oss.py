@@ -1,4 +1,4 @@
-"""Seed-OSS: Llama with a bias of queries, keys and values, and 128 channels a head unless `config.json` says otherwise.
+"""Seed-OSS: Llama with a bias of queries, keys and values, and heads of 128 channels by default.
 
 `attention_dropout` and `residual_dropout` are not read: no model is trained with dropout here.
 """
@@ -8,7 +8,7 @@ from distill_nemo.models.families.family import Family
 
 
 def _refused(config: Fields) -> dict[str, bool]:
-    """Refuse other biases than Qwen2's. The output projection's has a field of its own."""
+    """Refuse biases that differ from Qwen2's. The output projection's bias has its own field."""
     return {
         "attention_bias = false": not config.flag("attention_bias"),
         "attention_out_bias": config.flag("attention_out_bias"),

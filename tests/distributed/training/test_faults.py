@@ -137,7 +137,7 @@ def test_a_warning_that_comes_before_the_first_step(inputs, two, whole, tmp_path
 
 
 def slow_disk_and_transformers(output, rank):
-    """The next time, each takes longer than the collectives' timeout of six seconds."""
+    """Let each take longer, once, than the collectives' timeout of six seconds."""
     from distill_nemo.models.checkpoints import huggingface, write_safetensors
 
     def slow_once(module, name):

@@ -1,4 +1,4 @@
-"""Seed-OSS's fields: defaults, biases, dropout, and what is refused."""
+"""Seed-OSS's fields: defaults, biases, dropout, and refusals."""
 
 import json
 from pathlib import Path

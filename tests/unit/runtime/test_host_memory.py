@@ -1,4 +1,4 @@
-"""Memory that a process may take, as cgroups limit it."""
+"""Memory that a process may take under the limits of cgroups."""
 
 import psutil
 import pytest
