@@ -88,7 +88,7 @@ def find_checkpoint(path: Path) -> FoundCheckpoint:
         return FoundCheckpoint(CheckpointKind.HUGGING_FACE, path, path / "config.json")
     raise ValueError(
         f"{path} is not a checkpoint that can be read: expected config.json and *.safetensors (Hugging Face), "
-        ".metadata (Megatron distributed), model_weights/ (NeMo), or architecture.json (a checkpoint of ours)"
+        ".metadata (Megatron distributed), model_weights/ (NeMo), or architecture.json (distill-nemo)"
     )
 
 

@@ -143,7 +143,7 @@ def check_target(target: Path) -> None:
         raise ValueError(f"{target} cannot be written: {there} is not a writable directory; choose another")
     if not target.exists() or not any(target.iterdir()) or is_export_of_ours(target):
         return
-    raise ValueError(f"{target} exists and is not an export of ours; name a new directory, or remove it yourself")
+    raise ValueError(f"{target} exists and is not a distill-nemo export; name a new directory, or remove it yourself")
 
 
 def check_export(

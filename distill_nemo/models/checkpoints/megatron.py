@@ -101,7 +101,7 @@ def stored_dtype(directory: Path) -> torch.dtype:
     """Return the embedding's dtype; fp32 when there is none.
 
     Raises:
-        ValueError: when the table of contents could run code.
+        ValueError: if the table of contents could run code.
     """
     tensors = read_contents(directory).state_dict_metadata
     found = (t for name, t in tensors.items() if name.endswith(EMBEDDING) and isinstance(t, TensorStorageMetadata))

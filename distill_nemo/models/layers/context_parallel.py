@@ -35,7 +35,7 @@ def split_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         tensors [B, s], pinned if the batch's are; the batch itself without context parallelism.
 
     Raises:
-        ValueError: when 2*cp does not divide S.
+        ValueError: if 2*cp does not divide S.
     """
     size = parallel_state.get_context_parallel_world_size()
     if size == 1:

@@ -268,7 +268,7 @@ def test_export_replaces_nothing_but_an_earlier_export_and_leaves_nothing_half_w
         (foreign / "thesis.txt").write_text("years of work")
         for path in (foreign, tmp_path / "m"):
             before = sorted(p.name for p in path.iterdir())
-            with pytest.raises(ValueError, match="not an export of ours"):
+            with pytest.raises(ValueError, match="not a distill-nemo export"):
                 export_hf([model], str(path), student)
             assert sorted(p.name for p in path.iterdir()) == before
         with pytest.raises(ValueError, match="holds no tokenizer files"):
@@ -399,7 +399,7 @@ def test_missing_corrupt_and_contradicting_are_refused(tmp_path):
 
     with pytest.raises(ValueError, match="not found"):
         resolve(StudentConfig(checkpoint=str(tmp_path / "none")))
-    with pytest.raises(ValueError, match="no checkpoint that can be read"):
+    with pytest.raises(ValueError, match="not a checkpoint that can be read"):
         resolve(StudentConfig(checkpoint=str(tmp_path)))
     with pytest.raises(ValueError, match="the model needs num_layers"):
         resolve(StudentConfig())

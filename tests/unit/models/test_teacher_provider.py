@@ -386,7 +386,7 @@ def test_a_corrupt_checkpoint_is_refused_by_file(models, tmp_path, message):
 
 def test_what_is_no_checkpoint_is_refused_by_path(models, tmp_path):
     assert f"not found: {tmp_path}/none" in refused(TeacherConfig(str(tmp_path / "none")))
-    assert "no checkpoint that can be read" in refused(TeacherConfig(str(tmp_path)))
+    assert "is not a checkpoint that can be read" in refused(TeacherConfig(str(tmp_path)))
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("thirty")
     assert 'must hold an iteration or "release", got "thirty"' in refused(TeacherConfig(str(tmp_path)))
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("30")

@@ -292,7 +292,7 @@ def test_a_directory_in_the_place_of_the_export_is_refused_before_training(input
     (tmp_path / "out" / "student").mkdir(parents=True)
     (tmp_path / "out" / "student" / "thesis.txt").write_text("years of work")
     error = refused(one, inputs, tmp_path / "out", {"checkpoint.export": True})
-    assert f"{tmp_path}/out/student exists and is not an export of ours" in error
+    assert f"{tmp_path}/out/student exists and is not a distill-nemo export" in error
 
 
 def test_an_output_directory_that_holds_other_checkpoints(inputs, one, tmp_path):
