@@ -102,7 +102,7 @@ def entropy(logits_NV: Array) -> Array:
 
 
 def cosine(student_NH: Array, teacher_NH: Array) -> tuple[Array, Array]:
-    """1 - cos."""
+    """Return 1 - cos."""
     student_norm = np.sqrt((student_NH**2).sum(axis=-1, keepdims=True))
     teacher_norm = np.sqrt((teacher_NH**2).sum(axis=-1, keepdims=True))
     cos = (student_NH * teacher_NH).sum(axis=-1, keepdims=True) / (student_norm * teacher_norm)

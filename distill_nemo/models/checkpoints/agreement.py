@@ -61,7 +61,7 @@ def logits_apart(
         chunks: this rank's pipeline stages of our model.
         open_reference: returns transformers' model, on the host; only rank 0 calls it.
         vocab_size: number of tokens that both models have.
-        everyone: the ranks, if they have met already.
+        everyone: all ranks; None: make a new `Everyone`.
 
     Raises:
         ValueError: if transformers cannot compute the reference's logits, with its reason.

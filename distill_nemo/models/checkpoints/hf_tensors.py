@@ -30,7 +30,7 @@ LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 
 
 def has_weights(path: Path) -> bool:
-    """True if the directory holds safetensors; a plan needs config.json only."""
+    """Return True if the directory holds safetensors; a plan needs only config.json."""
     return any(path.glob("*.safetensors"))
 
 

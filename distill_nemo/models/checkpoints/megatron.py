@@ -98,7 +98,7 @@ def stored_tensors(directory: Path) -> Shapes:
 
 
 def stored_dtype(directory: Path) -> torch.dtype:
-    """Return the embedding's dtype; fp32 when there is none.
+    """Return the embedding's dtype; fp32 if there is none.
 
     Raises:
         ValueError: if the table of contents could run code.

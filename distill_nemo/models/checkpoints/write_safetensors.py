@@ -1,7 +1,7 @@
 """Write the weights of a model as Hugging Face safetensors. Each rank writes what it holds, a file at a time.
 
-The first of the tensor-parallel ranks gathers their parameters, one at a time. Beside its own weights, no rank has more
-than one file's tensors in memory.
+The first of the tensor-parallel ranks gathers their parameters, one at a time. Besides its own weights, no rank has
+more than one file's tensors in memory.
 """
 
 import json
@@ -44,7 +44,7 @@ def write_weights(
         model: the architecture.
         directory: exists and is empty.
         max_file_bytes: limit on the bytes of tensors in one file. A larger tensor has a file of its own.
-        everyone: the ranks, if they have met already.
+        everyone: all ranks; None: make a new `Everyone`.
 
     Raises:
         OSError: if a file cannot be written.

@@ -149,7 +149,7 @@ def kept(tmp_path):
 
 
 def two_nodes(cluster, ends_at):
-    """Each look at the job shows a further step of each node; node 1 is lost from look 2 until `found`."""
+    """Show one more step of each node at every look at the job. Node 1 is lost from look 2 until `found`."""
     pods = [cluster.pod(f"p{node}", node=node) for node in (0, 1)]
 
     def look(cluster):

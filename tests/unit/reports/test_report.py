@@ -33,7 +33,7 @@ def table(teacher=3.978, alone=4.716, distilled=4.195):
 
 
 def write_run(path, evaluations, train=(), tokens=2048):
-    """A metrics file as the loop writes it: `evaluations` step -> metrics, `train` the losses of steps 1, 2, ..."""
+    """Write a metrics file like the loop's, with `evaluations` {step: metrics} and `train` losses of steps 1, 2, ..."""
     for step, metrics in evaluations.items():
         metrics_file.append(path, {"kind": "eval", "step": step, **metrics, "tokens": step * tokens})
     for step, loss in enumerate(train, 1):
