@@ -59,7 +59,8 @@ def described(monkeypatch, tmp_path):
 
 def test_help_lists_the_arguments_of_a_new_executor(capfd):
     page = nemo_here(capfd, "train", "--help").out
-    assert "run.executor=cloud: Return a cloud.\n  run.executor.machines: int = 2            number of machines." in page
+    field = "run.executor.machines: int = 2            number of machines."
+    assert f"run.executor=cloud: Return a cloud.\n  {field}" in page
 
 
 def test_a_dry_run_prints_its_manifest(capfd):
