@@ -18,6 +18,8 @@ from distill_nemo.models.architecture import Architecture, Rope
 from distill_nemo.models.config_fields import shown
 from distill_nemo.models.layers.context_parallel import split_batch
 
+FACTOR = "_yarn_concentration_factor"  # of Megatron-Core's attention, since 0.19
+
 
 def frequencies(rope: Rope, kv_channels: int, max_position_embeddings: int) -> tuple[Tensor, float]:
     """Return radians per position, [d / 2] in fp32, and the factor of cosine and sine, as transformers computes both.
@@ -88,7 +90,11 @@ class Rotary(RotaryEmbedding):
 
 
 def give_rotary_embeddings(built: GPTModel, model: Architecture) -> None:
-    """Give a stage the angles of its architecture, and each layer its columns of them and its factor."""
+    """Give a stage the angles of its architecture, and each layer its columns of them and its factor.
+
+    Raises:
+        ValueError: where Megatron-Core has no place for the factor.
+    """
     found = [frequencies(rope, model.kv_channels, model.max_position_embeddings) for rope in model.ropes]
     built.rotary_pos_emb = Rotary([of_rope for of_rope, _ in found])
     starts = [0, *accumulate(2 * len(of_rope) for of_rope, _ in found)]
@@ -97,6 +103,11 @@ def give_rotary_embeddings(built: GPTModel, model: Architecture) -> None:
         index, attention = model.layers[layer.layer_number - 1].rope, layer.self_attention
         if index is None or not isinstance(attention, SelfAttention):
             continue
+        if (found[index][1] != 1 or len(found) > 1) and FACTOR not in vars(attention):
+            raise ValueError(
+                f"{model.name}: its rotary embeddings ({model.ropes[index].rope_type}) need megatron-core 0.19; the "
+                "version that is installed knows no factor of cosine and sine"
+            )
         attention._yarn_concentration_factor = found[index][1]
         if len(found) > 1:
             columns = slice(starts[index], starts[index + 1])
