@@ -55,14 +55,15 @@ def write_weights(
     for parameter in filter(_writes, parameters):
         own |= _sizes(parameter)
     by_rank = _from_every_rank(own)
-    files = [names for sizes in by_rank for names in plan_files(sizes, max_file_bytes)]
+    plans = [plan_files(sizes, max_file_bytes) for sizes in by_rank]
+    files = [names for plan in plans for names in plan]
     file_names = [SINGLE_FILE] if len(files) == 1 else [_numbered(i, len(files)) for i in range(len(files))]
     places = {name: file for file, names in zip(file_names, files, strict=True) for name in names}
     total = sum(sum(sizes.values()) for sizes in by_rank)
     if len(files) > 1 and dist.get_rank() == 0:
         print(f"writing {len(files)} files, {total / 1e9:.1f} GB, into {directory}", flush=True)
     failure = None
-    for tensors in _by_file(parameters, plan_files(own, max_file_bytes)):
+    for tensors in _by_file(parameters, plans[dist.get_rank()]):
         try:
             _save(tensors, directory / places[next(iter(tensors))])
         except OSError as error:  # other ranks are in collectives: go on, and raise on all at the end
