@@ -115,7 +115,7 @@ def _fused(found: dict[str, Any]) -> str:
         cells += [f"{way['extra_bytes'] / 2**20:,.0f}", f"{ours['extra_bytes'] / max(1, way['extra_bytes']):.3f}"]
         lines.append(f"| {' | '.join(cells)} |")
     part = "a quarter of tokens and vocabulary and half of the widths"
-    return "\n".join(lines) + f"\n\nScaling of ours from {part}: {_doubled(found['scaling'], _clock(found))}.\n"
+    return "\n".join(lines) + f"\n\nOur scaling from {part}: {_doubled(found['scaling'], _clock(found))}.\n"
 
 
 def _doubled(scaling: dict[str, dict[str, float]], clock: str) -> str:
@@ -152,7 +152,7 @@ def _step(found: dict[str, Any]) -> str:
         + f"\n\nOurs is {ours['seconds'] / parts['seconds']:.2f} of its parts in wall time, "
         + f"{ours['processor_seconds'] / parts['processor_seconds']:.2f} in processor time. "
         + f"Tensors smaller than the logits take {smaller[0]} of ours and {smaller[1]} of the plugin's peak. "
-        + f"Scaling of ours from half of layers, tokens and vocabulary: {_doubled(row['scaling'], _clock(found))}.\n"
+        + f"Our scaling from half of layers, tokens and vocabulary: {_doubled(row['scaling'], _clock(found))}.\n"
     )
 
 
@@ -227,7 +227,7 @@ SECTIONS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
         "kl",
         _on_gpu,
     ),
-    ("## Given logits, scaling of ours\n", "kl_cpu", "kl", _scaling),
+    ("## Given logits, how our time scales\n", "kl_cpu", "kl", _scaling),
     (
         "## Fused linear, CPU, N = 2048, H = 1024 and 2048, V = 128,256\nFrom hidden states and output weights to "
         "gradients, the weight's added to an fp32 `main_grad`. Goal: at most 1.05 of the time of the matrix products "

@@ -23,7 +23,7 @@ class ModelConfig:
     """One decoder-only transformer. Fields left at None are read from `config.json` in `checkpoint`.
 
     `checkpoint` is a Hugging Face directory, a Megatron distributed checkpoint, a NeMo directory
-    (`model_weights/` and `model_config.yaml`) or a checkpoint of ours; None means random weights.
+    (`model_weights/` and `model_config.yaml`) or a checkpoint of an earlier run; None means random weights.
     """
 
     checkpoint: str | None = None

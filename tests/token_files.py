@@ -1,4 +1,4 @@
-"""Token files written by Megatron's own builder, without a manifest of ours."""
+"""Token files written by Megatron's own builder, without our manifest."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -46,7 +46,7 @@ def _sums(directory: Path) -> dict[str, str] | str:
 
 
 def _needed(directory: Path) -> set[str]:
-    """Return the files that make up a checkpoint of ours, besides its sums.
+    """Return the files that make up a checkpoint, besides its sums.
 
     Raises:
         ValueError: if a file that lists them is damaged.

@@ -93,7 +93,7 @@ def find_checkpoint(path: Path) -> FoundCheckpoint:
 
 
 def saved_steps(root: Path) -> list[Path]:
-    """Return the checkpoints that a run of ours saved in `root`, newest first."""
+    """Return the checkpoints that a run saved in `root`, newest first."""
     steps = [path for path in root.glob("step_*") if STEP.fullmatch(path.name) and path.is_dir()]
     return sorted(steps, key=lambda path: int(path.name[5:]), reverse=True)
 

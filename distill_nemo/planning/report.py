@@ -64,7 +64,7 @@ def _memory(planned: PlannedRun, memory: Memory, gpu: Gpu) -> list[str]:
         "optimizer": f"{'fp32 masters and ' if planned.item == 2 else ''}Adam's fp32 moments{_over(planned)}",
         "activations": f"{count:g} x {planned.tokens:,} tokens, recompute: {train.recompute or 'none'}",
         moment: "the moment that needs most" + _chunks(planned, moment),
-        **({"teacher's weights": "its layers in their turn"} if planned.config.distillation.offload_teacher else {}),
+        **({"teacher's weights": "one layer at a time"} if planned.config.distillation.offload_teacher else {}),
     }
     rows = memory.stays | {"activations": memory.activations[moment], moment: memory.workspace[moment]}
     lines = [f"memory of the fullest rank{where}, GB"]

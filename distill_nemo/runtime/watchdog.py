@@ -119,7 +119,7 @@ def _place_of(report: dict[str, Any] | None) -> str:
 
 
 def _place(frame: FrameType | None) -> str:
-    """Return the waiting collective and its caller, else the innermost call, and the line of ours that led there."""
+    """Return the waiting collective and its caller, else the innermost call, and our line that led there."""
     calls: list[str] = []
     waits = False  # in torch.distributed
     while frame is not None:

@@ -86,7 +86,7 @@ def export_hf(
         max_file_bytes: limit on the bytes of tensors in one file.
 
     Raises:
-        ValueError: if `path` holds anything but an export of ours, another process writes there, `tokenizer` holds no
+        ValueError: if `path` holds anything but an earlier export, another process writes there, `tokenizer` holds no
             tokenizer, or transformers refuses what would be written.
         OSError: if the export cannot be written. An earlier export stays as it is.
         RuntimeError: if the tensors or the reloaded model's logits differ, or another rank could not write.

@@ -24,7 +24,7 @@ from distill_nemo.models.families.pieces import OUTPUT
 from distill_nemo.runtime.everyone import Everyone
 from distill_nemo.runtime.files import read_object_if_any
 
-METADATA = {"format": "pt", "producer": "distill_nemo"}  # marks an export of ours, which a later one may replace
+METADATA = {"format": "pt", "producer": "distill_nemo"}  # marks our exports, which a later one may replace
 MAX_FILE_BYTES = 5 * 10**9  # as transformers writes them
 
 Sizes = dict[str, int]  # bytes of each tensor, in the order of writing

@@ -88,7 +88,7 @@ class CausalAttention(MegatronModule):
         if dropout:
             raise ValueError(f"attention_dropout = {dropout}: only 0 is supported without Transformer Engine")
         assert attn_mask_type is AttnMaskType.causal, attn_mask_type
-        assert config.softmax_type == "vanilla", "no config of ours asks for another"
+        assert config.softmax_type == "vanilla", "no supported model asks for another"
         self.window: int | None = None
         if config.window_size is not None:
             by_layer = config.window_attn_skip_freq

@@ -17,7 +17,7 @@ Add = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]  # (x, its
 
 
 def scaled_add(factor: float) -> Callable[[bool, bool], Add]:
-    """Add `factor * x`. No layer of ours has a bias or dropout there."""
+    """Add `factor * x`. Our layers have no bias or dropout there."""
 
     def build(training: bool, fused: bool) -> Add:
         return lambda x_and_bias, residual, dropout: torch.add(residual, x_and_bias[0], alpha=factor)
@@ -26,7 +26,7 @@ def scaled_add(factor: float) -> Callable[[bool, bool], Add]:
 
 
 class NormedAdd(nn.Module):
-    """Add `norm(x)`: a norm after attention or MLP. No layer of ours has a bias or dropout there."""
+    """Add `norm(x)`: a norm after attention or MLP. Our layers have no bias or dropout there."""
 
     def __init__(self, config: TransformerConfig, norm: Any) -> None:
         super().__init__()

@@ -190,7 +190,7 @@ def in_python(stage):
 
 
 def scripts(stage):
-    """Run a `run.Script` in a shell, and a `run.Partial` that is not a recipe of ours, on two nodes."""
+    """Run a `run.Script` in a shell, and a `run.Partial` that is not one of our recipes, on two nodes."""
     return stage.story(_script(stage, SCRIPT).ended())
 
 

@@ -138,7 +138,7 @@ def test_a_tokenizer_that_is_named_keeps_its_own_chat_template(tmp_path):
 
 
 def export_directory(path: Path) -> Path:
-    """Write a directory that passes for an earlier export of ours."""
+    """Write a directory that passes for an earlier export."""
     from safetensors.torch import save_file
 
     from distill_nemo.models.checkpoints.write_safetensors import METADATA

@@ -185,7 +185,7 @@ def test_harmless_differences_between_tokenizers_pass(inputs, one, tmp_path):
 @pytest.mark.parametrize("split", ["tensor_model_parallel_size", "context_parallel_size", None])
 @pytest.mark.parametrize("field", ["data.train", "data.valid"])
 def test_ids_that_the_model_lacks_are_refused_on_every_rank(inputs, two, tmp_path, split, field):
-    """Without a manifest of ours they are found as they are read, before they reach the model."""
+    """Without our manifest they are found as they are read, before they reach the model."""
     changes = {field: [write_documents(tmp_path / "foreign", [[3, 507] * 2000])], "training.eval_interval": 1}
     changes |= {f"parallelism.{split}": 2} if split else {}
     with pytest.raises(ValueError, match=r"foreign.bin: token \d+ of document 0 .* is the id 507, .* the ids 0 to 506"):

@@ -36,7 +36,7 @@ ALLOWED = {
 
 
 class Spy(TorchDispatchMode):
-    """Count host syncs by the function of ours that causes them, without Megatron's own."""
+    """Count host syncs by our function that causes them, without Megatron's own."""
 
     def __init__(self) -> None:
         super().__init__()
