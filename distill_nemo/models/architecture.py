@@ -46,26 +46,33 @@ class Rope:
         return {name: value for name, value in values.items() if value is not None}
 
 
+Mixer = Literal["gated_delta_net", "latent_attention", "mamba"]
+
+
 @dataclass(frozen=True)
 class Layer:
-    """One layer.
+    """One layer: a part that mixes tokens, and an MLP or experts. Either may be absent.
 
     Args:
-        num_query_groups: number of key-value heads; None without attention.
+        num_query_groups: number of key-value heads; None without softmax attention over such heads.
         ffn_hidden_size: width of the MLP, or of one expert; None without an MLP.
         rope: index into `Architecture.ropes`; None if queries and keys are not rotated.
         window: number of tokens that a token attends to, itself included; None: itself and all before it.
+        mixer: part that mixes tokens in place of softmax attention over `num_query_groups`; None: no other part.
+        has_experts: the MLP is a mixture of experts.
     """
 
     num_query_groups: int | None
     ffn_hidden_size: int | None
     rope: int | None = 0
     window: int | None = None
+    mixer: Mixer | None = None
+    has_experts: bool = False
 
 
 @dataclass(frozen=True)
 class Experts:
-    """Mixture of experts, the same in every layer. Fields are named as in `ModelConfig`."""
+    """Mixture of experts, the same in every layer that has one. Fields are named as in `ModelConfig`."""
 
     num_experts: int
     num_experts_per_tok: int
@@ -156,10 +163,9 @@ class Architecture:
         """Number of layers."""
         return len(self.layers)
 
-    @property
-    def mlps_per_token(self) -> int:
-        """MLPs that process a token in a layer: one, or the token's experts."""
-        return 1 if self.experts is None else self.experts.num_experts_per_tok
+    def mlps_per_token(self, layer: Layer) -> int:
+        """Return the number of MLPs that process a token in a layer: one, or the token's experts."""
+        return self.experts.num_experts_per_tok if layer.has_experts and self.experts else 1
 
     @property
     def longest_sequence(self) -> int:

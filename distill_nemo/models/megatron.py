@@ -150,8 +150,10 @@ def _check_layout(model: Architecture, parallelism: ParallelismConfig) -> None:
             f"{model.name}: num_experts = {model.experts.num_experts} is not divisible by "
             f"parallelism.expert_model_parallel_size = {expert}"
         )
-    ffn = "moe_ffn_hidden_size" if model.experts else "ffn_hidden_size"
-    sizes = {f"{ffn} of layer {i}": layer.ffn_hidden_size for i, layer in enumerate(model.layers)}
+    sizes = {
+        f"{'moe_' if layer.has_experts else ''}ffn_hidden_size of layer {i}": layer.ffn_hidden_size
+        for i, layer in enumerate(model.layers)
+    }
     sizes |= {
         "num_attention_heads": model.num_attention_heads,
         "padded vocabulary": padded_vocab_size(model.vocab_size),
@@ -186,7 +188,7 @@ def gpt_model(
 ) -> GPTModel:
     """Build this pipeline stage with random weights. Only here is `GPTModel` built, which Megatron deprecates."""
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
-    block, multipliers = block_spec(config, vp_stage), model.multipliers
+    block, multipliers = block_spec(model, config, vp_stage), model.multipliers
     if not model.pre_norms:
         drop_pre_norms(block, transformer_engine_usable(config.params_dtype))
     if model.post_norms:

@@ -153,7 +153,9 @@ def _ropes(name: str, values: dict[str, Any], family: Family) -> tuple[Rope, ...
 def _layers(values: dict[str, Any]) -> tuple[Layer, ...]:
     blocks, count = values["block_configs"], values["num_layers"]
     if blocks is None:
-        same = Layer(values["num_query_groups"], values["moe_ffn_hidden_size"] or values["ffn_hidden_size"])
+        has_experts = _has_experts(values["family"])
+        width = values["moe_ffn_hidden_size" if has_experts else "ffn_hidden_size"]
+        same = Layer(values["num_query_groups"], width, has_experts=has_experts)
         layers = (same,) * count
     elif len(blocks) != count:
         raise ValueError(f"block_configs has {len(blocks)} entries, num_layers = {count}")

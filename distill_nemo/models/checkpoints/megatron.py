@@ -124,7 +124,7 @@ def expected_shapes(model: Architecture) -> tuple[list[Shapes], Shapes]:
         if name.startswith(EXPERT):
             assert model.experts is not None
             fused, shape = f"{EXPERT}experts.{name.removeprefix(EXPERT)}", (model.experts.num_experts, *shape)
-        elif model.experts is not None and name == "pre_mlp_layernorm.weight":
+        elif parameter.place.layer.has_experts and name == "pre_mlp_layernorm.weight":
             fused = name  # the norm before a router is a module of its own
         layers[parameter.place.number][fused] = shape
     return layers, around

@@ -221,7 +221,7 @@ def layer_table(model: Architecture, layer: Layer) -> Table:
     if layer.num_query_groups is not None:
         table |= ATTENTION | (QKV_BIAS if model.qkv_bias else {}) | (QK_NORM if model.qk_norm else {})
     if layer.ffn_hidden_size is not None:
-        table |= MLP_NORM | (MLP if model.experts is None else EXPERTS)
+        table |= MLP_NORM | (EXPERTS if layer.has_experts else MLP)
     return table
 
 

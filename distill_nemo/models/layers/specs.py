@@ -12,12 +12,17 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
-from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 
+from distill_nemo.models.architecture import Architecture, Layer
 from distill_nemo.models.layers.context_parallel import CausalAttention
 from distill_nemo.models.layers.norms import RMSNorm
 
@@ -37,37 +42,54 @@ def transformer_engine_usable(dtype: torch.dtype) -> bool:
     return True
 
 
-def block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+def block_spec(
+    model: Architecture, config: TransformerConfig, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
     """Return the layers of this pipeline stage and the norm after the last one."""
     if isinstance(config, HeterogeneousTransformerConfig):
         return _heterogeneous_spec(config, vp_stage)
-    if transformer_engine_usable(config.params_dtype):
-        from megatron.core.extensions.transformer_engine import TENorm
+    first, count = get_transformer_layer_offset(config, vp_stage), get_num_layers_to_build(config, vp_stage=vp_stage)
+    specs = [
+        ModuleSpec(module=TransformerLayer, submodules=_layer_parts(config, layer))
+        for layer in model.layers[first : first + count]
+    ]
+    if not transformer_engine_usable(config.params_dtype):
+        return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
+    from megatron.core.extensions.transformer_engine import TENorm
 
-        submodules, norm = (
-            get_gpt_layer_with_transformer_engine_submodules(
-                num_experts=config.num_moe_experts,
-                moe_grouped_gemm=config.moe_grouped_gemm,
-                qk_layernorm=config.qk_layernorm,
-            ),
-            TENorm,
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=TENorm)
+
+
+def _layer_parts(config: TransformerConfig, layer: Layer) -> TransformerLayerSubmodules:
+    """Return the parts of one layer, with a part that it lacks left out."""
+    num_experts = config.num_moe_experts if layer.has_experts else None
+    if transformer_engine_usable(config.params_dtype):
+        parts = get_gpt_layer_with_transformer_engine_submodules(
+            num_experts=num_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
         )
     else:
-        submodules, norm = (
-            get_gpt_layer_local_submodules(num_experts=config.num_moe_experts, normalization="RMSNorm"),
-            RMSNorm,
-        )
-        if config.num_moe_experts is not None:  # stored under Transformer Engine's names: this norm is not fused there
-            submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
-        submodules.input_layernorm = submodules.pre_mlp_layernorm = RMSNorm
-        attention = submodules.self_attention.submodules
-        assert isinstance(attention, SelfAttentionSubmodules)
-        attention.core_attention = CausalAttention
-        if config.qk_layernorm:
-            attention.q_layernorm = attention.k_layernorm = RMSNorm
-    layer = ModuleSpec(module=TransformerLayer, submodules=submodules)
-    count = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=norm)
+        parts = _local_parts(config, num_experts)
+    if layer.num_query_groups is None:
+        parts.input_layernorm = parts.self_attention = IdentityOp
+        parts.self_attn_bda = IdentityFuncOp
+    if layer.ffn_hidden_size is None:
+        parts.pre_mlp_layernorm = parts.mlp = IdentityOp
+        parts.mlp_bda = IdentityFuncOp
+    return parts
+
+
+def _local_parts(config: TransformerConfig, num_experts: int | None) -> TransformerLayerSubmodules:
+    """Return Megatron's own parts of one layer, with our norm and attention."""
+    parts = get_gpt_layer_local_submodules(num_experts=num_experts, normalization="RMSNorm")
+    if num_experts is not None:  # stored under Transformer Engine's names: this norm is not fused there
+        parts.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    attention = parts.self_attention.submodules
+    assert isinstance(attention, SelfAttentionSubmodules)
+    attention.core_attention = CausalAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return parts
 
 
 def drop_pre_norms(block: TransformerBlockSubmodules, use_te: bool) -> None:
