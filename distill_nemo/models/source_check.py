@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from distill_nemo.config import ParallelismConfig, StudentConfig
-from distill_nemo.models.architecture import Architecture, Layer
+from distill_nemo.models.architecture import Architecture, Experts, Layer
 from distill_nemo.models.checkpoints.agreement import logits_apart, open_with_transformers
 from distill_nemo.models.checkpoints.hf_tensors import PieceReader, has_weights
 from distill_nemo.models.families.huggingface import to_huggingface
@@ -114,18 +114,23 @@ def _cut(model: Architecture, source: Source) -> Architecture:
         count = min(experts.num_experts, max(CUT["num_experts"], experts.num_experts_per_tok))
         width = min(CUT["moe_ffn_hidden_size"], experts.moe_ffn_hidden_size)
         experts = dataclasses.replace(experts, num_experts=count, moe_ffn_hidden_size=width)
-    width = experts.moe_ffn_hidden_size if experts else ffn
     rows = min(CUT["vocab_size"], model.vocab_size)
     return dataclasses.replace(
         model,
         source=dataclasses.replace(source, vocab_size=rows),
-        layers=tuple(
-            dataclasses.replace(layer, ffn_hidden_size=width, window=layer.window and min(layer.window, WINDOW))
-            for layer in _first_layers(model)
-        ),
+        layers=tuple(_cut_layer(layer, ffn, experts) for layer in _first_layers(model)),
         vocab_size=rows,
         ffn_hidden_size=ffn,
         experts=experts,
+    )
+
+
+def _cut_layer(layer: Layer, ffn: int, experts: Experts | None) -> Layer:
+    width = experts.moe_ffn_hidden_size if layer.has_experts and experts else ffn
+    return dataclasses.replace(
+        layer,
+        ffn_hidden_size=layer.ffn_hidden_size and width,
+        window=layer.window and min(layer.window, WINDOW),
     )
 
 
