@@ -63,10 +63,9 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 GEMMA = {"head_dim": 24, "sliding_window": 5, "query_pre_attn_scalar": 20, "tie_word_embeddings": True, **NO_TOKENS}
 OWN_FIELDS = {  # of config.json
     "gemma3_text": {
-        "rope_parameters": {
-            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
-            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
-        },
+        "rope_local_base_freq": 1e3,
+        "rope_theta": 1e4,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
         "sliding_window_pattern": 2,
         "final_logit_softcapping": 8.0,
         **GEMMA,

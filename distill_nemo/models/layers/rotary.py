@@ -3,6 +3,8 @@
 Legend: S positions of this context-parallel rank, d channels that turn, of all rotary embeddings of the model.
 """
 
+import copy
+import math
 from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +19,6 @@ from torch import Tensor, nn
 from distill_nemo.models.architecture import Architecture, Rope
 from distill_nemo.models.config_fields import shown
 from distill_nemo.models.layers.context_parallel import split_batch
-
-FACTOR = "_yarn_concentration_factor"  # of Megatron-Core's attention, since 0.19
 
 
 def frequencies(rope: Rope, kv_channels: int, max_position_embeddings: int) -> tuple[Tensor, float]:
@@ -90,11 +90,7 @@ class Rotary(RotaryEmbedding):
 
 
 def give_rotary_embeddings(built: GPTModel, model: Architecture) -> None:
-    """Give a stage the angles of its architecture, and each layer its columns of them and its factor.
-
-    Raises:
-        ValueError: where Megatron-Core has no place for the factor.
-    """
+    """Give a stage the angles of its architecture, and each layer its columns of them and its factor."""
     found = [frequencies(rope, model.kv_channels, model.max_position_embeddings) for rope in model.ropes]
     built.rotary_pos_emb = Rotary([of_rope for of_rope, _ in found])
     starts = [0, *accumulate(2 * len(of_rope) for of_rope, _ in found)]
@@ -103,15 +99,20 @@ def give_rotary_embeddings(built: GPTModel, model: Architecture) -> None:
         index, attention = model.layers[layer.layer_number - 1].rope, layer.self_attention
         if index is None or not isinstance(attention, SelfAttention):
             continue
-        if (found[index][1] != 1 or len(found) > 1) and FACTOR not in vars(attention):
-            raise ValueError(
-                f"{model.name}: its rotary embeddings ({model.ropes[index].rope_type}) need megatron-core 0.19; the "
-                "version that is installed knows no factor of cosine and sine"
-            )
-        attention._yarn_concentration_factor = found[index][1]
+        _set_factor(attention, found[index][1])
         if len(found) > 1:
             columns = slice(starts[index], starts[index + 1])
             attention.register_forward_pre_hook(_Columns(columns), with_kwargs=True)
+
+
+def _set_factor(attention: SelfAttention, factor: float) -> None:
+    """Set the factor of cosine and sine. Megatron-Core 0.19 stores it; 0.18 reads the config in each call."""
+    if hasattr(attention, "_yarn_concentration_factor"):
+        attention._yarn_concentration_factor = factor
+    else:  # (0.1 * mscale * log(scaling_factor) + 1) / (0.1 * mscale_all_dim * log(scaling_factor) + 1)
+        attention.config = copy.copy(attention.config)
+        fields = {"rotary_scaling_factor": math.e, "mscale": 10 * (factor - 1), "mscale_all_dim": 0.0}
+        vars(attention.config).update({f"yarn_{name}": value for name, value in fields.items()})
 
 
 class _Columns:
