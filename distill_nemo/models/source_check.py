@@ -23,7 +23,7 @@ from torch import Tensor
 from distill_nemo.config import ParallelismConfig, StudentConfig
 from distill_nemo.models.architecture import Architecture, Experts, Layer
 from distill_nemo.models.checkpoints.agreement import logits_apart, open_with_transformers
-from distill_nemo.models.checkpoints.hf_tensors import PieceReader, has_weights
+from distill_nemo.models.checkpoints.hf_tensors import PieceReader, as_parameter, has_weights
 from distill_nemo.models.families.huggingface import to_huggingface
 from distill_nemo.models.families.pieces import Piece
 from distill_nemo.models.families.rope import ROPE_FIELDS
@@ -162,13 +162,16 @@ def _first_parts(source: Source, model: Architecture, small: Architecture) -> di
                 parameter.pieces, parameter.of(model).pieces, strict=False
             ):  # padding may be absent
                 if piece.name:
-                    tensors[piece.name][piece.index] = reader.read(_first_part(large, piece.shape))
+                    target = as_parameter(tensors[piece.name][piece.index], piece)
+                    target.copy_(reader.read(_first_part(large, piece)))
     return tensors
 
 
-def _first_part(piece: Piece, shape: tuple[int, ...]) -> Piece:
-    index = (slice(part.start, part.start + size) for part, size in zip(piece.index, shape, strict=True))
-    return Piece(piece.name, tuple(index))
+def _first_part(piece: Piece, small: Piece) -> Piece:
+    """Return the part of `piece` that has the size of `small`."""
+    pairs = zip(piece.index, small.index, strict=True)
+    index = (slice(part.start, part.start + own.stop - own.start, part.step) for part, own in pairs)
+    return dataclasses.replace(piece, index=tuple(index))
 
 
 if __name__ == "__main__":

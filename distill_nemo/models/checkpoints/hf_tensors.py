@@ -121,11 +121,24 @@ class PieceReader:
         self._stack.close()
 
     def read(self, piece: Piece) -> torch.Tensor:
-        """Read the piece alone, in the dtype of the file."""
-        file = self.stored[piece.name].file
+        """Read the piece alone, in its shape and in the dtype of the file."""
+        whole = [slice(part.start, part.stop) for part in piece.index]  # safetensors reads no steps
+        steps = tuple(slice(None, None, part.step) for part in piece.index)
+        return as_parameter(self._slice(piece.name, *whole)[steps], piece)
+
+    def _slice(self, name: str, *index: slice) -> torch.Tensor:
+        file = self.stored[name].file
         if file not in self._files:
             self._files[file] = self._stack.enter_context(safe_open(file, "pt"))
-        return self._files[file].get_slice(piece.name)[piece.index]
+        return self._files[file].get_slice(name)[index]
+
+
+def as_parameter(part: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """Return a view, in the shape of `piece`, of its part of a Hugging Face tensor."""
+    if piece.axes is None:
+        return part
+    dropped = [axis for axis in range(part.dim()) if axis not in piece.axes]
+    return part.permute(*piece.axes, *dropped)[(..., *(0 for _ in dropped))]
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:

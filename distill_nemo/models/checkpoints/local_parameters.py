@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from distill_nemo.models.architecture import Architecture
+from distill_nemo.models.checkpoints.hf_tensors import as_parameter
 from distill_nemo.models.families.pieces import EXPERT, OUTSIDE, Piece, Place, Rule, table_around
 from distill_nemo.models.families.tensors import LOCAL_NAMES, Shapes, shapes_of, table_of
 
@@ -126,13 +127,15 @@ def whole_tensors(parts: list[Tensor], parameter: LocalParameter) -> dict[str, T
             if piece.name:
                 found.setdefault(piece.name, []).append((piece, rows))
     shapes = parameter.whole_shapes()
-    return {name: pieces[0][1] if len(pieces) == 1 else _joined(pieces, shapes[name]) for name, pieces in found.items()}
+    return {name: _joined(pieces, shapes[name]) for name, pieces in found.items()}
 
 
 def _joined(pieces: list[tuple[Piece, Tensor]], shape: tuple[int, ...]) -> Tensor:
+    if len(pieces) == 1 and pieces[0][0].axes is None:
+        return pieces[0][1]
     whole = pieces[0][1].new_empty(shape)
     for piece, rows in pieces:
-        whole[piece.index] = rows
+        as_parameter(whole[piece.index], piece).copy_(rows)
     return whole
 
 

@@ -19,20 +19,31 @@ OUTSIDE = Layer(None, None)  # place of the parameters around the layers
 
 @dataclass(frozen=True)
 class Piece:
-    """A rectangle of a Hugging Face tensor, or rows of zeros.
+    """A part of a Hugging Face tensor, or rows of zeros.
 
     Args:
         name: of the tensor; empty for rows of zeros, which pad the vocabulary.
-        index: start and stop along every dimension.
+        index: start, stop and step along every dimension of the tensor.
+        axes: dimensions of the tensor that are those of the parameter, in the parameter's order. The piece has size 1
+            along all others. None: all, in the tensor's order.
     """
 
     name: str
     index: tuple[slice, ...]
+    axes: tuple[int, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Size along every dimension."""
-        return tuple(part.stop - part.start for part in self.index)
+        """Size along every dimension of the parameter."""
+        parts = self.index if self.axes is None else [self.index[axis] for axis in self.axes]
+        return tuple(-(-(part.stop - part.start) // (part.step or 1)) for part in parts)
+
+    def rows(self, start: int, stop: int) -> "Piece":
+        """Return the piece's rows `start` to `stop`, counted along the parameter's first dimension."""
+        axis, index = 0 if self.axes is None else self.axes[0], list(self.index)
+        first, step = index[axis].start, index[axis].step or 1
+        index[axis] = slice(first + start * step, first + (stop - 1) * step + 1, index[axis].step)
+        return replace(self, index=tuple(index))
 
 
 class Place(NamedTuple):
@@ -91,10 +102,9 @@ def clip(pieces: Iterable[Piece], place: Place) -> list[Piece]:
     share = rows // place.size
     start, stop, at, own = place.rank * share, (place.rank + 1) * share, 0, []
     for piece in pieces:
-        first, *others = piece.index
         begin, end = max(start - at, 0), min(stop - at, piece.shape[0])
         if begin < end:
-            own.append(replace(piece, index=(slice(first.start + begin, first.start + end), *others)))
+            own.append(piece.rows(begin, end))
         at += piece.shape[0]
     return own
 

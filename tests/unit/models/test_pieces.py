@@ -326,3 +326,21 @@ def test_files_of_sixteen_bits_are_read_into_fp32_and_back(models, groups, tmp_p
     groups[2].run(round_trip, str(tmp_path / "in"), str(tmp_path / "out"), Layout(tensor=2), 10**9)
     after, _ = _stored(tmp_path / "out")
     assert all(torch.equal(after[name], tensor.float()) for name, tensor in tensors.items())
+
+
+def test_a_parameter_may_be_made_of_strided_and_transposed_parts(tmp_path):
+    """Two ranks split the gate's and up's rows of one expert, whose columns alternate in the file."""
+    from distill_nemo.models.checkpoints.hf_tensors import PieceReader, stored_tensors
+    from distill_nemo.models.families.pieces import Piece, Place, clip
+
+    whole = torch.arange(3 * 4 * 12).view(3, 4, 12).float()  # expert, input, output
+    save_file({"experts": whole}, tmp_path / "model.safetensors")
+    expert, inputs = slice(2, 3), slice(0, 4)
+    gate, up = (Piece("experts", (expert, inputs, slice(first, 12, 2)), axes=(2, 1)) for first in range(2))
+    with PieceReader(stored_tensors(tmp_path)) as reader:
+        for rank in range(2):
+            place = Place(None, None, size=2, rank=rank)  # type: ignore[arg-type]
+            own = [piece for half in (gate, up) for piece in clip([half], place)]
+            expected = torch.cat([whole[2].T[half::2].chunk(2)[rank] for half in range(2)])
+            assert [piece.shape for piece in own] == [(3, 4)] * 2
+            assert torch.equal(torch.cat([reader.read(piece) for piece in own]), expected)
