@@ -112,7 +112,7 @@ def write_hf(path, family="llama", *, seed=1, layers=4, width=64, vocab=507, hea
 
     With an offset, all logits of a token are higher by about that much, as in trained models.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     own = copy.deepcopy(OWN_FIELDS.get(family, {}))  # transformers writes into the dictionaries
     if "layer_types" in own:
@@ -129,15 +129,23 @@ def write_hf(path, family="llama", *, seed=1, layers=4, width=64, vocab=507, hea
         initializer_range=0.1,
         **own,
     )
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).float()
-    for parameter in model.parameters():  # biases and norms too, so that a forgotten one shows
-        if parameter.dim() == 1:
-            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    model = random_model(config, seed)
     if offset:
         _add_offset(model, offset)
     model.save_pretrained(str(path))
     return str(path)
+
+
+def random_model(config, seed=1):
+    """Return transformers' fp32 model with random weights: biases and norms too, so that a forgotten one shows."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).float()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    return model
 
 
 @torch.no_grad()
