@@ -36,6 +36,7 @@ bench: .venv/installed ## cost of losses and steps beside other implementations,
 	@$(BIN)/python -W ignore -m benchmarks.fused_linear
 	@$(BIN)/python -W ignore -m benchmarks.step
 	@$(BIN)/python -W ignore -m benchmarks.convert
+	@$(BIN)/python -W ignore -m benchmarks.prepare
 	@$(BIN)/python -m benchmarks.report
 
 gpu: .venv/installed ## tests and benchmarks on a GPU, in parts of nine minutes; repeat to continue

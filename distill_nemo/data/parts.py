@@ -52,7 +52,7 @@ def start_worker() -> None:
 def make_part(part: Part) -> dict[str, Any]:
     """Tokenise one part into its three files. The manifest is written last and marks the part as whole."""
     encode = encoder(str(Path(part.prefix).parent / "tokenizer.json"), part.tokenizer.path)
-    end = [] if part.tokenizer.eod is None else [part.tokenizer.eod]
+    end = np.array([] if part.tokenizer.eod is None else [part.tokenizer.eod], dtype=part.dtype)
     lengths: list[int] = []
     bad: list[tuple[str, str]] = []
     num_bad = 0
@@ -69,9 +69,9 @@ def make_part(part: Part) -> dict[str, Any]:
     with open(part.prefix + ".bin", "wb") as file:
         for texts in itertools.batched(good(), 64):
             for ids in filter(None, encode(list(texts))):
-                tokens = np.array(ids + end, dtype=part.dtype)
-                file.write(tokens.tobytes())
-                lengths.append(tokens.size)
+                file.write(np.fromiter(ids, part.dtype, len(ids)))
+                file.write(end)
+                lengths.append(len(ids) + end.size)
     Path(part.prefix + ".len").write_bytes(np.array(lengths, dtype=np.int32).tobytes())
     counts = {"documents": len(lengths), "tokens": sum(lengths), "bad_records": num_bad}
     manifest = {"key": part.key, "inputs": [asdict(piece) for piece in part.pieces], **counts, "bad": bad}

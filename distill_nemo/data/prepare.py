@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -17,6 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -34,12 +36,13 @@ from distill_nemo.data.parts import (
 )
 from distill_nemo.data.progress import reporter
 from distill_nemo.data.readers import Piece, cut
+from distill_nemo.data.token_files import write_index
 from distill_nemo.data.tokenizer import TokenizerFacts, open_tokenizer
 from distill_nemo.runtime.files import fsync, write_atomically
 from distill_nemo.runtime.output_lock import OutputLock
 
 COUNTS = ("documents", "tokens", "bad_records")
-MIN_PART_BYTES = 4 << 20  # of input: seconds of work for one process
+MIN_PART_BYTES = 1 << 20  # of input: less than a second of work for one process
 MAX_PARTS = 10_000  # approximate; parts of huge inputs are larger
 
 
@@ -178,7 +181,8 @@ def _mapper(workers: int) -> Iterator[Callable[[list[Part]], Iterator[tuple[Part
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
 
     def run(parts: list[Part]) -> Iterator[tuple[Part, dict]]:
-        futures = {pool.submit(make_part, part): part for part in parts}
+        with _without_main_module():
+            futures = {pool.submit(make_part, part): part for part in parts}
         for future in as_completed(futures):
             yield futures[future], future.result()
 
@@ -191,6 +195,16 @@ def _mapper(workers: int) -> Iterator[Callable[[list[Part]], Iterator[tuple[Part
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _without_main_module() -> Iterator[None]:
+    """Hide `__main__` from processes that start: each would import the program again, and with it all of NeMo-Run."""
+    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _total(made: list[dict], max_bad: int, sources: list[str]) -> dict[str, Any]:
@@ -212,24 +226,16 @@ def _total(made: list[dict], max_bad: int, sources: list[str]) -> dict[str, Any]
 
 def _join(parts: list[Part], tokens: dict[int, str]) -> dict[str, Any]:
     """Join the parts in order into `joined.bin/.idx` beside them. Return the `tokens` that occur, for the manifest."""
-    from distill_nemo.runtime.device import quiet_third_parties
-
-    quiet_third_parties()
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
     joined, dtype = Path(parts[0].prefix).parent / "joined", np.dtype(parts[0].dtype)
-    builder = IndexedDatasetBuilder(f"{joined}.bin", dtype=dtype.type)
     occurs = np.zeros(parts[0].tokenizer.vocab_size, dtype=bool)
-    for part in parts:  # does what `add_index` does, for parts written without Megatron
-        lengths = np.fromfile(part.prefix + ".len", dtype=np.int32)
-        first = len(builder.sequence_lengths) + 1
-        builder.sequence_lengths.extend(lengths.tolist())
-        builder.document_indices.extend(range(first, first + len(lengths)))
-        with open(part.prefix + ".bin", "rb") as file:
-            while block := file.read(1 << 20):
-                builder.data_file.write(block)  # pyright: ignore[reportAttributeAccessIssue]
-                occurs[np.frombuffer(block, dtype)] = True
-    builder.finalize(f"{joined}.idx")
+    with open(f"{joined}.bin", "wb") as file:
+        for part in parts:
+            with open(part.prefix + ".bin", "rb") as part_file:
+                while block := part_file.read(1 << 20):
+                    file.write(block)
+                    occurs[np.frombuffer(block, dtype)] = True
+    lengths = np.concatenate([np.fromfile(part.prefix + ".len", np.int32) for part in parts])
+    write_index(Path(f"{joined}.idx"), lengths, parts[0].dtype)
     occurring = np.flatnonzero(occurs).tolist()
     return {"max_token_id": max(occurring), "vocabulary": pack_vocabulary({i: tokens[i] for i in occurring})}
 

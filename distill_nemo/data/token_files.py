@@ -77,6 +77,23 @@ def document_lengths(prefix: str) -> np.ndarray:
     return np.memmap(f"{prefix}.idx", np.int32, "r", INDEX_HEADER.size, (documents,))
 
 
+def write_index(path: Path, lengths: np.ndarray, dtype: str) -> None:
+    """Write the `.idx` of a `.bin` that holds documents one after another.
+
+    Args:
+        path: file to write.
+        lengths: number of tokens of every document, int32 [documents].
+        dtype: type of the ids.
+    """
+    code = next(code for code, kind in INTEGER_TYPES.items() if np.dtype(kind) == dtype)
+    ends = np.cumsum(lengths, dtype=np.int64) * np.dtype(dtype).itemsize
+    starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
+    with open(path, "wb") as file:
+        file.write(INDEX_HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1))
+        for numbers in (lengths, starts, np.arange(len(lengths) + 1, dtype=np.int64)):
+            file.write(numbers.tobytes())
+
+
 def check_vocabulary(data: DataConfig, vocab_size: int) -> None:
     """Refuse token files whose manifest has an id that the model lacks.
 

@@ -133,6 +133,25 @@ if __name__ == "__main__":
 """
 
 
+COUNTING_SCRIPT = """
+import sys
+from distill_nemo.data import prepare
+prepare.MIN_PART_BYTES = 20_000
+print("imported", __name__)
+prepare.prepare([sys.argv[1]], sys.argv[2], sys.argv[3], num_workers=2)
+print("torch" in sys.modules)
+"""
+
+
+def test_workers_do_not_import_the_program_and_nothing_imports_torch(tmp_path: Path, tokenizer: str):
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts()])
+    (tmp_path / "script.py").write_text(COUNTING_SCRIPT)
+    arguments = [sys.executable, str(tmp_path / "script.py"), str(source), str(tmp_path / "out"), tokenizer]
+    printed = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
+    assert printed.count("imported") == 1, printed
+    assert printed.splitlines()[-1] == "False", "torch was imported"
+
+
 def test_a_killed_run_is_resumed_to_the_same_bytes(tmp_path: Path, tokenizer: str, monkeypatch, capsys):
     source = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts() * 3])
     (tmp_path / "script.py").write_text(SCRIPT)
