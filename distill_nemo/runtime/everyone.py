@@ -13,6 +13,10 @@ ONE_DAY = timedelta(days=1)
 PASSED_ON: dict[str, type[Exception]] = {"ValueError": ValueError, "OSError": OSError, "RuntimeError": RuntimeError}
 
 
+class AgreedError(RuntimeError):
+    """Failure that every rank raises. No rank has ended because of it."""
+
+
 class Everyone:
     """All ranks of the job. Each makes one at the same time, and calls its methods in the same order."""
 
@@ -53,7 +57,7 @@ class Everyone:
         return answer["value"]
 
     def raise_errors(self, error: Exception | None) -> None:
-        """Wait for every rank, for up to a day; raise a `RuntimeError` on each if any of them has an error."""
+        """Wait for every rank, for up to a day; raise an `AgreedError` on each if any of them has an error."""
         if self.alone:
             if error is not None:
                 raise error
@@ -65,7 +69,7 @@ class Everyone:
             messages = [f"rank {rank}: {message}" for rank, message in enumerate(found) if message is not None]
             self._store.set(key, json.dumps(messages))
         if messages := self._wait(key):
-            raise RuntimeError(messages[0]) from error
+            raise AgreedError(messages[0]) from error
 
     def _next_key(self) -> str:
         self._meetings += 1

@@ -72,15 +72,28 @@ def fsync(path: Path) -> None:
 @contextlib.contextmanager
 def writing_directory(target: Path) -> Iterator[Path]:
     """Yield an empty directory that replaces `target` at the end of the block, or is removed on an error."""
-    partial = target.with_name(f".{target.name}.partial")
-    restore_replaced(target)
+    partial = partial_of(target)
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        replace_directory(partial, target)
+        with resuming_directory(target):
+            yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def resuming_directory(target: Path) -> Iterator[Path]:
+    """Yield a directory that replaces `target` at the end of the block. After an error it stays, and is used again."""
+    partial = partial_of(target)
+    restore_replaced(target)
+    partial.mkdir(parents=True, exist_ok=True)
+    yield partial
+    replace_directory(partial, target)
+
+
+def partial_of(target: Path) -> Path:
+    """Return the directory in which `target` is written."""
+    return target.with_name(f".{target.name}.partial")
 
 
 def replace_directory(new: Path, target: Path) -> None:

@@ -152,7 +152,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     places = _indexed_files(path)
     files = sorted(set(places.values())) if places else [SINGLE_FILE]
     for file in files:
-        header = _header(path / file)
+        header = read_header(path / file)
         twice = [name for name in header if name in found]
         if twice:
             raise ValueError(f"{twice[0]:.120} is stored twice: in {found[twice[0]].file} and in {path / file}")
@@ -164,7 +164,12 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def _header(file: Path) -> dict[str, StoredTensor]:
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a file.
+
+    Raises:
+        ValueError: if it is missing, corrupt or cut off.
+    """
     try:
         with safe_open(file, "pt") as tensors:
             parts = {name: tensors.get_slice(name) for name in tensors.keys()}

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,8 +23,8 @@ from distill_nemo.models.checkpoints.write_safetensors import (
     write_weights,
 )
 from distill_nemo.models.families.tensors import num_parameters
-from distill_nemo.runtime.everyone import Everyone
-from distill_nemo.runtime.files import restore_replaced, writing_directory
+from distill_nemo.runtime.everyone import AgreedError, Everyone
+from distill_nemo.runtime.files import partial_of, restore_replaced, resuming_directory
 from distill_nemo.runtime.host_memory import available_memory
 from distill_nemo.runtime.output_lock import OutputLock
 from distill_nemo.runtime.process_groups import environment_of_one
@@ -111,7 +112,9 @@ def export_hf(
 
 @contextlib.contextmanager
 def writing_export(path: Path) -> Iterator[Path]:
-    """Yield a directory to write an export into. It replaces `path` at the end, or is removed on an error.
+    """Yield a directory to write an export into. It replaces `path` at the end, or is removed on a failure.
+
+    If this process or another rank is killed instead, it stays: the next export finds the weights in it.
 
     Raises:
         ValueError: if `path` may not be replaced, or another process writes there.
@@ -123,9 +126,14 @@ def writing_export(path: Path) -> Iterator[Path]:
         restore_replaced(target)
         check_target(path)  # again: another export may have ended meanwhile
         try:
-            with writing_directory(target) as partial:
+            with resuming_directory(target) as partial:
+                for file in (file for file in partial.rglob("*") if file.is_file() and file.suffix != ".safetensors"):
+                    file.unlink()
                 yield partial
-        except OSError as error:
+        except (ValueError, OSError, AgreedError) as error:
+            shutil.rmtree(partial_of(target), ignore_errors=True)
+            if not isinstance(error, OSError):
+                raise
             raise OSError(
                 f"output = {path}: the export could not be written: {error.strerror or error}; what was there before "
                 "is unchanged"
@@ -169,7 +177,7 @@ def check_export(
     apart = logits_apart(chunks, lambda: open_with_transformers(path, dtype), model.vocab_size, everyone)
     allowed = tolerance if dtype == torch.float32 else 0.1
     if not apart <= allowed:
-        raise RuntimeError(f"{path}: the exported model's logits differ by {apart:.2e}, allowed {allowed:.2e}")
+        raise AgreedError(f"{path}: the exported model's logits differ by {apart:.2e}, allowed {allowed:.2e}")
 
 
 def _check_part(path: Path) -> None:

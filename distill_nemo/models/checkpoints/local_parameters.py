@@ -1,7 +1,7 @@
 """Parameters of this rank's part of a model, each with the rule that gives its pieces of Hugging Face tensors."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import NamedTuple
 
 import torch
@@ -63,13 +63,11 @@ class LocalParameter(NamedTuple):
         for piece, rows in rows_of(self.pieces, self.tensor.data):
             rows.copy_(read(piece)) if piece.name else rows.zero_()
 
-    def equals(self, read: Callable[[Piece], Tensor]) -> bool:
-        """Return True if the pieces that `read` returns equal the tensor's, bit for bit."""
-        return all(
-            torch.equal(_bytes(read(piece)), _bytes(rows.cpu()))
-            for piece, rows in rows_of(self.pieces, self.tensor.detach())
-            if piece.name
-        )
+    def differing(self, names: Container[str], read: Callable[[Piece], Tensor]) -> Iterator[str]:
+        """Yield those of `names` whose pieces are not, bit for bit, as `read` returns them."""
+        for piece, rows in rows_of(self.pieces, self.tensor.detach()):
+            if piece.name in names and not torch.equal(_bytes(read(piece)), _bytes(rows.cpu())):
+                yield piece.name
 
     def whole_shapes(self) -> Shapes:
         """Return the shapes of the Hugging Face tensors that the group's ranks hold together."""
@@ -116,10 +114,17 @@ def _group(of_expert: bool) -> ProcessGroup:
     return group
 
 
-def whole_tensors(parts: list[Tensor], parameter: LocalParameter) -> dict[str, Tensor]:
-    """Assemble Hugging Face tensors from a parameter's parts, one of each rank of its group.
+class WholeRows(NamedTuple):
+    """Consecutive whole rows of a Hugging Face tensor, from `first` on; mostly all of them."""
 
-    A tensor made of one piece is a view of its part.
+    first: int
+    rows: Tensor
+
+
+def whole_rows(parts: list[Tensor], parameter: LocalParameter) -> dict[str, WholeRows]:
+    """Assemble rows of Hugging Face tensors from a parameter's parts, one of each rank of its group.
+
+    Rows made of one piece are a view of its part.
     """
     found: dict[str, list[tuple[Piece, Tensor]]] = {}
     for rank, part in enumerate(parts):
@@ -130,13 +135,16 @@ def whole_tensors(parts: list[Tensor], parameter: LocalParameter) -> dict[str, T
     return {name: _joined(pieces, shapes[name]) for name, pieces in found.items()}
 
 
-def _joined(pieces: list[tuple[Piece, Tensor]], shape: tuple[int, ...]) -> Tensor:
+def _joined(pieces: list[tuple[Piece, Tensor]], shape: tuple[int, ...]) -> WholeRows:
+    first = min(piece.index[0].start for piece, _ in pieces)
     if len(pieces) == 1 and pieces[0][0].axes is None:
-        return pieces[0][1]
-    whole = pieces[0][1].new_empty(shape)
+        return WholeRows(first, pieces[0][1])
+    whole = pieces[0][1].new_empty(shape[0] - first, *shape[1:])
     for piece, rows in pieces:
-        as_parameter(whole[piece.index], piece).copy_(rows)
-    return whole
+        of_rows, *others = piece.index
+        index = slice(of_rows.start - first, of_rows.stop - first, of_rows.step), *others
+        as_parameter(whole[index], piece).copy_(rows)
+    return WholeRows(first, whole)
 
 
 def rows_of(pieces: list[Piece], tensor: Tensor) -> Iterator[tuple[Piece, Tensor]]:

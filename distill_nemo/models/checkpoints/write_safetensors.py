@@ -1,12 +1,11 @@
-"""Write the weights of a model as Hugging Face safetensors. Each rank writes what it holds, a file at a time.
+"""Write the weights of a model as Hugging Face safetensors, from all ranks at once.
 
-The first of the tensor-parallel ranks gathers their parameters, one at a time. Besides its own weights, no rank has
-more than one file's tensors in memory.
+The first of the tensor-parallel ranks gathers their parameters, one at a time, and writes each at once. So besides its
+own weights no rank has more than one parameter in memory.
 """
 
 import json
-from collections.abc import Iterator
-from math import prod
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -14,20 +13,20 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from distill_nemo.models.architecture import Architecture
-from distill_nemo.models.checkpoints.hf_tensors import INDEX, SINGLE_FILE, PieceReader, stored_tensors
-from distill_nemo.models.checkpoints.local_parameters import LocalParameter, local_parameters, whole_tensors
+from distill_nemo.models.checkpoints.hf_tensors import INDEX, SINGLE_FILE, PieceReader, read_header, stored_tensors
+from distill_nemo.models.checkpoints.local_parameters import LocalParameter, local_parameters, whole_rows
+from distill_nemo.models.checkpoints.tensor_files import LABELS, Entries, Entry, TensorFiles
 from distill_nemo.models.families.pieces import OUTPUT
-from distill_nemo.runtime.everyone import Everyone
+from distill_nemo.models.families.tensors import hf_shapes
+from distill_nemo.models.sources import StoredTensor
+from distill_nemo.runtime.everyone import AgreedError, Everyone
 from distill_nemo.runtime.files import read_object_if_any
 
-METADATA = {"format": "pt", "producer": "distill_nemo"}  # marks our exports, which a later one may replace
+METADATA = {"format": "pt", "producer": "distill_nemo"}  # marks an export of ours, which a later one may replace
 MAX_FILE_BYTES = 5 * 10**9  # as transformers writes them
-
-Sizes = dict[str, int]  # bytes of each tensor, in the order of writing
 
 
 def write_weights(
@@ -39,10 +38,12 @@ def write_weights(
 ) -> None:
     """Write `model.safetensors`, or numbered files and their index. Collective; all ranks share the file system.
 
+    Files that are there already and hold, bit for bit, what they should are kept; others are removed.
+
     Args:
         chunks: this rank's pipeline stages.
         model: the architecture.
-        directory: exists and is empty.
+        directory: exists, and holds no safetensors but those of an interrupted call.
         max_file_bytes: limit on the bytes of tensors in one file. A larger tensor has a file of its own.
         everyone: all ranks; None: make a new `Everyone`.
 
@@ -51,44 +52,98 @@ def write_weights(
     """
     everyone = everyone or Everyone()
     parameters = [p for chunk in chunks for p in local_parameters(chunk, model) if _is_stored(p, model)]
-    own: Sizes = {}
-    for parameter in filter(_writes, parameters):
-        own |= _sizes(parameter)
-    by_rank = _from_every_rank(own)
-    plans = [plan_files(sizes, max_file_bytes) for sizes in by_rank]
-    files = [names for plan in plans for names in plan]
-    file_names = [SINGLE_FILE] if len(files) == 1 else [_numbered(i, len(files)) for i in range(len(files))]
-    places = {name: file for file, names in zip(file_names, files, strict=True) for name in names}
-    total = sum(sum(sizes.values()) for sizes in by_rank)
-    if len(files) > 1 and dist.get_rank() == 0:
-        print(f"writing {len(files)} files, {total / 1e9:.1f} GB, into {directory}", flush=True)
-    failure = None
-    for tensors in _by_file(parameters, plans[dist.get_rank()]):
+    by_rank = _plan(parameters, hf_shapes(model), max_file_bytes)
+    files = {file: entries for own in by_rank for file, entries in own.items()}
+    missing = files.keys() - _whole_files(parameters, files, directory)
+    _announce(files, missing, directory)
+    failure: OSError | None = None
+    with TensorFiles(directory, {file: files[file] for file in files if file in missing}, METADATA) as writing:
         try:
-            _save(tensors, directory / places[next(iter(tensors))])
-        except OSError as error:  # other ranks are in collectives: go on, and raise on all at the end
-            failure = failure or error
-    try:
-        if len(files) > 1 and dist.get_rank() == 0:
-            index = {"metadata": {"total_size": total, **METADATA}, "weight_map": dict(sorted(places.items()))}
-            (directory / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
-    except OSError as error:
-        failure = failure or error
+            _begin(files, directory)
+            for file in by_rank[dist.get_rank()].keys() & missing:
+                writing.create(file)
+        except OSError as error:
+            failure = error
+        everyone.raise_errors(failure)
+        for parameter in parameters:
+            if not any(name in writing for name in parameter.whole_shapes()):
+                continue
+            parts = _gathered(parameter)
+            try:
+                if parts is not None and failure is None:
+                    _write(parts, parameter, writing)
+            except OSError as error:  # other ranks are in collectives: go on, and raise on all at the end
+                failure = error
     everyone.raise_errors(failure)
 
 
-def _by_file(parameters: list[LocalParameter], files: list[list[str]]) -> Iterator[dict[str, Tensor]]:
-    """Yield the tensors of each file that this rank writes. Collective over the groups that share parameters."""
-    waiting: dict[str, Tensor] = {}
-    number = 0
-    for parameter in parameters:
-        parts = _gathered(parameter)
-        if parts is not None:
-            waiting |= {name: tensor.cpu() for name, tensor in whole_tensors(parts, parameter).items()}
-        while number < len(files) and waiting.keys() >= set(files[number]):
-            yield {name: waiting.pop(name) for name in files[number]}
-            number += 1
-    assert not waiting and number == len(files), f"not written: {sorted(waiting)[:3]}"
+def _plan(
+    parameters: Iterable[LocalParameter], shapes: dict[str, tuple[int, ...]], limit: int
+) -> list[dict[str, Entries]]:
+    """Return the files that each rank creates, and their tensors. The first rank that has rows of a tensor counts."""
+    own = {
+        name: LABELS[parameter.tensor.dtype]
+        for parameter in filter(_writes, parameters)
+        for name in parameter.whole_shapes()
+    }
+    planned: list[list[Entries]] = []
+    seen: set[str] = set()
+    for dtypes in _from_every_rank(own):
+        entries = {name: Entry(dtype, shapes[name]) for name, dtype in dtypes.items() if name not in seen}
+        seen |= entries.keys()
+        names = plan_files({name: entry.nbytes for name, entry in entries.items()}, limit)
+        planned.append([{name: entries[name] for name in of_file} for of_file in names])
+    total = sum(map(len, planned))
+    numbers = iter(range(total))
+    return [{_file_name(next(numbers), total): entries for entries in of_rank} for of_rank in planned]
+
+
+def _whole_files(parameters: list[LocalParameter], files: dict[str, Entries], directory: Path) -> set[str]:
+    """Return the files in `directory` that hold what the ranks hold. Collective."""
+    stored = {file: _stored(directory / file) for file in files}
+    whole = {file for file, entries in files.items() if stored[file] == entries}
+    place = {name: file for file in whole for name in files[file]}
+    with PieceReader({n: StoredTensor(directory / f, *files[f][n]) for n, f in place.items()}) as reader:
+        for parameter in filter(_is_first_copy, parameters):
+            whole -= {place[name] for name in parameter.differing(place, reader.read)}
+    return set.intersection(*_from_every_rank(whole))
+
+
+def _stored(file: Path) -> Entries | None:
+    try:
+        return {name: Entry(tensor.dtype, tensor.shape) for name, tensor in read_header(file).items()}
+    except ValueError:  # missing, or cut off
+        return None
+
+
+def _announce(files: dict[str, Entries], missing: set[str], directory: Path) -> None:
+    if len(files) < 2 or dist.get_rank() != 0:
+        return
+    kept = (
+        f"{len(files) - len(missing)} files of an interrupted export are whole; " if len(missing) < len(files) else ""
+    )
+    size = sum(entry.nbytes for file in missing for entry in files[file].values())
+    print(f"{kept}writing {len(missing)} files, {size / 1e9:.1f} GB, into {directory}", flush=True)
+
+
+def _begin(files: dict[str, Entries], directory: Path) -> None:
+    """Remove files that do not belong there, and write the index. On rank 0 only."""
+    if dist.get_rank() != 0:
+        return
+    for path in {*directory.glob("*.safetensors"), directory / INDEX}:
+        if path.name not in files:
+            path.unlink(missing_ok=True)
+    if len(files) > 1:
+        places = {name: file for file, entries in files.items() for name in entries}
+        total = sum(entry.nbytes for entries in files.values() for entry in entries.values())
+        index = {"metadata": {"total_size": total, **METADATA}, "weight_map": dict(sorted(places.items()))}
+        (directory / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _write(parts: list[Tensor], parameter: LocalParameter, writing: TensorFiles) -> None:
+    for name, (first, rows) in whole_rows(parts, parameter).items():
+        if name in writing:
+            writing.write(name, rows, first)
 
 
 def check_written(chunks: list[GPTModel], model: Architecture, directory: Path, everyone: Everyone) -> None:
@@ -99,16 +154,19 @@ def check_written(chunks: list[GPTModel], model: Architecture, directory: Path, 
     """
     failure = None
     try:
-        with PieceReader(stored_tensors(directory)) as reader:
+        with PieceReader(stored := stored_tensors(directory)) as reader:
             for parameter in (p for chunk in chunks for p in local_parameters(chunk, model)):
-                if _is_first_copy(parameter) and not parameter.equals(reader.read):
-                    raise RuntimeError(f"{directory}: {parameter.name} is not what was written")
+                names = parameter.whole_shapes() if _is_first_copy(parameter) else ()
+                for name in (each for each in names if each not in stored):
+                    raise AgreedError(f"{directory}: {name} was not written")
+                for name in parameter.differing(names, reader.read):
+                    raise AgreedError(f"{directory}: {name} is not what was written")
     except (ValueError, OSError, SafetensorError, RuntimeError) as error:
         failure = error
     everyone.raise_errors(failure)
 
 
-def plan_files(sizes: Sizes, max_file_bytes: int) -> list[list[str]]:
+def plan_files(sizes: dict[str, int], max_file_bytes: int) -> list[list[str]]:
     """Return the names of each file's tensors, in order."""
     files: list[list[str]] = []
     room = 0
@@ -152,13 +210,8 @@ def _is_first_copy(parameter: LocalParameter) -> bool:
     return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
 
 
-def _sizes(parameter: LocalParameter) -> Sizes:
-    """Return the bytes of the whole tensors that a parameter belongs to."""
-    return {name: prod(shape) * parameter.tensor.element_size() for name, shape in parameter.whole_shapes().items()}
-
-
-def _from_every_rank(own: Sizes) -> list[Sizes]:
-    found: list[Sizes] = [own] * dist.get_world_size()
+def _from_every_rank[T](own: T) -> list[T]:
+    found = [own] * dist.get_world_size()
     if len(found) > 1:
         dist.all_gather_object(found, own)
     return found
@@ -176,12 +229,5 @@ def _gathered(parameter: LocalParameter) -> list[Tensor] | None:
     return parts
 
 
-def _numbered(number: int, total: int) -> str:
-    return f"model-{number + 1:05d}-of-{total:05d}.safetensors"
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path, METADATA)
-    except SafetensorError as error:  # raised for a full disk, say
-        raise OSError(str(error)) from None
+def _file_name(number: int, total: int) -> str:
+    return SINGLE_FILE if total == 1 else f"model-{number + 1:05d}-of-{total:05d}.safetensors"

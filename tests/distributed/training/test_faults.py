@@ -151,7 +151,7 @@ def slow_disk_and_transformers(output, rank):
         setattr(module, name, slowly)
 
     if rank == 0:
-        slow_once(write_safetensors, "_save")
+        slow_once(write_safetensors, "_write")
         slow_once(huggingface, "open_with_transformers")
 
 

@@ -1,6 +1,7 @@
 """An export keeps its source's configuration and files, has one writer at a time, and survives crashes."""
 
 import json
+import math
 import resource
 import shutil
 from pathlib import Path
@@ -175,7 +176,7 @@ def second_export(out: Path) -> None:
 def test_a_full_disk_leaves_the_earlier_export(tmp_path):
     setup_device()
     from distill_nemo.models.checkpoints.huggingface import writing_export
-    from distill_nemo.models.checkpoints.write_safetensors import _save
+    from distill_nemo.models.checkpoints.tensor_files import Entry, TensorFiles
 
     out = export_directory(tmp_path / "out")
     before = (out / "model.safetensors").read_bytes()
@@ -184,7 +185,8 @@ def test_a_full_disk_leaves_the_earlier_export(tmp_path):
         (partial / "config.json").write_text("x" * 4096)
 
     def weights(partial: Path) -> None:
-        _save({"x": torch.ones(4096)}, partial / "model.safetensors")
+        with TensorFiles(partial, {"model.safetensors": {"x": Entry("F32", (4096,))}}, {}) as files:
+            files.create("model.safetensors")
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for write in (text, weights):
@@ -197,6 +199,33 @@ def test_a_full_disk_leaves_the_earlier_export(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
         assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_rows_written_in_any_order_are_read_by_safetensors(tmp_path):
+    setup_device()
+    from safetensors.torch import load_file
+
+    from distill_nemo.models.checkpoints.tensor_files import DTYPES, Entry, TensorFiles
+
+    shapes = {"F64": (), "BF16": (5, 3), "F8_E4M3": (7,), "F32": (4, 2, 3), "U8": (2, 2), "BOOL": (3,)}
+    tensors = {
+        dtype: torch.arange(math.prod(shape)).reshape(shape).to(DTYPES[dtype]) for dtype, shape in shapes.items()
+    }
+    files = {"a": {"BF16": Entry("BF16", (5, 3)), "F8_E4M3": Entry("F8_E4M3", (7,))}}
+    files["b"] = {name: Entry(name, shape) for name, shape in shapes.items() if name not in files["a"]}
+    with TensorFiles(tmp_path, files, {"producer": "a test"}) as writing:
+        for file in files:
+            writing.create(file)
+        for name, tensor in reversed(tensors.items()):
+            if tensor.dim():
+                writing.write(name, tensor[1:], 1)
+                writing.write(name, tensor.T.contiguous().T[:1] if tensor.dim() == 2 else tensor[:1])
+            else:
+                writing.write(name, tensor)
+    found = load_file(tmp_path / "a") | load_file(tmp_path / "b")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name].float(), tensor.float()) for name, tensor in tensors.items())
+    assert {name: tensor.dtype for name, tensor in found.items()} == {name: DTYPES[name] for name in tensors}
 
 
 @pytest.mark.parametrize("moved", [True, False])

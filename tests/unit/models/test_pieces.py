@@ -15,7 +15,7 @@ from distill_nemo.config import StudentConfig
 from distill_nemo.runtime.device import setup_device
 from distill_nemo.runtime.process_groups import process_groups
 from tests.distillation import Layout
-from tests.spawn import Gloo
+from tests.spawn import Gloo, ProcessEndedError
 from tests.tiny_models import FAMILIES, write_hf
 
 LAYOUTS = {
@@ -144,7 +144,7 @@ EXPORTED = {
 }
 
 
-def export_at(path, output, layout, change=None):
+def export_at(path, output, layout, change=None, max_file_bytes=10**9):
     """Export at a layout. `change` may alter this rank's stages between the writing of files and their comparison."""
     setup_device()
     with process_groups(layout.config()):
@@ -163,7 +163,7 @@ def export_at(path, output, layout, change=None):
 
         huggingface.check_export = changed
         try:
-            huggingface.export_hf(chunks, output, student, source=Path(path))
+            huggingface.export_hf(chunks, output, student, source=Path(path), max_file_bytes=max_file_bytes)
         except RuntimeError as error:
             return str(error)
         finally:
@@ -211,6 +211,68 @@ def export_without_room(path, output, layout):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, heed)
+
+
+def killed_while_it_exports(path, output, layout, max_file_bytes, parameter):
+    """Export, and end the first rank by SIGKILL before it writes the parameter of this number."""
+    setup_device()
+    from distill_nemo.models.checkpoints import write_safetensors
+
+    write, written = write_safetensors._write, []
+
+    def write_some(*args):
+        written.append(args)
+        if len(written) == parameter and os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(*args)
+
+    write_safetensors._write = write_some
+    export_at(path, output, layout, max_file_bytes=max_file_bytes)
+
+
+def _written_at(directory):
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in directory.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize(("layout", "parameter"), [(Layout(tensor=2), 24), (Layout(pipeline=2), 12)])
+def test_an_export_ended_by_kill_9_keeps_the_files_that_are_whole(models, tmp_path, layout, parameter):
+    output, aside, limit = tmp_path / "out", tmp_path / ".out.partial", 150_000
+    with Gloo(2, init=False, timeout=200) as group:
+        with pytest.raises(ProcessEndedError):
+            group.run(killed_while_it_exports, models["llama"], str(output), layout, limit, parameter)
+    assert not output.exists()
+    before = load_file(f"{models['llama']}/model.safetensors")
+    whole = [
+        path for path in sorted(aside.glob("*.safetensors")) if all(map(torch.Tensor.any, load_file(path).values()))
+    ]
+    assert len(whole) >= 3, "too few to show anything"
+    (aside / "stale.safetensors").touch()
+    (aside / "vocab.txt").touch()
+    os.truncate(whole[0], 1000)
+    with whole[1].open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    left = _written_at(aside)
+    with Gloo(2, init=False, timeout=200) as group:
+        assert group.run(export_at, models["llama"], str(output), layout, None, limit) == [None, None]
+    kept = {name for name, at in _written_at(output).items() if left.get(name) == at}
+    assert kept == {path.name for path in whole[2:]}
+    after, _ = _stored(output)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert not (output / "stale.safetensors").exists() and not (output / "vocab.txt").exists()
+    assert not aside.exists()
+
+
+def test_files_of_another_model_that_was_being_exported_are_written_anew(models, groups, tmp_path):
+    other, output = write_hf(tmp_path / "other", "llama", seed=7), tmp_path / "out"
+    with Gloo(1, init=False, timeout=200) as group:
+        with pytest.raises(ProcessEndedError):
+            group.run(killed_while_it_exports, models["llama"], str(output), Layout(), 150_000, 20)
+    assert groups[1].run(export_at, other, str(output), Layout(), None, 150_000) == [None]
+    before, after = load_file(f"{other}/model.safetensors"), _stored(output)[0]
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_of_a_model_that_does_not_fit_this_host_a_part_is_compared(models, tmp_path, monkeypatch, capfd):
@@ -280,7 +342,7 @@ def reads(path, layout):
         from distill_nemo.models.checkpoints import hf_tensors
         from distill_nemo.models.resolve import resolve
 
-        numbers, headers, read, header = [], [], hf_tensors.PieceReader.read, hf_tensors._header
+        numbers, headers, read, header = [], [], hf_tensors.PieceReader.read, hf_tensors.read_header
 
         def counted_read(self, piece):
             tensor = read(self, piece)
@@ -291,11 +353,11 @@ def reads(path, layout):
             headers.append(file)
             return header(file)
 
-        hf_tensors.PieceReader.read, hf_tensors._header = counted_read, counted_header
+        hf_tensors.PieceReader.read, hf_tensors.read_header = counted_read, counted_header
         try:
             _chunks(resolve(StudentConfig(checkpoint=path)), layout)
         finally:
-            hf_tensors.PieceReader.read, hf_tensors._header = read, header
+            hf_tensors.PieceReader.read, hf_tensors.read_header = read, header
         return sum(numbers), len(headers)
 
 
