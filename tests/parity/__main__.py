@@ -5,13 +5,14 @@ import platform
 import re
 import tempfile
 import time
+from collections import Counter
 from importlib.metadata import version
 from itertools import batched
 from pathlib import Path
 
 import transformers
 
-from tests.parity.cells import LAYOUTS, OFFSET_FACTOR, TOLERANCE, Cell, Errors, cells, measure, write_models
+from tests.parity.cells import LAYOUTS, OFFSET_FACTOR, REFUSED, TOLERANCE, Cell, Errors, cells, measure, write_models
 from tests.spawn import Gloo
 
 CELLS_PER_CALL = 8
@@ -25,7 +26,7 @@ gradient over the largest entry of that parameter's gradient. Allowed: {toleranc
 or 100 in all their logits, as trained ones do, {factor:g} times the gradient error of transformers and torch in fp32.
 
 {count} of the matrix's {all} cells, {bad} of them beyond what is allowed; worst metric {metric:.1e}, worst gradient
-{gradient:.1e}.{left_out}
+{gradient:.1e}.{left_out}{refused}
 {versions}.
 
 | layout | student <- teacher | losses | way | metrics | gradients |
@@ -67,15 +68,19 @@ def _row(cell: Cell, errors: Errors) -> str:
 
 
 def page(rows: list[tuple[Cell, Errors]]) -> str:
-    """Return docs/parity.md for these cells. It names layouts without any."""
+    """Return docs/parity.md for these cells. It counts missing ones by layout, and names layouts that are refused."""
     packages = [f"{name} {version(name)}" for name in ("torch", "megatron-core", "nvidia-modelopt", "transformers")]
-    missing = [layout for layout in LAYOUTS if layout not in {cell.layout for cell, _ in rows}]
+    wanted, computed = cells(), {cell for cell, _ in rows}
+    missing = Counter(cell.layout for cell in wanted if cell not in computed)
+    by_layout = "; ".join(f"{layout}: {count}" for layout, count in missing.items())
+    refused = "; ".join(f"{model} at {' and '.join(parts)}" for model, parts in REFUSED.items())
     head = HEAD.format(
-        left_out=f" **Not computed: {'; '.join(missing)}.**" if missing else "",
+        left_out=f" **Not computed, by layout: {by_layout}.**" if missing else "",
+        refused=f" Refused at the start, in every combination: {refused}." if refused else "",
         tolerance=TOLERANCE,
         factor=OFFSET_FACTOR,
         count=len(rows),
-        all=len(cells()),
+        all=len(wanted),
         bad=sum(errors.beyond for _, errors in rows),
         metric=max(errors.metric for _, errors in rows),
         gradient=max(errors.gradient for _, errors in rows),

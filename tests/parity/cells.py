@@ -14,7 +14,7 @@ import torch
 from tests.distillation import Case, Layout, gradients_of, megatron_steps, worst_errors
 from tests.distillation_reference import reference
 from tests.spawn import Gloo
-from tests.tiny_models import write_hf
+from tests.tiny_models import OWN_FIELDS, write_hf
 
 # Sums run in another order: in fp32 the last of 7 digits differ. Measured worst values are in docs/parity.md.
 TOLERANCE = 1e-5
@@ -111,10 +111,21 @@ class Cell:
 
 
 DENSE = ("llama", "teacher")
-FAMILIES = [
+PAIRS = [  # at every layout that neither model refuses; with experts at EP=2 too
+    ("tied llama", "teacher"),
+    ("llama3 rope", "teacher"),
+    ("qwen2 (biases)", "teacher"),
+    ("qwen3 (qk norm)", "teacher"),
+    ("seed_oss (biases, wide heads)", "teacher"),
+    ("smollm3 (NoPE)", "teacher"),
+    ("phi3 (longrope)", "teacher"),
+    ("mistral (windows)", "ministral (windows by layer)"),
+    ("olmo2 (post norms)", "olmo3 (and windows, two ropes)"),
     ("gemma3", "gemma3 teacher"),
     ("granite", "granite teacher"),
-]  # models that differ from Llama in more than one row of the pairs below
+]
+REFUSED: dict[str, tuple[str, ...]] = {}  # parts of layouts, such as CP=2, that a model refuses at the start
+CHANGED_LOGITS = ("gemma3", "granite")  # scaled or capped: their pairs are computed with whole logits, too
 OFFSET = [  # models and losses
     (("llama + 30", "teacher + 30"), "Jensen-Shannon, beta=0.3"),
     (("llama + 100", "teacher + 100"), "Jensen-Shannon, beta=0.3"),
@@ -146,37 +157,45 @@ def _of_layout(layout: str) -> Iterator[Cell]:
         yield from (Cell(layout, pair, loss) for pair in pairs for loss in ("forward KL", HIDDEN))
         yield Cell(layout, pairs[0], "forward KL", "distributed optimizer", changes=(("distributed_optimizer", True),))
         yield Cell(layout, pairs[0], HIDDEN, "full recomputation", changes=(("recompute", "full"),))
+        yield from (
+            Cell(layout, pair, HIDDEN) for pair in PAIRS if any(map(has_experts, pair)) and allows(layout, pair)
+        )
         return
     yield from (Cell(layout, DENSE, loss) for loss in LOSSES)
     yield Cell(layout, ("llama of the same width", "teacher"), HIDDEN)
-    for student in (
-        "llama, 9 layers",
-        "tied llama",
-        "llama3 rope",
-        "qwen2 (biases)",
-        "qwen3 (qk norm)",
-        "seed_oss (biases, wide heads)",
-        "smollm3 (NoPE)",
-        "phi3 (longrope)",
-    ):
-        loss = "cosine, projected, after the last norm" if student == "llama, 9 layers" else HIDDEN
-        yield Cell(layout, (student, "teacher"), loss)
-    yield Cell(layout, ("mistral (windows)", "ministral (windows by layer)"), HIDDEN)
-    yield Cell(layout, ("olmo2 (post norms)", "olmo3 (and windows, two ropes)"), HIDDEN)
-    for models in FAMILIES:
-        yield Cell(layout, models, HIDDEN)
-        yield Cell(layout, models, HIDDEN, "whole logits", changes=(("fused_linear", False),))
+    yield Cell(layout, ("llama, 9 layers", "teacher"), "cosine, projected, after the last norm")
+    for models in PAIRS:
+        if allows(layout, models):
+            yield _with_experts(layout, models, HIDDEN)
+            if models[0] in CHANGED_LOGITS:
+                yield Cell(layout, models, HIDDEN, "whole logits", changes=(("fused_linear", False),))
     yield from (Cell(layout, models, loss) for models, loss in OFFSET)
     if LAYOUTS[layout][1].tensor == 4:  # two ranks share a query group
         yield Cell(layout, ("two query groups", "teacher"), HIDDEN)
     else:
-        yield Cell(layout, ("llama", "MoE teacher"), "forward KL")
-        needs = LAYOUTS[layout][1].tensor > 1 and not LAYOUTS[layout][1].sequence_parallel  # Megatron-Core for experts
-        sp = {"way": "SP", "changes": (("sequence_parallel", True),)} if needs else {}
-        yield Cell(layout, ("MoE", "MoE teacher"), "forward KL", **sp)
+        yield _with_experts(layout, ("llama", "MoE teacher"), "forward KL")
+        yield _with_experts(layout, ("MoE", "MoE teacher"), "forward KL")
     for way, differs in WAYS.items():
         if _possible(layout, differs):
             yield Cell(layout, DENSE, HIDDEN, way, **differs)
+
+
+def has_experts(model: str) -> bool:
+    """Return True if a model of `MODELS` is a mixture of experts."""
+    return "num_experts_per_tok" in OWN_FIELDS.get(MODELS[model].get("family", "llama"), {})
+
+
+def allows(layout: str, models: tuple[str, str]) -> bool:
+    """Return True if neither model refuses a part of the layout."""
+    return not any(part in layout.split(", ") for model in models for part in REFUSED.get(model, ()))
+
+
+def _with_experts(layout: str, models: tuple[str, str], loss: str) -> Cell:
+    """Return the cell. Students with experts need sequence parallelism under tensor parallelism, as Megatron does."""
+    sizes = LAYOUTS[layout][1]
+    if has_experts(models[0]) and sizes.tensor > 1 and not sizes.sequence_parallel:
+        return Cell(layout, models, loss, "SP", changes=(("sequence_parallel", True),))
+    return Cell(layout, models, loss)
 
 
 def _possible(layout: str, differs: dict[str, Any]) -> bool:

@@ -2,9 +2,12 @@
 
 import pytest
 
+from distill_nemo.models.families import FAMILIES
+from tests.distillation import Case
 from tests.parity.__main__ import page
-from tests.parity.cells import HIDDEN, LAYOUTS, OFFSET, Cell, Errors, cells, measure, write_models
+from tests.parity.cells import HIDDEN, LAYOUTS, MODELS, OFFSET, REFUSED, Cell, Errors, cells, measure, write_models
 from tests.spawn import Gloo
+from tests.tiny_models import MODEL_TYPES
 
 EVERYWHERE = ("forward KL, T=2, and LM", HIDDEN)
 
@@ -53,8 +56,25 @@ def test_metrics_and_every_gradient_are_those_of_one_process_in_fp64(models, gro
     assert not beyond
 
 
-def test_the_page_names_the_layouts_that_were_not_computed():
-    cell = next(cell for cell in cells() if cell.layout == "TP=2")
-    assert "**Not computed: one process; DP=2; DP=4; TP=4; TP=2, SP;" in page([(cell, Errors(0.0, 0.0))])
-    every_layout = [(next(cell for cell in cells() if cell.layout == layout), Errors(0.0, 0.0)) for layout in LAYOUTS]
-    assert "Not computed" not in page(every_layout)
+def test_the_page_counts_the_cells_that_were_not_computed():
+    rows = [(cell, Errors(0.0, 0.0)) for cell in cells()]
+    assert "Not computed" not in page(rows)
+    num_others = sum(cell.layout == "DP=2" for cell, _ in rows)
+    some = [row for row in rows[1:] if row[0].layout != "DP=2"]
+    assert f"**Not computed, by layout: one process: 1; DP=2: {num_others}.**" in page(some)
+
+
+def test_every_family_is_in_a_pair():
+    used = {MODELS[model].get("family", "llama") for cell in cells() for model in cell.models}
+    assert {MODEL_TYPES.get(family, family) for family in used} == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("model", REFUSED)
+def test_a_layout_without_cells_is_refused_at_the_start(models, tmp_path, model):
+    from distill_nemo.training.entry import resolve_models
+
+    fields = {"TP": "tensor_model_parallel_size", "PP": "pipeline_model_parallel_size", "CP": "context_parallel_size"}
+    for part in REFUSED[model]:
+        sizes = next(sizes for layout, (_, sizes) in LAYOUTS.items() if part in layout.split(", "))
+        with pytest.raises(ValueError, match=fields[part.split("=")[0]]):
+            resolve_models(Case(models[model], models[model], {}).run_config(str(tmp_path), sizes))
