@@ -32,7 +32,8 @@ the source, bit for bit. Loss, metrics and every gradient are in [parity.md](par
 {versions}.
 
 Any two of these models can be teacher and student if they share a vocabulary. Whatever else a `config.json`
-asks for is refused by name before memory is taken: other activations and biases, quantised weights, sequences
+asks for is refused by name before memory is taken: other activations and biases, other quantised weights than FP8
+in blocks and MXFP4 (which are dequantised as they are read, and exported plain), sequences
 beyond the length at which longrope and dynamic rotary embeddings change, layouts that do not divide a model.
 A student without a checkpoint takes its sizes from `student.*`, and the fields that only its family has from
 `student.family_fields`.

@@ -29,6 +29,7 @@ from distill_nemo.models.families.pieces import Piece
 from distill_nemo.models.families.rope import ROPE_FIELDS
 from distill_nemo.models.families.tensors import hf_shapes, num_parameters, parameters
 from distill_nemo.models.provider import model_provider
+from distill_nemo.models.quantisation import FIELD
 from distill_nemo.models.resolve import resolve, with_headers
 from distill_nemo.models.sources import CheckpointKind, Source
 from distill_nemo.runtime.process_groups import process_group_of_one
@@ -95,14 +96,15 @@ def check_source(model: Architecture) -> None:
 def _small(source: Source, model: Architecture) -> Iterator[tuple[Path, Architecture]]:
     """Yield the directory to compare and its architecture: the source itself, or a copy of a part of it."""
     config = dict(source.config)
+    quantised = config.pop(FIELD, None)  # which transformers opens with further packages only
     unreadable = int(transformers.__version__.split(".")[0]) < 5 and config.get("rope_parameters")
-    if num_parameters(model) <= WHOLE and not unreadable:
+    if num_parameters(model) <= WHOLE and not unreadable and not quantised:
         yield source.weights, model
         return
     if unreadable:  # transformers 4 ignores it and uses base 10000
         config |= {name: value for name, value in to_huggingface(model, torch.float32).items() if name in ROPE_FIELDS}
     with tempfile.TemporaryDirectory() as copy:
-        small = _cut(model, dataclasses.replace(source, weights=Path(copy)))
+        small = _cut(model, dataclasses.replace(source, weights=Path(copy), config=config))
         _copy_part(source, model, small, config)
         yield Path(copy), with_headers(small)
 

@@ -12,12 +12,20 @@ MODELOPT_STATE = "modelopt_state"  # directory of ModelOpt's changes to a model;
 STEP = re.compile(r"step_\d{8,}")
 
 
+class Scales(NamedTuple):
+    """Scales of a quantised tensor: their file, and the rows and columns that share one."""
+
+    file: Path
+    block: tuple[int, int]
+
+
 class StoredTensor(NamedTuple):
-    """An entry of a safetensors header."""
+    """An entry of a safetensors header, or a quantised tensor that several entries stand for."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    scales: Scales | None = None
 
 
 class CheckpointKind(enum.Enum):

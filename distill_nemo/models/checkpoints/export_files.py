@@ -21,6 +21,7 @@ from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.pretrained import empty_model, open_pretrained
 from distill_nemo.models.families.huggingface import from_huggingface, to_huggingface
 from distill_nemo.models.families.rope import ROPE_FIELDS
+from distill_nemo.models.quantisation import FIELD
 from distill_nemo.runtime.files import read_object, read_object_if_any
 
 TOKENIZER_FILES = (
@@ -35,7 +36,7 @@ TOKENIZER_FILES = (
 )
 CHAT_TEMPLATES = ("*.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
 GENERATION = "generation_config.json"  # may name several tokens at which an answer ends
-DROPPED = ("auto_map",)  # names code, which is not copied
+DROPPED = ("auto_map", FIELD)  # names code, which is not copied; and quantised weights, which are written plain
 NO_EXPORT = "train with checkpoint.export=false, and keep the Megatron checkpoint"
 
 Files = dict[str, Path | str]  # path inside the directory -> file to copy, or text to write

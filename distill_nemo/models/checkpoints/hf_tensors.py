@@ -15,9 +15,11 @@ from safetensors import SafetensorError, safe_open
 
 from distill_nemo.fields import first_few
 from distill_nemo.models.architecture import Architecture
+from distill_nemo.models.checkpoints.quantised import merge_scales, read_quantised
 from distill_nemo.models.config_fields import shown
 from distill_nemo.models.families.pieces import Piece
 from distill_nemo.models.families.tensors import hf_shapes
+from distill_nemo.models.quantisation import read_quantisation
 from distill_nemo.models.sources import StoredTensor
 from distill_nemo.runtime.files import read_object
 
@@ -42,10 +44,13 @@ def check_hf_tensors(path: Path, model: Architecture) -> dict[str, StoredTensor]
         model: with the vocabulary that `path` states.
 
     Raises:
-        ValueError: if tensors are missing, extra, of another shape or not plain floats, or a file is corrupt. The
-            message names them.
+        ValueError: if tensors are missing, extra, of another shape, or neither plain floats nor quantised as the
+            source's config.json says, or a file is corrupt. The message names them.
     """
     stored = stored_tensors(path)
+    quantisation = read_quantisation(model.source.config, str(path / "config.json")) if model.source else None
+    if quantisation is not None:
+        stored = merge_scales(path, stored, quantisation)
     _check_dtypes(path, stored)
     layers = 1 + max((int(match[1]) for name in stored if (match := LAYER.match(name))), default=-1)
     if layers != model.num_layers:
@@ -97,7 +102,11 @@ def _equal(first: str, second: str, stored: Mapping[str, StoredTensor]) -> bool:
 
 
 def _check_dtypes(path: Path, stored: dict[str, StoredTensor]) -> None:
-    quantised = [f"{name:.120} is {tensor.dtype}" for name, tensor in stored.items() if tensor.dtype not in FLOATS]
+    quantised = [
+        f"{name:.120} is {tensor.dtype}"
+        for name, tensor in stored.items()
+        if tensor.dtype not in FLOATS and tensor.scales is None
+    ]
     if quantised:
         raise ValueError(
             f"{path}: weights must be {', '.join(FLOATS)}; {', '.join(first_few(quantised))}. "
@@ -121,16 +130,17 @@ class PieceReader:
         self._stack.close()
 
     def read(self, piece: Piece) -> torch.Tensor:
-        """Read the piece alone, in its shape and in the dtype of the file."""
-        whole = [slice(part.start, part.stop) for part in piece.index]  # safetensors reads no steps
-        steps = tuple(slice(None, None, part.step) for part in piece.index)
-        return as_parameter(self._slice(piece.name, *whole)[steps], piece)
+        """Read the piece alone, in its shape and in the dtype of the file; a quantised one in fp32."""
+        tensor = self.stored[piece.name]
+        if tensor.scales is None:
+            return as_parameter(self._slice(tensor.file, piece.name, piece.index), piece)
+        return as_parameter(read_quantised(self._slice, piece.name, tensor, piece.index), piece)
 
-    def _slice(self, name: str, *index: slice) -> torch.Tensor:
-        file = self.stored[name].file
+    def _slice(self, file: Path, name: str, index: tuple[slice, ...]) -> torch.Tensor:
         if file not in self._files:
             self._files[file] = self._stack.enter_context(safe_open(file, "pt"))
-        return self._files[file].get_slice(name)[index]
+        whole = tuple(slice(part.start, part.stop) for part in index)  # safetensors reads no steps
+        return self._files[file].get_slice(name)[whole][tuple(slice(None, None, part.step) for part in index)]
 
 
 def as_parameter(part: torch.Tensor, piece: Piece) -> torch.Tensor:

@@ -20,6 +20,7 @@ from distill_nemo.models.families.tensors import LOCAL_NAMES, Shapes, shapes_of,
 IN_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 OF_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(?P<number>\d+)\.(?P<name>.+)")
 OF_GROUPED_EXPERT = re.compile(r"mlp\.experts\.(?P<name>.+\D)(?P<number>\d+)")
+ROWS_AT_ONCE = 4096  # of a parameter to read
 
 
 class LocalParameter(NamedTuple):
@@ -61,7 +62,12 @@ class LocalParameter(NamedTuple):
     def fill(self, read: Callable[[Piece], Tensor]) -> None:
         """Write every row: pieces as `read` returns them, and zeros for padding."""
         for piece, rows in rows_of(self.pieces, self.tensor.data):
-            rows.copy_(read(piece)) if piece.name else rows.zero_()
+            if not piece.name:
+                rows.zero_()
+                continue
+            for first, some in enumerate(rows.split(ROWS_AT_ONCE)):  # quantised ones are read in fp32
+                start = first * ROWS_AT_ONCE
+                some.copy_(read(piece.rows(start, start + len(some))))
 
     def differing(self, names: Container[str], read: Callable[[Piece], Tensor]) -> Iterator[str]:
         """Yield those of `names` whose pieces are not, bit for bit, as `read` returns them."""

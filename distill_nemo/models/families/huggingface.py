@@ -11,6 +11,7 @@ from distill_nemo.models.config_fields import MAX_HEADS, MAX_LAYERS, MAX_POSITIO
 from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.families.family import Family, resolve_own_fields
 from distill_nemo.models.families.rope import read_rope, write_rope
+from distill_nemo.models.quantisation import read_quantisation
 
 MAX_LABELS = 100_000
 
@@ -35,6 +36,7 @@ def from_huggingface(config: dict[str, Any], where: Path) -> dict[str, Any]:
     fields = Fields(family.defaults | config, fields.where)
     fields = Fields(fields.values | family.spelled(fields), fields.where)
     _refuse_features(family, fields)
+    read_quantisation(config, fields.where)
     fields.integer("num_labels", 2, most=MAX_LABELS)  # transformers names each one as soon as it opens the file
     heads = fields.integer("num_attention_heads", most=MAX_HEADS)
     base, scaling = read_rope(fields, family)
@@ -80,12 +82,10 @@ def _refuse_features(family: Family, fields: Fields) -> None:
         f"sliding window attention (layer_types {shown(kinds)})": "layer_types" not in family.own_names
         and not _all_full_attention(kinds),
         f"hidden_act {activation}": activation != family.activation,
-        "quantization_config": bool(config.get("quantization_config")),
     }
     for feature, used in refused.items():
         if used:
-            advice = "; dequantise its weights first" if feature == "quantization_config" else ""
-            raise ValueError(f"{fields.where}: {feature} is not supported{advice}")
+            raise ValueError(f"{fields.where}: {feature} is not supported")
 
 
 def _all_full_attention(kinds: Any) -> bool:
