@@ -106,6 +106,18 @@ OWN_FIELDS = {  # of config.json
     "qwen3_moe_window": {**EXPERTS, "use_sliding_window": True, "sliding_window": 5, "head_dim": 24},
 }
 
+REFUSED: dict[str, tuple[str, ...]] = {}  # by family, parts of layouts, such as CP=2, that it refuses at the start
+
+
+def has_experts(family):
+    """Return True if models of the family are mixtures of experts."""
+    return "num_experts_per_tok" in OWN_FIELDS.get(family, {})
+
+
+def refuses(family, layout):
+    """Return True if the family refuses a part of a layout, such as "TP=2, CP=2"."""
+    return any(part in layout.split(", ") for part in REFUSED.get(family, ()))
+
 
 def write_hf(path, family="llama", *, seed=1, layers=4, width=64, vocab=507, heads=4, groups=2, offset=0.0):
     """Save a random fp32 model with grouped-query attention and a vocabulary that needs padding. Return its path.

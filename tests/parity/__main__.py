@@ -12,8 +12,9 @@ from pathlib import Path
 
 import transformers
 
-from tests.parity.cells import LAYOUTS, OFFSET_FACTOR, REFUSED, TOLERANCE, Cell, Errors, cells, measure, write_models
+from tests.parity.cells import LAYOUTS, OFFSET_FACTOR, TOLERANCE, Cell, Errors, cells, measure, write_models
 from tests.spawn import Gloo
+from tests.tiny_models import REFUSED
 
 CELLS_PER_CALL = 8
 HEAD = """\
@@ -73,7 +74,7 @@ def page(rows: list[tuple[Cell, Errors]]) -> str:
     wanted, computed = cells(), {cell for cell, _ in rows}
     missing = Counter(cell.layout for cell in wanted if cell not in computed)
     by_layout = "; ".join(f"{layout}: {count}" for layout, count in missing.items())
-    refused = "; ".join(f"{model} at {' and '.join(parts)}" for model, parts in REFUSED.items())
+    refused = "; ".join(f"{family} at {' and '.join(parts)}" for family, parts in REFUSED.items())
     head = HEAD.format(
         left_out=f" **Not computed, by layout: {by_layout}.**" if missing else "",
         refused=f" Refused at the start, in every combination: {refused}." if refused else "",

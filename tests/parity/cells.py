@@ -14,7 +14,7 @@ import torch
 from tests.distillation import Case, Layout, gradients_of, megatron_steps, worst_errors
 from tests.distillation_reference import reference
 from tests.spawn import Gloo
-from tests.tiny_models import OWN_FIELDS, write_hf
+from tests.tiny_models import has_experts, refuses, write_hf
 
 # Sums run in another order: in fp32 the last of 7 digits differ. Measured worst values are in docs/parity.md.
 TOLERANCE = 1e-5
@@ -124,7 +124,6 @@ PAIRS = [  # at every layout that neither model refuses; with experts at EP=2 to
     ("gemma3", "gemma3 teacher"),
     ("granite", "granite teacher"),
 ]
-REFUSED: dict[str, tuple[str, ...]] = {}  # parts of layouts, such as CP=2, that a model refuses at the start
 CHANGED_LOGITS = ("gemma3", "granite")  # scaled or capped: their pairs are computed with whole logits, too
 OFFSET = [  # models and losses
     (("llama + 30", "teacher + 30"), "Jensen-Shannon, beta=0.3"),
@@ -158,14 +157,16 @@ def _of_layout(layout: str) -> Iterator[Cell]:
         yield Cell(layout, pairs[0], "forward KL", "distributed optimizer", changes=(("distributed_optimizer", True),))
         yield Cell(layout, pairs[0], HIDDEN, "full recomputation", changes=(("recompute", "full"),))
         yield from (
-            Cell(layout, pair, HIDDEN) for pair in PAIRS if any(map(has_experts, pair)) and allows(layout, pair)
+            Cell(layout, pair, HIDDEN)
+            for pair in PAIRS
+            if _allows(layout, pair) and any(has_experts(family_of(model)) for model in pair)
         )
         return
     yield from (Cell(layout, DENSE, loss) for loss in LOSSES)
     yield Cell(layout, ("llama of the same width", "teacher"), HIDDEN)
     yield Cell(layout, ("llama, 9 layers", "teacher"), "cosine, projected, after the last norm")
     for models in PAIRS:
-        if allows(layout, models):
+        if _allows(layout, models):
             yield _with_experts(layout, models, HIDDEN)
             if models[0] in CHANGED_LOGITS:
                 yield Cell(layout, models, HIDDEN, "whole logits", changes=(("fused_linear", False),))
@@ -180,20 +181,19 @@ def _of_layout(layout: str) -> Iterator[Cell]:
             yield Cell(layout, DENSE, HIDDEN, way, **differs)
 
 
-def has_experts(model: str) -> bool:
-    """Return True if a model of `MODELS` is a mixture of experts."""
-    return "num_experts_per_tok" in OWN_FIELDS.get(MODELS[model].get("family", "llama"), {})
+def family_of(model: str) -> str:
+    """Return the family of a model of `MODELS`."""
+    return MODELS[model].get("family", "llama")
 
 
-def allows(layout: str, models: tuple[str, str]) -> bool:
-    """Return True if neither model refuses a part of the layout."""
-    return not any(part in layout.split(", ") for model in models for part in REFUSED.get(model, ()))
+def _allows(layout: str, models: tuple[str, str]) -> bool:
+    return not any(refuses(family_of(model), layout) for model in models)
 
 
 def _with_experts(layout: str, models: tuple[str, str], loss: str) -> Cell:
     """Return the cell. Students with experts need sequence parallelism under tensor parallelism, as Megatron does."""
     sizes = LAYOUTS[layout][1]
-    if has_experts(models[0]) and sizes.tensor > 1 and not sizes.sequence_parallel:
+    if has_experts(family_of(models[0])) and sizes.tensor > 1 and not sizes.sequence_parallel:
         return Cell(layout, models, loss, "SP", changes=(("sequence_parallel", True),))
     return Cell(layout, models, loss)
 

@@ -5,9 +5,9 @@ import pytest
 from distill_nemo.models.families import FAMILIES
 from tests.distillation import Case
 from tests.parity.__main__ import page
-from tests.parity.cells import HIDDEN, LAYOUTS, MODELS, OFFSET, REFUSED, Cell, Errors, cells, measure, write_models
+from tests.parity.cells import HIDDEN, LAYOUTS, OFFSET, Cell, Errors, cells, family_of, measure, write_models
 from tests.spawn import Gloo
-from tests.tiny_models import MODEL_TYPES
+from tests.tiny_models import MODEL_TYPES, REFUSED, write_hf
 
 EVERYWHERE = ("forward KL, T=2, and LM", HIDDEN)
 
@@ -65,16 +65,17 @@ def test_the_page_counts_the_cells_that_were_not_computed():
 
 
 def test_every_family_is_in_a_pair():
-    used = {MODELS[model].get("family", "llama") for cell in cells() for model in cell.models}
+    used = {family_of(model) for cell in cells() for model in cell.models}
     assert {MODEL_TYPES.get(family, family) for family in used} == FAMILIES.keys()
 
 
-@pytest.mark.parametrize("model", REFUSED)
-def test_a_layout_without_cells_is_refused_at_the_start(models, tmp_path, model):
+@pytest.mark.parametrize("family", REFUSED)
+def test_a_layout_without_cells_is_refused_at_the_start(tmp_path, family):
     from distill_nemo.training.entry import resolve_models
 
     fields = {"TP": "tensor_model_parallel_size", "PP": "pipeline_model_parallel_size", "CP": "context_parallel_size"}
-    for part in REFUSED[model]:
+    path = write_hf(tmp_path / "model", family)
+    for part in REFUSED[family]:
         sizes = next(sizes for layout, (_, sizes) in LAYOUTS.items() if part in layout.split(", "))
         with pytest.raises(ValueError, match=fields[part.split("=")[0]]):
-            resolve_models(Case(models[model], models[model], {}).run_config(str(tmp_path), sizes))
+            resolve_models(Case(path, path, {}).run_config(str(tmp_path / "run"), sizes))
