@@ -38,6 +38,7 @@ FILES = """
     tests/unit/models/test_phi3.py
     tests/unit/models/test_pickled.py
     tests/unit/models/test_quantised.py
+    tests/unit/models/test_real_models.py
     tests/unit/models/test_rotary.py
     tests/unit/models/test_teacher_provider.py
     tests/unit/planning/test_plan.py
