@@ -3,7 +3,7 @@
 `config.from_dict` has already checked each field by itself.
 """
 
-from distill_nemo.config import DistillationConfig, ModelConfig, ParallelismConfig, RunConfig
+from distill_nemo.config import DistillationConfig, ExportConfig, ModelConfig, ParallelismConfig, RunConfig
 from distill_nemo.fields import require
 
 FIELDS_OF_BALANCERS = {
@@ -29,16 +29,24 @@ def check(config: RunConfig, world_size: int) -> None:
         _check_model("teacher", config.teacher, config.parallelism)
 
 
+def check_export(config: ExportConfig, world_size: int) -> None:
+    """Refuse a layout that does not fit `world_size` ranks.
+
+    Raises:
+        ValueError: naming the field, what came, what is allowed.
+    """
+    parallelism = config.parallelism or ParallelismConfig()
+    _check_ranks(parallelism, world_size)
+    _check_sequence_parallelism(parallelism)
+    virtual = parallelism.virtual_pipeline_model_parallel_size
+    require(virtual is None, f"parallelism.virtual_pipeline_model_parallel_size = {virtual} has no use in an export")
+
+
 def _check_sizes(config: RunConfig, world_size: int) -> int:
     """Return the number of micro batches of a step. Refuse ranks and batch sizes that do not divide."""
     par, train = config.parallelism, config.training
-    require(
-        world_size % par.model_parallel_size == 0,
-        f"world size {world_size} is not divisible by tensor x pipeline x context parallel size = "
-        f"{par.tensor_model_parallel_size} x {par.pipeline_model_parallel_size} x {par.context_parallel_size} = "
-        f"{par.model_parallel_size}; change the number of processes or parallelism.*",
-    )
-    _check_expert_parallelism(config, world_size)
+    _check_ranks(par, world_size)
+    _check_has_experts(config)
     data_parallel_size = world_size // par.model_parallel_size
     batch = train.micro_batch_size * data_parallel_size
     require(
@@ -65,10 +73,7 @@ def _check_training(config: RunConfig) -> None:
 def _check_parallelism(config: RunConfig, num_microbatches: int) -> None:
     par, length = config.parallelism, config.data.sequence_length
     tensor, context = par.tensor_model_parallel_size, par.context_parallel_size
-    require(
-        not par.sequence_parallel or tensor > 1,
-        "parallelism.sequence_parallel needs parallelism.tensor_model_parallel_size > 1",
-    )
+    _check_sequence_parallelism(par)
     pieces = context * 2 if context > 1 else 1  # each context-parallel rank has an early and a late piece
     pieces *= tensor if par.sequence_parallel else 1
     require(
@@ -91,11 +96,21 @@ def _check_parallelism(config: RunConfig, num_microbatches: int) -> None:
     )
 
 
-def _check_expert_parallelism(config: RunConfig, world_size: int) -> None:
-    """Refuse a number of ranks, among those with equal tensor and pipeline rank, over which experts do not divide."""
-    par = config.parallelism
-    if par.expert_model_parallel_size == 1:
-        return
+def _check_sequence_parallelism(par: ParallelismConfig) -> None:
+    require(
+        not par.sequence_parallel or par.tensor_model_parallel_size > 1,
+        "parallelism.sequence_parallel needs parallelism.tensor_model_parallel_size > 1",
+    )
+
+
+def _check_ranks(par: ParallelismConfig, world_size: int) -> None:
+    """Refuse a number of ranks that the layout does not divide."""
+    require(
+        world_size % par.model_parallel_size == 0,
+        f"world size {world_size} is not divisible by tensor x pipeline x context parallel size = "
+        f"{par.tensor_model_parallel_size} x {par.pipeline_model_parallel_size} x {par.context_parallel_size} = "
+        f"{par.model_parallel_size}; change the number of processes or parallelism.*",
+    )
     peers = world_size // (par.tensor_model_parallel_size * par.pipeline_model_parallel_size)
     require(
         peers % par.expert_model_parallel_size == 0,
@@ -103,6 +118,13 @@ def _check_expert_parallelism(config: RunConfig, world_size: int) -> None:
         f"world size {world_size} / (tensor x pipeline parallel size = {par.tensor_model_parallel_size} x "
         f"{par.pipeline_model_parallel_size}), the data and context parallel ranks that experts are spread over",
     )
+
+
+def _check_has_experts(config: RunConfig) -> None:
+    """Refuse expert parallelism without experts."""
+    par = config.parallelism
+    if par.expert_model_parallel_size == 1:
+        return
     models = [model for model in (config.student, config.teacher) if model is not None]
     require(
         any(model.num_experts is not None or _unread(model) for model in models),

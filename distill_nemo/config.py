@@ -4,6 +4,7 @@ A choice is a `Literal`. `setting` gives a field its help and its range, which `
 Conditions on several fields are in `checks.py`. No torch: the launcher imports this file and must start quickly.
 """
 
+import math
 import typing
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -122,6 +123,18 @@ class ParallelismConfig:
         """Number of pieces that the layers are divided into."""
         return self.pipeline_model_parallel_size * (self.virtual_pipeline_model_parallel_size or 1)
 
+    def on(self, world_size: int) -> "ParallelismConfig":
+        """Return the layout on other ranks: sizes that divide both, no virtual pipeline, no context parallelism."""
+        tensor = math.gcd(self.tensor_model_parallel_size, world_size)
+        pipeline = math.gcd(self.pipeline_model_parallel_size, world_size // tensor)
+        return ParallelismConfig(
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            expert_model_parallel_size=math.gcd(self.expert_model_parallel_size, world_size // (tensor * pipeline)),
+            sequence_parallel=self.sequence_parallel and tensor > 1,
+            timeout_minutes=self.timeout_minutes,
+        )
+
     def stage_sizes(self, num_layers: int) -> list[int]:
         """Return the number of layers of each stage; the first stages take the remainder."""
         size, more = divmod(num_layers, self.num_stages)
@@ -234,6 +247,16 @@ class RunConfig:
     def num_microbatches(self, data_parallel_size: int) -> int:
         """Return the number of micro batches of one rank in one step."""
         return self.training.global_batch_size // (self.training.micro_batch_size * data_parallel_size)
+
+
+@dataclass
+class ExportConfig:
+    """An export of a checkpoint by ranks of its own, as `nemo distill export` launches it."""
+
+    checkpoint: str
+    output: str
+    tokenizer: str | None = None
+    parallelism: ParallelismConfig | None = None  # None: that of the run, on the ranks that there are
 
 
 def sections() -> dict[str, type]:

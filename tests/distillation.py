@@ -189,9 +189,10 @@ def gradients(output: str) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     from distill_nemo.checkpoint.export import export
+    from distill_nemo.config import ExportConfig
 
     with contextlib.redirect_stdout(io.StringIO()):
-        export(output, f"{output}/hf", None)
+        export(ExportConfig(output, f"{output}/hf"))
     return load_file(f"{output}/hf/model.safetensors")
 
 

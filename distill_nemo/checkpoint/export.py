@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from distill_nemo.config import ParallelismConfig, RunConfig, StudentConfig
-from distill_nemo.runtime.process_groups import process_groups
+from distill_nemo.checkpoint.directory import read_record
+from distill_nemo.checks import check_export
+from distill_nemo.config import ExportConfig, ParallelismConfig, RunConfig, StudentConfig, from_dict
+from distill_nemo.runtime.process_groups import is_joined, process_groups, raise_everywhere, rank, world_size
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
     from distill_nemo.models.architecture import Architecture
+    from distill_nemo.models.sources import FoundCheckpoint
 
 
 def export_from_run(config: RunConfig, student: "Architecture", chunks: "list[GPTModel]") -> None:
@@ -24,7 +27,6 @@ def export_from_run(config: RunConfig, student: "Architecture", chunks: "list[GP
         RuntimeError: when the export failed; the checkpoint is whole, and the message says how to try again.
     """
     from distill_nemo.models.checkpoints.huggingface import export_hf
-    from distill_nemo.runtime.process_groups import rank
 
     gc.collect()
     torch.cuda.empty_cache()
@@ -33,15 +35,13 @@ def export_from_run(config: RunConfig, student: "Architecture", chunks: "list[GP
         export_hf(chunks, str(_target(config)), student, config.data.tokenizer, source)
     except (ValueError, OSError, RuntimeError) as error:
         raise RuntimeError(
-            f"export failed; the checkpoint is whole: {error}. Run the same command again to export it, or in one "
-            f"process: nemo distill export checkpoint={config.output_dir} output={_target(config)}"
+            f"export failed; the checkpoint is whole: {error}. Run the same command again to export it, or on other "
+            f"ranks: nemo distill export checkpoint={config.output_dir} output={_target(config)} run.executor=..."
         ) from error
     _report(f"step_{config.training.steps:08d}", str(_target(config)))
 
 
 def _report(exported: str, output: str) -> None:
-    from distill_nemo.runtime.process_groups import rank
-
     if rank() == 0:
         print(f"exported {exported} to {output}: the reloaded model gives the same logits", flush=True)
 
@@ -73,52 +73,84 @@ def _target(config: RunConfig) -> Path:
     return Path(config.output_dir) / "student"
 
 
-def export(checkpoint: str, output: str, tokenizer: str | None = None) -> None:
-    """Write the student saved in `checkpoint` as a Hugging Face directory. Needs one process.
+def export(config: ExportConfig) -> None:
+    """Write the student saved in a checkpoint as a Hugging Face directory. Every rank calls it.
 
     Args:
-        checkpoint: a run's output directory, or one `step_*` directory.
-        output: directory to write; it appears only when whole and checked.
-        tokenizer: tokenizer directory to copy beside the weights; by default the run's, or the checkpoint's own.
+        config: checkpoint (a run's output directory, or one `step_*` directory), output and layout. The output appears
+            only when whole and checked.
 
     Raises:
-        ValueError: if `checkpoint` is no checkpoint, or transformers reads its source differently.
+        ValueError: if there is no checkpoint, the layout does not fit, or transformers reads its source differently.
         RuntimeError: if the reloaded model's logits differ.
     """
-    from distill_nemo.runtime.device import resolve_dtype, setup_device
+    from distill_nemo.runtime.device import setup_device
+    from distill_nemo.runtime.orphans import end_with_torchrun
 
+    end_with_torchrun()
     setup_device()  # before Megatron is imported
-    from megatron.core.models.gpt import GPTModel
-
-    from distill_nemo.checkpoint.directory import read_record
     from distill_nemo.checkpoint.load import check_whole
     from distill_nemo.models.checkpoints.huggingface import check_exportable, check_target, export_hf
+    from distill_nemo.models.resolve import resolve
+    from distill_nemo.models.sources import CheckpointKind, find_checkpoint
+
+    found = find_checkpoint(Path(config.checkpoint))
+    is_ours = found.kind is CheckpointKind.OURS
+    record = read_record(found.weights) if is_ours else None
+    parallelism = config.parallelism or _layout_of_run(record).on(world_size())
+    check_export(replace(config, parallelism=parallelism), world_size())
+    check_target(Path(config.output))
+    # A run's step is named, since the run may save others meanwhile. Other checkpoints describe themselves.
+    student = resolve(StudentConfig(checkpoint=str(found.weights) if is_ours else config.checkpoint))
+    check_exportable(student)
+    refusal = _refusal(student, record) if rank() == 0 or is_joined() else None
+    with process_groups(parallelism):
+        raise_everywhere(refusal)
+        check_whole(student.name)
+        tokenizer = config.tokenizer or (_tokenizer_of_run(record) if record else None)
+        source = _source(config.checkpoint) if rank() == 0 else None
+        export_hf([_stage(student, parallelism, found)], config.output, student, tokenizer, source)
+    _report(found.weights.name, config.output)
+
+
+def _layout_of_run(record: dict[str, Any] | None) -> ParallelismConfig:
+    return from_dict((record or {}).get("parallelism", {}), ParallelismConfig, "run.json: parallelism.")
+
+
+def _stage(student: "Architecture", parallelism: ParallelismConfig, found: "FoundCheckpoint") -> "GPTModel":
+    """Build this rank's pipeline stage, in the dtype of the checkpoint."""
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+
     from distill_nemo.models.checkpoints.megatron import stored_dtype
     from distill_nemo.models.provider import model_provider
-    from distill_nemo.models.resolve import resolve
-    from distill_nemo.models.source_check import check_source
-    from distill_nemo.models.sources import CheckpointKind, find_checkpoint
+    from distill_nemo.models.sources import CheckpointKind
+    from distill_nemo.runtime.device import resolve_dtype
     from distill_nemo.runtime.seed import seed_everything
 
-    found = find_checkpoint(Path(checkpoint))
-    where = found.weights
-    check_target(Path(output))
-    # A run's step is named, since the run may save others meanwhile. Other checkpoints describe themselves.
-    student = resolve(StudentConfig(checkpoint=str(where) if found.kind is CheckpointKind.OURS else checkpoint))
-    check_exportable(student)
-    check_source(student)
-    dtype = resolve_dtype("auto") if found.kind is CheckpointKind.HUGGING_FACE else stored_dtype(where)
-    if found.kind is CheckpointKind.OURS:
-        _check_source_of_run(read_record(where), student)
-    if found.kind is CheckpointKind.OURS and not tokenizer:
-        tokenizer = _tokenizer_of_run(read_record(where))
-    with process_groups(ParallelismConfig()):
-        check_whole(student.name)
-        seed_everything(0)
-        model = model_provider(student=student, parallelism=ParallelismConfig(), dtype=dtype)
-        assert isinstance(model, GPTModel)
-        export_hf([model.cuda()], output, student, tokenizer, _source(checkpoint))
-    _report(where.name, output)
+    seed_everything(0)
+    model = model_provider(
+        parallel_state.is_pipeline_first_stage(),
+        parallel_state.is_pipeline_last_stage(),
+        student=student,
+        parallelism=parallelism,
+        dtype=resolve_dtype("auto") if found.kind is CheckpointKind.HUGGING_FACE else stored_dtype(found.weights),
+    )
+    assert isinstance(model, GPTModel)
+    return model.cuda()
+
+
+def _refusal(student: "Architecture", record: dict[str, Any] | None) -> str | None:
+    """Return the reason not to export a student that transformers reads differently, or None."""
+    from distill_nemo.models.source_check import check_source
+
+    try:
+        check_source(student)
+        if record is not None:
+            _check_source_of_run(record, student)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _check_source_of_run(record: dict[str, Any], student: "Architecture") -> None:
@@ -160,7 +192,6 @@ def _tokenizer_of_run(record: dict[str, Any]) -> str | None:
 
 def _source(checkpoint: str | None) -> Path | None:
     """Return the Hugging Face directory that a model came from, perhaps through several runs, or None."""
-    from distill_nemo.checkpoint.directory import read_record
     from distill_nemo.models.sources import CheckpointKind, find_checkpoint
 
     passed: set[Path] = set()

@@ -7,10 +7,13 @@ exits non-zero when a rank fails.
 import warnings
 
 from distill_nemo.cli.entrypoint import Command, register
+from distill_nemo.cli.export import ExportCommand, ExportContext
 from distill_nemo.cli.help import summary, train_help
 from distill_nemo.cli.launch import TrainContext, registered_recipes
 from distill_nemo.cli.plan import PlanCommand, PlanContext, plan
+from distill_nemo.config import ExportConfig, ParallelismConfig
 from distill_nemo.executors import EXECUTORS, detached
+from distill_nemo.runtime.errors import errors_of_a_rank
 from distill_nemo.training.entry import distill
 
 
@@ -27,7 +30,9 @@ def register_commands() -> None:
     # NeMo-Run gives -y to two options, and click warns about it on every command with older versions of typer.
     warnings.filterwarnings("ignore", message=r"The parameter -y is used more than once")
     register(distill, name="train", context=TrainContext, command=TrainCommand)
-    for function in (prepare, export, convert, evaluate, recipes, status, logs, cancel):
+    register(prepare)
+    register(export, context=ExportContext, command=ExportCommand)
+    for function in (convert, evaluate, recipes, status, logs, cancel):
         register(function)
     register(plan, context=PlanContext, kind="experiment", command=PlanCommand)
 
@@ -64,7 +69,9 @@ def prepare(
     )
 
 
-def export(checkpoint: str, output: str, tokenizer: str = "") -> None:
+def export(
+    checkpoint: str, output: str, tokenizer: str | None = None, parallelism: ParallelismConfig | None = None
+) -> None:
     """Write a saved step as a Hugging Face directory, and check that it gives the same logits.
 
     A completed run has already exported its last step (`checkpoint.export`). This is for other steps and runs.
@@ -72,15 +79,18 @@ def export(checkpoint: str, output: str, tokenizer: str = "") -> None:
     Example:
         nemo distill export checkpoint=runs/quickstart/distilled output=student
         nemo distill export checkpoint=runs/big/checkpoints/step_00004000 output=student_4000 tokenizer=/models/tok
+        nemo distill export checkpoint=runs/big output=student run.executor=local run.executor.processes=8
 
     Args:
         checkpoint: a run's output directory, its checkpoints directory, or one step_* directory.
         output: the Hugging Face directory to write.
         tokenizer: tokenizer directory to copy beside the weights.
+        parallelism: layout; without these fields, that of the run, reduced to the ranks that there are.
     """
     from distill_nemo.checkpoint.export import export as export_checkpoint
 
-    export_checkpoint(checkpoint, output, tokenizer or None)
+    with errors_of_a_rank():
+        export_checkpoint(ExportConfig(checkpoint, output, tokenizer, parallelism))
 
 
 def convert(checkpoint: str, output: str, allow_pickle: bool = False) -> None:

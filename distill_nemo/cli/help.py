@@ -70,6 +70,15 @@ For a checkpoint that is not on this machine, give its architecture: student.che
 
 Exit code: 0 if the run fits; 1 if it does not, with changes that would make it fit."""
 
+EXPORT = """\
+Executor:
+  Without one, the export is this process, on one GPU if there is one. run.executor=NAME run.executor.FIELD=VALUE, as
+  for `nemo distill train`, starts ranks that share the model, and write and check it together. The same command
+  continues an interrupted export: files that are whole are kept.
+
+Options:
+  --dryrun, --detach, --name, --yes as for `nemo distill train`"""
+
 
 class Group(TyperGroup):
     """`nemo distill`."""
@@ -130,15 +139,22 @@ def command_help(name: str, function: Callable[..., Any], options: str = "", rec
 
 
 def _rows(function: Callable[..., Any], prefix: str = "") -> list[str]:
-    """Return a row for every argument."""
+    """Return a row for every argument, and for every field of one that is a section."""
     listed = _sections(function).get("Args", "")
     about = dict(re.findall(r"^    (\w+): (.*?)(?=\n    \w|\Z)", listed, re.M | re.S))
     hints = typing.get_type_hints(function)
-    return [
-        _row(f"{prefix}{parameter.name}", hints[parameter.name], parameter.default, about.get(parameter.name, ""))
-        for parameter in inspect.signature(function).parameters.values()
-        if parameter.name != "ctx"
-    ]
+    sections = sections_of(hints)
+    rows = []
+    for parameter in inspect.signature(function).parameters.values():
+        name = parameter.name
+        if name == "ctx":
+            continue
+        if name in sections:
+            rows.append(f"{name}: {about.get(name, '')}")
+            rows += _field_rows(typing.get_type_hints(sections[name]), sections[name], f"{name}.")
+        else:
+            rows.append(_row(f"{prefix}{name}", hints[name], parameter.default, about.get(name, "")))
+    return rows
 
 
 def train_help(function: Callable[..., Any], executors: dict[str, Callable[..., Any]]) -> str:

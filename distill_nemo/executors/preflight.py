@@ -4,19 +4,19 @@ from pathlib import Path
 
 import nemo_run as run
 
-from distill_nemo.checks import check
-from distill_nemo.config import RunConfig
+from distill_nemo.checks import check, check_export
+from distill_nemo.config import ExportConfig, RunConfig
 from distill_nemo.executors.descriptor import WorkDir
 from distill_nemo.executors.known import descriptor_of
 from distill_nemo.executors.worker_config import paths_of
 from distill_nemo.models.sources import find_checkpoint
 
 
-def check_launch(config: RunConfig, executor: run.Executor, dryrun: bool = False) -> None:
-    """Refuse a run that cannot work on an executor.
+def check_launch(config: RunConfig | ExportConfig, executor: run.Executor, dryrun: bool = False) -> None:
+    """Refuse a run or an export that cannot work on an executor.
 
     Raises:
-        ValueError: from `checks.check`, with the node counts that would fit; for secrets in plain text; for missing
+        ValueError: from `checks`, with the node counts that would fit; for secrets in plain text; for missing
             checkpoints and token files; for paths that would mean another place in the job; for a missing `sbatch` or
             a kubeconfig without a cluster.
     """
@@ -31,7 +31,10 @@ def check_launch(config: RunConfig, executor: run.Executor, dryrun: bool = False
         _check_absolute(config, work_dir)
     elif work_dir.here is not None:
         _check_files(config, work_dir.here)
-    check_fits_nodes(config, executor)
+    if isinstance(config, RunConfig):
+        check_fits_nodes(config, executor)
+    elif config.parallelism is not None:
+        check_export(config, executor.nnodes() * executor.nproc_per_node())
     descriptor.preflight(config, executor, dryrun)
 
 
@@ -68,7 +71,7 @@ def _fitting_nodes(config: RunConfig, executor: run.Executor) -> str:
     )
 
 
-def _check_absolute(config: RunConfig, work_dir: WorkDir) -> None:
+def _check_absolute(config: RunConfig | ExportConfig, work_dir: WorkDir) -> None:
     for name, path in paths_of(config):
         if not Path(path).is_absolute():
             raise ValueError(
@@ -77,9 +80,9 @@ def _check_absolute(config: RunConfig, work_dir: WorkDir) -> None:
             )
 
 
-def _check_files(config: RunConfig, work_dir: Path) -> None:
+def _check_files(config: RunConfig | ExportConfig, work_dir: Path) -> None:
     for name, path in paths_of(config):
-        if name.endswith(".checkpoint"):
+        if name.split(".")[-1] == "checkpoint":
             try:
                 find_checkpoint(work_dir / path)
             except ValueError as error:

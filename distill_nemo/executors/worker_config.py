@@ -1,10 +1,10 @@
-"""The complete config that the workers get, built from a recipe."""
+"""The complete config that the workers get, built from a recipe, and the paths in it."""
 
 from collections.abc import Iterator
 
 import fiddle as fdl
 
-from distill_nemo.config import RunConfig, from_dict, to_dict
+from distill_nemo.config import ExportConfig, RunConfig, from_dict, to_dict
 
 
 def run_config_of(recipe: fdl.Buildable) -> RunConfig:
@@ -20,8 +20,13 @@ def run_config_of(recipe: fdl.Buildable) -> RunConfig:
     return from_dict(to_dict(RunConfig(**given)))
 
 
-def paths_of(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Yield the field and value of every path in a config."""
+def paths_of(config: RunConfig | ExportConfig) -> Iterator[tuple[str, str]]:
+    """Yield the field and value of every path in a config, the output's first."""
+    if isinstance(config, ExportConfig):
+        yield from (("output", config.output), ("checkpoint", config.checkpoint))
+        if config.tokenizer is not None:
+            yield "tokenizer", config.tokenizer
+        return
     yield "output_dir", config.output_dir
     for role, model in (("student", config.student), ("teacher", config.teacher)):
         if model is not None and model.checkpoint is not None:

@@ -18,6 +18,12 @@ def end_with_parent(grace: float = GRACE_SECONDS) -> None:
     threading.Thread(target=_watch, args=(os.getppid(), grace), name="orphan watch", daemon=True).start()
 
 
+def end_with_torchrun() -> None:
+    """Call `end_with_parent` in a rank of torchrun. A shell's child may outlive the shell."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
+
+
 def _watch(parent: int, grace: float) -> None:
     while os.getppid() == parent:
         time.sleep(POLL_SECONDS)

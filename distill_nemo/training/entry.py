@@ -3,9 +3,7 @@
 Light at import, because the launcher reads the recipe's fields from it.
 """
 
-import contextlib
 import inspect
-import os
 import sys
 import typing
 from dataclasses import MISSING, fields, replace
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from distill_nemo.checks import check
 from distill_nemo.config import RunConfig, from_dict, load_yaml, save_yaml, to_dict
 from distill_nemo.fields import require
-from distill_nemo.runtime.errors import errors_in_one_screen
+from distill_nemo.runtime.errors import errors_in_one_screen, errors_of_a_rank
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -38,7 +36,7 @@ def distill(**sections: Any) -> None:
         ValueError: for a config that cannot run, before anything is written.
     """
     config = RunConfig(**{name: value for name, value in sections.items() if value is not None})
-    with errors_in_one_screen() if "TORCHELASTIC_RUN_ID" in os.environ else contextlib.nullcontext():
+    with errors_of_a_rank():
         run_config(config)
 
 
@@ -60,12 +58,11 @@ _takes_the_fields_of(RunConfig, distill)
 
 def run_config(config: RunConfig) -> None:
     """Run a config on this rank. If a signal stops the run, exit with 128 + its number."""
-    from distill_nemo.runtime.orphans import end_with_parent
+    from distill_nemo.runtime.orphans import end_with_torchrun
     from distill_nemo.runtime.signals import keep_early_sigurg
 
     keep_early_sigurg()
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # the parent is torchrun; a shell's child may outlive it
-        end_with_parent()
+    end_with_torchrun()
     from distill_nemo.runtime.process_groups import is_joined, process_groups, raise_everywhere, rank, world_size
 
     config = from_dict(to_dict(config))  # a copy, with checked types

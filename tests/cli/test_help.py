@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 
-from distill_nemo.config import sections
+from distill_nemo.config import ParallelismConfig, sections
 from tests.cli.command import BIN, Command, nemo, nemo_here, the_recipes, together
 
 EXECUTORS = {
@@ -24,7 +24,7 @@ FIELDS = {
         *(f"run.executor.{name}" for names in EXECUTORS.values() for name in names),
     ],
     "prepare": ["inputs", "output", "tokenizer", "text_key", "num_workers", "max_bad_records"],
-    "export": ["checkpoint", "output", "tokenizer"],
+    "export": ["checkpoint", "output", "tokenizer", *(f"parallelism.{f.name}" for f in fields(ParallelismConfig))],
     "convert": ["checkpoint", "output", "allow_pickle"],
     "evaluate": ["student", "data", "teacher", "sequence_length", "samples", "vocab_size"],
     "recipes": [],

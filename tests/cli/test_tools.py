@@ -8,8 +8,9 @@ import pytest
 import torch
 import transformers
 
-from tests.cli.command import nemo, together
+from tests.cli.command import TWO_RANKS, nemo, together
 
+THREE = ["parallelism.tensor_model_parallel_size=3"]
 RUN = "runs/llama32_3b_to_1b"
 
 
@@ -25,8 +26,11 @@ def tools(inputs, finished, tmp_path_factory):
     teacher, more_rows = f"teacher={inputs}/teacher", ["teacher=teacher", "vocab_size=507"]
     prepare = ["prepare", "inputs=text", "output=out/corpus", f"tokenizer={inputs}/tokenizer", "max_bad_records=1"]
     run = f"{ran_in}/{RUN}"
+    export = "export", f"checkpoint={run}/checkpoints/step_00000012"
+    two = {"as_trained": [], "in_stages": ["parallelism.pipeline_model_parallel_size=2"], "three": THREE}.items()
     calls = {
-        "export": lambda: nemo("export", f"checkpoint={run}/checkpoints/step_00000012", "output=exported", cwd=cwd),
+        "export": lambda: nemo(*export, "output=exported", cwd=cwd),
+        "export by two ranks": lambda: [nemo(*export, f"output={to}", *more, *TWO_RANKS, cwd=cwd) for to, more in two],
         "prepare": lambda: [nemo(*prepare, cwd=cwd), nemo(*prepare, cwd=cwd)],
         "of ours": lambda: nemo(*held_out, f"student={run}", teacher, cwd=cwd),
         "of Hugging Face's": lambda: nemo(*held_out, f"student={run}/student", teacher, cwd=cwd),
@@ -52,6 +56,21 @@ def test_export_writes_any_saved_step(finished, tools):
     last = transformers.AutoModelForCausalLM.from_pretrained(finished[0] / RUN / "student").state_dict()
     assert earlier.keys() == last.keys()
     assert not torch.equal(earlier["lm_head.weight"], last["lm_head.weight"])
+
+
+def test_ranks_of_an_executor_export_the_same_as_one_process(tools):
+    cwd, ended = tools
+    as_trained, in_stages, three = ended["export by two ranks"]
+    expected = transformers.AutoModelForCausalLM.from_pretrained(cwd / "exported").state_dict()
+    for name, result in (("as_trained", as_trained), ("in_stages", in_stages)):
+        assert (result.code, result.err) == (0, "")
+        assert f"exported step_00000012 to {name}: the reloaded model gives the same logits" in result.out
+        found = transformers.AutoModelForCausalLM.from_pretrained(cwd / name).state_dict()
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert len(list((cwd / "as_trained").glob("*.safetensors"))) == 1, "the run was tensor parallel"
+    assert len(list((cwd / "in_stages").glob("*.safetensors"))) == 2
+    assert three.code == 1 and three.err.startswith("error: world size 2 is not divisible by tensor x pipeline x ")
 
 
 def test_evaluate_gives_the_same_figures_for_a_run_and_for_its_export(inputs, tools):

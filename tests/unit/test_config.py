@@ -11,6 +11,7 @@ from distill_nemo.checks import check
 from distill_nemo.cli.arguments import parse_arguments
 from distill_nemo.config import (
     DataConfig,
+    ParallelismConfig,
     RunConfig,
     StudentConfig,
     TeacherConfig,
@@ -312,3 +313,22 @@ def test_yaml_cannot_execute_code(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="cannot be read"):
         load_yaml(tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize(
+    ("trained", "ranks", "expected"),
+    [
+        ((8, 4, 1), 32, (8, 4, 1)),
+        ((8, 4, 1), 16, (8, 2, 1)),
+        ((8, 4, 1), 4, (4, 1, 1)),
+        ((8, 4, 1), 1, (1, 1, 1)),
+        ((4, 1, 8), 8, (4, 1, 2)),
+        ((1, 1, 8), 16, (1, 1, 8)),
+        ((2, 1, 1), 3, (1, 1, 1)),
+    ],
+)
+def test_a_layout_is_reduced_to_other_ranks(trained, ranks, expected):
+    tensor, pipeline, expert = trained
+    layout = ParallelismConfig(tensor, pipeline, 2, 2, expert, sequence_parallel=True, timeout_minutes=3).on(ranks)
+    tensor, pipeline, expert = expected
+    assert layout == ParallelismConfig(tensor, pipeline, None, 1, expert, tensor > 1, 3)

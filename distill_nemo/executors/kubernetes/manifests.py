@@ -7,12 +7,12 @@ from typing import Any
 
 import yaml
 
-from distill_nemo.config import RunConfig
+from distill_nemo.config import ExportConfig, RunConfig
 from distill_nemo.executors.kubernetes.trainjob import KubernetesExecutor
 from distill_nemo.executors.worker_config import paths_of
 
 
-def check_cluster(config: RunConfig, executor: KubernetesExecutor, dryrun: bool) -> None:
+def check_cluster(config: RunConfig | ExportConfig, executor: KubernetesExecutor, dryrun: bool) -> None:
     """Refuse a run whose output would be lost and, unless it is a dry run, a cluster that cannot be reached.
 
     Raises:
@@ -23,13 +23,14 @@ def check_cluster(config: RunConfig, executor: KubernetesExecutor, dryrun: bool)
         executor._load_kube_clients()
 
 
-def _check_mounted(config: RunConfig, executor: KubernetesExecutor) -> None:
+def _check_mounted(config: RunConfig | ExportConfig, executor: KubernetesExecutor) -> None:
+    output, path = next(paths_of(config))
     where = " or ".join(executor.mounts) or "a volume: run.executor.pvc="
     mounts = tuple(f"{path}/" for path in executor.mounts)
     outside = {name: path for name, path in paths_of(config) if not f"{os.path.normpath(path)}/".startswith(mounts)}
-    if "output_dir" in outside:
+    if output in outside:
         raise ValueError(
-            f'output_dir = "{config.output_dir}" would be lost with the pods: it must be below {where}'
+            f'{output} = "{path}" would be lost with the pods: it must be below {where}'
             + ("" if executor.mounts else f", mounted at {executor.mount}")
         )
     if outside:

@@ -197,13 +197,14 @@ def _export_and_measure(inputs, run, where):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from distill_nemo.checkpoint.export import export
+    from distill_nemo.config import ExportConfig
     from distill_nemo.training.data import build_run_datasets
     from distill_nemo.training.entry import resolve_models
 
     losses = {}
     for step in (4, 8):
         output = os.path.join(where, f"student_{step}")
-        export(f"{run}/checkpoints/step_{step:08d}", output, str(inputs / "tokenizer"))
+        export(ExportConfig(f"{run}/checkpoints/step_{step:08d}", output, str(inputs / "tokenizer")))
         model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
         assert len(AutoTokenizer.from_pretrained(output)) <= model.config.vocab_size
         config, models = resolve_models(tiny_run(inputs, run))

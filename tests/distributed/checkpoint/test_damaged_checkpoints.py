@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill_nemo.config import ParallelismConfig, StudentConfig
+from distill_nemo.config import ExportConfig, ParallelismConfig, StudentConfig
 from tests.hostile import Runs, plant, write_sums
 from tests.training import changed, metrics, tiny_run
 
@@ -273,7 +273,7 @@ def taught(inputs, run, root):
 def exported(inputs, run, root):
     from distill_nemo.checkpoint.export import export
 
-    export(str(run), str(root / "hf"))
+    export(ExportConfig(str(run), str(root / "hf")))
 
 
 def evaluated(inputs, run, root):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from distill_nemo.config import StudentConfig
+from distill_nemo.config import ExportConfig, StudentConfig
 from tests.spawn import ProcessEndedError
 from tests.training import changed, metrics, tiny_run
 
@@ -239,7 +239,7 @@ def test_damaged_weights_are_neither_exported_nor_taught_nor_measured(inputs, on
 def exported(inputs, run, root):
     from distill_nemo.checkpoint.export import export
 
-    export(str(run), str(root / "hf"))
+    export(ExportConfig(str(run), str(root / "hf")))
 
 
 def taught(inputs, run, root):

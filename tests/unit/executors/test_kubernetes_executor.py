@@ -10,8 +10,10 @@ import fiddle as fdl
 import nemo_run as run
 import pytest
 import yaml
+from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
-from distill_nemo.config import RunConfig, StudentConfig, from_dict, load_yaml
+from distill_nemo.cli import commands
+from distill_nemo.config import ParallelismConfig, RunConfig, StudentConfig, from_dict, load_yaml
 from distill_nemo.executors import WatchedExperiment, kubernetes, run_config_of
 from distill_nemo.executors.kubernetes.trainjob import PATCHES, under_torchrun
 from tests.cli.command import nemo_here, nemo_home, shrunk, the_recipes
@@ -294,3 +296,26 @@ def test_names_that_kubernetes_takes():
 def test_kubernetes_expands_nothing_in_the_environment():
     executor = kubernetes(image="x", env={"A": "$(HOME) $$ $x", "B": "plain"})
     assert (executor.env_vars["A"], executor.env_vars["B"]) == ("$$(HOME) $$$$ $$x", "plain")
+
+
+def test_pods_that_export(tmp_path, capfd):
+    arguments = ["export", "checkpoint=/workspace/run", "run.executor=kubernetes", "--dryrun"]
+    arguments += [f"run.executor.{field}" for field in LEAST]
+    ended = nemo_here(capfd, *arguments, "output=/workspace/student", "parallelism.tensor_model_parallel_size=2")
+    assert (ended.code, ended.err) == (0, "")
+    files, job = yaml.safe_load_all(ended.out)
+    (shipped,) = files["data"].values()
+    export = ZlibJSONSerializer().deserialize(shipped)
+    assert export == run.Partial(
+        commands.export,
+        checkpoint="/workspace/run",
+        output="/workspace/student",
+        parallelism=run.Config(ParallelismConfig, tensor_model_parallel_size=2),
+    )
+    assert job["spec"]["trainer"]["command"][-1] == f"/nemo_run/configs/{next(iter(files['data']))}"
+    for output, refused in (
+        ("student", 'output = "student" is relative'),
+        ("/x", 'output = "/x" would be lost with the pods'),
+    ):
+        ended = nemo_here(capfd, *arguments, f"output={output}")
+        assert ended.code == 1 and ended.err.startswith(f"error: {refused}")

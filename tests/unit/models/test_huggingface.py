@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from distill_nemo.config import ParallelismConfig, StudentConfig
+from distill_nemo.config import ExportConfig, ParallelismConfig, StudentConfig
 from distill_nemo.runtime.device import setup_device
 from distill_nemo.runtime.process_groups import process_groups
 from tests.spawn import Gloo
@@ -358,7 +358,7 @@ def _exported_from_nemo(root, dtype):
     with process_groups(ParallelismConfig()):
         tensors = {name: x.to(dtype) for name, x in megatron_tensors(hf).items()}
         nemo = write_nemo(root / "nemo", tensors, nemo_config(hf, "llama"))
-    export(nemo, str(root / "out"), None)
+    export(ExportConfig(nemo, str(root / "out")))
 
 
 def test_an_output_layer_of_its_own_beside_tied_embeddings_is_refused(tmp_path):

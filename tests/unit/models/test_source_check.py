@@ -8,7 +8,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from distill_nemo.config import StudentConfig
+from distill_nemo.config import ExportConfig, StudentConfig
 from distill_nemo.runtime.device import setup_device
 from tests.tiny_models import FAMILIES, write_hf
 from tests.training import metrics, tiny_run
@@ -139,7 +139,7 @@ def evaluated(inputs):
 def exported(source, output):
     from distill_nemo.checkpoint.export import export
 
-    export(str(source), str(output))
+    export(ExportConfig(str(source), str(output)))
 
 
 WRONG = {"rotary_base": 5e5}
