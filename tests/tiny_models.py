@@ -32,6 +32,7 @@ LONGROPE = {
 }
 FAMILIES = (
     "gemma3_text",
+    "glm4_moe",
     "granite",
     "llama",
     "llama_tied",
@@ -46,6 +47,7 @@ FAMILIES = (
     "qwen2",
     "qwen3",
     "qwen3_moe",
+    "qwen3_moe_dense_layers",
     "seed_oss",
     "smollm3",
 )
@@ -55,6 +57,7 @@ MODEL_TYPES = {  # families whose type in transformers differs
     "yarn_rope": "llama",
     "longrope": "llama",
     "qwen2_window": "qwen2",
+    "qwen3_moe_dense_layers": "qwen3_moe",
     "qwen3_moe_not_normalised": "qwen3_moe",
     "qwen3_moe_window": "qwen3_moe",
 }
@@ -69,6 +72,20 @@ OWN_FIELDS = {  # of config.json
         "sliding_window_pattern": 2,
         "final_logit_softcapping": 8.0,
         **GEMMA,
+    },
+    "glm4_moe": {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "n_group": 2,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.5,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "head_dim": 24,
+        **NO_TOKENS,
     },
     "granite": {
         "embedding_multiplier": 6.0,
@@ -102,6 +119,7 @@ OWN_FIELDS = {  # of config.json
     "qwen2_window": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "qwen3": {"head_dim": 24},
     "qwen3_moe": {**EXPERTS, "norm_topk_prob": True, "head_dim": 24},
+    "qwen3_moe_dense_layers": {**EXPERTS, "decoder_sparse_step": 2, "norm_topk_prob": True, "head_dim": 24},
     "qwen3_moe_not_normalised": {**EXPERTS, "norm_topk_prob": False, "head_dim": 24},
     "qwen3_moe_window": {**EXPERTS, "use_sliding_window": True, "sliding_window": 5, "head_dim": 24},
 }
@@ -157,6 +175,9 @@ def random_model(config, seed=1):
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.add_(torch.randn_like(buffer) * 0.1)
     return model
 
 

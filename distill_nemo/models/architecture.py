@@ -72,12 +72,35 @@ class Layer:
 
 @dataclass(frozen=True)
 class Experts:
-    """Mixture of experts, the same in every layer that has one. Fields are named as in `ModelConfig`."""
+    """Mixture of experts, the same in every layer that has one. The first four fields are named as in `ModelConfig`.
+
+    Args:
+        num_experts: number of experts that a router chooses from.
+        num_experts_per_tok: number of experts that process a token, those with the highest scores.
+        moe_ffn_hidden_size: width of one of them.
+        norm_topk_prob: scores of a token's experts are divided by their sum before they become its weights.
+        score_function: scores from the router's logits.
+        has_expert_bias: a constant for each expert is added to its score where experts are chosen, not in its weight.
+        num_groups: groups of consecutive experts; 1: experts are chosen from all.
+        num_chosen_groups: a token's experts are chosen from these groups, those with the highest sums of two scores.
+        scaling_factor: factor of the weights.
+        fp32_router: logits are computed in fp32, whatever the dtype.
+        shared_ffn_hidden_size: width of an MLP that processes every token beside its experts; None: there is none.
+        has_shared_gate: the output of that MLP is multiplied by the sigmoid of a product with its input.
+    """
 
     num_experts: int
     num_experts_per_tok: int
     moe_ffn_hidden_size: int
     norm_topk_prob: bool
+    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    has_expert_bias: bool = False
+    num_groups: int = 1
+    num_chosen_groups: int = 1
+    scaling_factor: float = 1.0
+    fp32_router: bool = False
+    shared_ffn_hidden_size: int | None = None
+    has_shared_gate: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,7 +125,7 @@ class Multipliers:
 Activation = Literal["silu", "gelu_pytorch_tanh"]  # of the MLPs' gates, by transformers' names
 FUSED_ACTIVATIONS = ("silu",)  # on a GPU, one kernel also multiplies them with the up projection
 
-EXPERT_FIELDS = tuple(f.name for f in fields(Experts))
+EXPERT_FIELDS = ("num_experts", "num_experts_per_tok", "moe_ffn_hidden_size", "norm_topk_prob")  # of `ModelConfig`
 
 
 @dataclass(frozen=True)
@@ -124,7 +147,7 @@ class Architecture:
         activation: activation of the MLPs.
         layers: sizes of each layer.
         block_configs: `layers` as the config states them; None if all layers are alike.
-        experts: None for a dense model.
+        experts: mixture of experts of the layers that have one; None for a dense model.
         multipliers: constants for embeddings, residual branches and logits.
         family_fields: all fields of config.json that only this family has (`Family.own_fields`).
         init_std: standard deviation of random weights.
@@ -163,9 +186,12 @@ class Architecture:
         """Number of layers."""
         return len(self.layers)
 
-    def mlps_per_token(self, layer: Layer) -> int:
-        """Return the number of MLPs that process a token in a layer: one, or the token's experts."""
-        return self.experts.num_experts_per_tok if layer.has_experts and self.experts else 1
+    def ffn_per_token(self, layer: Layer) -> int:
+        """Return the width of all MLPs that process a token in a layer, side by side."""
+        if not layer.has_experts or self.experts is None:
+            return layer.ffn_hidden_size or 0
+        experts = self.experts
+        return experts.num_experts_per_tok * experts.moe_ffn_hidden_size + (experts.shared_ffn_hidden_size or 0)
 
     @property
     def longest_sequence(self) -> int:

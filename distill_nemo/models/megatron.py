@@ -91,7 +91,7 @@ def transformer_config(
         apply_rope_fusion=False,
         deterministic_mode=False,
     )
-    experts = expert_settings(model.experts, parallelism, dtype)
+    experts = expert_settings(model, parallelism, dtype)
     return kind(**{**fields, **differing, **experts, **FAMILIES[model.family].settings(model)})
 
 
@@ -155,6 +155,7 @@ def _check_layout(model: Architecture, parallelism: ParallelismConfig) -> None:
         for i, layer in enumerate(model.layers)
     }
     sizes |= {
+        "width of the shared experts": model.experts.shared_ffn_hidden_size if model.experts else None,
         "num_attention_heads": model.num_attention_heads,
         "padded vocabulary": padded_vocab_size(model.vocab_size),
     }

@@ -7,7 +7,7 @@ from typing import Any
 
 from distill_nemo.config import ModelConfig, StudentConfig, TeacherConfig, from_dict
 from distill_nemo.fields import suggest
-from distill_nemo.models.architecture import EXPERT_FIELDS, Architecture, Experts, Layer, Models, Rope
+from distill_nemo.models.architecture import EXPERT_FIELDS, Architecture, Layer, Models, Rope
 from distill_nemo.models.checkpoints.hf_tensors import check_hf_tensors, has_weights
 from distill_nemo.models.checkpoints.nemo import read_nemo_config
 from distill_nemo.models.config_fields import (
@@ -41,6 +41,7 @@ UPPER_LIMITS = {
     "num_experts_per_tok": MAX_EXPERTS,
     "max_position_embeddings": MAX_POSITIONS,
 }
+TRAITS = ("qkv_bias", "qk_norm", "wide_qk_norm", "pre_norms", "post_norms", "activation")  # of families
 WITHOUT_DEFAULT = ("rope_scaling", "block_configs", *EXPERT_SIZES)  # None means that the model has none
 
 
@@ -108,7 +109,6 @@ def with_headers(model: Architecture) -> Architecture:
 def _defaults(values: dict[str, Any]) -> dict[str, Any]:
     return {
         "family": "llama",
-        "ffn_hidden_size": values["moe_ffn_hidden_size"],  # unused: every layer has experts
         "norm_topk_prob": True if _has_experts(values["family"]) else None,
         "num_query_groups": values["num_attention_heads"],
         "kv_channels": values["hidden_size"] // values["num_attention_heads"],
@@ -121,21 +121,21 @@ def _defaults(values: dict[str, Any]) -> dict[str, Any]:
 
 def _architecture(name: str, source: Source | None, values: dict[str, Any]) -> Architecture:
     family = FAMILIES[values["family"]]
-    experts = Experts(**{field: values[field] for field in EXPERT_FIELDS}) if family.has_experts else None
     own = {field.name for field in dataclasses.fields(Architecture)}
+    layers = _layers(values)
+    if values["ffn_hidden_size"] is None:
+        if not all(layer.has_experts for layer in layers):
+            raise ValueError(f"{name}: some of its layers have no experts; set ffn_hidden_size, the width of their MLP")
+        values["ffn_hidden_size"] = values["moe_ffn_hidden_size"]
+    traits = {trait: getattr(family, trait) for trait in TRAITS} | family.traits(values)
     return Architecture(
         name=name,
         source=source,
-        qkv_bias=family.qkv_bias,
-        qk_norm=family.qk_norm,
-        wide_qk_norm=family.wide_qk_norm,
-        pre_norms=family.pre_norms,
-        post_norms=family.post_norms,
-        activation=family.activation,
         ropes=_ropes(name, values, family),
-        layers=_layers(values),
-        experts=experts,
+        layers=layers,
+        experts=family.experts(values) if family.experts else None,
         multipliers=family.multipliers(values),
+        **traits,
         **{field: value for field, value in values.items() if field in own},
     )
 
@@ -165,7 +165,7 @@ def _layers(values: dict[str, Any]) -> tuple[Layer, ...]:
 
 
 def _has_experts(family: str | None) -> bool:
-    return family in FAMILIES and FAMILIES[family].has_experts
+    return family in FAMILIES and FAMILIES[family].experts is not None
 
 
 def _check_complete(checkpoint: str | None, values: dict[str, Any], described: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from distill_nemo.config import ParallelismConfig, StudentConfig
 from distill_nemo.models.architecture import Architecture, Experts, Layer
 from distill_nemo.models.checkpoints.agreement import logits_apart, open_with_transformers
 from distill_nemo.models.checkpoints.hf_tensors import PieceReader, as_parameter, has_weights
+from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.families.huggingface import to_huggingface
 from distill_nemo.models.families.pieces import Piece
 from distill_nemo.models.families.rope import ROPE_FIELDS
@@ -42,7 +43,7 @@ CUT = {"num_layers": 2, "num_experts": 8, "vocab_size": 1024, "ffn_hidden_size":
 WINDOW = 8  # tokens; shorter than the sequences that are compared
 NAMES = {  # in config.json
     "num_layers": ("num_hidden_layers",),
-    "num_experts": ("num_experts", "num_local_experts"),
+    "num_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
     "vocab_size": ("vocab_size",),
     "ffn_hidden_size": ("intermediate_size",),
     "moe_ffn_hidden_size": ("moe_intermediate_size",),
@@ -110,12 +111,8 @@ def _small(source: Source, model: Architecture) -> Iterator[tuple[Path, Architec
 
 
 def _cut(model: Architecture, source: Source) -> Architecture:
-    """Reduce every size in `CUT`, but keep enough experts for a token."""
-    ffn, experts = min(CUT["ffn_hidden_size"], model.ffn_hidden_size), model.experts
-    if experts is not None:
-        count = min(experts.num_experts, max(CUT["num_experts"], experts.num_experts_per_tok))
-        width = min(CUT["moe_ffn_hidden_size"], experts.moe_ffn_hidden_size)
-        experts = dataclasses.replace(experts, num_experts=count, moe_ffn_hidden_size=width)
+    """Reduce every size in `CUT`."""
+    ffn, experts = min(CUT["ffn_hidden_size"], model.ffn_hidden_size), _cut_experts(model)
     rows = min(CUT["vocab_size"], model.vocab_size)
     return dataclasses.replace(
         model,
@@ -125,6 +122,19 @@ def _cut(model: Architecture, source: Source) -> Architecture:
         ffn_hidden_size=ffn,
         experts=experts,
     )
+
+
+def _cut_experts(model: Architecture) -> Experts | None:
+    """Reduce number and width of the experts, but keep enough of each group for a token."""
+    experts, family = model.experts, FAMILIES[model.family]
+    if experts is None or family.experts is None:
+        return None
+    of_group = -(-max(CUT["num_experts"], experts.num_experts_per_tok) // experts.num_chosen_groups)
+    sizes = {
+        "num_experts": min(experts.num_experts, experts.num_groups * of_group),
+        "moe_ffn_hidden_size": min(CUT["moe_ffn_hidden_size"], experts.moe_ffn_hidden_size),
+    }
+    return family.experts(vars(model) | vars(experts) | sizes)
 
 
 def _cut_layer(layer: Layer, ffn: int, experts: Experts | None) -> Layer:

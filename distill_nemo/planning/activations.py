@@ -57,10 +57,12 @@ def saved_by_mlp(planned: PlannedRun, model: Architecture, layer: Layer) -> int:
         return 0
     bytes_ = _norms(planned, model)
     pieces = _mlp_pieces(planned, model)
-    f = layer.ffn_hidden_size // planned.config.parallelism.tensor_model_parallel_size
+    tensor = planned.config.parallelism.tensor_model_parallel_size
+    f = layer.ffn_hidden_size // tensor
     if not layer.has_experts or model.experts is None:
         return bytes_ + planned.item * planned.tokens * pieces * f
-    rows = planned.tokens * model.mlps_per_token(layer)
+    rows = planned.tokens * model.experts.num_experts_per_tok
+    bytes_ += planned.item * planned.tokens * pieces * (model.experts.shared_ffn_hidden_size or 0) // tensor
     pieces += 0 if planned.on_gpu else 1
     router = 8 * planned.tokens * model.experts.num_experts
     return bytes_ + planned.item * rows * (pieces * f + 2 * model.hidden_size) + router
@@ -97,8 +99,7 @@ def backward_workspace(planned: PlannedRun, model: Architecture, layer: Layer) -
 
     They are the gradients of both halves of the MLP. The gradient of their product takes the product's place.
     """
-    width = layer.ffn_hidden_size or 0
-    f = width // planned.config.parallelism.tensor_model_parallel_size * model.mlps_per_token(layer)
+    f = model.ffn_per_token(layer) // planned.config.parallelism.tensor_model_parallel_size
     return 2 * planned.item * planned.tokens * f + 2 * planned.item * planned.split_tokens * model.hidden_size
 
 
@@ -107,8 +108,9 @@ def forward_workspace(planned: PlannedRun, model: Architecture, layer: Layer) ->
     tensor, item, tokens = planned.config.parallelism.tensor_model_parallel_size, planned.item, planned.tokens
     residual = 2 * item * planned.split_tokens * model.hidden_size
     pieces = _mlp_pieces(planned, model)
-    rows, f = tokens * model.mlps_per_token(layer), (layer.ffn_hidden_size or 0) // tensor
-    mlp = item * rows * pieces * f + (2 * item * rows * model.hidden_size if layer.has_experts else 0)
+    mlp = item * tokens * pieces * model.ffn_per_token(layer) // tensor
+    if layer.has_experts and model.experts is not None:
+        mlp += 2 * item * tokens * model.experts.num_experts_per_tok * model.hidden_size
     if layer.num_query_groups is None:
         return residual + mlp
     n = model.num_attention_heads * model.kv_channels // tensor

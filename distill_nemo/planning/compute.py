@@ -25,8 +25,9 @@ def layer_flops(model: Architecture, layer: Layer, length: int) -> tuple[float, 
         products += 2 * model.hidden_size * (n + 2 * k) + 2 * n * model.hidden_size
         core = 4 * seen_keys(layer, length) * n  # scores, and their product with the values
     if layer.ffn_hidden_size is not None:
-        products += 6 * model.hidden_size * layer.ffn_hidden_size * model.mlps_per_token(layer)
-        products += 2 * model.hidden_size * (model.experts.num_experts if layer.has_experts and model.experts else 0)
+        products += 6 * model.hidden_size * model.ffn_per_token(layer)
+        if layer.has_experts and model.experts is not None:
+            products += 2 * model.hidden_size * (model.experts.num_experts + model.experts.has_shared_gate)
     return products + core, core
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from distill_nemo.config import ParallelismConfig
 from distill_nemo.models.architecture import Architecture, Layer, padded_vocab_size
-from distill_nemo.models.families.pieces import EXPERT, Place
+from distill_nemo.models.families.pieces import EXPERT, EXPERT_BIAS, Place
 from distill_nemo.models.families.tensors import table_of
 
 
@@ -75,7 +75,7 @@ def layer_parameters(model: Architecture, layer: Layer, parallelism: Parallelism
     place = Place(model, layer, size=parallelism.tensor_model_parallel_size)
     dense = experts = 0
     for name, rule in table_of(model, layer).items():
-        numbers = sum(prod(piece.shape) for piece in rule(place))
+        numbers = 0 if name == EXPERT_BIAS else sum(prod(piece.shape) for piece in rule(place))
         if name.startswith(EXPERT):
             assert model.experts is not None
             experts += numbers * (model.experts.num_experts // parallelism.expert_model_parallel_size)

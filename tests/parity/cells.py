@@ -58,6 +58,8 @@ MODELS: dict[str, dict[str, Any]] = {  # arguments of write_hf; the student's na
     "smollm3 (NoPE)": {"family": "smollm3", "seed": 12, "layers": 8, **NARROW},
     "MoE teacher": {"family": "qwen3_moe", "seed": 10, "layers": 8, **WIDE},
     "MoE": {"family": "qwen3_moe", "seed": 8, "layers": 8, **NARROW},
+    "glm4_moe (groups, shared experts)": {"family": "glm4_moe", "seed": 17, "layers": 8, **NARROW},
+    "qwen3_moe, dense layers": {"family": "qwen3_moe_dense_layers", "seed": 18, "layers": 10, **WIDE},
     "gemma3 teacher": {"family": "gemma3_text", "seed": 13, "layers": 10, **WIDE},
     "gemma3": {"family": "gemma3_text", "seed": 14, "layers": 8, **NARROW},
     "granite teacher": {"family": "granite", "seed": 11, "layers": 10, **WIDE},
@@ -123,6 +125,7 @@ PAIRS = [  # at every layout that neither model refuses; with experts at EP=2 to
     ("olmo2 (post norms)", "olmo3 (and windows, two ropes)"),
     ("gemma3", "gemma3 teacher"),
     ("granite", "granite teacher"),
+    ("glm4_moe (groups, shared experts)", "qwen3_moe, dense layers"),
 ]
 CHANGED_LOGITS = ("gemma3", "granite")  # scaled or capped: their pairs are computed with whole logits, too
 OFFSET = [  # models and losses

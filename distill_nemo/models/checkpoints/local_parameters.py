@@ -1,5 +1,6 @@
 """Parameters of this rank's part of a model, each with the rule that gives its pieces of Hugging Face tensors."""
 
+import itertools
 import re
 from collections.abc import Callable, Container, Iterator
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.hf_tensors import as_parameter
-from distill_nemo.models.families.pieces import EXPERT, OUTSIDE, Piece, Place, Rule, table_around
+from distill_nemo.models.families.pieces import EXPERT, EXPERT_BIAS, OUTSIDE, Piece, Place, Rule, table_around
 from distill_nemo.models.families.tensors import LOCAL_NAMES, Shapes, shapes_of, table_of
 
 IN_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
@@ -81,12 +82,13 @@ class LocalParameter(NamedTuple):
 
 
 def local_parameters(built: GPTModel, model: Architecture) -> Iterator[LocalParameter]:
-    """Yield every parameter of `built`, this rank's part of `model`.
+    """Yield every parameter of `built`, this rank's part of `model`, and buffers that checkpoints hold.
 
     Raises:
         AssertionError: for a parameter that the family's table does not have.
     """
-    for name, tensor in built.named_parameters():
+    buffers = ((name, buffer) for name, buffer in built.named_buffers() if name.endswith(EXPERT_BIAS))
+    for name, tensor in itertools.chain(built.named_parameters(), buffers):
         in_layer = IN_LAYER.fullmatch(name)
         if in_layer is None:
             rule, place = table_around(model)[name], Place(model, OUTSIDE)

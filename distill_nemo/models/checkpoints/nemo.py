@@ -117,7 +117,7 @@ def _family(path: Path, values: dict[str, Any]) -> str:
         bool(value) for value in (values.get("add_qkv_bias") or values.get("qkv_bias"), values.get("qk_layernorm"))
     )
     for name, family in FAMILIES.items():
-        described = family.layer_table is layer_table and not (family.has_experts or family.needs_own_fields)
+        described = family.layer_table is layer_table and not (family.experts or family.needs_own_fields)
         if described and (family.qkv_bias, family.qk_norm) == (qkv_bias, qk_norm):
             return name
     raise ValueError(f"{path}: qk_layernorm together with a bias of queries, keys and values is not supported")

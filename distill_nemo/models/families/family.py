@@ -7,7 +7,15 @@ from typing import Any, ClassVar, Self, get_args
 
 from distill_nemo.config import from_dict
 from distill_nemo.fields import is_union
-from distill_nemo.models.architecture import Activation, Architecture, Layer, Multipliers, RopeType
+from distill_nemo.models.architecture import (
+    EXPERT_FIELDS,
+    Activation,
+    Architecture,
+    Experts,
+    Layer,
+    Multipliers,
+    RopeType,
+)
 from distill_nemo.models.config_fields import MAX_LAYERS, Fields
 from distill_nemo.models.families.pieces import Table, layer_table
 
@@ -33,6 +41,11 @@ class OwnFields:
         return self
 
 
+def softmax_experts(values: dict[str, Any]) -> Experts:
+    """Return experts that nothing but their `ModelConfig` fields describes."""
+    return Experts(**{name: values[name] for name in EXPERT_FIELDS})
+
+
 @dataclass(frozen=True)
 class Family:
     """Models that one class of transformers describes.
@@ -47,18 +60,21 @@ class Family:
         pre_norms: attention and MLP read a normalised residual stream.
         post_norms: outputs of attention and MLP are normalised before they are added to the residual stream.
         activation: activation of the MLPs.
-        has_experts: every layer is a mixture of experts.
+        experts: mixture of experts, from the model's `ModelConfig` fields; None: the family has none.
         rope_types: rotary embeddings that its class computes, by their names in `config.json`.
-        partial_rotary: its class rotates the first `partial_rotary_factor` of a head's channels.
+        partial_rotary: default of `partial_rotary_factor`, the fraction of a head's channels that is rotated; None:
+            its class rotates all of them.
         layer_ropes: types of layers that may have rotary embeddings of their own, in the order of `Architecture.ropes`.
         spelled: fields of `config.json` as transformers 5 spells them, if other versions differ.
         refused: features that would be computed differently from transformers, mapped to True if a config asks for one.
         read_own: `ModelConfig` fields from fields of `config.json` that other families lack.
         write_own: fields of `config.json` that other families lack.
         own_fields: fields of `config.json` that other families lack, as they are written there.
-        layers: completes layers, whose sizes alone are set, from the model's `ModelConfig` fields.
+        layers: completes layers, whose sizes alone are set, from the model's `ModelConfig` fields. If the family has
+            experts, they come with experts in all layers.
         multipliers: constants that a model multiplies by, from its `ModelConfig` fields.
         settings: further fields of Megatron's TransformerConfig, which override the common ones.
+        traits: `Architecture` fields that override those above, from the model's `ModelConfig` fields.
         layer_table: tensors of one layer; by default those of Llama.
     """
 
@@ -71,9 +87,9 @@ class Family:
     pre_norms: bool = True
     post_norms: bool = False
     activation: Activation = "silu"
-    has_experts: bool = False
+    experts: Callable[[dict[str, Any]], Experts] | None = None
     rope_types: dict[str, RopeType] = field(default_factory=lambda: {name: name for name in get_args(RopeType)})
-    partial_rotary: bool = False
+    partial_rotary: float | None = None
     layer_ropes: tuple[str, ...] = ()
     spelled: Callable[[Fields], dict[str, Any]] = lambda config: {}
     refused: Callable[[Fields], dict[str, bool]] = lambda config: {}
@@ -81,6 +97,7 @@ class Family:
     layers: Callable[[dict[str, Any], tuple[Layer, ...]], tuple[Layer, ...]] = lambda values, layers: layers
     multipliers: Callable[[dict[str, Any]], Multipliers] = lambda values: Multipliers()
     settings: Callable[[Architecture], dict[str, Any]] = lambda model: {}
+    traits: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: {}
     read_own: Callable[[Fields], dict[str, Any]] = lambda config: {}
     write_own: Callable[[Architecture], dict[str, Any]] = lambda model: {}
     layer_table: Callable[[Architecture, Layer], Table] = layer_table

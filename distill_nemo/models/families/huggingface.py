@@ -75,7 +75,8 @@ def _refuse_features(family: Family, fields: Fields) -> None:
     activation = fields.text("hidden_act", family.activation)
     refused = {
         **family.refused(fields),
-        "attention_bias": not family.qkv_bias and fields.flag("attention_bias"),
+        "attention_bias": not (family.qkv_bias or "attention_bias" in family.own_names)
+        and fields.flag("attention_bias"),
         "mlp_bias": fields.flag("mlp_bias"),
         "sliding window attention (use_sliding_window)": "use_sliding_window" not in family.own_names
         and fields.flag("use_sliding_window"),

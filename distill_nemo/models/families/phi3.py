@@ -55,7 +55,7 @@ PHI3 = Family(
     },
     # Names of longrope in older directories. transformers 5 opens those that state the original length in rope_scaling.
     rope_types={"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"},
-    partial_rotary=True,
+    partial_rotary=1.0,
     own_fields=_Window,
     layers=with_windows,
     write_own=_write,

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from distill_nemo.models.architecture import Architecture, Layer, padded_vocab_size
 
 EXPERT = "mlp.experts."  # prefix of parameters that exist once per expert
+EXPERT_BIAS = "mlp.router.expert_bias"  # a buffer: no optimizer updates it
 OUTSIDE = Layer(None, None)  # place of the parameters around the layers
 
 
@@ -94,6 +95,12 @@ def experts(place: Place) -> int:
     return place.model.experts.num_experts
 
 
+def shared_ffn(place: Place) -> int:
+    """Return the width of the MLP beside the experts."""
+    assert place.model.experts is not None and place.model.experts.shared_ffn_hidden_size is not None
+    return place.model.experts.shared_ffn_hidden_size
+
+
 def clip(pieces: Iterable[Piece], place: Place) -> list[Piece]:
     """Return this rank's share of the rows of a whole parameter: an equal, consecutive part."""
     pieces = list(pieces)
@@ -142,9 +149,9 @@ def vocabulary(name: str) -> Rule:
     return pieces
 
 
-def gated(gate: str, up: str) -> Rule:
+def gated(gate: str, up: str, width: Size = ffn) -> Rule:
     """Split gate and up projection separately. A rank has the gate's rows, then those of up."""
-    gate_rows, up_rows = column_parallel(gate, ffn, hidden), column_parallel(up, ffn, hidden)
+    gate_rows, up_rows = column_parallel(gate, width, hidden), column_parallel(up, width, hidden)
     return lambda place: gate_rows(place) + up_rows(place)
 
 
@@ -218,11 +225,24 @@ EXPERTS: Table = {
     ),
     EXPERT + "linear_fc2.weight": row_parallel(LAYER + "mlp.experts.{e}.down_proj.weight", hidden, ffn),
 }
+ROUTER_BIAS: Table = {EXPERT_BIAS: replicated(LAYER + "mlp.gate.e_score_correction_bias", experts)}
+SHARED_GATE: Table = {
+    "mlp.shared_experts.gate_weight": replicated(LAYER + "mlp.shared_expert_gate.weight", lambda place: 1, hidden)
+}
 EMBEDDING, FINAL_NORM, OUTPUT = (
     "embedding.word_embeddings.weight",
     "decoder.final_layernorm.weight",
     "output_layer.weight",
 )
+
+
+def shared_experts(name: str) -> Table:
+    """Return the table of the MLP beside the experts, by its name in Hugging Face's layers."""
+    gate, up, down = (f"{LAYER}mlp.{name}.{part}_proj.weight" for part in ("gate", "up", "down"))
+    return {
+        "mlp.shared_experts.linear_fc1.weight": gated(gate, up, shared_ffn),
+        "mlp.shared_experts.linear_fc2.weight": row_parallel(down, hidden, shared_ffn),
+    }
 
 
 def layer_table(model: Architecture, layer: Layer) -> Table:
@@ -232,6 +252,8 @@ def layer_table(model: Architecture, layer: Layer) -> Table:
         table |= ATTENTION | (QKV_BIAS if model.qkv_bias else {}) | (QK_NORM if model.qk_norm else {})
     if layer.ffn_hidden_size is not None:
         table |= MLP_NORM | (EXPERTS if layer.has_experts else MLP)
+    if layer.has_experts and model.experts is not None and model.experts.has_expert_bias:
+        table |= ROUTER_BIAS
     return table
 
 

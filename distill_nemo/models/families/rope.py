@@ -42,7 +42,7 @@ def read_rope(config: Fields, family: Family) -> tuple[float, dict[str, Any] | N
     nested = _nested(rope, family)
     if not nested:
         read = _read(_completed(rope, config, DEFAULT_THETA), family)
-        return read.rope_theta, _scaling(read)
+        return read.rope_theta, _scaling(read, family)
     base = _theta(config, DEFAULT_THETA)
     return base, {kind: _read(_completed(own, config, base), family).stated for kind, own in nested.items()}
 
@@ -81,6 +81,8 @@ def write_rope(model: Architecture) -> dict[str, Any]:
     if any(isinstance(own, dict) for own in scaling.values()):
         return {"rope_theta": model.rotary_base, "rope_scaling": None, "rope_parameters": scaling}
     (rope, *_) = model.ropes
+    if rope.partial_rotary_factor != 1.0:
+        scaling = {PARTIAL: rope.partial_rotary_factor, **scaling}
     beside = (PARTIAL, ORIGINAL) if rope.rope_type == "longrope" else (PARTIAL,)
     return {
         "rope_theta": model.rotary_base,
@@ -143,7 +145,7 @@ def _read(rope: Fields, family: Family, *, strict: bool = False) -> Rope:
     if strict and unknown:
         raise ValueError(f"{rope.where}: {shown(unknown)} is not read with type {kind}; it has {', '.join(allowed)}")
     names = [*required, *(name for name in optional if rope.values.get(name) is not None)]
-    partial = rope.number(PARTIAL, 1.0)
+    partial = rope.number(PARTIAL, family.partial_rotary or 1.0)
     if partial > 1 or (partial < 1 and not family.partial_rotary):
         supported = "at most 1" if family.partial_rotary else f'1 with family "{family.model_type}"'
         raise ValueError(f"{rope.where}: {PARTIAL} = {partial:g} is not supported; it must be {supported}")
@@ -164,6 +166,8 @@ def _value(rope: Fields, name: str) -> float | int | bool | tuple[float, ...]:
     return value
 
 
-def _scaling(rope: Rope) -> dict[str, Any] | None:
-    stated = {name: value for name, value in rope.stated.items() if name != "rope_theta"}
+def _scaling(rope: Rope, family: Family) -> dict[str, Any] | None:
+    stated = {name: value for name, value in rope.stated.items() if name not in ("rope_theta", PARTIAL)}
+    if rope.partial_rotary_factor != (family.partial_rotary or 1.0):
+        stated[PARTIAL] = rope.partial_rotary_factor
     return None if stated == {"rope_type": "default"} else stated

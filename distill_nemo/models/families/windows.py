@@ -52,7 +52,8 @@ class SwitchedWindow(Window):
     def resolved(self, values: dict[str, Any]) -> Self:
         """Drop a window that is switched off."""
         used = self.use_sliding_window and self.sliding_window is not None
-        return self if used else replace(self, use_sliding_window=False, sliding_window=None)
+        own = self if used else replace(self, use_sliding_window=False, sliding_window=None)
+        return super(SwitchedWindow, own).resolved(values)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Mixtures of experts in Megatron: settings, optimizer, random weights.
 
-Every layer has a router and `num_experts` MLPs. A token is routed to `num_experts_per_tok` of them. Under expert
+A layer has a router and `num_experts` MLPs. A token is routed to `num_experts_per_tok` of them. Under expert
 parallelism each data (and context) parallel rank holds some of the experts, and tokens travel to them.
 """
 
@@ -16,24 +16,38 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from distill_nemo.config import ParallelismConfig
-from distill_nemo.models.architecture import Experts
+from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.layers.specs import transformer_engine_usable
 from distill_nemo.runtime.seed import seed_apart
 
 
-def expert_settings(experts: Experts | None, parallelism: ParallelismConfig, dtype: torch.dtype) -> dict[str, Any]:
+def expert_settings(model: Architecture, parallelism: ParallelismConfig, dtype: torch.dtype) -> dict[str, Any]:
     """Return fields of Megatron's TransformerConfig. A dense model beside one with experts has no expert parallelism.
 
     norm_topk_prob: the softmax over the chosen logits is the softmax over all, divided by its sum over the chosen.
+    Sigmoids are always divided by their sum; `families/experts.py` refuses others.
     """
+    experts = model.experts
     if experts is None:
         return {"expert_model_parallel_size": 1}
     on_cuda = torch.cuda.is_available()
+    has_experts = [int(layer.has_experts) for layer in model.layers]
+    grouped = experts.num_chosen_groups < experts.num_groups
     return {
+        **({} if all(has_experts) else {"moe_layer_freq": has_experts}),
         "num_moe_experts": experts.num_experts,
         "moe_router_topk": experts.num_experts_per_tok,
         "moe_ffn_hidden_size": experts.moe_ffn_hidden_size,
         "moe_router_pre_softmax": not experts.norm_topk_prob,
+        "moe_router_score_function": experts.score_function,
+        "moe_router_enable_expert_bias": experts.has_expert_bias,
+        "moe_router_bias_update_rate": 0.0,  # the bias stays as it is stored: balancing is not the objective
+        "moe_router_num_groups": experts.num_groups if grouped else None,
+        "moe_router_group_topk": experts.num_chosen_groups if grouped else None,
+        "moe_router_topk_scaling_factor": experts.scaling_factor if experts.scaling_factor != 1 else None,
+        "moe_router_dtype": "fp32" if experts.fp32_router else None,
+        "moe_shared_expert_intermediate_size": experts.shared_ffn_hidden_size,
+        "moe_shared_expert_gate": experts.has_shared_gate,
         # An auxiliary loss would change the objective: the reported loss would not be the one that is minimised.
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,

@@ -34,7 +34,7 @@ def striped(monkeypatch):
 
     kinds = ("sliding_attention", "full_attention")
     defaults = {"max_position_embeddings": 256, "rope_theta": 5e5}
-    family = Family("striped", "LlamaForCausalLM", defaults, layer_ropes=kinds, partial_rotary=True, layers=layers)
+    family = Family("striped", "LlamaForCausalLM", defaults, layer_ropes=kinds, partial_rotary=1.0, layers=layers)
     monkeypatch.setitem(FAMILIES, "striped", family)
 
 
