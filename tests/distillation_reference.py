@@ -17,6 +17,8 @@ MAX_AMPLIFICATION = 10.0
 def reference(case: Case, dtype: torch.dtype = torch.float64) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """Return (global token means, gradients of the total loss): sums over valid tokens, divided by their number.
 
+    Buffers that files hold are among the gradients with their values, which training does not change.
+
     With `torch.float32` it shows the error of plain torch. The means are those of training and, prefixed with
     `HELD_OUT`, those of an evaluation of the same batch.
     """
@@ -61,6 +63,8 @@ def reference(case: Case, dtype: torch.dtype = torch.float64) -> tuple[dict[str,
     found: dict[str, Any] = {n: w.grad for n, w in projections.items()}
     for name, parameter in student.named_parameters():
         found |= _as_on_disk(name, torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    stored = student.state_dict().keys()
+    found |= {name: buffer for name, buffer in student.named_buffers() if name in stored}
     return {n: x.item() for n, x in losses.items()}, found
 
 

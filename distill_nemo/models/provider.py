@@ -17,7 +17,7 @@ from distill_nemo.models.checkpoints.modelopt_state import restore_modelopt_stat
 from distill_nemo.models.distillation.convert import attach, convert_to_distillation_model, detach, own_stage
 from distill_nemo.models.distillation.objective import LanguageModelling
 from distill_nemo.models.distillation.offload import HostWeights
-from distill_nemo.models.layers.experts import initialise_experts, keep_experts_apart
+from distill_nemo.models.layers.experts import initialise_experts, keep_expert_bias, keep_experts_apart
 from distill_nemo.models.megatron import Recompute, gpt_model, transformer_config
 from distill_nemo.models.resolve import resolve, resolve_pair, with_headers
 from distill_nemo.models.sources import CheckpointKind
@@ -117,6 +117,7 @@ def _build(
     with seed_apart(STAGES_APART * stage) if stage else contextlib.nullcontext():
         built = gpt_model(model, config, **kwargs)
     keep_experts_apart(built)
+    keep_expert_bias(built)
     if source is None:
         initialise_experts(built)
         return built

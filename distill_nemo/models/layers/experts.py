@@ -41,7 +41,6 @@ def expert_settings(model: Architecture, parallelism: ParallelismConfig, dtype: 
         "moe_router_pre_softmax": not experts.norm_topk_prob,
         "moe_router_score_function": experts.score_function,
         "moe_router_enable_expert_bias": experts.has_expert_bias,
-        "moe_router_bias_update_rate": 0.0,  # the bias stays as it is stored: balancing is not the objective
         "moe_router_num_groups": experts.num_groups if grouped else None,
         "moe_router_group_topk": experts.num_chosen_groups if grouped else None,
         "moe_router_topk_scaling_factor": experts.scaling_factor if experts.scaling_factor != 1 else None,
@@ -68,6 +67,14 @@ def keep_experts_apart(built: GPTModel) -> None:
         if isinstance(layer, MoELayer):
             for parameter in layer.get_submodule("experts").parameters():
                 vars(parameter)["allreduce"] = False
+
+
+def keep_expert_bias(built: GPTModel) -> None:
+    """Keep the bias as it is stored. Megatron would move it after each step, towards experts that are equally busy.
+
+    It would also look for counts of tokens in the routers of a teacher without a bias, which have none.
+    """
+    built.config.moe_router_enable_expert_bias = False  # read by routers when they are built, then after each step
 
 
 @torch.no_grad()
