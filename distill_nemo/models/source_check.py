@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import gc
 import json
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +30,7 @@ from distill_nemo.models.families.rope import ROPE_FIELDS
 from distill_nemo.models.families.tensors import hf_shapes, num_parameters, parameters
 from distill_nemo.models.provider import model_provider
 from distill_nemo.models.quantisation import FIELD
-from distill_nemo.models.resolve import resolve, with_headers
+from distill_nemo.models.resolve import with_headers
 from distill_nemo.models.sources import CheckpointKind, Source
 from distill_nemo.runtime.process_groups import process_group_of_one
 from distill_nemo.runtime.seed import seed_everything
@@ -184,10 +183,3 @@ def _first_part(piece: Piece, small: Piece) -> Piece:
     pairs = zip(piece.index, small.index, strict=True)
     index = (slice(part.start, part.start + own.stop - own.start, part.step) for part, own in pairs)
     return dataclasses.replace(piece, index=tuple(index))
-
-
-if __name__ == "__main__":
-    try:
-        check_source(resolve(StudentConfig(checkpoint=sys.argv[1])))
-    except ValueError as error:
-        sys.exit(str(error))

@@ -103,12 +103,6 @@ def stay_on_loopback() -> None:
             os.environ.setdefault(name, loopback[0])
 
 
-def environment_of_one() -> dict[str, str]:
-    """Return the environment variables for a process outside this job: it is a world of its own."""
-    drop = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-    return {k: v for k, v in os.environ.items() if k not in drop and not k.startswith("TORCHELASTIC")}
-
-
 def is_joined() -> bool:
     """Return True if this process is in a world already: the run's, or its caller's."""
     return dist.is_initialized()

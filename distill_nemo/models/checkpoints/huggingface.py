@@ -3,16 +3,16 @@
 import contextlib
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from transformers import PreTrainedModel
 
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.agreement import logits_apart, open_with_transformers
+from distill_nemo.models.checkpoints.by_layers import open_by_layers
 from distill_nemo.models.checkpoints.export_files import NO_EXPORT, export_files
 from distill_nemo.models.checkpoints.hf_tensors import PieceReader, check_tied_weights
 from distill_nemo.models.checkpoints.local_parameters import local_parameters
@@ -27,7 +27,6 @@ from distill_nemo.runtime.everyone import AgreedError, Everyone
 from distill_nemo.runtime.files import partial_of, restore_replaced, resuming_directory
 from distill_nemo.runtime.host_memory import available_memory
 from distill_nemo.runtime.output_lock import OutputLock
-from distill_nemo.runtime.process_groups import environment_of_one
 
 MEMORY_TO_OPEN = 1.5  # memory to open a model, as a multiple of its weights
 
@@ -163,7 +162,7 @@ def check_export(
 ) -> None:
     """Reload `path` with transformers and compare its logits with Megatron's on random tokens. Every rank calls it.
 
-    If the model does not fit the memory of rank 0's host, only a part is compared, as before a run that starts from it.
+    If the model does not fit the memory of rank 0's host, transformers reads one layer at a time.
 
     Raises:
         RuntimeError: if the norm of the difference exceeds `tolerance` of the norm of the logits; 0.1 below fp32,
@@ -171,19 +170,14 @@ def check_export(
     """
     everyone, dtype = everyone or Everyone(), next(chunks[0].parameters()).dtype
     needed = MEMORY_TO_OPEN * num_parameters(model) * dtype.itemsize
-    if not everyone.on_rank_0(lambda: needed < available_memory()):
-        everyone.on_rank_0(lambda: _check_part(path))
-        return
-    apart = logits_apart(chunks, lambda: open_with_transformers(path, dtype), model.vocab_size, everyone)
+
+    def reference() -> PreTrainedModel:
+        if needed < available_memory():
+            return open_with_transformers(path, dtype)
+        print(f"{path} does not fit this host's memory: transformers reads it a layer at a time", flush=True)
+        return open_by_layers(path, dtype)
+
+    apart = logits_apart(chunks, reference, model.vocab_size, everyone)
     allowed = tolerance if dtype == torch.float32 else 0.1
     if not apart <= allowed:
         raise AgreedError(f"{path}: the exported model's logits differ by {apart:.2e}, allowed {allowed:.2e}")
-
-
-def _check_part(path: Path) -> None:
-    """Compare the first layers of an export, read by both, with transformers in a process outside the job."""
-    print(f"{path} does not fit this host's memory: its first layers are compared with transformers", flush=True)
-    command = [sys.executable, "-W", "ignore", "-m", "distill_nemo.models.source_check", str(path)]
-    ended = subprocess.run(command, env=environment_of_one(), capture_output=True, text=True, check=False)
-    if ended.returncode:
-        raise RuntimeError(ended.stderr.strip()[-1000:])

@@ -280,20 +280,18 @@ def test_files_of_another_model_that_was_being_exported_are_written_anew(models,
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_of_a_model_that_does_not_fit_this_host_a_part_is_compared(models, tmp_path, monkeypatch, capfd):
+def other_last_layer(chunks):
+    chunks[-1].decoder.layers[-1].mlp.linear_fc2.weight.data.add_(0.1)
+
+
+def test_a_model_that_does_not_fit_this_host_is_compared_a_layer_at_a_time(models, tmp_path, monkeypatch, capfd):
     from distill_nemo.models.checkpoints import huggingface
 
     monkeypatch.setattr(huggingface, "available_memory", lambda: 0)
     assert export_at(models["llama"], str(tmp_path / "out"), Layout()) is None
-    assert "does not fit this host's memory: its first layers are compared" in capfd.readouterr().out
-
-    def other_base(_):
-        config = json.loads((tmp_path / ".other.partial" / "config.json").read_text())
-        config["vocab_size"] = 300
-        (tmp_path / ".other.partial" / "config.json").write_text(json.dumps(config))
-
-    error = export_at(models["llama"], str(tmp_path / "other"), Layout(), other_base)
-    assert "does not fit its architecture" in error and not (tmp_path / "other").exists()
+    assert "does not fit this host's memory: transformers reads it a layer at a time" in capfd.readouterr().out
+    error = export_at(models["llama"], str(tmp_path / "other"), Layout(), other_last_layer)
+    assert "the exported model's logits differ by" in error and not (tmp_path / "other").exists()
 
 
 def test_a_tensor_larger_than_a_file_has_one_of_its_own():
