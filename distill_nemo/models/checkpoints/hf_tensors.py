@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from distill_nemo.fields import first_few
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.quantised import merge_scales, read_quantised
+from distill_nemo.models.checkpoints.stacked_experts import in_stack, unstacked
 from distill_nemo.models.config_fields import shown
 from distill_nemo.models.families.pieces import Piece
 from distill_nemo.models.families.tensors import hf_shapes
@@ -61,6 +62,7 @@ def check_hf_tensors(path: Path, model: Architecture) -> dict[str, StoredTensor]
     wanted = hf_shapes(model)
     ignored = {"lm_head.weight"} if model.tie_word_embeddings else set()
     found = {name: tensor.shape for name, tensor in stored.items() if not name.endswith(OLD_BUFFER)}
+    found = unstacked(found, wanted)
     problems = [f"missing: {name} {shape}" for name, shape in wanted.items() if name not in found]
     problems += [f"extra: {name:.120} {found[name]}" for name in found if name not in wanted and name not in ignored]
     problems += [
@@ -131,6 +133,7 @@ class PieceReader:
 
     def read(self, piece: Piece) -> torch.Tensor:
         """Read the piece alone, in its shape and in the dtype of the file; a quantised one in fp32."""
+        piece = in_stack(piece, self.stored)
         tensor = self.stored[piece.name]
         if tensor.scales is None:
             return as_parameter(self._slice(tensor.file, piece.name, piece.index), piece)
