@@ -161,6 +161,9 @@ class DataConfig:
     split: str = "969,30,1"
     tokenizer: str | None = setting(None, "a Hugging Face tokenizer directory; copied beside the exported student")
     sequence_length: int = setting(4096, at_least=1)
+    loss_on: Literal["assistant", "last", "all"] | None = setting(
+        None, "tokens of conversations that count; None: as prepared; last: the assistant's last turn"
+    )
     cache: str | None = setting(None, "index cache; default: beside the checkpoints")
     num_workers: int = setting(0, at_least=0)
 

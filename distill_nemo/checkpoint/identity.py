@@ -95,11 +95,12 @@ def _weights(checkpoint: str | None) -> list[tuple[str, Path | None]]:
 
 
 def _token_files(blend: list[str]) -> list[tuple[str, Path | None]]:
-    """Return position and path of the `.bin/.idx` pairs of a blend, and its weights; names do not matter."""
+    """Return position and path of the token files and masks of a blend, and its weights; names do not matter."""
     named: list[tuple[str, Path | None]] = []
     for place, value in enumerate(blend):
         if Path(f"{value}.idx").is_file():
-            named += [(f"{place}{suffix}", Path(value + suffix).resolve()) for suffix in (".idx", ".bin")]
+            masked = [".mask"] if Path(f"{value}.mask").is_file() else []
+            named += [(f"{place}{suffix}", Path(value + suffix).resolve()) for suffix in (".idx", ".bin", *masked)]
         else:
             named.append((f"{place} weight {float(value)}", None))
     return named

@@ -5,6 +5,7 @@ exits non-zero when a rank fails.
 """
 
 import warnings
+from typing import Literal
 
 from distill_nemo.cli.entrypoint import Command, register
 from distill_nemo.cli.export import ExportCommand, ExportContext
@@ -31,6 +32,7 @@ def register_commands() -> None:
     warnings.filterwarnings("ignore", message=r"The parameter -y is used more than once")
     register(distill, name="train", context=TrainContext, command=TrainCommand)
     register(prepare)
+    register(inspect)
     register(export, context=ExportContext, command=ExportCommand)
     for function in (convert, evaluate, recipes, status, logs, cancel):
         register(function)
@@ -38,21 +40,36 @@ def register_commands() -> None:
 
 
 def prepare(
-    inputs: str, output: str, tokenizer: str, text_key: str = "text", num_workers: int = 0, max_bad_records: int = 0
+    inputs: str,
+    output: str,
+    tokenizer: str,
+    text_key: str = "text",
+    format: Literal["text", "chat", "instruction", "preference"] | None = None,
+    loss_on: Literal["assistant", "last", "all"] | None = None,
+    chat_template: str = "",
+    num_workers: int = 0,
+    max_bad_records: int = 0,
 ) -> None:
-    """Tokenise text into the .bin/.idx files that training reads.
+    """Tokenise text or conversations into the .bin/.idx files that training reads.
+
+    Conversations are rendered with the tokenizer's chat template. A .mask file says which of their tokens count.
 
     Several processes share the work. The same command resumes an interrupted job. At the end it prints documents,
     tokens, tokens per second, and bad records with file and line.
 
     Example:
         nemo distill prepare inputs='text/*.jsonl,more/' output=data/corpus tokenizer=/models/Llama-3.2-1B
+        nemo distill prepare inputs='chats/*.jsonl' output=data/chat tokenizer=/models/Qwen3-1.7B
 
     Args:
         inputs: files, directories or globs of text, JSON lines, CSV or parquet, compressed or not, separated by commas.
         output: prefix of the files to write.
         tokenizer: a Hugging Face tokenizer directory.
         text_key: JSON key or column that holds the text.
+        format: chat (messages, conversations), instruction (prompt/completion, instruction/output, question/answer),
+            preference (chosen) or text; by default as the keys of the first record say.
+        loss_on: tokens of conversations that count: assistant (default), last (its last turn) or all.
+        chat_template: file of a Jinja template in place of the tokenizer's.
         num_workers: processes; 0 means one per core.
         max_bad_records: unreadable records to skip before giving up.
     """
@@ -66,7 +83,30 @@ def prepare(
         text_key=text_key,
         num_workers=num_workers or None,
         max_bad_records=max_bad_records,
+        format=format,
+        loss_on=loss_on,
+        chat_template=chat_template or None,
     )
+
+
+def inspect(data: str, samples: int = 3, tokenizer: str = "") -> None:
+    """Show documents of token files as text, with the tokens that count in green.
+
+    Example:
+        nemo distill inspect data=data/chat samples=5
+
+    Args:
+        data: prefix of the .bin/.idx files.
+        samples: number of documents, spread over the files.
+        tokenizer: a Hugging Face tokenizer directory; by default the one that made the files.
+    """
+    from rich.console import Console
+
+    from distill_nemo.data.inspect import inspect_documents
+
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
+    inspect_documents(data, samples, tokenizer or None, Console())
 
 
 def export(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed
 from megatron.core.datasets import helpers
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from distill_nemo.config import DataConfig, TrainingConfig
+from distill_nemo.data.chat_template import LossOn
 from distill_nemo.data.token_files import (
     OWN_TOKENIZER,
     Blend,
@@ -29,6 +31,7 @@ from distill_nemo.data.token_files import (
     parse_blend,
     to_number,
 )
+from distill_nemo.data.token_masks import TokenMask
 
 ORDER = "pass by pass"  # order of the samples, part of the cache's key
 
@@ -45,13 +48,15 @@ class _NoTokenizer:
 @dataclass
 class _DatasetConfig(GPTDatasetConfig):
     num_ids: int = 0  # of the model, without padding
+    loss_on: LossOn | None = None  # see DataConfig
 
 
 class WatchedGPTDataset(GPTDataset):
-    """Megatron's dataset with three differences.
+    """Megatron's dataset with four differences.
 
     - The order of samples does not depend on their number. Megatron shuffles all passes over the data together.
     - An id that the model lacks is refused on the host, which can name file, document and token.
+    - Tokens that a mask beside the token files leaves out do not count as labels.
     - A file that becomes shorter while it is mapped is refused. Megatron would be killed by SIGBUS.
     """
 
@@ -59,7 +64,10 @@ class WatchedGPTDataset(GPTDataset):
         super().__init__(*args, **kwargs)
         config: Any = self.config
         self._prefix, self._num_ids = str(self.dataset_path), config.num_ids
-        self._sizes = {path: os.stat(path).st_size for path in (f"{self._prefix}.bin", f"{self._prefix}.idx")}
+        files = [f"{self._prefix}{suffix}" for suffix in (".bin", ".idx", ".mask")]
+        self._sizes = {path: os.stat(path).st_size for path in files if os.path.exists(path)}
+        masked = files[-1] in self._sizes and config.loss_on != "all"
+        self._mask = TokenMask(self._prefix, config.loss_on == "last") if masked else None
 
     @property
     def _document_lengths(self) -> np.ndarray:
@@ -84,7 +92,22 @@ class WatchedGPTDataset(GPTDataset):
             ids = sample[name].numpy()
             if ids.min() < 0 or ids.max() >= self._num_ids:
                 raise ValueError(self._name_first_bad_id(idx or 0))
+        if self._mask is not None and idx is not None:
+            sample["loss_mask"] = sample["loss_mask"] * self._label_mask(self._mask, idx)  # Megatron's is shared
         return sample
+
+    def _label_mask(self, mask: TokenMask, idx: int) -> Tensor:
+        """Return 1 for each label of a sample that counts, float32 [sequence_length]."""
+        files: Any = self.dataset
+        number = self.shuffle_index[idx]
+        (first, start), (last, end) = self.sample_index[number], self.sample_index[number + 1]
+        found = []
+        for place in range(first, last + 1):
+            document = self.document_index[place]
+            before = int(files.index.sequence_pointers[document]) // files.index.dtype_size
+            bits = mask.of_document(before, int(self._document_lengths[document]))
+            found.append(bits[start if place == first else 0 : end + 1 if place == last else None])
+        return torch.from_numpy(np.concatenate(found)[1:]).float()
 
     def _name_first_bad_id(self, idx: int) -> str:
         ids, documents, *_ = self._query_document_sample_shuffle_indices(idx)
@@ -171,9 +194,8 @@ def build_datasets(
     sizes = [num_train_samples, num_valid_samples, 0]
     key = _cache_key([ORDER, blends, data.split, seed, data.sequence_length, sizes], blends)
     path, final = _cache_path(Path(cache_dir), key)
-    config = _dataset_config(
-        data, blends, num_valid_samples, random_seed=seed, path_to_cache=str(path), num_ids=vocab_size
-    )
+    common = {"random_seed": seed, "path_to_cache": str(path), "num_ids": vocab_size, "loss_on": data.loss_on}
+    config = _dataset_config(data, blends, num_valid_samples, **common)
     built = _build(sizes, config, path)
     _publish(path, final)
     train, valid = built[Split.train.value], built[Split.valid.value]

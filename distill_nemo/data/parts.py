@@ -3,6 +3,7 @@
 Imports nothing heavy at the top, since every worker process pays for it.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -16,11 +17,15 @@ from typing import Any
 
 import numpy as np
 
+from distill_nemo.data.chat_template import Range
+from distill_nemo.data.chat_tokens import Chat, Tokens, chat_tokens
+from distill_nemo.data.conversations import Conversation, RecordError
 from distill_nemo.data.manifest import read_json
-from distill_nemo.data.readers import Piece, read
+from distill_nemo.data.readers import Piece, Record, Schema, read
 from distill_nemo.data.tokenizer import TokenizerFacts, encoder
 from distill_nemo.runtime.files import write_atomically
 
+BATCH_DOCUMENTS = 64  # tokenised in one call
 MAX_NAMED_RECORDS = 100  # bad records listed in a manifest
 
 
@@ -32,8 +37,9 @@ class Part:
     pieces: list[Piece]
     key: str
     tokenizer: TokenizerFacts
-    text_key: str
+    schema: Schema
     dtype: str
+    chat: Chat | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -50,33 +56,64 @@ def start_worker() -> None:
 
 
 def make_part(part: Part) -> dict[str, Any]:
-    """Tokenise one part into its three files. The manifest is written last and marks the part as whole."""
-    encode = encoder(str(Path(part.prefix).parent / "tokenizer.json"), part.tokenizer.path)
+    """Tokenise one part into its files. The manifest is written last and marks the part as whole.
+
+    The mask has a byte a token here, and is written for conversations only.
+    """
     end = np.array([] if part.tokenizer.eod is None else [part.tokenizer.eod], dtype=part.dtype)
     lengths: list[int] = []
     bad: list[tuple[str, str]] = []
-    num_bad = 0
-
-    def good() -> Iterator[str]:
-        nonlocal num_bad
-        for record in itertools.chain.from_iterable(read(piece, part.text_key) for piece in part.pieces):
-            if record.problem:
+    num_bad = counted = 0
+    with open(part.prefix + ".bin", "wb") as file, contextlib.ExitStack() as stack:
+        mask_file = None if part.chat is None else stack.enter_context(open(part.prefix + ".mask", "wb"))
+        for record, tokens in _tokens_of(part):
+            if isinstance(tokens, RecordError):
                 num_bad += 1
-                bad.extend([(record.where, record.problem)] if len(bad) < MAX_NAMED_RECORDS else [])
-            else:
-                yield record.text
-
-    with open(part.prefix + ".bin", "wb") as file:
-        for texts in itertools.batched(good(), 64):
-            for ids in filter(None, encode(list(texts))):
-                file.write(np.fromiter(ids, part.dtype, len(ids)))
-                file.write(end)
-                lengths.append(len(ids) + end.size)
+                bad.extend([(record.where(), str(tokens))] if len(bad) < MAX_NAMED_RECORDS else [])
+                continue
+            ids, ranges = tokens
+            if not ids:
+                continue
+            file.write(np.fromiter(ids, part.dtype, len(ids)))
+            file.write(end)
+            lengths.append(len(ids) + end.size)
+            if mask_file is not None:
+                mask = _mask(ranges, lengths[-1])
+                mask_file.write(mask)
+                counted += int(mask.sum())
     Path(part.prefix + ".len").write_bytes(np.array(lengths, dtype=np.int32).tobytes())
-    counts = {"documents": len(lengths), "tokens": sum(lengths), "bad_records": num_bad}
+    tokens = sum(lengths)
+    counts = {"documents": len(lengths), "tokens": tokens, "bad_records": num_bad}
+    counts["counted_tokens"] = tokens if part.chat is None else counted
     manifest = {"key": part.key, "inputs": [asdict(piece) for piece in part.pieces], **counts, "bad": bad}
     write_atomically(Path(part.prefix + ".json"), json.dumps(manifest))
     return manifest
+
+
+def _tokens_of(part: Part) -> Iterator[tuple[Record, Tokens | RecordError]]:
+    """Yield every record with its tokens, or with what is wrong with it."""
+    fast = str(Path(part.prefix).parent / "tokenizer.json")
+    records = itertools.chain.from_iterable(read(piece, part.schema) for piece in part.pieces)
+    for batch in itertools.batched(records, BATCH_DOCUMENTS):
+        documents = [record.document for record in batch if not record.problem]
+        if part.chat is None:
+            encode = encoder(fast, part.tokenizer.path)
+            found = map(Tokens, encode([text for text in documents if isinstance(text, str)]))
+        else:
+            conversations = [document for document in documents if isinstance(document, Conversation)]
+            found = iter(chat_tokens(fast, part.chat, conversations))
+        for record in batch:
+            yield record, RecordError(record.problem) if record.problem else next(found)
+
+
+def _mask(ranges: list[Range] | None, length: int) -> np.ndarray:
+    """Return a document's mask, uint8 [length], 1 where a token counts."""
+    if ranges is None:
+        return np.ones(length, np.uint8)
+    mask = np.zeros(length, np.uint8)
+    for start, stop in ranges:
+        mask[start:stop] = 1
+    return mask
 
 
 def read_part(part: Part) -> dict[str, Any] | None:
@@ -85,6 +122,7 @@ def read_part(part: Part) -> dict[str, Any] | None:
     if not manifest or manifest["key"] != part.key:
         return None
     sizes = {".bin": manifest["tokens"] * np.dtype(part.dtype).itemsize, ".len": manifest["documents"] * 4}
+    sizes |= {} if part.chat is None else {".mask": manifest["tokens"]}
     whole = all(file_size(part.prefix + suffix) == size for suffix, size in sizes.items())
     return manifest if whole else None
 

@@ -23,6 +23,9 @@ from typing import Any
 
 import numpy as np
 
+from distill_nemo.data.chat_template import LossOn
+from distill_nemo.data.chat_tokens import Chat, chat_of
+from distill_nemo.data.conversations import Format
 from distill_nemo.data.inputs import find_files
 from distill_nemo.data.manifest import pack_vocabulary, read_json, read_manifest
 from distill_nemo.data.parts import (
@@ -35,23 +38,25 @@ from distill_nemo.data.parts import (
     start_worker,
 )
 from distill_nemo.data.progress import reporter
-from distill_nemo.data.readers import Piece, cut
-from distill_nemo.data.token_files import write_index
-from distill_nemo.data.tokenizer import TokenizerFacts, open_tokenizer
+from distill_nemo.data.readers import Piece, Schema, cut, schema_of
+from distill_nemo.data.token_files import iter_blocks, write_index
+from distill_nemo.data.token_masks import write_mask
+from distill_nemo.data.tokenizer import Tokenizer, TokenizerFacts, facts_of, load_tokenizer, save_fast
 from distill_nemo.runtime.files import fsync, write_atomically
 from distill_nemo.runtime.output_lock import OutputLock
 
-COUNTS = ("documents", "tokens", "bad_records")
+COUNTS = ("documents", "tokens", "counted_tokens", "bad_records")
 MIN_PART_BYTES = 1 << 20  # of input: less than a second of work for one process
 MAX_PARTS = 10_000  # approximate; parts of huge inputs are larger
 
 
 @dataclass(frozen=True)
 class PrepareResult:
-    """Result of `prepare`; `bad_records` is the number of skipped records."""
+    """Result of `prepare`; `bad_records` is the number of skipped records, `counted_tokens` is without masked ones."""
 
     documents: int
     tokens: int
+    counted_tokens: int
     bad_records: int
     seconds: float
 
@@ -65,8 +70,14 @@ def prepare(
     num_workers: int | None = None,
     max_bad_records: int = 0,
     progress: bool = True,
+    format: Format | None = None,
+    loss_on: LossOn | None = None,
+    chat_template: str | None = None,
 ) -> PrepareResult:
     """Tokenise documents into `<output>.bin`, `<output>.idx` and `<output>.json` (the manifest).
+
+    Conversations are rendered with the tokenizer's chat template, and `<output>.mask` says which tokens count: one bit
+    a token, the first in the lowest bit of the first byte. Nothing is appended to what the template writes.
 
     Documents keep the order of the inputs; empty ones are left out. The end of document is the only special token that
     is added. After an interruption, the same call makes the missing parts. After success, it does nothing.
@@ -81,11 +92,14 @@ def prepare(
         num_workers: processes; None means one per available core.
         max_bad_records: number of records that may be skipped before the job fails.
         progress: show progress, as a bar, or as plain lines if stderr is not a terminal.
+        format: format of all records; None for that of the first one, see `conversations.format_of`.
+        loss_on: tokens of conversations that count: the assistant's, those of its last turn, or all. None: assistant.
+        chat_template: file of a Jinja template in place of the tokenizer's.
 
     Raises:
-        ValueError: for inputs that are missing or cannot be read; for a tokenizer that is missing or has no
-            end-of-document token; for too many bad records, or no document; for an output of other inputs, or one that
-            another process is writing; for a negative number. Whole parts are kept.
+        ValueError: for inputs that are missing or cannot be read; for a tokenizer that is missing, has no
+            end-of-document token, or no template for conversations; for too many bad records, or no document; for an
+            output of other inputs, or one that another process is writing; for a negative number. Whole parts are kept.
         OSError: if the output cannot be written. Whole parts are kept.
     """
     began = time.monotonic()
@@ -95,9 +109,15 @@ def prepare(
     output = _check_output(output)
     found = find_files(inputs)
     print("".join(f"{line}\n" for line in found.lines()), end="")
-    tok, tokens, snapshot = open_tokenizer(tokenizer, append_eod)
+    files, opened = list(found.files.values()), load_tokenizer(tokenizer)
+    schema = schema_of(files, text_key) if format is None else Schema(format, text_key)
+    if schema.kind != "text" and format is None:
+        print(f'format: {schema.kind}, as in the first record; format=text would read its key "{text_key}"')
+    chat = _chat(opened, schema, loss_on, chat_template)
+    append_eod = append_eod and chat is None
+    tok = facts_of(opened, append_eod)
     parts_dir = Path(f"{output}.parts")
-    parts = _plan(list(found.files.values()), parts_dir, tok, text_key)
+    parts = _plan(files, parts_dir, tok, schema, chat)
     sources = [os.path.abspath(source) for source in inputs]
     about = _provenance(parts, sources, append_eod)
     manifest, fresh = _finished(output, about["key"]), None
@@ -107,10 +127,10 @@ def prepare(
             if manifest is None:
                 _refuse_foreign(output, parts_dir, sources)
                 with _parts_kept(output, parts_dir):
-                    snapshot(parts_dir / "tokenizer.json")
+                    save_fast(opened, parts_dir / "tokenizer.json")
                     made, fresh = _make_parts(parts, num_workers, max_bad_records, progress)
                     manifest = about | _total(made, max_bad_records, sources)
-                    manifest |= _join(parts, tokens)
+                    manifest |= _join(parts, {i: token for token, i in opened.vocab.items()})
                     _publish(parts_dir, output, manifest)
             shutil.rmtree(parts_dir)
     result = PrepareResult(*(manifest[name] for name in COUNTS), seconds=time.monotonic() - began)
@@ -120,7 +140,8 @@ def prepare(
 
 def _provenance(parts: list[Part], sources: list[str], append_eod: bool) -> dict[str, Any]:
     """Return the fields of the manifest that describe inputs and options."""
-    tok = parts[0].tokenizer
+    tok, chat = parts[0].tokenizer, parts[0].chat
+    rendering = {} if chat is None else {"loss_on": chat.loss_on, "chat_template_sha256": digest(chat.template.source)}
     return {
         "key": digest([part.key for part in parts]),
         "inputs": sources,
@@ -129,17 +150,29 @@ def _provenance(parts: list[Part], sources: list[str], append_eod: bool) -> dict
         "vocab_size": tok.vocab_size,
         "eod_id": tok.eod,
         "append_eod": append_eod,
-        "text_key": parts[0].text_key,
+        "format": parts[0].schema.kind,
+        "text_key": parts[0].schema.text_key,
         "dtype": parts[0].dtype,
+        **rendering,
     }
 
 
-def _plan(files: list[Path], parts_dir: Path, tok: TokenizerFacts, text_key: str) -> list[Part]:
+def _chat(tokenizer: Tokenizer, schema: Schema, loss_on: LossOn | None, file: str | None) -> Chat | None:
+    """Return the rendering of conversations; None for texts."""
+    if schema.kind != "text":
+        return chat_of(tokenizer, loss_on or "assistant", file)
+    for name, value in (("loss_on", loss_on), ("chat_template", file)):
+        if value is not None:
+            raise ValueError(f"{name} is for conversations, and the records are texts: leave it out, or set format")
+    return None
+
+
+def _plan(files: list[Path], parts_dir: Path, tok: TokenizerFacts, schema: Schema, chat: Chat | None) -> list[Part]:
     """Return parts of consecutive pieces, of about `MIN_PART_BYTES` or more; depends only on inputs and options."""
     groups: list[list[Piece]] = []
     size = 0
     part_bytes = max(MIN_PART_BYTES, sum(file.stat().st_size for file in files) // MAX_PARTS)
-    for piece in itertools.chain.from_iterable(cut(file, text_key, part_bytes) for file in files):
+    for piece in itertools.chain.from_iterable(cut(file, schema, part_bytes) for file in files):
         if not groups or size + piece.num_bytes > part_bytes:
             groups.append([])
             size = 0
@@ -148,10 +181,11 @@ def _plan(files: list[Path], parts_dir: Path, tok: TokenizerFacts, text_key: str
     if not groups:
         raise ValueError(f"nothing to tokenise: {files[0]}{' and the others are' if files[1:] else ' is'} empty")
     dtype = "uint16" if tok.vocab_size < 65500 else "int32"  # Megatron's DType.optimal_dtype, without importing it
-    options = [tok.sha256, tok.vocab_size, tok.eod, text_key]
+    options = [tok.sha256, tok.vocab_size, tok.eod, asdict(schema)]
+    options += [] if chat is None else [asdict(chat.template), chat.loss_on]
     keys = [digest([options, [asdict(piece) for piece in group]]) for group in groups]
     return [
-        Part(str(parts_dir / f"{i:06d}"), group, key, tok, text_key, dtype)
+        Part(str(parts_dir / f"{i:06d}"), group, key, tok, schema, dtype, chat)
         for i, (group, key) in enumerate(zip(groups, keys, strict=True))
     ]
 
@@ -230,12 +264,13 @@ def _join(parts: list[Part], tokens: dict[int, str]) -> dict[str, Any]:
     occurs = np.zeros(parts[0].tokenizer.vocab_size, dtype=bool)
     with open(f"{joined}.bin", "wb") as file:
         for part in parts:
-            with open(part.prefix + ".bin", "rb") as part_file:
-                while block := part_file.read(1 << 20):
-                    file.write(block)
-                    occurs[np.frombuffer(block, dtype)] = True
+            for block in iter_blocks(Path(part.prefix + ".bin")):
+                file.write(block)
+                occurs[np.frombuffer(block, dtype)] = True
     lengths = np.concatenate([np.fromfile(part.prefix + ".len", np.int32) for part in parts])
     write_index(Path(f"{joined}.idx"), lengths, parts[0].dtype)
+    if parts[0].chat is not None:
+        write_mask(Path(f"{joined}.mask"), [Path(part.prefix + ".mask") for part in parts])
     occurring = np.flatnonzero(occurs).tolist()
     return {"max_token_id": max(occurring), "vocabulary": pack_vocabulary({i: tokens[i] for i in occurring})}
 
@@ -243,10 +278,12 @@ def _join(parts: list[Part], tokens: dict[int, str]) -> dict[str, Any]:
 def _publish(parts_dir: Path, output: str, manifest: dict[str, Any]) -> None:
     """Move the joined files into place, once all are on the disk. An old manifest never describes new tokens."""
     write_atomically(parts_dir / "joined.json", json.dumps(manifest, indent=1))
-    for suffix in (".bin", ".idx"):
+    made = [suffix for suffix in (".bin", ".idx", ".mask") if (parts_dir / f"joined{suffix}").exists()]
+    for suffix in made:
         fsync(parts_dir / f"joined{suffix}")
-    Path(f"{output}.json").unlink(missing_ok=True)
-    for suffix in (".bin", ".idx", ".json"):
+    for old in (".json", ".mask"):
+        Path(output + old).unlink(missing_ok=True)
+    for suffix in (*made, ".json"):
         os.replace(parts_dir / f"joined{suffix}", output + suffix)
 
 
@@ -280,6 +317,8 @@ def _remove_unfinished(parts_dir: Path) -> bool:
 def _print_result(output: str, result: PrepareResult, fresh: int | None) -> None:
     """Print the result. `fresh` is the number of tokens made now, None if there was nothing to do."""
     counts = f"{result.documents:,} documents, {result.tokens:,} tokens"
+    if result.counted_tokens < result.tokens:
+        counts += f", of which {result.counted_tokens:,} count ({result.counted_tokens / result.tokens:.0%})"
     if fresh is None:
         print(f"{output}.bin is complete: {counts}; nothing to do")
         return
@@ -309,6 +348,7 @@ def _finished(output: str, key: str) -> dict[str, Any] | None:
         return None
     documents, tokens = manifest["documents"], manifest["tokens"]
     sizes = {".bin": tokens * np.dtype(manifest["dtype"]).itemsize, ".idx": 34 + 12 * documents + 8 * (documents + 1)}
+    sizes |= {".mask": -(-tokens // 8)} if "loss_on" in manifest else {}
     return manifest if all(file_size(output + suffix) == size for suffix, size in sizes.items()) else None
 
 

@@ -6,20 +6,29 @@ Imports nothing heavy, since every worker process of `prepare` imports this modu
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
+from distill_nemo.data.conversations import (
+    Conversation,
+    Format,
+    RecordError,
+    columns_of,
+    conversation_of,
+    format_of,
+)
 from distill_nemo.data.formats import errors_named, is_compressed, layout, open_input
 from distill_nemo.data.json_values import json_values
 from distill_nemo.data.tables import (
     DELIMITERS,
     arrow_columns,
-    arrow_values,
+    arrow_rows,
     csv_rows,
     parquet_columns,
-    parquet_values,
+    parquet_rows,
     row_groups,
 )
 
@@ -40,36 +49,89 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Schema:
+    """Format of all records, and the key or column of a text."""
+
+    kind: Format
+    text_key: str
+
+
+@dataclass(frozen=True)
 class Record:
-    """One document, or a bad record, whose `problem` and place `where` ("file:line") are set."""
+    """One document, or a bad record, whose `problem` is set.
 
-    text: str = ""
-    where: str = ""
+    Args:
+        document: a text or a conversation.
+        problem: continues a sentence that begins with the record's place.
+        where: returns the place, "file:line". To find a line number can take a read of all lines before.
+    """
+
+    document: str | Conversation = ""
     problem: str = ""
+    where: Callable[[], str] = str
 
 
-def cut(path: Path, text_key: str, max_bytes: int) -> list[Piece]:
+def schema_of(paths: list[Path], text_key: str) -> Schema:
+    """Return the format of the first record that there is.
+
+    Raises:
+        ValueError: if a file cannot be read.
+    """
+    for path in paths:
+        kind = layout(path)
+        with errors_named(path):
+            names = ["text"] if kind == "text" else _columns(path, kind) or _keys(path, kind)
+        if names:
+            return Schema("text" if kind == "text" else format_of(names, text_key) or "text", text_key)
+    return Schema("text", text_key)
+
+
+def _keys(path: Path, kind: str) -> list[str]:
+    """Return the keys of a JSON file's first record, if it is an object."""
+    if kind not in ("json", "jsonl"):
+        return []
+    with _open_text(path) as file:
+        if kind == "json":
+            value = next(json_values(file), None)
+        else:
+            line = next((line for line in file if line.strip()), "null")
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError):  # a bad record, which is counted later
+                value = None
+    return list(value) if isinstance(value, dict) else []
+
+
+def cut(path: Path, schema: Schema, max_bytes: int) -> list[Piece]:
     """Cut JSON lines and parquet into pieces of about `max_bytes`. Compressed lines and other files stay whole.
 
     Raises:
-        ValueError: if the file cannot be read, has other content than its suffix says, or has no column `text_key`.
+        ValueError: if the file cannot be read, has other content than its suffix says, or lacks the format's columns.
     """
     kind = layout(path)
     with errors_named(path):
         stat = path.stat()
         names = _columns(path, kind)
         groups = row_groups(path, max_bytes) if kind == "parquet" else [(0, stat.st_size, stat.st_size)]
-    if names and names.count(text_key) != 1:
-        number = "more than one" if text_key in names else "no"
-        raise ValueError(
-            f'{path} has {number} column "{text_key}"; it has {", ".join(names)}. Set text_key to one of them'
-        )
+    if names:
+        _check_columns(path, names, schema)
     if kind == "jsonl" and not is_compressed(path):
         starts = range(0, stat.st_size, max_bytes)
         groups = [
             (start, min(start + max_bytes, stat.st_size), min(max_bytes, stat.st_size - start)) for start in starts
         ]
     return [Piece(str(path), kind, *group, stat.st_mtime_ns) for group in groups]
+
+
+def _check_columns(path: Path, names: list[str], schema: Schema) -> None:
+    listed, key = ", ".join(names), schema.text_key
+    if schema.kind == "text" and names.count(key) != 1:
+        number = "more than one" if key in names else "no"
+        raise ValueError(f'{path} has {number} column "{key}"; it has {listed}. Set text_key to one of them')
+    if schema.kind != "text" and format_of(names, "") != schema.kind:
+        raise ValueError(f"{path} has no columns of format {schema.kind}; it has {listed}")
+    if len(set(names)) != len(names):
+        raise ValueError(f"{path} has more than one column of one name; it has {listed}")
 
 
 def _columns(path: Path, kind: str) -> list[str]:
@@ -80,31 +142,28 @@ def _columns(path: Path, kind: str) -> list[str]:
     return parquet_columns(path) if kind == "parquet" else arrow_columns(path) if kind == "arrow" else []
 
 
-def read(piece: Piece, text_key: str) -> Iterator[Record]:
+def read(piece: Piece, schema: Schema) -> Iterator[Record]:
     """Yield the documents of a piece in the file's order. Blank lines are skipped; other records without text are bad.
 
     Raises:
         ValueError: if the rest of the file cannot be read, for instance because it is truncated or its CSV is broken.
     """
     with errors_named(piece.path):
-        yield from READERS[piece.kind](piece, text_key)
+        yield from READERS[piece.kind](piece, schema)
 
 
-def _read_text(piece: Piece, text_key: str) -> Iterator[Record]:
+def _read_text(piece: Piece, schema: Schema) -> Iterator[Record]:
     with open_input(Path(piece.path)) as file:
         raw = file.read()
     try:
         yield Record(raw.decode().removeprefix("\ufeff"))
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        yield Record(where=f"{piece.path}:{line}", problem=_not_utf8(error))
+        yield Record("", _not_utf8(error), lambda: f"{piece.path}:{line}")
 
 
-def _read_lines(piece: Piece, text_key: str) -> Iterator[Record]:
-    """Yield the records of lines that begin inside the piece.
-
-    A line number needs a read of all lines before, so only bad records have one.
-    """
+def _read_lines(piece: Piece, schema: Schema) -> Iterator[Record]:
+    """Yield the records of lines that begin inside the piece."""
     path = Path(piece.path)
     stop = sys.maxsize if is_compressed(path) else piece.stop
     with open_input(path) as file:
@@ -112,42 +171,41 @@ def _read_lines(piece: Piece, text_key: str) -> Iterator[Record]:
             file.seek(piece.start - 1)
             file.readline()  # its line began in the previous piece
         first = position = file.tell() if piece.start else 0
-        before, line = None, 0
+        line = 0
         while position < stop and (raw := file.readline()):
             position, line = position + len(raw), line + 1
             if not raw.strip():
                 continue
-            record = _of_line(raw.removeprefix(b"\xef\xbb\xbf"), text_key)
-            if record.problem:
-                before = _count_lines(path, first) if before is None else before
-                record = Record(where=f"{path}:{before + line}", problem=record.problem)
-            yield record
+            yield _of_line(raw.removeprefix(b"\xef\xbb\xbf"), schema, partial(_place_of_line, path, first, line))
 
 
-def _read_json(piece: Piece, text_key: str) -> Iterator[Record]:
+def _read_json(piece: Piece, schema: Schema) -> Iterator[Record]:
     with _open_text(Path(piece.path)) as file:
         for number, value in enumerate(json_values(file), start=1):
-            yield _of_object(value, text_key, f"{piece.path}, record {number}")
+            yield _of_object(value, schema, partial("{}, record {}".format, piece.path, number))
 
 
-def _read_csv(piece: Piece, text_key: str) -> Iterator[Record]:
+def _read_csv(piece: Piece, schema: Schema) -> Iterator[Record]:
     with _open_text(Path(piece.path)) as file:
         rows = csv_rows(file, piece.kind)
         names = next(rows, (0, []))[1]
         for line, row in rows:
-            where = f"{piece.path}:{line}"
+            where = partial("{}:{}".format, piece.path, line)
             if len(row) == len(names):
-                yield _of_text(row[names.index(text_key)], text_key, where)
+                yield _of_object(dict(zip(names, row, strict=True)), schema, where)
             else:
-                yield Record(where=where, problem=f"has {len(row)} fields, and the header {len(names)}")
+                yield Record("", f"has {len(row)} fields, and the header {len(names)}", where)
 
 
-def _read_parquet(piece: Piece, text_key: str) -> Iterator[Record]:
-    return _of_scalars(parquet_values(Path(piece.path), text_key, piece.start, piece.stop), piece, text_key)
+def _read_parquet(piece: Piece, schema: Schema) -> Iterator[Record]:
+    path = Path(piece.path)
+    columns = columns_of(schema.kind, parquet_columns(path), schema.text_key)
+    return _of_rows(parquet_rows(path, columns, piece.start, piece.stop), piece, schema)
 
 
-def _read_arrow(piece: Piece, text_key: str) -> Iterator[Record]:
-    return _of_scalars(arrow_values(Path(piece.path), text_key), piece, text_key)
+def _read_arrow(piece: Piece, schema: Schema) -> Iterator[Record]:
+    path = Path(piece.path)
+    return _of_rows(arrow_rows(path, columns_of(schema.kind, arrow_columns(path), schema.text_key)), piece, schema)
 
 
 READERS = {
@@ -166,26 +224,43 @@ def _open_text(path: Path) -> TextIO:
     return io.TextIOWrapper(open_input(path), "utf-8-sig", errors="surrogateescape", newline="")
 
 
-def _of_line(raw: bytes, text_key: str) -> Record:
+def _of_line(raw: bytes, schema: Schema, where: Callable[[], str]) -> Record:
     try:
-        return _of_object(json.loads(raw.decode()), text_key)
+        value = json.loads(raw.decode())
     except UnicodeDecodeError as error:
-        return Record(problem=_not_utf8(error))
+        return Record("", _not_utf8(error), where)
     except (ValueError, RecursionError) as error:
-        return Record(problem=f"is not valid JSON: {error}")
+        return Record("", f"is not valid JSON: {error}", where)
+    return _of_object(value, schema, where)
 
 
-def _of_object(value: object, text_key: str, where: str = "") -> Record:
+def _of_object(value: object, schema: Schema, where: Callable[[], str]) -> Record:
     if not isinstance(value, dict):
-        return Record(where=where, problem=f"is a {type(value).__name__}, not an object")
-    if text_key not in value:
-        return Record(where=where, problem=f'has no key "{text_key}" (it has {", ".join(list(value)[:5]) or "none"})')
-    return _of_text(value[text_key], text_key, where)
+        return Record("", f"is a {type(value).__name__}, not an object", where)
+    if schema.kind != "text":
+        return _of_conversation(value, schema.kind, where)
+    key = schema.text_key
+    if key not in value:
+        return Record("", f'has no key "{key}" (it has {", ".join(list(value)[:5]) or "none"})', where)
+    return _of_text(value[key], key, where)
 
 
-def _of_text(text: object, text_key: str, where: str = "") -> Record:
+def _of_conversation(value: dict[str, Any], kind: Format, where: Callable[[], str]) -> Record:
+    try:
+        conversation = conversation_of(value, kind)
+        json.dumps([conversation.messages, conversation.tools], ensure_ascii=False).encode()
+    except RecordError as error:
+        return Record("", str(error), where)
+    except UnicodeEncodeError:
+        return Record("", "holds half of a surrogate pair, or is not UTF-8", where)
+    except (TypeError, RecursionError) as error:
+        return Record("", f"holds a value that is not JSON: {error}", where)
+    return Record(conversation, "", where)
+
+
+def _of_text(text: object, text_key: str, where: Callable[[], str]) -> Record:
     if not isinstance(text, str):
-        return Record(where=where, problem=f'"{text_key}" is {type(text).__name__}, not a string')
+        return Record("", f'"{text_key}" is {type(text).__name__}, not a string', where)
     try:
         text.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, escaped in JSON, or a byte, see `_open_text`
@@ -193,23 +268,31 @@ def _of_text(text: object, text_key: str, where: str = "") -> Record:
         problem = "holds half of a surrogate pair"
         if 0x80 <= byte <= 0xFF:
             problem = f"is not UTF-8: byte 0x{byte:02x}"
-        return Record(where=where, problem=f'"{text_key}" {problem}')
-    return Record(text)
+        return Record("", f'"{text_key}" {problem}', where)
+    return Record(text, "", where)
 
 
-def _of_scalars(scalars: "Iterator[tuple[int, pyarrow.Scalar]]", piece: Piece, text_key: str) -> Iterator[Record]:
-    for row, scalar in scalars:
-        where = f"{piece.path}:{row}"
+def _of_rows(rows: "Iterator[tuple[int, dict[str, pyarrow.Scalar]]]", piece: Piece, schema: Schema) -> Iterator[Record]:
+    for number, row in rows:
+        where = partial("{}:{}".format, piece.path, number)
         try:
-            yield _of_text(scalar.as_py(), text_key, where)
+            values = {name: scalar.as_py() for name, scalar in row.items()}
         except UnicodeDecodeError as error:
-            yield Record(where=where, problem=_not_utf8(error))
+            yield Record("", _not_utf8(error), where)
+        else:
+            yield _of_object(values, schema, where)
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:
     return f"is not UTF-8: byte 0x{error.object[error.start]:02x}, {error.reason}"
 
 
+def _place_of_line(path: Path, start: int, number: int) -> str:
+    """Return the place of the line `number` (from 1) after the byte `start`."""
+    return f"{path}:{_count_lines(path, start) + number}"
+
+
+@cache
 def _count_lines(path: Path, stop: int) -> int:
     lines = 0
     with path.open("rb") as file:

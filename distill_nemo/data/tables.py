@@ -53,14 +53,16 @@ def parquet_columns(path: Path) -> list[str]:
     return pyarrow.parquet.read_schema(path).names
 
 
-def parquet_values(path: Path, column: str, start: int, stop: int) -> "Iterator[tuple[int, pyarrow.Scalar]]":
-    """Yield the values of a column in the row groups [start, stop), each with the number of its row, from 1."""
+def parquet_rows(
+    path: Path, columns: list[str], start: int, stop: int
+) -> "Iterator[tuple[int, dict[str, pyarrow.Scalar]]]":
+    """Yield the rows of the row groups [start, stop) in some columns, each with its number, from 1."""
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
         row = sum(file.metadata.row_group(i).num_rows for i in range(start))
-        for batch in file.iter_batches(batch_size=1024, row_groups=list(range(start, stop)), columns=[column]):
-            yield from enumerate(batch.column(0), start=row + 1)
+        for batch in file.iter_batches(batch_size=1024, row_groups=list(range(start, stop)), columns=columns):
+            yield from enumerate(_rows(batch, columns), start=row + 1)
             row += batch.num_rows
 
 
@@ -72,8 +74,8 @@ def arrow_columns(path: Path) -> list[str]:
         return _open_arrow(file).schema.names
 
 
-def arrow_values(path: Path, column: str) -> "Iterator[tuple[int, pyarrow.Scalar]]":
-    """Yield the values of a column of an Arrow file, each with the number of its row, from 1."""
+def arrow_rows(path: Path, columns: list[str]) -> "Iterator[tuple[int, dict[str, pyarrow.Scalar]]]":
+    """Yield the rows of an Arrow file in some columns, each with its number, from 1."""
     import pyarrow
 
     row = 0
@@ -82,8 +84,13 @@ def arrow_values(path: Path, column: str) -> "Iterator[tuple[int, pyarrow.Scalar
         random_access = isinstance(reader, pyarrow.ipc.RecordBatchFileReader)
         for batch in map(reader.get_batch, range(reader.num_record_batches)) if random_access else reader:
             batch.validate()
-            yield from enumerate(batch.column(column), start=row + 1)
+            yield from enumerate(_rows(batch, columns), start=row + 1)
             row += batch.num_rows
+
+
+def _rows(batch: "pyarrow.RecordBatch", columns: list[str]) -> "Iterator[dict[str, pyarrow.Scalar]]":
+    for values in zip(*(batch.column(name) for name in columns), strict=True):
+        yield dict(zip(columns, values, strict=True))
 
 
 def _open_arrow(file: "pyarrow.OSFile") -> "pyarrow.ipc.RecordBatchFileReader | pyarrow.ipc.RecordBatchStreamReader":

@@ -6,6 +6,7 @@
 
 import math
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,8 @@ def check_token_files(data: DataConfig) -> None:
         ValueError: naming the file, what it holds, and what to do.
     """
     for field, prefix in named_token_files(data):
-        _check_pair(field, Path(f"{prefix}.idx"), Path(f"{prefix}.bin"))
+        tokens = _check_pair(field, Path(f"{prefix}.idx"), Path(f"{prefix}.bin"))
+        _check_mask(field, prefix, tokens, data.loss_on)
 
 
 def document_lengths(prefix: str) -> np.ndarray:
@@ -75,6 +77,12 @@ def document_lengths(prefix: str) -> np.ndarray:
     with open(f"{prefix}.idx", "rb") as file:
         _, _, _, documents, _ = INDEX_HEADER.unpack(file.read(INDEX_HEADER.size))
     return np.memmap(f"{prefix}.idx", np.int32, "r", INDEX_HEADER.size, (documents,))
+
+
+def ids_dtype(prefix: str) -> type:
+    """Return the type of the ids, of files that `check_token_files` accepts."""
+    with open(f"{prefix}.idx", "rb") as file:
+        return INTEGER_TYPES[INDEX_HEADER.unpack(file.read(INDEX_HEADER.size))[2]]
 
 
 def write_index(path: Path, lengths: np.ndarray, dtype: str) -> None:
@@ -92,6 +100,13 @@ def write_index(path: Path, lengths: np.ndarray, dtype: str) -> None:
         file.write(INDEX_HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1))
         for numbers in (lengths, starts, np.arange(len(lengths) + 1, dtype=np.int64)):
             file.write(numbers.tobytes())
+
+
+def iter_blocks(path: Path) -> Iterator[bytes]:
+    """Yield a file's content, a MiB at a time."""
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            yield block
 
 
 def check_vocabulary(data: DataConfig, vocab_size: int) -> None:
@@ -112,7 +127,21 @@ def check_vocabulary(data: DataConfig, vocab_size: int) -> None:
             )
 
 
-def _check_pair(field: str, idx: Path, bin_: Path) -> None:
+def _check_mask(field: str, prefix: str, tokens: int, loss_on: str | None) -> None:
+    mask, prepared = Path(f"{prefix}.mask"), read_manifest(prefix).get("loss_on")
+    if mask.exists():
+        _check_size(field, mask, -(-tokens // 8), f"one bit for each of {tokens} tokens")
+    elif prepared is not None:
+        raise ValueError(f"{field}: no file {mask}, which says which tokens count; {ADVICE}")
+    if loss_on in ("assistant", "last") and prepared not in (loss_on, "assistant", None):
+        raise ValueError(
+            f"{field}: data.loss_on = {loss_on}, but {prefix}.bin was prepared with loss_on={prepared}; leave it "
+            f"unset, or prepare with loss_on={loss_on}"
+        )
+
+
+def _check_pair(field: str, idx: Path, bin_: Path) -> int:
+    """Compare the sizes of both files. Return the number of tokens."""
     for path in (idx, bin_):
         if not path.is_file():
             raise ValueError(f"{field}: no file {path}; {ADVICE}")
@@ -136,6 +165,7 @@ def _check_pair(field: str, idx: Path, bin_: Path) -> None:
         )
     tokens = _count_tokens(field, idx, documents, bounds, itemsize)
     _check_size(field, bin_, tokens * itemsize, f"{idx} promises {tokens} tokens")
+    return tokens
 
 
 def _count_tokens(field: str, idx: Path, documents: int, bounds: int, itemsize: int) -> int:

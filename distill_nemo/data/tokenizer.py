@@ -72,15 +72,23 @@ class Tokenizer:
         return self.vocab[token]
 
 
-def open_tokenizer(path: str, append_eod: bool) -> tuple[TokenizerFacts, dict[int, str], Callable[[Path], None]]:
-    """Return a tokenizer's facts, its tokens by id, and a function that saves its fast form for workers, if any."""
-    tokenizer = load_tokenizer(path)
+def facts_of(tokenizer: Tokenizer, append_eod: bool) -> TokenizerFacts:
+    """Return the facts of a tokenizer.
+
+    Raises:
+        ValueError: with `append_eod`, if it has no end-of-document token.
+    """
     eod = _end_of_document(tokenizer) if append_eod else None
-    files = [Path(path) / name for name in HASHED]
+    files = [Path(tokenizer.path) / name for name in HASHED]
     sha256 = hashlib.sha256(next((file.read_bytes() for file in files if file.is_file()), b"")).hexdigest()
-    tokens = {i: token for token, i in tokenizer.vocab.items()}
-    facts, fast = TokenizerFacts(path, sha256, max(tokens) + 1, eod), tokenizer.fast
-    return facts, tokens, lambda to: fast.save(str(to)) if fast is not None else to.unlink(missing_ok=True)
+    return TokenizerFacts(tokenizer.path, sha256, max(tokenizer.vocab.values()) + 1, eod)
+
+
+def save_fast(tokenizer: Tokenizer, path: Path) -> None:
+    """Save the fast form for workers, if there is one."""
+    path.unlink(missing_ok=True)
+    if tokenizer.fast is not None:
+        tokenizer.fast.save(str(path))
 
 
 def _end_of_document(tokenizer: Tokenizer) -> int:

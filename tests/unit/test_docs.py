@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.command import nemo_here, nemo_home, shrunk
+from tests.unit.data.chat_templates import MARKED
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -32,6 +33,10 @@ def with_small_models(inputs, tmp_path, monkeypatch, empty_stdin):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.jsonl").write_text(json.dumps({"text": "Call me Ishmael. " * 99}) + "\n")
+    (tmp_path / "chats").mkdir()
+    turns = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "Ishmael."}]
+    (tmp_path / "chats" / "a.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    (tmp_path / "chat.jinja").write_text(MARKED)  # the small models' tokenizer has no template
     (tmp_path / "runs" / "quickstart").mkdir(parents=True)
     (tmp_path / "runs" / "quickstart" / "student").symlink_to(inputs / "student")
     small = {r"/\w+/Llama-3.2-3B\b": inputs / "teacher", r"/\w+/Llama-3.2-1B\b": inputs / "student"}
@@ -60,6 +65,7 @@ def test_commands_of_the_docs_run(with_small_models, inputs, capfd, command):
     arguments = shlex.split(with_small_models(command).replace("\\\n", " ").replace(" ... ", " "), comments=True)[2:]
     if arguments[0] == "prepare":
         arguments.append(f"tokenizer={inputs}/tokenizer")
+        arguments += ["chat_template=chat.jinja"] * any("chats/" in argument for argument in arguments)
     else:
         layout = {"parallelism__tensor_model_parallel_size": 1, "parallelism__sequence_parallel": "false"}
         arguments += shrunk(inputs, training__global_batch_size=16, **layout)

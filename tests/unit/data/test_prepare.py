@@ -19,10 +19,13 @@ from transformers import PreTrainedTokenizerFast
 from distill_nemo.data import prepare as module
 from distill_nemo.data.manifest import vocabulary
 from distill_nemo.data.prepare import prepare
-from distill_nemo.data.readers import cut, read
+from distill_nemo.data.readers import Schema, cut, read
 
 STDLIB = Path(os.__file__).parent
 SOURCES = sorted((STDLIB / "json").glob("*.py")) + sorted((STDLIB / "email").glob("*.py"))
+
+
+TEXT = Schema("text", "text")
 
 
 def train_tokenizer(directory: Path, eos: str | None) -> str:
@@ -120,7 +123,7 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path, tokenizer: s
 def test_every_line_is_read_once_wherever_the_file_is_cut(tmp_path: Path, part_bytes: int):
     lines = [{"text": "é" * n} for n in range(12)]
     path = write_jsonl(tmp_path / "in.jsonl", [*lines, "", *lines])
-    found = [record.text for piece in cut(path, "text", part_bytes) for record in read(piece, "text")]
+    found = [record.document for piece in cut(path, TEXT, part_bytes) for record in read(piece, TEXT)]
     assert found == [line["text"] for line in lines + lines]
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from distill_nemo.data import json_values
 from distill_nemo.data.inputs import find_files, split_inputs
-from distill_nemo.data.readers import cut, read
+from distill_nemo.data.readers import Schema, cut, read
 
 DOCS = ["first document", "second one\nwith a line", 'third é中, "quoted"']
 LINES = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in DOCS).encode()
@@ -68,13 +68,13 @@ def documents(*inputs: str | Path) -> list[str]:
     records = [
         record
         for file in find_files([str(entry) for entry in inputs]).files.values()
-        for piece in cut(file, "text", 50)
-        for record in read(piece, "text")
+        for piece in cut(file, Schema("text", "text"), 50)
+        for record in read(piece, Schema("text", "text"))
     ]
-    bad = [f"{record.where} {record.problem}" for record in records if record.problem]
+    bad = [f"{record.where()} {record.problem}" for record in records if record.problem]
     if bad:
         raise ValueError("bad records: " + "; ".join(bad))
-    return [record.text for record in records]
+    return [record.document for record in records]
 
 
 def reports(*inputs: str | Path) -> str:

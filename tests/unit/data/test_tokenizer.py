@@ -13,7 +13,7 @@ import distill_nemo
 from distill_nemo.data import tokenizer as module
 from distill_nemo.data.prepare import prepare
 from distill_nemo.data.stdlib_corpus import stdlib_modules, train_tokenizer
-from distill_nemo.data.tokenizer import load_tokenizer, open_tokenizer
+from distill_nemo.data.tokenizer import facts_of, load_tokenizer
 
 TEXT = "def add(a, b):\n    return a + 1234  # The sum of  both, isn't it\u00e9 \ufb01\n"
 EOS = "<|endoftext|>"
@@ -120,12 +120,12 @@ def test_an_end_of_document_is_a_token_of_the_vocabulary(tmp_path, trained, conf
     if legacy is not None:
         (tmp_path / "special_tokens_map.json").write_text(json.dumps(legacy))
     if message is None:
-        assert open_tokenizer(path, append_eod=True)[0].eod == 0
+        assert facts_of(load_tokenizer(path), append_eod=True).eod == 0
         return
     with pytest.raises(ValueError) as raised:
-        open_tokenizer(path, append_eod=True)
+        facts_of(load_tokenizer(path), append_eod=True)
     assert str(raised.value).startswith(f"{path}: ") and message in str(raised.value)
-    assert open_tokenizer(path, append_eod=False)[0].vocab_size == 400
+    assert facts_of(load_tokenizer(path), append_eod=False).vocab_size == 400
 
 
 def test_added_tokens_have_the_ids_that_the_files_state(tmp_path, trained):
@@ -143,7 +143,7 @@ def test_added_tokens_have_the_ids_that_the_files_state(tmp_path, trained):
             (tmp_path / name / "added_tokens.json").write_text('{"<tool>": 400}')
         tokenizer = load_tokenizer(path)
         assert tokenizer.encode(["a<tool>"])[0][-1] == 400 and tokenizer.added >= {"<tool>"}, name
-        assert open_tokenizer(path, append_eod=True)[0].vocab_size == 401
+        assert facts_of(load_tokenizer(path), append_eod=True).vocab_size == 401
 
 
 def test_an_added_token_whose_id_the_tokenizers_library_would_change_is_refused(tmp_path, trained):
@@ -163,7 +163,7 @@ def test_an_added_token_whose_id_the_tokenizers_library_would_change_is_refused(
 
 def test_pad_tokens_outside_the_vocabulary_get_no_id(tmp_path, trained):
     path = directory_of(tmp_path, trained, eos_token=EOS, pad_token="[PAD]")
-    assert open_tokenizer(path, append_eod=True)[0].vocab_size == 400
+    assert facts_of(load_tokenizer(path), append_eod=True).vocab_size == 400
 
 
 def test_an_end_of_document_that_transformers_would_invent_is_refused(tmp_path):
@@ -171,7 +171,7 @@ def test_an_end_of_document_that_transformers_would_invent_is_refused(tmp_path):
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer", "eos_token": "<stop>"}')
     with pytest.raises(ValueError, match='eos_token = "<stop>" is not a token of its vocabulary'):
-        open_tokenizer(str(tmp_path), append_eod=True)
+        facts_of(load_tokenizer(str(tmp_path)), append_eod=True)
 
 
 TIKTOKEN = b"IQ== 0\nIg== 1\n"

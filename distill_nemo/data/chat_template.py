@@ -1,0 +1,118 @@
+"""Render conversations with the tokenizer's own chat template, and find the characters that the assistant wrote.
+
+A template with `{% generation %}` markers says which they are. For another, they are the difference of two renderings:
+up to the assistant's turn with the prompt for an answer, and up to its end. The difference is used only if each
+rendering is the beginning of the next one. Some templates drop the reasoning of earlier turns, so it is not.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from distill_nemo.data.conversations import Conversation, RecordError
+from distill_nemo.runtime.files import read_object_if_any
+
+LossOn = Literal["assistant", "last", "all"]
+Range = tuple[int, int]
+MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+MAX_TEMPLATE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A Jinja template and what it is given.
+
+    Args:
+        source: the template.
+        special_tokens: by name, such as "eos_token".
+        ends: special tokens that may end a turn.
+    """
+
+    source: str
+    special_tokens: dict[str, str]
+    ends: tuple[str, ...]
+
+    def counted(self, conversation: Conversation, loss_on: LossOn) -> tuple[str, list[Range]]:
+        """Return the rendered text, and the ranges of characters whose tokens count.
+
+        Raises:
+            RecordError: if the template refuses the conversation, or does not show which text is the assistant's.
+        """
+        text, marked = self._render(conversation, len(conversation.messages), marked=bool(MARKER.search(self.source)))
+        if loss_on == "all":
+            return text, [(0, len(text))]
+        turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        if marked is not None:
+            return text, marked[-1:] if loss_on == "last" else marked
+        return text, [self._difference(conversation, i, text) for i in (turns[-1:] if loss_on == "last" else turns)]
+
+    def _difference(self, conversation: Conversation, turn: int, whole: str) -> Range:
+        before, _ = self._render(conversation, turn, prompt=True)
+        through, _ = self._render(conversation, turn + 1)
+        if not (through.startswith(before) and whole.startswith(through)):
+            last = turn == len(conversation.messages) - 1
+            raise RecordError(
+                f"is rendered by the chat template so that the text of message {turn} (from 0) depends on what "
+                f"{'is answered' if last else 'follows'}, so the assistant's part is not certain; "
+                + ("" if last else "set loss_on=last, or ")
+                + "pass a chat_template with {% generation %} markers"
+            )
+        return len(before), len(before) + self._end_of_turn(through[len(before) :])
+
+    def _end_of_turn(self, answer: str) -> int:
+        """Return the end of the last special token if only blanks follow it, else the end of the answer."""
+        end = max((answer.rfind(token) + len(token) for token in self.ends if token in answer), default=0)
+        return end if end and not answer[end:].strip() else len(answer)
+
+    def _render(
+        self, conversation: Conversation, count: int, *, prompt: bool = False, marked: bool = False
+    ) -> tuple[str, list[Range] | None]:
+        """Render the first messages. Return the ranges that the template marks, if `marked`."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            arguments: dict[str, Any] = {**self.special_tokens, "tools": conversation.tools}
+            rendered: Any = render_jinja_template(
+                conversations=[conversation.messages[:count]],
+                chat_template=self.source,
+                return_assistant_tokens_mask=marked,
+                add_generation_prompt=prompt,
+                **arguments,
+            )
+        except Exception as error:  # a template may raise anything
+            raise RecordError(f"is refused by the chat template: {str(error) or type(error).__name__}") from None
+        (text,), ranges = rendered
+        return text, [(start, stop) for start, stop in ranges[0]] if marked else None
+
+
+def read_template(directory: str, file: str | None) -> str:
+    """Return the chat template in a file, or else the one beside a tokenizer.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if file is not None:
+        return _read(Path(file).expanduser())
+    path = Path(directory)
+    if (beside := path / "chat_template.jinja").is_file():
+        return _read(beside)
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        found = read_object_if_any(path / name).get("chat_template")
+        if isinstance(found, list):  # several, by name
+            named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+            found = named.get("default")
+        if isinstance(found, str):
+            return found
+    raise ValueError(
+        f"the tokenizer {directory} has no chat template, so conversations cannot be rendered: use the tokenizer of an "
+        "instruct model, or pass chat_template=FILE with a Jinja template"
+    )
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"no such chat template: {path}")
+    if path.stat().st_size > MAX_TEMPLATE_BYTES:
+        raise ValueError(f"the chat template {path} has more than {MAX_TEMPLATE_BYTES:,} bytes")
+    return path.read_text(encoding="utf-8")

@@ -1,0 +1,103 @@
+"""Tokens of conversations, and which of them count."""
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from distill_nemo.data.chat_template import ChatTemplate, LossOn, Range, read_template
+from distill_nemo.data.conversations import Conversation, RecordError
+from distill_nemo.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import tokenizers
+
+
+class Chat(NamedTuple):
+    """Rendering of conversations: the template, and whose tokens count."""
+
+    template: ChatTemplate
+    loss_on: LossOn
+
+
+class Tokens(NamedTuple):
+    """A document's ids, and the ranges of tokens that count; None if all do."""
+
+    ids: list[int]
+    counted: list[Range] | None = None
+
+
+def chat_of(tokenizer: Tokenizer, loss_on: LossOn, file: str | None) -> Chat:
+    """Return the rendering by a tokenizer's chat template, or the one in a file.
+
+    Raises:
+        ValueError: if there is no template, or the tokenizer cannot say where in a text its tokens are.
+    """
+    if tokenizer.fast is None:
+        raise ValueError(f"{tokenizer.path}: conversations need a fast tokenizer, with tokenizer.json")
+    stated = tokenizer.special_tokens.items()
+    special = {name: token.get("content") if isinstance(token, dict) else token for name, token in stated}
+    special = {name: token for name, token in special.items() if name.endswith("_token") and isinstance(token, str)}
+    ends = sorted(token.content for token in tokenizer.fast.get_added_tokens_decoder().values())
+    return Chat(ChatTemplate(read_template(tokenizer.path, file), special, tuple(ends)), loss_on)
+
+
+def chat_tokens(fast: str, chat: Chat, conversations: list[Conversation]) -> list[Tokens | RecordError]:
+    """Tokenise conversations, each with an error in its place if it cannot be rendered.
+
+    Args:
+        fast: file of a fast tokenizer.
+        chat: template and tokens that count.
+        conversations: any number.
+    """
+    rendered = [_rendered(chat, conversation) for conversation in conversations]
+    texts = [text for text in rendered if not isinstance(text, RecordError)]
+    encodings = iter(_encoder(fast)([text for text, _ in texts]))
+    return [text if isinstance(text, RecordError) else _tokens(next(encodings), *text) for text in rendered]
+
+
+def _rendered(chat: Chat, conversation: Conversation) -> tuple[str, list[Range]] | RecordError:
+    try:
+        return chat.template.counted(conversation, chat.loss_on)
+    except RecordError as error:
+        return error
+
+
+def _tokens(encoding: "tokenizers.Encoding", text: str, counted: list[Range]) -> Tokens | RecordError:
+    try:
+        ranges = [(_first_token(encoding, text, start), _first_token(encoding, text, stop)) for start, stop in counted]
+    except RecordError as error:
+        return error
+    return Tokens(encoding.ids, ranges)
+
+
+def _first_token(encoding: "tokenizers.Encoding", text: str, position: int) -> int:
+    """Return the first token at or after a character.
+
+    Raises:
+        RecordError: if a token begins before the character and ends after it.
+    """
+    for at in range(position, len(text)):  # a normaliser may have removed characters
+        token = encoding.char_to_token(at)
+        if token is not None:
+            span = encoding.token_to_chars(token)
+            if span is None or span[0] < position:
+                around = text[max(position - 8, 0) : at + 8]
+                raise RecordError(
+                    f"has a token on both sides of a boundary of the assistant's part, at {around!r}: change the chat "
+                    "template so that a special token or a line break is there"
+                )
+            return token
+    return len(encoding.ids)
+
+
+@functools.cache
+def _encoder(fast: str) -> "Callable[[list[str]], list[tokenizers.Encoding]]":
+    import tokenizers
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tokenizers.Tokenizer.from_file(fast)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    # Its own may cut blanks from the positions of tokens (ByteLevel's trim_offsets). It adds no tokens here.
+    tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
+    return lambda texts: tokenizer.encode_batch(texts, add_special_tokens=False)

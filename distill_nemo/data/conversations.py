@@ -1,0 +1,182 @@
+"""Conversations in the shapes in which people store them, as the messages that chat templates read.
+
+Imports nothing heavy, since every worker process of `prepare` imports this module.
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Format = Literal["text", "chat", "instruction", "preference"]
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+Message = dict[str, Any]
+
+ROLES: dict[str, str] = {role: role for role in get_args(Role)} | {  # as ShareGPT and others write them
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+}
+CONVERSATION_KEYS = ("messages", "conversations", "conversation")
+PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("question", "answer"))
+FURTHER = ("tools", "input", "system")  # read beside the keys of a format
+KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")  # fields of a message besides its text
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages with `role` and `content`, and the schemas of the tools that the assistant may call."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+
+
+class RecordError(ValueError):
+    """A record that is not what its format says. Its message continues a sentence that begins with the place."""
+
+
+def format_of(names: Collection[str], text_key: str) -> Format | None:
+    """Return the format of a record with these keys or columns; None if they fit none."""
+    if any(key in names for key in CONVERSATION_KEYS):
+        return "chat"
+    if "chosen" in names and "rejected" in names:
+        return "preference"
+    if text_key in names:
+        return "text"
+    if any(set(pair) <= set(names) for pair in PAIRS):
+        return "instruction"
+    return None
+
+
+def columns_of(kind: Format, names: Collection[str], text_key: str) -> list[str]:
+    """Return the keys or columns that a format reads, of those that are there."""
+    wanted = {
+        "text": (text_key,),
+        "chat": (*CONVERSATION_KEYS, "tools", "system"),
+        "instruction": tuple(name for pair in PAIRS for name in pair) + FURTHER,
+        "preference": ("prompt", "chosen", *FURTHER),
+    }[kind]
+    return [name for name in names if name in wanted]
+
+
+def conversation_of(record: Mapping[str, Any], kind: Format) -> Conversation:
+    """Return the conversation that a record holds.
+
+    Args:
+        record: the record's keys or columns.
+        kind: chat, instruction or preference. Of a preference, the chosen answer is taken.
+
+    Raises:
+        RecordError: if the record is of another format, has an unknown role, or no answer at its end.
+    """
+    messages = {"chat": _chat, "instruction": _instruction, "preference": _preference}[kind](record)
+    if isinstance(record.get("system"), str) and record["system"] and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": record["system"]}, *messages]
+    if messages[-1]["role"] != "assistant":
+        raise RecordError(f"ends with a message of the {messages[-1]['role']}, so there is no answer to learn")
+    return Conversation(messages, _tools(record.get("tools")))
+
+
+def _chat(record: Mapping[str, Any]) -> list[Message]:
+    for key in CONVERSATION_KEYS:
+        if record.get(key) is not None:
+            return _messages(record[key], key)
+    raise RecordError(f"has none of the keys {', '.join(CONVERSATION_KEYS)}; it has {_names(record)}")
+
+
+def _instruction(record: Mapping[str, Any]) -> list[Message]:
+    for question, answer in PAIRS:
+        asked, answered = record.get(question), record.get(answer)
+        if asked is None or answered is None:
+            continue
+        if isinstance(asked, list) or isinstance(answered, list):
+            return [*_turn(asked, question, "user"), *_turn(answered, answer, "assistant")]
+        further = record.get("input")
+        asked = f"{asked}\n\n{further}" if isinstance(further, str) and further else asked
+        return [*_turn(asked, question, "user"), *_turn(answered, answer, "assistant")]
+    pairs = " or ".join("/".join(pair) for pair in PAIRS)
+    raise RecordError(f"has no pair of keys {pairs}; it has {_names(record)}")
+
+
+def _preference(record: Mapping[str, Any]) -> list[Message]:
+    chosen = record.get("chosen")
+    if chosen is None:
+        raise RecordError(f'has no key "chosen"; it has {_names(record)}')
+    before = record.get("prompt")
+    if isinstance(chosen, str) and before is None:
+        raise RecordError('has a "chosen" that is a string, and no key "prompt" for what was asked')
+    answer = _turn(chosen, "chosen", "assistant")
+    asked = [] if before is None else _turn(before, "prompt", "user")
+    return answer if answer[: len(asked)] == asked else [*asked, *answer]
+
+
+def _turn(value: Any, key: str, role: Role) -> list[Message]:
+    """Return the messages of a field that holds either a text or messages."""
+    return [{"role": role, "content": value}] if isinstance(value, str) else _messages(value, key)
+
+
+def _messages(value: Any, key: str) -> list[Message]:
+    if isinstance(value, str):  # JSON in a column of text
+        value = _decoded(value, key)
+    if not isinstance(value, list) or not value:
+        raise RecordError(f'has a "{key}" that is not a list of messages')
+    return [_message(entry, f'"{key}"[{i}]') for i, entry in enumerate(value)]
+
+
+def _message(entry: Any, where: str) -> Message:
+    if not isinstance(entry, Mapping):
+        raise RecordError(f"has a {where} that is not an object")
+    named, content = entry.get("role", entry.get("from")), entry.get("content", entry.get("value"))
+    if named not in ROLES:
+        raise RecordError(f"has in {where} the role {named!r:.40}; known are {', '.join(ROLES)}")
+    further = {name: entry[name] for name in KEPT if entry.get(name) is not None}
+    if calls := further.get("tool_calls"):
+        further["tool_calls"] = [_call(call, where) for call in calls] if isinstance(calls, list) else calls
+    return {"role": ROLES[named], "content": _text(content, where, bool(calls)), **further}
+
+
+def _text(content: Any, where: str, may_be_absent: bool) -> str:
+    """Return the text of a message. Parts of type text are joined; other parts, such as images, are refused."""
+    if content is None and may_be_absent:
+        return ""
+    if isinstance(content, list):
+        parts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
+        if all(isinstance(part, str) for part in parts):
+            return "".join(map(str, parts))
+        raise RecordError(f"has in {where} a content with parts other than text")
+    if not isinstance(content, str):
+        raise RecordError(f"has in {where} a content of type {type(content).__name__}, not a string")
+    return content
+
+
+def _call(call: Any, where: str) -> Any:
+    """Return a tool call with its arguments as an object, as templates read them; OpenAI writes them as JSON text."""
+    if not isinstance(call, Mapping):
+        raise RecordError(f"has in {where} a tool call that is not an object")
+    function = call.get("function")
+    if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
+        return {**call, "function": {**function, "arguments": _decoded(function["arguments"], f"{where}.arguments")}}
+    return dict(call)
+
+
+def _tools(tools: Any) -> list[dict[str, Any]] | None:
+    if isinstance(tools, str) and tools.strip():
+        tools = _decoded(tools, "tools")
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise RecordError('has "tools" that are not a list of objects')
+    return [dict(tool) for tool in tools]
+
+
+def _decoded(text: str, key: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise RecordError(f"has in {key} a text that is not JSON") from None
+
+
+def _names(record: Mapping[str, Any]) -> str:
+    return ", ".join(list(record)[:5]) or "none"

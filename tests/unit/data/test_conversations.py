@@ -1,0 +1,290 @@
+"""Conversations become exactly the tokens that the tokenizer's template writes; the assistant's words count."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import tokenizers
+import torch
+
+import distill_nemo.data.prepare as module
+from distill_nemo.config import DataConfig, TrainingConfig
+from distill_nemo.data.datasets import build_datasets
+from distill_nemo.data.prepare import prepare
+from distill_nemo.data.token_files import check_token_files
+from distill_nemo.data.token_masks import TokenMask
+from tests.unit.data.chat_templates import (
+    BRACKETS,
+    CHANNELS,
+    CHATML,
+    FORGETFUL,
+    HEADERS,
+    MARKED,
+    SPECIAL,
+    TURNS,
+    write_tokenizer,
+)
+
+USER, FOUR = {"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": " The answer is four. "}
+AGAIN, NINE = {"role": "user", "content": "And 3 × 3?"}, {"role": "assistant", "content": "nine"}
+CHAT = {"messages": [USER, FOUR, AGAIN, NINE]}
+
+
+def write(path: Path, records: list) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def prepared(tmp_path: Path, records: list | str, template: str | None = CHATML, **options) -> str:
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", template)
+    source = records if isinstance(records, str) else write(tmp_path / "in.jsonl", records)
+    prepare([source], str(tmp_path / "out"), tokenizer, **{"num_workers": 1, "progress": False} | options)
+    return str(tmp_path / "out")
+
+
+def documents(prefix: str, only_last: bool = False) -> list[tuple[str, list[str]]]:
+    """Return each document's text, and its runs of tokens that count."""
+    fast = tokenizers.Tokenizer.from_file(str(Path(prefix).parent / "tokenizer" / "tokenizer.json"))
+    lengths = np.fromfile(
+        f"{prefix}.idx", np.int32, offset=34, count=json.loads(Path(f"{prefix}.json").read_text())["documents"]
+    )
+    ids, mask, first, found = np.fromfile(f"{prefix}.bin", np.uint16), TokenMask(prefix, only_last), 0, []
+    for length in map(int, lengths):
+        bits, own = mask.of_document(first, length), ids[first : first + length].tolist()
+        edges = np.flatnonzero(np.diff(bits, prepend=0, append=0)).reshape(-1, 2)
+        decode = lambda part: fast.decode(part, skip_special_tokens=False)  # noqa: E731
+        found.append((decode(own), [decode(own[start:stop]) for start, stop in edges]))
+        first += length
+    return found
+
+
+TEMPLATES = {
+    "chatml": (CHATML, [" The answer is four. <|im_end|>", "nine<|im_end|>"]),
+    "headers": (HEADERS, ["The answer is four.<|eot_id|>", "nine<|eot_id|>"]),
+    "brackets": (BRACKETS, [" The answer is four. </s>", "nine</s>"]),
+    "turns": (TURNS, [" The answer is four. <end_of_turn>", "nine<end_of_turn>"]),
+    "markers": (MARKED, [" The answer is four. <|im_end|>", "nine<|im_end|>"]),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_exactly_the_assistants_words_and_their_end_count(tmp_path: Path, name: str):
+    from transformers import PreTrainedTokenizerFast
+
+    template, answers = TEMPLATES[name]
+    prefix = prepared(tmp_path, [CHAT], template)
+    ((text, counted),) = documents(prefix)
+    oracle = PreTrainedTokenizerFast.from_pretrained(str(tmp_path / "tokenizer"))
+    assert text == oracle.apply_chat_template(CHAT["messages"], tokenize=False)
+    assert np.fromfile(f"{prefix}.bin", np.uint16).tolist() == oracle(text, add_special_tokens=False).input_ids
+    assert counted == answers
+    assert documents(prefix, only_last=True)[0][1] == answers[-1:]
+
+
+@pytest.mark.parametrize(
+    ("template", "answer"),
+    [
+        (FORGETFUL, "<think>\nthree times\n</think>\n\nnine<|im_end|>"),
+        (CHANNELS, "<|channel|>final<|message|>nine<|return|>"),
+    ],
+    ids=["reasoning", "channels"],
+)
+def test_a_template_that_rewrites_earlier_turns_is_refused_but_for_the_last_answer(
+    tmp_path: Path, template: str, answer: str
+):
+    chat = {"messages": [USER, FOUR, AGAIN, NINE | {"reasoning_content": "three times"}]}
+    with pytest.raises(ValueError, match=r"in\.jsonl:1 is rendered .* message 1 .* set loss_on=last"):
+        prepared(tmp_path, [chat], template)
+    prefix = prepared(tmp_path, [chat], template, loss_on="last")
+    assert documents(prefix)[0][1] == [answer]
+
+
+def test_a_token_over_the_boundary_is_refused(tmp_path: Path):
+    template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    with pytest.raises(ValueError, match="a token on both sides of a boundary"):
+        prepared(tmp_path, [{"messages": [USER, {"role": "assistant", "content": "answer"}]}], template)
+
+
+CALL = {"function": {"name": "add", "arguments": '{"a": 2, "b": 2}'}}
+TOOL_CHAT = [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "4"}, FOUR]
+SHAREGPT = [{"from": "human", "value": USER["content"]}, {"from": "gpt", "value": FOUR["content"]}]
+PARTS = [USER | {"content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "2 + 2?"}]}, FOUR]
+SHAPES = {
+    "messages": ("chat", {"messages": [USER, FOUR]}),
+    "parts": ("chat", {"messages": PARTS}),
+    "sharegpt": ("chat", {"conversations": SHAREGPT, "id": 3}),
+    "JSON in a string": ("chat", {"messages": json.dumps([USER, FOUR])}),
+    "prompt and completion": ("instruction", {"prompt": USER["content"], "completion": FOUR["content"]}),
+    "messages in a pair": ("instruction", {"prompt": [USER], "completion": [FOUR]}),
+    "instruction": ("instruction", {"instruction": USER["content"], "input": "", "output": FOUR["content"]}),
+    "question": ("instruction", {"question": USER["content"], "answer": FOUR["content"]}),
+    "preference": ("preference", {"prompt": USER["content"], "chosen": FOUR["content"], "rejected": "five"}),
+    "preference of messages": ("preference", {"chosen": [USER, FOUR], "rejected": [USER, NINE]}),
+    "preference that repeats": ("preference", {"prompt": [USER], "chosen": [USER, FOUR], "rejected": [USER, NINE]}),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_gives_the_same_tokens(tmp_path: Path, capsys, shape: str):
+    kind, record = SHAPES[shape]
+    found = documents(prepared(tmp_path, [record]))
+    assert f"format: {kind}, as in the first record" in capsys.readouterr().out
+    user, answer = "<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n", " The answer is four. <|im_end|>"
+    assert found == [(f"{user}<|im_start|>assistant\n{answer}\n", [answer])]
+
+
+def test_the_input_of_an_instruction_follows_it(tmp_path: Path):
+    record = {"instruction": "Add.", "input": "2, 2", "output": "4", "system": "Be brief."}
+    text, _ = documents(prepared(tmp_path, [record]))[0]
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nAdd.\n\n2, 2<|im_end|>")
+
+
+def test_tool_calls_are_the_assistants_words(tmp_path: Path):
+    _, counted = documents(prepared(tmp_path, [{"messages": TOOL_CHAT, "tools": [{"type": "function"}]}]))[0]
+    assert counted == ['<tool_call>add {"a": 2, "b": 2}</tool_call><|im_end|>', " The answer is four. <|im_end|>"]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_nested_columns_are_read(tmp_path: Path, suffix: str):
+    table = pa.table({"messages": [CHAT["messages"]] * 3, "score": [1, 2, 3]})
+    source = tmp_path / f"in.{suffix}"
+    if suffix == "parquet":
+        pa.parquet.write_table(table, source)
+    else:
+        with pa.ipc.new_stream(source, table.schema) as writer:
+            writer.write_table(table)
+    assert [counted for _, counted in documents(prepared(tmp_path, str(source)))] == [TEMPLATES["chatml"][1]] * 3
+
+
+BAD = {
+    "ends with a message of the user": [CHAT, {"messages": [USER, FOUR, USER]}],
+    r'the role .robot.; known are .*human': [CHAT, {"messages": [USER | {"role": "robot"}, FOUR]}],
+    "has none of the keys messages, .* it has text": [CHAT, {"text": "plain"}],
+    "a content with parts other than text": [CHAT, {"messages": [USER | {"content": [{"type": "image"}]}, FOUR]}],
+    "is not a list of messages": [CHAT, {"messages": []}],
+    "a content of type NoneType": [CHAT, {"messages": [USER, FOUR | {"content": None}]}],
+    "that is not JSON": [CHAT, {"messages": [USER, FOUR | {"tool_calls": [{"function": {"arguments": "{"}}]}]}],
+    "half of a surrogate pair": [CHAT, {"messages": [USER | {"content": "\ud800"}, FOUR]}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_conversations_are_counted_and_named(tmp_path: Path, capsys, message: str):
+    with pytest.raises(ValueError, match=rf"1 bad record, .*\n.*in\.jsonl:2 .*{message}"):
+        prepared(tmp_path, BAD[message])
+    assert len(documents(prepared(tmp_path, BAD[message], max_bad_records=1))) == 1
+    assert "skipped 1 bad record" in capsys.readouterr().out
+
+
+def test_what_a_template_raises_is_a_bad_record(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"in\.jsonl:1 is refused by the chat template: only user and assistant"):
+        prepared(tmp_path, [{"messages": [{"role": "system", "content": "x"}, USER, FOUR]}], BRACKETS)
+
+
+def test_a_template_cannot_reach_python(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"is refused by the chat template: .*(unsafe|mro|__class__)"):
+        prepared(tmp_path, [CHAT], "{{ messages.__class__.__mro__ }}")
+
+
+def test_a_tokenizer_without_a_template_is_refused_with_the_way_out(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"has no chat template.*chat_template=FILE"):
+        prepared(tmp_path, [CHAT], None)
+    (tmp_path / "mine.jinja").write_text(CHATML)
+    prefix = prepared(tmp_path, [CHAT], None, chat_template=str(tmp_path / "mine.jinja"))
+    assert documents(prefix)[0][1] == TEMPLATES["chatml"][1]
+
+
+def test_options_for_conversations_are_refused_for_texts(tmp_path: Path):
+    with pytest.raises(ValueError, match="loss_on is for conversations"):
+        prepared(tmp_path, [{"text": "plain"}], loss_on="last")
+    with pytest.raises(ValueError, match="chat_template is for conversations"):
+        prepared(tmp_path, [{"text": "plain"}], chat_template="x")
+
+
+def test_a_format_that_is_given_decides(tmp_path: Path):
+    both = CHAT | {"text": "What is the answer?"}
+    prepare(
+        [write(tmp_path / "in.jsonl", [both])],
+        str(tmp_path / "o"),
+        write_tokenizer(tmp_path / "t", None),
+        format="text",
+    )
+    assert not (tmp_path / "o.mask").exists()
+
+
+def test_any_number_of_workers_writes_the_same_mask(tmp_path: Path, monkeypatch):
+    records = [{"messages": [USER, FOUR | {"content": f"It is {i} " * (i % 7 + 1)}]} for i in range(400)]
+    whole = prepared(tmp_path, records)
+    expected = {suffix: Path(whole + suffix).read_bytes() for suffix in (".bin", ".idx", ".mask")}
+    monkeypatch.setattr(module, "MIN_PART_BYTES", 3000)
+    source, tokenizer = str(tmp_path / "in.jsonl"), str(tmp_path / "tokenizer")
+    result = prepare([source], str(tmp_path / "again"), tokenizer, num_workers=2, progress=False)
+    assert {suffix: Path(f"{tmp_path / 'again'}{suffix}").read_bytes() for suffix in expected} == expected
+    assert result.counted_tokens == sum(
+        int(np.unpackbits(np.frombuffer(expected[".mask"], np.uint8)).sum()) for _ in "1"
+    )
+    manifest = json.loads((tmp_path / "again.json").read_text())
+    assert (manifest["format"], manifest["loss_on"]) == ("chat", "assistant")
+
+
+def test_new_texts_leave_no_old_mask(tmp_path: Path):
+    prefix = prepared(tmp_path, [CHAT])
+    Path(f"{prefix}.json").unlink()
+    for suffix in (".bin", ".idx"):
+        Path(prefix + suffix).unlink()
+    write(tmp_path / "in.jsonl", [{"text": "plain"}])
+    prepare([str(tmp_path / "in.jsonl")], prefix, str(tmp_path / "tokenizer"), progress=False)
+    assert not Path(f"{prefix}.mask").exists()
+
+
+def samples(tmp_path: Path, prefix: str, **options) -> list[dict]:
+    data = DataConfig(train=[prefix], valid=[prefix], sequence_length=24, **options)
+    train, _ = build_datasets(data, TrainingConfig(), tmp_path / "cache", 12, 0, 400)
+    return [train[i] for i in range(12)]
+
+
+@pytest.mark.parametrize("loss_on", [None, "assistant", "last", "all"])
+def test_a_label_counts_if_its_token_does(tmp_path: Path, loss_on: str | None):
+    names = ["one", "two", "three", "four", "five"]
+    records = [{"messages": [USER, FOUR | {"content": name}, AGAIN, NINE | {"content": name * 2}]} for name in names]
+    prefix = prepared(tmp_path, records)
+    fast = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    answers = {token for text in (*names, "<|im_end|>") for token in fast.encode(text).ids}
+    asked = {token for text in ("user", "assistant", "What is 2 + 2?") for token in fast.encode(text).ids}
+    found = samples(tmp_path, prefix, loss_on=loss_on)
+    counted = torch.cat([sample["labels"][sample["loss_mask"] > 0] for sample in found]).tolist()
+    left_out = torch.cat([sample["labels"][sample["loss_mask"] == 0] for sample in found]).tolist()
+    if loss_on == "all":
+        assert not left_out
+        return
+    start = SPECIAL.index("<|im_start|>")
+    assert start not in counted and start in left_out and set(counted) <= answers
+    assert SPECIAL.index("<|im_end|>") in counted and set(left_out) & asked
+    runs = sum(np.flatnonzero(np.diff(sample["loss_mask"].numpy(), prepend=0) == 1).size for sample in found)
+    ends = counted.count(SPECIAL.index("<|im_end|>"))
+    assert ends <= runs <= ends + 12  # a run may begin in one sample and end in the next
+
+
+def test_a_mask_of_another_length_or_none_is_refused(tmp_path: Path):
+    prefix = prepared(tmp_path, [CHAT])
+    data, mask = DataConfig(train=[prefix]), Path(f"{prefix}.mask")
+    check_token_files(data)
+    whole = mask.read_bytes()
+    for content, problem in ((whole[:-1], "truncated"), (whole + b"\0", "too long")):
+        mask.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"out\.mask is {problem}"):
+            check_token_files(data)
+    mask.unlink()
+    with pytest.raises(ValueError, match=r"data\.train: no file .*out\.mask, which says which tokens count"):
+        check_token_files(data)
+
+
+def test_tokens_that_were_left_out_when_prepared_cannot_be_asked_for(tmp_path: Path):
+    prefix = prepared(tmp_path, [CHAT], loss_on="last")
+    check_token_files(DataConfig(train=[prefix], loss_on="last"))
+    with pytest.raises(ValueError, match=r"data\.loss_on = assistant, but .* was prepared with loss_on=last"):
+        check_token_files(DataConfig(train=[prefix], loss_on="assistant"))
