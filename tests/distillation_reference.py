@@ -87,7 +87,7 @@ def _forward(
     """Return the model, its logits, and its hidden states by number of the pair."""
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **EXPERTS)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager", **EXPERTS)
     outputs: dict[Any, torch.Tensor] = {}
     for number, pair in enumerate(pairs):
         parts = pair.split(":")[side].split(".")

@@ -31,6 +31,7 @@ LONGROPE = {
     "original_max_position_embeddings": 64,
 }
 FAMILIES = (
+    "gemma2",
     "gemma3_text",
     "glm4_moe",
     "granite",
@@ -65,6 +66,7 @@ NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # i
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 GEMMA = {"head_dim": 24, "sliding_window": 5, "query_pre_attn_scalar": 20, "tie_word_embeddings": True, **NO_TOKENS}
 OWN_FIELDS = {  # of config.json
+    "gemma2": {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 8.0, **GEMMA},
     "gemma3_text": {
         "rope_local_base_freq": 1e3,
         "rope_theta": 1e4,

@@ -105,7 +105,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class Multipliers:
-    """Constants that a model multiplies by, and the cap of its logits.
+    """Constants that a model multiplies by, and the caps of its logits and of attention's scores.
 
     Args:
         embedding: factor of the embeddings.
@@ -113,6 +113,7 @@ class Multipliers:
         residual: factor of what attention and MLP add to the residual stream.
         logits: factor of the logits, applied before the softcap.
         softcap: c in `c * tanh(logits / c)`; None: logits are not capped.
+        attention_softcap: the same for attention's scores, before the softmax.
     """
 
     embedding: float = 1.0
@@ -120,6 +121,7 @@ class Multipliers:
     residual: float = 1.0
     logits: float = 1.0
     softcap: float | None = None
+    attention_softcap: float | None = None
 
 
 Activation = Literal["silu", "gelu_pytorch_tanh"]  # of the MLPs' gates, by transformers' names
@@ -142,6 +144,7 @@ class Architecture:
         qkv_bias: queries, keys and values have a bias.
         qk_norm: queries and keys are normalised in each head.
         wide_qk_norm: with `qk_norm`, they are normalised over all heads together.
+        attention_sinks: each head has a learned score that its softmax counts and whose value is 0.
         pre_norms: attention and MLP read a normalised residual stream.
         post_norms: outputs of attention and MLP are normalised before they are added to the residual stream.
         activation: activation of the MLPs.
@@ -171,6 +174,7 @@ class Architecture:
     qkv_bias: bool
     qk_norm: bool
     wide_qk_norm: bool
+    attention_sinks: bool
     pre_norms: bool
     post_norms: bool
     activation: Activation

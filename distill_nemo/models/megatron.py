@@ -20,7 +20,7 @@ from distill_nemo.models.layers.experts import expert_settings
 from distill_nemo.models.layers.multipliers import FinishLogits, ScaleEmbeddings
 from distill_nemo.models.layers.residual import NormedAdd, replace_add, scaled_add
 from distill_nemo.models.layers.rotary import give_rotary_embeddings
-from distill_nemo.models.layers.specs import block_spec, drop_pre_norms, transformer_engine_usable
+from distill_nemo.models.layers.specs import block_spec, drop_pre_norms, transformer_engine_usable, uses_own_attention
 from distill_nemo.models.layers.wide_norms import give_wide_norms
 
 ACTIVATIONS = {"silu": functional.silu, "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh")}
@@ -64,6 +64,7 @@ def transformer_config(
         add_bias_linear=False,
         add_qkv_bias=model.qkv_bias,
         qk_layernorm=model.qk_norm and not model.wide_qk_norm,
+        softmax_type="learnable" if model.attention_sinks else "vanilla",
         no_rope_freq=no_rope if any(no_rope) else None,
         init_method_std=model.init_std,
         **_initialisation(model),
@@ -121,7 +122,7 @@ def _window_settings(model: Architecture, parallelism: ParallelismConfig, dtype:
             f"{model.name}: windows of {sorted(windows)} tokens in one model are not supported; all must have one size"
         )
     (window,) = windows
-    if parallelism.context_parallel_size > 1 and transformer_engine_usable(dtype):
+    if parallelism.context_parallel_size > 1 and not uses_own_attention(model, dtype):
         raise ValueError(
             f"{model.name}: its sliding windows of {window} tokens are not supported with Transformer Engine under "
             f"parallelism.context_parallel_size = {parallelism.context_parallel_size}. Set that to 1, and "

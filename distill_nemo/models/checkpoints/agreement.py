@@ -35,7 +35,8 @@ def open_with_transformers(path: str | Path, dtype: torch.dtype, **config: Any) 
     Raises:
         ValueError: if transformers refuses it, with its reason.
     """
-    options: dict[str, Any] = config | {"dtype": dtype, "use_safetensors": True}
+    eager = {"attn_implementation": "eager"}  # "sdpa", the default, overlooks a softcap of scores
+    options: dict[str, Any] = config | eager | {"dtype": dtype, "use_safetensors": True}
     try:
         return open_pretrained(transformers.AutoModelForCausalLM, path, **options).eval()
     except Exception as error:  # transformers raises errors of any type

@@ -57,6 +57,7 @@ class Family:
         qkv_bias: queries, keys and values have a bias.
         qk_norm: queries and keys are normalised in each head.
         wide_qk_norm: with `qk_norm`, they are normalised over all heads together.
+        attention_sinks: each head has a learned score that its softmax counts and whose value is 0.
         pre_norms: attention and MLP read a normalised residual stream.
         post_norms: outputs of attention and MLP are normalised before they are added to the residual stream.
         activation: activation of the MLPs.
@@ -84,6 +85,7 @@ class Family:
     qkv_bias: bool = False
     qk_norm: bool = False
     wide_qk_norm: bool = False
+    attention_sinks: bool = False
     pre_norms: bool = True
     post_norms: bool = False
     activation: Activation = "silu"

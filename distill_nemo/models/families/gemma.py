@@ -43,26 +43,35 @@ def _layers(values: dict[str, Any], layers: tuple[Layer, ...]) -> tuple[Layer, .
     return tuple(replace(layer, rope=KINDS.index(kind)) for layer, kind in pairs)
 
 
-def _multipliers(values: dict[str, Any]) -> Multipliers:
+def gemma_multipliers(values: dict[str, Any]) -> Multipliers:
+    """Return the constants of Gemma 2 and 3 (`Family.multipliers`)."""
+    own = values["family_fields"]
     return Multipliers(
         embedding=values["hidden_size"] ** 0.5,
         rounds_embedding=True,
-        softcap=values["family_fields"]["final_logit_softcapping"],
+        softcap=own["final_logit_softcapping"],
+        attention_softcap=own.get("attn_logit_softcapping"),
     )
 
 
-def _settings(model: Architecture) -> dict[str, Any]:
+def gemma_settings(model: Architecture) -> dict[str, Any]:
+    """Return Megatron's fields of Gemma 2 and 3 (`Family.settings`)."""
     scale = model.family_fields["query_pre_attn_scalar"] ** -0.5
     return {"softmax_scale": scale, "layernorm_zero_centered_gamma": True}
 
 
-def _refused(config: Fields) -> dict[str, bool]:
+def gemma_refused(config: Fields) -> dict[str, bool]:
+    """Return features of Gemma 2 and 3 that are not supported (`Family.refused`)."""
     activation = config.text("hidden_activation", ACTIVATION)
     return {
         f"hidden_activation {activation}": activation != ACTIVATION,
-        "attn_logit_softcapping (transformers ignores it)": config.values.get("attn_logit_softcapping") is not None,
         "use_bidirectional_attention": config.flag("use_bidirectional_attention"),
     }
+
+
+def _refused(config: Fields) -> dict[str, bool]:
+    capped = config.values.get("attn_logit_softcapping") is not None
+    return {**gemma_refused(config), "attn_logit_softcapping (transformers ignores it)": capped}
 
 
 def _spelled(config: Fields) -> dict[str, Any]:
@@ -110,8 +119,8 @@ GEMMA3_TEXT = Family(
     layer_ropes=KINDS,
     own_fields=Gemma3Fields,
     layers=_layers,
-    multipliers=_multipliers,
-    settings=_settings,
+    multipliers=gemma_multipliers,
+    settings=gemma_settings,
     spelled=_spelled,
     refused=_refused,
     write_own=_write,

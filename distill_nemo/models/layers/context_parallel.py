@@ -9,18 +9,23 @@ tensor-parallel rank, d channels of a head, w tokens of a sliding window.
 
 import functools
 import math
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
-from torch import Tensor
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional
+
+from distill_nemo.models.layers.capped_attention import CappedAttention
 
 QUERY_BLOCK = 256  # queries that share a mask in a layer with a window; each also computes up to as many masked scores
 
@@ -62,7 +67,9 @@ class CausalAttention(MegatronModule):
     softmax(q_i @ k[: i + 1].T * softmax_scale) @ v[: i + 1]  # for every position i of this rank
     ```
 
-    In a layer with a sliding window of w tokens, keys and values are those of positions i - w + 1 to i.
+    In a layer with a sliding window of w tokens, keys and values are those of positions i - w + 1 to i. With a softcap
+    c, scores are c * tanh(score / c). With `softmax_type` "learnable", the softmax runs over one score more, a learned
+    one for each head (its sink), whose value is 0.
 
     Replaces Megatron's DotProductAttention, which refuses context parallelism and keeps all S x S scores for
     backward. Keys and values are all-gathered over the context-parallel group; their gradients are reduce-scattered.
@@ -82,13 +89,16 @@ class CausalAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        softcap: float | None = None,
     ) -> None:
         super().__init__(config=config)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         if dropout:
             raise ValueError(f"attention_dropout = {dropout}: only 0 is supported without Transformer Engine")
         assert attn_mask_type is AttnMaskType.causal, attn_mask_type
-        assert config.softmax_type == "vanilla", "no supported model asks for another"
+        self.softcap = softcap
+        self.softmax_offset = None if config.softmax_type == "vanilla" else _sinks(config)
+        assert softcap is None or self.softmax_offset is None, "no supported model has both"
         self.window: int | None = None
         if config.window_size is not None:
             by_layer = config.window_attn_skip_freq
@@ -139,8 +149,19 @@ class CausalAttention(MegatronModule):
             outputs.append(self._attend(query_pBnd, key_SBgd[first:end], value_SBgd[first:end]))
         return torch.cat(outputs)
 
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Mark the sinks as a shard, under the name that Transformer Engine gives them."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, {"softmax_offset": 0}, sharded_offsets)
+
     def _attend(self, query_pBnd: Tensor, key_tBgd: Tensor, value_tBgd: Tensor) -> Tensor:
         """Return [p, B, n*d]. The p queries are the last of the t positions."""
+        if self.softcap is not None:
+            return CappedAttention.apply(
+                query_pBnd, key_tBgd, value_tBgd, self.softmax_scale, self.softcap, self.window
+            )
         queries, keys = query_pBnd.shape[0], key_tBgd.shape[0]
         repeats = query_pBnd.shape[2] // key_tBgd.shape[2]
         query_Bnpd = query_pBnd.permute(1, 2, 0, 3)
@@ -148,13 +169,10 @@ class CausalAttention(MegatronModule):
         value_Bntd = value_tBgd.repeat_interleave(repeats, dim=2).permute(1, 2, 0, 3)
         if self.window is not None and self.window < keys:
             return self._attend_in_window(query_Bnpd, key_Bntd, value_Bntd, self.window)
-        whole, mask_pt = queries == keys, None
-        if not whole:
+        mask_pt = None
+        if queries != keys:
             mask_pt = torch.ones(queries, keys, dtype=torch.bool, device=query_pBnd.device).tril(keys - queries)
-        out_Bnpd = functional.scaled_dot_product_attention(
-            query_Bnpd, key_Bntd, value_Bntd, attn_mask=mask_pt, is_causal=whole, scale=self.softmax_scale
-        )
-        return out_Bnpd.permute(2, 0, 1, 3).flatten(2)
+        return self._product(query_Bnpd, key_Bntd, value_Bntd, mask_pt).permute(2, 0, 1, 3).flatten(2)
 
     def _attend_in_window(self, query_Bnpd: Tensor, key_Bntd: Tensor, value_Bntd: Tensor, window: int) -> Tensor:
         """Return [p, B, n*d], by blocks of queries that share one mask. A block gets only keys that its queries see."""
@@ -163,15 +181,46 @@ class CausalAttention(MegatronModule):
         for query_Bnbd in query_Bnpd.split(QUERY_BLOCK, dim=2):
             start, end = end, end + query_Bnbd.shape[2]
             first = start - window + 1  # below 0 if the block sees all keys before it
-            out_Bnbd = functional.scaled_dot_product_attention(
-                query_Bnbd,
-                key_Bntd[:, :, max(0, first) : end],
-                value_Bntd[:, :, max(0, first) : end],
-                attn_mask=mask[: end - start, max(0, -first) : end - first],
-                scale=self.softmax_scale,
-            )
+            seen = slice(max(0, first), end)
+            mask_bk = mask[: end - start, max(0, -first) : end - first]
+            out_Bnbd = self._product(query_Bnbd, key_Bntd[:, :, seen], value_Bntd[:, :, seen], mask_bk)
             outputs.append(out_Bnbd.permute(2, 0, 1, 3).flatten(2))
         return torch.cat(outputs)
+
+    def _product(self, query_Bnpd: Tensor, key_Bntd: Tensor, value_Bntd: Tensor, mask: Tensor | None) -> Tensor:
+        """Return [B, n, p, d]. Without a mask, queries and keys have the same positions, and the causal mask is meant.
+
+        A sink becomes the key of a position before the first. Its score comes from a channel that is 1 in every query
+        and 0 in every other key.
+        """
+        if self.softmax_offset is None:
+            return functional.scaled_dot_product_attention(
+                query_Bnpd, key_Bntd, value_Bntd, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale
+            )
+        before = 0 if mask is not None else 1  # the causal mask needs as many queries as keys
+        query = functional.pad(query_Bnpd, (0, 1), value=1.0)
+        query = functional.pad(query, (0, 0, before, 0))
+        key, value = (functional.pad(x, (0, 1, 1, 0)) for x in (key_Bntd, value_Bntd))
+        key[:, :, 0, -1] = self.softmax_offset / self.softmax_scale
+        if mask is not None:
+            mask = functional.pad(mask, (1, 0), value=float(mask.dtype == torch.bool))
+        out = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale
+        )
+        return out[:, :, before:, :-1]
+
+
+def _sinks(config: TransformerConfig) -> nn.Parameter:
+    """Return this tensor-parallel rank's sinks, [n]."""
+    assert config.softmax_type == "learnable", config.softmax_type
+    whole = torch.empty(config.num_attention_heads, dtype=config.params_dtype)
+    if config.perform_initialization:
+        assert config.init_method is not None, "Megatron fills it"
+        config.init_method(whole)
+    own = whole.chunk(config.tensor_model_parallel_size)[parallel_state.get_tensor_model_parallel_rank()]
+    sinks = nn.Parameter(own.clone())
+    set_tensor_model_parallel_attributes(sinks, is_parallel=True, dim=0, stride=1)
+    return sinks
 
 
 @functools.lru_cache(maxsize=2)

@@ -50,7 +50,7 @@ def block_spec(
         return _heterogeneous_spec(config, vp_stage)
     first, count = get_transformer_layer_offset(config, vp_stage), get_num_layers_to_build(config, vp_stage=vp_stage)
     specs = [
-        ModuleSpec(module=TransformerLayer, submodules=_layer_parts(config, layer))
+        ModuleSpec(module=TransformerLayer, submodules=_layer_parts(model, config, layer))
         for layer in model.layers[first : first + count]
     ]
     if not transformer_engine_usable(config.params_dtype):
@@ -60,7 +60,16 @@ def block_spec(
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=TENorm)
 
 
-def _layer_parts(config: TransformerConfig, layer: Layer) -> TransformerLayerSubmodules:
+def uses_own_attention(model: Architecture, dtype: torch.dtype) -> bool:
+    """Return True if core attention is ours, on a GPU too.
+
+    Transformer Engine caps no scores, and nothing has been compared with its sinks.
+    """
+    special = model.multipliers.attention_softcap is not None or model.attention_sinks
+    return special or not transformer_engine_usable(dtype)
+
+
+def _layer_parts(model: Architecture, config: TransformerConfig, layer: Layer) -> TransformerLayerSubmodules:
     """Return the parts of one layer, with a part that it lacks left out."""
     num_experts = config.num_moe_experts if layer.has_experts else None
     if transformer_engine_usable(config.params_dtype):
@@ -69,6 +78,9 @@ def _layer_parts(config: TransformerConfig, layer: Layer) -> TransformerLayerSub
         )
     else:
         parts = _local_parts(config, num_experts)
+    attention = getattr(parts.self_attention, "submodules", None)
+    if uses_own_attention(model, config.params_dtype) and isinstance(attention, SelfAttentionSubmodules):
+        attention.core_attention = ModuleSpec(CausalAttention, params={"softcap": model.multipliers.attention_softcap})
     if layer.num_query_groups is None:
         parts.input_layernorm = parts.self_attention = IdentityOp
         parts.self_attn_bda = IdentityFuncOp
@@ -86,7 +98,6 @@ def _local_parts(config: TransformerConfig, num_experts: int | None) -> Transfor
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     attention = parts.self_attention.submodules
     assert isinstance(attention, SelfAttentionSubmodules)
-    attention.core_attention = CausalAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return parts

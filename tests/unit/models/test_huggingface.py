@@ -64,7 +64,9 @@ def transformers_logits(path):
 
     tokens = torch.randint(507, (2, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(tokens).logits
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")(
+            tokens
+        ).logits
 
 
 @pytest.fixture(scope="module")
