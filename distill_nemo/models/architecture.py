@@ -198,6 +198,11 @@ class Architecture:
         return experts.num_experts_per_tok * experts.moe_ffn_hidden_size + (experts.shared_ffn_hidden_size or 0)
 
     @property
+    def needs_own_attention(self) -> bool:
+        """True if core attention is ours on a GPU, too. Transformer Engine caps no scores; its sinks are untested."""
+        return self.attention_sinks or self.multipliers.attention_softcap is not None
+
+    @property
     def longest_sequence(self) -> int:
         """Length in tokens up to which rotary frequencies do not depend on the length of a sequence.
 

@@ -9,6 +9,7 @@ channels (N, K, F on one tensor-parallel rank).
 """
 
 from distill_nemo.models.architecture import FUSED_ACTIVATIONS, Architecture, Layer
+from distill_nemo.models.layers.capped_attention import QUERY_BLOCK
 from distill_nemo.planning.planned import PlannedRun
 
 
@@ -27,23 +28,45 @@ def _saved_by_attention(planned: PlannedRun, model: Architecture, layer: Layer, 
     qk_norm = model.qk_norm
     bytes_ = _norms(planned, model)
     softmax_statistics = 4 * tokens * model.num_attention_heads // tensor
-    if planned.transformer_engine:
+    if planned.transformer_engine and not model.needs_own_attention:
         return bytes_ + softmax_statistics + item * tokens * (2 * n + 2 * k + (n + k if qk_norm else 0))
-    grouped = k < n
-    whole = not grouped or recompute == "selective" or (qk_norm and item == 4)  # a view of joint q, k, v is saved
+    if recompute != "selective":
+        bytes_ += softmax_statistics
+    grouped, capped = k < n, model.multipliers.attention_softcap is not None
+    as_given = recompute == "selective" or capped  # queries, keys and values, not copies of them
+    whole = not grouped or as_given or (qk_norm and item == 4)  # a view of joint q, k, v is saved
     numbers = 2 * n + (n + 2 * k if whole else 0)  # queries, the output
-    if recompute == "selective":
+    if as_given:
         numbers += k
+    elif model.attention_sinks:
+        numbers = _saved_with_sinks(model, layer, n)
     else:
         numbers += 2 * n if grouped else n  # keys and values, repeated for the heads that share them
-        bytes_ += softmax_statistics
-    if layer.window is not None:
+    if layer.window is not None and not capped:
         numbers += n  # outputs of blocks of queries, before they are one
     if qk_norm and item == 4:
         numbers += n + k + (n if grouped else 0)
     elif qk_norm:
         bytes_ += (4 + item) * tokens * (n + k)
     return bytes_ + item * tokens * numbers
+
+
+def _saved_with_sinks(model: Architecture, layer: Layer, n: int) -> int:
+    """Return the numbers of a token: padded queries, keys, values and output, and the output without its padding."""
+    again = 0.0 if layer.window is None else layer.window / QUERY_BLOCK  # keys that several blocks of queries see
+    padded = round((2 + 2 * (1 + again)) * n * (1 + 1 / model.kv_channels))
+    return padded + (n if layer.window is None else 0)
+
+
+def _score_blocks(planned: PlannedRun, model: Architecture, tensors: int) -> int:
+    """Return the bytes of capped scores: fp32 tensors of the scores of a block of queries."""
+    if model.multipliers.attention_softcap is None:
+        return 0
+    par, length = planned.config.parallelism, planned.config.data.sequence_length
+    queries = min(QUERY_BLOCK, length // par.context_parallel_size)
+    heads = model.num_attention_heads // par.tensor_model_parallel_size
+    narrow = 2 if planned.item == 2 else 0
+    return (4 * tensors + narrow) * planned.config.training.micro_batch_size * heads * queries * length
 
 
 def _key_channels(model: Architecture, layer: Layer, tensor: int) -> int:
@@ -97,10 +120,17 @@ def final_norm(planned: PlannedRun, model: Architecture) -> int:
 def backward_workspace(planned: PlannedRun, model: Architecture, layer: Layer) -> int:
     """Return the peak bytes of a layer's backward pass beyond its saved tensors.
 
-    They are the gradients of both halves of the MLP. The gradient of their product takes the product's place.
+    They are the gradients of both halves of the MLP, whose product's gradient takes the product's place; or those of
+    queries, keys and values with capped scores.
     """
-    f = model.ffn_per_token(layer) // planned.config.parallelism.tensor_model_parallel_size
-    return 2 * planned.item * planned.tokens * f + 2 * planned.item * planned.split_tokens * model.hidden_size
+    tensor = planned.config.parallelism.tensor_model_parallel_size
+    f = model.ffn_per_token(layer) // tensor
+    residual = 2 * planned.item * planned.split_tokens * model.hidden_size
+    n = model.num_attention_heads * model.kv_channels // tensor
+    blocks = _score_blocks(planned, model, 3)
+    attention = blocks + planned.tokens * (2 * planned.item * n + 8 * _key_channels(model, layer, tensor))
+    after_mlp = attention - saved_by_mlp(planned, model, layer) if blocks else 0  # which is freed by then
+    return max(2 * planned.item * planned.tokens * f, after_mlp) + residual
 
 
 def forward_workspace(planned: PlannedRun, model: Architecture, layer: Layer) -> int:
@@ -116,7 +146,8 @@ def forward_workspace(planned: PlannedRun, model: Architecture, layer: Layer) ->
     n = model.num_attention_heads * model.kv_channels // tensor
     k = _key_channels(model, layer, tensor)
     numbers = (n + 2 * k) + (n + k) + n  # joint q, k, v; rotated q and k; the output
-    if planned.transformer_engine:
-        return residual + max(mlp, item * tokens * numbers)
+    blocks = _score_blocks(planned, model, 2)
+    if blocks or (planned.transformer_engine and not model.needs_own_attention):
+        return residual + max(mlp, blocks + item * tokens * numbers)
     numbers += n + (2 * n if k < n else 0)
     return residual + max(mlp, item * tokens * numbers)

@@ -153,7 +153,7 @@ def whole_workspace(planned: PlannedRun) -> float:
 
     Forward makes an fp32 copy for Megatron's cross entropy. Backward makes the gradient of the divergence, beside that
     copy if the LM loss is trained. Padding is cut off, which takes another gradient, or masked in copies. A
-    softcap saves logits for backward, where it takes another gradient.
+    softcap saves logits for backward, where it takes another gradient once the rest is freed.
     """
     student, teacher = planned.models
     kd, par = planned.config.distillation, planned.config.parallelism
@@ -161,10 +161,12 @@ def whole_workspace(planned: PlannedRun) -> float:
     capped = 0 if student.multipliers.softcap is None else logits
     if teacher is None or not planned.config.distillation.uses_logits:
         in_place = planned.item == 4 and teacher is None
-        return capped + (logits if in_place else 2 * logits + copy if planned.item == 2 else logits + copy)
+        if in_place:
+            return logits + 2 * capped
+        return capped + (2 * logits if planned.item == 2 else logits) + copy
     backward = logits + (copy if kd.uses_lm_loss else 0)
     padded = padded_vocab_size(student.vocab_size) != student.vocab_size
     masked = 2 * logits if padded and par.tensor_model_parallel_size > 1 else 0
     if padded and not masked:
         backward += logits
-    return 2 * logits + masked + capped + max(copy, backward + capped)
+    return 2 * logits + masked + capped + max(copy, backward)

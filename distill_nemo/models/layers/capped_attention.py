@@ -51,11 +51,12 @@ class CappedAttention(torch.autograd.Function):
         query_Bgrpd, key_Bgtd, value_Bgtd = _by_head(query_pBnd, key_tBgd.shape[2]), *map(_keys, (key_tBgd, value_tBgd))
         out_Bgrpd, lse_Bgrp = torch.empty_like(query_Bgrpd), []
         for block in _blocks(query_pBnd.shape[0], key_tBgd.shape[0], window, query_pBnd.device):
-            scores_Bgqk, _ = _scores(query_Bgrpd, key_Bgtd, block, scale, softcap)
+            scores_Bgqk = _scores(query_Bgrpd, key_Bgtd, block, scale, softcap)[0]
             lse_Bgq = scores_Bgqk.logsumexp(-1, keepdim=True)
-            weights_Bgqk = (scores_Bgqk - lse_Bgq).exp().to(value_Bgtd.dtype)
+            weights_Bgqk = scores_Bgqk.sub_(lse_Bgq).exp_().to(value_Bgtd.dtype)
             out_Bgrpd[..., block.queries, :] = _unflat(weights_Bgqk @ value_Bgtd[:, :, block.keys], out_Bgrpd)
             lse_Bgrp.append(_unflat(lse_Bgq, out_Bgrpd))
+            del scores_Bgqk, weights_Bgqk  # before the next block's
         out_pBm = out_Bgrpd.permute(3, 0, 1, 2, 4).flatten(2)
         ctx.save_for_backward(query_pBnd, key_tBgd, value_tBgd, out_pBm, torch.cat(lse_Bgrp, dim=3))
         ctx.settings = scale, softcap, window
@@ -74,18 +75,37 @@ class CappedAttention(torch.autograd.Function):
         by_key_Bgtd, by_value_Bgtd = (torch.zeros_like(x, dtype=lse_Bgrp1.dtype) for x in (key_Bgtd, value_Bgtd))
         for block in _blocks(query_pBnd.shape[0], key_tBgd.shape[0], window, query_pBnd.device):
             rows, keys = block.queries, block.keys
-            scores_Bgqk, tanh_Bgqk = _scores(query_Bgrpd, key_Bgtd, block, scale, softcap)
-            weights_Bgqk = (scores_Bgqk - _flat(lse_Bgrp1, rows)).exp()
-            gradient_Bgqd = _flat(gradient_Bgrpd, rows)
-            by_value_Bgtd[:, :, keys] += weights_Bgqk.to(gradient_Bgqd.dtype).mT @ gradient_Bgqd
-            by_weight_Bgqk = gradient_Bgqd @ value_Bgtd[:, :, keys].mT - _flat(dot_Bgrp1, rows)
-            by_product_Bgqk = weights_Bgqk * by_weight_Bgqk * (1 - tanh_Bgqk.square()) * scale
-            by_product_Bgqk = by_product_Bgqk.to(query_Bgrpd.dtype)
+            weights_Bgqk, by_product_Bgqk = _of_block(
+                query_Bgrpd, key_Bgtd, value_Bgtd, gradient_Bgrpd, lse_Bgrp1, dot_Bgrp1, block, scale, softcap
+            )
+            by_value_Bgtd[:, :, keys] += weights_Bgqk.mT @ _flat(gradient_Bgrpd, rows)
             by_query_Bgrpd[..., rows, :] = _unflat(by_product_Bgqk @ key_Bgtd[:, :, keys], by_query_Bgrpd)
             by_key_Bgtd[:, :, keys] += by_product_Bgqk.mT @ _flat(query_Bgrpd, rows)
+            del weights_Bgqk, by_product_Bgqk  # before the next block's
         by_query_pBnd = by_query_Bgrpd.permute(3, 0, 1, 2, 4).flatten(2, 3)
         by_key, by_value = (x.permute(2, 0, 1, 3).to(key_tBgd.dtype) for x in (by_key_Bgtd, by_value_Bgtd))
         return by_query_pBnd, by_key, by_value, None, None, None
+
+
+def _of_block(
+    query_Bgrpd: Tensor,
+    key_Bgtd: Tensor,
+    value_Bgtd: Tensor,
+    gradient_Bgrpd: Tensor,
+    lse_Bgrp1: Tensor,
+    dot_Bgrp1: Tensor,
+    block: Block,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """Return a block's softmax [B, g, q, k], and the gradient of its products of queries and keys."""
+    rows, narrow = block.queries, query_Bgrpd.dtype
+    scores_Bgqk, tanh_Bgqk = _scores(query_Bgrpd, key_Bgtd, block, scale, softcap)
+    weights_Bgqk = scores_Bgqk.sub_(_flat(lse_Bgrp1, rows)).exp_()
+    by_weight_Bgqk = (_flat(gradient_Bgrpd, rows) @ value_Bgtd[:, :, block.keys].mT).to(tanh_Bgqk.dtype)
+    by_score_Bgqk = by_weight_Bgqk.sub_(_flat(dot_Bgrp1, rows)).mul_(weights_Bgqk)
+    by_product_Bgqk = by_score_Bgqk.mul_(tanh_Bgqk.square_().neg_().add_(1)).mul_(scale)
+    return weights_Bgqk.to(narrow), by_product_Bgqk.to(narrow)
 
 
 def _by_head(x_pBnd: Tensor, groups: int) -> Tensor:

@@ -61,12 +61,8 @@ def block_spec(
 
 
 def uses_own_attention(model: Architecture, dtype: torch.dtype) -> bool:
-    """Return True if core attention is ours, on a GPU too.
-
-    Transformer Engine caps no scores, and nothing has been compared with its sinks.
-    """
-    special = model.multipliers.attention_softcap is not None or model.attention_sinks
-    return special or not transformer_engine_usable(dtype)
+    """Return True if core attention is ours, not Transformer Engine's."""
+    return model.needs_own_attention or not transformer_engine_usable(dtype)
 
 
 def _layer_parts(model: Architecture, config: TransformerConfig, layer: Layer) -> TransformerLayerSubmodules:

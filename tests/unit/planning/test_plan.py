@@ -100,14 +100,16 @@ CASES = {
     "teacher offloaded": replace(SMALL, fields={"distillation.offload_teacher": True}, teacher=(6, 256)),
     "qk-norm, no teacher": replace(SMALL, family="qwen3", teacher=None),
     "layers without rotary embedding": replace(SMALL, family="smollm3", student=(4, 128)),
-    "norms on both sides, softcap": replace(SMALL, family="gemma3_text", vocab=8192),
+    "norms on both sides, softcap": replace(SMALL, family="gemma2", vocab=8192),
     "whole logits, softcap": replace(
         SMALL,
-        family="gemma3_text",
+        family="gemma2",
         fields={"distillation.fused_linear": False, "distillation.lm_weight": 0.3},
         vocab=8192,
     ),
-    "softcap, no teacher": replace(SMALL, family="gemma3_text", teacher=None, vocab=8192),
+    "capped scores": replace(SMALL, family="gemma2", length=512, micro_batch=1),
+    "capped scores, no teacher": replace(SMALL, family="gemma2", length=512, teacher=None, vocab=512),
+    "softcap, no teacher": replace(SMALL, family="gemma2", teacher=None, vocab=8192),
     "data": replace(SMALL, ranks=2),
     "tensor and sequence": replace(
         SMALL, fields={"parallelism.tensor_model_parallel_size": 2, "parallelism.sequence_parallel": True}, ranks=2
