@@ -41,18 +41,10 @@ UPPER_LIMITS = {
     "num_experts_per_tok": MAX_EXPERTS,
     "max_position_embeddings": MAX_POSITIONS,
 }
-TRAITS = (
+TRAITS = (  # of families
     *("qkv_bias", "qk_norm", "wide_qk_norm", "attention_sinks"),
     *("pre_norms", "post_norms", "activation"),
-)  # of families
-    "qkv_bias",
-    "qk_norm",
-    "wide_qk_norm",
-    "attention_sinks",
-    "pre_norms",
-    "post_norms",
-    "activation",
-)  # of families
+)
 WITHOUT_DEFAULT = ("rope_scaling", "block_configs", *EXPERT_SIZES)  # None means that the model has none
 
 
