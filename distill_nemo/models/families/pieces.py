@@ -9,6 +9,7 @@ Names of Hugging Face tensors may hold `{i}` (number of the layer) and `{e}` (nu
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import wraps
 from typing import NamedTuple
 
 from distill_nemo.models.architecture import Architecture, Layer, padded_vocab_size
@@ -61,6 +62,42 @@ class Place(NamedTuple):
 Rule = Callable[[Place], list[Piece]]
 Table = dict[str, Rule]
 Size = Callable[[Place], int]
+Axes = dict[str, tuple[tuple[Size, ...], ...]]  # along every dimension of each tensor, sizes that follow one another
+
+
+@dataclass(frozen=True)
+class SizedRule:
+    """A rule that knows the sizes of its tensors by name."""
+
+    pieces: Rule
+    axes: Axes
+
+    def __call__(self, place: Place) -> list[Piece]:
+        """Return the pieces of one rank."""
+        return self.pieces(place)
+
+
+def sized[**P](axes: Callable[..., Axes]) -> Callable[[Callable[P, Rule]], Callable[P, Rule]]:
+    """Make a function that returns rules state their axes too, which `axes` returns for the same arguments."""
+
+    def decorate(make: Callable[P, Rule]) -> Callable[P, Rule]:
+        @wraps(make)
+        def made(*args: P.args, **kwargs: P.kwargs) -> Rule:
+            return SizedRule(make(*args, **kwargs), axes(*args, **kwargs))
+
+        return made
+
+    return decorate
+
+
+def vocab(place: Place) -> int:
+    """Return the number of tokens."""
+    return place.model.vocab_size
+
+
+def one(place: Place) -> int:
+    """Return 1."""
+    return 1
 
 
 def hidden(place: Place) -> int:
@@ -116,16 +153,19 @@ def clip(pieces: Iterable[Piece], place: Place) -> list[Piece]:
     return own
 
 
+@sized(lambda name, *shape: {name: tuple((size,) for size in shape)})
 def replicated(name: str, *shape: Size) -> Rule:
     """Give every rank the whole tensor."""
     return lambda place: [_part(name, place, *((0, size(place)) for size in shape))]
 
 
+@sized(lambda name, *shape: {name: tuple((size,) for size in shape)})
 def column_parallel(name: str, *shape: Size) -> Rule:
     """Split the rows."""
     return lambda place: clip(replicated(name, *shape)(place), place)
 
 
+@sized(lambda name, rows, columns: {name: ((rows,), (columns,))})
 def row_parallel(name: str, rows: Size, columns: Size) -> Rule:
     """Split the columns."""
 
@@ -137,6 +177,7 @@ def row_parallel(name: str, rows: Size, columns: Size) -> Rule:
     return pieces
 
 
+@sized(lambda name: {name: ((vocab,), (hidden,))})
 def vocabulary(name: str) -> Rule:
     """Split the rows, padded with zeros to Megatron's size."""
 
@@ -149,12 +190,14 @@ def vocabulary(name: str) -> Rule:
     return pieces
 
 
+@sized(lambda gate, up, width=ffn: {name: ((width,), (hidden,)) for name in (gate, up)})
 def gated(gate: str, up: str, width: Size = ffn) -> Rule:
     """Split gate and up projection separately. A rank has the gate's rows, then those of up."""
     gate_rows, up_rows = column_parallel(gate, width, hidden), column_parallel(up, width, hidden)
     return lambda place: gate_rows(place) + up_rows(place)
 
 
+@sized(lambda name: {name: ((ffn, ffn), (hidden,))})
 def gated_in_one(name: str) -> Rule:
     """Split gate and up projection separately, from one tensor that holds the gate's rows, then those of up."""
 
@@ -166,11 +209,18 @@ def gated_in_one(name: str) -> Rule:
     return pieces
 
 
+@sized(
+    lambda query, key, value, *columns: {
+        name: ((rows,), *((size,) for size in columns))
+        for name, rows in ((query, heads), (key, groups), (value, groups))
+    }
+)
 def query_key_value(query: str, key: str, value: str, *columns: Size) -> Rule:
     """Interleave by query group: the group's queries, its key, its value. Split the rows of the result."""
     return _by_group((query, key, value), lambda place: (0, 0, 0), columns)
 
 
+@sized(lambda name, *columns: {name: ((heads, groups, groups), *((size,) for size in columns))})
 def query_key_value_in_one(name: str, *columns: Size) -> Rule:
     """Interleave by query group, from one tensor that holds all queries, then all keys, then all values."""
     return _by_group((name, name, name), lambda place: (0, heads(place), heads(place) + groups(place)), columns)
@@ -227,7 +277,7 @@ EXPERTS: Table = {
 }
 ROUTER_BIAS: Table = {EXPERT_BIAS: replicated(LAYER + "mlp.gate.e_score_correction_bias", experts)}
 SHARED_GATE: Table = {
-    "mlp.shared_experts.gate_weight": replicated(LAYER + "mlp.shared_expert_gate.weight", lambda place: 1, hidden)
+    "mlp.shared_experts.gate_weight": replicated(LAYER + "mlp.shared_expert_gate.weight", one, hidden)
 }
 EMBEDDING, FINAL_NORM, OUTPUT = (
     "embedding.word_embeddings.weight",

@@ -6,7 +6,17 @@ from typing import NamedTuple
 
 from distill_nemo.models.architecture import Architecture, Layer
 from distill_nemo.models.families import FAMILIES
-from distill_nemo.models.families.pieces import EXPERT, OUTPUT, OUTSIDE, Piece, Place, Rule, Table, table_around
+from distill_nemo.models.families.pieces import (
+    EXPERT,
+    OUTPUT,
+    OUTSIDE,
+    Piece,
+    Place,
+    Rule,
+    SizedRule,
+    Table,
+    table_around,
+)
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -65,6 +75,28 @@ def _copies(model: Architecture, name: str) -> int:
 def hf_shapes(model: Architecture) -> Shapes:
     """Return name and shape of every tensor of a model in Hugging Face's naming."""
     return shapes_of(piece for parameter in parameters(model) for piece in parameter.pieces)
+
+
+class Span(NamedTuple):
+    """Consecutive rows, or columns, of a tensor that belong to one axis of the network, by the name of its size."""
+
+    axis: str
+    size: int
+
+
+def hf_axes(model: Architecture) -> dict[str, tuple[tuple[Span, ...], ...]]:
+    """Return what the dimensions of every tensor consist of: ((ffn, 768),), ((hidden, 256),) for an up projection.
+
+    All that has a size of that name changes together when a model is made smaller.
+    """
+    return {
+        name.format(i=place.number, e=place.expert): tuple(
+            tuple(Span(size.__name__, size(place)) for size in sizes) for sizes in dimensions
+        )
+        for _, rule, place in parameters(model)
+        if isinstance(rule, SizedRule)
+        for name, dimensions in rule.axes.items()
+    }
 
 
 def shapes_of(pieces: Iterable[Piece]) -> Shapes:

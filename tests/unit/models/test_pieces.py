@@ -369,7 +369,7 @@ def test_a_table_gives_the_shapes_of_a_model_that_is_built(models):
     setup_device()
     with process_groups(Layout().config()):
         from distill_nemo.models.checkpoints.local_parameters import local_parameters
-        from distill_nemo.models.families.tensors import hf_shapes, num_parameters
+        from distill_nemo.models.families.tensors import hf_axes, hf_shapes, num_parameters
         from distill_nemo.models.resolve import resolve
 
         for family, path in models.items():
@@ -377,10 +377,34 @@ def test_a_table_gives_the_shapes_of_a_model_that_is_built(models):
             with safe_open(f"{path}/model.safetensors", "pt") as file:
                 stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
             assert hf_shapes(student) == stored, family
+            axes = hf_axes(student).items()
+            sums = {name: tuple(sum(span.size for span in spans) for spans in dims) for name, dims in axes}
+            assert sums.items() <= stored.items(), family
             assert num_parameters(student) == sum(t.numel() for t in _stored(path)[0].values())
             (built,) = _chunks(student, Layout())
             found = {p.name: sum(piece.shape[0] for piece in p.pieces) for p in local_parameters(built, student)}
             assert found == {name: len(tensor) for name, tensor in _tensors(built).items()}
+
+
+def test_dimensions_are_known_by_what_they_hold(models):
+    setup_device()
+    from distill_nemo.models.families.tensors import hf_axes
+    from distill_nemo.models.resolve import resolve
+
+    def named(family):
+        axes = hf_axes(resolve(StudentConfig(checkpoint=models[family])))
+        return {name: tuple("+".join(span.axis for span in spans) for spans in dims) for name, dims in axes.items()}
+
+    llama, phi3, moe = named("llama"), named("phi3"), named("qwen3_moe")
+    layer = "model.layers.1."
+    assert llama["model.embed_tokens.weight"] == llama["lm_head.weight"] == ("vocab", "hidden")
+    assert llama[f"{layer}mlp.up_proj.weight"] == ("ffn", "hidden")
+    assert llama[f"{layer}self_attn.o_proj.weight"] == ("hidden", "heads")
+    assert llama[f"{layer}self_attn.k_proj.weight"] == ("groups", "hidden")
+    assert phi3[f"{layer}self_attn.qkv_proj.weight"] == ("heads+groups+groups", "hidden")
+    assert phi3[f"{layer}mlp.gate_up_proj.weight"] == ("ffn+ffn", "hidden")
+    assert moe[f"{layer}mlp.gate.weight"] == ("experts", "hidden")
+    assert moe[f"{layer}mlp.experts.3.down_proj.weight"] == ("hidden", "ffn")
 
 
 def test_files_of_sixteen_bits_are_read_into_fp32_and_back(models, groups, tmp_path):
