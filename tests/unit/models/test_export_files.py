@@ -50,8 +50,8 @@ def collected(source, tokenizer=None, dtype=torch.bfloat16, **fields):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_field_of_the_source_is_kept(tmp_path, family):
-    source = write_hf(tmp_path / "m", family, layers=1)
-    more = {"layer_types": ["full_attention"], "max_window_layers": 1} if "qwen" in family else {}
+    source = write_hf(tmp_path / "m", family, layers=2)
+    more = {"layer_types": ["full_attention"] * 2, "max_window_layers": 2} if "qwen" in family else {}
     state(source, **STATED, **more, auto_map={"AutoConfig": "code.X"})
     config = collected(source).config
     own = {"dtype", "torch_dtype", "auto_map"}
