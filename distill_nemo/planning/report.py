@@ -1,6 +1,7 @@
 """Text of a plan, on one screen."""
 
 from distill_nemo.planning.compute import all_work, checkpoint_bytes, copied_bytes, time_of, traffic_bytes
+from distill_nemo.planning.corpora import MANY_PASSES, parts_of_blend
 from distill_nemo.planning.gpus import Gpu
 from distill_nemo.planning.memory import Memory, chunk_rows, fullest, in_flight
 from distill_nemo.planning.parameters import total_parameters
@@ -18,8 +19,9 @@ def report(name: str, planned: PlannedRun, gpu: Gpu, utilisation: float) -> str:
         _memory(planned, memory, gpu),
         _work(planned, memory),
         _time(planned, gpu, utilisation),
+        _data(planned),
     )
-    return "\n\n".join("\n".join(part) for part in parts)
+    return "\n\n".join("\n".join(part) for part in parts if part)
 
 
 def _heading(name: str, planned: PlannedRun, gpu: Gpu) -> str:
@@ -114,6 +116,17 @@ def _work(planned: PlannedRun, memory: Memory) -> list[str]:
 def _kept(planned: PlannedRun) -> str:
     save = planned.config.checkpoint
     return f"every {save.save_interval:,} steps; the last {save.keep_last} are kept"
+
+
+def _data(planned: PlannedRun) -> list[str]:
+    """Return the passes over each part of the training data, if it is there."""
+    lines = []
+    for part in parts_of_blend(planned.config):
+        about = f"{part.share:.0%} of the run, from {part.tokens:,} tokens"
+        about += "" if part.counted in (None, 1.0) else f", of which {part.counted:.0%} count"
+        about += f"; more than {MANY_PASSES}: add data" if part.passes > MANY_PASSES else ""
+        lines.append(f"  {part.prefix[-26:]:26}{part.passes:10,.2f}   {about}")
+    return ["data, passes", *lines] if lines else []
 
 
 def _time(planned: PlannedRun, gpu: Gpu, utilisation: float) -> list[str]:
