@@ -1,8 +1,8 @@
 """Released models: read and counted whole, and compared with transformers' logits scaled down.
 
-tests/real_models.json has one line a model: its number of parameters (tied rows once) and the fields of its config.json
-that describe the network. A list by layer holds one period. A family adds its models there, and to `SMALL` sizes that
-only it has.
+tests/real_models.json has one line a model: its number of parameters as transformers counts them (tied rows once, no
+buffers, no MTP layers) and the fields of its config.json that describe the network. A list by layer holds one period. A
+family adds its models there, and to `SMALL` sizes that only it has.
 """
 
 import json
@@ -25,6 +25,7 @@ SMALL = {  # in place of a model's own value
     "head_dim": HEAD,
     "sliding_window": 5,
     "num_experts": 16,
+    "n_routed_experts": 16,
     "moe_intermediate_size": 24,
 }
 
