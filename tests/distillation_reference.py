@@ -61,10 +61,13 @@ def reference(case: Case, dtype: torch.dtype = torch.float64) -> tuple[dict[str,
     held_out = {name: mean(values) for name, values in held_out.items()} | seen_in_both
     losses |= {HELD_OUT + name: value for name, value in held_out.items()}
     found: dict[str, Any] = {n: w.grad for n, w in projections.items()}
+    base = "backbone." if student.config.model_type == "nemotron_h" else "model."  # in files
     for name, parameter in student.named_parameters():
-        found |= _as_on_disk(name, torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+        found |= _as_on_disk(
+            name.replace("model.", base, 1), torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        )
     stored = student.state_dict().keys()
-    found |= {name: buffer for name, buffer in student.named_buffers() if name in stored}
+    found |= {name.replace("model.", base, 1): buffer for name, buffer in student.named_buffers() if name in stored}
     return {n: x.item() for n, x in losses.items()}, found
 
 
@@ -91,7 +94,8 @@ def _forward(
     outputs: dict[Any, torch.Tensor] = {}
     for number, pair in enumerate(pairs):
         parts = pair.split(":")[side].split(".")
-        layer = model.model.norm if parts[1] == "final_layernorm" else model.model.layers[int(parts[2])]
+        last = "norm_f" if model.config.model_type == "nemotron_h" else "norm"
+        layer = model.model.get_submodule(last) if parts[1] == "final_layernorm" else model.model.layers[int(parts[2])]
         if len(parts) > 3:
             layer = {"self_attention": layer.self_attn, "mlp": layer.mlp}[parts[3]] if hasattr(layer, "mlp") else layer
 
@@ -99,7 +103,7 @@ def _forward(
             outputs[number] = output[0] if isinstance(output, tuple) else output
 
         layer.register_forward_hook(keep)
-    outputs["logits"] = model(tokens).logits
+    outputs["logits"] = model(tokens, use_cache=False).logits
     return model, outputs
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 LLAMA3_ROPE = {  # in the spelling of transformers 4, which 5 reads too
     "rope_theta": 5e5,
@@ -42,6 +42,7 @@ FAMILIES = (
     "longrope",
     "ministral",
     "mistral",
+    "nemotron_h",
     "olmo2",
     "olmo3",
     "phi3",
@@ -117,6 +118,19 @@ OWN_FIELDS = {  # of config.json
     "seed_oss": {"head_dim": 24, **NO_TOKENS},
     "smollm3": {"no_rope_layer_interval": 2, **NO_TOKENS},
     "mistral": {"sliding_window": 5, "head_dim": 24},
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "mlp", "attention", "mamba"],
+        "head_dim": 24,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 12,
+        "n_groups": 4,
+        "ssm_state_size": 16,
+        "chunk_size": 128,  # beyond it, and where steps are below their minimum, transformers is wrong without CUDA
+        "time_step_min": 1e-9,
+        "time_step_floor": 0.2,  # else random weights have steps so small that no output depends on the states
+        "use_mamba_kernels": False,
+        **NO_TOKENS,
+    },
     "ministral": {"head_dim": 24, "sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"] * 2},
     "qwen2_window": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "qwen3": {"head_dim": 24},
@@ -126,7 +140,9 @@ OWN_FIELDS = {  # of config.json
     "qwen3_moe_window": {**EXPERTS, "use_sliding_window": True, "sliding_window": 5, "head_dim": 24},
 }
 
-REFUSED: dict[str, tuple[str, ...]] = {}  # by family, parts of layouts, such as CP=2, that it refuses at the start
+REFUSED: dict[str, tuple[str, ...]] = {  # by family, parts of layouts, such as CP=2, that it refuses at the start
+    "nemotron_h": ("CP=2",),
+}
 
 
 def has_experts(family):
@@ -147,8 +163,9 @@ def write_hf(path, family="llama", *, seed=1, layers=4, width=64, vocab=507, hea
     from transformers import AutoConfig
 
     own = copy.deepcopy(OWN_FIELDS.get(family, {}))  # transformers writes into the dictionaries
-    if "layer_types" in own:
-        own["layer_types"] = (own["layer_types"] * layers)[:layers]
+    for name in ("layer_types", "layers_block_type"):
+        if name in own:
+            own[name] = (own[name] * layers)[:layers]
     config = AutoConfig.for_model(
         MODEL_TYPES.get(family, family),
         hidden_size=width,
@@ -165,6 +182,8 @@ def write_hf(path, family="llama", *, seed=1, layers=4, width=64, vocab=507, hea
     if offset:
         _add_offset(model, offset)
     model.save_pretrained(str(path))
+    if family == "nemotron_h":
+        _rename(Path(path, "model.safetensors"), "backbone.embedding.weight", "backbone.embeddings.weight")
     return str(path)
 
 
@@ -181,6 +200,12 @@ def random_model(config, seed=1):
         if name.endswith("e_score_correction_bias"):
             buffer.add_(torch.randn_like(buffer) * 0.1)
     return model
+
+
+def _rename(file, name, hub):
+    """Give a tensor its name in the files on the hub, where transformers writes another."""
+    tensors = load_file(file)
+    save_file({hub if key == name else key: tensor for key, tensor in tensors.items()}, file, {"format": "pt"})
 
 
 @torch.no_grad()

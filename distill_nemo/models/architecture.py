@@ -104,6 +104,46 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Mamba:
+    """Mamba-2 mixers, the same in every layer that has one.
+
+    Args:
+        num_heads: number of heads.
+        head_dim: channels of a head.
+        num_groups: groups of heads that share what is written to and read from their states.
+        state_size: numbers that a channel keeps.
+        conv_kernel: tokens that the convolution sees, the last one included.
+        chunk_size: tokens that the kernel mixes at once; the result does not depend on it.
+    """
+
+    num_heads: int
+    head_dim: int
+    num_groups: int
+    state_size: int
+    conv_kernel: int
+    chunk_size: int
+
+    @property
+    def channels(self) -> int:
+        """Channels of all heads."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def convolved(self) -> tuple[int, int, int]:
+        """Channels of x, b and c, which are convolved."""
+        return self.channels, self.num_groups * self.state_size, self.num_groups * self.state_size
+
+    @property
+    def projected(self) -> tuple[int, int, int, int, int]:
+        """Channels of z, x, b, c and dt, which are computed from the residual stream."""
+        return self.channels, *self.convolved, self.num_heads
+
+    def share(self, size: int) -> "Mamba":
+        """Return the sizes on one of `size` tensor-parallel ranks, which share the groups."""
+        return replace(self, num_heads=self.num_heads // size, num_groups=self.num_groups // size)
+
+
+@dataclass(frozen=True)
 class Multipliers:
     """Constants that a model multiplies by, and the caps of its logits and of attention's scores.
 
@@ -124,7 +164,7 @@ class Multipliers:
     attention_softcap: float | None = None
 
 
-Activation = Literal["silu", "gelu_pytorch_tanh"]  # of the MLPs' gates, by transformers' names
+Activation = Literal["silu", "gelu_pytorch_tanh", "relu2"]  # of the MLPs, by transformers' names
 FUSED_ACTIVATIONS = ("silu",)  # on a GPU, one kernel also multiplies them with the up projection
 
 EXPERT_FIELDS = ("num_experts", "num_experts_per_tok", "moe_ffn_hidden_size", "norm_topk_prob")  # of `ModelConfig`
@@ -148,9 +188,11 @@ class Architecture:
         pre_norms: attention and MLP read a normalised residual stream.
         post_norms: outputs of attention and MLP are normalised before they are added to the residual stream.
         activation: activation of the MLPs.
+        gated: an MLP multiplies its activation with a second projection.
         layers: sizes of each layer.
         block_configs: `layers` as the config states them; None if all layers are alike.
         experts: mixture of experts of the layers that have one; None for a dense model.
+        mamba: sizes of Mamba mixers; None if no layer has one.
         multipliers: constants for embeddings, residual branches and logits.
         family_fields: all fields of config.json that only this family has (`Family.own_fields`).
         init_std: standard deviation of random weights.
@@ -178,9 +220,11 @@ class Architecture:
     pre_norms: bool
     post_norms: bool
     activation: Activation
+    gated: bool
     layers: tuple[Layer, ...]
     block_configs: list[dict[str, Any]] | None
     experts: Experts | None
+    mamba: Mamba | None
     multipliers: Multipliers
     family_fields: dict[str, Any]
     init_std: float

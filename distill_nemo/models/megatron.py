@@ -17,13 +17,18 @@ from distill_nemo.models.architecture import FUSED_ACTIVATIONS, Architecture, pa
 from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.layers.block_configs import write_block_configs
 from distill_nemo.models.layers.experts import expert_settings
+from distill_nemo.models.layers.mamba import fused_kernel
 from distill_nemo.models.layers.multipliers import FinishLogits, ScaleEmbeddings
 from distill_nemo.models.layers.residual import NormedAdd, replace_add, scaled_add
 from distill_nemo.models.layers.rotary import give_rotary_embeddings
 from distill_nemo.models.layers.specs import block_spec, drop_pre_norms, transformer_engine_usable, uses_own_attention
 from distill_nemo.models.layers.wide_norms import give_wide_norms
 
-ACTIVATIONS = {"silu": functional.silu, "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh")}
+ACTIVATIONS = {
+    "silu": functional.silu,
+    "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
+    "relu2": lambda x: functional.relu(x).square(),
+}
 
 Recompute = Literal["full", "selective"]
 
@@ -42,7 +47,7 @@ def transformer_config(
     Raises:
         ValueError: if the layout does not divide heads, experts or vocabulary. The message has both numbers.
     """
-    _check_layout(model, parallelism)
+    check_layout(model, parallelism)
     on_cpu = not torch.cuda.is_available()
     kind, differing = TransformerConfig, {}
     no_rope = [int(layer.rope is None) for layer in model.layers]
@@ -59,7 +64,7 @@ def transformer_config(
         kv_channels=model.kv_channels,
         layernorm_epsilon=model.norm_epsilon,
         normalization="RMSNorm",
-        gated_linear_unit=True,
+        gated_linear_unit=model.gated,
         activation_func=ACTIVATIONS[model.activation],
         add_bias_linear=False,
         add_qkv_bias=model.qkv_bias,
@@ -91,9 +96,19 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
         deterministic_mode=False,
+        hetereogenous_dist_checkpoint=_layers_differ(model),
     )
     experts = expert_settings(model, parallelism, dtype)
     return kind(**{**fields, **differing, **experts, **FAMILIES[model.family].settings(model)})
+
+
+def _layers_differ(model: Architecture) -> bool:
+    """Return True if layers have different parts, so that a checkpoint cannot hold them stacked."""
+    kinds = {
+        (layer.mixer, layer.num_query_groups is None, layer.ffn_hidden_size is None, layer.has_experts)
+        for layer in model.layers
+    }
+    return len(kinds) > 1
 
 
 def _initialisation(model: Architecture) -> dict[str, Any]:
@@ -144,7 +159,12 @@ def _stage_layout(num_layers: int, parallelism: ParallelismConfig) -> list[list[
     return stages
 
 
-def _check_layout(model: Architecture, parallelism: ParallelismConfig) -> None:
+def check_layout(model: Architecture, parallelism: ParallelismConfig) -> None:
+    """Refuse parallel sizes that do not divide a model, or at which it is not computed exactly.
+
+    Raises:
+        ValueError: naming the model, what it has, and the field.
+    """
     tensor, expert = parallelism.tensor_model_parallel_size, parallelism.expert_model_parallel_size
     if model.experts is not None and model.experts.num_experts % expert:
         raise ValueError(
@@ -165,6 +185,7 @@ def _check_layout(model: Architecture, parallelism: ParallelismConfig) -> None:
             raise ValueError(
                 f"{model.name}: {name} = {value} is not divisible by parallelism.tensor_model_parallel_size = {tensor}"
             )
+    _check_mamba(model, parallelism)
     for i, layer in enumerate(model.layers):
         groups = layer.num_query_groups
         if groups is not None and groups % tensor and model.wide_qk_norm:
@@ -177,6 +198,26 @@ def _check_layout(model: Architecture, parallelism: ParallelismConfig) -> None:
                 f"{model.name}: num_query_groups of layer {i} = {groups} is neither a multiple nor a divisor of "
                 f"parallelism.tensor_model_parallel_size = {tensor}"
             )
+
+
+def _check_mamba(model: Architecture, parallelism: ParallelismConfig) -> None:
+    """Refuse layouts that Mamba layers do not have, and a GPU without their kernels."""
+    if model.mamba is None or all(layer.mixer != "mamba" for layer in model.layers):
+        return
+    tensor, context = parallelism.tensor_model_parallel_size, parallelism.context_parallel_size
+    if context > 1:
+        raise ValueError(
+            f"{model.name}: Mamba layers are not supported under parallelism.context_parallel_size = {context}: a "
+            "token's state follows from all tokens before it. Set that to 1, and "
+            "parallelism.tensor_model_parallel_size higher instead"
+        )
+    if model.mamba.num_groups % tensor:
+        raise ValueError(
+            f"{model.name}: {model.mamba.num_groups} groups of Mamba's heads are not divisible by "
+            f"parallelism.tensor_model_parallel_size = {tensor}"
+        )
+    if torch.cuda.is_available():
+        fused_kernel()
 
 
 def gpt_model(
@@ -206,12 +247,13 @@ def gpt_model(
         post_process=post_process,
         parallel_output=parallel_output,
         share_embeddings_and_output_weights=model.tie_word_embeddings,
-        position_embedding_type="rope",
+        position_embedding_type="rope" if model.ropes else "none",
         vp_stage=vp_stage,
     )
     if model.wide_qk_norm:
         give_wide_norms(built)
-    give_rotary_embeddings(built, model)
+    if model.ropes:
+        give_rotary_embeddings(built, model)
     if pre_process and multipliers.embedding != 1:
         built.embedding.register_forward_hook(ScaleEmbeddings(multipliers, config.params_dtype))
     if post_process:

@@ -43,7 +43,7 @@ UPPER_LIMITS = {
 }
 TRAITS = (  # of families
     *("qkv_bias", "qk_norm", "wide_qk_norm", "attention_sinks"),
-    *("pre_norms", "post_norms", "activation"),
+    *("pre_norms", "post_norms", "activation", "gated"),
 )
 WITHOUT_DEFAULT = ("rope_scaling", "block_configs", *EXPERT_SIZES)  # None means that the model has none
 
@@ -138,6 +138,7 @@ def _architecture(name: str, source: Source | None, values: dict[str, Any]) -> A
         layers=layers,
         experts=family.experts(values) if family.experts else None,
         multipliers=family.multipliers(values),
+        mamba=family.mamba(values) if family.mamba else None,
         **traits,
         **{field: value for field, value in values.items() if field in own},
     )

@@ -47,6 +47,7 @@ NAMES = {  # in config.json
     "ffn_hidden_size": ("intermediate_size",),
     "moe_ffn_hidden_size": ("moe_intermediate_size",),
 }
+BY_LAYER = ("layer_types", "layers_block_type", "hybrid_override_pattern")  # fields with an entry for each layer
 TOLERANCE = 1e-4  # in fp32; tiny models agree to 1e-6
 TOLERANCE_ON_GPU = 1e-2  # Transformer Engine multiplies fp32 in TF32
 
@@ -78,8 +79,8 @@ def check_source(model: Architecture) -> None:
         seed_everything(0)
         built = model_provider(student=small, parallelism=ParallelismConfig())
         assert isinstance(built, GPTModel)
-        # Transformers may have no row for the padding token.
-        open_reference = functools.partial(open_with_transformers, directory, torch.float32, pad_token_id=None)
+        changes = {"pad_token_id": None, **FAMILIES[model.family].reference}  # it may have no row for that token
+        open_reference = functools.partial(open_with_transformers, directory, torch.float32, **changes)
         apart = logits_apart([built.cuda()], open_reference, small.vocab_size)
     del built
     gc.collect()
@@ -156,8 +157,7 @@ def _copy_part(source: Source, model: Architecture, small: Architecture, config:
     own = dataclasses.asdict(small.filled(StudentConfig()))
     config |= {key: own[name] for name in CUT for key in NAMES[name] if key in config and own[name] is not None}
     config |= {"sliding_window": max(windows)} if (windows := [x.window for x in small.layers if x.window]) else {}
-    if isinstance(config.get("layer_types"), list):
-        config["layer_types"] = config["layer_types"][: small.num_layers]
+    config |= {name: config[name][: small.num_layers] for name in BY_LAYER if config.get(name)}
     assert small.source is not None
     target = small.source.weights
     (target / "config.json").write_text(json.dumps(config))

@@ -10,6 +10,7 @@ channels (N, K, F on one tensor-parallel rank).
 
 from distill_nemo.models.architecture import FUSED_ACTIVATIONS, Architecture, Layer
 from distill_nemo.models.layers.capped_attention import QUERY_BLOCK
+from distill_nemo.planning.mamba import backward_workspace_of_mamba, forward_workspace_of_mamba, saved_by_mamba
 from distill_nemo.planning.planned import PlannedRun
 
 
@@ -17,8 +18,11 @@ def saved(planned: PlannedRun, model: Architecture, layer: Layer, recompute: str
     """Return the bytes that a layer saves for backward in one micro batch; with full recomputation, its input only."""
     if recompute == "full":
         return planned.item * planned.split_tokens * model.hidden_size
-    attention = 0 if layer.num_query_groups is None else _saved_by_attention(planned, model, layer, recompute)
-    return attention + saved_by_mlp(planned, model, layer)
+    if layer.mixer == "mamba":
+        mixer = _norms(planned, model) + saved_by_mamba(planned, model)
+    else:
+        mixer = 0 if layer.num_query_groups is None else _saved_by_attention(planned, model, layer, recompute)
+    return mixer + saved_by_mlp(planned, model, layer)
 
 
 def _saved_by_attention(planned: PlannedRun, model: Architecture, layer: Layer, recompute: str | None) -> int:
@@ -92,7 +96,12 @@ def saved_by_mlp(planned: PlannedRun, model: Architecture, layer: Layer) -> int:
 
 
 def _mlp_pieces(planned: PlannedRun, model: Architecture) -> int:
-    """Return the tensors of the MLP's width that it saves: both halves and their product; two more if not fused."""
+    """Return the tensors of the MLP's width that it saves: both halves and their product; two more if not fused.
+
+    Without a gate they are the activation and its square.
+    """
+    if not model.gated:
+        return 2
     return 3 if planned.on_gpu and model.activation in FUSED_ACTIVATIONS else 5
 
 
@@ -130,17 +139,20 @@ def backward_workspace(planned: PlannedRun, model: Architecture, layer: Layer) -
     blocks = _score_blocks(planned, model, 3)
     attention = blocks + planned.tokens * (2 * planned.item * n + 8 * _key_channels(model, layer, tensor))
     after_mlp = attention - saved_by_mlp(planned, model, layer) if blocks else 0  # which is freed by then
-    return max(2 * planned.item * planned.tokens * f, after_mlp) + residual
+    mixer = backward_workspace_of_mamba(planned, model) if layer.mixer == "mamba" else 0
+    return max(2 * planned.item * planned.tokens * f, after_mlp, mixer) + residual
 
 
 def forward_workspace(planned: PlannedRun, model: Architecture, layer: Layer) -> int:
     """Return the bytes of a layer's forward pass without saved tensors, its input included."""
     tensor, item, tokens = planned.config.parallelism.tensor_model_parallel_size, planned.item, planned.tokens
     residual = 2 * item * planned.split_tokens * model.hidden_size
-    pieces = _mlp_pieces(planned, model)
+    pieces = _mlp_pieces(planned, model) + (not model.gated)
     mlp = item * tokens * pieces * model.ffn_per_token(layer) // tensor
     if layer.has_experts and model.experts is not None:
         mlp += 2 * item * tokens * model.experts.num_experts_per_tok * model.hidden_size
+    if layer.mixer == "mamba":
+        return residual + max(mlp, forward_workspace_of_mamba(planned, model))
     if layer.num_query_groups is None:
         return residual + mlp
     n = model.num_attention_heads * model.kv_channels // tensor

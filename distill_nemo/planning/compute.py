@@ -7,6 +7,7 @@ computes half of the scores, or those in a sliding window. Norms, softmax, the d
 from dataclasses import dataclass
 
 from distill_nemo.models.architecture import Architecture, Layer, padded_vocab_size
+from distill_nemo.planning.mamba import mamba_flops
 from distill_nemo.planning.parameters import layers_of, stages_of, total_parameters
 from distill_nemo.planning.planned import PlannedRun
 
@@ -20,12 +21,14 @@ def seen_keys(layer: Layer, length: int) -> float:
 def layer_flops(model: Architecture, layer: Layer, length: int) -> tuple[float, float]:
     """Return forward operations per token of a sequence of `length`: in total, and of the core attention."""
     products = core = 0.0
-    if layer.num_query_groups is not None:
+    if layer.mixer == "mamba":
+        products += mamba_flops(model, length)
+    elif layer.num_query_groups is not None:
         n, k = model.num_attention_heads * model.kv_channels, layer.num_query_groups * model.kv_channels
         products += 2 * model.hidden_size * (n + 2 * k) + 2 * n * model.hidden_size
         core = 4 * seen_keys(layer, length) * n  # scores, and their product with the values
     if layer.ffn_hidden_size is not None:
-        products += 6 * model.hidden_size * model.ffn_per_token(layer)
+        products += (6 if model.gated else 4) * model.hidden_size * model.ffn_per_token(layer)
         if layer.has_experts and model.experts is not None:
             products += 2 * model.hidden_size * (model.experts.num_experts + model.experts.has_shared_gate)
     return products + core, core

@@ -92,14 +92,16 @@ def resolve_models(config: RunConfig) -> "tuple[RunConfig, Models]":
     """Return the architectures of both models, and the config with their unset fields filled in from them.
 
     Raises:
-        ValueError: from `resolve_pair`, and if a sequence is longer than a model's positions.
+        ValueError: from `resolve_pair` and `check_layout`, and if a sequence is longer than a model's positions.
     """
+    from distill_nemo.models.megatron import check_layout
     from distill_nemo.models.resolve import resolve_pair
 
     models = resolve_pair(config.student, config.teacher)
     for role, model in (("student", models.student), ("teacher", models.teacher)):
         if model is not None:
             _check_length(config.data.sequence_length, role, model)
+            check_layout(model, config.parallelism)
     config = replace(config, student=models.student.filled(config.student))
     if config.teacher is not None and models.teacher is not None:
         config.teacher = models.teacher.filled(config.teacher)

@@ -153,6 +153,6 @@ def _on_rank_0(logits_MSV: Tensor | None, tokens_MS: Tensor, chunk: GPTModel) ->
 @torch.no_grad()
 def _reference_logits(reference: transformers.PreTrainedModel, tokens_MS: Tensor) -> Tensor:
     try:
-        return reference(tokens_MS).logits
+        return reference(tokens_MS, use_cache=False).logits  # Nemotron-H's MLP layers have no cache
     except Exception as error:  # transformers raises errors of any type
         raise _refusal(reference.config._name_or_path, "run", error) from None

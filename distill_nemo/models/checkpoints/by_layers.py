@@ -25,16 +25,19 @@ class _EmptyOnMeta(TorchFunctionMode):
         return function(*args, **{**(kwargs or {}), **on_meta})
 
 
-def open_by_layers(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+def open_by_layers(path: Path, dtype: torch.dtype, **changes: Any) -> PreTrainedModel:
     """Return the model in a directory. A layer's weights are read when it is called, and dropped when it returns.
 
     Args:
         path: a directory that safetensors describe.
         dtype: dtype of the weights.
+        changes: values that override fields of its config.json.
     """
-    config = open_pretrained(AutoConfig, path)
+    config = open_pretrained(AutoConfig, path, **changes)
     with _EmptyOnMeta():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="eager", trust_remote_code=False
+        ).eval()
     weights = _Weights(path, dtype)
     for name, module in _units(model):
         _stream(name, module, weights)
@@ -55,12 +58,17 @@ class _Weights:
 
     def __init__(self, path: Path, dtype: torch.dtype) -> None:
         self._stored, self._dtype = stored_tensors(path), dtype
+        self._prefix = next(name.partition("layers.")[0] for name in self._stored if "layers." in name)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._stored
+        return self._in_file(name) in self._stored
+
+    def _in_file(self, name: str) -> str:
+        return name.replace("model.", self._prefix, 1)
 
     def read(self, name: str) -> Tensor:
         """Return a whole parameter or buffer."""
+        name = self._in_file(name)
         of_experts = OF_EXPERTS.fullmatch(name)
         with PieceReader(self._stored) as reader:
             if name in self._stored:

@@ -29,7 +29,7 @@ ROWS_AT_ONCE = 4096  # rows of an embedding to compare at a time
 SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("BF16", "F16", "F32", "F64")
 OLD_BUFFER = "rotary_emb.inv_freq"  # stored with old Llamas; computed today
-LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
+LAYER = re.compile(r"(?:model|backbone)\.layers\.(\d{1,9})\.")
 
 
 def has_weights(path: Path) -> bool:

@@ -22,6 +22,7 @@ from distill_nemo.models.checkpoints.write_safetensors import (
     is_export_of_ours,
     write_weights,
 )
+from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.families.tensors import num_parameters
 from distill_nemo.runtime.everyone import AgreedError, Everyone
 from distill_nemo.runtime.files import partial_of, restore_replaced, resuming_directory
@@ -169,13 +170,13 @@ def check_export(
             where other kernels alone give 0.03 and unrelated logits 1.4.
     """
     everyone, dtype = everyone or Everyone(), next(chunks[0].parameters()).dtype
-    needed = MEMORY_TO_OPEN * num_parameters(model) * dtype.itemsize
+    needed, changes = MEMORY_TO_OPEN * num_parameters(model) * dtype.itemsize, FAMILIES[model.family].reference
 
     def reference() -> PreTrainedModel:
         if needed < available_memory():
-            return open_with_transformers(path, dtype)
+            return open_with_transformers(path, dtype, **changes)
         print(f"{path} does not fit this host's memory: transformers reads it a layer at a time", flush=True)
-        return open_by_layers(path, dtype)
+        return open_by_layers(path, dtype, **changes)
 
     apart = logits_apart(chunks, reference, model.vocab_size, everyone)
     allowed = tolerance if dtype == torch.float32 else 0.1

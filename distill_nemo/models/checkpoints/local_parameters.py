@@ -15,8 +15,8 @@ from torch.distributed import ProcessGroup
 
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.hf_tensors import as_parameter
-from distill_nemo.models.families.pieces import EXPERT, EXPERT_BIAS, OUTSIDE, Piece, Place, Rule, table_around
-from distill_nemo.models.families.tensors import LOCAL_NAMES, Shapes, shapes_of, table_of
+from distill_nemo.models.families.pieces import EXPERT, EXPERT_BIAS, OUTSIDE, Piece, Place, Rule
+from distill_nemo.models.families.tensors import LOCAL_NAMES, Shapes, shapes_of, table_around, table_of
 
 IN_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 OF_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(?P<number>\d+)\.(?P<name>.+)")

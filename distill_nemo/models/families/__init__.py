@@ -7,6 +7,7 @@ from distill_nemo.models.families.granite import GRANITE
 from distill_nemo.models.families.llama import LLAMA
 from distill_nemo.models.families.ministral import MINISTRAL
 from distill_nemo.models.families.mistral import MISTRAL
+from distill_nemo.models.families.nemotron_h import NEMOTRON_H
 from distill_nemo.models.families.olmo2 import OLMO2
 from distill_nemo.models.families.olmo3 import OLMO3
 from distill_nemo.models.families.phi3 import PHI3
@@ -19,7 +20,7 @@ from distill_nemo.models.families.smollm3 import SMOLLM3
 FAMILIES = {
     family.model_type: family
     for family in (
-        *(GEMMA2, GEMMA3_TEXT, GLM4_MOE, GRANITE, LLAMA, MINISTRAL, MISTRAL, OLMO2, OLMO3),
+        *(GEMMA2, GEMMA3_TEXT, GLM4_MOE, GRANITE, LLAMA, MINISTRAL, MISTRAL, NEMOTRON_H, OLMO2, OLMO3),
         *(PHI3, QWEN2, QWEN3, QWEN3_MOE, SEED_OSS, SMOLLM3),
     )
 }

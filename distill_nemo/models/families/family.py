@@ -13,11 +13,12 @@ from distill_nemo.models.architecture import (
     Architecture,
     Experts,
     Layer,
+    Mamba,
     Multipliers,
     RopeType,
 )
 from distill_nemo.models.config_fields import MAX_LAYERS, Fields
-from distill_nemo.models.families.pieces import Table, layer_table
+from distill_nemo.models.families.pieces import Table, layer_table, table_around
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,9 @@ class Family:
         pre_norms: attention and MLP read a normalised residual stream.
         post_norms: outputs of attention and MLP are normalised before they are added to the residual stream.
         activation: activation of the MLPs.
+        gated: an MLP multiplies its activation with a second projection.
         experts: mixture of experts, from the model's `ModelConfig` fields; None: the family has none.
-        rope_types: rotary embeddings that its class computes, by their names in `config.json`.
+        rope_types: rotary embeddings that its class computes, by their names in `config.json`; empty: no layer has one.
         partial_rotary: default of `partial_rotary_factor`, the fraction of a head's channels that is rotated; None:
             its class rotates all of them.
         layer_ropes: types of layers that may have rotary embeddings of their own, in the order of `Architecture.ropes`.
@@ -73,10 +75,13 @@ class Family:
         own_fields: fields of `config.json` that other families lack, as they are written there.
         layers: completes layers, whose sizes alone are set, from the model's `ModelConfig` fields. If the family has
             experts, they come with experts in all layers.
+        mamba: sizes of Mamba mixers, from the model's `ModelConfig` fields; None: the family has none.
         multipliers: constants that a model multiplies by, from its `ModelConfig` fields.
         settings: further fields of Megatron's TransformerConfig, which override the common ones.
         traits: `Architecture` fields that override those above, from the model's `ModelConfig` fields.
         layer_table: tensors of one layer; by default those of Llama.
+        reference: values of `config.json` with which transformers computes without CUDA what the authors' kernels do.
+        table_around: tensors outside the layers; by default those of Llama.
     """
 
     model_type: str
@@ -89,6 +94,7 @@ class Family:
     pre_norms: bool = True
     post_norms: bool = False
     activation: Activation = "silu"
+    gated: bool = True
     experts: Callable[[dict[str, Any]], Experts] | None = None
     rope_types: dict[str, RopeType] = field(default_factory=lambda: {name: name for name in get_args(RopeType)})
     partial_rotary: float | None = None
@@ -97,12 +103,15 @@ class Family:
     refused: Callable[[Fields], dict[str, bool]] = lambda config: {}
     own_fields: type[OwnFields] = OwnFields
     layers: Callable[[dict[str, Any], tuple[Layer, ...]], tuple[Layer, ...]] = lambda values, layers: layers
+    mamba: Callable[[dict[str, Any]], Mamba] | None = None
     multipliers: Callable[[dict[str, Any]], Multipliers] = lambda values: Multipliers()
     settings: Callable[[Architecture], dict[str, Any]] = lambda model: {}
     traits: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: {}
     read_own: Callable[[Fields], dict[str, Any]] = lambda config: {}
     write_own: Callable[[Architecture], dict[str, Any]] = lambda model: {}
     layer_table: Callable[[Architecture, Layer], Table] = layer_table
+    reference: dict[str, Any] = field(default_factory=dict)
+    table_around: Callable[[Architecture], Table] = table_around
 
     @property
     def own_names(self) -> set[str]:

@@ -59,7 +59,7 @@ def from_huggingface(config: dict[str, Any], where: Path) -> dict[str, Any]:
         **dict.fromkeys(("block_configs", *EXPERT_FIELDS)),
         **family.read_own(fields),
     }
-    own = {name: value for name, value in config.items() if name in family.own_names}
+    own = {name: value for name, value in (config | family.spelled(fields)).items() if name in family.own_names}
     return described | {"family_fields": resolve_own_fields(family, own, described, f"{fields.where}: ")}
 
 

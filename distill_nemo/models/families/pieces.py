@@ -200,11 +200,21 @@ def gated(gate: str, up: str, width: Size = ffn) -> Rule:
 @sized(lambda name: {name: ((ffn, ffn), (hidden,))})
 def gated_in_one(name: str) -> Rule:
     """Split gate and up projection separately, from one tensor that holds the gate's rows, then those of up."""
+    return several_in_one(name, (ffn, ffn), hidden)
+
+
+@sized(lambda name, parts, *columns: {name: (parts, *((size,) for size in columns))})
+def several_in_one(name: str, parts: tuple[Size, ...], *columns: Size) -> Rule:
+    """Split each part of a tensor's rows separately. A rank has its share of the first part, then of the next."""
 
     def pieces(place: Place) -> list[Piece]:
-        rows, width = ffn(place), hidden(place)
-        halves = (_part(name, place, (half * rows, (half + 1) * rows), (0, width)) for half in range(2))
-        return [piece for half in halves for piece in clip([half], place)]
+        start, own = 0, []
+        for part in parts:
+            rows = part(place)
+            piece = _part(name, place, (start, start + rows), *((0, size(place)) for size in columns))
+            own += clip([piece], place)
+            start += rows
+        return own
 
     return pieces
 

@@ -36,6 +36,8 @@ def read_rope(config: Fields, family: Family) -> tuple[float, dict[str, Any] | N
         ValueError: for an embedding that would be computed differently from transformers, and for one that its versions
             read differently: a null as base or type, contradictions between the dictionary and fields beside it.
     """
+    if not family.rope_types:
+        return DEFAULT_THETA, None
     rope = config.mapping("rope_scaling")
     if not rope.values:
         rope = config.mapping("rope_parameters")
@@ -65,6 +67,10 @@ def resolve_ropes(base: float, scaling: dict[str, Any] | None, family: Family) -
     Raises:
         ValueError: for fields that are missing, unknown or of the wrong kind, by name.
     """
+    if not family.rope_types:
+        if scaling is not None:
+            raise ValueError(f'rope_scaling: family "{family.model_type}" has no rotary embeddings')
+        return ()
     fields = Fields(scaling or {}, "rope_scaling")
     nested = _nested(fields, family)
     if nested:
@@ -76,8 +82,13 @@ def resolve_ropes(base: float, scaling: dict[str, Any] | None, family: Family) -
 
 
 def write_rope(model: Architecture) -> dict[str, Any]:
-    """Return the fields of `config.json` for transformers 4 and 5, which read some beside the dictionary."""
+    """Return the fields of `config.json` for transformers 4 and 5, which read some beside the dictionary.
+
+    They are none without rotary embeddings.
+    """
     scaling = model.rope_scaling or {}
+    if not model.ropes:
+        return {}
     if any(isinstance(own, dict) for own in scaling.values()):
         return {"rope_theta": model.rotary_base, "rope_scaling": None, "rope_parameters": scaling}
     (rope, *_) = model.ropes

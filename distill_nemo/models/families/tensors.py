@@ -15,7 +15,6 @@ from distill_nemo.models.families.pieces import (
     Rule,
     SizedRule,
     Table,
-    table_around,
 )
 
 Shapes = dict[str, tuple[int, ...]]
@@ -55,6 +54,11 @@ class Parameter(NamedTuple):
 def table_of(model: Architecture, layer: Layer) -> Table:
     """Return the table of one layer."""
     return FAMILIES[model.family].layer_table(model, layer)
+
+
+def table_around(model: Architecture) -> Table:
+    """Return the table of parameters outside the layers."""
+    return FAMILIES[model.family].table_around(model)
 
 
 def parameters(model: Architecture) -> Iterator[Parameter]:

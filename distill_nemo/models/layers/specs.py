@@ -8,6 +8,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_submodules,
 )
 from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import get_gpt_heterogeneous_layer_spec
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -24,6 +25,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from distill_nemo.models.architecture import Architecture, Layer
 from distill_nemo.models.layers.context_parallel import CausalAttention
+from distill_nemo.models.layers.mamba import MambaMixer, MambaSubmodules
 from distill_nemo.models.layers.norms import RMSNorm
 
 
@@ -77,13 +79,26 @@ def _layer_parts(model: Architecture, config: TransformerConfig, layer: Layer) -
     attention = getattr(parts.self_attention, "submodules", None)
     if uses_own_attention(model, config.params_dtype) and isinstance(attention, SelfAttentionSubmodules):
         attention.core_attention = ModuleSpec(CausalAttention, params={"softcap": model.multipliers.attention_softcap})
-    if layer.num_query_groups is None:
+    if layer.mixer == "mamba":
+        _mix_by_mamba(parts, model, config)
+    elif layer.num_query_groups is None:
         parts.input_layernorm = parts.self_attention = IdentityOp
         parts.self_attn_bda = IdentityFuncOp
     if layer.ffn_hidden_size is None:
         parts.pre_mlp_layernorm = parts.mlp = IdentityOp
         parts.mlp_bda = IdentityFuncOp
     return parts
+
+
+def _mix_by_mamba(parts: TransformerLayerSubmodules, model: Architecture, config: TransformerConfig) -> None:
+    linear: MambaSubmodules
+    if transformer_engine_usable(config.params_dtype):
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm, TERowParallelLinear
+
+        linear, parts.input_layernorm = MambaSubmodules(TEColumnParallelLinear, TERowParallelLinear), TENorm
+    else:
+        linear = MambaSubmodules(ColumnParallelLinear, RowParallelLinear)
+    parts.self_attention = ModuleSpec(module=MambaMixer, params={"sizes": model.mamba}, submodules=linear)
 
 
 def _local_parts(config: TransformerConfig, num_experts: int | None) -> TransformerLayerSubmodules:

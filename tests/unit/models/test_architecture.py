@@ -284,6 +284,7 @@ def test_a_config_that_would_be_misread_is_refused_by_name(tmp_path, change, mes
 
 
 WRONG_KINDS = ("x", "4", 0, -1, 1.5, True, [], [4], {}, float("nan"), float("inf"), 10**9 * 10**9, 10**400)
+EPSILON = {"nemotron_h": "layer_norm_epsilon"}
 FLAGS = ("attention_bias", "mlp_bias", "use_sliding_window", "tie_word_embeddings")
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings", "num_labels")
@@ -322,7 +323,7 @@ def test_fields_that_are_absent_have_the_values_of_transformers(tmp_path, family
     assert absent.num_query_groups == theirs.num_key_value_heads
     assert absent.kv_channels == (getattr(theirs, "head_dim", None) or 512 // 32)
     assert absent.max_position_embeddings == theirs.max_position_embeddings
-    assert absent.norm_epsilon == theirs.rms_norm_eps
+    assert absent.norm_epsilon == getattr(theirs, EPSILON.get(family, "rms_norm_eps"))
     assert absent.tie_word_embeddings == theirs.tie_word_embeddings
 
 

@@ -63,8 +63,8 @@ def test_every_field_of_the_source_is_kept(tmp_path, family):
     assert {name: config.get(name, "lost") for name in kept} == kept
     assert (config["dtype"], config["torch_dtype"]) == ("bfloat16", "bfloat16") and "auto_map" not in config
     base = stated(source).get("rope_parameters", {}).get("rope_theta") or stated(source).get("rope_theta")
-    if not any(isinstance(value, dict) for value in config["rope_parameters"].values()):
-        assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == base
+    if not any(isinstance(value, dict) for value in config.get("rope_parameters", {}).values()):
+        assert config.get("rope_theta") == config.get("rope_parameters", {}).get("rope_theta") == base
 
 
 def test_only_where_the_student_differs_the_configuration_does(tmp_path, capsys):

@@ -65,7 +65,7 @@ def transformers_logits(path):
     tokens = torch.randint(507, (2, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")(
-            tokens
+            tokens, use_cache=False
         ).logits
 
 

@@ -11,6 +11,8 @@ from distill_nemo.runtime.device import setup_device
 
 SHAPE = {"num_layers": 3, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "vocab_size": 507}
 EXPERTS = {"family": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_ffn_hidden_size": 48}
+MAMBA = {"mamba_num_heads": 8, "mamba_head_dim": 12, "n_groups": 2, "ssm_state_size": 16, "chunk_size": 32}
+MAMBA_LAYERS = {"hybrid_override_pattern": "M-M", **MAMBA}
 DIFFERING = [
     {"attention": {"num_query_groups": 2}, "mlp": {"ffn_hidden_size": 64}},
     {"attention": {"no_op": True}, "mlp": {"ffn_hidden_size": 96}},
@@ -30,6 +32,7 @@ MODELS = {
         "rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5},
     },
     "norms on both sides": {"family": "gemma3_text", "kv_channels": 24},
+    "Mamba": {"family": "nemotron_h", "family_fields": {"hybrid_override_pattern": "M*-", **MAMBA}},
     "layers that differ": {"block_configs": DIFFERING},
 }
 LAYOUTS = {
@@ -110,6 +113,16 @@ CASES = {
     "capped scores": replace(SMALL, family="gemma2", length=512, micro_batch=1),
     "capped scores, no teacher": replace(SMALL, family="gemma2", length=512, teacher=None, vocab=512),
     "softcap, no teacher": replace(SMALL, family="gemma2", teacher=None, vocab=8192),
+    "Mamba": replace(
+        SMALL,
+        family="nemotron_h",
+        student=(3, 128),
+        teacher=(3, 256),
+        fields={
+            "student.family_fields": {"hybrid_override_pattern": "M*-", **MAMBA},
+            "teacher.family_fields": {"hybrid_override_pattern": "MM-", **MAMBA},
+        },
+    ),
     "data": replace(SMALL, ranks=2),
     "tensor and sequence": replace(
         SMALL, fields={"parallelism.tensor_model_parallel_size": 2, "parallelism.sequence_parallel": True}, ranks=2
@@ -164,6 +177,19 @@ def test_operations_are_those_that_torch_counts(one, family):
     work = all_work(planned)
     assert (work.student, work.recompute, work.teacher) == (3 * (layers + head), 0, 0)
     assert all_work(planned.with_fields(training__recompute="full")).recompute == layers
+
+
+def test_operations_of_mamba_are_those_that_torch_counts(one):
+    setup_device()
+    from distill_nemo.planning.compute import stage_flops
+    from distill_nemo.planning.planned import PlannedRun
+    from distill_nemo.training.entry import resolve_models
+
+    case = replace(CASES["Mamba"], teacher=None, fields={"student.family_fields": MAMBA_LAYERS})
+    planned = PlannedRun(*resolve_models(case.config()), 1)
+    layers, core, head = stage_flops(planned, planned.models.student, 0, True)
+    assert core == 0
+    assert one.run(counted_flops, case) == [case.micro_batch * case.length * (layers + head)]
 
 
 @pytest.mark.parametrize("window", [None, 4096, 32, 1])
