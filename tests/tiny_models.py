@@ -6,6 +6,7 @@ They are also written as Megatron and NeMo checkpoints, by a conversion that sha
 import argparse
 import copy
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -63,6 +64,15 @@ MODEL_TYPES = {  # families whose type in transformers differs
     "qwen3_moe_not_normalised": "qwen3_moe",
     "qwen3_moe_window": "qwen3_moe",
 }
+
+
+def known(family):
+    """Return True if the installed version of transformers has the family."""
+    models = Path(find_spec("transformers").origin).parent / "models"
+    return (models / MODEL_TYPES.get(family, family).removesuffix("_text")).is_dir()
+
+
+FAMILIES = tuple(filter(known, FAMILIES))
 NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # in place of ids beyond the rows
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 GEMMA = {"head_dim": 24, "sliding_window": 5, "query_pre_attn_scalar": 20, "tie_word_embeddings": True, **NO_TOKENS}

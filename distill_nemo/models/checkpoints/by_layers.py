@@ -46,7 +46,7 @@ def open_by_layers(path: Path, dtype: torch.dtype, **changes: Any) -> PreTrained
 
 def _units(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     """Yield the layers, and each module outside them that has weights of its own."""
-    layers = next(module for module in model.base_model.children() if isinstance(module, nn.ModuleList))
+    layers = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
     inside = {child for layer in layers for child in layer.modules()}
     for name, module in model.named_modules():
         if module in set(layers) or (module not in inside and any(True for _ in module.parameters(recurse=False))):

@@ -17,7 +17,7 @@ def test_logits_are_those_of_the_whole_model_and_no_two_layers_are_in_memory(tmp
 
     path = Path(write_hf(tmp_path / family, family))
     whole, by_layers = open_with_transformers(path, torch.float32), open_by_layers(path, torch.float32)
-    (layers,) = (child for child in by_layers.base_model.children() if isinstance(child, torch.nn.ModuleList))
+    layers = next(module for module in by_layers.modules() if isinstance(module, torch.nn.ModuleList))
     in_memory = [set() for _ in layers]
 
     def note(number):

@@ -76,16 +76,19 @@ def test_a_feature_that_would_be_computed_otherwise_is_refused_by_name(tmp_path,
 
 
 def test_transformers_computes_the_cap_of_scores_when_it_is_compared(tmp_path):
-    """By default it takes torch's fused attention, and overlooks the cap."""
+    """Before 5.24 its default is torch's fused attention, which overlooks the cap."""
     from transformers import AutoModelForCausalLM
 
     from distill_nemo.models.checkpoints.agreement import open_with_transformers
 
     path, tokens = write_hf(tmp_path / "m", "gemma2"), torch.arange(32)[None]
+    try:
+        fused = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+    except ValueError:
+        pytest.skip("this version of transformers has no fused attention for Gemma 2")
     with torch.no_grad():
         ours = open_with_transformers(path, torch.float32)(tokens).logits
-        default = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
-        assert (ours - default(tokens).logits).norm() > 1e-2 * ours.norm()
+        assert (ours - fused(tokens).logits).norm() > 1e-2 * ours.norm()
 
 
 def test_a_random_student_is_written_as_transformers_reads_it(tmp_path):
