@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from distill_nemo.config import RunConfig, StudentConfig, TeacherConfig
+from distill_nemo.models.families import FAMILIES
 from tests.training import changed
 
 RESULTS, PAGE = Path(__file__).parent / "results" / "memory.json", Path(__file__).parents[1] / "docs" / "planning.md"
@@ -55,7 +56,7 @@ class Case:
             num_attention_heads=heads,
             num_query_groups=heads // self.groups,
             vocab_size=self.vocab,
-            **(moe if self.family == "qwen3_moe" else {}),
+            **(moe if FAMILIES[self.family].experts else {}),
         )
 
 

@@ -75,6 +75,7 @@ def traits(model) -> str:
     found = {
         "biases of queries, keys and values": model.qkv_bias,
         "queries and keys normalised": model.qk_norm,
+        "latent attention": model.latent is not None,
         "norms after attention and MLP": model.post_norms,
         "experts": model.experts is not None,
         "sliding windows": any(layer.window for layer in model.layers),

@@ -32,9 +32,11 @@ LONGROPE = {
     "original_max_position_embeddings": 64,
 }
 FAMILIES = (
+    "deepseek_v3",
     "gemma2",
     "gemma3_text",
     "glm4_moe",
+    "glm4_moe_lite",
     "granite",
     "llama",
     "llama_tied",
@@ -77,6 +79,23 @@ NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # i
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 GEMMA = {"head_dim": 24, "sliding_window": 5, "query_pre_attn_scalar": 20, "tie_word_embeddings": True, **NO_TOKENS}
 OWN_FIELDS = {  # of config.json
+    "deepseek_v3": {
+        "q_lora_rank": 24,
+        "kv_lora_rank": 20,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 12,
+        "v_head_dim": 10,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 48,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 0,
+        "rope_theta": 1e4,
+        "rope_scaling": YARN_ROPE | {"factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.8},
+        **NO_TOKENS,
+    },
     "gemma2": {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 8.0, **GEMMA},
     "gemma3_text": {
         "rope_local_base_freq": 1e3,
@@ -98,6 +117,20 @@ OWN_FIELDS = {  # of config.json
         "attention_bias": True,
         "use_qk_norm": True,
         "head_dim": 24,
+        **NO_TOKENS,
+    },
+    "glm4_moe_lite": {
+        "q_lora_rank": None,
+        "kv_lora_rank": 20,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 12,
+        "v_head_dim": 24,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "n_shared_experts": 2,
+        "mlp_layer_types": ["sparse", "dense"] * 2,
+        "rope_theta": 1e4,
         **NO_TOKENS,
     },
     "granite": {
@@ -173,7 +206,7 @@ def write_hf(path, family="llama", *, seed=1, layers=4, width=64, vocab=507, hea
     from transformers import AutoConfig
 
     own = copy.deepcopy(OWN_FIELDS.get(family, {}))  # transformers writes into the dictionaries
-    for name in ("layer_types", "layers_block_type"):
+    for name in ("layer_types", "mlp_layer_types", "layers_block_type"):
         if name in own:
             own[name] = (own[name] * layers)[:layers]
     config = AutoConfig.for_model(
@@ -182,7 +215,7 @@ def write_hf(path, family="llama", *, seed=1, layers=4, width=64, vocab=507, hea
         intermediate_size=width * 3 // 2,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=groups,
+        num_key_value_heads=heads if "kv_lora_rank" in own else groups,
         vocab_size=vocab,
         max_position_embeddings=128,
         initializer_range=0.1,

@@ -144,6 +144,32 @@ class Mamba:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention, the same in every layer that has it. Fields are named as in `config.json`.
+
+    `Architecture.kv_channels` are the channels of a head's values.
+
+    Args:
+        q_lora_rank: width of the latent of queries; None: queries are projected from the residual stream.
+        kv_lora_rank: width of the latent of keys and values.
+        qk_nope_head_dim: channels of a head's queries and keys that are not rotated.
+        qk_rope_head_dim: channels that are rotated. Those of the key are the same in all heads.
+        rope_interleave: channels 2i and 2i + 1 turn together; else i and i + qk_rope_head_dim / 2.
+    """
+
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    rope_interleave: bool
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Channels of a head's queries and keys."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+
+@dataclass(frozen=True)
 class Multipliers:
     """Constants that a model multiplies by, and the caps of its logits and of attention's scores.
 
@@ -193,6 +219,7 @@ class Architecture:
         block_configs: `layers` as the config states them; None if all layers are alike.
         experts: mixture of experts of the layers that have one; None for a dense model.
         mamba: sizes of Mamba mixers; None if no layer has one.
+        latent: sizes of latent attention; None if no layer has it.
         multipliers: constants for embeddings, residual branches and logits.
         family_fields: all fields of config.json that only this family has (`Family.own_fields`).
         init_std: standard deviation of random weights.
@@ -225,6 +252,7 @@ class Architecture:
     block_configs: list[dict[str, Any]] | None
     experts: Experts | None
     mamba: Mamba | None
+    latent: Latent | None
     multipliers: Multipliers
     family_fields: dict[str, Any]
     init_std: float
@@ -245,6 +273,11 @@ class Architecture:
     def needs_own_attention(self) -> bool:
         """True if core attention is ours on a GPU, too. Transformer Engine caps no scores; its sinks are untested."""
         return self.attention_sinks or self.multipliers.attention_softcap is not None
+
+    @property
+    def rotary_channels(self) -> int:
+        """Channels of a head's queries and keys that rotary embeddings are made for."""
+        return self.latent.qk_rope_head_dim if self.latent else self.kv_channels
 
     @property
     def longest_sequence(self) -> int:

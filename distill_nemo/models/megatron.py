@@ -48,6 +48,7 @@ def transformer_config(
         ValueError: if the layout does not divide heads, experts or vocabulary. The message has both numbers.
     """
     check_layout(model, parallelism)
+    _check_latent_attention(model, parallelism, dtype)
     on_cpu = not torch.cuda.is_available()
     kind, differing = TransformerConfig, {}
     no_rope = [int(layer.rope is None) for layer in model.layers]
@@ -145,6 +146,17 @@ def _window_settings(model: Architecture, parallelism: ParallelismConfig, dtype:
         )
     windowed = [int(layer.window is not None) for layer in model.layers]
     return {"window_size": (window - 1, 0), "window_attn_skip_freq": windowed}
+
+
+def _check_latent_attention(model: Architecture, parallelism: ParallelismConfig, dtype: torch.dtype) -> None:
+    """Refuse latent attention that Transformer Engine would compute under context parallelism."""
+    context = parallelism.context_parallel_size
+    if model.latent is not None and context > 1 and transformer_engine_usable(dtype):
+        raise ValueError(
+            f"{model.name}: latent attention is not supported with Transformer Engine under "
+            f"parallelism.context_parallel_size = {context}. Set that to 1, and "
+            "parallelism.tensor_model_parallel_size higher instead"
+        )
 
 
 def _stage_layout(num_layers: int, parallelism: ParallelismConfig) -> list[list[str]] | None:

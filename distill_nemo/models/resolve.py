@@ -84,6 +84,7 @@ def _resolve(model: ModelConfig) -> Architecture:
     _check_values(name, values)
     values["family_fields"] = _family_fields(model, stated, values)
     resolved = _architecture(name, source, values)
+    _check_ropes(resolved)
     if source is not None and source.kind is CheckpointKind.HUGGING_FACE and has_weights(source.weights):
         return with_headers(resolved)
     return resolved
@@ -139,6 +140,7 @@ def _architecture(name: str, source: Source | None, values: dict[str, Any]) -> A
         experts=family.experts(values) if family.experts else None,
         multipliers=family.multipliers(values),
         mamba=family.mamba(values) if family.mamba else None,
+        latent=family.latent(values) if family.latent else None,
         **traits,
         **{field: value for field, value in values.items() if field in own},
     )
@@ -146,12 +148,18 @@ def _architecture(name: str, source: Source | None, values: dict[str, Any]) -> A
 
 def _ropes(name: str, values: dict[str, Any], family: Family) -> tuple[Rope, ...]:
     try:
-        ropes = resolve_ropes(values["rotary_base"], values["rope_scaling"], family)
-        for rope in ropes:
-            frequencies(rope, values["kv_channels"], values["max_position_embeddings"])  # raises if there are none
+        return resolve_ropes(values["rotary_base"], values["rope_scaling"], family)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    return ropes
+
+
+def _check_ropes(model: Architecture) -> None:
+    """Refuse rotary embeddings that give no frequencies."""
+    try:
+        for rope in model.ropes:
+            frequencies(rope, model.rotary_channels, model.max_position_embeddings)
+    except ValueError as error:
+        raise ValueError(f"{model.name}: {error}") from None
 
 
 def _layers(values: dict[str, Any]) -> tuple[Layer, ...]:

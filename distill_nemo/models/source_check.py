@@ -47,7 +47,8 @@ NAMES = {  # in config.json
     "ffn_hidden_size": ("intermediate_size",),
     "moe_ffn_hidden_size": ("moe_intermediate_size",),
 }
-BY_LAYER = ("layer_types", "layers_block_type", "hybrid_override_pattern")  # fields with an entry for each layer
+# Fields with an entry for each layer.
+BY_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "hybrid_override_pattern")
 TOLERANCE = 1e-4  # in fp32; tiny models agree to 1e-6
 TOLERANCE_ON_GPU = 1e-2  # Transformer Engine multiplies fp32 in TF32
 

@@ -10,6 +10,11 @@ channels (N, K, F on one tensor-parallel rank).
 
 from distill_nemo.models.architecture import FUSED_ACTIVATIONS, Architecture, Layer
 from distill_nemo.models.layers.capped_attention import QUERY_BLOCK
+from distill_nemo.planning.latent_attention import (
+    backward_workspace_of_latent_attention,
+    forward_workspace_of_latent_attention,
+    saved_by_latent_attention,
+)
 from distill_nemo.planning.mamba import backward_workspace_of_mamba, forward_workspace_of_mamba, saved_by_mamba
 from distill_nemo.planning.planned import PlannedRun
 
@@ -18,11 +23,17 @@ def saved(planned: PlannedRun, model: Architecture, layer: Layer, recompute: str
     """Return the bytes that a layer saves for backward in one micro batch; with full recomputation, its input only."""
     if recompute == "full":
         return planned.item * planned.split_tokens * model.hidden_size
+    return _saved_by_mixer(planned, model, layer, recompute) + saved_by_mlp(planned, model, layer)
+
+
+def _saved_by_mixer(planned: PlannedRun, model: Architecture, layer: Layer, recompute: str | None) -> int:
     if layer.mixer == "mamba":
-        mixer = _norms(planned, model) + saved_by_mamba(planned, model)
-    else:
-        mixer = 0 if layer.num_query_groups is None else _saved_by_attention(planned, model, layer, recompute)
-    return mixer + saved_by_mlp(planned, model, layer)
+        return _norms(planned, model) + saved_by_mamba(planned, model)
+    if layer.mixer == "latent_attention":
+        assert model.latent is not None
+        latents = _norm(planned, model.latent.kv_lora_rank) + _norm(planned, model.latent.q_lora_rank or 0)
+        return _norms(planned, model) + latents + saved_by_latent_attention(planned, model, recompute)
+    return 0 if layer.num_query_groups is None else _saved_by_attention(planned, model, layer, recompute)
 
 
 def _saved_by_attention(planned: PlannedRun, model: Architecture, layer: Layer, recompute: str | None) -> int:
@@ -130,17 +141,27 @@ def backward_workspace(planned: PlannedRun, model: Architecture, layer: Layer) -
     """Return the peak bytes of a layer's backward pass beyond its saved tensors.
 
     They are the gradients of both halves of the MLP, whose product's gradient takes the product's place; or those of
-    queries, keys and values with capped scores.
+    queries, keys, values and outputs in latent attention, and with capped scores.
     """
     tensor = planned.config.parallelism.tensor_model_parallel_size
     f = model.ffn_per_token(layer) // tensor
     residual = 2 * planned.item * planned.split_tokens * model.hidden_size
-    n = model.num_attention_heads * model.kv_channels // tensor
-    blocks = _score_blocks(planned, model, 3)
-    attention = blocks + planned.tokens * (2 * planned.item * n + 8 * _key_channels(model, layer, tensor))
-    after_mlp = attention - saved_by_mlp(planned, model, layer) if blocks else 0  # which is freed by then
     mixer = backward_workspace_of_mamba(planned, model) if layer.mixer == "mamba" else 0
+    after_mlp = _attention_backward(planned, model, layer)
+    if after_mlp:
+        after_mlp -= saved_by_mlp(planned, model, layer)  # which is freed by then
     return max(2 * planned.item * planned.tokens * f, after_mlp, mixer) + residual
+
+
+def _attention_backward(planned: PlannedRun, model: Architecture, layer: Layer) -> int:
+    """Return the bytes of attention's backward pass, where they may be more than the MLP's; else 0."""
+    if layer.mixer == "latent_attention":
+        return backward_workspace_of_latent_attention(planned, model)
+    blocks, tensor = _score_blocks(planned, model, 3), planned.config.parallelism.tensor_model_parallel_size
+    if not blocks:
+        return 0
+    n = model.num_attention_heads * model.kv_channels // tensor
+    return blocks + planned.tokens * (2 * planned.item * n + 8 * _key_channels(model, layer, tensor))
 
 
 def forward_workspace(planned: PlannedRun, model: Architecture, layer: Layer) -> int:
@@ -153,6 +174,8 @@ def forward_workspace(planned: PlannedRun, model: Architecture, layer: Layer) ->
         mlp += 2 * item * tokens * model.experts.num_experts_per_tok * model.hidden_size
     if layer.mixer == "mamba":
         return residual + max(mlp, forward_workspace_of_mamba(planned, model))
+    if layer.mixer == "latent_attention":
+        return residual + max(mlp, forward_workspace_of_latent_attention(planned, model))
     if layer.num_query_groups is None:
         return residual + mlp
     n = model.num_attention_heads * model.kv_channels // tensor

@@ -63,6 +63,8 @@ MODELS: dict[str, dict[str, Any]] = {  # arguments of write_hf; the student's na
     "qwen3_moe, dense layers": {"family": "qwen3_moe_dense_layers", "seed": 18, "layers": 10, **WIDE},
     "gemma2 teacher": {"family": "gemma2", "seed": 18, "layers": 10, **WIDE},
     "gemma2 (capped scores)": {"family": "gemma2", "seed": 19, "layers": 8, **NARROW},
+    "deepseek_v3 (latent attention)": {"family": "deepseek_v3", "seed": 17, "layers": 8, **NARROW},
+    "glm4_moe_lite": {"family": "glm4_moe_lite", "seed": 18, "layers": 10, **WIDE},
     "gemma3 teacher": {"family": "gemma3_text", "seed": 13, "layers": 10, **WIDE},
     "gemma3": {"family": "gemma3_text", "seed": 14, "layers": 8, **NARROW},
     "granite teacher": {"family": "granite", "seed": 11, "layers": 10, **WIDE},
@@ -131,6 +133,7 @@ PAIRS = [  # at every layout that neither model refuses; with experts at EP=2 to
     ("gemma3", "gemma3 teacher"),
     ("granite", "granite teacher"),
     ("glm4_moe (groups, shared experts)", "qwen3_moe, dense layers"),
+    ("deepseek_v3 (latent attention)", "glm4_moe_lite"),
 ]
 CHANGED_LOGITS = ("gemma3", "granite")  # scaled or capped: their pairs are computed with whole logits, too
 OFFSET = [  # models and losses

@@ -36,6 +36,7 @@ TOKENIZER_FILES = (
 )
 CHAT_TEMPLATES = ("*.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
 GENERATION = "generation_config.json"  # may name several tokens at which an answer ends
+FURTHER_LAYERS = {"num_nextn_predict_layers"}  # number of layers that predict further tokens; exports have none
 DROPPED = ("auto_map", FIELD)  # names code, which is not copied; and quantised weights, which are written plain
 NO_EXPORT = "train with checkpoint.export=false, and keep the Megatron checkpoint"
 
@@ -175,6 +176,7 @@ def _config(model: Architecture, dtype: torch.dtype, source: Path | None, tokeni
     kept = {name: value for name, value in theirs.items() if value is not None or ours.get(name) is None}
     forced = {"vocab_size", "dtype", "torch_dtype", *ROPE_FIELDS}  # so that transformers 4 and 5 read them alike
     config = ours | kept | {name: value for name, value in ours.items() if name in forced}
+    config |= dict.fromkeys(FURTHER_LAYERS & config.keys(), 0)
     if tokenizer is not None and not {"bos_token_id", "eos_token_id"} <= theirs.keys():
         config |= {name: i for name, i in _token_ids(tokenizer).items() if name not in theirs}
     ids = {name: value for name, value in config.items() if name.endswith("_token_id")}

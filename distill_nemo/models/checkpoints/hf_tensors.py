@@ -48,7 +48,7 @@ def check_hf_tensors(path: Path, model: Architecture) -> dict[str, StoredTensor]
         ValueError: if tensors are missing, extra, of another shape, or neither plain floats nor quantised as the
             source's config.json says, or a file is corrupt. The message names them.
     """
-    stored = stored_tensors(path)
+    stored = _without_further_layers(stored_tensors(path), model)
     quantisation = read_quantisation(model.source.config, str(path / "config.json")) if model.source else None
     if quantisation is not None:
         stored = merge_scales(path, stored, quantisation)
@@ -73,6 +73,13 @@ def check_hf_tensors(path: Path, model: Architecture) -> dict[str, StoredTensor]
     if problems:
         raise ValueError(f"{path} does not fit its architecture:\n  " + "\n  ".join(first_few(problems)))
     return stored
+
+
+def _without_further_layers(stored: dict[str, StoredTensor], model: Architecture) -> dict[str, StoredTensor]:
+    """Leave out the layers after the last one that predict further tokens, as many as config.json states."""
+    count = model.source.config.get("num_nextn_predict_layers") if model.source else None
+    further = range(model.num_layers, model.num_layers + count) if isinstance(count, int) else ()
+    return {name: x for name, x in stored.items() if not ((match := LAYER.match(name)) and int(match[1]) in further)}
 
 
 def check_tied_weights(stored: Mapping[str, StoredTensor], model: Architecture) -> None:

@@ -126,6 +126,8 @@ def expected_shapes(model: Architecture) -> tuple[list[Shapes], Shapes]:
             fused, shape = f"{EXPERT}experts.{name.removeprefix(EXPERT)}", (model.experts.num_experts, *shape)
         elif parameter.place.layer.has_experts and name == "pre_mlp_layernorm.weight":
             fused = name  # the norm before a router is a module of its own
+        elif parameter.place.layer.mixer == "latent_attention" and name == "input_layernorm.weight":
+            fused = name  # it has two readers
         layers[parameter.place.number][fused] = shape
     return layers, around
 

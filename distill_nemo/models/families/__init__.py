@@ -1,8 +1,10 @@
 """Model families, one file each."""
 
+from distill_nemo.models.families.deepseek_v3 import DEEPSEEK_V3
 from distill_nemo.models.families.gemma import GEMMA3_TEXT
 from distill_nemo.models.families.gemma2 import GEMMA2
 from distill_nemo.models.families.glm4_moe import GLM4_MOE
+from distill_nemo.models.families.glm4_moe_lite import GLM4_MOE_LITE
 from distill_nemo.models.families.granite import GRANITE
 from distill_nemo.models.families.llama import LLAMA
 from distill_nemo.models.families.ministral import MINISTRAL
@@ -20,7 +22,7 @@ from distill_nemo.models.families.smollm3 import SMOLLM3
 FAMILIES = {
     family.model_type: family
     for family in (
-        *(GEMMA2, GEMMA3_TEXT, GLM4_MOE, GRANITE, LLAMA, MINISTRAL, MISTRAL, NEMOTRON_H, OLMO2, OLMO3),
-        *(PHI3, QWEN2, QWEN3, QWEN3_MOE, SEED_OSS, SMOLLM3),
+        *(DEEPSEEK_V3, GEMMA2, GEMMA3_TEXT, GLM4_MOE, GLM4_MOE_LITE, GRANITE, LLAMA, MINISTRAL),
+        *(MISTRAL, NEMOTRON_H, OLMO2, OLMO3, PHI3, QWEN2, QWEN3, QWEN3_MOE, SEED_OSS, SMOLLM3),
     )
 }

@@ -12,6 +12,7 @@ from distill_nemo.models.architecture import (
     Activation,
     Architecture,
     Experts,
+    Latent,
     Layer,
     Mamba,
     Multipliers,
@@ -75,6 +76,7 @@ class Family:
         own_fields: fields of `config.json` that other families lack, as they are written there.
         layers: completes layers, whose sizes alone are set, from the model's `ModelConfig` fields. If the family has
             experts, they come with experts in all layers.
+        latent: sizes of latent attention, from the model's `ModelConfig` fields; None: the family has none.
         mamba: sizes of Mamba mixers, from the model's `ModelConfig` fields; None: the family has none.
         multipliers: constants that a model multiplies by, from its `ModelConfig` fields.
         settings: further fields of Megatron's TransformerConfig, which override the common ones.
@@ -103,6 +105,7 @@ class Family:
     refused: Callable[[Fields], dict[str, bool]] = lambda config: {}
     own_fields: type[OwnFields] = OwnFields
     layers: Callable[[dict[str, Any], tuple[Layer, ...]], tuple[Layer, ...]] = lambda values, layers: layers
+    latent: Callable[[dict[str, Any]], Latent] | None = None
     mamba: Callable[[dict[str, Any]], Mamba] | None = None
     multipliers: Callable[[dict[str, Any]], Multipliers] = lambda values: Multipliers()
     settings: Callable[[Architecture], dict[str, Any]] = lambda model: {}

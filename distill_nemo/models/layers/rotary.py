@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
@@ -91,13 +91,13 @@ class Rotary(RotaryEmbedding):
 
 def give_rotary_embeddings(built: GPTModel, model: Architecture) -> None:
     """Give a stage the angles of its architecture, and each layer its columns of them and its factor."""
-    found = [frequencies(rope, model.kv_channels, model.max_position_embeddings) for rope in model.ropes]
+    found = [frequencies(rope, model.rotary_channels, model.max_position_embeddings) for rope in model.ropes]
     built.rotary_pos_emb = Rotary([of_rope for of_rope, _ in found])
     starts = [0, *accumulate(2 * len(of_rope) for of_rope, _ in found)]
     for layer in built.decoder.layers:
         assert isinstance(layer, TransformerLayer)
         index, attention = model.layers[layer.layer_number - 1].rope, layer.self_attention
-        if index is None or not isinstance(attention, SelfAttention):
+        if index is None or not isinstance(attention, Attention):
             continue
         _set_factor(attention, found[index][1])
         if len(found) > 1:
@@ -105,7 +105,7 @@ def give_rotary_embeddings(built: GPTModel, model: Architecture) -> None:
             attention.register_forward_pre_hook(_Columns(columns), with_kwargs=True)
 
 
-def _set_factor(attention: SelfAttention, factor: float) -> None:
+def _set_factor(attention: Attention, factor: float) -> None:
     """Set the factor of cosine and sine. Megatron-Core 0.19 stores it; 0.18 reads the config in each call."""
     if hasattr(attention, "_yarn_concentration_factor"):
         attention._yarn_concentration_factor = factor

@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from distill_nemo.models.architecture import Architecture, Layer
 from distill_nemo.models.layers.context_parallel import CausalAttention
+from distill_nemo.models.layers.latent_attention import latent_attention_spec
 from distill_nemo.models.layers.mamba import MambaMixer, MambaSubmodules
 from distill_nemo.models.layers.norms import RMSNorm
 
@@ -70,7 +71,8 @@ def uses_own_attention(model: Architecture, dtype: torch.dtype) -> bool:
 def _layer_parts(model: Architecture, config: TransformerConfig, layer: Layer) -> TransformerLayerSubmodules:
     """Return the parts of one layer, with a part that it lacks left out."""
     num_experts = config.num_moe_experts if layer.has_experts else None
-    if transformer_engine_usable(config.params_dtype):
+    use_te = transformer_engine_usable(config.params_dtype)
+    if use_te:
         parts = get_gpt_layer_with_transformer_engine_submodules(
             num_experts=num_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
         )
@@ -81,6 +83,10 @@ def _layer_parts(model: Architecture, config: TransformerConfig, layer: Layer) -
         attention.core_attention = ModuleSpec(CausalAttention, params={"softcap": model.multipliers.attention_softcap})
     if layer.mixer == "mamba":
         _mix_by_mamba(parts, model, config)
+    elif layer.mixer == "latent_attention":
+        assert model.latent is not None
+        parts.self_attention, parts.input_layernorm = latent_attention_spec(model.latent, model.kv_channels, use_te)
+        parts.sharded_state_dict_keys_map.pop("input_layernorm.", None)  # it is not fused with Transformer Engine
     elif layer.num_query_groups is None:
         parts.input_layernorm = parts.self_attention = IdentityOp
         parts.self_attn_bda = IdentityFuncOp

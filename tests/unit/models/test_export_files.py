@@ -54,7 +54,7 @@ def test_every_field_of_the_source_is_kept(tmp_path, family):
     more = {"layer_types": ["full_attention"] * 2, "max_window_layers": 2} if "qwen" in family else {}
     state(source, **STATED, **more, auto_map={"AutoConfig": "code.X"})
     config = collected(source).config
-    own = {"dtype", "torch_dtype", "auto_map"}
+    own = {"dtype", "torch_dtype", "auto_map", "num_nextn_predict_layers"}
     kept = {name: value for name, value in stated(source).items() if name not in own}
     rope = kept.get("rope_parameters", {})
     rope.pop("type", None)  # beside rope_type, which overrides it
@@ -62,6 +62,7 @@ def test_every_field_of_the_source_is_kept(tmp_path, family):
     kept |= {"rope_parameters": nested} if nested else {}  # beside these, transformers reads nothing
     assert {name: config.get(name, "lost") for name in kept} == kept
     assert (config["dtype"], config["torch_dtype"]) == ("bfloat16", "bfloat16") and "auto_map" not in config
+    assert not config.get("num_nextn_predict_layers")  # they are not exported
     base = stated(source).get("rope_parameters", {}).get("rope_theta") or stated(source).get("rope_theta")
     if not any(isinstance(value, dict) for value in config.get("rope_parameters", {}).values()):
         assert config.get("rope_theta") == config.get("rope_parameters", {}).get("rope_theta") == base

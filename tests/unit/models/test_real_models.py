@@ -27,6 +27,11 @@ SMALL = {  # in place of a model's own value
     "num_experts": 16,
     "n_routed_experts": 16,
     "moe_intermediate_size": 24,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": HEAD,
 }
 
 

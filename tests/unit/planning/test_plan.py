@@ -18,6 +18,8 @@ DIFFERING = [
     {"attention": {"no_op": True}, "mlp": {"ffn_hidden_size": 96}},
     {"attention": {"num_query_groups": 4}, "mlp": {"no_op": True}},
 ]
+DENSE_FIRST = {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+LATENT = DENSE_FIRST | {"q_lora_rank": 24, "kv_lora_rank": 20, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8}
 MODELS = {
     "llama": {},
     "grouped queries": {"num_query_groups": 2, "kv_channels": 24},
@@ -32,6 +34,9 @@ MODELS = {
         "rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5},
     },
     "norms on both sides": {"family": "gemma3_text", "kv_channels": 24},
+    "latent attention": EXPERTS | {"family": "deepseek_v3", "kv_channels": 10, "family_fields": LATENT},
+    "latent attention, queries without a latent": EXPERTS
+    | {"family": "deepseek_v3", "family_fields": LATENT | {"q_lora_rank": None}},
     "Mamba": {"family": "nemotron_h", "family_fields": {"hybrid_override_pattern": "M*-", **MAMBA}},
     "layers that differ": {"block_configs": DIFFERING},
 }
@@ -83,6 +88,14 @@ def test_parameters_are_those_of_the_models_that_are_built(one, two, layout):
 
 
 SMALL = Case(vocab=2048, student=(2, 128), teacher=(2, 256), length=128)
+WIDE_LATENT = DENSE_FIRST | {"q_lora_rank": 96, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16}
+LATENT_CASE = replace(
+    SMALL,
+    family="deepseek_v3",
+    groups=1,
+    teacher=None,
+    fields={"student.family_fields": WIDE_LATENT},
+)
 CASES = {
     "fused": SMALL,
     "whole logits": replace(SMALL, fields={"distillation.fused_linear": False}, vocab=8192),
@@ -92,6 +105,27 @@ CASES = {
     "micro batch 4": replace(SMALL, micro_batch=4),
     "experts": replace(SMALL, family="qwen3_moe"),
     "norms after, over all heads": replace(SMALL, family="olmo2"),
+    "latent attention": LATENT_CASE,
+    "latent attention, wide values": replace(LATENT_CASE, fields=LATENT_CASE.fields | {"student.kv_channels": 96}),
+    "latent attention, wide heads, recompute=selective": replace(
+        LATENT_CASE,
+        length=512,
+        vocab=512,
+        fields={
+            "student.family_fields": WIDE_LATENT | {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64},
+            "student.kv_channels": 128,
+            "training.recompute": "selective",
+        },
+    ),
+    "latent attention, tensor and sequence": replace(
+        LATENT_CASE,
+        fields=LATENT_CASE.fields
+        | {"parallelism.tensor_model_parallel_size": 2, "parallelism.sequence_parallel": True},
+        ranks=2,
+    ),
+    "latent attention, recompute=full": replace(
+        LATENT_CASE, fields=LATENT_CASE.fields | {"training.recompute": "full"}
+    ),
     "sliding windows": replace(
         SMALL,
         family="mistral",
@@ -190,6 +224,23 @@ def test_operations_of_mamba_are_those_that_torch_counts(one):
     layers, core, head = stage_flops(planned, planned.models.student, 0, True)
     assert core == 0
     assert one.run(counted_flops, case) == [case.micro_batch * case.length * (layers + head)]
+
+
+@pytest.mark.parametrize("rank", [96, None])
+def test_operations_of_latent_attention_are_those_that_torch_counts(one, rank):
+    setup_device()
+    from distill_nemo.planning.compute import stage_flops
+    from distill_nemo.planning.planned import PlannedRun
+    from distill_nemo.training.entry import resolve_models
+
+    own = WIDE_LATENT | {"q_lora_rank": rank}
+    case = replace(LATENT_CASE, fields={"student.family_fields": own, "student.kv_channels": 48})  # no padding
+    planned = PlannedRun(*resolve_models(case.config()), 1)
+    layers, core, head = stage_flops(planned, planned.models.student, 0, True)
+    (theirs,) = one.run(counted_flops, case)
+    tokens = case.micro_batch * case.length
+    assert theirs in [tokens * (layers - core + head), tokens * (layers + core + head)]
+    assert core == 2 * 2 * 4 * (48 + 48) * case.length / 2  # two layers, two products of 4 heads, half the positions
 
 
 @pytest.mark.parametrize("window", [None, 4096, 32, 1])
