@@ -157,22 +157,25 @@ def _step(found: dict[str, Any]) -> str:
 
 
 def _convert(found: dict[str, Any]) -> str:
-    """Return every rank's rows, and the directory of many tensors."""
+    """Return every rank's rows, bytes from the disk, and the directory of many tensors."""
+    cold: dict[str, int] = {}
     lines = [
         "| | | processor time, s | ours / this | extra memory, of the rank's part |",
         "|---|---|---|---|---|",
     ]
     for rank, ways in found["rows"].items():
-        part = ways.pop("part")["bytes"]
+        part, cold[rank] = ways.pop("part")["bytes"], ways.pop("cold")["disk_bytes"]
         for name, way in ways.items():
-            ours = ways["export" if name.startswith(("export", "a file")) else "import"]
+            ours = ways["export" if name.startswith(("export", "the file")) else "import"]
             ratio = ours["processor_seconds"] / way["processor_seconds"]
             lines.append(
                 f"| {rank} | {name} | {way['processor_seconds']:.2f} | {ratio:.2f} | {way['extra_bytes'] / part:.2f} |"
             )
-    many = found["many tensors"]
+    many, whole = found["many tensors"], found["file_bytes"]
+    shares = ", ".join(f"{rank}: {size / whole:.2f}" for rank, size in cold.items())
     return (
         "\n".join(lines)
+        + f"\n\nBytes that the disk reads for an import, of those of the file, not in memory before: {shares}."
         + f"\n\nEvery tensor of a directory of {many['tensors']:,} in 118 files: {many['ours']:.1f} s, by ModelOpt's "
         + f"importer {many['ModelOpt']:.0f} s (from every 360th).\n"
     )

@@ -123,36 +123,47 @@ def _group(of_expert: bool) -> ProcessGroup:
 
 
 class WholeRows(NamedTuple):
-    """Consecutive whole rows of a Hugging Face tensor, from `first` on; mostly all of them."""
+    """Consecutive whole rows of a Hugging Face tensor, from `first` on."""
 
+    name: str
     first: int
     rows: Tensor
 
 
-def whole_rows(parts: list[Tensor], parameter: LocalParameter) -> dict[str, WholeRows]:
-    """Assemble rows of Hugging Face tensors from a parameter's parts, one of each rank of its group.
+def own_rows(parameter: LocalParameter) -> list[WholeRows] | None:
+    """Return this rank's part as views, or None if it is made of parts of rows. The ranks of a group agree."""
+    shapes = parameter.whole_shapes()
+    pairs = [pair for pair in rows_of(parameter.pieces, parameter.tensor.detach()) if pair[0].name]
+    if not all(_has_whole_rows(piece, shapes[piece.name]) for piece, _ in pairs):
+        return None
+    return [WholeRows(piece.name, piece.index[0].start, rows) for piece, rows in pairs]
 
-    Rows made of one piece are a view of its part.
-    """
+
+def joined_rows(parts: list[Tensor], parameter: LocalParameter) -> list[WholeRows]:
+    """Assemble rows from a parameter's parts, one of each rank of its group."""
     found: dict[str, list[tuple[Piece, Tensor]]] = {}
     for rank, part in enumerate(parts):
         for piece, rows in rows_of(parameter.pieces_of(rank), part):
             if piece.name:
                 found.setdefault(piece.name, []).append((piece, rows))
     shapes = parameter.whole_shapes()
-    return {name: _joined(pieces, shapes[name]) for name, pieces in found.items()}
+    return [_joined(name, pieces, shapes[name]) for name, pieces in found.items()]
 
 
-def _joined(pieces: list[tuple[Piece, Tensor]], shape: tuple[int, ...]) -> WholeRows:
+def _has_whole_rows(piece: Piece, shape: tuple[int, ...]) -> bool:
+    of_rows, *others = piece.index
+    whole = [slice(0, size) for size in shape[1:]]
+    return piece.axes is None and of_rows.step in (None, 1) and others == whole
+
+
+def _joined(name: str, pieces: list[tuple[Piece, Tensor]], shape: tuple[int, ...]) -> WholeRows:
     first = min(piece.index[0].start for piece, _ in pieces)
-    if len(pieces) == 1 and pieces[0][0].axes is None:
-        return WholeRows(first, pieces[0][1])
     whole = pieces[0][1].new_empty(shape[0] - first, *shape[1:])
     for piece, rows in pieces:
         of_rows, *others = piece.index
         index = slice(of_rows.start - first, of_rows.stop - first, of_rows.step), *others
         as_parameter(whole[index], piece).copy_(rows)
-    return WholeRows(first, whole)
+    return WholeRows(name, first, whole)
 
 
 def rows_of(pieces: list[Piece], tensor: Tensor) -> Iterator[tuple[Piece, Tensor]]:

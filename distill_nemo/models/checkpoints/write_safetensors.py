@@ -1,7 +1,7 @@
 """Write the weights of a model as Hugging Face safetensors, from all ranks at once.
 
-The first of the tensor-parallel ranks gathers their parameters, one at a time, and writes each at once. So besides its
-own weights no rank has more than one parameter in memory.
+Every rank writes its rows of a tensor in their place. Only where tensor-parallel ranks have columns does the first of
+them gather a parameter. So besides its own weights no rank has more than one parameter in memory.
 """
 
 import json
@@ -13,11 +13,16 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.hf_tensors import INDEX, SINGLE_FILE, PieceReader, read_header, stored_tensors
-from distill_nemo.models.checkpoints.local_parameters import LocalParameter, local_parameters, whole_rows
+from distill_nemo.models.checkpoints.local_parameters import (
+    LocalParameter,
+    WholeRows,
+    joined_rows,
+    local_parameters,
+    own_rows,
+)
 from distill_nemo.models.checkpoints.tensor_files import LABELS, Entries, Entry, TensorFiles
 from distill_nemo.models.families.pieces import OUTPUT
 from distill_nemo.models.families.tensors import hf_shapes
@@ -68,10 +73,10 @@ def write_weights(
         for parameter in parameters:
             if not any(name in writing for name in parameter.whole_shapes()):
                 continue
-            parts = _gathered(parameter)
+            rows = _rows_to_write(parameter)
             try:
-                if parts is not None and failure is None:
-                    _write(parts, parameter, writing)
+                if failure is None:
+                    _write(rows, writing)
             except OSError as error:  # other ranks are in collectives: go on, and raise on all at the end
                 failure = error
     everyone.raise_errors(failure)
@@ -140,8 +145,8 @@ def _begin(files: dict[str, Entries], directory: Path) -> None:
         (directory / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def _write(parts: list[Tensor], parameter: LocalParameter, writing: TensorFiles) -> None:
-    for name, (first, rows) in whole_rows(parts, parameter).items():
+def _write(several: list[WholeRows], writing: TensorFiles) -> None:
+    for name, first, rows in several:
         if name in writing:
             writing.write(name, rows, first)
 
@@ -217,16 +222,20 @@ def _from_every_rank[T](own: T) -> list[T]:
     return found
 
 
-def _gathered(parameter: LocalParameter) -> list[Tensor] | None:
-    """Return the parts of all ranks if this rank writes the parameter, else None. Collective over its group."""
+def _rows_to_write(parameter: LocalParameter) -> list[WholeRows]:
+    """Return what this rank writes of a parameter. Collective over its group."""
     if not _is_first_copy(parameter):
-        return None
-    tensor, writes = parameter.tensor.detach().contiguous(), parameter.group.rank() == 0
-    if not parameter.is_split:
-        return [tensor] if writes else None
-    parts = [torch.empty_like(tensor) for _ in range(parameter.place.size)] if writes else None
-    dist.gather(tensor, parts, group=parameter.group, group_dst=0)
-    return parts
+        return []
+    rows, is_first = own_rows(parameter), parameter.group.rank() == 0
+    if rows is not None:
+        return rows if is_first or parameter.is_split else []
+    tensor = parameter.tensor.detach().contiguous()
+    parts = [torch.empty_like(tensor) for _ in range(parameter.place.size)] if is_first else None
+    if parameter.place.size > 1:
+        dist.gather(tensor, parts, group=parameter.group, group_dst=0)
+    else:
+        parts = [tensor]
+    return joined_rows(parts, parameter) if parts is not None else []
 
 
 def _file_name(number: int, total: int) -> str:

@@ -241,15 +241,14 @@ def _written_at(directory):
 
 @pytest.mark.parametrize(("layout", "parameter"), [(Layout(tensor=2), 24), (Layout(pipeline=2), 12)])
 def test_an_export_ended_by_kill_9_keeps_the_files_that_are_whole(models, tmp_path, layout, parameter):
-    output, aside, limit = tmp_path / "out", tmp_path / ".out.partial", 150_000
+    output, aside, limit = tmp_path / "out", tmp_path / ".out.partial", 40_000
     with Gloo(2, init=False, timeout=200) as group:
-        with pytest.raises(ProcessEndedError):
+        with pytest.raises((ProcessEndedError, RuntimeError)):  # of the killed rank, or of the other
             group.run(killed_while_it_exports, models["llama"], str(output), layout, limit, parameter)
     assert not output.exists()
     before = load_file(f"{models['llama']}/model.safetensors")
-    whole = [
-        path for path in sorted(aside.glob("*.safetensors")) if all(map(torch.Tensor.any, load_file(path).values()))
-    ]
+    files = sorted(aside.glob("*.safetensors"))
+    whole = [path for path in files if all(torch.equal(t, before[name]) for name, t in load_file(path).items())]
     assert len(whole) >= 3, "too few to show anything"
     (aside / "stale.safetensors").touch()
     (aside / "vocab.txt").touch()
@@ -273,7 +272,7 @@ def test_an_export_ended_by_kill_9_keeps_the_files_that_are_whole(models, tmp_pa
 def test_files_of_another_model_that_was_being_exported_are_written_anew(models, groups, tmp_path):
     other, output = write_hf(tmp_path / "other", "llama", seed=7), tmp_path / "out"
     with Gloo(1, init=False, timeout=200) as group:
-        with pytest.raises(ProcessEndedError):
+        with pytest.raises((ProcessEndedError, RuntimeError)):  # of the killed rank, or of the other
             group.run(killed_while_it_exports, models["llama"], str(output), Layout(), 150_000, 20)
     assert groups[1].run(export_at, other, str(output), Layout(), None, 150_000) == [None]
     before, after = load_file(f"{other}/model.safetensors"), _stored(output)[0]
