@@ -61,27 +61,20 @@ def reference(case: Case, dtype: torch.dtype = torch.float64) -> tuple[dict[str,
     held_out = {name: mean(values) for name, values in held_out.items()} | seen_in_both
     losses |= {HELD_OUT + name: value for name, value in held_out.items()}
     found: dict[str, Any] = {n: w.grad for n, w in projections.items()}
-    base = "backbone." if student.config.model_type == "nemotron_h" else "model."  # in files
-    for name, parameter in student.named_parameters():
-        found |= _as_on_disk(
-            name.replace("model.", base, 1), torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        )
     stored = student.state_dict().keys()
-    found |= {name.replace("model.", base, 1): buffer for name, buffer in student.named_buffers() if name in stored}
-    return {n: x.item() for n, x in losses.items()}, found
+    kept = {name: buffer for name, buffer in student.named_buffers() if name in stored}
+    for name, parameter in student.named_parameters():
+        kept[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    return {n: x.item() for n, x in losses.items()}, found | _as_in_files(student, kept)
 
 
-def _as_on_disk(name: str, gradient: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Split the experts of a layer, one tensor in transformers 5's memory, as its files have them."""
-    if ".mlp.experts." not in name or gradient.dim() == 2:  # transformers 4 keeps a module for each expert
-        return {name: gradient}
-    around, part = name.rsplit(".", 1)
-    if part == "down_proj":
-        return {f"{around}.{i}.down_proj.weight": expert for i, expert in enumerate(gradient)}
-    halves = [(i, *expert.chunk(2)) for i, expert in enumerate(gradient)]
-    return {f"{around}.{i}.gate_proj.weight": gate for i, gate, _ in halves} | {
-        f"{around}.{i}.up_proj.weight": up for i, _, up in halves
-    }
+def _as_in_files(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return tensors as transformers 5 would write them: in memory it may have other names, and experts together."""
+    if not EXPERTS:
+        return tensors
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, tensors)
 
 
 def _forward(

@@ -40,6 +40,7 @@ WHOLE = 64 * 2**20  # models of up to this many parameters are compared whole
 # residual stream keep their size.
 CUT = {"num_layers": 2, "num_experts": 8, "vocab_size": 1024, "ffn_hidden_size": 1024, "moe_ffn_hidden_size": 256}
 WINDOW = 8  # tokens; shorter than the sequences that are compared
+SHARED_WIDTHS = ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size")  # in config.json
 NAMES = {  # in config.json
     "num_layers": ("num_hidden_layers",),
     "num_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
@@ -113,12 +114,17 @@ def _small(source: Source, model: Architecture) -> Iterator[tuple[Path, Architec
 
 def _cut(model: Architecture, source: Source) -> Architecture:
     """Reduce every size in `CUT`."""
-    ffn, experts = min(CUT["ffn_hidden_size"], model.ffn_hidden_size), _cut_experts(model)
+    ffn, layers = min(CUT["ffn_hidden_size"], model.ffn_hidden_size), _first_layers(model)
+    own = {name: min(ffn, model.family_fields[name]) for name in SHARED_WIDTHS if name in model.family_fields}
+    model = dataclasses.replace(model, family_fields=model.family_fields | own)
+    experts = _cut_experts(model)
+    if experts is not None and all(layer.has_experts for layer in layers):
+        ffn = experts.moe_ffn_hidden_size  # in some families, one field states both
     rows = min(CUT["vocab_size"], model.vocab_size)
     return dataclasses.replace(
         model,
         source=dataclasses.replace(source, vocab_size=rows),
-        layers=tuple(_cut_layer(layer, ffn, experts) for layer in _first_layers(model)),
+        layers=tuple(_cut_layer(layer, ffn, experts) for layer in layers),
         vocab_size=rows,
         ffn_hidden_size=ffn,
         experts=experts,
@@ -157,6 +163,7 @@ def _copy_part(source: Source, model: Architecture, small: Architecture, config:
     """Write the part of `source` that `small` needs. In `config` only the sizes change."""
     own = dataclasses.asdict(small.filled(StudentConfig()))
     config |= {key: own[name] for name in CUT for key in NAMES[name] if key in config and own[name] is not None}
+    config |= {name: small.family_fields[name] for name in SHARED_WIDTHS if name in small.family_fields}
     config |= {"sliding_window": max(windows)} if (windows := [x.window for x in small.layers if x.window]) else {}
     config |= {name: config[name][: small.num_layers] for name in BY_LAYER if config.get(name)}
     assert small.source is not None

@@ -60,6 +60,9 @@ MODELS: dict[str, dict[str, Any]] = {  # arguments of write_hf; the student's na
     "MoE teacher": {"family": "qwen3_moe", "seed": 10, "layers": 8, **WIDE},
     "MoE": {"family": "qwen3_moe", "seed": 8, "layers": 8, **NARROW},
     "glm4_moe (groups, shared experts)": {"family": "glm4_moe", "seed": 17, "layers": 8, **NARROW},
+    "qwen2_moe (gated shared expert)": {"family": "qwen2_moe", "seed": 19, "layers": 8, **NARROW},
+    "mixtral": {"family": "mixtral", "seed": 20, "layers": 8, **NARROW},
+    "olmoe": {"family": "olmoe", "seed": 21, "layers": 8, **NARROW},
     "qwen3_moe, dense layers": {"family": "qwen3_moe_dense_layers", "seed": 18, "layers": 10, **WIDE},
     "gemma2 teacher": {"family": "gemma2", "seed": 18, "layers": 10, **WIDE},
     "gemma2 (capped scores)": {"family": "gemma2", "seed": 19, "layers": 8, **NARROW},
@@ -134,6 +137,9 @@ PAIRS = [  # at every layout that neither model refuses; with experts at EP=2 to
     ("granite", "granite teacher"),
     ("glm4_moe (groups, shared experts)", "qwen3_moe, dense layers"),
     ("deepseek_v3 (latent attention)", "glm4_moe_lite"),
+    ("qwen2_moe (gated shared expert)", "MoE teacher"),
+    ("mixtral", "MoE teacher"),
+    ("olmoe", "MoE teacher"),
 ]
 CHANGED_LOGITS = ("gemma3", "granite")  # scaled or capped: their pairs are computed with whole logits, too
 OFFSET = [  # models and losses

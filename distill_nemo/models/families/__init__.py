@@ -9,11 +9,14 @@ from distill_nemo.models.families.granite import GRANITE
 from distill_nemo.models.families.llama import LLAMA
 from distill_nemo.models.families.ministral import MINISTRAL
 from distill_nemo.models.families.mistral import MISTRAL
+from distill_nemo.models.families.mixtral import MIXTRAL
 from distill_nemo.models.families.nemotron_h import NEMOTRON_H
 from distill_nemo.models.families.olmo2 import OLMO2
 from distill_nemo.models.families.olmo3 import OLMO3
+from distill_nemo.models.families.olmoe import OLMOE
 from distill_nemo.models.families.phi3 import PHI3
 from distill_nemo.models.families.qwen2 import QWEN2
+from distill_nemo.models.families.qwen2_moe import QWEN2_MOE
 from distill_nemo.models.families.qwen3 import QWEN3
 from distill_nemo.models.families.qwen3_moe import QWEN3_MOE
 from distill_nemo.models.families.seed_oss import SEED_OSS
@@ -22,7 +25,7 @@ from distill_nemo.models.families.smollm3 import SMOLLM3
 FAMILIES = {
     family.model_type: family
     for family in (
-        *(DEEPSEEK_V3, GEMMA2, GEMMA3_TEXT, GLM4_MOE, GLM4_MOE_LITE, GRANITE, LLAMA, MINISTRAL),
-        *(MISTRAL, NEMOTRON_H, OLMO2, OLMO3, PHI3, QWEN2, QWEN3, QWEN3_MOE, SEED_OSS, SMOLLM3),
+        *(DEEPSEEK_V3, GEMMA2, GEMMA3_TEXT, GLM4_MOE, GLM4_MOE_LITE, GRANITE, LLAMA, MINISTRAL, MISTRAL),
+        *(MIXTRAL, NEMOTRON_H, OLMO2, OLMO3, OLMOE, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, SEED_OSS, SMOLLM3),
     )
 }

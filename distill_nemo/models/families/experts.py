@@ -6,23 +6,24 @@ from typing import Any, Self
 
 from distill_nemo.fields import require, setting
 from distill_nemo.models.architecture import EXPERT_FIELDS, Architecture, Experts, Layer
-from distill_nemo.models.config_fields import MAX_EXPERTS, MAX_LAYERS, MAX_NUMBER, Fields
-from distill_nemo.models.families.family import OwnFields
+from distill_nemo.models.config_fields import MAX_EXPERTS, MAX_LAYERS, MAX_NUMBER, MAX_SIZE, Fields
+from distill_nemo.models.families.family import OwnFields, softmax_experts
 
 
-def read_experts(config: Fields, count: str = "num_experts") -> dict[str, Any]:
+def read_experts(config: Fields, count: str = "num_experts", width: str = "moe_intermediate_size") -> dict[str, Any]:
     """Read the experts' `ModelConfig` fields.
 
     Args:
         config: of the model.
         count: name of the number of experts; transformers 5 may have written `num_local_experts` in its place.
+        width: name of the width of one.
     """
     other = "num_local_experts"
     only_other = config.values.get(count) is None and config.values.get(other) is not None
     return {
         "num_experts": config.integer(other if only_other else count, most=MAX_EXPERTS),
         "num_experts_per_tok": config.integer("num_experts_per_tok", most=MAX_EXPERTS),
-        "moe_ffn_hidden_size": config.integer("moe_intermediate_size"),
+        "moe_ffn_hidden_size": config.integer(width),
         "norm_topk_prob": config.flag("norm_topk_prob"),
     }
 
@@ -34,14 +35,16 @@ def with_dense_layers(values: dict[str, Any], layers: tuple[Layer, ...], dense: 
     return tuple(replace(layer, **mlp) if i in numbers else layer for i, layer in enumerate(layers))
 
 
-def write_experts(model: Architecture, count: str = "num_experts") -> dict[str, Any]:
+def write_experts(
+    model: Architecture, count: str = "num_experts", width: str = "moe_intermediate_size"
+) -> dict[str, Any]:
     """Return the fields of `config.json` that `read_experts` reads."""
     experts = model.experts
     assert experts is not None
     return {
         count: experts.num_experts,
         "num_experts_per_tok": experts.num_experts_per_tok,
-        "moe_intermediate_size": experts.moe_ffn_hidden_size,
+        width: experts.moe_ffn_hidden_size,
         "norm_topk_prob": experts.norm_topk_prob,
     }
 
@@ -67,6 +70,19 @@ class SparseStep(OwnFields):
 def with_sparse_step(values: dict[str, Any], layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
     """Return the layers of a model with `SparseStep` fields (`Family.layers`)."""
     return with_dense_layers(values, layers, values["family_fields"]["mlp_only_layers"])
+
+
+@dataclass(frozen=True)
+class GatedSharedExpert(SparseStep):
+    """Qwen's expert for every token, with a gate."""
+
+    shared_expert_intermediate_size: int = setting(5632, "width of the shared expert", at_least=1, at_most=MAX_SIZE)
+
+
+def with_gated_shared_expert(values: dict[str, Any]) -> Experts:
+    """Return the experts of a model with `GatedSharedExpert` fields (`Family.experts`)."""
+    width = values["family_fields"]["shared_expert_intermediate_size"]
+    return replace(softmax_experts(values), shared_ffn_hidden_size=width, has_shared_gate=True)
 
 
 @dataclass(frozen=True)

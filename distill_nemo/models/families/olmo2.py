@@ -6,19 +6,15 @@ from distill_nemo.models.families.pieces import (
     ATTENTION,
     LAYER,
     MLP,
-    SELF,
+    WIDE_QK_NORM,
     Table,
-    column_parallel,
-    groups,
-    heads,
     hidden,
     replicated,
 )
 
 NORMED_ATTENTION: Table = {
     **{name: rule for name, rule in ATTENTION.items() if name != "input_layernorm.weight"},
-    "self_attention.q_layernorm.weight": column_parallel(SELF + "q_norm.weight", heads),
-    "self_attention.k_layernorm.weight": column_parallel(SELF + "k_norm.weight", groups),
+    **WIDE_QK_NORM,
     "self_attn_bda.norm.weight": replicated(LAYER + "post_attention_layernorm.weight", hidden),
 }
 NORMED_MLP: Table = {**MLP, "mlp_bda.norm.weight": replicated(LAYER + "post_feedforward_layernorm.weight", hidden)}

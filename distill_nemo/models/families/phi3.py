@@ -1,11 +1,8 @@
 """Phi-3, Phi-3.5 and Phi-4: Llama with fused projections, rotary embeddings of a part of the channels, and longrope."""
 
-from dataclasses import dataclass
 from typing import Any
 
-from distill_nemo.fields import setting
 from distill_nemo.models.architecture import Architecture, Layer
-from distill_nemo.models.config_fields import MAX_POSITIONS
 from distill_nemo.models.families.family import Family
 from distill_nemo.models.families.pieces import (
     LAYER,
@@ -16,19 +13,12 @@ from distill_nemo.models.families.pieces import (
     layer_table,
     query_key_value_in_one,
 )
-from distill_nemo.models.families.windows import Window, with_windows
+from distill_nemo.models.families.windows import OptionalWindow, with_windows
 
 FUSED: Table = {
     "self_attention.linear_qkv.weight": query_key_value_in_one(SELF + "qkv_proj.weight", hidden),
     "mlp.linear_fc1.weight": gated_in_one(LAYER + "mlp.gate_up_proj.weight"),
 }
-
-
-@dataclass(frozen=True)
-class _Window(Window):
-    """One window in every layer, or none."""
-
-    sliding_window: int | None = setting(None, at_least=1, at_most=MAX_POSITIONS)
 
 
 def _layer_table(model: Architecture, layer: Layer) -> Table:
@@ -56,7 +46,7 @@ PHI3 = Family(
     # Names of longrope in older directories. transformers 5 opens those that state the original length in rope_scaling.
     rope_types={"default": "default", "longrope": "longrope", "su": "longrope", "yarn": "longrope"},
     partial_rotary=1.0,
-    own_fields=_Window,
+    own_fields=OptionalWindow,
     layers=with_windows,
     write_own=_write,
     layer_table=_layer_table,

@@ -273,6 +273,10 @@ QKV_BIAS: Table = {
 QK_NORM: Table = {
     f"self_attention.{name}_layernorm.weight": replicated(f"{SELF}{name}_norm.weight", head) for name in "qk"
 }
+WIDE_QK_NORM: Table = {
+    "self_attention.q_layernorm.weight": column_parallel(SELF + "q_norm.weight", heads),
+    "self_attention.k_layernorm.weight": column_parallel(SELF + "k_norm.weight", groups),
+}
 MLP_NORM: Table = {"pre_mlp_layernorm.weight": replicated(LAYER + "post_attention_layernorm.weight", hidden)}
 MLP: Table = {
     "mlp.linear_fc1.weight": gated(LAYER + "mlp.gate_proj.weight", LAYER + "mlp.up_proj.weight"),

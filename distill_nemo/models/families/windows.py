@@ -19,6 +19,13 @@ class Window(OwnFields):
 
 
 @dataclass(frozen=True)
+class OptionalWindow(Window):
+    """One window in every layer, or none."""
+
+    sliding_window: int | None = setting(None, at_least=1, at_most=MAX_POSITIONS)
+
+
+@dataclass(frozen=True)
 class WindowByLayer(Window):
     """A window in the layers of one type. A subclass gives the types for a `layer_types` of null."""
 

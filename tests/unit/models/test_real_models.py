@@ -27,6 +27,7 @@ SMALL = {  # in place of a model's own value
     "num_experts": 16,
     "n_routed_experts": 16,
     "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
     "q_lora_rank": 24,
     "kv_lora_rank": 20,
     "qk_nope_head_dim": 12,
