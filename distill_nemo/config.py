@@ -164,6 +164,7 @@ class DataConfig:
     loss_on: Literal["assistant", "last", "all"] | None = setting(
         None, "tokens of conversations that count; None: as prepared; last: the assistant's last turn"
     )
+    reset_at_documents: bool = setting(False, "attention and positions stay inside a document")
     cache: str | None = setting(None, "index cache; default: beside the checkpoints")
     num_workers: int = setting(0, at_least=0)
 

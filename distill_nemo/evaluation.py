@@ -23,6 +23,7 @@ Report = dict[str, Tensor]
 Batches = Iterator[dict[str, Tensor]]
 LossFunc = Callable[[Tensor], tuple[Tensor, Tensor, Report]]
 StepFunc = Callable[[Batches, nn.Module], tuple[Tensor, LossFunc]]
+HOST_FIELD = "document_starts"  # of a batch with `data.reset_at_documents`, read by the attention on the host
 
 
 def evaluate(
@@ -74,8 +75,8 @@ def run_model(batches: Batches, model: nn.Module) -> tuple[Targets, Tensor]:
     device = next(model.parameters()).device
     own = split_batch(next(batches))
     num_valid = int((own["loss_mask"] > 0).sum())
-    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in own.items()}
-    inputs = (batch["tokens"], batch["position_ids"], None)
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in own.items() if name != HOST_FIELD}
+    inputs = (batch["tokens"], batch["position_ids"], own.get(HOST_FIELD))
     output = model(*inputs, labels=batch["labels"], loss_mask=batch["loss_mask"])
     return Targets(batch["labels"], batch["loss_mask"], num_valid), output
 

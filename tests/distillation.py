@@ -7,6 +7,7 @@ them Hugging Face's names and shapes.
 
 import contextlib
 import io
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ class Case:
     teacher: str | None
     distillation: dict[str, Any] = field(default_factory=dict)
     masked: str = "some"  # some | first (every token of the first two samples) | all
+    documents: tuple[int, ...] = ()  # lengths of the documents in a sample, if attention stays inside them
 
     def batch(self) -> dict[str, torch.Tensor]:
         """Return the global batch: tokens, labels, loss_mask and position_ids, each [GLOBAL_BATCH, SEQUENCE].
@@ -68,14 +70,26 @@ class Case:
         mask[:2] *= self.masked != "first"
         mask *= self.masked != "all"
         positions = torch.arange(SEQUENCE).expand(GLOBAL_BATCH, -1)
-        return {"tokens": text[:, :-1], "labels": text[:, 1:], "loss_mask": mask, "position_ids": positions}
+        batch = {"tokens": text[:, :-1], "labels": text[:, 1:], "loss_mask": mask, "position_ids": positions}
+        if self.documents:
+            rows = [[first for first, stop in self.bounds(row) for _ in range(first, stop)] for row in range(len(text))]
+            starts = torch.tensor(rows)
+            batch |= {"document_starts": starts, "position_ids": positions - starts}
+        return batch
+
+    def bounds(self, sample: int) -> list[tuple[int, int]]:
+        """Return start and stop of each document of a sample; every sample has them in another order."""
+        turn = sample % max(len(self.documents), 1)
+        lengths = self.documents[turn:] + self.documents[:turn] or (SEQUENCE,)
+        assert sum(lengths) == SEQUENCE, lengths
+        return list(itertools.pairwise(itertools.accumulate(lengths, initial=0)))
 
     def run_config(self, output: str, layout: Layout) -> RunConfig:
         teacher = TeacherConfig(checkpoint=self.teacher) if self.teacher else None
         kd, parallelism = DistillationConfig(**self.distillation), layout.config()
         kd.fused_linear = layout.fused_linear
         run = RunConfig(output, StudentConfig(checkpoint=self.student), teacher, kd, parallelism)
-        run.data.sequence_length = SEQUENCE
+        run.data.sequence_length, run.data.reset_at_documents = SEQUENCE, bool(self.documents)
         run.training.micro_batch_size, run.training.global_batch_size = layout.micro_batch, GLOBAL_BATCH
         run.training.recompute = layout.recompute
         run.optimizer.use_distributed_optimizer = layout.distributed_optimizer

@@ -29,7 +29,7 @@ def reference(case: Case, dtype: torch.dtype = torch.float64) -> tuple[dict[str,
     def mean(values: torch.Tensor) -> torch.Tensor:
         return (values * mask).sum() / mask.sum().clamp(min=1)
 
-    student, ours = _forward(case.student, batch["tokens"], kd["hidden_layers"], 0, dtype)
+    student, ours = _forward(case, case.student, kd["hidden_layers"], 0, dtype)
     lm = functional.cross_entropy(ours["logits"].transpose(1, 2), batch["labels"], reduction="none")
     losses = {"lm_loss": mean(lm)}
     held_out, projections = {}, {}
@@ -37,7 +37,7 @@ def reference(case: Case, dtype: torch.dtype = torch.float64) -> tuple[dict[str,
         total = losses["lm_loss"]
     else:
         with torch.no_grad():
-            _, theirs = _forward(case.teacher, batch["tokens"], kd["hidden_layers"], 1, dtype)
+            _, theirs = _forward(case, case.teacher, kd["hidden_layers"], 1, dtype)
         if kd.get("balancer") == "dynamic" or kd.get("logits_weight", 1.0):
             t = kd["temperature"]
             divergence = _divergence(ours["logits"] / t, theirs["logits"] / t, kd)
@@ -78,9 +78,9 @@ def _as_in_files(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torc
 
 
 def _forward(
-    path: str, tokens: torch.Tensor, pairs: list[str], side: int, dtype: torch.dtype
+    case: Case, path: str, pairs: list[str], side: int, dtype: torch.dtype
 ) -> tuple[Any, dict[Any, torch.Tensor]]:
-    """Return the model, its logits, and its hidden states by number of the pair."""
+    """Return the model, its logits, and its hidden states by number of the pair. Each document is run by itself."""
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager", **EXPERTS)
@@ -96,8 +96,20 @@ def _forward(
             outputs[number] = output[0] if isinstance(output, tuple) else output
 
         layer.register_forward_hook(keep)
-    outputs["logits"] = model(tokens, use_cache=False).logits
-    return model, outputs
+    tokens = case.batch()["tokens"]
+    if not case.documents:
+        outputs["logits"] = model(tokens, use_cache=False).logits
+        return model, outputs
+    rows: dict[Any, list[torch.Tensor]] = {}
+    for row in range(len(tokens)):
+        parts: dict[Any, list[torch.Tensor]] = {}
+        for first, stop in case.bounds(row):
+            outputs["logits"] = model(tokens[row : row + 1, first:stop], use_cache=False).logits
+            for name, value in outputs.items():
+                parts.setdefault(name, []).append(value)
+        for name, values in parts.items():
+            rows.setdefault(name, []).append(torch.cat(values, dim=1))
+    return model, {name: torch.cat(values) for name, values in rows.items()}
 
 
 def _divergence(a: torch.Tensor, b: torch.Tensor, kd: dict[str, Any]) -> torch.Tensor:

@@ -49,6 +49,7 @@ class _NoTokenizer:
 class _DatasetConfig(GPTDatasetConfig):
     num_ids: int = 0  # of the model, without padding
     loss_on: LossOn | None = None  # see DataConfig
+    reset_at_documents: bool = False
 
 
 class WatchedGPTDataset(GPTDataset):
@@ -87,6 +88,7 @@ class WatchedGPTDataset(GPTDataset):
                     f"{path} has {now} bytes now, and had {size} when this run began: restore it, then run the same "
                     "command again to resume from the last checkpoint"
                 )
+        config: Any = self.config
         sample = super().__getitem__(idx)
         for name in ("tokens", "labels"):
             ids = sample[name].numpy()
@@ -94,20 +96,38 @@ class WatchedGPTDataset(GPTDataset):
                 raise ValueError(self._name_first_bad_id(idx or 0))
         if self._mask is not None and idx is not None:
             sample["loss_mask"] = sample["loss_mask"] * self._label_mask(self._mask, idx)  # Megatron's is shared
+        if config.reset_at_documents:
+            sample |= self._apart(sample, idx or 0)
         return sample
+
+    def _parts(self, idx: int) -> list[tuple[int, int, int]]:
+        """Return (document, first token, past the last one) of each part of a sample and its last label."""
+        number = self.shuffle_index[idx]
+        (first, start), (last, end) = self.sample_index[number], self.sample_index[number + 1]
+        documents = [int(document) for document in self.document_index[first : last + 1]]
+        firsts = [int(start), *[0] * (len(documents) - 1)]
+        stops = [*(int(self._document_lengths[document]) for document in documents[:-1]), int(end) + 1]
+        return list(zip(documents, firsts, stops, strict=True))
 
     def _label_mask(self, mask: TokenMask, idx: int) -> Tensor:
         """Return 1 for each label of a sample that counts, float32 [sequence_length]."""
         files: Any = self.dataset
-        number = self.shuffle_index[idx]
-        (first, start), (last, end) = self.sample_index[number], self.sample_index[number + 1]
         found = []
-        for place in range(first, last + 1):
-            document = self.document_index[place]
+        for document, first, stop in self._parts(idx):
             before = int(files.index.sequence_pointers[document]) // files.index.dtype_size
-            bits = mask.of_document(before, int(self._document_lengths[document]))
-            found.append(bits[start if place == first else 0 : end + 1 if place == last else None])
+            found.append(mask.of_document(before, int(self._document_lengths[document]))[first:stop])
         return torch.from_numpy(np.concatenate(found)[1:]).float()
+
+    def _apart(self, sample: dict[str, Tensor], idx: int) -> dict[str, Tensor]:
+        """Return positions in documents, where each token's document starts, and a mask without labels of the next."""
+        lengths = np.array([stop - first for _, first, stop in self._parts(idx)])
+        starts = torch.from_numpy(np.repeat(np.cumsum(lengths) - lengths, lengths))
+        length = len(sample["tokens"])
+        return {
+            "position_ids": torch.arange(length) - starts[:length],
+            "document_starts": starts[:length],
+            "loss_mask": sample["loss_mask"] * (starts[1:] == starts[:length]),
+        }
 
     def _name_first_bad_id(self, idx: int) -> str:
         ids, documents, *_ = self._query_document_sample_shuffle_indices(idx)
@@ -194,7 +214,8 @@ def build_datasets(
     sizes = [num_train_samples, num_valid_samples, 0]
     key = _cache_key([ORDER, blends, data.split, seed, data.sequence_length, sizes], blends)
     path, final = _cache_path(Path(cache_dir), key)
-    common = {"random_seed": seed, "path_to_cache": str(path), "num_ids": vocab_size, "loss_on": data.loss_on}
+    common = {"random_seed": seed, "path_to_cache": str(path), "num_ids": vocab_size}
+    common |= {"loss_on": data.loss_on, "reset_at_documents": data.reset_at_documents}
     config = _dataset_config(data, blends, num_valid_samples, **common)
     built = _build(sizes, config, path)
     _publish(path, final)

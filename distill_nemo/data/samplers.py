@@ -35,7 +35,8 @@ def batches(
         num_workers: loader processes; 0 reads in this one.
 
     Yields:
-        tokens, labels, position_ids (int64) and loss_mask (float32), each [b, s].
+        tokens, labels, position_ids (int64) and loss_mask (float32), each [b, s]; with `data.reset_at_documents` also
+        document_starts, the position in the sample of the first token of each token's document.
 
     Raises:
         ValueError, OSError: from the dataset, whichever process reads it.
@@ -105,6 +106,7 @@ def _collate(samples: list[dict[str, Tensor]] | Exception) -> dict[str, Tensor] 
     """Stack the fields that the model reads. Items of a blend also carry the number of their dataset."""
     if isinstance(samples, Exception):
         return samples
-    batch = {name: torch.stack([sample[name] for sample in samples]) for name in FIELDS}
+    names = [name for name in (*FIELDS, "document_starts") if name in samples[0]]
+    batch = {name: torch.stack([sample[name] for sample in samples]) for name in names}
     batch["loss_mask"] = batch["loss_mask"].float()
     return batch

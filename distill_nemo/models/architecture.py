@@ -223,6 +223,7 @@ class Architecture:
         multipliers: constants for embeddings, residual branches and logits.
         family_fields: all fields of config.json that only this family has (`Family.own_fields`).
         init_std: standard deviation of random weights.
+        documents_apart: in training and evaluation, attention and positions stay inside a document.
     """
 
     name: str = field(compare=False)
@@ -256,6 +257,7 @@ class Architecture:
     multipliers: Multipliers
     family_fields: dict[str, Any]
     init_std: float
+    documents_apart: bool = field(default=False, compare=False)
 
     @property
     def num_layers(self) -> int:
@@ -271,8 +273,11 @@ class Architecture:
 
     @property
     def needs_own_attention(self) -> bool:
-        """True if core attention is ours on a GPU, too. Transformer Engine caps no scores; its sinks are untested."""
-        return self.attention_sinks or self.multipliers.attention_softcap is not None
+        """True if core attention is ours on a GPU, too.
+
+        Transformer Engine caps no scores. Its sinks, and its attention inside documents, are untested.
+        """
+        return self.documents_apart or self.attention_sinks or self.multipliers.attention_softcap is not None
 
     @property
     def rotary_channels(self) -> int:
@@ -300,6 +305,20 @@ class Architecture:
         idle = [layer.window is not None and layer.window >= length for layer in self.layers]
         layers = [replace(layer, window=None) if i else layer for layer, i in zip(self.layers, idle, strict=True)]
         return replace(self, layers=tuple(layers))
+
+    def with_documents_apart(self) -> "Architecture":
+        """Return the same model with attention and positions that stay inside a document.
+
+        Raises:
+            ValueError: for a model with other mixers than attention, whose state would reach over the boundary.
+        """
+        for i, layer in enumerate(self.layers):
+            if layer.mixer is not None:
+                raise ValueError(
+                    f"data.reset_at_documents: {self.name} has a {layer.mixer} in layer {i}, whose state cannot be "
+                    "reset at a document; set it to False"
+                )
+        return replace(self, documents_apart=True)
 
     def filled[T: ModelConfig](self, config: T) -> T:
         """Return a copy of the model's config with every unset field filled in, as a run records it."""

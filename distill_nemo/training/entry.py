@@ -106,6 +106,8 @@ def resolve_models(config: RunConfig) -> "tuple[RunConfig, Models]":
     if config.teacher is not None and models.teacher is not None:
         config.teacher = models.teacher.filled(config.teacher)
     student, teacher = (model and model.at_length(config.data.sequence_length) for model in models)
+    if config.data.reset_at_documents:
+        student, teacher = (model and model.with_documents_apart() for model in (student, teacher))
     return config, models._replace(student=student, teacher=teacher)
 
 

@@ -114,6 +114,7 @@ class Cell:
     way: str = ""  # other differences, in words
     masked: str = "some"
     changes: tuple[tuple[str, Any], ...] = ()  # of the layout
+    documents: tuple[int, ...] = ()  # see Case
 
     @property
     def sizes(self) -> Layout:
@@ -151,6 +152,11 @@ OFFSET = [  # models and losses
     (("llama + 100", "teacher + 30"), "reverse KL, T=2"),
     (("llama + 100", "teacher + 30"), "top-8 and tail, T=2"),
 ]
+DOCUMENTS = (3, 9, 4)
+APART = [  # models with windows and softcaps, whose attention stays inside documents
+    ("mistral (windows)", "ministral (windows by layer)"),
+    ("gemma2 (capped scores)", "gemma2 teacher"),
+]
 WAYS: dict[str, dict[str, Any]] = {
     "micro batch 2": {"changes": (("micro_batch", 2),)},
     "micro batch 4": {"changes": (("micro_batch", 4),)},
@@ -159,7 +165,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "selective recomputation": {"changes": (("recompute", "selective"),)},
     "an all-masked micro batch": {"masked": "first"},
     "whole logits": {"changes": (("fused_linear", False),)},
-}
+    "documents apart": {"documents": DOCUMENTS},
+    "documents apart, micro batch 2, full recomputation": {
+        "documents": DOCUMENTS, "changes": (("micro_batch", 2), ("recompute", "full")),
+    },
+}  # fmt: skip
 
 
 def cells() -> list[Cell]:
@@ -173,6 +183,7 @@ def _of_layout(layout: str) -> Iterator[Cell]:
         yield from (Cell(layout, pair, loss) for pair in pairs for loss in ("forward KL", HIDDEN))
         yield Cell(layout, pairs[0], "forward KL", "distributed optimizer", changes=(("distributed_optimizer", True),))
         yield Cell(layout, pairs[0], HIDDEN, "full recomputation", changes=(("recompute", "full"),))
+        yield Cell(layout, pairs[0], HIDDEN, "documents apart", documents=DOCUMENTS)
         yield from (
             Cell(layout, pair, HIDDEN)
             for pair in PAIRS
@@ -187,6 +198,7 @@ def _of_layout(layout: str) -> Iterator[Cell]:
             yield _with_experts(layout, models, HIDDEN)
             if models[0] in CHANGED_LOGITS:
                 yield Cell(layout, models, HIDDEN, "whole logits", changes=(("fused_linear", False),))
+    yield from (Cell(layout, models, HIDDEN, "documents apart", documents=DOCUMENTS) for models in APART)
     yield from (Cell(layout, models, loss) for models, loss in OFFSET)
     if LAYOUTS[layout][1].tensor == 4:  # two ranks share a query group
         yield Cell(layout, ("two query groups", "teacher"), HIDDEN)
@@ -245,7 +257,7 @@ def write_models(root: Path) -> dict[str, str]:
 def measure(wanted: Iterable[Cell], models: dict[str, str], group: Gloo, one: Gloo) -> Iterator[tuple[Cell, Errors]]:
     """Compute cells of one layout in the processes of `group`, and their references."""
     wanted = list(wanted)
-    cases = [Case(*(models[name] for name in c.models), LOSSES[c.loss], masked=c.masked) for c in wanted]
+    cases = [Case(*(models[name] for name in c.models), LOSSES[c.loss], c.masked, c.documents) for c in wanted]
     with tempfile.TemporaryDirectory() as root:
         outputs = [f"{root}/{i}" for i in range(len(wanted))]
         work = [(case, cell.sizes, output) for case, cell, output in zip(cases, wanted, outputs, strict=True)]

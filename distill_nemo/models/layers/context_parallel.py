@@ -8,6 +8,7 @@ tensor-parallel rank, d channels of a head, w tokens of a sliding window.
 """
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -67,9 +68,9 @@ class CausalAttention(MegatronModule):
     softmax(q_i @ k[: i + 1].T * softmax_scale) @ v[: i + 1]  # for every position i of this rank
     ```
 
-    In a layer with a sliding window of w tokens, keys and values are those of positions i - w + 1 to i. With a softcap
-    c, scores are c * tanh(score / c). With `softmax_type` "learnable", the softmax runs over one score more, a learned
-    one for each head (its sink), whose value is 0.
+    In a layer with a sliding window of w tokens, keys and values are those of positions i - w + 1 to i. A query may be
+    limited to keys of its own document. With a softcap c, scores are c * tanh(score / c). With `softmax_type`
+    "learnable", the softmax runs over one score more, a learned one for each head (its sink), whose value is 0.
 
     Replaces Megatron's DotProductAttention, which refuses context parallelism and keeps all S x S scores for
     backward. Keys and values are all-gathered over the context-parallel group; their gradients are reduce-scattered.
@@ -126,7 +127,8 @@ class CausalAttention(MegatronModule):
             query: [s, B, n, d], this rank's two pieces, in order.
             key: [s, B, g, d], g divides n.
             value: [s, B, g, d].
-            attention_mask: None; the mask is the causal one.
+            attention_mask: None: a query sees all keys up to its own, or to the window. Else int [B, s], on the host:
+                the position of the first key that each query sees, its document's first token.
             attn_mask_type: causal or None.
             attention_bias: None.
             packed_seq_params: None.
@@ -134,17 +136,23 @@ class CausalAttention(MegatronModule):
         Returns:
             [s, B, n*d], in the dtype of the query.
         """
-        assert attention_mask is None and attention_bias is None and packed_seq_params is None, "causal, unpacked only"
+        assert attention_bias is None and packed_seq_params is None, "causal, in one layout only"
         assert attn_mask_type in (None, AttnMaskType.causal), attn_mask_type
         rank, size = self.group.rank(), self.group.size()
         if size == 1:
+            if attention_mask is not None:
+                return self._attend_in_documents(query, key, value, 0, attention_mask)
             return self._attend(query, key, value)
         both = gather_from_sequence_parallel_region(torch.stack([key, value], dim=1), group=self.group)
         key_SBgd, value_SBgd = in_sequence_order(both, size).unbind(1)
         length = query.shape[0] // 2
         outputs = []
-        for piece, query_pBnd in zip((rank, 2 * size - 1 - rank), query.split(length), strict=True):
+        for i, (piece, query_pBnd) in enumerate(zip((rank, 2 * size - 1 - rank), query.split(length), strict=True)):
             start, end = piece * length, (piece + 1) * length  # no query of this piece sees a later key
+            if attention_mask is not None:
+                firsts_Bp = attention_mask[:, i * length : (i + 1) * length]
+                outputs.append(self._attend_in_documents(query_pBnd, key_SBgd, value_SBgd, start, firsts_Bp))
+                continue
             first = max(0, start - self.window + 1) if self.window else 0  # nor one before its window
             outputs.append(self._attend(query_pBnd, key_SBgd[first:end], value_SBgd[first:end]))
         return torch.cat(outputs)
@@ -155,6 +163,23 @@ class CausalAttention(MegatronModule):
         """Mark the sinks as a shard, under the name that Transformer Engine gives them."""
         state = self.state_dict(prefix="", keep_vars=True)
         return make_sharded_tensors_for_checkpoint(state, prefix, {"softmax_offset": 0}, sharded_offsets)
+
+    def _attend_in_documents(
+        self, query_pBnd: Tensor, key_SBgd: Tensor, value_SBgd: Tensor, start: int, firsts_Bp: Tensor
+    ) -> Tensor:
+        """Return [p, B, n*d]. The queries have positions from `start` on; each sees keys from `firsts_Bp` on."""
+        rows = []
+        for row, firsts in enumerate(firsts_Bp.tolist()):
+            outputs, sample = [], slice(row, row + 1)
+            for first, run in itertools.groupby(range(len(firsts)), firsts.__getitem__):
+                queries = list(run)
+                begin, end = queries[0], queries[-1] + 1
+                seen = slice(max(first, start + begin - self.window + 1) if self.window else first, start + end)
+                outputs.append(
+                    self._attend(query_pBnd[begin:end, sample], key_SBgd[seen, sample], value_SBgd[seen, sample])
+                )
+            rows.append(torch.cat(outputs))
+        return torch.cat(rows, dim=1)
 
     def _attend(self, query_pBnd: Tensor, key_tBgd: Tensor, value_tBgd: Tensor) -> Tensor:
         """Return [p, B, n*d]. The p queries are the last of the t positions."""

@@ -77,10 +77,17 @@ class Rotary(RotaryEmbedding):
             [half for found in of_ropes for half in (found, found)]
         )  # not a buffer: bf16 would round it
         self.angles: tuple[int, Tensor] | None = None
+        self.positions_Bs: Tensor | None = None  # of this context-parallel rank, if they differ by sample
 
     def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: object = None) -> Tensor:
-        """Return the angles [S, 1, 1, d] of a sequence of `max_seq_len` tokens; those of the last call are kept."""
+        """Return the angles [s, 1, 1, d] of a sequence of `max_seq_len` tokens; those of the last call are kept.
+
+        With positions that differ by sample, return [s, B, 1, d].
+        """
         assert not offset and not packed_seq, "whole sequences only"
+        if self.positions_Bs is not None:
+            self.inv_freq = self.inv_freq.to(self.positions_Bs.device)
+            return (self.positions_Bs.T.float()[..., None] * self.inv_freq)[:, :, None, :]
         if self.angles is None or self.angles[0] != max_seq_len:
             self.inv_freq = self.inv_freq.to(torch.cuda.current_device())
             positions = torch.arange(max_seq_len, dtype=torch.float32, device=self.inv_freq.device)
@@ -93,6 +100,8 @@ def give_rotary_embeddings(built: GPTModel, model: Architecture) -> None:
     """Give a stage the angles of its architecture, and each layer its columns of them and its factor."""
     found = [frequencies(rope, model.rotary_channels, model.max_position_embeddings) for rope in model.ropes]
     built.rotary_pos_emb = Rotary([of_rope for of_rope, _ in found])
+    if model.documents_apart:
+        built.register_forward_pre_hook(_take_positions)
     starts = [0, *accumulate(2 * len(of_rope) for of_rope, _ in found)]
     for layer in built.decoder.layers:
         assert isinstance(layer, TransformerLayer)
@@ -113,6 +122,13 @@ def _set_factor(attention: Attention, factor: float) -> None:
         attention.config = copy.copy(attention.config)
         fields = {"rotary_scaling_factor": math.e, "mscale": 10 * (factor - 1), "mscale_all_dim": 0.0}
         vars(attention.config).update({f"yarn_{name}": value for name, value in fields.items()})
+
+
+def _take_positions(built: nn.Module, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook of a stage, which is called with tokens, positions and a mask."""
+    rotary = built.rotary_pos_emb
+    assert isinstance(rotary, Rotary)
+    rotary.positions_Bs = args[1] if args[2] is not None else None
 
 
 class _Columns:

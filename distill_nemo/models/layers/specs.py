@@ -50,7 +50,7 @@ def block_spec(
 ) -> TransformerBlockSubmodules:
     """Return the layers of this pipeline stage and the norm after the last one."""
     if isinstance(config, HeterogeneousTransformerConfig):
-        return _heterogeneous_spec(config, vp_stage)
+        return _heterogeneous_spec(model, config, vp_stage)
     first, count = get_transformer_layer_offset(config, vp_stage), get_num_layers_to_build(config, vp_stage=vp_stage)
     specs = [
         ModuleSpec(module=TransformerLayer, submodules=_layer_parts(model, config, layer))
@@ -138,9 +138,20 @@ def drop_pre_norms(block: TransformerBlockSubmodules, use_te: bool) -> None:
             parts.mlp = partial(MLP.as_mlp_submodule, submodules=mlp)
 
 
-def _heterogeneous_spec(config: HeterogeneousTransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """Return Megatron's spec of layers that differ, with our norm and attention in place of its local ones."""
+def _heterogeneous_spec(
+    model: Architecture, config: HeterogeneousTransformerConfig, vp_stage: int | None
+) -> TransformerBlockSubmodules:
+    """Return Megatron's spec of layers that differ, with our norm and attention in place of its local ones.
+
+    Raises:
+        ValueError: for documents apart, with Transformer Engine's attention.
+    """
     use_te = transformer_engine_usable(config.params_dtype)
+    if use_te and model.documents_apart:
+        raise ValueError(
+            f"{model.name}: data.reset_at_documents is not supported by Transformer Engine's attention, which layers "
+            "of different sizes have; set it to False"
+        )
     block = get_gpt_heterogeneous_layer_spec(config, use_te=use_te, vp_stage=vp_stage)
     assert block.layer_specs is not None
     for layer in block.layer_specs:

@@ -288,3 +288,23 @@ def test_tokens_that_were_left_out_when_prepared_cannot_be_asked_for(tmp_path: P
     check_token_files(DataConfig(train=[prefix], loss_on="last"))
     with pytest.raises(ValueError, match=r"data\.loss_on = assistant, but .* was prepared with loss_on=last"):
         check_token_files(DataConfig(train=[prefix], loss_on="assistant"))
+
+
+def test_documents_apart_have_positions_of_their_own_and_no_label_of_the_next(tmp_path: Path):
+    records = [{"messages": [USER, FOUR | {"content": "It is " + name}]} for name in ("one", "two", "three", "four")]
+    prefix = prepared(tmp_path, records)
+    begins, boundaries = SPECIAL.index("<|im_start|>"), 0  # the first token of a document, and a later one
+    for sample, plain in zip(
+        samples(tmp_path, prefix, loss_on="all", reset_at_documents=True),
+        samples(tmp_path, prefix, loss_on="all"),
+        strict=True,
+    ):
+        tokens, labels, starts = sample["tokens"], sample["labels"], sample["document_starts"]
+        assert torch.equal(tokens, plain["tokens"]) and torch.equal(labels, plain["labels"])
+        assert torch.equal(sample["position_ids"], torch.arange(len(tokens)) - starts)
+        first = torch.arange(len(tokens)) == starts
+        assert first[0] and (tokens[1:][first[1:]] == begins).all()
+        boundaries += int(first[1:].sum())
+        assert torch.equal(sample["loss_mask"][:-1] == 0, first[1:])
+        assert sample["loss_mask"][-1] == 1 or labels[-1] == begins
+    assert boundaries > 5
