@@ -531,3 +531,11 @@ def test_a_dense_model_beside_one_with_experts_is_not_split_over_expert_parallel
     dense, sparse = StudentConfig(**SHAPE), StudentConfig(family="qwen3_moe", **(SHAPE | EXPERTS))
     sizes = [transformer_config(resolve(m), parallelism, torch.float32) for m in (dense, sparse)]
     assert [config.expert_model_parallel_size for config in sizes] == [1, 2]
+
+
+def test_documents_are_not_kept_apart_where_a_state_reaches_over_them(tmp_path):
+    model = resolve_json(tmp_path)
+    assert not model.needs_own_attention and model.with_documents_apart().needs_own_attention
+    layers = (*model.layers[:-1], dataclasses.replace(model.layers[-1], mixer="mamba"))
+    with pytest.raises(ValueError, match=rf"data\.reset_at_documents: .* a mamba in layer {len(layers) - 1}"):
+        dataclasses.replace(model, layers=layers).with_documents_apart()
