@@ -11,6 +11,7 @@ from tests.distillation import HELD_OUT, PROJECTION, Case
 EXPERTS: dict[str, Any] = {}
 if int(transformers.__version__.split(".")[0]) >= 5:  # transformers 4 has no other implementation
     EXPERTS["experts_implementation"] = "eager"  # torch's grouped_mm has no fp64
+OTHER_NAMES = {"backbone.embedding.weight": "backbone.embeddings.weight"}  # transformers' in files -> the hub's
 MAX_AMPLIFICATION = 10.0
 
 
@@ -74,7 +75,8 @@ def _as_in_files(model: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torc
         return tensors
     from transformers.core_model_loading import revert_weight_conversion
 
-    return revert_weight_conversion(model, tensors)
+    found = revert_weight_conversion(model, tensors)
+    return {OTHER_NAMES.get(name, name): tensor for name, tensor in found.items()}
 
 
 def _forward(

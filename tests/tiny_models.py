@@ -47,6 +47,7 @@ FAMILIES = (
     "mistral",
     "mixtral",
     "nemotron_h",
+    "nemotron_h_moe",
     "olmo2",
     "olmo3",
     "olmoe",
@@ -64,6 +65,7 @@ MODEL_TYPES = {  # families whose type in transformers differs
     "llama3_rope": "llama",
     "yarn_rope": "llama",
     "longrope": "llama",
+    "nemotron_h_moe": "nemotron_h",
     "qwen2_window": "qwen2",
     "qwen3_moe_dense_layers": "qwen3_moe",
     "qwen3_moe_not_normalised": "qwen3_moe",
@@ -81,6 +83,18 @@ FAMILIES = tuple(filter(known, FAMILIES))
 NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # in place of ids beyond the rows
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 GEMMA = {"head_dim": 24, "sliding_window": 5, "query_pre_attn_scalar": 20, "tie_word_embeddings": True, **NO_TOKENS}
+NEMOTRON = {
+    "head_dim": 24,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 12,
+    "n_groups": 4,
+    "ssm_state_size": 16,
+    "chunk_size": 128,  # beyond it, and where steps are below their minimum, transformers is wrong without CUDA
+    "time_step_min": 1e-9,
+    "time_step_floor": 0.2,  # else random weights have steps so small that no output depends on the states
+    "use_mamba_kernels": False,
+    **NO_TOKENS,
+}
 OWN_FIELDS = {  # of config.json
     "deepseek_v3": {
         "q_lora_rank": 24,
@@ -167,18 +181,15 @@ OWN_FIELDS = {  # of config.json
     "olmoe": {"num_experts": 8, "num_experts_per_tok": 4, **NO_TOKENS},
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 80, "mlp_only_layers": [1]},
     "mistral": {"sliding_window": 5, "head_dim": 24},
-    "nemotron_h": {
-        "layers_block_type": ["mamba", "mlp", "attention", "mamba"],
-        "head_dim": 24,
-        "mamba_num_heads": 8,
-        "mamba_head_dim": 12,
-        "n_groups": 4,
-        "ssm_state_size": 16,
-        "chunk_size": 128,  # beyond it, and where steps are below their minimum, transformers is wrong without CUDA
-        "time_step_min": 1e-9,
-        "time_step_floor": 0.2,  # else random weights have steps so small that no output depends on the states
-        "use_mamba_kernels": False,
-        **NO_TOKENS,
+    "nemotron_h": {"layers_block_type": ["mamba", "mlp", "attention", "mamba"], **NEMOTRON},
+    "nemotron_h_moe": {
+        "layers_block_type": ["mamba", "moe", "attention", "moe"],
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "moe_shared_expert_intermediate_size": 40,
+        "routed_scaling_factor": 2.5,
+        **NEMOTRON,
     },
     "ministral": {"head_dim": 24, "sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"] * 2},
     "qwen2_window": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
@@ -191,6 +202,7 @@ OWN_FIELDS = {  # of config.json
 
 REFUSED: dict[str, tuple[str, ...]] = {  # by family, parts of layouts, such as CP=2, that it refuses at the start
     "nemotron_h": ("CP=2",),
+    "nemotron_h_moe": ("CP=2",),
 }
 
 
@@ -231,7 +243,7 @@ def write_hf(path, family="llama", *, seed=1, layers=4, width=64, vocab=507, hea
     if offset:
         _add_offset(model, offset)
     model.save_pretrained(str(path))
-    if family == "nemotron_h":
+    if MODEL_TYPES.get(family, family) == "nemotron_h":
         _rename(Path(path, "model.safetensors"), "backbone.embedding.weight", "backbone.embeddings.weight")
     return str(path)
 

@@ -113,7 +113,7 @@ def with_headers(model: Architecture) -> Architecture:
 def _defaults(values: dict[str, Any]) -> dict[str, Any]:
     return {
         "family": "llama",
-        "norm_topk_prob": True if _has_experts(values["family"]) else None,
+        "norm_topk_prob": True if _has_experts(values) else None,
         "num_query_groups": values["num_attention_heads"],
         "kv_channels": values["hidden_size"] // values["num_attention_heads"],
         "max_position_embeddings": 4096,
@@ -137,7 +137,7 @@ def _architecture(name: str, source: Source | None, values: dict[str, Any]) -> A
         source=source,
         ropes=_ropes(name, values, family),
         layers=layers,
-        experts=family.experts(values) if family.experts else None,
+        experts=family.experts(values) if family.experts and _has_experts(values) else None,
         multipliers=family.multipliers(values),
         mamba=family.mamba(values) if family.mamba else None,
         latent=family.latent(values) if family.latent else None,
@@ -165,7 +165,7 @@ def _check_ropes(model: Architecture) -> None:
 def _layers(values: dict[str, Any]) -> tuple[Layer, ...]:
     blocks, count = values["block_configs"], values["num_layers"]
     if blocks is None:
-        has_experts = _has_experts(values["family"])
+        has_experts = _has_experts(values)
         width = values["moe_ffn_hidden_size" if has_experts else "ffn_hidden_size"]
         same = Layer(values["num_query_groups"], width, has_experts=has_experts)
         layers = (same,) * count
@@ -176,13 +176,16 @@ def _layers(values: dict[str, Any]) -> tuple[Layer, ...]:
     return FAMILIES[values["family"]].layers(values, layers)
 
 
-def _has_experts(family: str | None) -> bool:
-    return family in FAMILIES and FAMILIES[family].experts is not None
+def _has_experts(values: dict[str, Any]) -> bool:
+    family = FAMILIES.get(values["family"])
+    if family is None or family.experts is None:
+        return False
+    return not family.may_be_dense or values["num_experts"] is not None
 
 
 def _check_complete(checkpoint: str | None, values: dict[str, Any], described: dict[str, Any]) -> None:
     silent = checkpoint is not None and not described
-    moe = _has_experts(values["family"])
+    moe = _has_experts(values)
     required = [name for name in REQUIRED if not (moe and name == "ffn_hidden_size")]
     required += EXPERT_SIZES if moe else ()
     if silent:
@@ -219,10 +222,12 @@ def _check_values(name: str, values: dict[str, Any]) -> None:
     heads, groups = values["num_attention_heads"], values["num_query_groups"]
     if heads % groups:
         raise ValueError(f"num_attention_heads = {heads} is not divisible by num_query_groups = {groups}")
-    if _has_experts(values["family"]):
+    if _has_experts(values):
         _check_experts(values)
     elif given := [f"{field} = {values[field]}" for field in EXPERT_FIELDS if values[field] is not None]:
-        having = " or ".join(name for name in FAMILIES if _has_experts(name))
+        if FAMILIES[values["family"]].may_be_dense:
+            raise ValueError(f"{', '.join(given)}: set num_experts, too; without it a model has no experts")
+        having = " or ".join(name for name, family in FAMILIES.items() if family.experts)
         raise ValueError(f'{", ".join(given)}: family "{values["family"]}" has no experts; {having} has')
 
 

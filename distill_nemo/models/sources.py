@@ -20,12 +20,16 @@ class Scales(NamedTuple):
 
 
 class StoredTensor(NamedTuple):
-    """An entry of a safetensors header, or a quantised tensor that several entries stand for."""
+    """An entry of a safetensors header, or a quantised tensor that several entries stand for.
+
+    `name` is its name in the file, if the model's differs.
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     scales: Scales | None = None
+    name: str | None = None
 
 
 class CheckpointKind(enum.Enum):

@@ -18,6 +18,7 @@ from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.quantised import merge_scales, read_quantised
 from distill_nemo.models.checkpoints.stacked_experts import in_stack, unstacked
 from distill_nemo.models.config_fields import shown
+from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.families.pieces import Piece
 from distill_nemo.models.families.tensors import hf_shapes
 from distill_nemo.models.quantisation import read_quantisation
@@ -52,6 +53,9 @@ def check_hf_tensors(path: Path, model: Architecture) -> dict[str, StoredTensor]
     quantisation = read_quantisation(model.source.config, str(path / "config.json")) if model.source else None
     if quantisation is not None:
         stored = merge_scales(path, stored, quantisation)
+    for name, usual in FAMILIES[model.family].other_names.items():
+        if name in stored:
+            stored[usual] = stored.pop(name)._replace(name=name)
     _check_dtypes(path, stored)
     layers = 1 + max((int(match[1]) for name in stored if (match := LAYER.match(name))), default=-1)
     if layers != model.num_layers:
@@ -142,9 +146,10 @@ class PieceReader:
         """Read the piece alone, in its shape and in the dtype of the file; a quantised one in fp32."""
         piece = in_stack(piece, self.stored)
         tensor = self.stored[piece.name]
+        name = tensor.name or piece.name
         if tensor.scales is None:
-            return as_parameter(self._slice(tensor.file, piece.name, piece.index), piece)
-        return as_parameter(read_quantised(self._slice, piece.name, tensor, piece.index), piece)
+            return as_parameter(self._slice(tensor.file, name, piece.index), piece)
+        return as_parameter(read_quantised(self._slice, name, tensor, piece.index), piece)
 
     def _slice(self, file: Path, name: str, index: tuple[slice, ...]) -> torch.Tensor:
         if file not in self._files:

@@ -65,6 +65,7 @@ class Family:
         activation: activation of the MLPs.
         gated: an MLP multiplies its activation with a second projection.
         experts: mixture of experts, from the model's `ModelConfig` fields; None: the family has none.
+        may_be_dense: a model of the family has no experts if it states no `num_experts`.
         rope_types: rotary embeddings that its class computes, by their names in `config.json`; empty: no layer has one.
         partial_rotary: default of `partial_rotary_factor`, the fraction of a head's channels that is rotated; None:
             its class rotates all of them.
@@ -83,6 +84,7 @@ class Family:
         traits: `Architecture` fields that override those above, from the model's `ModelConfig` fields.
         layer_table: tensors of one layer; by default those of Llama.
         reference: values of `config.json` with which transformers computes without CUDA what the authors' kernels do.
+        other_names: names under which some directories hold a tensor, mapped to those of the tables.
         table_around: tensors outside the layers; by default those of Llama.
     """
 
@@ -98,6 +100,7 @@ class Family:
     activation: Activation = "silu"
     gated: bool = True
     experts: Callable[[dict[str, Any]], Experts] | None = None
+    may_be_dense: bool = False
     rope_types: dict[str, RopeType] = field(default_factory=lambda: {name: name for name in get_args(RopeType)})
     partial_rotary: float | None = None
     layer_ropes: tuple[str, ...] = ()
@@ -114,6 +117,7 @@ class Family:
     write_own: Callable[[Architecture], dict[str, Any]] = lambda model: {}
     layer_table: Callable[[Architecture, Layer], Table] = layer_table
     reference: dict[str, Any] = field(default_factory=dict)
+    other_names: dict[str, str] = field(default_factory=dict)
     table_around: Callable[[Architecture], Table] = table_around
 
     @property

@@ -1,23 +1,27 @@
-"""Nemotron-H and Nemotron-Nano-9B-v2: layers that are a Mamba-2 mixer, or attention, or an MLP alone.
+"""Nemotron-H, Nemotron-Nano-9B-v2 and Nemotron-3-Nano: layers that are Mamba-2, attention, an MLP or experts alone.
 
 Attention has no rotary embedding, MLPs no gate. Tensors have NVIDIA's names, which transformers reads and vLLM needs.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from distill_nemo.fields import require, setting
-from distill_nemo.models.architecture import Architecture, Layer, Mamba
+from distill_nemo.models.architecture import Architecture, Experts, Layer, Mamba
 from distill_nemo.models.config_fields import MAX_HEADS, MAX_LAYERS, MAX_SIZE, Fields, shown
-from distill_nemo.models.families.family import Family, OwnFields
+from distill_nemo.models.families.experts import SigmoidRouter, read_experts, sigmoid_experts, write_experts
+from distill_nemo.models.families.family import Family
 from distill_nemo.models.families.pieces import (
     EMBEDDING,
+    EXPERT,
+    EXPERT_BIAS,
     FINAL_NORM,
     OUTPUT,
     Place,
     Table,
     column_parallel,
+    experts,
     ffn,
     heads,
     hidden,
@@ -26,6 +30,7 @@ from distill_nemo.models.families.pieces import (
     replicated,
     row_parallel,
     several_in_one,
+    shared_ffn,
     vocabulary,
 )
 
@@ -41,16 +46,17 @@ OTHER_NAMES = {
 
 
 @dataclass(frozen=True)
-class NemotronHFields(OwnFields):
-    """Kinds of layers, and sizes of Mamba."""
+class NemotronHFields(SigmoidRouter):
+    """Kinds of layers, sizes of Mamba, and routing."""
 
-    hybrid_override_pattern: str = setting("", "a letter for each layer: M Mamba, * attention, - MLP")
+    hybrid_override_pattern: str = setting("", "a letter for each layer: M Mamba, * attention, - MLP, E experts")
     mamba_num_heads: int = setting(128, at_least=1, at_most=MAX_HEADS)
     mamba_head_dim: int = setting(64, at_least=1, at_most=MAX_SIZE)
     n_groups: int = setting(8, "groups of Mamba's heads", at_least=1, at_most=MAX_HEADS)
     ssm_state_size: int = setting(128, at_least=1, at_most=MAX_SIZE)
     conv_kernel: int = setting(4, "tokens of Mamba's convolution", at_least=2, at_most=4)  # as causal_conv1d allows
     chunk_size: int = setting(128, at_least=1, at_most=MAX_SIZE)
+    moe_shared_expert_intermediate_size: int = setting(7688, "of the MLP for all tokens", at_least=1, at_most=MAX_SIZE)
 
     def resolved(self, values: dict[str, Any]) -> Self:
         """Refuse a pattern that does not say what each layer is."""
@@ -59,17 +65,22 @@ class NemotronHFields(OwnFields):
             len(pattern) == count,
             f"hybrid_override_pattern has {len(pattern)} letters, num_layers = {count}",
         )
-        unknown = sorted(set(pattern) - set("M*-"))
+        unknown = sorted(set(pattern) - set(SYMBOLS.values()))
         require(
             not unknown,
-            f"hybrid_override_pattern must hold M (Mamba), * (attention) and - (MLP) only, got {shown(unknown)}",
+            "hybrid_override_pattern must hold M (Mamba), * (attention), - (MLP) and E (experts) only, got "
+            f"{shown(unknown)}",
+        )
+        require(
+            ("E" in pattern) == (values["num_experts"] is not None),
+            f"hybrid_override_pattern has {pattern.count('E')} layers E, num_experts = {values['num_experts']}",
         )
         require(
             self.mamba_num_heads % self.n_groups == 0,
             f"mamba_num_heads = {self.mamba_num_heads} is not divisible by n_groups = {self.n_groups}",
         )
         require(values["block_configs"] is None, "block_configs: hybrid_override_pattern says what each layer is")
-        return self
+        return super().resolved(values) if "E" in pattern else self
 
 
 def _spelled(config: Fields) -> dict[str, Any]:
@@ -110,6 +121,8 @@ def _refused(config: Fields) -> dict[str, bool]:
         f"mamba_hidden_act {shown(config.values.get('mamba_hidden_act'))}": config.text("mamba_hidden_act", "silu")
         not in ("silu", "swish"),
         f"time_step_limit {shown(limit)}": not _is_no_limit(limit),
+        f"moe_latent_size {shown(config.values.get('moe_latent_size'))}": config.values.get("moe_latent_size")
+        is not None,
         "num_nextn_predict_layers": config.values.get("num_nextn_predict_layers") not in (None, 0),
     }
 
@@ -125,6 +138,7 @@ def _layers(values: dict[str, Any], layers: tuple[Layer, ...]) -> tuple[Layer, .
         "M": Layer(None, None, None, mixer="mamba"),
         "*": Layer(values["num_query_groups"], None, None),
         "-": Layer(None, values["ffn_hidden_size"], None),
+        "E": Layer(None, values["moe_ffn_hidden_size"], None, has_experts=True),
     }
     return tuple(kinds[letter] for letter in values["family_fields"]["hybrid_override_pattern"])
 
@@ -141,8 +155,18 @@ def _mamba(values: dict[str, Any]) -> Mamba:
     )
 
 
+def _experts(values: dict[str, Any]) -> Experts:
+    shared = values["family_fields"]["moe_shared_expert_intermediate_size"]
+    return replace(sigmoid_experts(values), shared_ffn_hidden_size=shared)
+
+
+def _read_experts(config: Fields) -> dict[str, Any]:
+    return read_experts(config, "n_routed_experts") if "E" in config.text("hybrid_override_pattern") else {}
+
+
 def _write(model: Architecture) -> dict[str, Any]:
     return {
+        **(write_experts(model, "n_routed_experts") if model.experts else {}),
         "layer_norm_epsilon": model.norm_epsilon,
         "mlp_hidden_act": model.activation,
         "pad_token_id": None,  # else 0, whatever the tokenizer
@@ -202,6 +226,17 @@ MLP: Table = {
     "mlp.linear_fc1.weight": column_parallel(MIXER + "up_proj.weight", ffn, hidden),
     "mlp.linear_fc2.weight": row_parallel(MIXER + "down_proj.weight", hidden, ffn),
 }
+EXPERTS: Table = {
+    "pre_mlp_layernorm.weight": NORM,
+    "mlp.router.weight": replicated(MIXER + "gate.weight", experts, hidden),
+    EXPERT_BIAS: replicated(MIXER + "gate.e_score_correction_bias", experts),
+    EXPERT + "linear_fc1.weight": column_parallel(MIXER + "experts.{e}.up_proj.weight", ffn, hidden),
+    EXPERT + "linear_fc2.weight": row_parallel(MIXER + "experts.{e}.down_proj.weight", hidden, ffn),
+    "mlp.shared_experts.linear_fc1.weight": column_parallel(
+        MIXER + "shared_experts.up_proj.weight", shared_ffn, hidden
+    ),
+    "mlp.shared_experts.linear_fc2.weight": row_parallel(MIXER + "shared_experts.down_proj.weight", hidden, shared_ffn),
+}
 AROUND: Table = {
     EMBEDDING: vocabulary("backbone.embeddings.weight"),
     FINAL_NORM: replicated("backbone.norm_f.weight", hidden),
@@ -212,13 +247,23 @@ AROUND: Table = {
 def _layer_table(model: Architecture, layer: Layer) -> Table:
     if layer.mixer == "mamba":
         return MAMBA
+    if layer.has_experts:
+        return EXPERTS
     return MLP if layer.num_query_groups is None else ATTENTION
 
 
 NEMOTRON_H = Family(
     "nemotron_h",
     "NemotronHForCausalLM",
-    defaults={"max_position_embeddings": 4096, "num_key_value_heads": 8, "head_dim": 128},
+    defaults={
+        "max_position_embeddings": 4096,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 7688,
+        "norm_topk_prob": True,
+    },
     activation="relu2",
     gated=False,
     rope_types={},
@@ -227,9 +272,13 @@ NEMOTRON_H = Family(
     own_fields=NemotronHFields,
     layers=_layers,
     mamba=_mamba,
+    experts=_experts,
+    may_be_dense=True,
+    read_own=_read_experts,
     write_own=_write,
     layer_table=_layer_table,
     # transformers 5.14's own code mixes chunks wrongly, and raises steps to a minimum that the authors' kernels ignore.
     reference={"chunk_size": 128, "time_step_min": 1e-30},
+    other_names={"backbone.embedding.weight": "backbone.embeddings.weight"},  # as transformers 5 writes it
     table_around=lambda model: AROUND,
 )

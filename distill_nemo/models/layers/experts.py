@@ -104,7 +104,8 @@ def _drawn(kind: str, number: int, config: TransformerConfig) -> Tensor:
     init = config.init_method if first else config.output_layer_init_method
     ffn, hidden = config.moe_ffn_hidden_size, config.hidden_size
     assert init is not None and ffn is not None, "Megatron fills them"
-    whole = torch.empty((2, ffn, hidden) if first else (1, hidden, ffn))
+    halves = 2 if config.gated_linear_unit else 1
+    whole = torch.empty((halves, ffn, hidden) if first else (1, hidden, ffn))
     with seed_apart(2 * number + first + 1):
         init(whole)
     group = parallel_state.get_expert_tensor_parallel_group()

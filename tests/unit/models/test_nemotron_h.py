@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from distill_nemo.config import ParallelismConfig, StudentConfig
 from distill_nemo.runtime.device import setup_device
@@ -132,6 +133,20 @@ def test_a_real_configuration_is_read(tmp_path):
     assert sum(layer.num_query_groups is not None for layer in model.layers) == 4 and model.ropes == ()
 
 
+def test_the_embedding_may_have_transformers_name(source):
+    setup_device()
+    file = source / "model.safetensors"
+    hub = resolved(source)
+    tensors = load_file(file)
+    tensors["backbone.embedding.weight"] = tensors.pop("backbone.embeddings.weight")
+    save_file(tensors, file, {"format": "pt"})
+    from distill_nemo.models.source_check import check_source
+
+    model = resolved(source)
+    assert model == hub
+    check_source(model)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -148,7 +163,9 @@ def test_a_real_configuration_is_read(tmp_path):
         ({"mamba_dt_limit": [0.0, 0.1]}, "time_step_limit [0.0, 0.1] is not supported"),
         ({"time_step_limit": "none"}, "time_step_limit 'none' is not supported"),
         ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers is not supported"),
-        ({"layers_block_type": ["mamba", "moe", "mlp", "mlp"]}, "hybrid_override_pattern must hold M (Mamba), *"),
+        ({"moe_latent_size": 32}, "moe_latent_size 32 is not supported"),
+        ({"layers_block_type": ["mamba", "moe", "mlp", "mlp"], "norm_topk_prob": False}, "norm_topk_prob = False with"),
+        ({"layers_block_type": ["mamba", "moe", "mlp", "mlp"], "n_routed_experts": "8"}, "n_routed_experts must be a"),
         ({"layers_block_type": ["mamba", "rwkv"]}, "layers_block_type must hold linear_attention, mamba,"),
         ({"layers_block_type": "M-*M"}, "layers_block_type must hold linear_attention, mamba,"),
         ({"layers_block_type": None, "hybrid_override_pattern": ["M"] * 4}, "hybrid_override_pattern must be a letter"),
@@ -205,6 +222,9 @@ def test_a_gpu_without_the_kernels_is_refused_with_the_command(monkeypatch):
     ("change", "message"),
     [
         ({"num_layers": 4}, "hybrid_override_pattern has 3 letters, num_layers = 4"),
+        ({"num_experts": 4, "num_experts_per_tok": 2, "moe_ffn_hidden_size": 48}, "has 0 layers E, num_experts = 4"),
+        ({"family_fields": OWN | {"hybrid_override_pattern": "M*E"}}, "has 1 layers E, num_experts = None"),
+        ({"moe_ffn_hidden_size": 48}, "moe_ffn_hidden_size = 48: set num_experts, too"),
         ({"rope_scaling": {"rope_type": "default"}}, 'rope_scaling: family "nemotron_h" has no rotary embeddings'),
         ({"block_configs": [{"attention": {"no_op": True}, "mlp": {"no_op": True}}] * 3}, "block_configs: hybrid_over"),
     ],
@@ -214,7 +234,7 @@ def test_a_student_that_contradicts_itself_is_refused(change, message):
     from distill_nemo.models.resolve import resolve
 
     with pytest.raises(ValueError, match=message):
-        resolve(StudentConfig(family="nemotron_h", family_fields=OWN, **SIZES | change))
+        resolve(StudentConfig(**{"family": "nemotron_h", "family_fields": OWN} | SIZES | change))
 
 
 def test_a_student_of_random_weights_opens_in_transformers_with_the_same_fields(tmp_path):

@@ -33,6 +33,11 @@ SMALL = {  # in place of a model's own value
     "qk_nope_head_dim": 12,
     "qk_rope_head_dim": 8,
     "v_head_dim": HEAD,
+    "moe_shared_expert_intermediate_size": 40,
+    "mamba_num_heads": 16,
+    "mamba_head_dim": 12,
+    "ssm_state_size": 16,
+    "time_step_min": 1e-9,  # transformers raises smaller steps to it without CUDA, the authors' kernels do not
 }
 
 
@@ -55,7 +60,9 @@ def scaled(config):
     rope = dict(config.get("rope_scaling") or {})
     for name in rope.keys() & {"short_factor", "long_factor"}:
         rope[name] = rope[name][:: width // HEAD]
-    return config | sizes | NO_TOKENS | ({"rope_scaling": rope} if rope else {})
+    pattern = "".join(dict.fromkeys(config.get("hybrid_override_pattern", ""))) * LAYERS  # each kind in turn
+    kinds = {"hybrid_override_pattern": pattern[:LAYERS]} if pattern else {}
+    return config | sizes | NO_TOKENS | kinds | ({"rope_scaling": rope} if rope else {})
 
 
 @pytest.mark.parametrize("name", REAL)
