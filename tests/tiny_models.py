@@ -37,6 +37,7 @@ FAMILIES = (
     "gemma3_text",
     "glm4_moe",
     "glm4_moe_lite",
+    "gpt_oss",
     "granite",
     "llama",
     "llama_tied",
@@ -111,6 +112,15 @@ OWN_FIELDS = {  # of config.json
         "num_nextn_predict_layers": 0,
         "rope_theta": 1e4,
         "rope_scaling": YARN_ROPE | {"factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.8},
+        **NO_TOKENS,
+    },
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 24,
+        "sliding_window": 5,
+        "rope_theta": 1e4,
+        "rope_scaling": {**YARN_ROPE, "truncate": False},
         **NO_TOKENS,
     },
     "gemma2": {"attn_logit_softcapping": 1.5, "final_logit_softcapping": 8.0, **GEMMA},
@@ -201,6 +211,7 @@ OWN_FIELDS = {  # of config.json
 }
 
 REFUSED: dict[str, tuple[str, ...]] = {  # by family, parts of layouts, such as CP=2, that it refuses at the start
+    "gpt_oss": ("TP=2", "TP=4"),
     "nemotron_h": ("CP=2",),
     "nemotron_h_moe": ("CP=2",),
 }

@@ -190,7 +190,7 @@ class Multipliers:
     attention_softcap: float | None = None
 
 
-Activation = Literal["silu", "gelu_pytorch_tanh", "relu2"]  # of the MLPs, by transformers' names
+Activation = Literal["silu", "gelu_pytorch_tanh", "relu2", "clamped_quick_gelu"]  # of the MLPs, by transformers' names
 FUSED_ACTIVATIONS = ("silu",)  # on a GPU, one kernel also multiplies them with the up projection
 
 EXPERT_FIELDS = ("num_experts", "num_experts_per_tok", "moe_ffn_hidden_size", "norm_topk_prob")  # of `ModelConfig`
@@ -208,6 +208,7 @@ class Architecture:
         rope_scaling: as in config.json, or None. If types of layers differ, it maps each type to its parameters.
         ropes: rotary embeddings resolved from `rotary_base` and `rope_scaling`.
         qkv_bias: queries, keys and values have a bias.
+        linear_bias: all other linear layers have a bias too, experts and their router included.
         qk_norm: queries and keys are normalised in each head.
         wide_qk_norm: with `qk_norm`, they are normalised over all heads together.
         attention_sinks: each head has a learned score that its softmax counts and whose value is 0.
@@ -242,6 +243,7 @@ class Architecture:
     norm_epsilon: float
     tie_word_embeddings: bool
     qkv_bias: bool
+    linear_bias: bool
     qk_norm: bool
     wide_qk_norm: bool
     attention_sinks: bool

@@ -16,7 +16,7 @@ from distill_nemo.config import ParallelismConfig
 from distill_nemo.models.architecture import FUSED_ACTIVATIONS, Architecture, padded_vocab_size
 from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.layers.block_configs import write_block_configs
-from distill_nemo.models.layers.experts import expert_settings
+from distill_nemo.models.layers.experts import clone_expert_outputs, expert_settings
 from distill_nemo.models.layers.mamba import fused_kernel
 from distill_nemo.models.layers.multipliers import FinishLogits, ScaleEmbeddings
 from distill_nemo.models.layers.residual import NormedAdd, replace_add, scaled_add
@@ -28,6 +28,7 @@ ACTIVATIONS = {
     "silu": functional.silu,
     "gelu_pytorch_tanh": partial(functional.gelu, approximate="tanh"),
     "relu2": lambda x: functional.relu(x).square(),
+    "clamped_quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # Megatron clamps its input
 }
 
 Recompute = Literal["full", "selective"]
@@ -67,7 +68,7 @@ def transformer_config(
         normalization="RMSNorm",
         gated_linear_unit=model.gated,
         activation_func=ACTIVATIONS[model.activation],
-        add_bias_linear=False,
+        add_bias_linear=model.linear_bias,
         add_qkv_bias=model.qkv_bias,
         qk_layernorm=model.qk_norm and not model.wide_qk_norm,
         softmax_type="learnable" if model.attention_sinks else "vanilla",
@@ -183,6 +184,11 @@ def check_layout(model: Architecture, parallelism: ParallelismConfig) -> None:
             f"{model.name}: num_experts = {model.experts.num_experts} is not divisible by "
             f"parallelism.expert_model_parallel_size = {expert}"
         )
+    if model.experts is not None and model.linear_bias and tensor > 1:
+        raise ValueError(
+            f"{model.name}: experts with biases cannot be split: set parallelism.tensor_model_parallel_size = {tensor} "
+            "to 1, and parallelism.expert_model_parallel_size higher instead"
+        )
     sizes = {
         f"{'moe_' if layer.has_experts else ''}ffn_hidden_size of layer {i}": layer.ffn_hidden_size
         for i, layer in enumerate(model.layers)
@@ -262,6 +268,7 @@ def gpt_model(
         position_embedding_type="rope" if model.ropes else "none",
         vp_stage=vp_stage,
     )
+    clone_expert_outputs(built)
     if model.wide_qk_norm:
         give_wide_norms(built)
     if model.ropes:

@@ -42,7 +42,7 @@ UPPER_LIMITS = {
     "max_position_embeddings": MAX_POSITIONS,
 }
 TRAITS = (  # of families
-    *("qkv_bias", "qk_norm", "wide_qk_norm", "attention_sinks"),
+    *("qkv_bias", "linear_bias", "qk_norm", "wide_qk_norm", "attention_sinks"),
     *("pre_norms", "post_norms", "activation", "gated"),
 )
 WITHOUT_DEFAULT = ("rope_scaling", "block_configs", *EXPERT_SIZES)  # None means that the model has none

@@ -109,11 +109,13 @@ def saved_by_mlp(planned: PlannedRun, model: Architecture, layer: Layer) -> int:
 def _mlp_pieces(planned: PlannedRun, model: Architecture) -> int:
     """Return the tensors of the MLP's width that it saves: both halves and their product; two more if not fused.
 
-    Without a gate they are the activation and its square.
+    Without a gate they are the activation and its square. A clamped activation also saves its input and its sigmoid.
     """
     if not model.gated:
         return 2
-    return 3 if planned.on_gpu and model.activation in FUSED_ACTIVATIONS else 5
+    if planned.on_gpu and model.activation in FUSED_ACTIVATIONS:
+        return 3
+    return 7 if model.activation == "clamped_quick_gelu" else 5
 
 
 def _norms(planned: PlannedRun, model: Architecture) -> int:

@@ -5,6 +5,7 @@ from distill_nemo.models.families.gemma import GEMMA3_TEXT
 from distill_nemo.models.families.gemma2 import GEMMA2
 from distill_nemo.models.families.glm4_moe import GLM4_MOE
 from distill_nemo.models.families.glm4_moe_lite import GLM4_MOE_LITE
+from distill_nemo.models.families.gpt_oss import GPT_OSS
 from distill_nemo.models.families.granite import GRANITE
 from distill_nemo.models.families.llama import LLAMA
 from distill_nemo.models.families.ministral import MINISTRAL
@@ -25,7 +26,7 @@ from distill_nemo.models.families.smollm3 import SMOLLM3
 FAMILIES = {
     family.model_type: family
     for family in (
-        *(DEEPSEEK_V3, GEMMA2, GEMMA3_TEXT, GLM4_MOE, GLM4_MOE_LITE, GRANITE, LLAMA, MINISTRAL, MISTRAL),
+        *(DEEPSEEK_V3, GEMMA2, GEMMA3_TEXT, GLM4_MOE, GLM4_MOE_LITE, GPT_OSS, GRANITE, LLAMA, MINISTRAL, MISTRAL),
         *(MIXTRAL, NEMOTRON_H, OLMO2, OLMO3, OLMOE, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, SEED_OSS, SMOLLM3),
     )
 }

@@ -57,6 +57,7 @@ class Family:
         hf_class: in `config.json`, under `architectures`.
         defaults: values of that class for fields that a `config.json` leaves out; a null has another meaning.
         qkv_bias: queries, keys and values have a bias.
+        linear_bias: all other linear layers have a bias too, experts and their router included.
         qk_norm: queries and keys are normalised in each head.
         wide_qk_norm: with `qk_norm`, they are normalised over all heads together.
         attention_sinks: each head has a learned score that its softmax counts and whose value is 0.
@@ -92,6 +93,7 @@ class Family:
     hf_class: str
     defaults: dict[str, Any] = field(default_factory=dict)
     qkv_bias: bool = False
+    linear_bias: bool = False
     qk_norm: bool = False
     wide_qk_norm: bool = False
     attention_sinks: bool = False

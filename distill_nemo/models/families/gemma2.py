@@ -4,21 +4,17 @@ from dataclasses import dataclass, replace
 
 from distill_nemo.fields import setting
 from distill_nemo.models.config_fields import MAX_SIZE
-from distill_nemo.models.families.gemma import ACTIVATION, GEMMA3_TEXT, KINDS, gemma_refused
-from distill_nemo.models.families.windows import LayerType, WindowByLayer, with_windows
+from distill_nemo.models.families.gemma import ACTIVATION, GEMMA3_TEXT, gemma_refused
+from distill_nemo.models.families.windows import AlternatingWindows, with_windows
 
 
 @dataclass(frozen=True)
-class Gemma2Fields(WindowByLayer):
+class Gemma2Fields(AlternatingWindows):
     """Windows in the first of every two layers, and constants."""
 
     query_pre_attn_scalar: int = setting(256, "attention divides scores by its root", at_least=1, at_most=MAX_SIZE)
     final_logit_softcapping: float | None = setting(30.0, above=0)
     attn_logit_softcapping: float | None = setting(50.0, above=0)
-
-    def default_layer_types(self, num_layers: int) -> list[LayerType]:
-        """Return a window in the first of every two layers."""
-        return [KINDS[i % 2] for i in range(num_layers)]
 
 
 GEMMA2 = replace(

@@ -49,6 +49,15 @@ class WindowByLayer(Window):
 
 
 @dataclass(frozen=True)
+class AlternatingWindows(WindowByLayer):
+    """A window in the first of every two layers, unless `layer_types` says otherwise."""
+
+    def default_layer_types(self, num_layers: int) -> list[LayerType]:
+        """Return a window in the first of every two layers."""
+        return ["full_attention" if i % 2 else "sliding_attention" for i in range(num_layers)]
+
+
+@dataclass(frozen=True)
 class SwitchedWindow(Window):
     """A window in every layer, but only if `use_sliding_window` is true."""
 

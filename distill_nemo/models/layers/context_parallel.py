@@ -196,18 +196,21 @@ class CausalAttention(MegatronModule):
             return self._attend_in_window(query_Bnpd, key_Bntd, value_Bntd, self.window)
         mask_pt = None
         if queries != keys:
+            keys += self.softmax_offset is not None
             mask_pt = torch.ones(queries, keys, dtype=torch.bool, device=query_pBnd.device).tril(keys - queries)
         return self._product(query_Bnpd, key_Bntd, value_Bntd, mask_pt).permute(2, 0, 1, 3).flatten(2)
 
     def _attend_in_window(self, query_Bnpd: Tensor, key_Bntd: Tensor, value_Bntd: Tensor, window: int) -> Tensor:
         """Return [p, B, n*d], by blocks of queries that share one mask. A block gets only keys that its queries see."""
-        mask = _window_mask(window, query_Bnpd.dtype, query_Bnpd.device)
         end, outputs = key_Bntd.shape[2] - query_Bnpd.shape[2], []
         for query_Bnbd in query_Bnpd.split(QUERY_BLOCK, dim=2):
             start, end = end, end + query_Bnbd.shape[2]
             first = start - window + 1  # below 0 if the block sees all keys before it
             seen = slice(max(0, first), end)
-            mask_bk = mask[: end - start, max(0, -first) : end - first]
+            columns = max(0, -first), end - first
+            mask_bk = _window_mask(window, query_Bnpd.dtype, query_Bnpd.device)[: end - start, slice(*columns)]
+            if self.softmax_offset is not None:
+                mask_bk = _with_sink(window, end - start, *columns, query_Bnpd.dtype, query_Bnpd.device)
             out_Bnbd = self._product(query_Bnbd, key_Bntd[:, :, seen], value_Bntd[:, :, seen], mask_bk)
             outputs.append(out_Bnbd.permute(2, 0, 1, 3).flatten(2))
         return torch.cat(outputs)
@@ -215,8 +218,8 @@ class CausalAttention(MegatronModule):
     def _product(self, query_Bnpd: Tensor, key_Bntd: Tensor, value_Bntd: Tensor, mask: Tensor | None) -> Tensor:
         """Return [B, n, p, d]. Without a mask, queries and keys have the same positions, and the causal mask is meant.
 
-        A sink becomes the key of a position before the first. Its score comes from a channel that is 1 in every query
-        and 0 in every other key.
+        A sink becomes the key of a position before the first, the first column of the mask. Its score comes from a
+        channel that is 1 in every query and 0 in every other key.
         """
         if self.softmax_offset is None:
             return functional.scaled_dot_product_attention(
@@ -227,8 +230,6 @@ class CausalAttention(MegatronModule):
         query = functional.pad(query, (0, 0, before, 0))
         key, value = (functional.pad(x, (0, 1, 1, 0)) for x in (key_Bntd, value_Bntd))
         key[:, :, 0, -1] = self.softmax_offset / self.softmax_scale
-        if mask is not None:
-            mask = functional.pad(mask, (1, 0), value=float(mask.dtype == torch.bool))
         out = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale
         )
@@ -256,6 +257,12 @@ def _window_mask(window: int, dtype: torch.dtype, device: torch.device) -> Tenso
     """
     seen = torch.ones(QUERY_BLOCK, QUERY_BLOCK + window - 1, dtype=torch.bool, device=device).triu().tril(window - 1)
     return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)
+
+
+@functools.lru_cache(maxsize=64)  # layers share it, too
+def _with_sink(window: int, rows: int, first: int, last: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a part of `_window_mask`, after a column for the sink, which every query sees."""
+    return functional.pad(_window_mask(window, dtype, device)[:rows, first:last], (1, 0))
 
 
 def in_sequence_order(gathered: Tensor, size: int) -> Tensor:

@@ -69,6 +69,18 @@ def keep_experts_apart(built: GPTModel) -> None:
                 vars(parameter)["allreduce"] = False
 
 
+def clone_expert_outputs(built: GPTModel) -> None:
+    """Let Megatron add biases to the outputs of experts, in place: they are views, which autograd would refuse."""
+    for module in built.modules():
+        if isinstance(module, SequentialMLP) and built.config.add_bias_linear:
+            for expert in module.local_experts:
+                expert.get_submodule("linear_fc2").register_forward_hook(_cloned)
+
+
+def _cloned(layer: nn.Module, args: Any, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    return output[0].clone(), output[1]
+
+
 def keep_expert_bias(built: GPTModel) -> None:
     """Keep the bias as it is stored. Megatron would move it after each step, towards experts that are equally busy.
 

@@ -154,6 +154,7 @@ ROPES = {
         name
         for name, row in FAMILIES.items()
         if "dynamic" in row.rope_types.values() and not row.layer_ropes and row.partial_rotary is None
+        if "rope_scaling" not in OWN_FIELDS.get(name, {})
     ],
 )
 def test_rotary_frequencies_equal_those_of_transformers(tmp_path, family, spelling):

@@ -26,6 +26,7 @@ SMALL = {  # in place of a model's own value
     "sliding_window": 5,
     "num_experts": 16,
     "n_routed_experts": 16,
+    "num_local_experts": 16,
     "moe_intermediate_size": 24,
     "shared_expert_intermediate_size": 40,
     "q_lora_rank": 24,
