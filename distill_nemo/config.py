@@ -260,6 +260,7 @@ class ExportConfig:
     checkpoint: str
     output: str
     tokenizer: str | None = None
+    copy_untouched: bool = False
     parallelism: ParallelismConfig | None = None  # None: that of the run, on the ranks that there are
 
 

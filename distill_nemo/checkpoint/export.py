@@ -109,7 +109,8 @@ def export(config: ExportConfig) -> None:
         check_whole(student.name)
         tokenizer = config.tokenizer or (_tokenizer_of_run(record) if record else None)
         source = _source(config.checkpoint) if rank() == 0 else None
-        export_hf([_stage(student, parallelism, found)], config.output, student, tokenizer, source)
+        chunks, copy_untouched = [_stage(student, parallelism, found)], config.copy_untouched
+        export_hf(chunks, config.output, student, tokenizer, source, copy_untouched=copy_untouched)
     _report(found.weights.name, config.output)
 
 

@@ -110,7 +110,11 @@ def inspect(data: str, samples: int = 3, tokenizer: str = "") -> None:
 
 
 def export(
-    checkpoint: str, output: str, tokenizer: str | None = None, parallelism: ParallelismConfig | None = None
+    checkpoint: str,
+    output: str,
+    tokenizer: str | None = None,
+    copy_untouched: bool = False,
+    parallelism: ParallelismConfig | None = None,
 ) -> None:
     """Write a saved step as a Hugging Face directory, and check that it gives the same logits.
 
@@ -125,12 +129,14 @@ def export(
         checkpoint: a run's output directory, its checkpoints directory, or one step_* directory.
         output: the Hugging Face directory to write.
         tokenizer: tokenizer directory to copy beside the weights.
+        copy_untouched: copy tensors that the student's source has and the student lacks, such as layers that predict
+            further tokens. They are as they were before the training.
         parallelism: layout; without these fields, that of the run, reduced to the ranks that there are.
     """
     from distill_nemo.checkpoint.export import export as export_checkpoint
 
     with errors_of_a_rank():
-        export_checkpoint(ExportConfig(checkpoint, output, tokenizer, parallelism))
+        export_checkpoint(ExportConfig(checkpoint, output, tokenizer, copy_untouched, parallelism))
 
 
 def convert(checkpoint: str, output: str, allow_pickle: bool = False) -> None:

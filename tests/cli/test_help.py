@@ -25,7 +25,10 @@ FIELDS = {
     ],
     "prepare": "inputs output tokenizer text_key format loss_on chat_template num_workers max_bad_records".split(),
     "inspect": ["data", "samples", "tokenizer"],
-    "export": ["checkpoint", "output", "tokenizer", *(f"parallelism.{f.name}" for f in fields(ParallelismConfig))],
+    "export": [
+        *("checkpoint", "output", "tokenizer", "copy_untouched"),
+        *(f"parallelism.{f.name}" for f in fields(ParallelismConfig)),
+    ],
     "convert": ["checkpoint", "output", "allow_pickle"],
     "evaluate": ["student", "data", "teacher", "sequence_length", "samples", "vocab_size"],
     "recipes": [],

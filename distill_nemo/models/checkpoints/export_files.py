@@ -93,7 +93,13 @@ def _reason(error: Exception, directory: str | Path) -> str:
     return str(error).replace(str(directory), "its directory")[:400] or repr(error)
 
 
-def export_files(model: Architecture, dtype: torch.dtype, source: Path | None, tokenizer: Path | None) -> ExportFiles:
+def export_files(
+    model: Architecture,
+    dtype: torch.dtype,
+    source: Path | None,
+    tokenizer: Path | None,
+    has_further_layers: bool = False,
+) -> ExportFiles:
     """Collect an export's files without writing any.
 
     Args:
@@ -101,6 +107,7 @@ def export_files(model: Architecture, dtype: torch.dtype, source: Path | None, t
         dtype: dtype of its weights.
         source: the Hugging Face directory that it came from, if any.
         tokenizer: directory whose tokenizer takes precedence over the source's.
+        has_further_layers: layers of the source that predict further tokens are copied.
 
     Raises:
         ValueError: if `tokenizer` holds no tokenizer.
@@ -114,7 +121,10 @@ def export_files(model: Architecture, dtype: torch.dtype, source: Path | None, t
         files |= ({} if _states_template(tokenizer) else templates) | tokenizer_files(tokenizer)
     if generation is not None:
         files[GENERATION] = generation
-    return ExportFiles(_config(model, dtype, source, tokenizer), files, tokenizer)
+    config = _config(model, dtype, source, tokenizer)
+    if not has_further_layers:
+        config |= dict.fromkeys(FURTHER_LAYERS & config.keys(), 0)
+    return ExportFiles(config, files, tokenizer)
 
 
 def exported_tokenizer(source: Path | None, named: Path | None) -> Path | None:
@@ -176,7 +186,6 @@ def _config(model: Architecture, dtype: torch.dtype, source: Path | None, tokeni
     kept = {name: value for name, value in theirs.items() if value is not None or ours.get(name) is None}
     forced = {"vocab_size", "dtype", "torch_dtype", *ROPE_FIELDS}  # so that transformers 4 and 5 read them alike
     config = ours | kept | {name: value for name, value in ours.items() if name in forced}
-    config |= dict.fromkeys(FURTHER_LAYERS & config.keys(), 0)
     if tokenizer is not None and not {"bos_token_id", "eos_token_id"} <= theirs.keys():
         config |= {name: i for name, i in _token_ids(tokenizer).items() if name not in theirs}
     ids = {name: value for name, value in config.items() if name.endswith("_token_id")}

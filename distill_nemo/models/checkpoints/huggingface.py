@@ -16,6 +16,7 @@ from distill_nemo.models.checkpoints.by_layers import open_by_layers
 from distill_nemo.models.checkpoints.export_files import NO_EXPORT, export_files
 from distill_nemo.models.checkpoints.hf_tensors import PieceReader, check_tied_weights
 from distill_nemo.models.checkpoints.local_parameters import local_parameters
+from distill_nemo.models.checkpoints.untouched import untouched_tensors
 from distill_nemo.models.checkpoints.write_safetensors import (
     MAX_FILE_BYTES,
     check_written,
@@ -72,6 +73,7 @@ def export_hf(
     tokenizer: str | None = None,
     source: Path | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
+    copy_untouched: bool = False,
 ) -> None:
     """Write a model as a Hugging Face directory that `AutoModelForCausalLM.from_pretrained` opens.
 
@@ -85,6 +87,7 @@ def export_hf(
         tokenizer: directory whose tokenizer is copied; None copies the source's.
         source: the Hugging Face directory that the model came from, whose configuration and files are kept.
         max_file_bytes: limit on the bytes of tensors in one file.
+        copy_untouched: copy the tensors of `source` that the model does not have.
 
     Raises:
         ValueError: if `path` holds anything but an earlier export, another process writes there, `tokenizer` holds no
@@ -96,16 +99,22 @@ def export_hf(
     everyone = Everyone()
     with contextlib.ExitStack() as aside:  # used on rank 0 only
 
-        def begin() -> str:
-            files = export_files(model, dtype, source, Path(tokenizer) if tokenizer else None)
+        def begin() -> tuple[str, str | None]:
+            if copy_untouched and source is None:
+                raise ValueError("copy_untouched: the student came from no Hugging Face directory that still exists")
+            copied = source if copy_untouched else None
+            if copied is not None:
+                untouched_tensors(copied, model)
+            files = export_files(model, dtype, source, Path(tokenizer) if tokenizer else None, copied is not None)
             files.check()
             partial = aside.enter_context(writing_export(Path(path)))
             files.write(partial)
-            return str(partial)
+            return str(partial), copied and str(copied)
 
-        partial = Path(everyone.on_rank_0(begin))
-        write_weights(chunks, model, partial, max_file_bytes, everyone)
-        check_written(chunks, model, partial, everyone)
+        partial, copied = everyone.on_rank_0(begin)
+        partial, untouched = Path(partial), untouched_tensors(Path(copied), model) if copied else None
+        write_weights(chunks, model, partial, max_file_bytes, everyone, untouched)
+        check_written(chunks, model, partial, everyone, untouched)
         check_export(chunks, model, partial, everyone=everyone)
         everyone.on_rank_0(aside.close)
 

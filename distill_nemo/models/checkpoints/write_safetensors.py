@@ -24,8 +24,9 @@ from distill_nemo.models.checkpoints.local_parameters import (
     own_rows,
 )
 from distill_nemo.models.checkpoints.tensor_files import LABELS, Entries, Entry, TensorFiles
+from distill_nemo.models.checkpoints.untouched import Copies, Untouched
 from distill_nemo.models.families.pieces import OUTPUT
-from distill_nemo.models.families.tensors import hf_shapes
+from distill_nemo.models.families.tensors import Shapes, hf_shapes
 from distill_nemo.models.sources import StoredTensor
 from distill_nemo.runtime.everyone import AgreedError, Everyone
 from distill_nemo.runtime.files import read_object_if_any
@@ -40,6 +41,7 @@ def write_weights(
     directory: Path,
     max_file_bytes: int = MAX_FILE_BYTES,
     everyone: Everyone | None = None,
+    untouched: Untouched | None = None,
 ) -> None:
     """Write `model.safetensors`, or numbered files and their index. Collective; all ranks share the file system.
 
@@ -51,17 +53,18 @@ def write_weights(
         directory: exists, and holds no safetensors but those of an interrupted call.
         max_file_bytes: limit on the bytes of tensors in one file. A larger tensor has a file of its own.
         everyone: all ranks; None: make a new `Everyone`.
+        untouched: tensors of other files to copy, the same on every rank.
 
     Raises:
         OSError: if a file cannot be written.
     """
-    everyone = everyone or Everyone()
+    everyone, copies = everyone or Everyone(), Copies(untouched or {})
     parameters = [p for chunk in chunks for p in local_parameters(chunk, model) if _is_stored(p, model)]
-    by_rank = _plan(parameters, hf_shapes(model), max_file_bytes)
+    by_rank = _plan(parameters, copies, hf_shapes(model), max_file_bytes)
     files = {file: entries for own in by_rank for file, entries in own.items()}
-    missing = files.keys() - _whole_files(parameters, files, directory)
+    missing = files.keys() - _whole_files(parameters, copies, files, directory)
     _announce(files, missing, directory)
-    failure: OSError | None = None
+    failure: OSError | SafetensorError | None = None
     with TensorFiles(directory, {file: files[file] for file in files if file in missing}, METADATA) as writing:
         try:
             _begin(files, directory)
@@ -79,22 +82,25 @@ def write_weights(
                     _write(rows, writing)
             except OSError as error:  # other ranks are in collectives: go on, and raise on all at the end
                 failure = error
+        try:
+            if failure is None:
+                copies.write(writing)
+        except (OSError, SafetensorError) as error:
+            failure = error
     everyone.raise_errors(failure)
 
 
-def _plan(
-    parameters: Iterable[LocalParameter], shapes: dict[str, tuple[int, ...]], limit: int
-) -> list[dict[str, Entries]]:
+def _plan(parameters: Iterable[LocalParameter], copies: Copies, shapes: Shapes, limit: int) -> list[dict[str, Entries]]:
     """Return the files that each rank creates, and their tensors. The first rank that has rows of a tensor counts."""
     own = {
-        name: LABELS[parameter.tensor.dtype]
+        name: Entry(LABELS[parameter.tensor.dtype], shapes[name])
         for parameter in filter(_writes, parameters)
         for name in parameter.whole_shapes()
     }
     planned: list[list[Entries]] = []
     seen: set[str] = set()
-    for dtypes in _from_every_rank(own):
-        entries = {name: Entry(dtype, shapes[name]) for name, dtype in dtypes.items() if name not in seen}
+    for of_rank in _from_every_rank(own | copies.entries):
+        entries = {name: entry for name, entry in of_rank.items() if name not in seen}
         seen |= entries.keys()
         names = plan_files({name: entry.nbytes for name, entry in entries.items()}, limit)
         planned.append([{name: entries[name] for name in of_file} for of_file in names])
@@ -103,14 +109,18 @@ def _plan(
     return [{_file_name(next(numbers), total): entries for entries in of_rank} for of_rank in planned]
 
 
-def _whole_files(parameters: list[LocalParameter], files: dict[str, Entries], directory: Path) -> set[str]:
+def _whole_files(
+    parameters: list[LocalParameter], copies: Copies, files: dict[str, Entries], directory: Path
+) -> set[str]:
     """Return the files in `directory` that hold what the ranks hold. Collective."""
     stored = {file: _stored(directory / file) for file in files}
     whole = {file for file, entries in files.items() if stored[file] == entries}
     place = {name: file for file in whole for name in files[file]}
-    with PieceReader({n: StoredTensor(directory / f, *files[f][n]) for n, f in place.items()}) as reader:
+    there = {name: StoredTensor(directory / file, *files[file][name]) for name, file in place.items()}
+    with PieceReader(there) as reader:
         for parameter in filter(_is_first_copy, parameters):
             whole -= {place[name] for name in parameter.differing(place, reader.read)}
+    whole -= {place[name] for name in copies.differing(there, there)}
     return set.intersection(*_from_every_rank(whole))
 
 
@@ -151,8 +161,14 @@ def _write(several: list[WholeRows], writing: TensorFiles) -> None:
             writing.write(name, rows, first)
 
 
-def check_written(chunks: list[GPTModel], model: Architecture, directory: Path, everyone: Everyone) -> None:
-    """Read an export back, each rank what it holds, and compare it with the weights. Collective.
+def check_written(
+    chunks: list[GPTModel],
+    model: Architecture,
+    directory: Path,
+    everyone: Everyone,
+    untouched: Untouched | None = None,
+) -> None:
+    """Read an export back, each rank what it holds or copied, and compare it with the weights. Collective.
 
     Raises:
         RuntimeError: if a bit differs, or a file cannot be read.
@@ -166,6 +182,9 @@ def check_written(chunks: list[GPTModel], model: Architecture, directory: Path, 
                     raise AgreedError(f"{directory}: {name} was not written")
                 for name in parameter.differing(names, reader.read):
                     raise AgreedError(f"{directory}: {name} is not what was written")
+        copies = Copies(untouched or {})
+        for name in copies.differing(stored, copies.stored):
+            raise AgreedError(f"{directory}: {name} is not what was copied")
     except (ValueError, OSError, SafetensorError, RuntimeError) as error:
         failure = error
     everyone.raise_errors(failure)
