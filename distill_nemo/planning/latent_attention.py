@@ -40,7 +40,11 @@ def forward_workspace_of_latent_attention(planned: PlannedRun, model: Architectu
 
 def backward_workspace_of_latent_attention(planned: PlannedRun, model: Architecture) -> int:
     """Return the peak bytes of a layer's backward pass beyond its saved tensors: gradients, and what it recomputes."""
-    return _core(planned, model) * (2 if planned.config.training.recompute == "selective" else 1)
+    if planned.config.training.recompute != "selective":
+        return _core(planned, model)
+    sizes, each, width = _own(planned, model)
+    copies = 3 if sizes.qk_head_dim == width else 4  # queries only if they are padded
+    return _core(planned, model) + each * (model.kv_channels if planned.transformer_engine else copies * width)
 
 
 def latent_attention_flops(model: Architecture, keys: float) -> tuple[float, float]:

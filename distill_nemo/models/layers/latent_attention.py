@@ -5,6 +5,7 @@ of this tensor-parallel rank, r channels of a head's queries and keys that are r
 v channels of its values.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,17 +26,18 @@ from distill_nemo.models.architecture import Latent
 from distill_nemo.models.layers.context_parallel import CausalAttention
 from distill_nemo.models.layers.norms import RMSNorm
 
+Build = Callable[..., Any]  # of a module; Megatron types Transformer Engine's as interfaces
 NORM_EPSILON = 1e-6  # of the latents, whatever rms_norm_eps says: transformers' DeepSeek-V3 and GLM-4.7-Flash
 
 
 @dataclass
 class LatentAttentionSubmodules:
-    """Modules that differ with Transformer Engine; `linear_proj` and `core_attention` as `Attention` reads them."""
+    """Classes that differ with Transformer Engine; `linear_proj` and `core_attention` as `Attention` reads them."""
 
-    linear_up: Any
-    linear_proj: Any
-    core_attention: Any
-    norm: Any
+    linear_up: Build
+    linear_proj: Build
+    core_attention: Build
+    norm: Build
 
 
 class LatentAttention(Attention):
@@ -164,12 +166,16 @@ class PaddedCausalAttention(CausalAttention):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Attend, as `CausalAttention`. Returns [s, B, n*v]."""
         channels, width = value.shape[-1], max(key.shape[-1], value.shape[-1])
-        query, key, value = (functional.pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
+        query, key, value = (_padded(x, width) for x in (query, key, value))
         out = super().forward(query, key, value, *args, **kwargs)
         return out if width == channels else out.unflatten(-1, (-1, width))[..., :channels].flatten(2)
 
 
-def latent_attention_spec(sizes: Latent, value_channels: int, use_te: bool) -> tuple[ModuleSpec, Any]:
+def _padded(x: Tensor, width: int) -> Tensor:
+    return x if x.shape[-1] == width else functional.pad(x, (0, width - x.shape[-1]))
+
+
+def latent_attention_spec(sizes: Latent, value_channels: int, use_te: bool) -> tuple[ModuleSpec, Build]:
     """Return the spec of a layer's attention, and the norm before it, which is not fused into a projection."""
     submodules = LatentAttentionSubmodules(ColumnParallelLinear, RowParallelLinear, PaddedCausalAttention, RMSNorm)
     if use_te:

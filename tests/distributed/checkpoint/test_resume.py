@@ -93,14 +93,15 @@ def test_every_layout_gives_the_same_curve_and_reshards(inputs, one, two, tmp_pa
             assert line == pytest.approx(numbers, rel=1e-4, abs=1e-6), layout
 
 
-@pytest.mark.parametrize("family", ["nemotron_h"])
+@pytest.mark.parametrize("family", ["nemotron_h", "deepseek_v3"])
 @pytest.mark.parametrize("distributed", [True, False])
-def test_tensors_of_several_parts_reshard(inputs, one, two, tmp_path, family, distributed):
-    """Rows of one such tensor go to every rank from several places: weights, master weights and moments alike."""
+def test_tensors_of_other_mixers_reshard(inputs, one, two, tmp_path, family, distributed):
+    """Rows go to every rank from several places, or all of them: weights, master weights and moments alike."""
     student = write_hf(tmp_path / "student", family, seed=2, layers=2, width=32)
     changes = {"student.checkpoint": student, "optimizer.use_distributed_optimizer": distributed}
     one.run(train, inputs, tmp_path / "one", 1, 1, None, changes)
-    two.run(train, inputs, tmp_path / "two", 2, 1, None, changes | {"training.steps": 4, "optimizer.decay_steps": 8})
+    half = {"training.steps": 4, "optimizer.decay_steps": 8, "parallelism.sequence_parallel": family == "deepseek_v3"}
+    two.run(train, inputs, tmp_path / "two", 2, 1, None, changes | half)  # Megatron splits experts with it only
     one.run(train, inputs, tmp_path / "two", 1, 1, None, changes | {"optimizer.decay_steps": 8})
     for line, expected in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
         assert line.pop("kind") == expected.pop("kind")
