@@ -44,6 +44,11 @@ Recipe:
   NAME as the first argument, or --factory NAME. A recipe can have arguments: 'quickstart(steps=20)'.
   `nemo distill recipes` lists them.
 
+Models:
+  Any recipe takes any two checkpoints with one vocabulary: teacher.checkpoint=DIRECTORY student.checkpoint=DIRECTORY.
+  Families, by model_type of config.json:
+{families}
+
 Overrides:
   FIELD=VALUE, any number, applied to the recipe. A dot selects a field of a section: optimizer.lr=1e-4.
   Quote lists for the shell: data.train='["30", "a", "70", "b"]'. None unsets a field: teacher=None
@@ -159,13 +164,16 @@ def _rows(function: Callable[..., Any], prefix: str = "") -> list[str]:
 
 def train_help(function: Callable[..., Any], executors: dict[str, Callable[..., Any]]) -> str:
     """Return the page of `train`: every dotted field, with its default where no recipe sets it."""
+    from distill_nemo.models.families import FAMILIES
+
+    families = textwrap.fill(", ".join(FAMILIES), WIDTH, initial_indent="  ", subsequent_indent="  ")
     parts = _sections(function)
     usage = "Usage: nemo distill train RECIPE [FIELD=VALUE ...] [run.executor=EXECUTOR] [OPTIONS]"
     page = [
         usage,
         parts[""],
         _example(parts),
-        TRAIN,
+        TRAIN.format(families=families),
         "Fields, with their values unless the recipe sets others:",
     ]
     hints = typing.get_type_hints(RunConfig)

@@ -7,6 +7,7 @@ from dataclasses import fields
 import pytest
 
 from distill_nemo.config import ParallelismConfig, sections
+from distill_nemo.models.families import FAMILIES
 from tests.cli.command import BIN, Command, nemo, nemo_here, the_recipes, together
 
 EXECUTORS = {
@@ -51,6 +52,11 @@ def test_a_commands_help_names_every_field_and_gives_an_example_that_uses_them(c
     assert example, page.out
     used = {field for field in re.findall(r"\s([\w.]+)=", example[1]) if not field.startswith("run.")}
     assert used <= set(FIELDS[name] + (FIELDS["train"] if name == "plan" else []))
+
+
+def test_the_help_of_train_names_every_family(capfd):
+    page = " ".join(nemo_here(capfd, "train", "--help").out.split())
+    assert f"Families, by model_type of config.json: {', '.join(FAMILIES)} Overrides:" in page
 
 
 TELL = """\

@@ -27,9 +27,12 @@ def untouched_tensors(path: Path, model: Architecture) -> Untouched:
         model: the architecture.
 
     Raises:
-        ValueError: if there are none, or one is quantised.
+        ValueError: if there are none, one is quantised, or the directory names the model's own tensors differently, as
+            one of images and text does.
     """
     stored, wanted = stored_tensors(path), hf_shapes(model)
+    if not wanted.keys() <= unstacked({name: tensor.shape for name, tensor in stored.items()}, wanted).keys():
+        raise ValueError(f"copy_untouched: {path} holds the student inside another model, and an export is the student")
     of_model = {*wanted, "lm_head.weight"}
     found = {
         name: tensor

@@ -73,6 +73,19 @@ def test_without_being_asked_an_export_has_the_students_tensors_alone(source, on
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 0
 
 
+def test_a_model_inside_another_is_refused(source, tmp_path):
+    setup_device()
+    from distill_nemo.models.checkpoints.untouched import untouched_tensors
+    from distill_nemo.models.resolve import resolve
+
+    path, tensors = source
+    student = resolve(StudentConfig(checkpoint=str(path)))
+    inside = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in tensors.items()}
+    save_file(inside | {"model.visual.weight": torch.ones(2)}, path / "model.safetensors")
+    with pytest.raises(ValueError, match="holds the student inside another model"):
+        untouched_tensors(path, student)
+
+
 def test_a_source_that_has_none_is_refused(one, tmp_path):
     path = Path(write_hf(tmp_path / "in", "llama_tied", layers=1))
     with pytest.raises(ValueError, match=r"copy_untouched: .* holds no tensors besides the student's"):
