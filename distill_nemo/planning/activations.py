@@ -101,6 +101,8 @@ def saved_by_mlp(planned: PlannedRun, model: Architecture, layer: Layer) -> int:
         return bytes_ + planned.item * planned.tokens * pieces * f
     rows = planned.tokens * model.experts.num_experts_per_tok
     bytes_ += planned.item * planned.tokens * pieces * (model.experts.shared_ffn_hidden_size or 0) // tensor
+    if model.experts.has_shared_gate:
+        bytes_ += planned.item * planned.split_tokens * (model.hidden_size + 1)  # output, and its factor
     pieces += 0 if planned.on_gpu else 1
     router = 8 * planned.tokens * model.experts.num_experts
     return bytes_ + planned.item * rows * (pieces * f + 2 * model.hidden_size) + router
@@ -143,10 +145,11 @@ def backward_workspace(planned: PlannedRun, model: Architecture, layer: Layer) -
     """Return the peak bytes of a layer's backward pass beyond its saved tensors.
 
     They are the gradients of both halves of the MLP, whose product's gradient takes the product's place; or those of
-    queries, keys, values and outputs in latent attention, and with capped scores.
+    queries, keys, values and outputs in latent attention, and with capped scores. Shared experts come after the others.
     """
     tensor = planned.config.parallelism.tensor_model_parallel_size
-    f = model.ffn_per_token(layer) // tensor
+    shared = model.experts.shared_ffn_hidden_size or 0 if layer.has_experts and model.experts else 0
+    f = max(model.ffn_per_token(layer) - shared, shared) // tensor
     residual = 2 * planned.item * planned.split_tokens * model.hidden_size
     mixer = backward_workspace_of_mamba(planned, model) if layer.mixer == "mamba" else 0
     after_mlp = _attention_backward(planned, model, layer)

@@ -13,6 +13,8 @@ SHAPE = {"num_layers": 3, "hidden_size": 64, "ffn_hidden_size": 96, "num_attenti
 EXPERTS = {"family": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_ffn_hidden_size": 48}
 MAMBA = {"mamba_num_heads": 8, "mamba_head_dim": 12, "n_groups": 2, "ssm_state_size": 16, "chunk_size": 32}
 MAMBA_LAYERS = {"hybrid_override_pattern": "M-M", **MAMBA}
+SHARED = {"shared_expert_intermediate_size": 768}
+GROUPED = {"n_group": 2, "n_shared_experts": 3}
 DIFFERING = [
     {"attention": {"num_query_groups": 2}, "mlp": {"ffn_hidden_size": 64}},
     {"attention": {"no_op": True}, "mlp": {"ffn_hidden_size": 96}},
@@ -28,6 +30,10 @@ MODELS = {
     "qk-norm": {"family": "qwen3", "kv_channels": 24},
     "norms after, over all heads": {"family": "olmo2", "num_query_groups": 2},
     "experts": EXPERTS,
+    "shared experts, dense layer first": EXPERTS | {"family": "glm4_moe", "family_fields": GROUPED},
+    "gated shared expert": EXPERTS | {"family": "qwen2_moe", "family_fields": {"mlp_only_layers": [1]}},
+    "experts of Mixtral": EXPERTS | {"family": "mixtral"},
+    "experts, norms over all heads": EXPERTS | {"family": "olmoe"},
     "layers without rotary embedding": {"family": "smollm3", "family_fields": {"no_rope_layer_interval": 2}},
     "rotary embedding of a part": {
         "family": "phi3",
@@ -83,7 +89,7 @@ def built(models, sizes):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_parameters_are_those_of_the_models_that_are_built(one, two, layout):
     processes, sizes = LAYOUTS[layout]
-    models = {name: fields for name, fields in MODELS.items() if layout != "ep2" or fields is EXPERTS}
+    models = {name: fields for name, fields in MODELS.items() if layout != "ep2" or "num_experts" in fields}
     if layout == "tp2":
         del models["sinks, experts with biases"]  # which are not split
     for found in (one if processes == 1 else two).run(built, models, sizes):
@@ -109,6 +115,23 @@ CASES = {
     "micro batch 1": replace(SMALL, micro_batch=1),
     "micro batch 4": replace(SMALL, micro_batch=4),
     "experts": replace(SMALL, family="qwen3_moe"),
+    "shared experts, dense layer first": replace(
+        SMALL, family="glm4_moe", fields={f"{role}.family_fields": GROUPED for role in ("student", "teacher")}
+    ),
+    "gated shared expert": replace(
+        SMALL, family="qwen2_moe", teacher=None, fields={"student.family_fields": {"mlp_only_layers": [0]}}
+    ),
+    "gated shared expert, tensor and sequence": replace(
+        SMALL,
+        family="qwen2_moe",
+        fields={
+            "student.family_fields": SHARED,
+            "teacher.family_fields": SHARED,
+            "parallelism.tensor_model_parallel_size": 2,
+            "parallelism.sequence_parallel": True,
+        },
+        ranks=2,
+    ),
     "norms after, over all heads": replace(SMALL, family="olmo2"),
     "latent attention": LATENT_CASE,
     "latent attention, wide values": replace(LATENT_CASE, fields=LATENT_CASE.fields | {"student.kv_channels": 96}),
@@ -199,7 +222,7 @@ def counted_flops(case):
         return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "qwen2_moe"])
 def test_operations_are_those_that_torch_counts(one, family):
     setup_device()
     from distill_nemo.planning.compute import all_work, stage_flops
