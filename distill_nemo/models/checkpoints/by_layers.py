@@ -15,6 +15,7 @@ from distill_nemo.models.checkpoints.pretrained import open_pretrained
 from distill_nemo.models.families.pieces import Piece
 
 OF_EXPERTS = re.compile(r"(.+\.experts)\.(\w+)_proj")  # transformers 5 joins matrices that are stored one by one
+MIXTRAL_BLOCK, MIXTRAL_PARTS = ".block_sparse_moe.", {"gate": "w1", "up": "w3", "down": "w2"}  # it also renames these
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -59,12 +60,14 @@ class _Weights:
     def __init__(self, path: Path, dtype: torch.dtype) -> None:
         self._stored, self._dtype = stored_tensors(path), dtype
         self._prefix = next(name.partition("layers.")[0] for name in self._stored if "layers." in name)
+        self._of_mixtral = any(MIXTRAL_BLOCK in name for name in self._stored)
 
     def __contains__(self, name: str) -> bool:
         return self._in_file(name) in self._stored
 
     def _in_file(self, name: str) -> str:
-        return name.replace("model.", self._prefix, 1)
+        name = name.replace("model.", self._prefix, 1)
+        return name.replace(".mlp.", MIXTRAL_BLOCK) if self._of_mixtral else name
 
     def read(self, name: str) -> Tensor:
         """Return a whole parameter or buffer."""
@@ -83,7 +86,8 @@ class _Weights:
         return [f"{prefix}.{number}" for number in range(count)]
 
     def _expert(self, expert: str, parts: list[str], reader: PieceReader) -> Tensor:
-        return torch.cat([self._whole(f"{expert}.{part}_proj.weight", reader) for part in parts])
+        names = [MIXTRAL_PARTS[part] if self._of_mixtral else f"{part}_proj" for part in parts]
+        return torch.cat([self._whole(f"{expert}.{name}.weight", reader) for name in names])
 
     def _whole(self, name: str, reader: PieceReader) -> Tensor:
         index = tuple(slice(0, size) for size in self._stored[name].shape)
