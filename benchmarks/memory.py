@@ -56,7 +56,7 @@ class Case:
             num_attention_heads=heads,
             num_query_groups=heads // self.groups,
             vocab_size=self.vocab,
-            **(moe if FAMILIES[self.family].experts else {}),
+            **(moe if FAMILIES[self.family].experts and not FAMILIES[self.family].may_be_dense else {}),
         )
 
 

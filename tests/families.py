@@ -78,6 +78,8 @@ def traits(model) -> str:
         "latent attention": model.latent is not None,
         "norms after attention and MLP": model.post_norms,
         "experts": model.experts is not None,
+        "Mamba-2": model.mamba is not None,
+        "MLPs without a gate": not model.gated,
         "sliding windows": any(layer.window for layer in model.layers),
         "layers without rotary embedding": any(layer.rope is None for layer in model.layers),
         "rotary embeddings by type of layer": len(model.ropes) > 1,

@@ -116,3 +116,30 @@ def test_fused_linear_in_bf16_is_no_worse_than_torch(monkeypatch, device, name):
         errors[kernels] = {key: relative(grad, expected[key]) for key, grad in grads.items()}
     for key in errors["eager"]:
         assert errors["triton"][key] <= 1.5 * errors["eager"][key] + 1e-5, errors
+
+
+@pytest.mark.skipif(REHEARSAL, reason="mamba_ssm needs a GPU")
+@pytest.mark.parametrize(("dtype", "allowed"), [(FP32, 5e-3), (torch.bfloat16, 3e-2)], ids=str)  # fp32 as TF32
+def test_mamba_by_kernel_is_that_of_torch(device, dtype, allowed):
+    pytest.importorskip("mamba_ssm")
+    pytest.importorskip("causal_conv1d")
+    from distill_nemo.config import ParallelismConfig, StudentConfig
+    from distill_nemo.models.provider import model_provider
+    from distill_nemo.runtime.process_groups import process_group_of_one
+    from distill_nemo.runtime.seed import seed_everything
+
+    own = {"hybrid_override_pattern": "M", "mamba_num_heads": 8, "n_groups": 2, "ssm_state_size": 64}
+    sizes = {"num_layers": 1, "hidden_size": 128, "ffn_hidden_size": 128, "num_attention_heads": 2, "vocab_size": 512}
+    with process_group_of_one():
+        seed_everything(0)
+        student = StudentConfig(family="nemotron_h", family_fields=own, **sizes)
+        built = model_provider(student=student, parallelism=ParallelismConfig(), dtype=dtype).to(device)
+        mixer = built.decoder.layers[0].self_attention
+        projected = torch.randn(2, 300, sum(mixer.own.projected), device=device, dtype=dtype, requires_grad=True)
+        found = []
+        for mix in (mixer._mix_by_kernel, mixer._mix):
+            output = mix(projected)
+            wanted = [projected, *(weight for name, weight in mixer.named_parameters() if "_proj" not in name)]
+            found.append([output, *torch.autograd.grad(output.square().sum(), wanted)])
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours - theirs).norm() <= allowed * theirs.norm()

@@ -108,7 +108,7 @@ class MambaMixer(MegatronModule):
     def _parameter(self, whole: Tensor, parts: Sequence[int] | None = None) -> nn.Parameter:
         """Return this rank's share of a tensor, or of its parts. All ranks have drawn the same one."""
         own = _share(whole, parts or [len(whole)], self.tp_group.rank(), self.tp_group.size())
-        parameter = nn.Parameter(own.to(torch.cuda.current_device(), self.config.params_dtype))
+        parameter = nn.Parameter(own.to(self.config.params_dtype))
         set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
         return parameter
 

@@ -47,6 +47,11 @@ MODELS = {
     "capped scores": {"family": "gemma2", "kv_channels": 24},
     "sinks, experts with biases": EXPERTS
     | {"family": "gpt_oss", "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    "Mamba and experts": {
+        **EXPERTS,
+        "family": "nemotron_h",
+        "family_fields": {"hybrid_override_pattern": "ME*", "moe_shared_expert_intermediate_size": 40, **MAMBA},
+    },
     "layers that differ": {"block_configs": DIFFERING},
 }
 LAYOUTS = {
