@@ -87,6 +87,9 @@ def traits(model) -> str:
         "of a part of the channels": any(rope.partial_rotary_factor < 1 for rope in model.ropes),
         "multipliers": (model.multipliers.embedding, model.multipliers.residual, model.multipliers.logits) != (1, 1, 1),
         "softcap": model.multipliers.softcap is not None,
+        "softcap of attention's scores": model.multipliers.attention_softcap is not None,
+        "attention sinks": model.attention_sinks,
+        "biases of all linear layers": model.linear_bias,
         f"{model.activation}": model.activation != "silu",
         "tied embeddings": model.tie_word_embeddings,
     }

@@ -26,9 +26,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional
 
-from distill_nemo.models.layers.capped_attention import CappedAttention
-
-QUERY_BLOCK = 256  # queries that share a mask in a layer with a window; each also computes up to as many masked scores
+from distill_nemo.models.layers.capped_attention import QUERY_BLOCK, CappedAttention
 
 
 def split_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
