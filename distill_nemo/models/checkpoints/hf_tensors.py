@@ -80,9 +80,14 @@ def check_hf_tensors(path: Path, model: Architecture) -> dict[str, StoredTensor]
 
 
 def _without_further_layers(stored: dict[str, StoredTensor], model: Architecture) -> dict[str, StoredTensor]:
-    """Leave out the layers after the last one that predict further tokens, as many as config.json states."""
+    """Leave out the layers after the last one that predict further tokens, as many as config.json states.
+
+    Each has a projection of a hidden state beside an embedding (`eh_proj`). Another layer there is one too many.
+    """
     count = model.source.config.get("num_nextn_predict_layers") if model.source else None
-    further = range(model.num_layers, model.num_layers + count) if isinstance(count, int) else ()
+    stated = range(model.num_layers, model.num_layers + count) if isinstance(count, int) else ()
+    with_projection = (match for name in stored if name.endswith(".eh_proj.weight") and (match := LAYER.match(name)))
+    further = {number for match in with_projection if (number := int(match[1])) in stated}
     return {name: x for name, x in stored.items() if not ((match := LAYER.match(name)) and int(match[1]) in further)}
 
 

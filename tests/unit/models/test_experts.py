@@ -195,3 +195,17 @@ def test_a_null_in_place_of_the_rotated_fraction_is_refused(glm, tmp_path):
     path = changed(glm, tmp_path / "in", partial_rotary_factor=None)
     with pytest.raises(ValueError, match=r"partial_rotary_factor = null .* is not supported"):
         resolved(path)
+
+
+def test_a_layer_that_predicts_further_tokens_is_left_out_and_no_other(glm, tmp_path):
+    def one_more(tensors):
+        names = [name for name in tensors if name.startswith("model.layers.1.")]
+        tensors.update({name.replace(".1.", ".2.", 1): tensors[name].clone() for name in names})
+
+    def of_further_tokens(tensors):
+        one_more(tensors)
+        tensors["model.layers.2.eh_proj.weight"] = torch.zeros(64, 128)
+
+    check_logits(changed(glm, tmp_path / "in", of_further_tokens, num_nextn_predict_layers=1))
+    with pytest.raises(ValueError, match="num_hidden_layers = 2, the safetensors hold 3 layers"):
+        resolved(changed(glm, tmp_path / "more", one_more, num_nextn_predict_layers=1))

@@ -43,6 +43,7 @@ def models(tmp_path_factory):
         "qwen3_moe": write_hf(root / "moe", "qwen3_moe", seed=2, layers=2),
         "qwen3_moe_not_normalised": write_hf(root / "moe_2", "qwen3_moe_not_normalised", seed=2, layers=2),
         "dense": write_hf(root / "dense", "qwen3", seed=3, width=32, layers=2),
+        "glm4_moe": write_hf(root / "glm4_moe", "glm4_moe", seed=4, width=32, layers=2),
     }
 
 
@@ -188,7 +189,7 @@ def train(inputs, models, output, student, sizes, steps=8):
     run_config(run)
 
 
-@pytest.mark.parametrize("student", ["qwen3_moe", "dense"])
+@pytest.mark.parametrize("student", ["qwen3_moe", "dense", "glm4_moe"])
 def test_a_run_gives_one_curve_at_every_layout_and_resumes(inputs, models, groups, tmp_path, student):
     curves = {}
     for layout in ("one", "ep2", "tp2"):
