@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from distill_nemo.config import StudentConfig
+from distill_nemo.models.families import FAMILIES
 from tests.tiny_models import NO_TOKENS, known, random_model
 from tests.unit.models.test_huggingface import logits_of, transformers_logits
 
@@ -64,6 +65,10 @@ def scaled(config):
     pattern = "".join(dict.fromkeys(config.get("hybrid_override_pattern", ""))) * LAYERS  # each kind in turn
     kinds = {"hybrid_override_pattern": pattern[:LAYERS]} if pattern else {}
     return config | sizes | NO_TOKENS | kinds | ({"rope_scaling": rope} if rope else {})
+
+
+def test_every_family_has_released_models():
+    assert {row["config"]["model_type"] for row in REAL.values()} == FAMILIES.keys()
 
 
 @pytest.mark.parametrize("name", REAL)
