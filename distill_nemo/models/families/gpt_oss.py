@@ -17,6 +17,7 @@ from distill_nemo.models.families.pieces import (
     Piece,
     Place,
     Rule,
+    SizedRule,
     Table,
     clip,
     column_parallel,
@@ -24,6 +25,7 @@ from distill_nemo.models.families.pieces import (
     ffn,
     hidden,
     replicated,
+    sized,
 )
 from distill_nemo.models.families.windows import AlternatingWindows, with_windows
 
@@ -38,6 +40,7 @@ class GptOssFields(AlternatingWindows):
     sliding_window: int | None = setting(128, at_least=1, at_most=MAX_POSITIONS)
 
 
+@sized(lambda name, *others: {name: ((experts,), *((hidden,) for _ in others), (ffn, ffn))})
 def _interleaved(name: str, *others: int) -> Rule:
     """Split gate and up projection separately: the even and the odd of an expert's last dimension.
 
@@ -90,8 +93,8 @@ TABLE: Table = {
     "mlp.router.bias": replicated(LAYER + "mlp.router.bias", experts),
     EXPERT + "linear_fc1.weight": _interleaved(GATE_UP, 1),
     EXPERT + "linear_fc1.bias": _interleaved(GATE_UP + "_bias"),
-    EXPERT + "linear_fc2.weight": _transposed,
-    EXPERT + "linear_fc2.bias": _down_bias,
+    EXPERT + "linear_fc2.weight": SizedRule(_transposed, {DOWN: ((experts,), (ffn,), (hidden,))}),
+    EXPERT + "linear_fc2.bias": SizedRule(_down_bias, {DOWN + "_bias": ((experts,), (hidden,))}),
 }
 
 
