@@ -1,5 +1,6 @@
 """The oracle of a distillation: transformers and torch in fp64, one process, sharing no code with the package."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def reference(case: Case, dtype: torch.dtype = torch.float64) -> tuple[dict[str,
             for number in range(len(kd["hidden_layers"])):
                 a, b = ours[number], theirs[number]
                 if a.shape[-1] != b.shape[-1]:
-                    projections[f"{PROJECTION}{number}"] = weight = _projection(a.shape[-1], b.shape[-1], number)
+                    projections[f"{PROJECTION}{number}"] = weight = _projection(a.shape[-1], b.shape[-1], number, dtype)
                     a = a @ weight.T
                 mse, cosine = (a - b).square().mean(-1), 1 - functional.cosine_similarity(a, b, dim=-1)
                 each.append(mean(mse if kd["hidden_loss"] == "mse" else cosine))
@@ -98,7 +99,7 @@ def _forward(
             outputs[number] = output[0] if isinstance(output, tuple) else output
 
         layer.register_forward_hook(keep)
-    tokens = case.batch()["tokens"]
+    tokens, model = case.batch()["tokens"], with_recurrence(model, dtype)
     if not case.documents:
         outputs["logits"] = model(tokens, use_cache=False).logits
         return model, outputs
@@ -112,6 +113,40 @@ def _forward(
         for name, values in parts.items():
             rows.setdefault(name, []).append(torch.cat(values, dim=1))
     return model, {name: torch.cat(values) for name, values in rows.items()}
+
+
+def with_recurrence(model: Any, dtype: torch.dtype = torch.float64) -> Any:
+    """Let gated delta nets of a model of transformers compute token by token. Their chunks are in fp32."""
+    for module in model.modules():
+        if hasattr(module, "chunk_gated_delta_rule"):
+            module.chunk_gated_delta_rule = partial(delta_rule, dtype=dtype)
+    return model
+
+
+def delta_rule(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    g: torch.Tensor,
+    beta: torch.Tensor,
+    dtype: torch.dtype = torch.float64,
+    **_: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the outputs of gated delta nets, token by token, and the last state.
+
+    Shapes: [B, S, heads, channels]; logarithms of decays `g` and write strengths `beta` are [B, S, heads].
+    """
+    given = v.dtype
+    q, k, v, g, beta = (x.to(dtype) for x in (q, k, v, g, beta))
+    q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
+    state, outputs = v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3]), []
+    for t in range(v.shape[1]):
+        state = state * g[:, t, :, None, None].exp()
+        wrong = v[:, t] - (k[:, t, :, None] @ state)[..., 0, :]
+        state = state + k[:, t, ..., None] * (beta[:, t, :, None] * wrong)[..., None, :]
+        outputs.append((q[:, t, :, None] @ state)[..., 0, :] / q.shape[3] ** 0.5)
+    return torch.stack(outputs, 1).to(given), state
 
 
 def _divergence(a: torch.Tensor, b: torch.Tensor, kd: dict[str, Any]) -> torch.Tensor:
@@ -146,11 +181,11 @@ def _against_teacher(z: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> 
     }
 
 
-def _projection(width: int, to: int, number: int) -> torch.Tensor:
+def _projection(width: int, to: int, number: int, dtype: torch.dtype) -> torch.Tensor:
     """Return the projection's initial weights in the package: seeded, so that every layout has the same."""
     weight = torch.empty(to, width)
     torch.nn.init.kaiming_uniform_(weight, a=5**0.5, generator=torch.Generator().manual_seed(number))
-    return weight.double().requires_grad_()
+    return weight.to(dtype).requires_grad_()
 
 
 def _total(losses: dict[str, torch.Tensor], kd: dict[str, Any]) -> torch.Tensor:

@@ -58,6 +58,9 @@ FAMILIES = (
     "qwen3",
     "qwen3_moe",
     "qwen3_moe_dense_layers",
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+    "qwen3_next",
     "seed_oss",
     "smollm3",
 )
@@ -94,6 +97,16 @@ NEMOTRON = {
     "time_step_min": 1e-9,
     "time_step_floor": 0.2,  # else random weights have steps so small that no output depends on the states
     "use_mamba_kernels": False,
+    **NO_TOKENS,
+}
+DELTA_NET = {
+    "linear_num_key_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_num_value_heads": 8,
+    "linear_value_head_dim": 12,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "head_dim": 24,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
     **NO_TOKENS,
 }
 OWN_FIELDS = {  # of config.json
@@ -185,6 +198,9 @@ OWN_FIELDS = {  # of config.json
         "rope_scaling": YARN_ROPE,
         **NO_TOKENS,
     },
+    "qwen3_5_text": {**DELTA_NET},
+    "qwen3_5_moe_text": {**EXPERTS, "shared_expert_intermediate_size": 40, **DELTA_NET},
+    "qwen3_next": {**EXPERTS, "shared_expert_intermediate_size": 40, "mlp_only_layers": [1], **DELTA_NET},
     "seed_oss": {"head_dim": 24, **NO_TOKENS},
     "smollm3": {"no_rope_layer_interval": 2, **NO_TOKENS},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5, "head_dim": 24, **NO_TOKENS},

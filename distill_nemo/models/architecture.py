@@ -170,6 +170,35 @@ class Latent:
 
 
 @dataclass(frozen=True)
+class DeltaNet:
+    """Gated delta nets, the same in every layer that has one. Fields are named as in `config.json` and in Megatron.
+
+    Args:
+        linear_num_key_heads: number of heads of queries and keys.
+        linear_key_head_dim: channels of such a head.
+        linear_num_value_heads: number of heads of values, decays and gates, a multiple of the key heads.
+        linear_value_head_dim: channels of such a head.
+        linear_conv_kernel_dim: tokens that the causal convolution sees, the present one included.
+    """
+
+    linear_num_key_heads: int
+    linear_key_head_dim: int
+    linear_num_value_heads: int
+    linear_value_head_dim: int
+    linear_conv_kernel_dim: int
+
+    @property
+    def key_channels(self) -> int:
+        """Channels of all keys."""
+        return self.linear_num_key_heads * self.linear_key_head_dim
+
+    @property
+    def value_channels(self) -> int:
+        """Channels of all values."""
+        return self.linear_num_value_heads * self.linear_value_head_dim
+
+
+@dataclass(frozen=True)
 class Multipliers:
     """Constants that a model multiplies by, and the caps of its logits and of attention's scores.
 
@@ -214,6 +243,7 @@ class Architecture:
         attention_sinks: each head has a learned score that its softmax counts and whose value is 0.
         pre_norms: attention and MLP read a normalised residual stream.
         post_norms: outputs of attention and MLP are normalised before they are added to the residual stream.
+        output_gate: each channel of attention's output is multiplied by the sigmoid of a gate.
         activation: activation of the MLPs.
         gated: an MLP multiplies its activation with a second projection.
         layers: sizes of each layer.
@@ -221,6 +251,7 @@ class Architecture:
         experts: mixture of experts of the layers that have one; None for a dense model.
         mamba: sizes of Mamba mixers; None if no layer has one.
         latent: sizes of latent attention; None if no layer has it.
+        delta_net: None for a model without gated delta nets.
         multipliers: constants for embeddings, residual branches and logits.
         family_fields: all fields of config.json that only this family has (`Family.own_fields`).
         init_std: standard deviation of random weights.
@@ -249,6 +280,7 @@ class Architecture:
     attention_sinks: bool
     pre_norms: bool
     post_norms: bool
+    output_gate: bool
     activation: Activation
     gated: bool
     layers: tuple[Layer, ...]
@@ -256,6 +288,7 @@ class Architecture:
     experts: Experts | None
     mamba: Mamba | None
     latent: Latent | None
+    delta_net: DeltaNet | None
     multipliers: Multipliers
     family_fields: dict[str, Any]
     init_std: float

@@ -70,6 +70,7 @@ def transformer_config(
         activation_func=ACTIVATIONS[model.activation],
         add_bias_linear=model.linear_bias,
         add_qkv_bias=model.qkv_bias,
+        attention_output_gate=model.output_gate,
         qk_layernorm=model.qk_norm and not model.wide_qk_norm,
         softmax_type="learnable" if model.attention_sinks else "vanilla",
         no_rope_freq=no_rope if any(no_rope) else None,
@@ -101,7 +102,18 @@ def transformer_config(
         hetereogenous_dist_checkpoint=_layers_differ(model),
     )
     experts = expert_settings(model, parallelism, dtype)
-    return kind(**{**fields, **differing, **experts, **FAMILIES[model.family].settings(model)})
+    delta_nets = _delta_net_settings(model, parallelism, dtype)
+    return kind(**{**fields, **differing, **experts, **delta_nets, **FAMILIES[model.family].settings(model)})
+
+
+def _delta_net_settings(model: Architecture, parallelism: ParallelismConfig, dtype: torch.dtype) -> dict[str, Any]:
+    if model.delta_net is None:
+        return {}
+    try:
+        from distill_nemo.models.layers.gated_delta_net import delta_net_settings
+    except ImportError as error:
+        raise ValueError(f"{model.name}: its gated delta nets need megatron-core 0.19: {error}") from None
+    return delta_net_settings(model, model.delta_net, parallelism, dtype)
 
 
 def _layers_differ(model: Architecture) -> bool:

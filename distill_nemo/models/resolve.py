@@ -21,7 +21,7 @@ from distill_nemo.models.config_fields import (
 )
 from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.families.family import Family, resolve_own_fields
-from distill_nemo.models.families.huggingface import from_huggingface
+from distill_nemo.models.families.huggingface import from_huggingface, read_config
 from distill_nemo.models.families.rope import resolve_ropes
 from distill_nemo.models.layers.block_configs import read_block_configs
 from distill_nemo.models.layers.rotary import frequencies
@@ -42,7 +42,7 @@ UPPER_LIMITS = {
     "max_position_embeddings": MAX_POSITIONS,
 }
 TRAITS = (  # of families
-    *("qkv_bias", "linear_bias", "qk_norm", "wide_qk_norm", "attention_sinks"),
+    *("qkv_bias", "linear_bias", "qk_norm", "wide_qk_norm", "attention_sinks", "output_gate"),
     *("pre_norms", "post_norms", "activation", "gated"),
 )
 WITHOUT_DEFAULT = ("rope_scaling", "block_configs", *EXPERT_SIZES)  # None means that the model has none
@@ -138,6 +138,7 @@ def _architecture(name: str, source: Source | None, values: dict[str, Any]) -> A
         ropes=_ropes(name, values, family),
         layers=layers,
         experts=family.experts(values) if family.experts and _has_experts(values) else None,
+        delta_net=family.delta_net(values) if family.delta_net else None,
         multipliers=family.multipliers(values),
         mamba=family.mamba(values) if family.mamba else None,
         latent=family.latent(values) if family.latent else None,
@@ -262,7 +263,7 @@ def read_source(checkpoint: str) -> tuple[Source, dict[str, Any]]:
         own = dataclasses.asdict(stated)
         described = {k: v for k, v in own.items() if k != "checkpoint" and (v is not None or k in WITHOUT_DEFAULT)}
     elif found.kind is CheckpointKind.HUGGING_FACE:
-        config = read_object(found.description)
+        config = read_config(found.description)
         described = from_huggingface(config, found.weights)
     else:
         described = read_nemo_config(found.description)

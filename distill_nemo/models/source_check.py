@@ -101,7 +101,8 @@ def _small(source: Source, model: Architecture) -> Iterator[tuple[Path, Architec
     config = dict(source.config)
     quantised = config.pop(FIELD, None)  # which transformers opens with further packages only
     unreadable = int(transformers.__version__.split(".")[0]) < 5 and config.get("rope_parameters")
-    if num_parameters(model) <= WHOLE and not unreadable and not quantised:
+    of_wrapper = FAMILIES[model.family].wrapper is not None and any(x.name for x in source.tensors.values())
+    if num_parameters(model) <= WHOLE and not (unreadable or quantised or of_wrapper):
         yield source.weights, model
         return
     if unreadable:  # transformers 4 ignores it and uses base 10000

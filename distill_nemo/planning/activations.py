@@ -10,6 +10,7 @@ channels (N, K, F on one tensor-parallel rank).
 
 from distill_nemo.models.architecture import FUSED_ACTIVATIONS, Architecture, Layer
 from distill_nemo.models.layers.capped_attention import QUERY_BLOCK
+from distill_nemo.planning.delta_nets import delta_net_workspace, saved_by_delta_net
 from distill_nemo.planning.latent_attention import (
     backward_workspace_of_latent_attention,
     forward_workspace_of_latent_attention,
@@ -33,6 +34,8 @@ def _saved_by_mixer(planned: PlannedRun, model: Architecture, layer: Layer, reco
         assert model.latent is not None
         latents = _norm(planned, model.latent.kv_lora_rank) + _norm(planned, model.latent.q_lora_rank or 0)
         return _norms(planned, model) + latents + saved_by_latent_attention(planned, model, recompute)
+    if layer.mixer == "gated_delta_net":
+        return _norms(planned, model) + saved_by_delta_net(planned, model)
     return 0 if layer.num_query_groups is None else _saved_by_attention(planned, model, layer, recompute)
 
 
@@ -43,14 +46,16 @@ def _saved_by_attention(planned: PlannedRun, model: Architecture, layer: Layer, 
     qk_norm = model.qk_norm
     bytes_ = _norms(planned, model)
     softmax_statistics = 4 * tokens * model.num_attention_heads // tensor
+    gate = n if model.output_gate else 0
     if planned.transformer_engine and not model.needs_own_attention:
-        return bytes_ + softmax_statistics + item * tokens * (2 * n + 2 * k + (n + k if qk_norm else 0))
+        return bytes_ + softmax_statistics + item * tokens * (2 * n + 2 * k + (n + k if qk_norm else 0) + 2 * gate)
     if recompute != "selective":
         bytes_ += softmax_statistics
     grouped, capped = k < n, model.multipliers.attention_softcap is not None
     as_given = recompute == "selective" or capped  # queries, keys and values, not copies of them
     whole = not grouped or as_given or (qk_norm and item == 4)  # a view of joint q, k, v is saved
-    numbers = 2 * n + (n + 2 * k if whole else 0)  # queries, the output
+    numbers = 2 * n + (n + 2 * k + gate if whole else 0)  # queries, the output
+    numbers += 2 * gate  # its sigmoid, and the product
     if as_given:
         numbers += k
     elif model.attention_sinks:
@@ -181,6 +186,8 @@ def forward_workspace(planned: PlannedRun, model: Architecture, layer: Layer) ->
         return residual + max(mlp, forward_workspace_of_mamba(planned, model))
     if layer.mixer == "latent_attention":
         return residual + max(mlp, forward_workspace_of_latent_attention(planned, model))
+    if layer.mixer == "gated_delta_net":
+        return residual + max(mlp, delta_net_workspace(planned, model))
     if layer.num_query_groups is None:
         return residual + mlp
     n = model.num_attention_heads * model.kv_channels // tensor

@@ -7,6 +7,7 @@ computes half of the scores, or those in a sliding window. Norms, softmax, the d
 from dataclasses import dataclass
 
 from distill_nemo.models.architecture import Architecture, Layer, padded_vocab_size
+from distill_nemo.planning.delta_nets import delta_net_flops
 from distill_nemo.planning.latent_attention import latent_attention_flops
 from distill_nemo.planning.mamba import mamba_flops
 from distill_nemo.planning.parameters import layers_of, stages_of, total_parameters
@@ -26,9 +27,11 @@ def layer_flops(model: Architecture, layer: Layer, length: int) -> tuple[float, 
         products += mamba_flops(model, length)
     elif layer.mixer == "latent_attention":
         products, core = latent_attention_flops(model, seen_keys(layer, length))
+    elif layer.mixer == "gated_delta_net":
+        products += delta_net_flops(model)
     elif layer.num_query_groups is not None:
         n, k = model.num_attention_heads * model.kv_channels, layer.num_query_groups * model.kv_channels
-        products += 2 * model.hidden_size * (n + 2 * k) + 2 * n * model.hidden_size
+        products += 2 * model.hidden_size * (n * (2 if model.output_gate else 1) + 2 * k) + 2 * n * model.hidden_size
         core = 4 * seen_keys(layer, length) * n  # scores, and their product with the values
     if layer.ffn_hidden_size is not None:
         products += (6 if model.gated else 4) * model.hidden_size * model.ffn_per_token(layer)

@@ -60,6 +60,7 @@ def quiet_third_parties() -> None:
         r"The \.grad attribute",
         "Please use DTensor",
         r"barrier\(\): using the device",
+        "Using a non-tuple sequence",  # gated delta nets under context parallelism
     ):
         warnings.filterwarnings("ignore", message=f".*{text}")
     for name in ("megatron", "modelopt", "transformers", "torch.utils.cpp_extension", "torch.distributed"):

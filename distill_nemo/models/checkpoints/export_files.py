@@ -19,10 +19,10 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from distill_nemo.config import StudentConfig
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.pretrained import empty_model, open_pretrained
-from distill_nemo.models.families.huggingface import from_huggingface, to_huggingface
+from distill_nemo.models.families.huggingface import from_huggingface, read_config, to_huggingface
 from distill_nemo.models.families.rope import ROPE_FIELDS
 from distill_nemo.models.quantisation import FIELD
-from distill_nemo.runtime.files import read_object, read_object_if_any
+from distill_nemo.runtime.files import read_object_if_any
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -197,7 +197,7 @@ def _source_config(source: Path, model: Architecture) -> dict[str, Any]:
     """Return the source's `config.json`, or an empty one if the directory holds another model by now."""
     if model.source is not None and model.source.weights == source:
         return model.source.config
-    config = read_object(source / "config.json")
+    config = read_config(source / "config.json")
     stated, own = from_huggingface(config, source), dataclasses.asdict(model.filled(StudentConfig()))
     differing = [name for name, value in stated.items() if name != "vocab_size" and own[name] != value]
     if not differing:

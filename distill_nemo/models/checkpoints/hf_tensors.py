@@ -19,6 +19,7 @@ from distill_nemo.models.checkpoints.quantised import merge_scales, read_quantis
 from distill_nemo.models.checkpoints.stacked_experts import in_stack, unstacked
 from distill_nemo.models.config_fields import shown
 from distill_nemo.models.families import FAMILIES
+from distill_nemo.models.families.family import Family
 from distill_nemo.models.families.pieces import Piece
 from distill_nemo.models.families.tensors import hf_shapes
 from distill_nemo.models.quantisation import read_quantisation
@@ -56,6 +57,7 @@ def check_hf_tensors(path: Path, model: Architecture) -> dict[str, StoredTensor]
     for name, usual in FAMILIES[model.family].other_names.items():
         if name in stored:
             stored[usual] = stored.pop(name)._replace(name=name)
+    stored = _of_text_model(stored, FAMILIES[model.family])
     _check_dtypes(path, stored)
     layers = 1 + max((int(match[1]) for name in stored if (match := LAYER.match(name))), default=-1)
     if layers != model.num_layers:
@@ -89,6 +91,21 @@ def _without_further_layers(stored: dict[str, StoredTensor], model: Architecture
     with_projection = (match for name in stored if name.endswith(".eh_proj.weight") and (match := LAYER.match(name)))
     further = {number for match in with_projection if (number := int(match[1])) in stated}
     return {name: x for name, x in stored.items() if not ((match := LAYER.match(name)) and int(match[1]) in further)}
+
+
+def _of_text_model(stored: dict[str, StoredTensor], family: Family) -> dict[str, StoredTensor]:
+    """Leave out tensors that transformers ignores, and the prefix of a model of images and text."""
+    found: dict[str, StoredTensor] = {}
+    for name, tensor in stored.items():
+        if name.startswith(family.ignored_tensors):
+            continue
+        own = name
+        if family.wrapper is not None and name.startswith(family.wrapper.prefix):
+            own, tensor = "model." + name.removeprefix(family.wrapper.prefix), tensor._replace(name=name)
+        if own in found:
+            raise ValueError(f"{name:.120} is stored twice: {own:.120} stands for it, too")
+        found[own] = tensor
+    return found
 
 
 def check_tied_weights(stored: Mapping[str, StoredTensor], model: Architecture) -> None:

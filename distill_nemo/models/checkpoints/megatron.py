@@ -26,6 +26,12 @@ from distill_nemo.runtime.pickles import read_contents, weights_only
 PREFIXES = ("", "model.", "module.", "model.module.", "module.module.")  # Megatron, NeMo 1 and ours, NeMo 2, wrapped
 # Keys that are not the model's: optimizer states; Transformer Engine's extra states; what ModelOpt's distillation adds.
 IGNORED = re.compile(r"^(chained_\d+\.)?optimizer\b|^rng|_extra_state\b|(^|\.)(_teacher_model|_loss_modules)\.")
+# Tensors that Megatron stores in parts: the axis of the parts, counted from the end, and their names.
+STORED_IN_PARTS = {
+    "linear_fc1.weight": (-2, ("_w", "_v")),  # of ModelOpt's quantised MLPs
+    "self_attention.in_proj.weight": (-2, (".query", ".key", ".value", ".z", ".beta", ".alpha")),
+    "self_attention.conv1d.weight": (-3, (".query", ".key", ".value")),
+}
 LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 MAX_VOCAB_PADDING = 128 * 64  # Megatron pads to a multiple of 128 times the tensor parallel size
 
@@ -91,10 +97,18 @@ def stored_tensors(directory: Path) -> Shapes:
             raise ValueError(f"{directory / name} is truncated: {size:,} bytes, needs {end:,}")
     quantizer = re.compile(r"_quantizer\b" if (directory / MODELOPT_STATE).is_dir() else r"(?!)")
     shapes = {k: tuple(t.size) for k, t in tensors.items() if not IGNORED.search(k) and not quantizer.search(k)}
-    for name in [name.removesuffix("_w") for name in shapes if name.endswith("linear_fc1.weight_w")]:
-        gate, up = shapes.pop(name + "_w"), shapes.pop(name + "_v", ())  # as ModelOpt's quantised MLPs are stored
-        shapes[name] = (*gate[:-2], 2 * gate[-2], gate[-1]) if gate == up else gate
+    for tensor, (axis, parts) in STORED_IN_PARTS.items():
+        for name in [name.removesuffix(parts[0]) for name in shapes if name.endswith(tensor + parts[0])]:
+            shapes[name] = _joined([shapes.pop(name + part, ()) for part in parts], axis)
     return shapes
+
+
+def _joined(parts: list[tuple[int, ...]], axis: int) -> tuple[int, ...]:
+    """Return the shape of all parts together along an axis, counted from the end; the first one's if they differ."""
+    first = parts[0]
+    if len({(len(part), part[:axis], part[axis:][1:]) for part in parts}) > 1:
+        return first
+    return (*first[:axis], sum(part[axis] for part in parts), *first[axis:][1:])
 
 
 def stored_dtype(directory: Path) -> torch.dtype:
@@ -126,8 +140,11 @@ def expected_shapes(model: Architecture) -> tuple[list[Shapes], Shapes]:
             fused, shape = f"{EXPERT}experts.{name.removeprefix(EXPERT)}", (model.experts.num_experts, *shape)
         elif parameter.place.layer.has_experts and name == "pre_mlp_layernorm.weight":
             fused = name  # the norm before a router is a module of its own
-        elif parameter.place.layer.mixer == "latent_attention" and name == "input_layernorm.weight":
-            fused = name  # it has two readers
+        elif name == "input_layernorm.weight" and parameter.place.layer.mixer in (
+            "latent_attention",
+            "gated_delta_net",
+        ):
+            fused = name  # not fused: a latent has two readers
         layers[parameter.place.number][fused] = shape
     return layers, around
 

@@ -19,7 +19,10 @@ from distill_nemo.models.families.phi3 import PHI3
 from distill_nemo.models.families.qwen2 import QWEN2
 from distill_nemo.models.families.qwen2_moe import QWEN2_MOE
 from distill_nemo.models.families.qwen3 import QWEN3
+from distill_nemo.models.families.qwen3_5 import QWEN3_5_TEXT
+from distill_nemo.models.families.qwen3_5_moe import QWEN3_5_MOE_TEXT
 from distill_nemo.models.families.qwen3_moe import QWEN3_MOE
+from distill_nemo.models.families.qwen3_next import QWEN3_NEXT
 from distill_nemo.models.families.seed_oss import SEED_OSS
 from distill_nemo.models.families.smollm3 import SMOLLM3
 
@@ -27,6 +30,7 @@ FAMILIES = {
     family.model_type: family
     for family in (
         *(DEEPSEEK_V3, GEMMA2, GEMMA3_TEXT, GLM4_MOE, GLM4_MOE_LITE, GPT_OSS, GRANITE, LLAMA, MINISTRAL, MISTRAL),
-        *(MIXTRAL, NEMOTRON_H, OLMO2, OLMO3, OLMOE, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, SEED_OSS, SMOLLM3),
+        *(MIXTRAL, NEMOTRON_H, OLMO2, OLMO3, OLMOE, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_5_MOE_TEXT),
+        *(QWEN3_5_TEXT, QWEN3_MOE, QWEN3_NEXT, SEED_OSS, SMOLLM3),
     )
 }

@@ -11,6 +11,7 @@ from distill_nemo.models.architecture import (
     EXPERT_FIELDS,
     Activation,
     Architecture,
+    DeltaNet,
     Experts,
     Latent,
     Layer,
@@ -49,6 +50,23 @@ def softmax_experts(values: dict[str, Any]) -> Experts:
 
 
 @dataclass(frozen=True)
+class Wrapper:
+    """A model of images and text whose `config.json` has that of the text model under `text_config`.
+
+    Only the text model is read. Exports are of the text model's class.
+
+    Args:
+        model_type: in `config.json`.
+        hf_class: in `config.json`, under `architectures`.
+        prefix: before the names of the text model's tensors, in place of `model.`.
+    """
+
+    model_type: str
+    hf_class: str
+    prefix: str
+
+
+@dataclass(frozen=True)
 class Family:
     """Models that one class of transformers describes.
 
@@ -63,6 +81,7 @@ class Family:
         attention_sinks: each head has a learned score that its softmax counts and whose value is 0.
         pre_norms: attention and MLP read a normalised residual stream.
         post_norms: outputs of attention and MLP are normalised before they are added to the residual stream.
+        output_gate: each channel of attention's output is multiplied by the sigmoid of a gate.
         activation: activation of the MLPs.
         gated: an MLP multiplies its activation with a second projection.
         experts: mixture of experts, from the model's `ModelConfig` fields; None: the family has none.
@@ -80,6 +99,7 @@ class Family:
             experts, they come with experts in all layers.
         latent: sizes of latent attention, from the model's `ModelConfig` fields; None: the family has none.
         mamba: sizes of Mamba mixers, from the model's `ModelConfig` fields; None: the family has none.
+        delta_net: gated delta nets, from the model's `ModelConfig` fields; None: the family has none.
         multipliers: constants that a model multiplies by, from its `ModelConfig` fields.
         settings: further fields of Megatron's TransformerConfig, which override the common ones.
         traits: `Architecture` fields that override those above, from the model's `ModelConfig` fields.
@@ -87,6 +107,8 @@ class Family:
         reference: values of `config.json` with which transformers computes without CUDA what the authors' kernels do.
         other_names: names under which some directories hold a tensor, mapped to those of the tables.
         table_around: tensors outside the layers; by default those of Llama.
+        wrapper: model of images and text that the family is a part of.
+        ignored_tensors: beginnings of names of tensors that its class ignores in a directory.
     """
 
     model_type: str
@@ -99,6 +121,7 @@ class Family:
     attention_sinks: bool = False
     pre_norms: bool = True
     post_norms: bool = False
+    output_gate: bool = False
     activation: Activation = "silu"
     gated: bool = True
     experts: Callable[[dict[str, Any]], Experts] | None = None
@@ -112,6 +135,7 @@ class Family:
     layers: Callable[[dict[str, Any], tuple[Layer, ...]], tuple[Layer, ...]] = lambda values, layers: layers
     latent: Callable[[dict[str, Any]], Latent] | None = None
     mamba: Callable[[dict[str, Any]], Mamba] | None = None
+    delta_net: Callable[[dict[str, Any]], DeltaNet] | None = None
     multipliers: Callable[[dict[str, Any]], Multipliers] = lambda values: Multipliers()
     settings: Callable[[Architecture], dict[str, Any]] = lambda model: {}
     traits: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: {}
@@ -121,6 +145,8 @@ class Family:
     reference: dict[str, Any] = field(default_factory=dict)
     other_names: dict[str, str] = field(default_factory=dict)
     table_around: Callable[[Architecture], Table] = table_around
+    wrapper: Wrapper | None = None
+    ignored_tensors: tuple[str, ...] = ()
 
     @property
     def own_names(self) -> set[str]:

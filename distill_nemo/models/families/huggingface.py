@@ -9,11 +9,45 @@ from distill_nemo.fields import suggest
 from distill_nemo.models.architecture import EXPERT_FIELDS, Architecture
 from distill_nemo.models.config_fields import MAX_HEADS, MAX_LAYERS, MAX_POSITIONS, Fields, shown
 from distill_nemo.models.families import FAMILIES
-from distill_nemo.models.families.family import Family, resolve_own_fields
+from distill_nemo.models.families.family import Family, Wrapper, resolve_own_fields
 from distill_nemo.models.families.rope import read_rope, write_rope
-from distill_nemo.models.quantisation import read_quantisation
+from distill_nemo.models.quantisation import FIELD, read_quantisation
+from distill_nemo.runtime.files import read_object
 
 MAX_LABELS = 100_000
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """Return the content of a `config.json`; of a model of images and text, the part that describes its text model.
+
+    Raises:
+        ValueError: if the file cannot be read, or does not describe a text model.
+    """
+    config = read_object(file)
+    for family in FAMILIES.values():
+        if family.wrapper is not None and config.get("model_type") == family.wrapper.model_type:
+            return _text_config(Fields(config, str(file)), family, family.wrapper)
+    return config
+
+
+def _text_config(config: Fields, family: Family, wrapper: Wrapper) -> dict[str, Any]:
+    _check_class(config, wrapper.model_type, wrapper.hf_class)
+    text = config.mapping("text_config")
+    if not text.values:
+        raise config.wrong("text_config", "an object that describes the text model")
+    if text.text("model_type", family.model_type) != family.model_type:
+        raise text.wrong("model_type", f'"{family.model_type}"')
+    around = {FIELD: config.values[FIELD]} if config.values.get(FIELD) else {}
+    return {"model_type": family.model_type, **text.values, **around}
+
+
+def _check_class(config: Fields, model_type: str, hf_class: str) -> None:
+    named = config.values.get("architectures")
+    if named and named != [hf_class]:
+        raise ValueError(
+            f'{config.where}: architectures {shown(named)} is not supported; with model_type "{model_type}" it '
+            f'must be ["{hf_class}"], null or absent'
+        )
 
 
 def from_huggingface(config: dict[str, Any], where: Path) -> dict[str, Any]:
@@ -66,12 +100,8 @@ def from_huggingface(config: dict[str, Any], where: Path) -> dict[str, Any]:
 def _refuse_features(family: Family, fields: Fields) -> None:
     """Refuse features that would be computed differently from transformers."""
     config = fields.values
-    named, kinds = config.get("architectures"), config.get("layer_types")
-    if named and named != [family.hf_class]:
-        raise ValueError(
-            f'{fields.where}: architectures {shown(named)} is not supported; with model_type "{family.model_type}" it '
-            f'must be ["{family.hf_class}"], null or absent'
-        )
+    kinds = config.get("layer_types")
+    _check_class(fields, family.model_type, family.hf_class)
     activation = fields.text("hidden_act", family.activation)
     refused = {
         **family.refused(fields),

@@ -156,7 +156,7 @@ def clip(pieces: Iterable[Piece], place: Place) -> list[Piece]:
 @sized(lambda name, *shape: {name: tuple((size,) for size in shape)})
 def replicated(name: str, *shape: Size) -> Rule:
     """Give every rank the whole tensor."""
-    return lambda place: [_part(name, place, *((0, size(place)) for size in shape))]
+    return lambda place: [piece_of(name, place, *((0, size(place)) for size in shape))]
 
 
 @sized(lambda name, *shape: {name: tuple((size,) for size in shape)})
@@ -172,7 +172,7 @@ def row_parallel(name: str, rows: Size, columns: Size) -> Rule:
     def pieces(place: Place) -> list[Piece]:
         share, rest = divmod(columns(place), place.size)
         assert not rest, f"{columns(place)} columns on {place.size} ranks"
-        return [_part(name, place, (0, rows(place)), (place.rank * share, (place.rank + 1) * share))]
+        return [piece_of(name, place, (0, rows(place)), (place.rank * share, (place.rank + 1) * share))]
 
     return pieces
 
@@ -184,7 +184,7 @@ def vocabulary(name: str) -> Rule:
     def pieces(place: Place) -> list[Piece]:
         rows, width = place.model.vocab_size, place.model.hidden_size
         padding = padded_vocab_size(rows) - rows
-        whole = [_part(name, place, (0, rows), (0, width))]
+        whole = [piece_of(name, place, (0, rows), (0, width))]
         return clip(whole + ([Piece("", (slice(0, padding), slice(0, width)))] if padding else []), place)
 
     return pieces
@@ -211,7 +211,7 @@ def several_in_one(name: str, parts: tuple[Size, ...], *columns: Size) -> Rule:
         start, own = 0, []
         for part in parts:
             rows = part(place)
-            piece = _part(name, place, (start, start + rows), *((0, size(place)) for size in columns))
+            piece = piece_of(name, place, (start, start + rows), *((0, size(place)) for size in columns))
             own += clip([piece], place)
             start += rows
         return own
@@ -245,7 +245,7 @@ def _by_group(
         rows = (heads(place) // num_groups, head(place), head(place))
         others = [(0, size(place)) for size in columns]
         whole = [
-            _part(name, place, (start + group * size, start + (group + 1) * size), *others)
+            piece_of(name, place, (start + group * size, start + (group + 1) * size), *others)
             for group in range(num_groups)
             for name, start, size in zip(names, starts(place), rows, strict=True)
         ]
@@ -254,7 +254,8 @@ def _by_group(
     return pieces
 
 
-def _part(name: str, place: Place, *bounds: tuple[int, int]) -> Piece:
+def piece_of(name: str, place: Place, *bounds: tuple[int, int]) -> Piece:
+    """Return a rectangle of a tensor, by start and stop along every dimension."""
     return Piece(name.format(i=place.number, e=place.expert), tuple(slice(*pair) for pair in bounds))
 
 

@@ -1,6 +1,7 @@
 """Specs of transformer layers: Transformer Engine's modules if they run, else Megatron's with our norm."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -25,6 +26,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from distill_nemo.models.architecture import Architecture, Layer
 from distill_nemo.models.layers.context_parallel import CausalAttention
+from distill_nemo.models.layers.gated_attention import GatedAttention
 from distill_nemo.models.layers.latent_attention import latent_attention_spec
 from distill_nemo.models.layers.mamba import MambaMixer, MambaSubmodules
 from distill_nemo.models.layers.norms import RMSNorm
@@ -56,11 +58,15 @@ def block_spec(
         ModuleSpec(module=TransformerLayer, submodules=_layer_parts(model, config, layer))
         for layer in model.layers[first : first + count]
     ]
-    if not transformer_engine_usable(config.params_dtype):
-        return TransformerBlockSubmodules(layer_specs=specs, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=_norm(config.params_dtype))
+
+
+def _norm(dtype: torch.dtype) -> Any:
+    if not transformer_engine_usable(dtype):
+        return RMSNorm
     from megatron.core.extensions.transformer_engine import TENorm
 
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=TENorm)
+    return TENorm
 
 
 def uses_own_attention(model: Architecture, dtype: torch.dtype) -> bool:
@@ -87,6 +93,10 @@ def _layer_parts(model: Architecture, config: TransformerConfig, layer: Layer) -
         assert model.latent is not None
         parts.self_attention, parts.input_layernorm = latent_attention_spec(model.latent, model.kv_channels, use_te)
         parts.sharded_state_dict_keys_map.pop("input_layernorm.", None)  # it is not fused with Transformer Engine
+    elif layer.mixer == "gated_delta_net":
+        from distill_nemo.models.layers.gated_delta_net import use_delta_net
+
+        use_delta_net(parts, _norm(config.params_dtype), use_te)
     elif layer.num_query_groups is None:
         parts.input_layernorm = parts.self_attention = IdentityOp
         parts.self_attn_bda = IdentityFuncOp
@@ -115,6 +125,8 @@ def _local_parts(config: TransformerConfig, num_experts: int | None) -> Transfor
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     attention = parts.self_attention.submodules
     assert isinstance(attention, SelfAttentionSubmodules)
+    if config.attention_output_gate:
+        parts.self_attention.module = GatedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return parts

@@ -12,7 +12,7 @@ import torch
 from distill_nemo.config import StudentConfig, to_dict
 from distill_nemo.runtime.device import setup_device
 from distill_nemo.runtime.files import replace_directory, restore_replaced
-from tests.tiny_models import FAMILIES, write_hf
+from tests.tiny_models import FAMILIES, OWN_FIELDS, write_hf
 from tests.training import tiny_run
 
 STATED = {
@@ -51,7 +51,8 @@ def collected(source, tokenizer=None, dtype=torch.bfloat16, **fields):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_field_of_the_source_is_kept(tmp_path, family):
     source = write_hf(tmp_path / "m", family, layers=2)
-    more = {"layer_types": ["full_attention"] * 2, "max_window_layers": 2} if "qwen" in family else {}
+    states_types = "qwen" in family and "layer_types" not in OWN_FIELDS.get(family, {})
+    more = {"layer_types": ["full_attention"] * 2, "max_window_layers": 2} if states_types else {}
     state(source, **STATED, **more, auto_map={"AutoConfig": "code.X"})
     config = collected(source).config
     own = {"dtype", "torch_dtype", "auto_map", "num_nextn_predict_layers"}

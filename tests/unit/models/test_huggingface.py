@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from distill_nemo.config import ExportConfig, ParallelismConfig, StudentConfig
 from distill_nemo.runtime.device import setup_device
 from distill_nemo.runtime.process_groups import process_groups
+from tests.distillation_reference import with_recurrence
 from tests.spawn import Gloo
 from tests.tiny_models import FAMILIES, megatron_tensors, nemo_config, refuses, write_hf, write_nemo
 
@@ -64,9 +65,8 @@ def transformers_logits(path):
 
     tokens = torch.randint(507, (2, 16), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")(
-            tokens, use_cache=False
-        ).logits
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+        return with_recurrence(model)(tokens, use_cache=False).logits
 
 
 @pytest.fixture(scope="module")

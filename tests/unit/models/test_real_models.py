@@ -40,6 +40,8 @@ SMALL = {  # in place of a model's own value
     "mamba_head_dim": 12,
     "ssm_state_size": 16,
     "time_step_min": 1e-9,  # transformers raises smaller steps to it without CUDA, the authors' kernels do not
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
 }
 
 
@@ -90,4 +92,5 @@ def test_scaled_down_a_released_model_has_transformers_logits(tmp_path, name):
     random_model(AutoConfig.from_pretrained(write(tmp_path, config))).save_pretrained(tmp_path)
     path = write(tmp_path, config)  # as the Hub spells it, not as this version of transformers writes it
     theirs = transformers_logits(path)
-    assert (torch.as_tensor(logits_of(path)) - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    tolerance = 5e-5 if "linear_key_head_dim" in config else 1e-5  # heads of few channels are divided by their norm
+    assert (torch.as_tensor(logits_of(path)) - theirs).abs().max() <= tolerance * theirs.abs().max()

@@ -22,6 +22,13 @@ DIFFERING = [
 ]
 DENSE_FIRST = {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
 LATENT = DENSE_FIRST | {"q_lora_rank": 24, "kv_lora_rank": 20, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8}
+DELTA_NETS = {  # in two layers of three
+    "full_attention_interval": 3,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_num_value_heads": 4,
+    "linear_value_head_dim": 24,
+}
 MODELS = {
     "llama": {},
     "grouped queries": {"num_query_groups": 2, "kv_channels": 24},
@@ -52,6 +59,7 @@ MODELS = {
         "family": "nemotron_h",
         "family_fields": {"hybrid_override_pattern": "ME*", "moe_shared_expert_intermediate_size": 40, **MAMBA},
     },
+    "delta nets": {"family": "qwen3_5_text", "kv_channels": 24, "family_fields": DELTA_NETS},
     "layers that differ": {"block_configs": DIFFERING},
 }
 LAYOUTS = {
@@ -191,6 +199,12 @@ CASES = {
             "teacher.family_fields": {"hybrid_override_pattern": "MM-", **MAMBA},
         },
     ),
+    "delta nets": replace(
+        SMALL,
+        family="qwen3_5_text",
+        student=(3, 128),
+        fields={"student.family_fields": DELTA_NETS, "teacher.family_fields": DELTA_NETS},
+    ),
     "data": replace(SMALL, ranks=2),
     "tensor and sequence": replace(
         SMALL, fields={"parallelism.tensor_model_parallel_size": 2, "parallelism.sequence_parallel": True}, ranks=2
@@ -275,6 +289,23 @@ def test_operations_of_latent_attention_are_those_that_torch_counts(one, rank):
     tokens = case.micro_batch * case.length
     assert theirs in [tokens * (layers - core + head), tokens * (layers + core + head)]
     assert core == 2 * 2 * 4 * (48 + 48) * case.length / 2  # two layers, two products of 4 heads, half the positions
+
+
+def test_operations_of_delta_nets_are_those_that_torch_counts(one):
+    setup_device()
+    from distill_nemo.planning.compute import stage_flops
+    from distill_nemo.planning.planned import PlannedRun
+    from distill_nemo.training.entry import resolve_models
+
+    fields = {"student.family_fields": DELTA_NETS}
+    case = replace(SMALL, family="qwen3_5_text", student=(3, 128), teacher=None, fields=fields)
+    planned = PlannedRun(*resolve_models(case.config()), 1)
+    layers, core, head = stage_flops(planned, planned.models.student, 0, True)
+    triangular = 2 * 64 * (4 * 16 + 4 * 24)  # two layers, a chunk's columns below the diagonal; torch counts none
+    tokens = case.micro_batch * case.length
+    (theirs,) = one.run(counted_flops, case)
+    apart = [theirs / (tokens * (layers - triangular + x + head)) - 1 for x in (-core, core)]
+    assert min(map(abs, apart)) < 1e-3  # the convolution's padding, and the first chunk without a state
 
 
 @pytest.mark.parametrize("window", [None, 4096, 32, 1])
