@@ -10,12 +10,19 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.hf_tensors import PieceReader, stored_tensors
 from distill_nemo.models.checkpoints.pretrained import open_pretrained
-from distill_nemo.models.families.pieces import Piece
+from distill_nemo.models.families.pieces import EXPERT, Piece, Place, experts
+from distill_nemo.models.families.tensors import table_of
 
-OF_EXPERTS = re.compile(r"(.+\.experts)\.(\w+)_proj")  # transformers 5 joins matrices that are stored one by one
-MIXTRAL_BLOCK, MIXTRAL_PARTS = ".block_sparse_moe.", {"gate": "w1", "up": "w3", "down": "w2"}  # it also renames these
+IN_LAYER = re.compile(r".+\.layers\.(\d+)\.\w+\.(.+)")
+JOINED = {  # what transformers 5 makes of several stored tensors, or names differently -> Megatron's parameter
+    "experts.gate_up_proj": EXPERT + "linear_fc1.weight",
+    "experts.up_proj": EXPERT + "linear_fc1.weight",
+    "experts.down_proj": EXPERT + "linear_fc2.weight",
+    "gate.weight": "mlp.router.weight",
+}
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -26,12 +33,13 @@ class _EmptyOnMeta(TorchFunctionMode):
         return function(*args, **{**(kwargs or {}), **on_meta})
 
 
-def open_by_layers(path: Path, dtype: torch.dtype, **changes: Any) -> PreTrainedModel:
+def open_by_layers(path: Path, dtype: torch.dtype, architecture: Architecture, **changes: Any) -> PreTrainedModel:
     """Return the model in a directory. A layer's weights are read when it is called, and dropped when it returns.
 
     Args:
         path: a directory that safetensors describe.
         dtype: dtype of the weights.
+        architecture: of the model.
         changes: values that override fields of its config.json.
     """
     config = open_pretrained(AutoConfig, path, **changes)
@@ -39,7 +47,7 @@ def open_by_layers(path: Path, dtype: torch.dtype, **changes: Any) -> PreTrained
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation="eager", trust_remote_code=False
         ).eval()
-    weights = _Weights(path, dtype)
+    weights = _Weights(path, dtype, architecture)
     for name, module in _units(model):
         _stream(name, module, weights)
     return model
@@ -57,41 +65,35 @@ def _units(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
 class _Weights:
     """Weights of a directory, by their names in transformers' model."""
 
-    def __init__(self, path: Path, dtype: torch.dtype) -> None:
-        self._stored, self._dtype = stored_tensors(path), dtype
+    def __init__(self, path: Path, dtype: torch.dtype, model: Architecture) -> None:
+        self._stored, self._dtype, self._model = stored_tensors(path), dtype, model
         self._prefix = next(name.partition("layers.")[0] for name in self._stored if "layers." in name)
-        self._of_mixtral = any(MIXTRAL_BLOCK in name for name in self._stored)
 
     def __contains__(self, name: str) -> bool:
-        return self._in_file(name) in self._stored
-
-    def _in_file(self, name: str) -> str:
-        name = name.replace("model.", self._prefix, 1)
-        return name.replace(".mlp.", MIXTRAL_BLOCK) if self._of_mixtral else name
+        return name.replace("model.", self._prefix, 1) in self._stored
 
     def read(self, name: str) -> Tensor:
         """Return a whole parameter or buffer."""
-        name = self._in_file(name)
-        of_experts = OF_EXPERTS.fullmatch(name)
+        name = name.replace("model.", self._prefix, 1)
+        if name == "lm_head.weight" and name not in self._stored:
+            name = "model.embed_tokens.weight"  # tied
         with PieceReader(self._stored) as reader:
-            if name in self._stored:
-                return self._whole(name, reader)
-            if of_experts is None:  # tied
-                return self._whole("model.embed_tokens.weight", reader)
-            experts, parts = of_experts.groups()
-            return torch.stack([self._expert(one, parts.split("_"), reader) for one in self._experts_of(experts)])
+            if name not in self._stored:
+                return self._joined(name, reader).to(self._dtype)
+            index = tuple(slice(0, size) for size in self._stored[name].shape)
+            return reader.read(Piece(name, index)).to(self._dtype)
 
-    def _experts_of(self, prefix: str) -> list[str]:
-        count = len({match[1] for name in self._stored if (match := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name))})
-        return [f"{prefix}.{number}" for number in range(count)]
-
-    def _expert(self, expert: str, parts: list[str], reader: PieceReader) -> Tensor:
-        names = [MIXTRAL_PARTS[part] if self._of_mixtral else f"{part}_proj" for part in parts]
-        return torch.cat([self._whole(f"{expert}.{name}.weight", reader) for name in names])
-
-    def _whole(self, name: str, reader: PieceReader) -> Tensor:
-        index = tuple(slice(0, size) for size in self._stored[name].shape)
-        return reader.read(Piece(name, index)).to(self._dtype)
+    def _joined(self, name: str, reader: PieceReader) -> Tensor:
+        in_layer = IN_LAYER.fullmatch(name)
+        if in_layer is None or in_layer[2] not in JOINED:
+            raise ValueError(f"{name} is not stored, and no rule makes it")
+        number, parameter = int(in_layer[1]), JOINED[in_layer[2]]
+        layer = self._model.layers[number]
+        rule, place = table_of(self._model, layer)[parameter], Place(self._model, layer, number)
+        if not parameter.startswith(EXPERT):
+            return torch.cat([reader.read(piece) for piece in rule(place)])
+        each = (rule(place._replace(expert=expert)) for expert in range(experts(place)))
+        return torch.stack([torch.cat([reader.read(piece) for piece in pieces]) for pieces in each])
 
 
 def _stream(prefix: str, unit: nn.Module, weights: _Weights) -> None:

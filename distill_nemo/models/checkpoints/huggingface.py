@@ -185,7 +185,7 @@ def check_export(
         if needed < available_memory():
             return open_with_transformers(path, dtype, **changes)
         print(f"{path} does not fit this host's memory: transformers reads it a layer at a time", flush=True)
-        return open_by_layers(path, dtype, **changes)
+        return open_by_layers(path, dtype, model, **changes)
 
     apart = logits_apart(chunks, reference, model.vocab_size, everyone)
     allowed = tolerance if dtype == torch.float32 else 0.1

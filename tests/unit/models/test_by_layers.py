@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from distill_nemo.config import StudentConfig
 from distill_nemo.runtime.device import setup_device
 from tests.tiny_models import FAMILIES, write_hf
 
@@ -14,9 +15,11 @@ def test_logits_are_those_of_the_whole_model_and_no_two_layers_are_in_memory(tmp
     setup_device()
     from distill_nemo.models.checkpoints.agreement import open_with_transformers
     from distill_nemo.models.checkpoints.by_layers import open_by_layers
+    from distill_nemo.models.resolve import resolve
 
     path = Path(write_hf(tmp_path / family, family))
-    whole, by_layers = open_with_transformers(path, torch.float32), open_by_layers(path, torch.float32)
+    whole = open_with_transformers(path, torch.float32)
+    by_layers = open_by_layers(path, torch.float32, resolve(StudentConfig(checkpoint=str(path))))
     layers = next(module for module in by_layers.modules() if isinstance(module, torch.nn.ModuleList))
     in_memory = [set() for _ in layers]
 
