@@ -504,7 +504,7 @@ def test_fields_of_experts_go_with_a_family_that_has_them():
     assert (random.ffn_hidden_size, random.experts.norm_topk_prob) == (48, True)
     with pytest.raises(ValueError, match="the model needs num_experts_per_tok: set them"):
         resolve(StudentConfig(family="qwen3_moe", **(SHAPE | EXPERTS | {"num_experts_per_tok": None})))
-    with pytest.raises(ValueError, match='num_experts = 4: family "qwen3" has no experts; glm4_moe or'):
+    with pytest.raises(ValueError, match=r'num_experts = 4: family "qwen3" has no experts; .* or qwen3_moe'):
         resolve(StudentConfig(family="qwen3", num_experts=4, **SHAPE))
     with pytest.raises(ValueError, match=r"StudentConfig: some of its layers have no experts; set ffn_hidden_size"):
         dense = {"ffn_hidden_size": None, "family_fields": {"mlp_only_layers": [1]}}
