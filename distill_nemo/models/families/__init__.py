@@ -29,8 +29,30 @@ from distill_nemo.models.families.smollm3 import SMOLLM3
 FAMILIES = {
     family.model_type: family
     for family in (
-        *(DEEPSEEK_V3, GEMMA2, GEMMA3_TEXT, GLM4_MOE, GLM4_MOE_LITE, GPT_OSS, GRANITE, LLAMA, MINISTRAL, MISTRAL),
-        *(MIXTRAL, NEMOTRON_H, OLMO2, OLMO3, OLMOE, PHI3, QWEN2, QWEN2_MOE, QWEN3, QWEN3_5_MOE_TEXT),
-        *(QWEN3_5_TEXT, QWEN3_MOE, QWEN3_NEXT, SEED_OSS, SMOLLM3),
+        DEEPSEEK_V3,
+        GEMMA3_TEXT,
+        GEMMA2,
+        GLM4_MOE,
+        GLM4_MOE_LITE,
+        GPT_OSS,
+        GRANITE,
+        LLAMA,
+        MINISTRAL,
+        MISTRAL,
+        MIXTRAL,
+        NEMOTRON_H,
+        OLMO2,
+        OLMO3,
+        OLMOE,
+        PHI3,
+        QWEN2,
+        QWEN2_MOE,
+        QWEN3,
+        QWEN3_5_TEXT,
+        QWEN3_5_MOE_TEXT,
+        QWEN3_MOE,
+        QWEN3_NEXT,
+        SEED_OSS,
+        SMOLLM3,
     )
 }

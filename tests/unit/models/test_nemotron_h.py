@@ -146,7 +146,14 @@ def test_the_embedding_may_have_transformers_name(source):
 
     model = resolved(source)
     assert model == hub
-    check_source(model)
+    from transformers import AutoModelForCausalLM
+
+    _, found = AutoModelForCausalLM.from_pretrained(str(source), output_loading_info=True)
+    if found["missing_keys"]:  # 5.24 has forgotten the name, and draws a random embedding
+        with pytest.raises(ValueError, match="is read differently by transformers"):
+            check_source(model)
+    else:
+        check_source(model)
 
 
 @pytest.mark.parametrize(
