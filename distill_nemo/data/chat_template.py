@@ -16,6 +16,7 @@ from distill_nemo.runtime.files import read_object_if_any
 LossOn = Literal["assistant", "last", "all"]
 Range = tuple[int, int]
 MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+FOR_TOOLS = "tool_use"  # name of a second template, which `apply_chat_template` takes for conversations with tools
 MAX_TEMPLATE_BYTES = 1 << 20
 
 
@@ -25,13 +26,15 @@ class ChatTemplate:
 
     Args:
         source: the template.
-        special_tokens: by name, such as "eos_token".
-        ends: special tokens that may end a turn.
+        with_tools: the template of conversations with tools; None for `source`.
+        named: special tokens by name, such as "eos_token".
+        special: all special tokens; the last one of a turn ends it.
     """
 
     source: str
-    special_tokens: dict[str, str]
-    ends: tuple[str, ...]
+    with_tools: str | None
+    named: dict[str, str]
+    special: tuple[str, ...]
 
     def counted(self, conversation: Conversation, loss_on: LossOn) -> tuple[str, list[Range]]:
         """Return the rendered text, and the ranges of characters whose tokens count.
@@ -39,16 +42,30 @@ class ChatTemplate:
         Raises:
             RecordError: if the template refuses the conversation, or does not show which text is the assistant's.
         """
-        text, marked = self._render(conversation, len(conversation.messages), marked=bool(MARKER.search(self.source)))
+        markers = bool(MARKER.search(self._source(conversation)))
+        text, marked = self._render(conversation, len(conversation.messages), marked=markers)
         if loss_on == "all":
             return text, [(0, len(text))]
         turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
         if marked is not None:
+            if loss_on == "last" and len(marked) != len(turns):
+                raise RecordError(
+                    f"has {len(turns)} messages of the assistant, and the chat template marks {len(marked)} texts, so "
+                    "the last message's text is not certain; mark one text for each message, or set loss_on=assistant"
+                )
             return text, marked[-1:] if loss_on == "last" else marked
         return text, [self._difference(conversation, i, text) for i in (turns[-1:] if loss_on == "last" else turns)]
 
     def _difference(self, conversation: Conversation, turn: int, whole: str) -> Range:
-        before, _ = self._render(conversation, turn, prompt=True)
+        try:
+            before, _ = self._render(conversation, turn, prompt=True)
+        except RecordError:
+            if turn:
+                raise
+            raise RecordError(
+                "begins with the assistant, and the chat template needs a message before an answer: set loss_on=last, "
+                "or pass a chat_template with {% generation %} markers"
+            ) from None
         through, _ = self._render(conversation, turn + 1)
         if not (through.startswith(before) and whole.startswith(through)):
             last = turn == len(conversation.messages) - 1
@@ -62,8 +79,11 @@ class ChatTemplate:
 
     def _end_of_turn(self, answer: str) -> int:
         """Return the end of the last special token if only blanks follow it, else the end of the answer."""
-        end = max((answer.rfind(token) + len(token) for token in self.ends if token in answer), default=0)
+        end = max((answer.rfind(token) + len(token) for token in self.special if token in answer), default=0)
         return end if end and not answer[end:].strip() else len(answer)
+
+    def _source(self, conversation: Conversation) -> str:
+        return self.source if conversation.tools is None else self.with_tools or self.source
 
     def _render(
         self, conversation: Conversation, count: int, *, prompt: bool = False, marked: bool = False
@@ -72,38 +92,41 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            arguments: dict[str, Any] = {**self.special_tokens, "tools": conversation.tools}
+            arguments: dict[str, Any] = {**self.named, "tools": conversation.tools}
             rendered: Any = render_jinja_template(
                 conversations=[conversation.messages[:count]],
-                chat_template=self.source,
+                chat_template=self._source(conversation),
                 return_assistant_tokens_mask=marked,
                 add_generation_prompt=prompt,
                 **arguments,
             )
         except Exception as error:  # a template may raise anything
-            raise RecordError(f"is refused by the chat template: {str(error) or type(error).__name__}") from None
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise RecordError(f"is refused by the chat template: {reason:.300}") from None
         (text,), ranges = rendered
         return text, [(start, stop) for start, stop in ranges[0]] if marked else None
 
 
-def read_template(directory: str, file: str | None) -> str:
-    """Return the chat template in a file, or else the one beside a tokenizer.
+def read_templates(directory: str, file: str | None) -> tuple[str, str | None]:
+    """Return the chat template in a file, or else beside a tokenizer, and the one for tools, if that is another.
 
     Raises:
         ValueError: if there is none.
     """
     if file is not None:
-        return _read(Path(file).expanduser())
+        return _read(Path(file).expanduser()), None
     path = Path(directory)
     if (beside := path / "chat_template.jinja").is_file():
-        return _read(beside)
+        tools = path / "additional_chat_templates" / f"{FOR_TOOLS}.jinja"
+        return _read(beside), _read(tools) if tools.is_file() else None
     for name in ("chat_template.json", "tokenizer_config.json"):
         found = read_object_if_any(path / name).get("chat_template")
+        tools = None
         if isinstance(found, list):  # several, by name
-            named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-            found = named.get("default")
+            named = {str(entry.get("name")): entry.get("template") for entry in found if isinstance(entry, dict)}
+            found, tools = named.get("default"), named.get(FOR_TOOLS)
         if isinstance(found, str):
-            return found
+            return found, tools
     raise ValueError(
         f"the tokenizer {directory} has no chat template, so conversations cannot be rendered: use the tokenizer of an "
         "instruct model, or pass chat_template=FILE with a Jinja template"
@@ -115,4 +138,7 @@ def _read(path: Path) -> str:
         raise ValueError(f"no such chat template: {path}")
     if path.stat().st_size > MAX_TEMPLATE_BYTES:
         raise ValueError(f"the chat template {path} has more than {MAX_TEMPLATE_BYTES:,} bytes")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the chat template {path} is not UTF-8: {error}") from None

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from distill_nemo.data.chat_template import ChatTemplate, LossOn, Range, read_template
+from distill_nemo.data.chat_template import ChatTemplate, LossOn, Range, read_templates
 from distill_nemo.data.conversations import Conversation, RecordError
 from distill_nemo.data.tokenizer import Tokenizer
 
@@ -35,10 +35,11 @@ def chat_of(tokenizer: Tokenizer, loss_on: LossOn, file: str | None) -> Chat:
     if tokenizer.fast is None:
         raise ValueError(f"{tokenizer.path}: conversations need a fast tokenizer, with tokenizer.json")
     stated = tokenizer.special_tokens.items()
-    special = {name: token.get("content") if isinstance(token, dict) else token for name, token in stated}
-    special = {name: token for name, token in special.items() if name.endswith("_token") and isinstance(token, str)}
-    ends = sorted(token.content for token in tokenizer.fast.get_added_tokens_decoder().values())
-    return Chat(ChatTemplate(read_template(tokenizer.path, file), special, tuple(ends)), loss_on)
+    named = {name: token.get("content") if isinstance(token, dict) else token for name, token in stated}
+    named = {name: token for name, token in named.items() if name.endswith("_token") and isinstance(token, str)}
+    added = [token.content for token in tokenizer.fast.get_added_tokens_decoder().values()]
+    special = sorted(token for token in added if token.strip())  # Gemma's added tokens include line breaks
+    return Chat(ChatTemplate(*read_templates(tokenizer.path, file), named, tuple(special)), loss_on)
 
 
 def chat_tokens(fast: str, chat: Chat, conversations: list[Conversation]) -> list[Tokens | RecordError]:
@@ -50,9 +51,10 @@ def chat_tokens(fast: str, chat: Chat, conversations: list[Conversation]) -> lis
         conversations: any number.
     """
     rendered = [_rendered(chat, conversation) for conversation in conversations]
+    special = chat.template.special
     texts = [text for text in rendered if not isinstance(text, RecordError)]
     encodings = iter(_encoder(fast)([text for text, _ in texts]))
-    return [text if isinstance(text, RecordError) else _tokens(next(encodings), *text) for text in rendered]
+    return [text if isinstance(text, RecordError) else _tokens(next(encodings), *text, special) for text in rendered]
 
 
 def _rendered(chat: Chat, conversation: Conversation) -> tuple[str, list[Range]] | RecordError:
@@ -62,31 +64,39 @@ def _rendered(chat: Chat, conversation: Conversation) -> tuple[str, list[Range]]
         return error
 
 
-def _tokens(encoding: "tokenizers.Encoding", text: str, counted: list[Range]) -> Tokens | RecordError:
+def _tokens(
+    encoding: "tokenizers.Encoding", text: str, counted: list[Range], special: tuple[str, ...]
+) -> Tokens | RecordError:
+    first = functools.partial(_first_token, encoding, text, special)
     try:
-        ranges = [(_first_token(encoding, text, start), _first_token(encoding, text, stop)) for start, stop in counted]
+        ranges = [(first(start), first(stop)) for start, stop in counted]
     except RecordError as error:
         return error
+    if all(start == stop for start, stop in ranges):
+        return RecordError("has no token that counts, as the chat template renders it, so there is no answer to learn")
     return Tokens(encoding.ids, ranges)
 
 
-def _first_token(encoding: "tokenizers.Encoding", text: str, position: int) -> int:
-    """Return the first token at or after a character.
+def _first_token(encoding: "tokenizers.Encoding", text: str, special: tuple[str, ...], position: int) -> int:
+    """Return the first token at or after a character. Blanks that a special token takes up are left out.
 
     Raises:
         RecordError: if a token begins before the character and ends after it.
     """
     for at in range(position, len(text)):  # a normaliser may have removed characters
         token = encoding.char_to_token(at)
-        if token is not None:
-            span = encoding.token_to_chars(token)
-            if span is None or span[0] < position:
-                around = text[max(position - 8, 0) : at + 8]
-                raise RecordError(
-                    f"has a token on both sides of a boundary of the assistant's part, at {around!r}: change the chat "
-                    "template so that a special token or a line break is there"
-                )
+        if token is None:
+            continue
+        first, past = encoding.token_to_chars(token) or (0, len(text))
+        if first >= position:
             return token
+        if text[first:position].strip() in special and not text[position:past].strip():
+            continue  # it ends before the character, and takes up the blanks behind it, as Phi-3's do
+        around = text[max(position - 8, 0) : at + 8]
+        raise RecordError(
+            f"has a token on both sides of a boundary of the assistant's part, at {around!r}: change the chat "
+            "template so that a special token or a line break is there"
+        )
     return len(encoding.ids)
 
 
@@ -100,4 +110,11 @@ def _encoder(fast: str) -> "Callable[[list[str]], list[tokenizers.Encoding]]":
     tokenizer.no_padding()
     # Its own may cut blanks from the positions of tokens (ByteLevel's trim_offsets). It adds no tokens here.
     tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
-    return lambda texts: tokenizer.encode_batch(texts, add_special_tokens=False)
+
+    def encode(texts: list[str]) -> "list[tokenizers.Encoding]":
+        try:
+            return tokenizer.encode_batch(texts, add_special_tokens=False)
+        except Exception as error:  # the library's only class of errors
+            raise ValueError(f"the tokenizer cannot encode a conversation: {error}") from None
+
+    return encode

@@ -62,17 +62,28 @@ SPECIAL = (
     *("[INST]", "[/INST]", "<start_of_turn>", "<end_of_turn>", "<|start|>", "<|channel|>", "<|message|>"),
     *("<|return|>", "<|end|>"),
 )
+SWALLOWING = tokenizers.AddedToken("<|end|>", rstrip=True)  # takes up the blanks behind it, as Phi-3's tokens do
+LINE_BREAK = tokenizers.AddedToken("\n", special=False, normalized=False)  # as Gemma has
 
 
-def write_tokenizer(directory: Path, template: str | None) -> str:
-    """Write a byte-level BPE tokenizer with all special tokens, and a template beside it. Return the path."""
+def write_tokenizer(
+    directory: Path, template: str | list | None, tokens: tuple[tokenizers.AddedToken, ...] = ()
+) -> str:
+    """Write a byte-level BPE tokenizer with all special tokens, and a template beside it. Return the path.
+
+    Args:
+        directory: where to write.
+        template: text of a chat template, or several by name.
+        tokens: tokens to add, or to take the place of special ones.
+    """
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)
+    others = [token.content for token in tokens]
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=400,
-        special_tokens=list(SPECIAL),
+        special_tokens=[*tokens, *(token for token in SPECIAL if token not in others)],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -22,8 +22,10 @@ from tests.unit.data.chat_templates import (
     CHATML,
     FORGETFUL,
     HEADERS,
+    LINE_BREAK,
     MARKED,
     SPECIAL,
+    SWALLOWING,
     TURNS,
     write_tokenizer,
 )
@@ -38,8 +40,8 @@ def write(path: Path, records: list) -> str:
     return str(path)
 
 
-def prepared(tmp_path: Path, records: list | str, template: str | None = CHATML, **options) -> str:
-    tokenizer = write_tokenizer(tmp_path / "tokenizer", template)
+def prepared(tmp_path: Path, records: list | str, template: str | list | None = CHATML, tokens=(), **options) -> str:
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", template, tokens)
     source = records if isinstance(records, str) else write(tmp_path / "in.jsonl", records)
     prepare([source], str(tmp_path / "out"), tokenizer, **{"num_workers": 1, "progress": False} | options)
     return str(tmp_path / "out")
@@ -109,6 +111,18 @@ def test_a_token_over_the_boundary_is_refused(tmp_path: Path):
         prepared(tmp_path, [{"messages": [USER, {"role": "assistant", "content": "answer"}]}], template)
 
 
+def test_a_line_break_that_is_an_added_token_ends_no_turn(tmp_path: Path):
+    _, counted = documents(prepared(tmp_path, [CHAT], TURNS, [LINE_BREAK]))[0]
+    assert counted == TEMPLATES["turns"][1]
+
+
+def test_blanks_that_a_special_token_takes_up_cross_no_boundary(tmp_path: Path):
+    template = CHATML.replace("<|im_end|>", "<|end|>").replace("<|im_start|>assistant\\n", "<|end|>\\n")
+    template = template.replace("'<|im_start|>' + m.role", "('<|end|>' if m.role == 'assistant' else m.role)")
+    _, counted = documents(prepared(tmp_path, [CHAT], template, [SWALLOWING]))[0]
+    assert counted == ["The answer is four. <|end|>", "nine<|end|>"]
+
+
 CALL = {"function": {"name": "add", "arguments": '{"a": 2, "b": 2}'}}
 TOOL_CHAT = [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "4"}, FOUR]
 SHAREGPT = [{"from": "human", "value": USER["content"]}, {"from": "gpt", "value": FOUR["content"]}]
@@ -148,6 +162,20 @@ def test_tool_calls_are_the_assistants_words(tmp_path: Path):
     assert counted == ['<tool_call>add {"a": 2, "b": 2}</tool_call><|im_end|>', " The answer is four. <|im_end|>"]
 
 
+def test_a_template_for_tools_is_used_for_conversations_with_tools(tmp_path: Path):
+    from transformers import PreTrainedTokenizerFast
+
+    named = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": "{{ tools }}" + CHATML}]
+    records = [{"messages": [USER, FOUR]}, {"messages": [USER, FOUR], "tools": [{"type": "function"}]}]
+    found = [text for text, _ in documents(prepared(tmp_path, records, named))]
+    oracle = PreTrainedTokenizerFast.from_pretrained(str(tmp_path / "tokenizer"))
+    rendered = [oracle.apply_chat_template([USER, FOUR], r.get("tools"), tokenize=False) for r in records]
+    assert found == rendered and rendered[0] != rendered[1]
+    oracle.save_pretrained(tmp_path / "again")  # chat_template.jinja and additional_chat_templates/tool_use.jinja
+    prepare([str(tmp_path / "in.jsonl")], str(tmp_path / "again_out"), str(tmp_path / "again"), progress=False)
+    assert Path(f"{tmp_path}/again_out.bin").read_bytes() == Path(f"{tmp_path}/out.bin").read_bytes()
+
+
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
 def test_nested_columns_are_read(tmp_path: Path, suffix: str):
     table = pa.table({"messages": [CHAT["messages"]] * 3, "score": [1, 2, 3]})
@@ -185,6 +213,39 @@ def test_what_a_template_raises_is_a_bad_record(tmp_path: Path):
         prepared(tmp_path, [{"messages": [{"role": "system", "content": "x"}, USER, FOUR]}], BRACKETS)
 
 
+def test_what_a_template_raises_is_one_line(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"in\.jsonl:1 is refused by the chat template: a b$"):
+        prepared(tmp_path, [CHAT], "{{ raise_exception('a\\nb') }}")
+
+
+NOTHING = {
+    "comment": "{# {% generation %} #}" + CHATML,
+    "constant": "hello",
+    "no answer": "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_a_conversation_in_which_nothing_counts_is_a_bad_record(tmp_path: Path, name: str):
+    with pytest.raises(ValueError, match=r"in\.jsonl:1 has no token that counts"):
+        prepared(tmp_path, [CHAT], NOTHING[name])
+
+
+def test_the_last_answer_is_not_taken_for_another_that_has_no_markers(tmp_path: Path):
+    template = MARKED.replace("{%- if m.role == 'assistant' -%}", "{%- if m.role == 'assistant' and m.content -%}")
+    chat = {"messages": [USER, FOUR, AGAIN, NINE | {"content": ""}]}
+    assert documents(prepared(tmp_path, [chat], template))[0][1] == TEMPLATES["markers"][1][:1]
+    with pytest.raises(ValueError, match=r"in\.jsonl:1 has 2 messages of the assistant, .* marks 1 text"):
+        prepared(tmp_path, [chat], template, loss_on="last")
+
+
+def test_a_template_that_needs_a_first_message_says_so(tmp_path: Path):
+    chat, template = {"messages": [NINE, USER, FOUR]}, "{{ messages[0].role[:0] }}" + CHATML
+    with pytest.raises(ValueError, match=r"in\.jsonl:1 begins with the assistant, .* set loss_on=last"):
+        prepared(tmp_path, [chat], template)
+    assert documents(prepared(tmp_path, [chat], template, loss_on="last"))[0][1] == TEMPLATES["chatml"][1][:1]
+
+
 def test_a_template_cannot_reach_python(tmp_path: Path):
     with pytest.raises(ValueError, match=r"is refused by the chat template: .*(unsafe|mro|__class__)"):
         prepared(tmp_path, [CHAT], "{{ messages.__class__.__mro__ }}")
@@ -196,6 +257,21 @@ def test_a_tokenizer_without_a_template_is_refused_with_the_way_out(tmp_path: Pa
     (tmp_path / "mine.jinja").write_text(CHATML)
     prefix = prepared(tmp_path, [CHAT], None, chat_template=str(tmp_path / "mine.jinja"))
     assert documents(prefix)[0][1] == TEMPLATES["chatml"][1]
+
+
+def test_a_template_that_is_not_text_is_named(tmp_path: Path):
+    (tmp_path / "mine.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"chat template .*mine\.jinja is not UTF-8"):
+        prepared(tmp_path, [CHAT], chat_template=str(tmp_path / "mine.jinja"))
+
+
+def test_a_tokenizer_that_lacks_a_token_is_refused(tmp_path: Path):
+    (tmp_path / "words").mkdir()
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "<unk>")).save(str(tmp_path / "words/tokenizer.json"))
+    (tmp_path / "words/chat_template.jinja").write_text(CHATML)
+    source = write(tmp_path / "in.jsonl", [CHAT])
+    with pytest.raises(ValueError, match=r"the tokenizer cannot encode a conversation: .*Missing"):
+        prepare([source], str(tmp_path / "out"), str(tmp_path / "words"), num_workers=1, progress=False)
 
 
 def test_options_for_conversations_are_refused_for_texts(tmp_path: Path):
