@@ -22,6 +22,7 @@ ROLES: dict[str, str] = {role: role for role in get_args(Role)} | {  # as ShareG
 CONVERSATION_KEYS = ("messages", "conversations", "conversation")
 PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("question", "answer"))
 FURTHER = ("tools", "input", "system")  # read beside the keys of a format
+TEXTS = (None, "text", "input_text", "output_text")  # types of a content's parts
 KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")  # fields of a message besides its text
 
 
@@ -72,8 +73,9 @@ def conversation_of(record: Mapping[str, Any], kind: Format) -> Conversation:
         RecordError: if the record is of another format, has an unknown role, or no answer at its end.
     """
     messages = {"chat": _chat, "instruction": _instruction, "preference": _preference}[kind](record)
-    if isinstance(record.get("system"), str) and record["system"] and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": record["system"]}, *messages]
+    system = _string_if_any(record, "system")
+    if system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
     if messages[-1]["role"] != "assistant":
         raise RecordError(f"ends with a message of the {messages[-1]['role']}, so there is no answer to learn")
     return Conversation(messages, _tools(record.get("tools")))
@@ -93,8 +95,8 @@ def _instruction(record: Mapping[str, Any]) -> list[Message]:
             continue
         if isinstance(asked, list) or isinstance(answered, list):
             return [*_turn(asked, question, "user"), *_turn(answered, answer, "assistant")]
-        further = record.get("input")
-        asked = f"{asked}\n\n{further}" if isinstance(further, str) and further else asked
+        further = _string_if_any(record, "input")
+        asked = f"{asked}\n\n{further}" if further else asked
         return [*_turn(asked, question, "user"), *_turn(answered, answer, "assistant")]
     pairs = " or ".join("/".join(pair) for pair in PAIRS)
     raise RecordError(f"has no pair of keys {pairs}; it has {_names(record)}")
@@ -109,7 +111,11 @@ def _preference(record: Mapping[str, Any]) -> list[Message]:
         raise RecordError('has a "chosen" that is a string, and no key "prompt" for what was asked')
     answer = _turn(chosen, "chosen", "assistant")
     asked = [] if before is None else _turn(before, "prompt", "user")
-    return answer if answer[: len(asked)] == asked else [*asked, *answer]
+    if answer[: len(asked)] == asked:
+        return answer
+    if asked[-1] in answer:
+        raise RecordError('has a "chosen" that repeats the end of "prompt", but not all of it')
+    return [*asked, *answer]
 
 
 def _turn(value: Any, key: str, role: Role) -> list[Message]:
@@ -129,11 +135,13 @@ def _message(entry: Any, where: str) -> Message:
     if not isinstance(entry, Mapping):
         raise RecordError(f"has a {where} that is not an object")
     named, content = entry.get("role", entry.get("from")), entry.get("content", entry.get("value"))
-    if named not in ROLES:
+    if not isinstance(named, str) or named not in ROLES:
         raise RecordError(f"has in {where} the role {named!r:.40}; known are {', '.join(ROLES)}")
     further = {name: entry[name] for name in KEPT if entry.get(name) is not None}
+    if entry.get("function_call") is not None:
+        raise RecordError(f"has in {where} a function_call, which templates do not read: write it as tool_calls")
     if calls := further.get("tool_calls"):
-        further["tool_calls"] = [_call(call, where) for call in calls] if isinstance(calls, list) else calls
+        further["tool_calls"] = _calls(calls, where)
     return {"role": ROLES[named], "content": _text(content, where, bool(calls)), **further}
 
 
@@ -142,8 +150,9 @@ def _text(content: Any, where: str, may_be_absent: bool) -> str:
     if content is None and may_be_absent:
         return ""
     if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
-        if all(isinstance(part, str) for part in parts):
+        known = [isinstance(part, Mapping) and part.get("type") in TEXTS for part in content]
+        parts = [part.get("text") for part, is_text in zip(content, known, strict=True) if is_text]
+        if all(known) and all(isinstance(part, str) for part in parts):
             return "".join(map(str, parts))
         raise RecordError(f"has in {where} a content with parts other than text")
     if not isinstance(content, str):
@@ -151,14 +160,24 @@ def _text(content: Any, where: str, may_be_absent: bool) -> str:
     return content
 
 
-def _call(call: Any, where: str) -> Any:
+def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    if isinstance(calls, str):
+        calls = _decoded(calls, f"{where}.tool_calls")
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise RecordError(f"has in {where} tool_calls that are not a list of objects")
+    return [_call(call, where) for call in calls]
+
+
+def _call(call: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return a tool call with its arguments as an object, as templates read them; OpenAI writes them as JSON text."""
-    if not isinstance(call, Mapping):
-        raise RecordError(f"has in {where} a tool call that is not an object")
-    function = call.get("function")
-    if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
-        return {**call, "function": {**function, "arguments": _decoded(function["arguments"], f"{where}.arguments")}}
-    return dict(call)
+    function = call.get("function") or call  # templates read both
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return dict(call)
+    arguments = _decoded(function["arguments"], f"{where}.arguments")
+    if not isinstance(arguments, dict):
+        raise RecordError(f"has in {where}.arguments a text that is not a JSON object")
+    decoded = {**function, "arguments": arguments}
+    return decoded if function is call else {**call, "function": decoded}
 
 
 def _tools(tools: Any) -> list[dict[str, Any]] | None:
@@ -169,6 +188,13 @@ def _tools(tools: Any) -> list[dict[str, Any]] | None:
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise RecordError('has "tools" that are not a list of objects')
     return [dict(tool) for tool in tools]
+
+
+def _string_if_any(record: Mapping[str, Any], key: str) -> str:
+    value = record.get(key)
+    if value is not None and not isinstance(value, str):
+        raise RecordError(f'has under "{key}" a value of type {type(value).__name__}, not a string')
+    return value or ""
 
 
 def _decoded(text: str, key: str) -> Any:

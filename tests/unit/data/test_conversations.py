@@ -162,6 +162,15 @@ def test_tool_calls_are_the_assistants_words(tmp_path: Path):
     assert counted == ['<tool_call>add {"a": 2, "b": 2}</tool_call><|im_end|>', " The answer is four. <|im_end|>"]
 
 
+@pytest.mark.parametrize("calls", [json.dumps([CALL]), [CALL["function"]], json.dumps([CALL["function"]])])
+def test_tool_calls_may_be_text_or_without_a_wrapper(tmp_path: Path, calls: list | str):
+    template = CHATML.replace("call.function.", "(call.function or call).")
+    _, counted = documents(
+        prepared(tmp_path, [{"messages": [USER, FOUR | {"content": None, "tool_calls": calls}]}], template)
+    )[0]
+    assert counted == ['<tool_call>add {"a": 2, "b": 2}</tool_call><|im_end|>']
+
+
 def test_a_template_for_tools_is_used_for_conversations_with_tools(tmp_path: Path):
     from transformers import PreTrainedTokenizerFast
 
@@ -196,6 +205,12 @@ BAD = {
     "is not a list of messages": [CHAT, {"messages": []}],
     "a content of type NoneType": [CHAT, {"messages": [USER, FOUR | {"content": None}]}],
     "that is not JSON": [CHAT, {"messages": [USER, FOUR | {"tool_calls": [{"function": {"arguments": "{"}}]}]}],
+    r"the role .'user'.; known are": [CHAT, {"messages": [USER | {"role": ["user"]}, FOUR]}],
+    "a function_call, which templates do not read": [CHAT, {"messages": [USER, FOUR | {"function_call": {}}]}],
+    "tool_calls that are not a list": [CHAT, {"messages": [USER, FOUR | {"tool_calls": CALL}]}],
+    "that is not a JSON object": [CHAT, {"messages": [USER, FOUR | {"tool_calls": [{"arguments": "3"}]}]}],
+    "with parts other than text": [CHAT, {"messages": [USER | {"content": [{"type": "image", "text": "A"}]}, FOUR]}],
+    'under "system" a value of type dict': [CHAT, CHAT | {"system": {}}],
     "half of a surrogate pair": [CHAT, {"messages": [USER | {"content": "\ud800"}, FOUR]}],
 }  # fmt: skip
 
@@ -244,6 +259,17 @@ def test_a_template_that_needs_a_first_message_says_so(tmp_path: Path):
     with pytest.raises(ValueError, match=r"in\.jsonl:1 begins with the assistant, .* set loss_on=last"):
         prepared(tmp_path, [chat], template)
     assert documents(prepared(tmp_path, [chat], template, loss_on="last"))[0][1] == TEMPLATES["chatml"][1][:1]
+
+
+def test_a_preference_that_repeats_a_part_of_its_prompt_is_refused(tmp_path: Path):
+    record = {"prompt": USER["content"], "chosen": [{"role": "system", "content": "Be brief."}, USER, FOUR]}
+    with pytest.raises(ValueError, match=r"repeats the end of .prompt., but not all of it"):
+        prepared(tmp_path, [record | {"rejected": "five"}])
+
+
+def test_an_input_that_is_not_text_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match='has under "input" a value of type list'):
+        prepared(tmp_path, [{"instruction": "Add.", "input": [2, 2], "output": "4"}])
 
 
 def test_a_template_cannot_reach_python(tmp_path: Path):
