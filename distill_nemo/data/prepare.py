@@ -276,12 +276,15 @@ def _join(parts: list[Part], tokens: dict[int, str]) -> dict[str, Any]:
 
 
 def _publish(parts_dir: Path, output: str, manifest: dict[str, Any]) -> None:
-    """Move the joined files into place, once all are on the disk. An old manifest never describes new tokens."""
+    """Move the joined files into place, once all are on the disk. An old manifest never describes new tokens.
+
+    The index comes after tokens and mask. Without it the others are refused, so no token counts for lack of a mask.
+    """
     write_atomically(parts_dir / "joined.json", json.dumps(manifest, indent=1))
-    made = [suffix for suffix in (".bin", ".idx", ".mask") if (parts_dir / f"joined{suffix}").exists()]
+    made = [suffix for suffix in (".bin", ".mask", ".idx") if (parts_dir / f"joined{suffix}").exists()]
     for suffix in made:
         fsync(parts_dir / f"joined{suffix}")
-    for old in (".json", ".mask"):
+    for old in (".json", ".idx", ".mask"):
         Path(output + old).unlink(missing_ok=True)
     for suffix in (*made, ".json"):
         os.replace(parts_dir / f"joined{suffix}", output + suffix)

@@ -343,6 +343,24 @@ def test_new_texts_leave_no_old_mask(tmp_path: Path):
     assert not Path(f"{prefix}.mask").exists()
 
 
+def test_files_without_their_mask_are_not_left_behind(tmp_path: Path, monkeypatch):
+    """A job that is killed while it publishes leaves nothing that a run would read without the mask."""
+    real = module.os.replace
+
+    def killed(source, target) -> None:
+        if str(target).endswith("out.mask"):
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(module.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepared(tmp_path, [CHAT])
+    with pytest.raises(ValueError, match=r"no file .*out\.idx"):
+        check_token_files(DataConfig(train=[str(tmp_path / "out")]))
+    monkeypatch.undo()
+    assert documents(prepared(tmp_path, [CHAT]))[0][1] == TEMPLATES["chatml"][1]
+
+
 def samples(tmp_path: Path, prefix: str, **options) -> list[dict]:
     data = DataConfig(train=[prefix], valid=[prefix], sequence_length=24, **options)
     train, _ = build_datasets(data, TrainingConfig(), tmp_path / "cache", 12, 0, 400)
