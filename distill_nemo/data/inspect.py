@@ -14,6 +14,8 @@ from distill_nemo.data.token_masks import TokenMask
 from distill_nemo.data.tokenizer import load_tokenizer
 
 COUNTS, MASKED = "bold green", "dim"
+CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}  # as pictures: ␛
+CONTROLS |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)  # a text may not steer the terminal
 
 
 def inspect_documents(prefix: str, samples: int, tokenizer: str | None, console: Console) -> None:
@@ -47,7 +49,7 @@ def inspect_documents(prefix: str, samples: int, tokenizer: str | None, console:
         console.rule(f"document {number + 1:,} of {len(lengths):,}: {length:,} tokens, {int(bits.sum()):,} count")
         shown = Text()
         for counts, places in itertools.groupby(range(length), bits.tolist().__getitem__):
-            text = fast.decode([int(ids[first + i]) for i in places], skip_special_tokens=False)
+            text = fast.decode([int(ids[first + i]) for i in places], skip_special_tokens=False).translate(CONTROLS)
             marked = counts and mask is not None and not console.is_terminal
             shown.append(f"⟦{text}⟧" if marked else text, COUNTS if counts else MASKED)
         console.print(shown, soft_wrap=True)

@@ -1,5 +1,6 @@
 """Conversations become exactly the tokens that the tokenizer's template writes; the assistant's words count."""
 
+import io
 import json
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import pyarrow.parquet
 import pytest
 import tokenizers
 import torch
+from rich.console import Console
 
 import distill_nemo.data.prepare as module
 from distill_nemo.config import DataConfig, TrainingConfig
 from distill_nemo.data.datasets import build_datasets
+from distill_nemo.data.inspect import inspect_documents
 from distill_nemo.data.prepare import prepare
 from distill_nemo.data.token_files import check_token_files
 from distill_nemo.data.token_masks import TokenMask
@@ -359,6 +362,17 @@ def test_files_without_their_mask_are_not_left_behind(tmp_path: Path, monkeypatc
         check_token_files(DataConfig(train=[str(tmp_path / "out")]))
     monkeypatch.undo()
     assert documents(prepared(tmp_path, [CHAT]))[0][1] == TEMPLATES["chatml"][1]
+
+
+def test_inspect_shows_what_counts_and_no_control_character_of_the_text(tmp_path: Path):
+    prefix = prepared(tmp_path, [{"messages": [USER, NINE | {"content": "red\x1b[31m\x9b\r\nline"}]}])
+    shown = []
+    for terminal in (False, True):
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=80, color_system=None)
+        inspect_documents(prefix, 3, None, console)
+        shown.append(console.file.getvalue())
+    assert "⟦red␛[31m\ufffd␍\nline<|im_end|>⟧\n" in shown[0]
+    assert "red␛[31m\ufffd␍\nline<|im_end|>\n" in shown[1] and "⟦" not in shown[1]
 
 
 def samples(tmp_path: Path, prefix: str, **options) -> list[dict]:
