@@ -15,7 +15,9 @@ from distill_nemo.runtime.files import read_object_if_any
 
 LossOn = Literal["assistant", "last", "all"]
 Range = tuple[int, int]
-MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+BLOCK = re.compile(r"\{%[-+]?\s*(end)?(?:(generation)\b|(?:macro|call|filter)\b|set\b(?=[^=]*?%\}))")
+COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 FOR_TOOLS = "tool_use"  # name of a second template, which `apply_chat_template` takes for conversations with tools
 MAX_TEMPLATE_BYTES = 1 << 20
 
@@ -111,8 +113,18 @@ def read_templates(directory: str, file: str | None) -> tuple[str, str | None]:
     """Return the chat template in a file, or else beside a tokenizer, and the one for tools, if that is another.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or its markers are where their text cannot be found.
     """
+    for source in filter(None, found := _find(directory, file)):
+        if _marks_inside_a_block(source):
+            raise ValueError(
+                "the chat template has {% generation %} inside a macro, set, call or filter block, from where "
+                "transformers cannot tell which text of the whole is marked: pass a chat_template with it outside"
+            )
+    return found
+
+
+def _find(directory: str, file: str | None) -> tuple[str, str | None]:
     if file is not None:
         return _read(Path(file).expanduser()), None
     path = Path(directory)
@@ -131,6 +143,16 @@ def read_templates(directory: str, file: str | None) -> tuple[str, str | None]:
         f"the tokenizer {directory} has no chat template, so conversations cannot be rendered: use the tokenizer of an "
         "instruct model, or pass chat_template=FILE with a Jinja template"
     )
+
+
+def _marks_inside_a_block(source: str) -> bool:
+    depth = 0
+    for block in BLOCK.finditer(COMMENT.sub("", source)):
+        end, marker = block.groups()
+        if marker and depth and not end:
+            return True
+        depth += 0 if marker else -1 if end else 1
+    return False
 
 
 def _read(path: Path) -> str:

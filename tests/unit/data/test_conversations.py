@@ -257,6 +257,27 @@ def test_the_last_answer_is_not_taken_for_another_that_has_no_markers(tmp_path: 
         prepared(tmp_path, [chat], template, loss_on="last")
 
 
+MARKED_TURN = "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+INSIDE = {
+    "macro": "{%- macro turn(m) -%}X"
+    + MARKED_TURN
+    + "{%- endmacro -%}{% for m in messages %}{{ turn(m) }}{% endfor %}",
+    "set": "{% for m in messages %}{% set turn %}" + MARKED_TURN + "{% endset %}{{ turn }}{% endfor %}",
+    "filter": "{% for m in messages %}{%- filter trim -%}" + MARKED_TURN + "{% endfilter %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_markers_whose_place_is_not_known_are_refused(tmp_path: Path, name: str):
+    with pytest.raises(ValueError, match="generation %} inside a macro, set, call or filter block"):
+        prepared(tmp_path, [CHAT], INSIDE[name])
+
+
+def test_blocks_before_markers_are_no_hindrance(tmp_path: Path):
+    before = "{% set a = '%' %}{%- set b -%}x{%- endset -%}{% macro c() %}{% endmacro %}{# {% macro d() %} #}"
+    assert documents(prepared(tmp_path, [CHAT], before + MARKED))[0][1] == TEMPLATES["markers"][1]
+
+
 def test_a_template_that_needs_a_first_message_says_so(tmp_path: Path):
     chat, template = {"messages": [NINE, USER, FOUR]}, "{{ messages[0].role[:0] }}" + CHATML
     with pytest.raises(ValueError, match=r"in\.jsonl:1 begins with the assistant, .* set loss_on=last"):
