@@ -138,6 +138,9 @@ def _message(entry: Any, where: str) -> Message:
     if not isinstance(named, str) or named not in ROLES:
         raise RecordError(f"has in {where} the role {named!r:.40}; known are {', '.join(ROLES)}")
     further = {name: entry[name] for name in KEPT if entry.get(name) is not None}
+    for name in ("reasoning_content", "thinking"):
+        if not isinstance(further.get(name, ""), str):
+            raise RecordError(f"has in {where} a {name} of type {type(further[name]).__name__}, not a string")
     if entry.get("function_call") is not None:
         raise RecordError(f"has in {where} a function_call, which templates do not read: write it as tool_calls")
     if calls := further.get("tool_calls"):

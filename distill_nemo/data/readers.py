@@ -276,11 +276,18 @@ def _of_rows(rows: "Iterator[tuple[int, dict[str, pyarrow.Scalar]]]", piece: Pie
     for number, row in rows:
         where = partial("{}:{}".format, piece.path, number)
         try:
-            values = {name: scalar.as_py() for name, scalar in row.items()}
+            values = {name: _without_nulls(scalar.as_py()) for name, scalar in row.items()}
         except UnicodeDecodeError as error:
             yield Record("", _not_utf8(error), where)
         else:
             yield _of_object(values, schema, where)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a table's value without the keys that are null, which the arguments of another row's tool call brought."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(entry) for name, entry in value.items() if entry is not None}
+    return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:

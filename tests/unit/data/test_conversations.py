@@ -200,6 +200,18 @@ def test_nested_columns_are_read(tmp_path: Path, suffix: str):
     assert [counted for _, counted in documents(prepared(tmp_path, str(source)))] == [TEMPLATES["chatml"][1]] * 3
 
 
+def test_keys_of_another_rows_tools_are_left_out(tmp_path: Path):
+    """A table gives all rows of a nested column the same keys, and those that a row lacks are null."""
+    calls = [{"function": {"name": "add", "arguments": arguments}} for arguments in ({"a": 2}, {"b": {"c": 3}})]
+    rows = [{"messages": [USER, FOUR | {"tool_calls": [call]}], "tools": [call]} for call in calls]
+    pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
+    template = "{{ tools | tojson }}" + CHATML
+    found = documents(prepared(tmp_path, str(tmp_path / "in.parquet"), template))
+    (tmp_path / "lines").mkdir()
+    assert found == documents(prepared(tmp_path / "lines", rows, template))
+    assert found[0][1] == [' The answer is four. <tool_call>add {"a": 2}</tool_call><|im_end|>']
+
+
 BAD = {
     "ends with a message of the user": [CHAT, {"messages": [USER, FOUR, USER]}],
     r'the role .robot.; known are .*human': [CHAT, {"messages": [USER | {"role": "robot"}, FOUR]}],
@@ -214,6 +226,7 @@ BAD = {
     "that is not a JSON object": [CHAT, {"messages": [USER, FOUR | {"tool_calls": [{"arguments": "3"}]}]}],
     "with parts other than text": [CHAT, {"messages": [USER | {"content": [{"type": "image", "text": "A"}]}, FOUR]}],
     'under "system" a value of type dict': [CHAT, CHAT | {"system": {}}],
+    "a reasoning_content of type list": [CHAT, {"messages": [USER, FOUR | {"reasoning_content": ["so"]}]}],
     "half of a surrogate pair": [CHAT, {"messages": [USER | {"content": "\ud800"}, FOUR]}],
 }  # fmt: skip
 
