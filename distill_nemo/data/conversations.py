@@ -143,6 +143,8 @@ def _message(entry: Any, where: str) -> Message:
             raise RecordError(f"has in {where} a {name} of type {type(further[name]).__name__}, not a string")
     if entry.get("function_call") is not None:
         raise RecordError(f"has in {where} a function_call, which templates do not read: write it as tool_calls")
+    if entry.get("weight") == 0:  # OpenAI's way to say that an answer is not learnt
+        raise RecordError(f"has in {where} the weight 0, which is not read, so the answer would count: leave it out")
     if calls := further.get("tool_calls"):
         further["tool_calls"] = _calls(calls, where)
     return {"role": ROLES[named], "content": _text(content, where, bool(calls)), **further}

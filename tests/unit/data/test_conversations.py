@@ -227,6 +227,7 @@ BAD = {
     "with parts other than text": [CHAT, {"messages": [USER | {"content": [{"type": "image", "text": "A"}]}, FOUR]}],
     'under "system" a value of type dict': [CHAT, CHAT | {"system": {}}],
     "a reasoning_content of type list": [CHAT, {"messages": [USER, FOUR | {"reasoning_content": ["so"]}]}],
+    "the weight 0, which is not read": [CHAT, {"messages": [USER, FOUR | {"weight": 0}, AGAIN, NINE]}],
     "half of a surrogate pair": [CHAT, {"messages": [USER | {"content": "\ud800"}, FOUR]}],
 }  # fmt: skip
 
