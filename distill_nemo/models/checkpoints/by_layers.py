@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.hf_tensors import PieceReader, stored_tensors
-from distill_nemo.models.checkpoints.pretrained import open_pretrained
+from distill_nemo.models.checkpoints.pretrained import new_model, open_pretrained
 from distill_nemo.models.families.pieces import EXPERT, Piece, Place, experts
 from distill_nemo.models.families.tensors import table_of
 
@@ -44,9 +44,7 @@ def open_by_layers(path: Path, dtype: torch.dtype, architecture: Architecture, *
     """
     config = open_pretrained(AutoConfig, path, **changes)
     with _EmptyOnMeta():
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation="eager", trust_remote_code=False
-        ).eval()
+        model = new_model(config, dtype=dtype, attn_implementation="eager").eval()
     weights = _Weights(path, dtype, architecture)
     for name, module in _units(model):
         _stream(name, module, weights)

@@ -1,9 +1,12 @@
 """Open Hugging Face directories with transformers: the only place that does."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def open_pretrained(auto_class: Any, path: str | Path, **options: Any) -> Any:
@@ -27,9 +30,14 @@ def open_pretrained(auto_class: Any, path: str | Path, **options: Any) -> Any:
         raise ValueError(f"{path} needs the code that its auto_map names, which is never run here") from None
 
 
-def empty_model(config: Any) -> torch.nn.Module:
-    """Return the causal language model of a transformers configuration, its weights on the meta device."""
+def new_model(config: Any, **options: Any) -> "PreTrainedModel":
+    """Return the causal language model of a transformers configuration, its weights new."""
     from transformers import AutoModelForCausalLM
 
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+
+
+def empty_model(config: Any) -> torch.nn.Module:
+    """Return the same, its weights on the meta device."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return new_model(config)
