@@ -59,7 +59,7 @@ def refused(group, inputs, output, changes=(), world_size=1):
     ("changes", "world_size", "message"),
     [
         ({"parallelism.tensor_model_parallel_size": 2}, 3, "world size 3 is not divisible by"),
-        ({"parallelism.tensor_model_parallel_size": 3}, 3, "student.num_attention_heads = 4 is not divisible by para"),
+        ({"parallelism.tensor_model_parallel_size": 3}, 3, "student: num_attention_heads = 4 is not divisible by para"),
         ({"parallelism.pipeline_model_parallel_size": 4}, 4, "student.num_layers = 2 cannot fill 4 pipeline stages"),
         ({"training.global_batch_size": 5}, 1, "global_batch_size 5 is not divisible by micro_batch_size 2"),
         ({"training.global_batch_size": 4}, 4, "micro_batch_size 2 x data parallel size 4 = 8"),
