@@ -33,9 +33,9 @@ the source, bit for bit. "refused": at the start, by name. Loss, metrics and eve
 {versions}.
 
 Any two of these models can be teacher and student if they share a vocabulary. Whatever else a `config.json`
-asks for is refused by name before memory is taken: other activations and biases, other quantised weights than FP8
-in blocks and MXFP4 (which are dequantised as they are read, and exported plain), sequences
-beyond the length at which longrope and dynamic rotary embeddings change, layouts that do not divide a model.
+asks for is refused by name before memory is taken: other activations and biases, other quantised weights than
+FP8 in blocks and MXFP4 (which are dequantised as they are read, and exported plain), sequences beyond the
+length at which longrope and dynamic rotary embeddings change, layouts that do not divide a model.
 A student without a checkpoint takes its sizes from `student.*`, and the fields that only its family has from
 `student.family_fields`.
 
@@ -86,7 +86,7 @@ def traits(model) -> str:
         "layers without rotary embedding": any(layer.rope is None and not layer.mixer for layer in model.layers),
         "rotary embeddings by type of layer": len(model.ropes) > 1,
         f"rotary embeddings: {', '.join(ropes)}": bool(ropes),
-        "of a part of the channels": any(rope.partial_rotary_factor < 1 for rope in model.ropes),
+        "partial rotary embeddings": any(rope.partial_rotary_factor < 1 for rope in model.ropes),
         "multipliers": (model.multipliers.embedding, model.multipliers.residual, model.multipliers.logits) != (1, 1, 1),
         "softcap": model.multipliers.softcap is not None,
         "softcap of attention's scores": model.multipliers.attention_softcap is not None,
