@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from distill_nemo.config import ParallelismConfig, StudentConfig
 from distill_nemo.runtime.device import setup_device
-from distill_nemo.runtime.process_groups import process_groups
 from tests.tiny_models import YARN_ROPE, write_hf
+from tests.unit.models.built_weights import built_weights
 
 FAMILIES = ("deepseek_v3", "glm4_moe_lite")
 TP2 = ParallelismConfig(tensor_model_parallel_size=2)
@@ -114,36 +114,20 @@ def test_layers_that_predict_further_tokens_are_left_out_if_the_config_states_th
             resolved(changed(models, "deepseek_v3", path, num_nextn_predict_layers=count))
 
 
-def weights(student, parallelism, save=None):
-    """Return this rank's parameters by name; with `save`, write a Megatron checkpoint there."""
-    setup_device()
-    with process_groups(parallelism):
-        from megatron.core import dist_checkpointing
-
-        from distill_nemo.models.provider import model_provider
-        from distill_nemo.runtime.seed import seed_everything
-
-        seed_everything(0)
-        model = model_provider(student=student, parallelism=parallelism)
-        if save is not None:
-            dist_checkpointing.save(model.sharded_state_dict(), save)
-        return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
 def test_a_checkpoint_of_two_ranks_is_read_by_one(one, two, models, tmp_path):
     student = StudentConfig(str(models["deepseek_v3"]))
-    whole = one.run(weights, student, ParallelismConfig())[0]
+    whole = one.run(built_weights, student, ParallelismConfig())[0]
     (tmp_path / "m").mkdir()
-    parts = two.run(weights, student, TP2, str(tmp_path / "m"))
+    parts = two.run(built_weights, student, TP2, str(tmp_path / "m"))
     attention = "decoder.layers.0.self_attention."
     for name, split in (("linear_q_up_proj", True), ("linear_q_down_proj", False), ("linear_kv_down_proj", False)):
         found = [part[f"{attention}{name}.weight"] for part in parts]
         assert torch.equal(torch.cat(found) if split else found[1], whole[f"{attention}{name}.weight"])
     described = dataclasses.asdict(resolved(student.checkpoint).filled(StudentConfig()))
     again = StudentConfig(**described | {"checkpoint": str(tmp_path / "m")})
-    (found,) = one.run(weights, again, ParallelismConfig())
+    (found,) = one.run(built_weights, again, ParallelismConfig())
     assert all(torch.equal(found[name], whole[name]) for name in whole)
-    for found, part in zip(two.run(weights, again, TP2), parts, strict=True):
+    for found, part in zip(two.run(built_weights, again, TP2), parts, strict=True):
         assert all(torch.equal(found[name], part[name]) for name in part)
 
 
@@ -155,8 +139,8 @@ LATENT = {"kv_lora_rank": 20, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "fi
 def test_random_weights_are_the_same_at_every_tensor_parallel_size(one, two):
     own = LATENT | {"q_lora_rank": 24, "topk_group": 2}
     student = StudentConfig(family="deepseek_v3", **RANDOM, family_fields=own)
-    whole = one.run(weights, student, ParallelismConfig())[0]
-    for rank, part in enumerate(two.run(weights, student, TP2)):
+    whole = one.run(built_weights, student, ParallelismConfig())[0]
+    for rank, part in enumerate(two.run(built_weights, student, TP2)):
         for name, mine in part.items():
             if ".self_attention." in name:
                 same = whole[name] if mine.shape == whole[name].shape else None
