@@ -17,6 +17,7 @@ import torch.distributed
 from megatron.core.datasets import helpers
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -63,8 +64,10 @@ class WatchedGPTDataset(GPTDataset):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        config: Any = self.config
+        config = self.config
+        assert isinstance(config, _DatasetConfig)
         self._prefix, self._num_ids = str(self.dataset_path), config.num_ids
+        self._documents_apart = config.reset_at_documents
         files = [f"{self._prefix}{suffix}" for suffix in (".bin", ".idx", ".mask")]
         self._sizes = {path: os.stat(path).st_size for path in files if os.path.exists(path)}
         masked = files[-1] in self._sizes and config.loss_on != "all"
@@ -72,8 +75,12 @@ class WatchedGPTDataset(GPTDataset):
 
     @property
     def _document_lengths(self) -> np.ndarray:
-        files: Any = self.dataset
-        return files.sequence_lengths
+        return self._files.sequence_lengths
+
+    @property
+    def _files(self) -> IndexedDataset:
+        assert isinstance(self.dataset, IndexedDataset)
+        return self.dataset
 
     def __getitem__(self, idx: int | None) -> dict[str, Tensor]:
         """Return a sample.
@@ -88,7 +95,6 @@ class WatchedGPTDataset(GPTDataset):
                     f"{path} has {now} bytes now, and had {size} when this run began: restore it, then run the same "
                     "command again to resume from the last checkpoint"
                 )
-        config: Any = self.config
         sample = super().__getitem__(idx)
         for name in ("tokens", "labels"):
             ids = sample[name].numpy()
@@ -96,7 +102,7 @@ class WatchedGPTDataset(GPTDataset):
                 raise ValueError(self._name_first_bad_id(idx or 0))
         if self._mask is not None and idx is not None:
             sample["loss_mask"] = sample["loss_mask"] * self._label_mask(self._mask, idx)  # Megatron's is shared
-        if config.reset_at_documents:
+        if self._documents_apart:
             sample |= self._apart(sample, idx or 0)
         return sample
 
@@ -111,10 +117,9 @@ class WatchedGPTDataset(GPTDataset):
 
     def _label_mask(self, mask: TokenMask, idx: int) -> Tensor:
         """Return 1 for each label of a sample that counts, float32 [sequence_length]."""
-        files: Any = self.dataset
-        found = []
+        index, found = self._files.index, []
         for document, first, stop in self._parts(idx):
-            before = int(files.index.sequence_pointers[document]) // files.index.dtype_size
+            before = int(index.sequence_pointers[document]) // index.dtype_size
             found.append(mask.of_document(before, int(self._document_lengths[document]))[first:stop])
         return torch.from_numpy(np.concatenate(found)[1:]).float()
 
