@@ -8,7 +8,7 @@ rendering is the beginning of the next one. Some templates drop the reasoning of
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from distill_nemo.data.conversations import Conversation, RecordError
 from distill_nemo.runtime.files import read_object_if_any
@@ -95,7 +95,7 @@ class ChatTemplate:
 
         try:
             arguments: dict[str, Any] = {**self.named, "tools": conversation.tools}
-            rendered: Any = render_jinja_template(
+            rendered = render_jinja_template(
                 conversations=[conversation.messages[:count]],
                 chat_template=self._source(conversation),
                 return_assistant_tokens_mask=marked,
@@ -105,7 +105,7 @@ class ChatTemplate:
         except Exception as error:  # a template may raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
             raise RecordError(f"is refused by the chat template: {reason:.300}") from None
-        (text,), ranges = rendered
+        (text,), ranges = cast("tuple[list[str], list[list[Range]]]", rendered)
         return text, [(start, stop) for start, stop in ranges[0]] if marked else None
 
 

@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Iterable
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -14,11 +14,14 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from distill_nemo.reports.comparison import COLUMNS, Row, best, finite, four_digits, role
 
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
 Lines = list[dict[str, Any]]  # of a metrics.jsonl
 BLACK, GRAY, PALE = "#222222", "#8a8a8a", "#d9d9d9"
 ROLE_COLOURS = {"teacher": BLACK, "initial": GRAY, "alone": "#d55e00", "distilled": "#0072b2"}
 OTHER_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: safe for the colour-blind
-STYLE: Any = {
+STYLE: "dict[RcKeyType, Any]" = {
     "font.size": 10,
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
