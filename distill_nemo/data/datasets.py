@@ -33,6 +33,7 @@ from distill_nemo.data.token_files import (
     to_number,
 )
 from distill_nemo.data.token_masks import TokenMask
+from distill_nemo.data.watched_file import WatchedFile
 
 ORDER = "pass by pass"  # order of the samples, part of the cache's key
 
@@ -59,7 +60,7 @@ class WatchedGPTDataset(GPTDataset):
     - The order of samples does not depend on their number. Megatron shuffles all passes over the data together.
     - An id that the model lacks is refused on the host, which can name file, document and token.
     - Tokens that a mask beside the token files leaves out do not count as labels.
-    - A file that becomes shorter while it is mapped is refused. Megatron would be killed by SIGBUS.
+    - A file that becomes shorter is refused. Megatron maps it, and would be killed by SIGBUS.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -69,8 +70,9 @@ class WatchedGPTDataset(GPTDataset):
         self._prefix, self._num_ids = str(self.dataset_path), config.num_ids
         self._documents_apart = config.reset_at_documents
         files = [f"{self._prefix}{suffix}" for suffix in (".bin", ".idx", ".mask")]
-        self._sizes = {path: os.stat(path).st_size for path in files if os.path.exists(path)}
-        masked = files[-1] in self._sizes and config.loss_on != "all"
+        self._watched = [WatchedFile(path) for path in files if os.path.exists(path)]
+        self._files.bin_reader = self._watched[0]  # pyright: ignore[reportAttributeAccessIssue]
+        masked = self._watched[-1].path == files[-1] and config.loss_on != "all"
         self._mask = TokenMask(self._prefix, config.loss_on == "last") if masked else None
 
     @property
@@ -89,12 +91,8 @@ class WatchedGPTDataset(GPTDataset):
             ValueError: if it holds an id that the model lacks, or a token file is shorter than when the run began.
             FileNotFoundError: if a token file is gone.
         """
-        for path, size in self._sizes.items():
-            if (now := os.stat(path).st_size) < size:
-                raise ValueError(
-                    f"{path} has {now} bytes now, and had {size} when this run began: restore it, then run the same "
-                    "command again to resume from the last checkpoint"
-                )
+        for file in self._watched:
+            file.check()
         sample = super().__getitem__(idx)
         for name in ("tokens", "labels"):
             ids = sample[name].numpy()
@@ -239,6 +237,7 @@ def _dataset_config(
         "reset_attention_mask": False,
         "eod_mask_loss": False,
         "create_attention_mask": False,
+        "mmap_bin_files": False,  # they are read as WatchedFile
         "tokenizer": _NoTokenizer(),
     }
     if data.valid:

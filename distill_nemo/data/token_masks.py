@@ -9,25 +9,27 @@ from pathlib import Path
 import numpy as np
 
 from distill_nemo.data.token_files import iter_blocks
+from distill_nemo.data.watched_file import WatchedFile
 
 
 class TokenMask:
     """The mask of one pair of token files."""
 
     def __init__(self, prefix: str, only_last: bool = False) -> None:
-        """Map the file.
+        """Open the file.
 
         Args:
             prefix: of the token files; `check_token_files` has compared the sizes.
             only_last: of a document, only the last run of tokens that count does.
         """
-        self._bits = np.memmap(f"{prefix}.mask", np.uint8, "r")
+        self._file = WatchedFile(f"{prefix}.mask")
         self._only_last = only_last
 
     def of_document(self, first: int, length: int) -> np.ndarray:
         """Return the mask of a document, uint8 [length], whose first token has the number `first` in the file."""
         begin, offset = divmod(first, 8)
-        bits = np.unpackbits(self._bits[begin : (first + length + 7) // 8], bitorder="little")[offset : offset + length]
+        found = self._file.read(np.uint8, (first + length + 7) // 8 - begin, begin)
+        bits = np.unpackbits(found, bitorder="little")[offset : offset + length]
         if self._only_last and bits.any():
             stop = length - int(bits[::-1].argmax())
             gaps = np.flatnonzero(bits[:stop] == 0)

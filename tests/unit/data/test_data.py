@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from distill_nemo.config import DataConfig, TrainingConfig
 from distill_nemo.data.datasets import WatchedGPTDataset, build_datasets
 from distill_nemo.data.samplers import batches
+from distill_nemo.data.watched_file import WatchedFile
 from tests.token_files import write_documents, write_tokens
 
 NUM_IDS = 65_536  # of a model that has every id of uint16
@@ -164,6 +165,18 @@ def test_the_largest_id_of_the_model_passes(tmp_path: Path):
     prefix = write_documents(tmp_path / "a", [[0, 299] * 20])
     train, _ = build(DataConfig(train=[prefix], split="1,0,0", sequence_length=8), tmp_path, 4, 0, num_ids=300)
     assert samples_of(train, 4) == [[0, 299] * 4] * 4
+
+
+def test_tokens_are_not_mapped_and_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path):
+    prefix = write_tokens(tmp_path / "a", 0)
+    train, _ = build(DataConfig(train=[prefix], split="1,0,0", sequence_length=16), tmp_path, num_valid=0)
+    assert train[0]["tokens"].numel() == 16
+    assert f"{prefix}.bin" not in Path("/proc/self/maps").read_text(), "SIGBUS would end this process"
+    file = WatchedFile(f"{prefix}.bin")
+    os.truncate(file.path, 100)  # after the sizes were compared
+    assert file.read(np.uint16, 50, 0).size == 50
+    with pytest.raises(ValueError, match=r"a\.bin has 100 bytes now, and had 4000 when"):
+        file.read(np.uint16, 10, 90)
 
 
 @pytest.mark.parametrize("blend", ["{a}", "1 {a} 1 {a}"])
