@@ -33,7 +33,7 @@ from distill_nemo.data.token_files import (
     to_number,
 )
 from distill_nemo.data.token_masks import TokenMask
-from distill_nemo.data.watched_file import WatchedFile
+from distill_nemo.runtime.watched_file import WatchedFile
 
 ORDER = "pass by pass"  # order of the samples, part of the cache's key
 

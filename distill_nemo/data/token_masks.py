@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from distill_nemo.data.token_files import iter_blocks
-from distill_nemo.data.watched_file import WatchedFile
+from distill_nemo.runtime.watched_file import WatchedFile
 
 
 class TokenMask:

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from distill_nemo.config import DataConfig, TrainingConfig
 from distill_nemo.data.datasets import WatchedGPTDataset, build_datasets
 from distill_nemo.data.samplers import batches
-from distill_nemo.data.watched_file import WatchedFile
+from distill_nemo.runtime.watched_file import WatchedFile
 from tests.token_files import write_documents, write_tokens
 
 NUM_IDS = 65_536  # of a model that has every id of uint16

@@ -1,4 +1,4 @@
-"""Token files that a run reads for days. No torch."""
+"""Files that a run reads for days. No torch."""
 
 import os
 
