@@ -3,7 +3,7 @@
 `config.from_dict` has already checked each field by itself.
 """
 
-from distill_nemo.config import DistillationConfig, ExportConfig, ModelConfig, ParallelismConfig, RunConfig
+from distill_nemo.config import DistillationConfig, JobConfig, ModelConfig, ParallelismConfig, RunConfig
 from distill_nemo.fields import require
 
 FIELDS_OF_BALANCERS = {
@@ -29,17 +29,28 @@ def check(config: RunConfig, world_size: int) -> None:
         _check_model("teacher", config.teacher, config.parallelism)
 
 
-def check_export(config: ExportConfig, world_size: int) -> None:
-    """Refuse a layout that does not fit `world_size` ranks.
+def check_job(config: JobConfig, world_size: int) -> None:
+    """Refuse a job that cannot run on `world_size` ranks.
 
     Raises:
         ValueError: naming the field, what came, what is allowed.
     """
-    parallelism = config.parallelism or ParallelismConfig()
+    if isinstance(config, RunConfig):
+        check(config, world_size)
+    elif config.parallelism is not None:
+        check_layout_without_training(config.parallelism, world_size)
+
+
+def check_layout_without_training(parallelism: ParallelismConfig, world_size: int) -> None:
+    """Refuse a layout that does not fit `world_size` ranks, or has parts that only training uses.
+
+    Raises:
+        ValueError: naming the field, what came, what is allowed.
+    """
     _check_ranks(parallelism, world_size)
     _check_sequence_parallelism(parallelism)
     virtual = parallelism.virtual_pipeline_model_parallel_size
-    require(virtual is None, f"parallelism.virtual_pipeline_model_parallel_size = {virtual} has no use in an export")
+    require(virtual is None, f"parallelism.virtual_pipeline_model_parallel_size = {virtual} has a use in training only")
 
 
 def _check_sizes(config: RunConfig, world_size: int) -> int:

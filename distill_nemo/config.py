@@ -264,12 +264,15 @@ class ExportConfig:
     parallelism: ParallelismConfig | None = None  # None: that of the run, on the ranks that there are
 
 
+JobConfig = RunConfig | ExportConfig  # of the jobs that executors launch
+
+
 def sections() -> dict[str, type]:
     """Return the sections of a run by name."""
     return sections_of(typing.get_type_hints(RunConfig))
 
 
-def to_dict(config: RunConfig) -> dict[str, Any]:
+def to_dict(config: JobConfig) -> dict[str, Any]:
     """Return nested plain values with every field; the inverse of `from_dict`."""
     return asdict(config)
 

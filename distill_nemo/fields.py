@@ -4,13 +4,14 @@ No torch: the launcher imports this file and must start quickly.
 """
 
 import difflib
+import inspect
 import math
 import operator
 import reprlib
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import field, is_dataclass
+from dataclasses import MISSING, field, fields, is_dataclass
 from typing import Any
 
 NO_METADATA: Mapping[str, Any] = types.MappingProxyType({})
@@ -124,6 +125,27 @@ def sections_of(hints: Mapping[str, Any]) -> dict[str, type]:
     """Return the dataclasses among types by name: the sections of a config."""
     plain = {name: plain_type(hint) for name, hint in hints.items()}
     return {name: hint for name, hint in plain.items() if isinstance(hint, type) and is_dataclass(hint)}
+
+
+def takes_fields_of[F: Callable[..., Any]](config: type) -> Callable[[F], F]:
+    """Return a decorator that gives a function the signature of a config, for Fiddle and the command line.
+
+    Fields with a default have None in its place.
+    """
+    hints = typing.get_type_hints(config)
+    required = [each.name for each in fields(config) if each.default is MISSING and each.default_factory is MISSING]
+    kind, empty = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.empty
+    parameters = [
+        inspect.Parameter(name, kind, default=empty if name in required else None, annotation=hint)
+        for name, hint in hints.items()
+    ]
+
+    def decorate(function: F) -> F:
+        function.__signature__ = inspect.Signature(parameters, return_annotation=None)  # pyright: ignore
+        function.__annotations__ = {**hints, "return": None}
+        return function
+
+    return decorate
 
 
 def require(ok: bool, message: str) -> None:

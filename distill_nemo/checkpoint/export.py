@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from distill_nemo.checkpoint.directory import read_record
-from distill_nemo.checks import check_export
+from distill_nemo.checks import check_layout_without_training
 from distill_nemo.config import ExportConfig, ParallelismConfig, RunConfig, StudentConfig, from_dict
 from distill_nemo.runtime.process_groups import is_joined, process_groups, raise_everywhere, rank, world_size
 
@@ -98,7 +98,7 @@ def export(config: ExportConfig) -> None:
     is_ours = found.kind is CheckpointKind.OURS
     record = read_record(found.weights) if is_ours else None
     parallelism = config.parallelism or _layout_of_run(record).on(world_size())
-    check_export(replace(config, parallelism=parallelism), world_size())
+    check_layout_without_training(parallelism, world_size())
     check_target(Path(config.output))
     # A run's step is named, since the run may save others meanwhile. Other checkpoints describe themselves.
     student = resolve(StudentConfig(checkpoint=str(found.weights) if is_ours else config.checkpoint))

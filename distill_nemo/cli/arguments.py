@@ -13,7 +13,6 @@ from typing import Any
 import nemo_run as run
 
 from distill_nemo.cli.values import parse
-from distill_nemo.config import sections
 from distill_nemo.fields import NO_METADATA, sections_of, suggest
 
 RECIPE = re.compile(r"([A-Za-z_][\w.]*)(?:\((.*)\))?", re.S)  # a name, perhaps with arguments
@@ -45,7 +44,7 @@ def override(recipe: Any, values: dict[str, Any]) -> None:
 
     NeMo-Run's own parser does not know `str | None`.
     """
-    parts = sections()
+    parts = sections_of(typing.get_type_hints(recipe.__fn_or_cls__))
     for path, value in values.items():
         section, _, field = path.rpartition(".")
         if section and getattr(recipe, section) is None:

@@ -8,8 +8,8 @@ import warnings
 from typing import Literal
 
 from distill_nemo.cli.entrypoint import Command, register
-from distill_nemo.cli.export import ExportCommand, ExportContext
 from distill_nemo.cli.help import summary, train_help
+from distill_nemo.cli.jobs import ExportCommand, ExportContext
 from distill_nemo.cli.launch import TrainContext, registered_recipes
 from distill_nemo.cli.plan import PlanCommand, PlanContext, plan
 from distill_nemo.config import ExportConfig, ParallelismConfig

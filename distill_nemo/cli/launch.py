@@ -13,7 +13,7 @@ from nemo_run.config import get_type_namespace
 
 from distill_nemo.cli.arguments import RECIPE, called_recipe, override, parse_arguments, split_run_arguments
 from distill_nemo.cli.values import parse
-from distill_nemo.config import ExportConfig, RunConfig
+from distill_nemo.config import JobConfig
 from distill_nemo.executors import (
     EXECUTORS,
     WatchedExperiment,
@@ -96,7 +96,7 @@ class TrainContext(run.cli.RunContext):
         task = self.parse_fn(fn, task_args)
         self.launch_task(task, run_config_of(task))
 
-    def launch_task(self, task: run.Partial, config: RunConfig | ExportConfig) -> None:
+    def launch_task(self, task: run.Partial, config: JobConfig) -> None:
         """Check `config`, which describes the task, and run the task on the executor."""
         executor = self.built_executor()
         check_launch(config, executor, self.dryrun)

@@ -7,7 +7,7 @@ from typing import Any
 
 import nemo_run as run
 
-from distill_nemo.config import ExportConfig, RunConfig
+from distill_nemo.config import JobConfig
 from distill_nemo.executors.watch.jobs import ClusterJob
 
 
@@ -41,7 +41,7 @@ class ExecutorDescriptor:
     # Returns the working directory of the ranks.
     work_dir: Callable[[Any], WorkDir] = lambda executor: IN_A_CONTAINER
     # Runs last, on (config, executor, dryrun): checks that need the machine or the cluster.
-    preflight: Callable[[RunConfig | ExportConfig, Any, bool], None] = _nothing
+    preflight: Callable[[JobConfig, Any, bool], None] = _nothing
     # Wraps a job that NeMo-Run has submitted so that it can be watched. None: NeMo-Run waits for it itself.
     job: Callable[[Any], ClusterJob] | None = None
     # Returns what a dry run prints for a job of the experiment in a directory. None: a dry run prints the command.

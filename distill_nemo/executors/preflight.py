@@ -4,16 +4,16 @@ from pathlib import Path
 
 import nemo_run as run
 
-from distill_nemo.checks import check, check_export
-from distill_nemo.config import ExportConfig, RunConfig
+from distill_nemo.checks import check_job
+from distill_nemo.config import JobConfig, ParallelismConfig
 from distill_nemo.executors.descriptor import WorkDir
 from distill_nemo.executors.known import descriptor_of
 from distill_nemo.executors.worker_config import paths_of
 from distill_nemo.models.sources import find_checkpoint
 
 
-def check_launch(config: RunConfig | ExportConfig, executor: run.Executor, dryrun: bool = False) -> None:
-    """Refuse a run or an export that cannot work on an executor.
+def check_launch(config: JobConfig, executor: run.Executor, dryrun: bool = False) -> None:
+    """Refuse a job that cannot work on an executor.
 
     Raises:
         ValueError: from `checks`, with the node counts that would fit; for secrets in plain text; for missing
@@ -31,34 +31,31 @@ def check_launch(config: RunConfig | ExportConfig, executor: run.Executor, dryru
         _check_absolute(config, work_dir)
     elif work_dir.here is not None:
         _check_files(config, work_dir.here)
-    if isinstance(config, RunConfig):
-        check_fits_nodes(config, executor)
-    elif config.parallelism is not None:
-        check_export(config, executor.nnodes() * executor.nproc_per_node())
+    check_fits_nodes(config, executor)
     descriptor.preflight(config, executor, dryrun)
 
 
-def check_fits_nodes(config: RunConfig, executor: run.Executor) -> None:
-    """Call `checks.check` for the executor's ranks.
+def check_fits_nodes(config: JobConfig, executor: run.Executor) -> None:
+    """Call `checks.check_job` for the executor's ranks.
 
     Raises:
-        ValueError: from `check`, with the node counts that would fit.
+        ValueError: from `check_job`, with the node counts that would fit.
     """
     try:
-        check(config, executor.nnodes() * executor.nproc_per_node())
+        check_job(config, executor.nnodes() * executor.nproc_per_node())
     except ValueError as error:
         raise ValueError(f"{error}{_fitting_nodes(config, executor)}") from None
 
 
-def _fitting_nodes(config: RunConfig, executor: run.Executor) -> str:
+def _fitting_nodes(config: JobConfig, executor: run.Executor) -> str:
     """Return a sentence with the closest node counts that would pass; empty if no node count would."""
     if isinstance(executor, run.LocalExecutor):  # always one node
         return ""
     nodes, devices, fitting = executor.nnodes(), executor.nproc_per_node(), []
-    most = max(2 * nodes, config.parallelism.model_parallel_size)
+    most = max(2 * nodes, (config.parallelism or ParallelismConfig()).model_parallel_size)
     for count in range(1, most + 1):
         try:
-            check(config, count * devices)
+            check_job(config, count * devices)
             fitting.append(count)
         except ValueError:
             continue
@@ -71,7 +68,7 @@ def _fitting_nodes(config: RunConfig, executor: run.Executor) -> str:
     )
 
 
-def _check_absolute(config: RunConfig | ExportConfig, work_dir: WorkDir) -> None:
+def _check_absolute(config: JobConfig, work_dir: WorkDir) -> None:
     for name, path in paths_of(config):
         if not Path(path).is_absolute():
             raise ValueError(
@@ -80,7 +77,7 @@ def _check_absolute(config: RunConfig | ExportConfig, work_dir: WorkDir) -> None
             )
 
 
-def _check_files(config: RunConfig | ExportConfig, work_dir: Path) -> None:
+def _check_files(config: JobConfig, work_dir: Path) -> None:
     for name, path in paths_of(config):
         if name.split(".")[-1] == "checkpoint":
             try:

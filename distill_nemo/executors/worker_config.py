@@ -1,10 +1,11 @@
 """The complete config that the workers get, built from a recipe, and the paths in it."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import fiddle as fdl
 
-from distill_nemo.config import ExportConfig, RunConfig, from_dict, to_dict
+from distill_nemo.config import ExportConfig, JobConfig, RunConfig, from_dict, to_dict
 
 
 def run_config_of(recipe: fdl.Buildable) -> RunConfig:
@@ -13,14 +14,23 @@ def run_config_of(recipe: fdl.Buildable) -> RunConfig:
     Raises:
         ValueError: for a field of the wrong type, or a recipe without a student.
     """
-    given = {name: value for name, value in fdl.build(recipe).keywords.items() if value is not None}
+    given = _given(recipe)
     for name in ("output_dir", "student"):
         if name not in given:
             raise ValueError(f"{name} is not set; every run needs it")
     return from_dict(to_dict(RunConfig(**given)))
 
 
-def paths_of(config: RunConfig | ExportConfig) -> Iterator[tuple[str, str]]:
+def job_config_of[C: JobConfig](task: fdl.Buildable, kind: type[C]) -> C:
+    """Return the config of a task whose arguments are the fields of `kind`, with every type checked."""
+    return from_dict(to_dict(kind(**_given(task))), kind)
+
+
+def _given(task: fdl.Buildable) -> dict[str, Any]:
+    return {name: value for name, value in fdl.build(task).keywords.items() if value is not None}
+
+
+def paths_of(config: JobConfig) -> Iterator[tuple[str, str]]:
     """Yield the field and value of every path in a config, the output's first."""
     if isinstance(config, ExportConfig):
         yield from (("output", config.output), ("checkpoint", config.checkpoint))

@@ -3,16 +3,14 @@
 Light at import, because the launcher reads the recipe's fields from it.
 """
 
-import inspect
 import sys
-import typing
-from dataclasses import MISSING, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_nemo.checks import check
 from distill_nemo.config import RunConfig, from_dict, load_yaml, save_yaml, to_dict
-from distill_nemo.fields import require
+from distill_nemo.fields import require, takes_fields_of
 from distill_nemo.runtime.errors import errors_in_one_screen, errors_of_a_rank
 
 if TYPE_CHECKING:
@@ -21,6 +19,7 @@ if TYPE_CHECKING:
     from distill_nemo.models.architecture import Architecture, Models
 
 
+@takes_fields_of(RunConfig)
 def distill(**sections: Any) -> None:
     r"""Train a student, with a teacher to imitate or without one, and export it to Hugging Face format.
 
@@ -38,22 +37,6 @@ def distill(**sections: Any) -> None:
     config = RunConfig(**{name: value for name, value in sections.items() if value is not None})
     with errors_of_a_rank():
         run_config(config)
-
-
-def _takes_the_fields_of(config: type, function: Any) -> None:
-    """Give `function` the signature of a config, for Fiddle and the command line; defaults become None."""
-    hints = typing.get_type_hints(config)
-    required = [each.name for each in fields(config) if each.default is MISSING and each.default_factory is MISSING]
-    kind, empty = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.empty
-    parameters = [
-        inspect.Parameter(name, kind, default=empty if name in required else None, annotation=hint)
-        for name, hint in hints.items()
-    ]
-    function.__signature__ = inspect.Signature(parameters, return_annotation=None)
-    function.__annotations__ = {**hints, "return": None}
-
-
-_takes_the_fields_of(RunConfig, distill)
 
 
 def run_config(config: RunConfig) -> None:

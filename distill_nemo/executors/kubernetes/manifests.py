@@ -7,12 +7,12 @@ from typing import Any
 
 import yaml
 
-from distill_nemo.config import ExportConfig, RunConfig
+from distill_nemo.config import JobConfig
 from distill_nemo.executors.kubernetes.trainjob import KubernetesExecutor
 from distill_nemo.executors.worker_config import paths_of
 
 
-def check_cluster(config: RunConfig | ExportConfig, executor: KubernetesExecutor, dryrun: bool) -> None:
+def check_cluster(config: JobConfig, executor: KubernetesExecutor, dryrun: bool) -> None:
     """Refuse a run whose output would be lost and, unless it is a dry run, a cluster that cannot be reached.
 
     Raises:
@@ -23,7 +23,7 @@ def check_cluster(config: RunConfig | ExportConfig, executor: KubernetesExecutor
         executor._load_kube_clients()
 
 
-def _check_mounted(config: RunConfig | ExportConfig, executor: KubernetesExecutor) -> None:
+def _check_mounted(config: JobConfig, executor: KubernetesExecutor) -> None:
     output, path = next(paths_of(config))
     where = " or ".join(executor.mounts) or "a volume: run.executor.pvc="
     mounts = tuple(f"{path}/" for path in executor.mounts)

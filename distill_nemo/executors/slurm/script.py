@@ -10,7 +10,7 @@ from typing import Any
 import nemo_run as run
 from nemo_run.config import get_nemorun_home
 
-from distill_nemo.config import ExportConfig, RunConfig
+from distill_nemo.config import JobConfig
 from distill_nemo.executors.descriptor import IN_A_CONTAINER, WorkDir
 from distill_nemo.executors.secrets import refuse_secrets
 from distill_nemo.executors.slurm.arguments import ADVICE_ON_SECRETS, SHIPPED
@@ -98,7 +98,7 @@ def work_dir(executor: run.SlurmExecutor) -> WorkDir:
     return WorkDir(here=Path(given[-1])) if isinstance(executor.tunnel, run.LocalTunnel) else WorkDir()
 
 
-def check_sbatch(config: RunConfig | ExportConfig, executor: run.SlurmExecutor, dryrun: bool) -> None:
+def check_sbatch(config: JobConfig, executor: run.SlurmExecutor, dryrun: bool) -> None:
     """Refuse a machine that cannot submit.
 
     Raises:

@@ -1,0 +1,49 @@
+"""Commands that work in this process, or on the ranks of an executor."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import fiddle as fdl
+import nemo_run as run
+
+from distill_nemo.cli.arguments import check_complete, override, parse_arguments
+from distill_nemo.cli.entrypoint import Command
+from distill_nemo.cli.help import EXPORT, command_help
+from distill_nemo.cli.launch import TrainContext
+from distill_nemo.config import ExportConfig, JobConfig
+from distill_nemo.executors.worker_config import job_config_of
+
+
+class JobContext(TrainContext):
+    """Context of `train` for a function whose arguments are the fields of another config than a run's."""
+
+    config: ClassVar[type[JobConfig]]
+
+    def _execute_task(self, fn: Callable[..., Any], task_args: list[str]) -> None:
+        self.launch_job(fn, task_args, fn.__name__, self.config)
+
+    def launch_job(self, fn: Callable[..., Any], arguments: list[str], command: str, kind: type[JobConfig]) -> None:
+        """Call `fn` in this process if no executor is named, else on its ranks."""
+        values = parse_arguments(fn, arguments, command)
+        check_complete(fn, values, command)
+        task = run.Partial(fn)
+        override(task, values)
+        config = job_config_of(task, kind)
+        if self.executor is None and not self.dryrun:
+            fdl.build(task)()
+        else:
+            self.launch_task(task, config)
+
+
+class ExportContext(JobContext):
+    """Context of `export`."""
+
+    config = ExportConfig
+
+
+class ExportCommand(Command):
+    """`export`."""
+
+    def page(self) -> str:
+        """Return the text of `--help`."""
+        return command_help(self.name, self.fn, EXPORT)
