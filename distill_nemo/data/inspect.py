@@ -9,7 +9,7 @@ from rich.text import Text
 
 from distill_nemo.config import DataConfig
 from distill_nemo.data.manifest import read_manifest
-from distill_nemo.data.token_files import check_token_files, document_lengths, ids_dtype
+from distill_nemo.data.token_files import check_token_files, document_lengths, index_layout
 from distill_nemo.data.token_masks import TokenMask
 from distill_nemo.data.tokenizer import load_tokenizer
 
@@ -42,7 +42,7 @@ def inspect_documents(prefix: str, samples: int, tokenizer: str | None, console:
     lengths = np.array(document_lengths(prefix))
     starts = np.cumsum(lengths, dtype=np.int64) - lengths
     mask = TokenMask(prefix) if Path(f"{prefix}.mask").exists() else None
-    ids = np.memmap(f"{prefix}.bin", ids_dtype(prefix), "r")
+    ids = np.memmap(f"{prefix}.bin", index_layout(prefix).dtype, "r")
     for number in np.linspace(0, len(lengths) - 1, min(samples, len(lengths))).round().astype(int):
         first, length = int(starts[number]), int(lengths[number])
         bits = np.ones(length, np.uint8) if mask is None else mask.of_document(first, length)

@@ -28,6 +28,18 @@ def read_manifest(prefix: str) -> dict[str, Any]:
     return read_json(Path(f"{prefix}.json")) or {}
 
 
+def pack_length(prefix: str) -> int | None:
+    """Return the length of the packs that `<prefix>.bin` holds, None if it holds documents to be spliced.
+
+    Raises:
+        ValueError: for a length that no pack has.
+    """
+    length = read_manifest(prefix).get("pack")
+    if length is not None and (type(length) is not int or length < 2):
+        raise ValueError(f"{prefix}.json is damaged: pack = {length!r} is not a number of at least 2 tokens")
+    return length
+
+
 def pack_vocabulary(tokens: dict[int, str]) -> str:
     """Return tokens by id as one line of text: compressed JSON in base64, 0.6 MB for 150,000 tokens."""
     return base64.b64encode(zlib.compress(json.dumps(tokens).encode())).decode()

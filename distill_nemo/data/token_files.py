@@ -8,11 +8,12 @@ import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from distill_nemo.config import DataConfig
-from distill_nemo.data.manifest import max_token_id, read_manifest
+from distill_nemo.data.manifest import max_token_id, pack_length, read_manifest
 
 INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the ids' type, documents, bounds
 MAGIC = b"MMIDIDX\x00\x00"
@@ -69,20 +70,40 @@ def check_token_files(data: DataConfig) -> None:
     """
     for field, prefix in named_token_files(data):
         tokens = _check_pair(field, Path(f"{prefix}.idx"), Path(f"{prefix}.bin"))
+        _check_packs(field, prefix, tokens, data.sequence_length)
         _check_mask(field, prefix, tokens, data.loss_on)
+
+
+class IndexLayout(NamedTuple):
+    """Places of an index's numbers, in bytes from the beginning of the file."""
+
+    dtype: type  # of the ids
+    documents: int
+    groups: int  # of documents, such as packs
+    lengths_at: int
+    starts_at: int
+    bounds_at: int
+
+
+def index_layout(prefix: str) -> IndexLayout:
+    """Return the layout of `<prefix>.idx`, of files that `check_token_files` accepts."""
+    with open(f"{prefix}.idx", "rb") as file:
+        _, _, code, documents, bounds = INDEX_HEADER.unpack(file.read(INDEX_HEADER.size))
+    lengths_at = INDEX_HEADER.size
+    places = lengths_at, lengths_at + 4 * documents, lengths_at + 12 * documents
+    return IndexLayout(INTEGER_TYPES[code], documents, bounds - 1, *places)
 
 
 def document_lengths(prefix: str) -> np.ndarray:
     """Return the number of tokens of every document, int32 [documents], of files that `check_token_files` accepts."""
-    with open(f"{prefix}.idx", "rb") as file:
-        _, _, _, documents, _ = INDEX_HEADER.unpack(file.read(INDEX_HEADER.size))
-    return np.memmap(f"{prefix}.idx", np.int32, "r", INDEX_HEADER.size, (documents,))
+    layout = index_layout(prefix)
+    return np.memmap(f"{prefix}.idx", np.int32, "r", layout.lengths_at, (layout.documents,))
 
 
-def ids_dtype(prefix: str) -> type:
-    """Return the type of the ids, of files that `check_token_files` accepts."""
-    with open(f"{prefix}.idx", "rb") as file:
-        return INTEGER_TYPES[INDEX_HEADER.unpack(file.read(INDEX_HEADER.size))[2]]
+def documents_apart(data: DataConfig) -> bool:
+    """Return True if attention and positions stay inside a document: as told, or because some part has packs."""
+    named = named_token_files(data) if data.train else []
+    return data.reset_at_documents or any(pack_length(prefix) is not None for _, prefix in named)
 
 
 def write_index(path: Path, lengths: np.ndarray, dtype: str) -> None:
@@ -125,6 +146,24 @@ def check_vocabulary(data: DataConfig, vocab_size: int) -> None:
                 f"{field}: {prefix}.bin holds the token id {largest} (made with {manifest.get('tokenizer')}), but "
                 f"the model's vocab_size is {vocab_size}: {OWN_TOKENIZER}"
             )
+
+
+def _check_packs(field: str, prefix: str, tokens: int, sequence_length: int) -> None:
+    """Refuse packs of another length than a sample's, and bounds that make no packs."""
+    length = pack_length(prefix)
+    if length is None:
+        return
+    if length != sequence_length:
+        raise ValueError(
+            f"{field}: {prefix}.bin holds packs of {length} tokens, but data.sequence_length = {sequence_length}: set "
+            f"it to {length}, or prepare the text again with pack={sequence_length}"
+        )
+    layout = index_layout(prefix)
+    bounds = np.fromfile(f"{prefix}.idx", np.int64, layout.groups + 1, offset=layout.bounds_at)
+    ascending = layout.groups > 0 and bounds[0] == 0 and (np.diff(bounds) > 0).all()
+    ends = np.concatenate([[0], np.cumsum(document_lengths(prefix), dtype=np.int64)])
+    if not ascending or np.diff(ends[bounds]).max() > length + 1:
+        raise ValueError(f"{field}: {prefix}.idx is damaged: it bounds no packs of {length} tokens; {ADVICE}")
 
 
 def _check_mask(field: str, prefix: str, tokens: int, loss_on: str | None) -> None:

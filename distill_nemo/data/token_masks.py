@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from distill_nemo.data.chat_template import LossOn
 from distill_nemo.data.token_files import iter_blocks
 from distill_nemo.runtime.watched_file import WatchedFile
 
@@ -25,6 +26,10 @@ class TokenMask:
         self._file = WatchedFile(f"{prefix}.mask")
         self._only_last = only_last
 
+    def check(self) -> None:
+        """Refuse a file that became shorter, see `WatchedFile.check`."""
+        self._file.check()
+
     def of_document(self, first: int, length: int) -> np.ndarray:
         """Return the mask of a document, uint8 [length], whose first token has the number `first` in the file."""
         begin, offset = divmod(first, 8)
@@ -35,6 +40,12 @@ class TokenMask:
             gaps = np.flatnonzero(bits[:stop] == 0)
             bits[: gaps[-1] if gaps.size else 0] = 0
         return bits
+
+
+def mask_of(prefix: str, loss_on: LossOn | None) -> TokenMask | None:
+    """Return the mask beside token files for `DataConfig.loss_on`; None if all tokens count."""
+    masked = Path(f"{prefix}.mask").exists() and loss_on != "all"
+    return TokenMask(prefix, loss_on == "last") if masked else None
 
 
 def write_mask(path: Path, parts: list[Path]) -> None:

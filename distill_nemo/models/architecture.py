@@ -350,8 +350,8 @@ class Architecture:
         for i, layer in enumerate(self.layers):
             if layer.mixer is not None:
                 raise ValueError(
-                    f"data.reset_at_documents: {self.name} has a {layer.mixer} in layer {i}, whose state cannot be "
-                    "reset at a document; set it to False"
+                    f"{self.name} has a {layer.mixer} in layer {i}, whose state cannot be reset at a document: set "
+                    "data.reset_at_documents=false, and prepare the text without pack"
                 )
         return replace(self, documents_apart=True)
 

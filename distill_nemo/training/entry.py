@@ -77,6 +77,7 @@ def resolve_models(config: RunConfig) -> "tuple[RunConfig, Models]":
     Raises:
         ValueError: from `resolve_pair` and `check_layout`, and if a sequence is longer than a model's positions.
     """
+    from distill_nemo.data.token_files import documents_apart
     from distill_nemo.models.megatron import check_layout
     from distill_nemo.models.resolve import resolve_pair
 
@@ -89,7 +90,7 @@ def resolve_models(config: RunConfig) -> "tuple[RunConfig, Models]":
     if config.teacher is not None and models.teacher is not None:
         config.teacher = models.teacher.filled(config.teacher)
     student, teacher = (model and model.at_length(config.data.sequence_length) for model in models)
-    if config.data.reset_at_documents:
+    if documents_apart(config.data):
         student, teacher = (model and model.with_documents_apart() for model in (student, teacher))
     return config, models._replace(student=student, teacher=teacher)
 

@@ -96,14 +96,14 @@ SAMPLE_SECONDS, SAVE_SECONDS = 0.05, 3.0
 
 def _train_with_slow_files(inputs, output, asynchronous):
     from distill_nemo.checkpoint import save
-    from distill_nemo.data.datasets import WatchedGPTDataset
+    from distill_nemo.data.token_dataset import TokenDataset
     from distill_nemo.runtime import checksums
 
     with pytest.MonkeyPatch.context() as patch:
-        read, written = WatchedGPTDataset.__getitem__, checksums.sum_own_files
+        read, written = TokenDataset.__getitem__, checksums.sum_own_files
         slow_read = lambda self, index: time.sleep(SAMPLE_SECONDS) or read(self, index)  # noqa: E731
         slow_write = lambda *where: time.sleep(SAVE_SECONDS) or written(*where)  # noqa: E731
-        patch.setattr(WatchedGPTDataset, "__getitem__", slow_read)
+        patch.setattr(TokenDataset, "__getitem__", slow_read)
         patch.setattr(save, "sum_own_files", slow_write)
         patch.setattr(checksums, "sum_own_files", slow_write)
         _train_saving(inputs, output, asynchronous, 6, tensor=1)

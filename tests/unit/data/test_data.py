@@ -18,8 +18,9 @@ from megatron.core.datasets.utils import Split
 from torch.utils.data import Dataset
 
 from distill_nemo.config import DataConfig, TrainingConfig
-from distill_nemo.data.datasets import WatchedGPTDataset, build_datasets
+from distill_nemo.data.datasets import build_datasets
 from distill_nemo.data.samplers import batches
+from distill_nemo.data.token_dataset import TokenDataset
 from distill_nemo.runtime.watched_file import WatchedFile
 from tests.token_files import write_documents, write_tokens
 
@@ -115,7 +116,7 @@ def test_a_pass_reads_each_sample_once_and_the_next_in_another_order(tmp_path: P
 def test_a_single_pass_is_in_megatrons_own_order(tmp_path: Path):
     prefix = write_tokens(tmp_path / "a", 0)
     built = build(DataConfig(train=[prefix], split="1,0,0", sequence_length=16), tmp_path, 124, 0)[0]
-    assert isinstance(built, WatchedGPTDataset) and len(built) == 124
+    assert isinstance(built, TokenDataset) and len(built) == 124
     built.config.path_to_cache = str(tmp_path / "megatron")
     documents = np.arange(40, dtype=np.int32)
     plain = GPTDataset(IndexedDataset(prefix), prefix, documents, 124, Split.train, built.config)

@@ -538,5 +538,7 @@ def test_documents_are_not_kept_apart_where_a_state_reaches_over_them(tmp_path):
     model = resolve_json(tmp_path)
     assert not model.needs_own_attention and model.with_documents_apart().needs_own_attention
     layers = (*model.layers[:-1], dataclasses.replace(model.layers[-1], mixer="mamba"))
-    with pytest.raises(ValueError, match=rf"data\.reset_at_documents: .* a mamba in layer {len(layers) - 1}"):
+    with pytest.raises(
+        ValueError, match=rf"a mamba in layer {len(layers) - 1}, .*reset_at_documents=false, .*without pack"
+    ):
         dataclasses.replace(model, layers=layers).with_documents_apart()
