@@ -6,7 +6,7 @@ import json
 import os
 import reprlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Buffer, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: if it cannot be written.
     """
+    write_blocks_atomically(path, [content.encode() if isinstance(content, str) else content])
+
+
+def write_blocks_atomically(path: Path, blocks: Iterable[Buffer]) -> None:
+    """Do the same with content that is not in one piece."""
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.writelines(blocks)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -54,6 +54,11 @@ class OutputLock:
             where = error.filename if isinstance(error.filename, str) else self.path
             return f"{self.what}: {where} cannot be written: {error.strerror}"
 
+    def take_if_free(self) -> bool:
+        """Take the lock without waiting; return False if another process holds it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return self._lock()
+
     def free(self) -> None:
         """Release the lock, if this process holds it."""
         if self._file is not None:

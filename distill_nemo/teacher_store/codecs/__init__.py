@@ -1,0 +1,1 @@
+"""Codecs of a teacher's distribution, one file each."""

@@ -1,0 +1,239 @@
+"""Write a store: shards of windows, in any order and by any number of jobs. Nothing half written is ever read.
+
+A shard is written aside, flushed and renamed; then the facts of the manifest are written beside it, which mark it as
+whole. The complete manifest comes last.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from distill_nemo.config import from_dict
+from distill_nemo.fields import require
+from distill_nemo.runtime.checksums import sha256
+from distill_nemo.runtime.files import fsync, read_object, write_atomically, write_blocks_atomically
+from distill_nemo.runtime.output_lock import OutputLock
+from distill_nemo.teacher_store.codecs.codec import DTYPES, Arrays, check_ids
+from distill_nemo.teacher_store.manifest import (
+    MANIFEST,
+    OUTPUT_LAYER,
+    Contents,
+    Manifest,
+    ShardFacts,
+    differences,
+    manifest_text,
+    read_manifest,
+    shard_name,
+)
+from distill_nemo.teacher_store.packing import pack_bits, pack_numbers
+from distill_nemo.teacher_store.shards import NUMBERS, Layout, columns_of, shard_layout
+
+_claimed: set[Path] = set()  # by this process, which its own locks do not keep out
+
+
+def create_store(store: Path, manifest: Manifest) -> None:
+    """Create a store, or check that the one that is there is the same. Several jobs may call it at once.
+
+    Raises:
+        ValueError: if another store is there, naming each difference.
+        OSError: if it cannot be written.
+    """
+    store.mkdir(parents=True, exist_ok=True)
+    if not (store / MANIFEST).exists():
+        strange = [path.name for path in store.iterdir() if path.suffix != ".partial"]
+        require(not strange, f"{store} holds other files, such as {strange[:1]}: choose another output")
+        _create_file(store / MANIFEST, manifest_text(manifest))
+    apart = differences(manifest, read_manifest(store)[0])
+    lines = "\n  ".join([f"{store} is another store:", *apart])
+    require(not apart, f"{lines}\nRestore these, or choose another output")
+
+
+def missing_shards(store: Path, manifest: Manifest) -> list[int]:
+    """Return the numbers of the shards that are not written yet; none of a complete store."""
+    return [shard for shard in range(manifest.num_shards) if _is_missing(store, manifest, shard)]
+
+
+def finish_store(store: Path) -> bool:
+    """Write the complete manifest, if no shard is missing. Return True if the store is complete.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    manifest, contents = read_manifest(store)
+    if contents is None:
+        found = [_written(store, manifest, shard) for shard in range(manifest.num_shards)]
+        shards = [facts for facts in found if facts is not None]
+        if len(shards) < len(found):
+            return False
+        layer = sha256(store / OUTPUT_LAYER) if manifest.codec == "hidden" else None
+        write_atomically(store / MANIFEST, manifest_text(manifest, Contents(shards, layer)))
+    for pattern in ("shard-*.json", "shard-*.lock", "*.partial"):
+        for path in store.glob(pattern):
+            path.unlink(missing_ok=True)
+    return True
+
+
+def claim_shard(store: Path, manifest: Manifest, shard: int) -> "ShardWriter | None":
+    """Return the writer of a shard; None if it is written already, or another writer has it.
+
+    Raises:
+        OSError: if the store cannot be written.
+    """
+    path = store / shard_name(shard)
+    lock = OutputLock(path.with_suffix(".lock"), f"output = {store}")
+    if path in _claimed or not lock.take_if_free():
+        return None
+    if not _is_missing(store, manifest, shard):
+        lock.free()
+        return None
+    return ShardWriter(path, manifest, shard, lock)
+
+
+class ShardWriter:
+    """Writer of one shard, which nobody else writes until it is closed.
+
+    Use as a context manager: windows that were not committed are dropped.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, shard: int, lock: OutputLock) -> None:
+        self.path, self.windows = path, manifest.windows_of(shard)
+        self._manifest, self._shard, self._lock = manifest, shard, lock
+        self._columns = columns_of(manifest)
+        self._blocks: dict[str, list[np.ndarray]] = {name: [] for name in self._columns}
+        self.num_bytes = 0  # of the windows so far
+        _claimed.add(path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def num_appended(self) -> int:
+        """Number of windows so far."""
+        return len(self._blocks["tokens"])
+
+    def append(self, window: Arrays) -> None:
+        """Add the next window.
+
+        Args:
+            window: tokens int32 [L + 1]; loss_mask uint8 [L]; document_starts int32 [L], if documents are apart; and of
+                the M tokens that count, in order, entropy, label_logprob, top1, [M], if T is not 1 also entropy_at_1,
+                and what the codec has, [M, ...] (its `fields`).
+
+        Raises:
+            ValueError: for an array that is missing, has another shape, or holds what cannot be.
+        """
+        number = self.windows[self.num_appended]
+        try:
+            packed = self._packed(window)
+        except ValueError as error:
+            raise ValueError(f"window {number} of {self.path.parent} {error}") from None
+        for name, block in packed.items():
+            self._blocks[name].append(block)
+            self.num_bytes += block.nbytes
+
+    def commit(self) -> ShardFacts:
+        """Write the shard durably. After an error nothing of it is left.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        assert self.num_appended == len(self.windows), "every window of the shard is appended"
+        for axis in ("tokens", "pairs"):
+            if f"{axis}_bounds" in self._columns:
+                names = [name for name, column in self._columns.items() if column.axis == axis]
+                sizes = [len(block) for block in self._blocks[names[0]]]
+                self._blocks[f"{axis}_bounds"] = [np.cumsum([0, *sizes], dtype=np.int64)]
+        tokens, pairs = (sum(map(len, self._blocks.get(name, []))) for name in ("top1", "pairs"))
+        layout = shard_layout(self._manifest, self._shard, ShardFacts("", tokens, pairs))
+        written = write_columns(self.path, layout, (block for name in self._columns for block in self._blocks[name]))
+        facts = ShardFacts(written, tokens, pairs)
+        write_atomically(self.path.with_suffix(".json"), json.dumps(asdict(facts)))
+        return facts
+
+    def close(self) -> None:
+        """Let others write the shard, if it is not committed."""
+        self._lock.free()
+        _claimed.discard(self.path)
+
+    def _packed(self, window: Arrays) -> Arrays:
+        manifest, coding, length = self._manifest, self._manifest.coding, self._manifest.sequence_length
+        num_tokens = int((window["loss_mask"] != 0).sum())
+        extras = {"entropy": "float32", "label_logprob": "float32", "top1": "int32"}
+        extras |= {"entropy_at_1": "float32"} if manifest.temperature != 1 else {}
+        wanted = {"tokens": ((length + 1,), "int32"), "loss_mask": ((length,), "uint8")}
+        wanted |= {"document_starts": ((length,), "int32")} if manifest.documents_apart else {}
+        wanted |= {name: ((num_tokens,), kind) for name, kind in extras.items()}
+        wanted |= {name: ((num_tokens, *each.shape), each.dtype) for name, each in coding.fields.items()}
+        for name, (shape, kind) in wanted.items():
+            require(name in window, f"has no {name}")
+            found = window[name]
+            require(
+                found.shape == shape and found.dtype == kind,
+                f"has {name} of {found.dtype} {list(found.shape)}, needs {kind} {list(shape)}",
+            )
+        for name in ("tokens", "top1"):
+            check_ids(window[name], manifest.vocab_size)
+        for name in ("entropy", "label_logprob"):
+            require(bool(np.isfinite(window[name]).all()), f"has {name} that is not finite, as the teacher's logits")
+        packed = {name: window[name] for name in NUMBERS if name in extras}
+        packed |= {name: pack_numbers(window[name], coding.id_bytes) for name in ("tokens", "top1")}
+        packed |= {"loss_mask": pack_bits(window["loss_mask"])} | coding.pack(window)
+        if manifest.documents_apart:
+            packed["document_begins"] = pack_bits(window["document_starts"] == np.arange(length))
+        rows = {name: packed[name][None] for name, column in self._columns.items() if column.axis == "windows"}
+        return {
+            name: np.ascontiguousarray(block, DTYPES[self._columns[name].dtype])
+            for name, block in (packed | rows).items()
+        }
+
+
+def write_columns(path: Path, layout: Layout, columns: Iterable[np.ndarray]) -> str:
+    """Write a file of columns durably. Return its SHA-256."""
+    blocks = [layout.header, *(block.data for block in columns)]
+    digest = hashlib.sha256()
+    for block in blocks:
+        digest.update(block)
+    write_blocks_atomically(path, blocks)
+    return digest.hexdigest()
+
+
+def _is_missing(store: Path, manifest: Manifest, shard: int) -> bool:
+    if _written(store, manifest, shard) is not None:
+        return False
+    return read_manifest(store)[1] is None  # after the facts, which are removed once the manifest is complete
+
+
+def _written(store: Path, manifest: Manifest, shard: int) -> ShardFacts | None:
+    """Return the facts of a shard that was written as a whole."""
+    path = store / shard_name(shard)
+    try:
+        facts = from_dict(read_object(path.with_suffix(".json")), ShardFacts)
+        size = shard_layout(manifest, shard, facts).size
+        return facts if path.stat().st_size == size else None
+    except (ValueError, OSError):
+        return None
+
+
+def _create_file(path: Path, text: str) -> None:
+    """Create a file in one step, unless it is there."""
+    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".partial")
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    with contextlib.suppress(FileExistsError):
+        os.link(partial, path)
+    os.unlink(partial)
+    fsync(path.parent)
