@@ -39,6 +39,8 @@ FAMILIES = (
     "glm4_moe_lite",
     "gpt_oss",
     "granite",
+    "granitemoe",
+    "granitemoehybrid",
     "llama",
     "llama_tied",
     "llama3_rope",
@@ -109,6 +111,13 @@ DELTA_NET = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
     **NO_TOKENS,
 }
+MULTIPLIERS = {
+    "embedding_multiplier": 6.0,
+    "attention_multiplier": 0.05,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 2.0,
+    "tie_word_embeddings": True,
+}
 OWN_FIELDS = {  # of config.json
     "deepseek_v3": {
         "q_lora_rank": 24,
@@ -173,12 +182,15 @@ OWN_FIELDS = {  # of config.json
         "rope_theta": 1e4,
         **NO_TOKENS,
     },
-    "granite": {
-        "embedding_multiplier": 6.0,
-        "attention_multiplier": 0.05,
-        "residual_multiplier": 0.22,
-        "logits_scaling": 2.0,
-        "tie_word_embeddings": True,
+    "granite": MULTIPLIERS,
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, **MULTIPLIERS},
+    "granitemoehybrid": {
+        "layer_types": ["attention"] * 4,
+        "num_local_experts": 0,
+        "shared_intermediate_size": 80,
+        "position_embedding_type": "rope",
+        "mamba_n_heads": 1,
+        **MULTIPLIERS,
     },
     "llama_tied": {"tie_word_embeddings": True},
     "llama3_rope": LLAMA3_ROPE,

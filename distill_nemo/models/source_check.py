@@ -45,7 +45,7 @@ NAMES = {  # in config.json
     "num_layers": ("num_hidden_layers",),
     "num_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
     "vocab_size": ("vocab_size",),
-    "ffn_hidden_size": ("intermediate_size",),
+    "ffn_hidden_size": ("intermediate_size", "shared_intermediate_size"),
     "moe_ffn_hidden_size": ("moe_intermediate_size",),
 }
 # Fields with an entry for each layer.
@@ -102,11 +102,13 @@ def _small(source: Source, model: Architecture) -> Iterator[tuple[Path, Architec
     quantised = config.pop(FIELD, None)  # which transformers opens with further packages only
     unreadable = int(transformers.__version__.split(".")[0]) < 5 and config.get("rope_parameters")
     of_wrapper = FAMILIES[model.family].wrapper is not None and any(x.name for x in source.tensors.values())
-    if num_parameters(model) <= WHOLE and not (unreadable or quantised or of_wrapper):
+    of_other_type = config["model_type"] != model.family
+    if num_parameters(model) <= WHOLE and not (unreadable or quantised or of_wrapper or of_other_type):
         yield source.weights, model
         return
     if unreadable:  # transformers 4 ignores it and uses base 10000
         config |= {name: value for name, value in to_huggingface(model, torch.float32).items() if name in ROPE_FIELDS}
+    config["model_type"] = model.family
     with tempfile.TemporaryDirectory() as copy:
         small = _cut(model, dataclasses.replace(source, weights=Path(copy), config=config))
         _copy_part(source, model, small, config)

@@ -22,6 +22,7 @@ JOINED = {  # what transformers 5 makes of several stored tensors, or names diff
     "experts.up_proj": EXPERT + "linear_fc1.weight",
     "experts.down_proj": EXPERT + "linear_fc2.weight",
     "gate.weight": "mlp.router.weight",
+    "router.weight": "mlp.router.weight",
 }
 
 

@@ -7,6 +7,8 @@ from distill_nemo.models.families.glm4_moe import GLM4_MOE
 from distill_nemo.models.families.glm4_moe_lite import GLM4_MOE_LITE
 from distill_nemo.models.families.gpt_oss import GPT_OSS
 from distill_nemo.models.families.granite import GRANITE
+from distill_nemo.models.families.granitemoe import GRANITEMOE
+from distill_nemo.models.families.granitemoehybrid import GRANITEMOEHYBRID
 from distill_nemo.models.families.llama import LLAMA
 from distill_nemo.models.families.ministral import MINISTRAL
 from distill_nemo.models.families.mistral import MISTRAL
@@ -36,6 +38,8 @@ FAMILIES = {
         GLM4_MOE_LITE,
         GPT_OSS,
         GRANITE,
+        GRANITEMOE,
+        GRANITEMOEHYBRID,
         LLAMA,
         MINISTRAL,
         MISTRAL,

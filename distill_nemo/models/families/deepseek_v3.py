@@ -1,7 +1,4 @@
-"""DeepSeek-V3 and R1, Moonlight: latent attention, experts behind a sigmoid router, dense layers first.
-
-Kimi-K2 is the same network. Its config.json names a `model_type` of its own, which transformers does not know either.
-"""
+"""DeepSeek-V3 and R1, Moonlight, Kimi-K2: latent attention, experts behind a sigmoid router, dense layers first."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -57,6 +54,7 @@ def _layer_table(model: Architecture, layer: Layer) -> Table:
 DEEPSEEK_V3 = Family(
     "deepseek_v3",
     "DeepseekV3ForCausalLM",
+    other_types=("kimi_k2",),  # which transformers does not know; exports are of DeepSeek's type
     defaults={
         "max_position_embeddings": 4096,
         "num_key_value_heads": 128,

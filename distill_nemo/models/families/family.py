@@ -107,6 +107,7 @@ class Family:
         reference: values of `config.json` with which transformers computes without CUDA what the authors' kernels do.
         other_names: names under which some directories hold a tensor, mapped to those of the tables.
         table_around: tensors outside the layers; by default those of Llama.
+        other_types: further names in `config.json` of the same network.
         wrapper: model of images and text that the family is a part of.
         ignored_tensors: beginnings of names of tensors that its class ignores in a directory.
     """
@@ -145,6 +146,7 @@ class Family:
     reference: dict[str, Any] = field(default_factory=dict)
     other_names: dict[str, str] = field(default_factory=dict)
     table_around: Callable[[Architecture], Table] = table_around
+    other_types: tuple[str, ...] = ()
     wrapper: Wrapper | None = None
     ignored_tensors: tuple[str, ...] = ()
 

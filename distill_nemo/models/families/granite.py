@@ -4,21 +4,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from distill_nemo.fields import setting
-from distill_nemo.models.architecture import Multipliers
+from distill_nemo.models.architecture import Architecture, Multipliers
 from distill_nemo.models.families.family import Family, OwnFields
+
+LEAST, MOST = 1e-6, 1e6  # beyond them, products leave the range of fp32
 
 
 @dataclass(frozen=True)
 class GraniteFields(OwnFields):
     """Granite's constant factors."""
 
-    embedding_multiplier: float = setting(1.0, above=0)
-    attention_multiplier: float = setting(1.0, "of queries times keys, in place of 1 / sqrt(head_dim)", above=0)
-    residual_multiplier: float = setting(1.0, above=0)
-    logits_scaling: float = setting(1.0, "divides logits", above=0)
+    embedding_multiplier: float = setting(1.0, at_least=LEAST, at_most=MOST)
+    attention_multiplier: float = setting(
+        1.0, "of queries times keys, in place of 1 / sqrt(head_dim)", at_least=LEAST, at_most=MOST
+    )
+    residual_multiplier: float = setting(1.0, at_least=LEAST, at_most=MOST)
+    logits_scaling: float = setting(1.0, "divides logits", at_least=LEAST, at_most=MOST)
 
 
-def _multipliers(values: dict[str, Any]) -> Multipliers:
+def multipliers(values: dict[str, Any]) -> Multipliers:
+    """Return the constants of a model with `GraniteFields` (`Family.multipliers`)."""
     own = values["family_fields"]
     return Multipliers(
         embedding=own["embedding_multiplier"],
@@ -27,11 +32,16 @@ def _multipliers(values: dict[str, Any]) -> Multipliers:
     )
 
 
+def settings(model: Architecture) -> dict[str, Any]:
+    """Return the factor of the scores (`Family.settings`)."""
+    return {"softmax_scale": model.family_fields["attention_multiplier"]}
+
+
 GRANITE = Family(
     "granite",
     "GraniteForCausalLM",
     defaults={"max_position_embeddings": 2048},
     own_fields=GraniteFields,
-    multipliers=_multipliers,
-    settings=lambda model: {"softmax_scale": model.family_fields["attention_multiplier"]},
+    multipliers=multipliers,
+    settings=settings,
 )

@@ -61,12 +61,7 @@ def from_huggingface(config: dict[str, Any], where: Path) -> dict[str, Any]:
         ValueError: for a model type or a feature that is not supported, and a value of the wrong kind, by name.
     """
     fields = Fields(config, str(where / "config.json"))
-    model_type = fields.text("model_type")
-    if model_type not in FAMILIES:
-        raise ValueError(
-            f'{fields.where}: model_type "{model_type:.40}" is not supported.{suggest(model_type, FAMILIES)}'
-        )
-    family = FAMILIES[model_type]
+    family = _family_of(fields)
     fields = Fields(family.defaults | config, fields.where)
     fields = Fields(fields.values | family.spelled(fields), fields.where)
     _refuse_features(family, fields)
@@ -75,7 +70,7 @@ def from_huggingface(config: dict[str, Any], where: Path) -> dict[str, Any]:
     heads = fields.integer("num_attention_heads", most=MAX_HEADS)
     base, scaling = read_rope(fields, family)
     described = {
-        "family": model_type,
+        "family": family.model_type,
         "num_layers": fields.integer("num_hidden_layers", most=MAX_LAYERS),
         "hidden_size": fields.integer("hidden_size"),
         "ffn_hidden_size": fields.integer("intermediate_size"),
@@ -95,6 +90,14 @@ def from_huggingface(config: dict[str, Any], where: Path) -> dict[str, Any]:
     }
     own = {name: value for name, value in (config | family.spelled(fields)).items() if name in family.own_names}
     return described | {"family_fields": resolve_own_fields(family, own, described, f"{fields.where}: ")}
+
+
+def _family_of(config: Fields) -> Family:
+    model_type = config.text("model_type")
+    for family in FAMILIES.values():
+        if model_type in (family.model_type, *family.other_types):
+            return family
+    raise ValueError(f'{config.where}: model_type "{model_type:.40}" is not supported.{suggest(model_type, FAMILIES)}')
 
 
 def _refuse_features(family: Family, fields: Fields) -> None:

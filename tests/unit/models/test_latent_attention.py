@@ -47,6 +47,7 @@ def resolved(path):
     [
         ("deepseek_v3", {"rope_interleave": False}),
         ("deepseek_v3", {"rope_interleave": None}),
+        ("deepseek_v3", {"model_type": "kimi_k2"}),
         ("glm4_moe_lite", {"rope_interleave": False}),
         ("deepseek_v3", {"rms_norm_eps": 0.1}),  # of the latents' norms it stays 1e-6
         ("glm4_moe_lite", {"rms_norm_eps": 0.1}),
