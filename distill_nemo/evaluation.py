@@ -24,6 +24,7 @@ Batches = Iterator[dict[str, Tensor]]
 LossFunc = Callable[[Tensor], tuple[Tensor, Tensor, Report]]
 StepFunc = Callable[[Batches, nn.Module], tuple[Tensor, LossFunc]]
 HOST_FIELD = "document_starts"  # of a batch with `data.reset_at_documents`, read by the attention on the host
+TARGET = "target_"  # begins the names of a teacher's stored targets in a batch
 
 
 def evaluate(
@@ -78,7 +79,8 @@ def run_model(batches: Batches, model: nn.Module) -> tuple[Targets, Tensor]:
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in own.items() if name != HOST_FIELD}
     inputs = (batch["tokens"], batch["position_ids"], own.get(HOST_FIELD))
     output = model(*inputs, labels=batch["labels"], loss_mask=batch["loss_mask"])
-    return Targets(batch["labels"], batch["loss_mask"], num_valid), output
+    stored = {name.removeprefix(TARGET): tensor for name, tensor in batch.items() if name.startswith(TARGET)}
+    return Targets(batch["labels"], batch["loss_mask"], num_valid, stored or None), output
 
 
 def eval_loss_func(targets: Targets, model: nn.Module, output_tensor: Tensor) -> tuple[Tensor, Tensor, Report]:

@@ -70,6 +70,23 @@ def top_k_forward_kl(
     return (p_Nm * np.log(p_Nm / q_Nm)).sum(axis=-1), through_softmax(value_by_q, q, temperature)
 
 
+def systematic_counts(teacher_V: Array, temperature: float, num: int, uniform: float) -> NDArray[np.int64]:
+    """Return the draws of each id, by the differences of rounded multiples of the cumulative distribution."""
+    sums = np.cumsum(softmax(teacher_V / temperature))
+    stops = np.clip(np.ceil(num * sums - uniform), 0, num).astype(np.int64)
+    stops[sums >= sums[-1]] = num
+    return np.diff(stops, prepend=0)
+
+
+def sampled(
+    student_NV: Array, teacher_NV: Array, counts_NV: Array, num: int, temperature: float = 1.0
+) -> tuple[Array, Array]:
+    """Return the cross entropy against counts / num, less the teacher's entropy."""
+    p, q = softmax(teacher_NV / temperature), softmax(student_NV / temperature)
+    value = -(counts_NV / num * np.log(q)).sum(axis=-1) + (p * np.log(p)).sum(axis=-1)
+    return value, through_softmax(-counts_NV / num / q, q, temperature)
+
+
 Oracle = Callable[..., tuple[Array, Array]]
 
 

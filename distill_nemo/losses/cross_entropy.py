@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distill_nemo.losses.collectives import Gather, merge
-from distill_nemo.losses.kernels.dispatch import kl_statistics
+from distill_nemo.losses.kernels.dispatch import find_kernel, kl_statistics
 from distill_nemo.losses.kernels.eager import LMGradient
 
 
@@ -31,26 +31,29 @@ def cross_entropy(lse_2SB: Tensor, label_RSB: Tensor) -> Tensor:
     return total_SB.log() + (peak_SB - label_RSB.sum(0))
 
 
-def local_lse(logits_SBv: Tensor) -> Tensor:
+def local_lse(logits_SBv: Tensor, temperature: float = 1.0) -> Tensor:
     """Return the log-sum-exp over the shard, as peak and total: [2, S, B] fp32."""
-    return kl_statistics(logits_SBv, logits_SBv, 1.0)[:2]
+    kernel = find_kernel("log_sum_exp", logits_SBv)
+    if kernel is not None:
+        return kernel(logits_SBv, temperature)
+    return kl_statistics(logits_SBv, logits_SBv, temperature)[:2]
 
 
 def label_logits(logits_SBv: Tensor, labels_SB: Tensor, vocab_start: int) -> Tensor:
     """Return the label's logit if it is in this shard, else 0: [S, B] fp32. The sum over ranks is the logit."""
-    inside_SB, column_SB = _columns(labels_SB, vocab_start, logits_SBv.shape[-1])
+    inside_SB, column_SB = columns_of(labels_SB, vocab_start, logits_SBv.shape[-1])
     found_SB = logits_SBv.gather(-1, column_SB[..., None])[..., 0].float()
     return torch.where(inside_SB, found_SB, 0.0)
 
 
 def lm_gradient(labels_n: Tensor, vocab_start: int, width: int, lse_2n: Tensor, grad_n: Tensor) -> LMGradient:
     """Return the LM loss's gradient. Labels index the whole vocabulary, of which this shard has `width` columns."""
-    inside_n, column_n = _columns(labels_n, vocab_start, width)
+    inside_n, column_n = columns_of(labels_n, vocab_start, width)
     return LMGradient(column_n.where(inside_n, -1), lse_2n, grad_n)
 
 
-def _columns(labels: Tensor, vocab_start: int, width: int) -> tuple[Tensor, Tensor]:
-    """Return which labels are in this shard, and their columns there (0 for the others)."""
-    column = labels - vocab_start
+def columns_of(ids: Tensor, vocab_start: int, width: int) -> tuple[Tensor, Tensor]:
+    """Return True for the ids that are in this shard, and their columns there (0 for the others)."""
+    column = ids - vocab_start
     inside = (column >= 0) & (column < width)
     return inside, torch.where(inside, column, 0)

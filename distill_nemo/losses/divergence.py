@@ -30,11 +30,10 @@ class Statistics(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Divergence(ABC):
-    """Loss of every token that is 0 where student and teacher agree. The caller multiplies by T^2.
+class LogitsLoss[Teacher](ABC):
+    """Loss of every token between a student's logits and a teacher. The caller multiplies by T^2.
 
-    `begin`, one all-gather, `finish` give the loss; `gradient` is that of the student's logits. A new divergence
-    writes `begin`, `finish` and `slope`.
+    `begin`, one all-gather, `finish` give the loss; `gradient` is that of the student's logits.
 
     Args:
         temperature: T > 0, divides the logits of both sides.
@@ -45,12 +44,51 @@ class Divergence(ABC):
 
     temperature: float = 1.0
 
-    kernel: ClassVar[str | None] = None  # name of the gradient's kernels; None: it is computed in torch
-    needs_teacher: ClassVar[bool] = True  # the gradient reads the teacher's logits
-
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
+
+    @abstractmethod
+    def begin(self, student_SBv: Tensor, teacher: Teacher) -> Statistics:
+        """Compute this shard's statistics; `finish` gets them with `shard` gathered."""
+
+    @abstractmethod
+    def finish(self, stats: Statistics, gather: Gather) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the loss, [S, B] fp32, and numbers to save for `gradient`, [..., S, B], the student's lse first."""
+
+    @abstractmethod
+    def gradient(
+        self,
+        student_SBv: Tensor,
+        teacher: Teacher,
+        saved: tuple[Tensor, ...],
+        grad_SB: Tensor,
+        out_SBv: Tensor,
+        lm: LMGradient | None = None,
+    ) -> Tensor:
+        """Write the gradient of the student's logits to `out` in its dtype, and return it.
+
+        It is exactly 0 for tokens whose `grad` is 0, even where their logits are NaN.
+
+        Args:
+            student_SBv: [S, B, v]; with `lm` fp32, [n, v], and overwritten.
+            teacher: of the same tokens.
+            saved: the numbers that `finish` saved.
+            grad_SB: gradient of each token's loss.
+            out_SBv: the same shape as the logits.
+            lm: the LM loss, whose gradient is added before the sum is rounded.
+        """
+
+
+@dataclass(frozen=True)
+class Divergence(LogitsLoss[Tensor]):
+    """Divergence from the teacher's logits, which is 0 where they agree with the student's.
+
+    A new divergence writes `begin`, `finish` and `slope`.
+    """
+
+    kernel: ClassVar[str | None] = None  # name of the gradient's kernels; None: it is computed in torch
+    needs_teacher: ClassVar[bool] = True  # the gradient reads the teacher's logits
 
     def __call__(self, student_SBv: Tensor, teacher_SBv: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
         """Return the loss of every token, differentiable with respect to the student's logits.
@@ -66,14 +104,6 @@ class Divergence(ABC):
             [S, B] fp32, the same on every rank.
         """
         return _DivergenceFunction.apply(student_SBv, teacher_SBv, self, Gather(group))  # pyright: ignore
-
-    @abstractmethod
-    def begin(self, student_SBv: Tensor, teacher_SBv: Tensor) -> Statistics:
-        """Compute this shard's statistics; `finish` gets them with `shard` gathered."""
-
-    @abstractmethod
-    def finish(self, stats: Statistics, gather: Gather) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return the loss, [S, B] fp32, and numbers to save for `gradient`, [..., S, B], the student's lse first."""
 
     def slope(self, student_nv: Tensor, teacher_nv: Tensor, saved: tuple[Tensor, ...], grad_n1: Tensor) -> Tensor:
         """Return `grad` times the derivative of the loss with respect to the student's logits, in torch.
@@ -95,18 +125,7 @@ class Divergence(ABC):
         out_SBv: Tensor,
         lm: LMGradient | None = None,
     ) -> Tensor:
-        """Write the gradient of the student's logits to `out` in its dtype, and return it.
-
-        It is exactly 0 for tokens whose `grad` is 0, even where their logits are NaN.
-
-        Args:
-            student_SBv: [S, B, v]; with `lm` fp32, [n, v], and overwritten.
-            teacher_SBv: the same shape; may be `out`.
-            saved: the numbers that `finish` saved.
-            grad_SB: gradient of each token's loss.
-            out_SBv: the same shape as the logits.
-            lm: the LM loss, whose gradient is added before the sum is rounded.
-        """
+        """Write the gradient by the kernel or `slope`; `teacher_SBv` may be `out`. See `LogitsLoss.gradient`."""
         if self.kernel is not None:
             kernel = find_kernel(self.kernel, student_SBv, teacher_SBv, out_SBv)
             if kernel is not None:

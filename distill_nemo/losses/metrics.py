@@ -45,14 +45,24 @@ def vocab_parallel_top1_agreement(
     Returns:
         [S, B] fp32, the same on every rank.
     """
-    best = [x.argmax(-1, keepdim=True) for x in (student_logits_SBv, teacher_logits_SBv)]
-    values = [x.gather(-1, i) for x, i in zip((student_logits_SBv, teacher_logits_SBv), best, strict=True)]
+    student_SB, teacher_SB = vocab_parallel_top1((student_logits_SBv, teacher_logits_SBv), group)
+    return (student_SB == teacher_SB).float()
+
+
+@torch.no_grad()
+def vocab_parallel_top1(logits_SBv: tuple[Tensor, ...], group: dist.ProcessGroup | None = None) -> tuple[Tensor, ...]:
+    """Return the most likely id of every token (lowest on ties), [S, B] int64 for each of the logits.
+
+    Without shards: `z.argmax(-1)`. Collectives: one all-gather.
+    """
+    best = [x.argmax(-1, keepdim=True) for x in logits_SBv]
+    values = [x.gather(-1, i) for x, i in zip(logits_SBv, best, strict=True)]
     # fp32 holds a column index exactly up to 2^24.
-    top_R4SB = Gather(group)(torch.stack([x.squeeze(-1).float() for x in (*values, *best)]))
-    rank_2SB = top_R4SB[:, :2].argmax(0)  # the first, so the lowest, rank on ties
-    column_2SB = top_R4SB[:, 2:].gather(0, rank_2SB[None])[0]
-    same = (rank_2SB[0] == rank_2SB[1]) & (column_2SB[0] == column_2SB[1])
-    return same.float()
+    top_RmSB = Gather(group)(torch.stack([x.squeeze(-1).float() for x in (*values, *best)]))
+    values_RmSB, column_RmSB = top_RmSB.chunk(2, dim=1)
+    rank_mSB = values_RmSB.argmax(0)  # the first, so the lowest, rank on ties
+    column_mSB = column_RmSB.gather(0, rank_mSB[None])[0].long()
+    return tuple(rank_mSB * logits_SBv[0].shape[-1] + column_mSB)
 
 
 @torch.no_grad()
@@ -69,7 +79,11 @@ def vocab_parallel_entropy(logits_SBv: Tensor, group: dist.ProcessGroup | None =
         peak = x.amax(-1)
         x = below(x, peak, 1.0)
         stats.append(torch.stack([peak, *total_and_mean(x, x)]))
-    stats_R3SB = Gather(group)(torch.cat(stats, dim=1).unflatten(1, logits_SBv.shape[:-1]))
-    (peak_SB, total_SB), share_RSB = merge(stats_R3SB[:, :2], 1.0)
-    mean_SB = weigh(share_RSB, stats_R3SB[:, 2] + (stats_R3SB[:, 0] - peak_SB)).sum(0)
-    return total_SB.log() - mean_SB
+    return entropy(Gather(group)(torch.cat(stats, dim=1).unflatten(1, logits_SBv.shape[:-1])), 1.0)
+
+
+def entropy(stats_R3SB: Tensor, temperature: float) -> Tensor:
+    """Merge the shards' peak, total and mean of `(x - peak) / T` (`kernels.eager.total_and_mean`) into the entropy."""
+    (peak_SB, total_SB), share_RSB = merge(stats_R3SB[:, :2], temperature)
+    lower_RSB = stats_R3SB[:, 0] - peak_SB  # of the shards' peaks
+    return total_SB.log() - weigh(share_RSB, stats_R3SB[:, 2] + lower_RSB / temperature).sum(0)

@@ -17,6 +17,7 @@ from distill_nemo.models.checkpoints.modelopt_state import restore_modelopt_stat
 from distill_nemo.models.distillation.convert import attach, convert_to_distillation_model, detach, own_stage
 from distill_nemo.models.distillation.objective import LanguageModelling
 from distill_nemo.models.distillation.offload import HostWeights
+from distill_nemo.models.distillation.stored_targets import StoredTeacher, learn_from_store
 from distill_nemo.models.layers.experts import initialise_experts, keep_expert_bias, keep_experts_apart
 from distill_nemo.models.megatron import Recompute, gpt_model, transformer_config
 from distill_nemo.models.resolve import resolve, resolve_pair, with_headers
@@ -38,13 +39,14 @@ def model_provider(
     dtype: torch.dtype = torch.float32,
     teacher: TeacherConfig | Architecture | None = None,
     distillation: DistillationConfig | None = None,
+    stored: StoredTeacher | None = None,
     load_weights: bool = True,
     recompute: Recompute | None = None,
     vp_stage: int | None = None,
 ) -> nn.Module:
     """Build this pipeline stage of the student or, with `teacher`, of a `mtd.DistillationModel`.
 
-    `finalise` returns the clean student of a distillation model.
+    `finalise` returns the clean student.
 
     Args:
         pre_process: this stage holds the embedding.
@@ -55,6 +57,7 @@ def model_provider(
         dtype: dtype of weights and activations.
         teacher: architecture or config of the teacher; None for training without one.
         distillation: losses between student and teacher.
+        stored: the teachers of stored targets, in place of `teacher`.
         load_weights: False skips the student's weights: a resumed run has its own.
         recompute: activations of the student to recompute in backward: `full`, `selective` or None.
         vp_stage: virtual pipeline stage.
@@ -66,10 +69,13 @@ def model_provider(
     model_kwargs = {**where, "vp_stage": vp_stage, "parallelism": parallelism, "dtype": dtype}
     models = resolve_pair(student, teacher)
     model = _build(models.student, model_kwargs, load_weights, recompute)
+    distillation = distillation or DistillationConfig()
+    if stored is not None:
+        assert teacher is None, "a run has a teacher or stores of its targets"
+        return learn_from_store(model, stored, distillation, models.student)
     if models.teacher is None:
         attach(model, objective=LanguageModelling())
         return model
-    distillation = distillation or DistillationConfig()
     frozen = _teacher_provider(models.teacher, model_kwargs)
     if distillation.offload_teacher:
         HostWeights([*frozen.decoder.layers], setup_device())
@@ -77,11 +83,11 @@ def model_provider(
 
 
 def finalise(model: nn.Module) -> GPTModel:
-    """Return the clean student of a distillation model (`mtd.export`); other models are returned unchanged."""
+    """Return the clean student: without its objective and, of a distillation model, without teacher (`mtd.export`)."""
+    detach(model)
     if not isinstance(model, mtd.DistillationModel):
         assert isinstance(model, GPTModel)
         return model
-    detach(model)
     student = mtd.export(model)
     state = ModeloptStateManager(student).state_dict()
     state[:] = [mode for mode in state if mode[0] not in ("kd_loss", "export_student")]  # they cannot be restored

@@ -55,7 +55,7 @@ class TopKForwardKL(Divergence):
         """Find the shard's candidates, and split both sides into their logits and the log-sum-exp of the others."""
         columns, parts = [], []
         for _, (z, t) in chunks(student_SBv, teacher_SBv):
-            columns.append(_largest(t, min(self.top_k, t.shape[-1])))
+            columns.append(largest(t, min(self.top_k, t.shape[-1])))
             parts.append(torch.stack([_split(x, columns[-1], self.temperature) for x in (z, t)]))
         split_2SBc = torch.cat(parts, dim=1).unflatten(1, student_SBv.shape[:-1])
         return Statistics(split_2SBc, (torch.cat(columns).int(),))
@@ -106,7 +106,7 @@ class TopKForwardKL(Divergence):
         return out_SBv
 
 
-def _largest(logits: Tensor, num: int) -> Tensor:
+def largest(logits: Tensor, num: int) -> Tensor:
     """Return the columns of the `num` largest, largest first, lowest column first on ties: [..., v] -> [..., num].
 
     `topk` picks any of equal values. A teacher in bf16 has many, so the choice would depend on the layout.

@@ -5,13 +5,13 @@ Legend: `loss.py`.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distill_nemo.losses.divergence import Divergence
+from distill_nemo.losses.divergence import LogitsLoss
 from distill_nemo.losses.fused_linear import gemm
 from distill_nemo.losses.fused_linear.main_grad import GradientSum
 
@@ -19,6 +19,27 @@ from distill_nemo.losses.fused_linear.main_grad import GradientSum
 CHUNK_BYTES, CUDA_CHUNK_BYTES = 64 * 2**20, 512 * 2**20
 # Lower limit: whatever its size, a chunk reads both output weights, and reads and writes the student's gradient.
 CHUNK_TOKENS = 416
+
+
+class Side[Teacher](Protocol):
+    """A teacher, of which the logits loss gets a few tokens at a time."""
+
+    @property
+    def num_buffers(self) -> int:
+        """Number of buffers of logits that `part` fills, 0 or 1."""
+        ...
+
+    def frozen(self, width: int) -> Self:
+        """Return it without gradients. Raise ValueError if its logits do not have `width` columns on this rank."""
+        ...
+
+    def take(self, index_M: Tensor) -> Self:
+        """Return it for some tokens only."""
+        ...
+
+    def part(self, rows: slice, num_true: int, *buffer_nv: Tensor) -> Teacher:
+        """Return what the loss compares the student's logits with, of some tokens."""
+        ...
 
 
 class Head(NamedTuple):
@@ -33,13 +54,34 @@ class Head(NamedTuple):
     scale: float = 1.0
     softcap: float | None = None
 
-    def logits(self, rows: slice, out_nv: Tensor) -> None:
-        """Compute the logits of some tokens in fp32."""
+    @property
+    def num_buffers(self) -> int:
+        """Return 1: the logits' own."""
+        return 1
+
+    def frozen(self, width: int) -> "Head":
+        """Return it without gradients. Raise ValueError if its logits do not have `width` columns on this rank."""
+        if self.weight_vH.shape[0] != width:
+            raise ValueError(
+                f"student logits would have {width} columns on this rank, teacher logits {self.weight_vH.shape[0]}"
+            )
+        bias_v = None if self.bias_v is None else self.bias_v.detach()
+        return self._replace(hidden_NH=self.hidden_NH.detach(), weight_vH=self.weight_vH.detach(), bias_v=bias_v)
+
+    def take(self, index_M: Tensor) -> "Head":
+        """Return it for some tokens only."""
+        return self._replace(hidden_NH=self.hidden_NH[index_M])
+
+    def part(self, rows: slice, num_true: int, *buffer_nv: Tensor) -> Tensor:
+        """Compute the logits of some tokens in fp32, -inf from column `num_true` on."""
+        (out_nv,) = buffer_nv
         gemm.logits(self.hidden_NH[rows], self.weight_vH, self.bias_v, out_nv)
         if self.scale != 1:
             out_nv.mul_(self.scale)
         if self.softcap is not None:
             out_nv.div_(self.softcap).tanh_().mul_(self.softcap)
+        out_nv[:, num_true:] = -torch.inf
+        return out_nv
 
     def cap_slope(self, logits_nv: Tensor) -> Tensor | None:
         """Return the derivative of `cap` at the inputs of these logits, 0 in padding; None without a softcap."""
@@ -49,7 +91,7 @@ class Head(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FusedLoss:
+class FusedLoss[Teacher]:
     """The losses to compute, and their weights.
 
     Args:
@@ -66,7 +108,7 @@ class FusedLoss:
         num_valid: M, if the host knows it; else the host waits for the mask on CUDA.
     """
 
-    divergence: Divergence
+    divergence: LogitsLoss[Teacher]
     factor: float = 1.0
     lm_weight: float | Tensor = 0.0
     logits_weight: float | Tensor = 1.0
@@ -83,26 +125,35 @@ class FusedLoss:
         return isinstance(self.lm_weight, Tensor) or self.lm_weight != 0
 
 
-class ValidTokens(NamedTuple):
-    """Both heads with the hidden states of the valid tokens, their labels and masks."""
+class ValidTokens[Teacher](NamedTuple):
+    """Student and teacher of the valid tokens, their labels and masks."""
 
     student: Head
-    teacher: Head
+    teacher: Side[Teacher]
     labels_M: Tensor
-    weight_M: Tensor
+    weight_M: Tensor  # of the LM loss
+    kd_weight_M: Tensor  # of the logits loss
     index_M: Tensor | None  # among all tokens; None: all are valid
 
     @staticmethod
-    def of(student: Head, teacher: Head, labels_N: Tensor, loss_mask_N: Tensor, num_valid: int | None) -> "ValidTokens":
-        """Select the tokens that are not masked."""
+    def of(
+        student: Head,
+        teacher: Side[Teacher],
+        labels_N: Tensor,
+        loss_mask_N: Tensor,
+        num_valid: int | None,
+        taught_N: Tensor | None = None,
+    ) -> "ValidTokens[Teacher]":
+        """Select the tokens that are not masked. The teacher knows those of `taught` (1, else 0); None: all."""
         loss_mask_N = loss_mask_N.float()
+        kd_weight_N = loss_mask_N if taught_N is None else loss_mask_N * taught_N
         valid_N = loss_mask_N > 0
         num_valid = int(valid_N.sum()) if num_valid is None else num_valid
         if num_valid == len(loss_mask_N):
-            return ValidTokens(student, teacher, labels_N, loss_mask_N, None)
+            return ValidTokens(student, teacher, labels_N, loss_mask_N, kd_weight_N, None)
         index_M = valid_N.nonzero_static(size=num_valid).flatten()
-        student, teacher = (head._replace(hidden_NH=head.hidden_NH[index_M]) for head in (student, teacher))
-        return ValidTokens(student, teacher, labels_N[index_M], loss_mask_N[index_M], index_M)
+        labels_M, weight_M, kd_weight_M = (x_N[index_M] for x_N in (labels_N, loss_mask_N, kd_weight_N))
+        return ValidTokens(student.take(index_M), teacher.take(index_M), labels_M, weight_M, kd_weight_M, index_M)
 
 
 class Gradients(NamedTuple):
@@ -113,14 +164,14 @@ class Gradients(NamedTuple):
     bias: GradientSum | None
 
     @staticmethod
-    def of(student: Head, wanted: Any, valid: ValidTokens) -> "Gradients":
+    def of[T](student: Head, wanted: Any, valid: ValidTokens[T]) -> "Gradients":
         """Start from zeros, or from Megatron's sums so far."""
         hidden_MH = valid.student.hidden_NH.new_empty(valid.student.hidden_NH.shape, dtype=torch.float32)
         pairs = zip((student.weight_vH, student.bias_v), wanted[1:], strict=True)
         parameters = (GradientSum(x) if x is not None and needed else None for x, needed in pairs)
         return Gradients(hidden_MH if wanted[0] else None, *parameters)
 
-    def add(self, valid: ValidTokens, rows: slice, grad_nv: Tensor) -> None:
+    def add[T](self, valid: ValidTokens[T], rows: slice, grad_nv: Tensor) -> None:
         """Add the gradients that follow from the gradient of some tokens' logits."""
         if self.hidden_MH is not None:
             gemm.hidden_gradient(grad_nv, valid.student.weight_vH, self.hidden_MH[rows])
@@ -136,22 +187,29 @@ def chunk_size(num_tokens: int, width: int, on_gpu: bool, most: int | None = Non
     return -(-num_tokens // -(-num_tokens // most))
 
 
-def chunk_logits(valid: ValidTokens, loss: FusedLoss, num_buffers: int = 1) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield successive tokens and their logits, student's and teacher's [n, v] fp32, free to be overwritten.
+class Part[Teacher](NamedTuple):
+    """Some tokens, while their logits exist."""
 
-    Padding holds -inf. A chunk's logits are valid until `num_buffers` more have been taken.
-    """
+    rows: slice
+    student_nv: Tensor  # fp32, padding holds -inf; may be overwritten
+    teacher: Teacher  # likewise
+    spare_nv: Tensor  # memory for the gradient: the teacher's logits, or the student's if there are none
+
+
+def chunk_logits[Teacher](
+    valid: ValidTokens[Teacher], loss: FusedLoss[Teacher], num_buffers: int = 1
+) -> Iterator[Part[Teacher]]:
+    """Yield successive tokens with their logits, which are valid until `num_buffers` more have been taken."""
     num_tokens, width = len(valid.labels_M), valid.student.weight_vH.shape[0]
     if num_tokens == 0:
         return
+    num_true = width if loss.num_true is None else loss.num_true
     size = chunk_size(num_tokens, width, valid.labels_M.is_cuda, loss.chunk_tokens)
     num_chunks = -(-num_tokens // size)
-    pair = 2, size, width
-    buffers = [valid.weight_M.new_empty(pair, dtype=torch.float32) for _ in range(min(num_buffers, num_chunks))]
+    shape = 1 + valid.teacher.num_buffers, size, width
+    buffers = [valid.weight_M.new_empty(shape, dtype=torch.float32) for _ in range(min(num_buffers, num_chunks))]
     for number, start in enumerate(range(0, num_tokens, size)):
         rows = slice(start, min(start + size, num_tokens))
         outs = buffers[number % len(buffers)][:, : rows.stop - start]
-        for head, out_nv in zip((valid.student, valid.teacher), outs, strict=True):
-            head.logits(rows, out_nv)
-            out_nv[:, width if loss.num_true is None else loss.num_true :] = -torch.inf
-        yield rows, outs[0], outs[1]
+        student_nv = valid.student.part(rows, num_true, outs[0])
+        yield Part(rows, student_nv, valid.teacher.part(rows, num_true, *outs[1:]), outs[-1])

@@ -38,6 +38,21 @@ def kl_statistics(p_logits_SBv: Tensor, q_logits_SBv: Tensor, temperature: float
     return (find_kernel("kl_statistics", *pair) or eager.kl_statistics)(*pair, temperature)
 
 
+def softmax_gradient(
+    logits_nv: Tensor,
+    temperature: float,
+    peak_n: Tensor,
+    scale_n: Tensor,
+    second: tuple[Tensor, Tensor] | None,
+    column_nK: Tensor,
+    value_nK: Tensor,
+    out_nv: Tensor,
+) -> Tensor:
+    """Compute `eager.softmax_gradient` with the fastest kernel."""
+    compute = find_kernel("softmax_gradient", logits_nv, out_nv) or eager.softmax_gradient
+    return compute(logits_nv, temperature, peak_n, scale_n, second, column_nK, value_nK, out_nv)
+
+
 @cache
 def _triton_kernels() -> dict[str, Kernel]:
     try:

@@ -88,3 +88,37 @@ def add_lm_gradient(logits_nv: Tensor, lm: LMGradient, rows: slice, out_nv: Tens
     out_nv.add_(softmax(logits_nv, lm.lse_2n[:, rows], 1.0).mul_(grad_n[:, None]))
     at_label_n = torch.where(column_n < 0, 0.0, -grad_n)
     out_nv.scatter_add_(-1, column_n.clamp(min=0)[:, None], at_label_n[:, None])
+
+
+def softmax_gradient(
+    logits_nv: Tensor,
+    temperature: float,
+    peak_n: Tensor,
+    scale_n: Tensor,
+    second: tuple[Tensor, Tensor] | None,
+    column_nK: Tensor,
+    value_nK: Tensor,
+    out_nv: Tensor,
+) -> Tensor:
+    """Write `scale exp((logits - peak) / T)`, and add `value` at `column`. Return `out`, which may be `logits`.
+
+    Args:
+        logits_nv: of some tokens.
+        temperature: T.
+        peak_n: anything that keeps the exponentials finite.
+        scale_n: factor of each token; 0 gives 0, even where logits are NaN.
+        second: peak and scale of a second such term, at temperature 1; None: there is none.
+        column_nK: columns in which something is added; several may be the same.
+        value_nK: fp32 numbers to add.
+        out_nv: the result, rounded to its dtype once.
+    """
+    terms = [(peak_n, scale_n, temperature)] + ([] if second is None else [(*second, 1.0)])
+    for rows, copies in chunks(*[logits_nv] * len(terms)):
+        total_nv, *others = (
+            below(x, peak[rows], t).exp_().mul_(scale[rows, None]).masked_fill_(scale[rows, None] == 0, 0.0)
+            for x, (peak, scale, t) in zip(copies, terms, strict=True)
+        )
+        for other_nv in others:
+            total_nv.add_(other_nv)
+        out_nv[rows] = total_nv.scatter_add_(-1, column_nK[rows], value_nK[rows])
+    return out_nv

@@ -24,7 +24,12 @@ from distill_nemo.config import DistillationConfig
 from distill_nemo.losses.hidden import HiddenStateCosineLoss, HiddenStateMSELoss
 from distill_nemo.losses.logits import LogitsKLLoss
 from distill_nemo.models.architecture import Models
-from distill_nemo.models.distillation.fused_output import FusedLogits, hand_on_hidden_states, why_not_fused
+from distill_nemo.models.distillation.fused_output import (
+    FusedLogits,
+    hand_on_hidden_states,
+    tensor_parallel_group,
+    why_not_fused,
+)
 from distill_nemo.models.distillation.hidden_losses import HiddenLosses
 from distill_nemo.models.distillation.objective import Balancer, WholeLogits, objective_of
 
@@ -62,8 +67,7 @@ def convert_to_distillation_model(
     model._loss_modules = nn.ModuleDict(modules)  # by the number in the config: the same at every layout
     hidden_losses = HiddenLosses(pairs, len(distill_cfg.hidden_layers), balancer)
     if fuses:
-        group = _tensor_parallel_group(student)
-        objective = FusedLogits(student, teacher, distill_cfg, models, group, balancer, hidden_losses)
+        objective = FusedLogits(student, teacher, distill_cfg, models, balancer, hidden_losses)
     else:
         objective = WholeLogits(model, logits_loss, balancer, hidden_losses)
     attach(model, objective=objective)
@@ -77,12 +81,12 @@ def attach(model: nn.Module, **attributes: object) -> None:
     object.__setattr__(model, ATTACHED, {*vars(model).get(ATTACHED, ()), *attributes})
 
 
-def detach(model: mtd.DistillationModel) -> None:
-    """Remove everything that was attached to the model and its teacher, and the hooks of the hidden losses."""
+def detach(model: nn.Module) -> None:
+    """Remove everything that was attached to a model and its teacher, and the hooks of the hidden losses."""
     hidden_losses = objective_of(model).hidden_losses
     if hidden_losses is not None:
         hidden_losses.remove()
-    for each in (model, model.teacher_model):
+    for each in (model, model.teacher_model) if isinstance(model, mtd.DistillationModel) else (model,):
         for name in vars(each).pop(ATTACHED):
             del vars(each)[name]
 
@@ -105,7 +109,7 @@ def build_logits_loss(student: GPTModel, distill_cfg: DistillationConfig, vocab_
     """Return the logits loss on the last stage, if it is used."""
     if not student.post_process or not distill_cfg.uses_logits:
         return None
-    group = _tensor_parallel_group(student)
+    group = tensor_parallel_group(student)
     width = student.output_layer.output_size_per_partition
     return LogitsKLLoss(
         divergence=distill_cfg.divergence,
@@ -127,7 +131,7 @@ def fuses_output(student: GPTModel, teacher: GPTModel, distill_cfg: Distillation
     """
     if not student.post_process or not distill_cfg.uses_logits or distill_cfg.fused_linear is False:
         return False
-    reason = why_not_fused(student, teacher)
+    reason = why_not_fused(student=student, teacher=teacher)
     if reason is not None and distill_cfg.fused_linear:
         raise ValueError(f"distillation.fused_linear = true is not possible: {reason}; leave it unset")
     if reason is not None:
@@ -140,11 +144,6 @@ def _tensor_parallel_rank() -> int:
     return parallel_state.get_tensor_model_parallel_rank()
 
 
-def _tensor_parallel_group(student: GPTModel) -> Any:
-    alone = student.config.tensor_model_parallel_size == 1
-    return None if alone else parallel_state.get_tensor_model_parallel_group()
-
-
 def hidden_pairs(
     student: GPTModel, teacher: GPTModel, distill_cfg: DistillationConfig
 ) -> dict[int, tuple[nn.Module, nn.Module, nn.Module]]:
@@ -154,7 +153,7 @@ def hidden_pairs(
         ValueError: on every stage alike, for a layer that does not exist or a pair on two stages.
     """
     own, pairs = own_stage(getattr(student, "vp_stage", None)), {}
-    sequence_group = _tensor_parallel_group(student) if student.config.sequence_parallel else None
+    sequence_group = tensor_parallel_group(student) if student.config.sequence_parallel else None
     for number, names in enumerate(pair.split(":") for pair in distill_cfg.hidden_layers):
         (stage, local), (teachers_stage, teachers_local) = (
             locate_layer(name, model) for name, model in zip(names, (student, teacher), strict=True)

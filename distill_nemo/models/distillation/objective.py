@@ -28,6 +28,7 @@ class Targets(NamedTuple):
     labels_BS: Tensor
     loss_mask_BS: Tensor  # positive where a token is valid
     num_valid: int | None = None  # tokens with a positive mask, where the host knows it
+    stored: dict[str, Tensor] | None = None  # a teacher's targets, [B, S] or [B, S, ...] each
 
 
 class Objective(ABC):

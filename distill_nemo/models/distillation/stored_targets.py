@@ -1,0 +1,188 @@
+"""A student that learns from stored targets: the teacher ran once, elsewhere, and is not built.
+
+The last stage hands on the student's hidden states alone. The objective passes them to `losses/fused_linear`, with what
+the micro batch brings of the teacher. Legend: S sequence, B batch, N = S B tokens, H width, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from distill_nemo.config import DistillationConfig
+from distill_nemo.losses.fused_linear.chunks import Head, Part
+from distill_nemo.losses.stored import STORED_LOSSES, Codec
+from distill_nemo.losses.stored.loss import StoredLoss
+from distill_nemo.losses.stored.metrics import metrics_against_stored
+from distill_nemo.losses.stored.rows import StoredRows
+from distill_nemo.models.architecture import Architecture
+from distill_nemo.models.distillation.convert import attach, build_balancer
+from distill_nemo.models.distillation.fused_output import (
+    AgainstLogits,
+    FusedOutput,
+    Sides,
+    configured_divergence,
+    hand_on_hidden_states,
+    why_not_fused,
+)
+from distill_nemo.models.distillation.objective import Balancer, Objective, Targets
+
+
+@dataclass(frozen=True)
+class StoredOutputLayer:
+    """The teacher's output layer, of which each rank reads its rows.
+
+    Args:
+        rows: returns weight [n, H] and bias [n], or None, of the ids from a start to a stop.
+        hidden_size: H.
+        scale: factor of the logits.
+        softcap: limit of the logits, if they are capped.
+    """
+
+    rows: Callable[[int, int], tuple[Tensor, Tensor | None]]
+    hidden_size: int
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class StoredTeacher:
+    """The teachers of a run's stores: the codec that their stores share.
+
+    Args:
+        codec: what is stored.
+        temperature: T of the targets; "hidden" serves every temperature.
+        num: K, draws or ids of a token; 0 with "hidden".
+        vocab_size: V of the teachers' tokenizer.
+        output_layer: of "hidden" only.
+    """
+
+    codec: Codec
+    temperature: float
+    num: int
+    vocab_size: int
+    output_layer: StoredOutputLayer | None = None
+
+
+def learn_from_store(
+    model: GPTModel, stored: StoredTeacher, distill_cfg: DistillationConfig, architecture: Architecture
+) -> GPTModel:
+    """Attach the objective to a pipeline stage of the student, until `convert.detach`.
+
+    Raises:
+        ValueError: if the student's output layer cannot be fused with the losses.
+    """
+    _check(stored, distill_cfg, architecture)
+    balancer = build_balancer(distill_cfg)
+    if not model.post_process:
+        attach(model, objective=_EarlierStage(balancer))
+        return model
+    reason = why_not_fused(student=model)
+    if reason is not None:
+        raise ValueError(f"stored targets need an output layer that is fused with the losses: {reason}")
+    objective: Objective
+    if stored.codec == "hidden":
+        objective = AgainstStoredStates(model, stored, architecture, distill_cfg, balancer)
+    else:
+        objective = AgainstStoredTargets(model, stored, architecture, distill_cfg, balancer)
+    attach(model, objective=objective, forward=MethodType(_forward, model))
+    return model
+
+
+def _check(stored: StoredTeacher, distill_cfg: DistillationConfig, architecture: Architecture) -> None: ...
+
+
+def _forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """Return the last hidden states in place of a loss; without labels, logits."""
+    if kwargs.get("labels") is not None:
+        kwargs["output_processor"] = hand_on_hidden_states
+    return type(self).forward(self, *args, **kwargs)
+
+
+class _EarlierStage(Objective):
+    """A stage before the last one, which has a balancer to observe but neither loss nor metrics."""
+
+    def loss(self, output: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
+        """Refuse: schedules ask the last stage."""
+        raise NotImplementedError
+
+    def metrics(self, output: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """Refuse: schedules ask the last stage."""
+        raise NotImplementedError
+
+
+class AgainstStoredTargets(FusedOutput[StoredRows]):
+    """The logits loss against ids of the vocabulary, by codec "sampled" or "top_k". The output is [s, B, H]."""
+
+    def __init__(
+        self,
+        student: GPTModel,
+        stored: StoredTeacher,
+        architecture: Architecture,
+        distill_cfg: DistillationConfig,
+        balancer: Balancer,
+    ) -> None:
+        self.stored_loss: StoredLoss = STORED_LOSSES[stored.codec](stored.temperature, stored.num)
+        super().__init__(student, architecture, self.stored_loss, distill_cfg, balancer)
+
+    def sides(self, output: Tensor, targets: Targets) -> Sides[StoredRows]:
+        """Return the student's head and the stored targets."""
+        head, fields = self.student_head(output), _flat_fields(targets)
+        taught_N = fields.pop("has_targets")
+        return Sides(head, StoredRows(fields, self.fused_loss.vocab_start, head.weight_vH.shape[0]), taught_N)
+
+    def compare(self, part: Part[StoredRows], labels_n: Tensor) -> dict[str, Tensor]:
+        """Return the metrics that the stored numbers give."""
+        stored_loss, group = self.stored_loss, self.fused_loss.group
+        return metrics_against_stored(part.student_nv, part.teacher, labels_n, stored_loss, group)
+
+
+class AgainstStoredStates(AgainstLogits):
+    """The logits loss against logits made of stored hidden states, with every divergence. The output is [s, B, H]."""
+
+    def __init__(
+        self,
+        student: GPTModel,
+        stored: StoredTeacher,
+        architecture: Architecture,
+        distill_cfg: DistillationConfig,
+        balancer: Balancer,
+    ) -> None:
+        super().__init__(student, architecture, configured_divergence(distill_cfg), distill_cfg, balancer)
+        assert stored.output_layer is not None
+        self.output_layer = stored.output_layer
+        self._own_rows: tuple[Tensor, Tensor | None] | None = None  # on the device, from the first micro batch on
+
+    def sides(self, output: Tensor, targets: Targets) -> Sides[Tensor]:
+        """Return the student's head and the teacher's."""
+        fields, layer = _flat_fields(targets), self.output_layer
+        head = Head(fields["hidden"], *self._weights(output.device), layer.scale, layer.softcap)
+        return Sides(self.student_head(output), head, fields["has_targets"])
+
+    def _weights(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Return this rank's rows of the teacher's output layer, with zeros for padding."""
+        if self._own_rows is None:
+            start, num_true = self.fused_loss.vocab_start, self.fused_loss.num_true
+            width = self.student.output_layer.output_size_per_partition
+            assert num_true is not None
+            rows = self.output_layer.rows(start, start + num_true)
+            weight_vH, bias_v = (None if x is None else _padded(x, width).to(device) for x in rows)
+            assert weight_vH is not None
+            self._own_rows = weight_vH, bias_v
+        return self._own_rows
+
+
+def _padded(x: Tensor, num_rows: int) -> Tensor:
+    padded = x.new_zeros(num_rows, *x.shape[1:])
+    padded[: len(x)] = x
+    return padded
+
+
+def _flat_fields(targets: Targets) -> dict[str, Tensor]:
+    """Return the stored fields in the order of the hidden states, [N] or [N, ...] each."""
+    assert targets.stored is not None, "the datasets give every batch of such a run its targets, or zeros"
+    return {name: x.transpose(0, 1).flatten(0, 1) for name, x in targets.stored.items()}
