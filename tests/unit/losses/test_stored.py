@@ -14,7 +14,6 @@ from torch import Tensor
 from distill_nemo.losses.fused_linear.chunks import FusedLoss, Head
 from distill_nemo.losses.fused_linear.loss import fused_linear_losses
 from distill_nemo.losses.stored import STORED_LOSSES, encode
-from distill_nemo.losses.stored.metrics import metrics_against_stored
 from distill_nemo.losses.stored.rows import StoredRows
 from tests import reference
 from tests.unit.losses.test_fused_linear import GRADIENTS, PADDED, N, V, make_heads, make_targets, relative
