@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from distill_nemo.config import RunConfig, to_dict
+from distill_nemo.data.corpora import corpus_at
 from distill_nemo.data.tokenizer import load_tokenizer
 from distill_nemo.models.sources import MODELOPT_STATE, find_checkpoint
 from distill_nemo.runtime.file_hashes import FilePart, hash_part, join_hashes, parts
@@ -38,8 +39,8 @@ def run_record(config: RunConfig, remember: bool = False) -> dict[str, Any]:
     files: dict[str, list[tuple[str, Path | None]]] = {
         "student.checkpoint": _weights(config.student.checkpoint),
         "teacher.checkpoint": _weights(config.teacher.checkpoint if config.teacher else None),
-        "data.train": _token_files(config.data.train),
-        "data.valid": _token_files(config.data.valid),
+        "data.train": _corpora(config.data.train),
+        "data.valid": _corpora(config.data.valid),
     }
     paths = sorted({path for named in files.values() for _, path in named if path})
     cache = Path(config.output_dir) / CACHE
@@ -94,15 +95,13 @@ def _weights(checkpoint: str | None) -> list[tuple[str, Path | None]]:
     return [(file.relative_to(directory).as_posix(), file.resolve()) for file in files]
 
 
-def _token_files(blend: list[str]) -> list[tuple[str, Path | None]]:
-    """Return position and path of the token files and masks of a blend, and its weights; names do not matter."""
+def _corpora(blend: list[str]) -> list[tuple[str, Path | None]]:
+    """Return position and path of the files of a blend, and its weights; names do not matter."""
     named: list[tuple[str, Path | None]] = []
     for place, value in enumerate(blend):
-        if Path(f"{value}.idx").is_file():
-            masked = [".mask"] if Path(f"{value}.mask").is_file() else []
-            named += [(f"{place}{suffix}", Path(value + suffix).resolve()) for suffix in (".idx", ".bin", *masked)]
-        else:
-            named.append((f"{place} weight {float(value)}", None))
+        files = corpus_at(value).files
+        named += [(f"{place}{name}", path.resolve()) for name, path in files.items()]
+        named += [] if files else [(f"{place} weight {float(value)}", None)]
     return named
 
 

@@ -16,18 +16,19 @@ from megatron.core.datasets.utils import Split
 from torch.utils.data import Dataset
 
 from distill_nemo.config import DataConfig, TrainingConfig
+from distill_nemo.data.corpora import check_corpora
 from distill_nemo.data.spliced import DatasetConfig, NoTokenizer, map_array
 from distill_nemo.data.token_dataset import TokenDataset, open_windows
 from distill_nemo.data.token_files import (
     Blend,
-    check_token_files,
     document_lengths,
     documents_apart,
-    named_token_files,
+    named_corpora,
     parse_blend,
     to_number,
 )
 from distill_nemo.data.windows import Windows
+from distill_nemo.teacher_store.codecs.codec import Field
 
 ORDER = "pass by pass"  # order of the samples, part of the cache's key
 OpenWindows = dict[str, Windows | None]  # by prefix; None for documents to be spliced
@@ -40,6 +41,7 @@ def build_datasets(
     num_train_samples: int,
     num_valid_samples: int,
     vocab_size: int,
+    targets: dict[str, Field] | None = None,
 ) -> tuple[Dataset, Dataset | None]:
     """Return the training and validation samples of a run, shuffled by `training.data_seed`, else `training.seed`.
 
@@ -54,18 +56,19 @@ def build_datasets(
         num_train_samples: minimum number of samples (sequences) in the training set.
         num_valid_samples: the same for validation; with 0 none is built.
         vocab_size: number of ids of the model, without padding.
+        targets: a teacher's targets to read from stores, by name; None: this rank needs none.
 
     Returns:
         Two datasets whose items are dicts of tokens, labels, loss_mask and position_ids, each [sequence_length]; with
-        `documents_apart` also of document_starts.
+        `documents_apart` also of document_starts; with `targets` also of those, `target_<name>` [sequence_length, ...].
 
     Raises:
         ValueError: for bad token files, weights or split, or a split without any text.
         OSError: if the index cache cannot be written.
     """
-    check_token_files(data)
+    check_corpora(data)
     seed = training.seed if training.data_seed is None else training.data_seed
-    windows = {prefix: open_windows(prefix, data.loss_on) for _, prefix in named_token_files(data)}
+    windows = {prefix: open_windows(prefix, data.loss_on) for _, prefix in named_corpora(data)}
     blends = [
         _blend("data.train", data.train, windows, data.sequence_length),
         _blend("data.valid", data.valid, windows, data.sequence_length) if data.valid else None,
@@ -76,7 +79,7 @@ def build_datasets(
     path, final = _cache_path(Path(cache_dir), key)
     common = {"random_seed": seed, "path_to_cache": str(path), "num_ids": vocab_size}
     common |= {"loss_on": data.loss_on, "reset_at_documents": data.reset_at_documents}
-    common |= {"documents_apart": documents_apart(data)}
+    common |= {"documents_apart": documents_apart(data), "targets": targets}
     config = _dataset_config(data, blends, windows, num_valid_samples, **common)
     built = _build(sizes, config, path)
     _publish(path, final)

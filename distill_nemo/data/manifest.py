@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_nemo.runtime.files import read_object
+from distill_nemo.teacher_store.manifest import MANIFEST, is_store
 
 MAX_VOCABULARY_BYTES = 1 << 28  # unpacked
 
@@ -24,8 +25,18 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def read_manifest(prefix: str) -> dict[str, Any]:
-    """Return the manifest of `<prefix>.bin`; empty for token files that `prepare` did not make."""
-    return read_json(Path(f"{prefix}.json")) or {}
+    """Return the manifest of `<prefix>.bin` or a teacher store; empty for token files that `prepare` did not make."""
+    return read_json(Path(prefix, MANIFEST) if is_store(prefix) else Path(f"{prefix}.json")) or {}
+
+
+def name_of(prefix: str) -> str:
+    """Return the name of a corpus, for errors."""
+    return prefix if is_store(prefix) else f"{prefix}.bin"
+
+
+def keeps_documents_apart(prefix: str) -> bool:
+    """Return True if attention and positions stay inside a document in a corpus that was cut into samples."""
+    return pack_length(prefix) is not None or read_manifest(prefix).get("documents_apart") is True
 
 
 def pack_length(prefix: str) -> int | None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
+TARGET = "target_"  # begins the names of a teacher's stored targets
 
 
 def batches(
@@ -36,7 +37,8 @@ def batches(
 
     Yields:
         tokens, labels, position_ids (int64) and loss_mask (float32), each [b, s]; with `data.reset_at_documents` also
-        document_starts, the position in the sample of the first token of each token's document.
+        document_starts, the position in the sample of the first token of each token's document; and what the dataset
+        has of a teacher's targets, `target_*` [b, s, ...].
 
     Raises:
         ValueError, OSError: from the dataset, whichever process reads it.
@@ -106,7 +108,7 @@ def _collate(samples: list[dict[str, Tensor]] | Exception) -> dict[str, Tensor] 
     """Stack the fields that the model reads. Items of a blend also carry the number of their dataset."""
     if isinstance(samples, Exception):
         return samples
-    names = [name for name in (*FIELDS, "document_starts") if name in samples[0]]
+    names = [name for name in samples[0] if name in (*FIELDS, "document_starts") or name.startswith(TARGET)]
     batch = {name: torch.stack([sample[name] for sample in samples]) for name in names}
     batch["loss_mask"] = batch["loss_mask"].float()
     return batch

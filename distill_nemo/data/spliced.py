@@ -18,6 +18,7 @@ from distill_nemo.data.chat_template import LossOn
 from distill_nemo.data.token_masks import TokenMask, mask_of
 from distill_nemo.data.windows import inside_documents
 from distill_nemo.runtime.watched_file import WatchedFile
+from distill_nemo.teacher_store.codecs.codec import Field
 
 
 class NoTokenizer:
@@ -37,6 +38,7 @@ class DatasetConfig(GPTDatasetConfig):
     loss_on: LossOn | None = None  # see DataConfig
     reset_at_documents: bool = False
     documents_apart: bool = False  # in some part of the data
+    targets: dict[str, Field] | None = None  # of every sample, see `build_datasets`
 
 
 class SplicedDocuments(GPTDataset):

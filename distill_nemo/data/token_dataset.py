@@ -14,8 +14,10 @@ from distill_nemo.data.chat_template import LossOn
 from distill_nemo.data.manifest import pack_length
 from distill_nemo.data.packs import Packs
 from distill_nemo.data.spliced import DatasetConfig, SplicedDocuments, cached
+from distill_nemo.data.stored_windows import StoredWindows, empty_targets
 from distill_nemo.data.token_files import OWN_TOKENIZER
 from distill_nemo.data.windows import WindowPasses, Windows, order_of_windows
+from distill_nemo.teacher_store.manifest import is_store
 
 
 class TokenDataset(MegatronDataset):
@@ -29,7 +31,7 @@ class TokenDataset(MegatronDataset):
         super().__init__(*args, **kwargs)
         config = self.config
         assert isinstance(config, DatasetConfig)
-        self._num_ids, self._documents_apart = config.num_ids, config.documents_apart
+        self._num_ids, self._documents_apart, self._targets = config.num_ids, config.documents_apart, config.targets
         self._samples = (
             WindowPasses(self.dataset, self._order())
             if isinstance(self.dataset, Windows)
@@ -39,7 +41,7 @@ class TokenDataset(MegatronDataset):
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: Any) -> Any:
         """Open what lies at a path."""
-        windows = open_windows(dataset_path, config.loss_on)
+        windows = open_windows(dataset_path, config.loss_on, with_targets=config.targets is not None)
         return GPTDataset.build_low_level_dataset(dataset_path, config) if windows is None else windows
 
     @staticmethod
@@ -56,6 +58,8 @@ class TokenDataset(MegatronDataset):
     def __getitem__(self, idx: int) -> dict[str, Tensor]:
         """Return a sample. If any part of the data keeps documents apart, all samples have document_starts.
 
+        If targets are read, a sample that comes from no store has empty ones.
+
         Raises:
             ValueError: if it holds an id that the model lacks, or a file is shorter than when the run began.
             FileNotFoundError: if a file is gone.
@@ -67,6 +71,8 @@ class TokenDataset(MegatronDataset):
                 raise ValueError(self._name_first_bad_id(sample, idx))
         if self._documents_apart and "document_starts" not in sample:
             sample["document_starts"] = torch.zeros_like(sample["tokens"])
+        if self._targets is not None:
+            sample = empty_targets(self._targets, len(sample["tokens"])) | sample
         return sample
 
     def _name_first_bad_id(self, sample: dict[str, Tensor], idx: int) -> str:
@@ -84,7 +90,9 @@ class TokenDataset(MegatronDataset):
         return cached(stem, ("windows",), lambda: ordered)[0]
 
 
-def open_windows(path: str, loss_on: LossOn | None) -> Windows | None:
+def open_windows(path: str, loss_on: LossOn | None, with_targets: bool = False) -> Windows | None:
     """Return the windows at a path; None if documents lie there, to be spliced."""
+    if is_store(path):
+        return StoredWindows(path, with_targets)
     length = pack_length(path)
     return None if length is None else Packs(path, length, loss_on)

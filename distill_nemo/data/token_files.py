@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from distill_nemo.config import DataConfig
-from distill_nemo.data.manifest import max_token_id, pack_length, read_manifest
+from distill_nemo.data.manifest import keeps_documents_apart, max_token_id, name_of, pack_length, read_manifest
 
 INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the ids' type, documents, bounds
 MAGIC = b"MMIDIDX\x00\x00"
@@ -45,8 +45,8 @@ def parse_blend(field: str, values: list[str]) -> Blend:
     return list(prefixes), checked
 
 
-def named_token_files(data: DataConfig) -> list[tuple[str, str]]:
-    """Return (field, prefix) of every pair of token files that a config names."""
+def named_corpora(data: DataConfig) -> list[tuple[str, str]]:
+    """Return (field, prefix) of every corpus that a config names."""
     blends = [("data.train", data.train), *([("data.valid", data.valid)] if data.valid else [])]
     return [(field, prefix) for field, values in blends for prefix in parse_blend(field, values)[0]]
 
@@ -60,6 +60,12 @@ def to_number(value: str) -> float | None:
 
 
 def check_token_files(data: DataConfig) -> None:
+    """Call `check_files` for data that is all in token files."""
+    for field, prefix in named_corpora(data):
+        check_files(field, prefix, data)
+
+
+def check_files(field: str, prefix: str, data: DataConfig) -> None:
     """Refuse token files that are missing, empty, truncated or inconsistent.
 
     Megatron maps them and would read beyond their end. Sizes are compared before anything is read, and the index is
@@ -68,10 +74,9 @@ def check_token_files(data: DataConfig) -> None:
     Raises:
         ValueError: naming the file, what it holds, and what to do.
     """
-    for field, prefix in named_token_files(data):
-        tokens = _check_pair(field, Path(f"{prefix}.idx"), Path(f"{prefix}.bin"))
-        _check_packs(field, prefix, tokens, data.sequence_length)
-        _check_mask(field, prefix, tokens, data.loss_on)
+    tokens = _check_pair(field, Path(f"{prefix}.idx"), Path(f"{prefix}.bin"))
+    _check_packs(field, prefix, tokens, data.sequence_length)
+    _check_mask(field, prefix, tokens, data.loss_on)
 
 
 class IndexLayout(NamedTuple):
@@ -101,9 +106,9 @@ def document_lengths(prefix: str) -> np.ndarray:
 
 
 def documents_apart(data: DataConfig) -> bool:
-    """Return True if attention and positions stay inside a document: as told, or because some part has packs."""
-    named = named_token_files(data) if data.train else []
-    return data.reset_at_documents or any(pack_length(prefix) is not None for _, prefix in named)
+    """Return True if attention and positions stay inside a document: as told, or because some corpus is cut so."""
+    named = named_corpora(data) if data.train else []
+    return data.reset_at_documents or any(keeps_documents_apart(prefix) for _, prefix in named)
 
 
 def write_index(path: Path, lengths: np.ndarray, dtype: str) -> None:
@@ -138,12 +143,12 @@ def check_vocabulary(data: DataConfig, vocab_size: int) -> None:
     Raises:
         ValueError: naming the file, its largest id and the model's size.
     """
-    for field, prefix in named_token_files(data):
+    for field, prefix in named_corpora(data):
         manifest = read_manifest(prefix)
         largest = max_token_id(manifest)
         if largest is not None and largest >= vocab_size:
             raise ValueError(
-                f"{field}: {prefix}.bin holds the token id {largest} (made with {manifest.get('tokenizer')}), but "
+                f"{field}: {name_of(prefix)} holds the token id {largest} (made with {manifest.get('tokenizer')}), but "
                 f"the model's vocab_size is {vocab_size}: {OWN_TOKENIZER}"
             )
 

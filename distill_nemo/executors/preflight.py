@@ -6,6 +6,7 @@ import nemo_run as run
 
 from distill_nemo.checks import check_job
 from distill_nemo.config import JobConfig, ParallelismConfig
+from distill_nemo.data.corpora import corpus_at
 from distill_nemo.executors.descriptor import WorkDir
 from distill_nemo.executors.known import descriptor_of
 from distill_nemo.executors.worker_config import paths_of
@@ -84,5 +85,5 @@ def _check_files(config: JobConfig, work_dir: Path) -> None:
                 find_checkpoint(work_dir / path)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-        elif name in ("data.train", "data.valid") and not Path(work_dir, f"{path}.idx").is_file():
+        elif name in ("data.train", "data.valid") and not corpus_at(work_dir / path).files:
             raise ValueError(f"{name}: no file {Path(work_dir, path)}.idx; make it with `nemo distill prepare`")

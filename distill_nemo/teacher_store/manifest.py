@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from distill_nemo.config import from_dict
 from distill_nemo.fields import require
 from distill_nemo.runtime.files import read_object
-from distill_nemo.teacher_store.codecs.codec import Codec, DtypeName
+from distill_nemo.teacher_store.codecs.codec import Codec, DtypeName, Field
 from distill_nemo.teacher_store.codecs.known import CODECS, CodecName
 
 MANIFEST = "manifest.json"
@@ -101,6 +101,13 @@ class Manifest:
     def coding(self) -> Codec:
         """The codec, with the store's numbers."""
         return CODECS[self.codec](self.num, self.vocab_size, self.dtype)
+
+    @property
+    def fields(self) -> dict[str, Field]:
+        """Arrays of a batch that a run trains from."""
+        names = ["entropy", "label_logprob", *(["entropy_at_1"] if self.temperature != 1 else [])]
+        numbers = {name: Field("float32", ()) for name in names} | {"top1": Field("int32", ())}
+        return {"has_targets": Field("uint8", ())} | numbers | self.coding.fields
 
     def windows_of(self, shard: int) -> range:
         """Return the numbers of a shard's windows."""

@@ -4,7 +4,7 @@ import functools
 from pathlib import Path
 
 from distill_nemo.teacher_store.codecs.codec import Arrays
-from distill_nemo.teacher_store.manifest import Contents, read_manifest, shard_name
+from distill_nemo.teacher_store.manifest import OUTPUT_LAYER, Contents, read_manifest, shard_name
 from distill_nemo.teacher_store.shards import WRITE_AGAIN, Shard
 
 OPEN_SHARDS = 64  # of a store at a time
@@ -31,9 +31,11 @@ class TeacherStore:
         return self.manifest.num_windows
 
     @property
-    def files(self) -> list[Path]:
-        """Shards in order."""
-        return [self.path / shard_name(number) for number in range(self.manifest.num_shards)]
+    def sums(self) -> dict[Path, str]:
+        """Files beside the manifest, with their SHA-256: the shards in order, and the output layer if there is one."""
+        sums = {self.path / shard_name(i): shard.sha256 for i, shard in enumerate(self.contents.shards)}
+        layer = self.contents.output_layer
+        return sums if layer is None else sums | {self.path / OUTPUT_LAYER: layer}
 
     @property
     def num_tokens(self) -> int:

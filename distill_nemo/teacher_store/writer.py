@@ -170,12 +170,10 @@ class ShardWriter:
     def _packed(self, window: Arrays) -> Arrays:
         manifest, coding, length = self._manifest, self._manifest.coding, self._manifest.sequence_length
         num_tokens = int((window["loss_mask"] != 0).sum())
-        extras = {"entropy": "float32", "label_logprob": "float32", "top1": "int32"}
-        extras |= {"entropy_at_1": "float32"} if manifest.temperature != 1 else {}
         wanted = {"tokens": ((length + 1,), "int32"), "loss_mask": ((length,), "uint8")}
         wanted |= {"document_starts": ((length,), "int32")} if manifest.documents_apart else {}
-        wanted |= {name: ((num_tokens,), kind) for name, kind in extras.items()}
-        wanted |= {name: ((num_tokens, *each.shape), each.dtype) for name, each in coding.fields.items()}
+        fields = {name: each for name, each in manifest.fields.items() if name != "has_targets"}
+        wanted |= {name: ((num_tokens, *each.shape), each.dtype) for name, each in fields.items()}
         for name, (shape, kind) in wanted.items():
             require(name in window, f"has no {name}")
             found = window[name]
@@ -187,7 +185,7 @@ class ShardWriter:
             check_ids(window[name], manifest.vocab_size)
         for name in ("entropy", "label_logprob"):
             require(bool(np.isfinite(window[name]).all()), f"has {name} that is not finite, as the teacher's logits")
-        packed = {name: window[name] for name in NUMBERS if name in extras}
+        packed = {name: window[name] for name in NUMBERS if name in fields}
         packed |= {name: pack_numbers(window[name], coding.id_bytes) for name in ("tokens", "top1")}
         packed |= {"loss_mask": pack_bits(window["loss_mask"])} | coding.pack(window)
         if manifest.documents_apart:

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from distill_nemo.config import DataConfig, RunConfig
+from distill_nemo.data.corpora import check_corpora
 from distill_nemo.data.datasets import build_datasets
-from distill_nemo.data.manifest import read_manifest, vocabulary
-from distill_nemo.data.token_files import OWN_TOKENIZER, check_token_files, check_vocabulary, named_token_files
+from distill_nemo.data.manifest import name_of, read_manifest, vocabulary
+from distill_nemo.data.token_files import OWN_TOKENIZER, check_vocabulary, named_corpora
 from distill_nemo.data.tokenizer import Tokenizer, load_tokenizer
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.export_files import tokenizer_files
@@ -22,7 +23,7 @@ def check_run_data(config: RunConfig, student: Architecture) -> None:
         ValueError: for files that are missing, empty, truncated, or of a larger vocabulary than the model's; and from
             `check_tokenizers`.
     """
-    check_token_files(config.data)
+    check_corpora(config.data)
     check_vocabulary(config.data, student.vocab_size)
     check_tokenizers(config, student)
 
@@ -75,7 +76,7 @@ def _check_corpora(data: DataConfig, tokenizer: str, tokens: dict[int, str]) -> 
     Only ids that occur, by the manifests, are compared, so tokens may be added to a tokenizer later.
     """
     others_by_id: dict[int, str | None] = {}
-    for field, prefix in named_token_files(data):
+    for field, prefix in named_corpora(data):
         manifest = read_manifest(prefix)
         made_with = vocabulary(manifest) or {}
         known = {i: tokens.get(i) for i in made_with} if tokens else others_by_id
@@ -83,7 +84,7 @@ def _check_corpora(data: DataConfig, tokenizer: str, tokens: dict[int, str]) -> 
         if apart:
             i = apart[0]
             raise ValueError(
-                f"{field}: {prefix}.bin was made with another tokenizer ({manifest.get('tokenizer')}) than "
+                f"{field}: {name_of(prefix)} was made with another tokenizer ({manifest.get('tokenizer')}) than "
                 f"{tokenizer or 'the other token files'}: of {len(made_with):,} ids that occur {len(apart):,} are "
                 f"other tokens, such as {i}: {made_with[i]!r} and {known[i]!r}; {OWN_TOKENIZER}"
             )

@@ -9,9 +9,10 @@ import torch
 
 from distill_nemo.checkpoint.load import check_whole
 from distill_nemo.config import DataConfig, ParallelismConfig, RunConfig, StudentConfig, TeacherConfig, TrainingConfig
+from distill_nemo.data.corpora import check_corpora
 from distill_nemo.data.datasets import build_datasets
 from distill_nemo.data.samplers import batches
-from distill_nemo.data.token_files import check_token_files, check_vocabulary
+from distill_nemo.data.token_files import check_vocabulary
 from distill_nemo.evaluation import evaluate
 from distill_nemo.models.architecture import Models
 from distill_nemo.models.provider import model_provider
@@ -53,7 +54,7 @@ def evaluate_student(
     config = RunConfig("", student, teacher)
     config.data = DataConfig(train=[data], valid=[data], sequence_length=sequence_length)
     config, models = resolve_models(config)
-    check_token_files(config.data)
+    check_corpora(config.data)
     check_vocabulary(config.data, models.student.vocab_size)
     check_tokenizers(config, models.student)
     for model in models:
