@@ -54,6 +54,11 @@ Overrides:
   Quote lists for the shell: data.train='["30", "a", "70", "b"]'. None unsets a field: teacher=None
   trains on the data alone.
 
+Layout:
+  gpus=N [gpu=a100-80gb|h100|h200|b200]   choose parallel sizes, micro batch and recomputation: the fastest by the
+  planner of those that are exact for both models and fit N GPUs (h100). It says which and why. Fields that you set
+  stay. Without gpus=, the recipe's layout is used.
+
 Executor:
   run.executor=local [run.executor.processes=N]   N ranks under torchrun on this machine; the default is one
   run.executor=slurm run.executor.nodes=2 run.executor.devices=8 ...   a cluster: fields below, docs/launching.md

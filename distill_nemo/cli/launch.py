@@ -12,6 +12,7 @@ from nemo_run.cli.api import list_factories
 from nemo_run.config import get_type_namespace
 
 from distill_nemo.cli.arguments import RECIPE, called_recipe, override, parse_arguments, split_run_arguments
+from distill_nemo.cli.layout import check_one_node, choose_layout, executor_of, split_layout_arguments
 from distill_nemo.cli.values import parse
 from distill_nemo.config import JobConfig
 from distill_nemo.executors import (
@@ -79,7 +80,12 @@ class TrainContext(run.cli.RunContext):
         recipe = called_recipe(self.factory, registered_recipes())
         if not isinstance(recipe, fdl.Partial) or recipe.__fn_or_cls__ is not distill:
             raise ValueError(f"recipe {self.factory}: must return run.Partial(distill, ...), got {recipe!r:.80}")
-        override(recipe, parse_arguments(fn, args, "train"))
+        layout, args = split_layout_arguments(args)
+        values = parse_arguments(fn, args, "train")
+        override(recipe, values)
+        if layout.gpus is not None:
+            self.executor = executor_of(layout.gpus, self.executor)
+            choose_layout(recipe, layout.gpus, layout.gpu, values)
         return recipe
 
     def without_recipe(self, args: list[str]) -> list[str]:
@@ -93,7 +99,10 @@ class TrainContext(run.cli.RunContext):
         return self.executor or local()
 
     def _execute_task(self, fn: Callable[..., Any], task_args: list[str]) -> None:
+        here = self.executor is None
         task = self.parse_fn(fn, task_args)
+        if here:
+            check_one_node(self.built_executor().nproc_per_node())
         self.launch_task(task, run_config_of(task))
 
     def launch_task(self, task: run.Partial, config: JobConfig) -> None:

@@ -26,6 +26,8 @@ class PlanContext(TrainContext):
         experiment_args = self.without_recipe(experiment_args)
         of_recipe = [argument for argument in experiment_args if _is_of_recipe(argument.partition("=")[0])]
         own = parse_arguments(fn, [argument for argument in experiment_args if argument not in of_recipe], "plan")
+        if own.get("gpus") is not None:
+            of_recipe += [f"{name}={own[name]}" for name in ("gpus", "gpu") if name in own]
         config = run_config_of(self.parse_fn(distill, of_recipe))
         config.data.train = config.data.train or ANY_DATA
         executor = self.built_executor()
@@ -46,7 +48,13 @@ class PlanCommand(Command):
         return command_help(self.name, self.fn, PLAN, " RECIPE")
 
 
-def plan(ctx: run.cli.RunContext, gpu: str = "h100", utilisation: float = 0.4, transformer_engine: bool = True) -> None:
+def plan(
+    ctx: run.cli.RunContext,
+    gpus: int | None = None,
+    gpu: str = "h100",
+    utilisation: float = 0.4,
+    transformer_engine: bool = True,
+) -> None:
     r"""Print what a run would need and whether it fits: parameters, memory by part, operations, hours.
 
     Everything is computed from the config and the checkpoints' config.json, without GPU, weights or data.
@@ -54,9 +62,11 @@ def plan(ctx: run.cli.RunContext, gpu: str = "h100", utilisation: float = 0.4, t
     Example:
         nemo distill plan --factory llama32_3b_to_1b training.micro_batch_size=2 gpu=h200 \
             run.executor=slurm run.executor.nodes=2 run.executor.devices=8
+        nemo distill plan distil teacher.checkpoint=/models/Qwen3-32B student.checkpoint=/models/Qwen3-8B gpus=16
 
     Args:
         ctx: NeMo-Run's context.
+        gpus: choose the fastest layout of this many GPUs that fits, as in `train`; the executor need not be named.
         gpu: a100-80gb, h100, h200 or b200; one per rank.
         utilisation: share of the GPU's peak that a step is assumed to reach.
         transformer_engine: use Transformer Engine's layers; false means Megatron's own, without its fused kernels.

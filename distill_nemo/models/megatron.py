@@ -21,8 +21,9 @@ from distill_nemo.models.layers.mamba import fused_kernel
 from distill_nemo.models.layers.multipliers import FinishLogits, ScaleEmbeddings
 from distill_nemo.models.layers.residual import NormedAdd, replace_add, scaled_add
 from distill_nemo.models.layers.rotary import give_rotary_embeddings
-from distill_nemo.models.layers.specs import block_spec, drop_pre_norms, transformer_engine_usable, uses_own_attention
+from distill_nemo.models.layers.specs import block_spec, drop_pre_norms, transformer_engine_usable
 from distill_nemo.models.layers.wide_norms import give_wide_norms
+from distill_nemo.models.layouts import check_layout, check_transformer_engine
 
 ACTIVATIONS = {
     "silu": functional.silu,
@@ -49,15 +50,18 @@ def transformer_config(
         ValueError: if the layout does not divide heads, experts or vocabulary. The message has both numbers.
     """
     check_layout(model, parallelism)
-    _check_latent_attention(model, parallelism, dtype)
+    if transformer_engine_usable(dtype):
+        check_transformer_engine(model, parallelism)
     on_cpu = not torch.cuda.is_available()
+    if any(layer.mixer == "mamba" for layer in model.layers) and not on_cpu:
+        fused_kernel()  # which must be installed
     kind, differing = TransformerConfig, {}
     no_rope = [int(layer.rope is None) for layer in model.layers]
     if model.block_configs is not None:
         kind, blocks = HeterogeneousTransformerConfig, {"block_configs": write_block_configs(model.layers)}
         differing["heterogeneous_layers_config_encoded_json"] = json.dumps(blocks)
     fields = dict(
-        **_window_settings(model, parallelism, dtype),
+        **_window_settings(model),
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -102,18 +106,18 @@ def transformer_config(
         hetereogenous_dist_checkpoint=_layers_differ(model),
     )
     experts = expert_settings(model, parallelism, dtype)
-    delta_nets = _delta_net_settings(model, parallelism, dtype)
+    delta_nets = _delta_net_settings(model, dtype)
     return kind(**{**fields, **differing, **experts, **delta_nets, **FAMILIES[model.family].settings(model)})
 
 
-def _delta_net_settings(model: Architecture, parallelism: ParallelismConfig, dtype: torch.dtype) -> dict[str, Any]:
+def _delta_net_settings(model: Architecture, dtype: torch.dtype) -> dict[str, Any]:
     if model.delta_net is None:
         return {}
     try:
         from distill_nemo.models.layers.gated_delta_net import delta_net_settings
     except ImportError as error:
         raise ValueError(f"{model.name}: its gated delta nets need megatron-core 0.19: {error}") from None
-    return delta_net_settings(model, model.delta_net, parallelism, dtype)
+    return delta_net_settings(model, model.delta_net, dtype)
 
 
 def _layers_differ(model: Architecture) -> bool:
@@ -137,11 +141,11 @@ def _initialisation(model: Architecture) -> dict[str, Any]:
     return {"perform_initialization": False}
 
 
-def _window_settings(model: Architecture, parallelism: ParallelismConfig, dtype: torch.dtype) -> dict[str, Any]:
+def _window_settings(model: Architecture) -> dict[str, Any]:
     """Return Megatron's fields for layers with a sliding window.
 
     Raises:
-        ValueError: if windows differ in size, or Transformer Engine would compute them under context parallelism.
+        ValueError: if windows differ in size.
     """
     windows = {layer.window for layer in model.layers if layer.window is not None}
     if not windows:
@@ -150,26 +154,8 @@ def _window_settings(model: Architecture, parallelism: ParallelismConfig, dtype:
         raise ValueError(
             f"{model.name}: windows of {sorted(windows)} tokens in one model are not supported; all must have one size"
         )
-    (window,) = windows
-    if parallelism.context_parallel_size > 1 and not uses_own_attention(model, dtype):
-        raise ValueError(
-            f"{model.name}: its sliding windows of {window} tokens are not supported with Transformer Engine under "
-            f"parallelism.context_parallel_size = {parallelism.context_parallel_size}. Set that to 1, and "
-            f"parallelism.tensor_model_parallel_size higher instead; or data.sequence_length to at most {window}"
-        )
     windowed = [int(layer.window is not None) for layer in model.layers]
-    return {"window_size": (window - 1, 0), "window_attn_skip_freq": windowed}
-
-
-def _check_latent_attention(model: Architecture, parallelism: ParallelismConfig, dtype: torch.dtype) -> None:
-    """Refuse latent attention that Transformer Engine would compute under context parallelism."""
-    context = parallelism.context_parallel_size
-    if model.latent is not None and context > 1 and transformer_engine_usable(dtype):
-        raise ValueError(
-            f"{model.name}: latent attention is not supported with Transformer Engine under "
-            f"parallelism.context_parallel_size = {context}. Set that to 1, and "
-            "parallelism.tensor_model_parallel_size higher instead"
-        )
+    return {"window_size": (windows.pop() - 1, 0), "window_attn_skip_freq": windowed}
 
 
 def _stage_layout(num_layers: int, parallelism: ParallelismConfig) -> list[list[str]] | None:
@@ -182,72 +168,6 @@ def _stage_layout(num_layers: int, parallelism: ParallelismConfig) -> list[list[
     stages[0].insert(0, "embedding")
     stages[-1].append("loss")
     return stages
-
-
-def check_layout(model: Architecture, parallelism: ParallelismConfig) -> None:
-    """Refuse parallel sizes that do not divide a model, or at which it is not computed exactly.
-
-    Raises:
-        ValueError: naming the model, what it has, and the field.
-    """
-    tensor, expert = parallelism.tensor_model_parallel_size, parallelism.expert_model_parallel_size
-    if model.experts is not None and model.experts.num_experts % expert:
-        raise ValueError(
-            f"{model.name}: num_experts = {model.experts.num_experts} is not divisible by "
-            f"parallelism.expert_model_parallel_size = {expert}"
-        )
-    if model.experts is not None and model.linear_bias and tensor > 1:
-        raise ValueError(
-            f"{model.name}: experts with biases cannot be split: set parallelism.tensor_model_parallel_size = {tensor} "
-            "to 1, and parallelism.expert_model_parallel_size higher instead"
-        )
-    sizes = {
-        f"{'moe_' if layer.has_experts else ''}ffn_hidden_size of layer {i}": layer.ffn_hidden_size
-        for i, layer in enumerate(model.layers)
-    }
-    sizes |= {
-        "width of the shared experts": model.experts.shared_ffn_hidden_size if model.experts else None,
-        "num_attention_heads": model.num_attention_heads,
-        "padded vocabulary": padded_vocab_size(model.vocab_size),
-    }
-    for name, value in sizes.items():
-        if value is not None and value % tensor:
-            raise ValueError(
-                f"{model.name}: {name} = {value} is not divisible by parallelism.tensor_model_parallel_size = {tensor}"
-            )
-    _check_mamba(model, parallelism)
-    for i, layer in enumerate(model.layers):
-        groups = layer.num_query_groups
-        if groups is not None and groups % tensor and model.wide_qk_norm:
-            raise ValueError(
-                f"{model.name}: num_query_groups of layer {i} = {groups} is not divisible by "
-                f"parallelism.tensor_model_parallel_size = {tensor}, as norms over all heads need"
-            )
-        if groups is not None and groups % tensor and (tensor % groups or model.block_configs is not None):
-            raise ValueError(
-                f"{model.name}: num_query_groups of layer {i} = {groups} is neither a multiple nor a divisor of "
-                f"parallelism.tensor_model_parallel_size = {tensor}"
-            )
-
-
-def _check_mamba(model: Architecture, parallelism: ParallelismConfig) -> None:
-    """Refuse layouts that Mamba layers do not have, and a GPU without their kernels."""
-    if model.mamba is None or all(layer.mixer != "mamba" for layer in model.layers):
-        return
-    tensor, context = parallelism.tensor_model_parallel_size, parallelism.context_parallel_size
-    if context > 1:
-        raise ValueError(
-            f"{model.name}: Mamba layers are not supported under parallelism.context_parallel_size = {context}: a "
-            "token's state follows from all tokens before it. Set that to 1, and "
-            "parallelism.tensor_model_parallel_size higher instead"
-        )
-    if model.mamba.num_groups % tensor:
-        raise ValueError(
-            f"{model.name}: {model.mamba.num_groups} groups of Mamba's heads are not divisible by "
-            f"parallelism.tensor_model_parallel_size = {tensor}"
-        )
-    if torch.cuda.is_available():
-        fused_kernel()
 
 
 def gpt_model(

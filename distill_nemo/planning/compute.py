@@ -4,6 +4,7 @@ A product of [a, b] and [b, c] is 2abc operations. A backward pass is two forwar
 computes half of the scores, or those in a sliding window. Norms, softmax, the divergence and Adam are left out.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 from distill_nemo.models.architecture import Architecture, Layer, padded_vocab_size
@@ -43,10 +44,13 @@ def layer_flops(model: Architecture, layer: Layer, length: int) -> tuple[float, 
 def stage_flops(planned: PlannedRun, model: Architecture, stage: int, output: bool) -> tuple[float, float, float]:
     """Return forward operations per token on a stage: of the layers, of their core attention, of the output layer."""
     par, length = planned.config.parallelism, planned.config.data.sequence_length
-    each = [layer_flops(model, layer, length) for layer in layers_of(model, par, stage)]
+    total = core = 0.0
+    for layer, number in Counter(layers_of(model, par, stage)).items():
+        of_layer, of_core = layer_flops(model, layer, length)
+        total, core = total + number * of_layer, core + number * of_core
     last = output and stage == par.num_stages - 1
     head = 2 * model.hidden_size * padded_vocab_size(model.vocab_size) if last else 0
-    return sum(x for x, _ in each), sum(x for _, x in each), head
+    return total, core, head
 
 
 @dataclass(frozen=True)
@@ -76,10 +80,15 @@ def rank_work(planned: PlannedRun, rank: int) -> Work:
     return Work(3 * student, again, teacher, student + teacher)
 
 
+def rank_works(planned: PlannedRun) -> list[Work]:
+    """Return the operations per token of every pipeline rank."""
+    return [rank_work(planned, rank) for rank in range(planned.config.parallelism.pipeline_model_parallel_size)]
+
+
 def all_work(planned: PlannedRun) -> Work:
     """Return the operations per token of all pipeline ranks together."""
-    ranks = [rank_work(planned, rank) for rank in range(planned.config.parallelism.pipeline_model_parallel_size)]
-    return Work(*(sum(getattr(work, name) for work in ranks) for name in Work.__dataclass_fields__))
+    works = rank_works(planned)
+    return Work(*(sum(getattr(work, name) for work in works) for name in Work.__dataclass_fields__))
 
 
 @dataclass(frozen=True)
@@ -97,9 +106,13 @@ def time_of(planned: PlannedRun, tflops: float, utilisation: float) -> Time:
 
     A pipeline runs at the pace of its slowest rank. Filling it costs `(ranks - 1) / virtual` micro batches.
     """
+    return time_of_work(planned, rank_works(planned), tflops, utilisation)
+
+
+def time_of_work(planned: PlannedRun, works: list[Work], tflops: float, utilisation: float) -> Time:
+    """Estimate the time of a run whose pipeline ranks have this work."""
     config, par = planned.config, planned.config.parallelism
     pipeline, count = par.pipeline_model_parallel_size, planned.num_microbatches
-    works = [rank_work(planned, rank) for rank in range(pipeline)]
     tokens = config.training.micro_batch_size * config.data.sequence_length
     rate = tflops * 1e12 * utilisation * par.tensor_model_parallel_size * par.context_parallel_size
     passes = count + (pipeline - 1) / (par.virtual_pipeline_model_parallel_size or 1)

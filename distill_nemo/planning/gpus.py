@@ -4,25 +4,40 @@ from dataclasses import dataclass
 
 from distill_nemo.fields import require, suggest
 
+NODE = 8  # GPUs that NVLink joins
+
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU by its data sheet: memory in 10^9 bytes, and 10^12 dense bf16 operations per second."""
+    """A GPU by its data sheet.
+
+    Args:
+        name: for people.
+        memory_gb: memory in 10^9 bytes.
+        bf16_tflops: 10^12 dense bf16 operations per second.
+        memory_gbs: 10^9 bytes per second that its memory moves.
+        nvlink_gbs: 10^9 bytes per second to the other GPUs of a node, in one direction.
+        network_gbs: 10^9 bytes per second to other nodes, in one direction.
+    """
 
     name: str
     memory_gb: float
     bf16_tflops: float
+    memory_gbs: float
+    nvlink_gbs: float
+    network_gbs: float
 
 
 # NVIDIA's data sheets of the SXM modules: "A100 Tensor Core GPU", "H100 Tensor Core GPU", "H200 Tensor Core GPU" (the
 # last two state bf16 with sparsity, 1,979: half of it is dense), "HGX B200" (4,500 with sparsity; 180 GB usable of
-# 192). Cards report up to 7 % more memory than 10^9 bytes a GB; that is left for the CUDA context, NCCL's buffers and
-# fragmentation.
+# 192). Networks are those of DGX systems: 200 Gb/s for each A100, 400 Gb/s for the others. NVLink's numbers are halves
+# of the data sheets', which add both directions. Cards report up to 7 % more memory than 10^9 bytes a GB; that is left
+# for the CUDA context, NCCL's buffers and fragmentation.
 GPUS = {
-    "a100-80gb": Gpu("A100 80 GB", 80, 312),
-    "h100": Gpu("H100", 80, 989),
-    "h200": Gpu("H200", 141, 989),
-    "b200": Gpu("B200", 180, 2250),
+    "a100-80gb": Gpu("A100 80 GB", 80, 312, 2039, 300, 25),
+    "h100": Gpu("H100", 80, 989, 3350, 450, 50),
+    "h200": Gpu("H200", 141, 989, 4800, 450, 50),
+    "b200": Gpu("B200", 180, 2250, 8000, 900, 50),
 }
 
 

@@ -3,6 +3,7 @@
 Legend: T tokens of a micro batch on a rank, H width, v this rank's shard of the padded vocabulary.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from distill_nemo.losses.fused_linear.chunks import chunk_size
@@ -17,7 +18,7 @@ class Memory:
     """Bytes of one pipeline rank: permanent parts, plus activations and workspace at the moment that needs most."""
 
     rank: int
-    stays: dict[str, float] = field(default_factory=dict)  # by part, for the whole run
+    stays: dict[str, float]  # by part, for the whole run
     activations: dict[str, float] = field(default_factory=dict)  # by moment: saved by micro batches so far
     workspace: dict[str, float] = field(default_factory=dict)  # by moment: needed besides
     before: dict[str, str] = field(default_factory=dict)  # by moment: the micro batches counted, "others" or "all"
@@ -41,17 +42,7 @@ def fullest(planned: PlannedRun) -> Memory:
 
 def memory_of(planned: PlannedRun, rank: int) -> Memory:
     """Return the memory of one pipeline rank."""
-    memory = Memory(rank)
-    student, teacher, shards = planned.student(rank), planned.teacher(rank), planned.shards(planned.student(rank))
-    masters = 4 if planned.item == 2 else 0
-    waiting = len(stages_of(planned.config.parallelism, rank)) * planned.staged_layer(rank)
-    elsewhere = planned.in_host_memory(rank) if planned.on_gpu else 0  # a CPU's memory is the host's
-    memory.stays = {
-        "weights": planned.item * student.total,
-        "gradients": 4 * student.total,
-        "optimizer": (masters + 8) * shards,
-        "teacher's weights": planned.item * (teacher.total - elsewhere + waiting),
-    }
+    memory = Memory(rank, permanent(planned, rank))
     one, all_ = _saved(planned, rank)
     for moment, (before, workspace) in _moments(planned, rank).items():
         memory.activations[moment] = {"others": all_ - one, "all": all_}[before]
@@ -60,10 +51,24 @@ def memory_of(planned: PlannedRun, rank: int) -> Memory:
     return memory
 
 
+def permanent(planned: PlannedRun, rank: int) -> dict[str, float]:
+    """Return the bytes of a pipeline rank for the whole run, by part."""
+    student, teacher, shards = planned.student(rank), planned.teacher(rank), planned.shards(planned.student(rank))
+    masters = 4 if planned.item == 2 else 0
+    waiting = len(stages_of(planned.config.parallelism, rank)) * planned.staged_layer(rank)
+    elsewhere = planned.in_host_memory(rank) if planned.on_gpu else 0  # a CPU's memory is the host's
+    return {
+        "weights": planned.item * student.total,
+        "gradients": 4 * student.total,
+        "optimizer": (masters + 8) * shards,
+        "teacher's weights": planned.item * (teacher.total - elsewhere + waiting),
+    }
+
+
 def _moments(planned: PlannedRun, rank: int) -> dict[str, tuple[str, float]]:
     """Return by moment the micro batches whose activations are held, "others" or "all", and the workspace."""
     student, teacher = planned.models
-    own = rank_layers(student, planned.config.parallelism, rank)
+    own = set(rank_layers(student, planned.config.parallelism, rank))
     recompute, largest = planned.config.training.recompute, _output_weight(planned)
     again = recompute == "full"
     moments: dict[str, tuple[str, float]] = {
@@ -81,7 +86,7 @@ def _moments(planned: PlannedRun, rank: int) -> dict[str, tuple[str, float]]:
     if teacher is not None:
         needs = [
             activations.forward_workspace(planned, teacher, x)
-            for x in rank_layers(teacher, planned.config.parallelism, rank)
+            for x in set(rank_layers(teacher, planned.config.parallelism, rank))
         ]
         moments["the teacher's forward"] = ("others", max(needs) + planned.item * planned.staged_layer(rank))
     if planned.is_last(rank):
@@ -115,7 +120,8 @@ def _saved(planned: PlannedRun, rank: int) -> tuple[float, float]:
     """Return the bytes saved for backward on a pipeline rank: by one micro batch, and by all that are in flight."""
     student, teacher = planned.models
     par, recompute = planned.config.parallelism, planned.config.training.recompute
-    one = sum(activations.saved(planned, student, layer, recompute) for layer in rank_layers(student, par, rank))
+    own = Counter(rank_layers(student, par, rank)).items()
+    one = sum(number * activations.saved(planned, student, layer, recompute) for layer, number in own)
     if planned.is_last(rank):
         one += activations.final_norm(planned, student)
     width = student.hidden_size + (teacher.hidden_size if teacher else 0)

@@ -1,5 +1,6 @@
 """Number of parameters of a model, and of each rank of a layout. Tests compare them with models that are built."""
 
+from collections import Counter
 from math import prod
 from typing import NamedTuple
 
@@ -23,6 +24,10 @@ class Count(NamedTuple):
     def plus(self, other: "Count") -> "Count":
         """Return the sum by kind."""
         return Count(self.dense + other.dense, self.experts + other.experts)
+
+    def times(self, number: int) -> "Count":
+        """Return the count of `number` equal parts."""
+        return Count(self.dense * number, self.experts * number)
 
 
 def total_parameters(model: Architecture) -> int:
@@ -60,8 +65,8 @@ def stage_parameters(model: Architecture, parallelism: ParallelismConfig, stage:
     last = stage == parallelism.num_stages - 1
     table = padded_vocab_size(model.vocab_size) // parallelism.tensor_model_parallel_size * model.hidden_size
     count = Count()
-    for layer in layers_of(model, parallelism, stage):
-        count = count.plus(layer_parameters(model, layer, parallelism))
+    for layer, number in Counter(layers_of(model, parallelism, stage)).items():
+        count = count.plus(layer_parameters(model, layer, parallelism).times(number))
     if stage == 0:
         count = count.plus(Count(table))
     if last:

@@ -1,10 +1,14 @@
 """Print the plan of a recipe's config, for `nemo distill plan`. Builds no model and needs no GPU."""
 
-from distill_nemo.config import RunConfig
+from collections.abc import Collection
+from dataclasses import replace
+
+from distill_nemo.config import ParallelismConfig, RunConfig
 from distill_nemo.fields import require
 from distill_nemo.models.architecture import Models
 from distill_nemo.planning.advice import check_setting, what_would_fit
 from distill_nemo.planning.gpus import Gpu
+from distill_nemo.planning.layouts import choose_layout
 from distill_nemo.planning.memory import fullest
 from distill_nemo.planning.planned import PlannedRun
 from distill_nemo.planning.report import GB, report
@@ -37,6 +41,19 @@ def print_plan(
         fitting = what_would_fit(planned, gpu.memory_gb * GB)
         advice = f"what would fit: {' | '.join(fitting)}" if fitting else "take more ranks or GPUs with more memory"
         raise ValueError(f"does not fit: {too_much:.1f} GB too much on a {gpu.name} of {gpu.memory_gb:g} GB; {advice}")
+
+
+def with_layout(config: RunConfig, gpus: int, gpu: Gpu, fixed: Collection[str] = ()) -> tuple[RunConfig, str]:
+    """Return the config at the layout that `choose_layout` finds for `gpus` GPUs, and the reasons.
+
+    Raises:
+        ValueError: from `choose_layout` and `resolve_models`.
+    """
+    resolved, models = _resolved(replace(config, parallelism=ParallelismConfig()))
+    resolved = replace(resolved, parallelism=config.parallelism)
+    choice = choose_layout(PlannedRun(resolved, models, gpus), gpu, fixed)
+    chosen = choice.planned.config
+    return replace(config, parallelism=chosen.parallelism, training=chosen.training), choice.why
 
 
 def _resolved(config: RunConfig) -> tuple[RunConfig, Models]:

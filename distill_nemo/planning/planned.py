@@ -1,6 +1,6 @@
 """A planned run: its config, architectures and number of ranks, from which memory and time follow."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from distill_nemo.config import RunConfig
@@ -25,6 +25,7 @@ class PlannedRun:
     world_size: int
     on_gpu: bool = True
     transformer_engine: bool = True
+    _counts: dict[tuple[Any, ...], Count] = field(default_factory=dict, compare=False, repr=False)  # of its models
 
     @property
     def item(self) -> int:
@@ -78,13 +79,21 @@ class PlannedRun:
 
     def student(self, rank: int) -> Count:
         """Return the student's parameters on a pipeline rank."""
-        return rank_parameters(self.models.student, self.config.parallelism, rank)
+        return self._count(self.models.student, rank)
 
     def teacher(self, rank: int) -> Count:
         """Return the teacher's parameters on a pipeline rank."""
         if self.models.teacher is None:
             return Count()
-        return rank_parameters(self.models.teacher, self.config.parallelism, rank, self.config.distillation.uses_logits)
+        return self._count(self.models.teacher, rank, self.config.distillation.uses_logits)
+
+    def _count(self, model: Architecture, rank: int, output: bool = True) -> Count:
+        par = self.config.parallelism
+        sizes = par.tensor_model_parallel_size, par.expert_model_parallel_size, par.pipeline_model_parallel_size
+        key = (model is self.models.student, rank, output, *sizes, par.virtual_pipeline_model_parallel_size)
+        if key not in self._counts:
+            self._counts[key] = rank_parameters(model, par, rank, output)
+        return self._counts[key]
 
     def in_host_memory(self, rank: int) -> int:
         """Return the number of the teacher's parameters that `offload_teacher` keeps in host memory: its layers'."""

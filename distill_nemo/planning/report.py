@@ -1,5 +1,6 @@
 """Text of a plan, on one screen."""
 
+from distill_nemo.config import ParallelismConfig
 from distill_nemo.planning.compute import all_work, checkpoint_bytes, copied_bytes, time_of, traffic_bytes
 from distill_nemo.planning.corpora import MANY_PASSES, parts_of_blend
 from distill_nemo.planning.gpus import Gpu
@@ -25,21 +26,26 @@ def report(name: str, planned: PlannedRun, gpu: Gpu, utilisation: float) -> str:
 
 
 def _heading(name: str, planned: PlannedRun, gpu: Gpu) -> str:
-    par, virtual = planned.config.parallelism, planned.config.parallelism.virtual_pipeline_model_parallel_size
+    head = f"{name} on {planned.world_size} x {gpu.name} ({gpu.memory_gb:g} GB, {gpu.bf16_tflops:,g} TFLOPS)"
+    kind = "bf16" if planned.item == 2 else "fp32"
+    layers = "Transformer Engine" if planned.transformer_engine else "local layers"
+    return f"{head}\n  {layout_text(planned.config.parallelism, planned.data_parallel_size)}, {kind}, {layers}"
+
+
+def layout_text(par: ParallelismConfig, data_parallel_size: int | None = None) -> str:
+    """Return the sizes of a layout above 1: tensor 2 x data 8, sequence parallel."""
     sizes = {
         "tensor": par.tensor_model_parallel_size,
         "pipeline": par.pipeline_model_parallel_size,
         "context": par.context_parallel_size,
-        "data": planned.data_parallel_size,
+        "data": data_parallel_size,
     }
-    layout = " x ".join(f"{kind} {size}" for kind, size in sizes.items() if size > 1 or kind == "data")
+    layout = " x ".join(f"{kind} {size}" for kind, size in sizes.items() if size and (size > 1 or kind == "data"))
+    virtual = par.virtual_pipeline_model_parallel_size
     more = [f"virtual pipeline {virtual}"] if virtual else []
     more += [f"expert {par.expert_model_parallel_size}"] if par.expert_model_parallel_size > 1 else []
     more += ["sequence parallel"] if par.sequence_parallel else []
-    more += ["bf16" if planned.item == 2 else "fp32"]
-    more += ["Transformer Engine" if planned.transformer_engine else "local layers"]
-    head = f"{name} on {planned.world_size} x {gpu.name} ({gpu.memory_gb:g} GB, {gpu.bf16_tflops:,g} TFLOPS)"
-    return f"{head}\n  {', '.join([layout, *more])}"
+    return ", ".join([layout, *more] if layout else more)
 
 
 def _parameters(planned: PlannedRun) -> list[str]:

@@ -78,7 +78,7 @@ def resolve_models(config: RunConfig) -> "tuple[RunConfig, Models]":
         ValueError: from `resolve_pair` and `check_layout`, and if a sequence is longer than a model's positions.
     """
     from distill_nemo.data.token_files import documents_apart
-    from distill_nemo.models.megatron import check_layout
+    from distill_nemo.models.layouts import check_layout
     from distill_nemo.models.resolve import resolve_pair
 
     models = resolve_pair(config.student, config.teacher)

@@ -36,7 +36,7 @@ FIELDS = {
     "status": ["experiment"],
     "logs": ["experiment", "follow"],
     "cancel": ["experiment"],
-    "plan": ["gpu", "utilisation", "transformer_engine"],
+    "plan": ["gpus", "gpu", "utilisation", "transformer_engine"],
     "quickstart": ["steps", "teacher_steps", "root", "processes", "seed"],
 }
 HEAVY = {"megatron", "modelopt", "transformers", "matplotlib", "pyarrow", "tensorboard", "tokenizers", "safetensors"}

@@ -43,11 +43,25 @@ def test_what_does_not_fit_exits_1_and_says_what_would(capfd):
     assert re.fullmatch(r"error: does not fit: [\d.]+ GB too much on a H100 of 80 GB; .+\n", plan.err)
 
 
+def test_a_layout_is_chosen_for_a_number_of_gpus_after_all_overrides(capfd):
+    small = nemo_here(capfd, "plan", "distil", *PAIR, "gpus=16", "gpu=h200")
+    assert (small.code, small.err) == (0, "")
+    assert small.out.startswith("layout for 16 x H200: data 16; micro batch ")
+    assert "\ndistil on 16 x H200 (141 GB, 989 TFLOPS)\n  data 16, bf16" in small.out
+    large = nemo_here(capfd, "plan", "distil", *HUGE, "gpus=256", "training.recompute=full", "training.dtype=bfloat16")
+    assert (large.code, large.err) == (0, "")
+    assert re.search(r"^layout for 256 x H100: tensor 8 x pipeline .*recompute full", large.out)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["gpus=0"], "gpus must be at least 1, got 0"),
+        (["gpus=many"], "gpus must be int | None, got 'many'"),
+        (["gpus=8"], "gpus = 8, but run.executor.* starts 16 ranks"),
+        (["gpus=16", "gpu=h10"], 'gpu = "h10" is not known. Did you mean h100'),
         (["gpu=h10"], 'gpu = "h10" is not known. Did you mean h100'),
-        (["gpuu=h100"], 'unknown field "gpuu". Did you mean gpu? See `nemo distill plan --help`'),
+        (["gpuu=h100"], 'unknown field "gpuu". Did you mean gpu or gpus? See `nemo distill plan --help`'),
         (
             ["distillation.temprature=2"],
             'unknown field "distillation.temprature". Did you mean distillation.temperature',
@@ -63,7 +77,7 @@ def test_what_does_not_fit_exits_1_and_says_what_would(capfd):
     ],
 )
 def test_what_is_refused_is_one_error(capfd, arguments, message):
-    executor = [] if arguments[0].startswith("run.") else SLURM
+    executor = [] if arguments[0].startswith(("run.", "gpus=16")) else SLURM
     plan = nemo_here(capfd, *PLAN, *PAIR, *executor, *arguments)
     assert (plan.code, plan.out) == (1, "")
     assert plan.err.startswith("error: ") and message in plan.err and len(plan.err.splitlines()) == 1, plan.err

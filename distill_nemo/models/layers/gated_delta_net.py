@@ -19,7 +19,6 @@ from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from distill_nemo.config import ParallelismConfig
 from distill_nemo.models.architecture import Architecture, DeltaNet
 from distill_nemo.models.layers.delta_rule import delta_rule
 from distill_nemo.models.layers.norms import RMSNorm
@@ -28,20 +27,12 @@ from distill_nemo.runtime.seed import seed_apart
 INSTALL = 'pip install "flash-linear-attention~=0.4"'
 
 
-def delta_net_settings(
-    model: Architecture, delta_net: DeltaNet, parallelism: ParallelismConfig, dtype: torch.dtype
-) -> dict[str, Any]:
+def delta_net_settings(model: Architecture, delta_net: DeltaNet, dtype: torch.dtype) -> dict[str, Any]:
     """Return fields of Megatron's TransformerConfig.
 
     Raises:
-        ValueError: if heads do not divide, or the kernels are not installed on a GPU.
+        ValueError: if the kernels are not installed on a GPU.
     """
-    ranks = parallelism.tensor_model_parallel_size * parallelism.context_parallel_size
-    if delta_net.linear_num_key_heads % ranks:  # they divide the value heads
-        raise ValueError(
-            f"{model.name}: linear_num_key_heads = {delta_net.linear_num_key_heads} is not divisible by "
-            f"parallelism.tensor_model_parallel_size x context_parallel_size = {ranks}"
-        )
     by_kernels = torch.cuda.is_available() and dtype != torch.float32  # in fp32 they would multiply in TF32
     if by_kernels and not common.HAVE_FLA:
         raise ValueError(

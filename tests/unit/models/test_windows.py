@@ -165,12 +165,11 @@ def test_a_megatron_checkpoint_that_says_nothing_of_its_windows_is_not_taken_to_
 def test_transformer_engine_with_windows_under_context_parallelism_is_refused(tmp_path, monkeypatch):
     setup_device()
     from distill_nemo.models import megatron
-    from distill_nemo.models.layers import specs
 
     model, two = resolve_json(tmp_path, "mistral", sliding_window=8), ParallelismConfig(context_parallel_size=2)
     config = megatron.transformer_config(model, two, torch.float32)
     assert (config.window_size, config.window_attn_skip_freq) == ((7, 0), [1] * 4)
-    monkeypatch.setattr(specs, "transformer_engine_usable", lambda dtype: True)
+    monkeypatch.setattr(megatron, "transformer_engine_usable", lambda dtype: True)
     with pytest.raises(
         ValueError, match=r"windows of 8 tokens .*context_parallel_size = 2.*sequence_length to at most"
     ):

@@ -1,0 +1,102 @@
+"""Parallel layouts at which a model is computed exactly. No torch: the launcher chooses layouts by these checks."""
+
+from distill_nemo.config import ParallelismConfig
+from distill_nemo.models.architecture import Architecture, padded_vocab_size
+
+
+def check_layout(model: Architecture, parallelism: ParallelismConfig) -> None:
+    """Refuse parallel sizes that do not divide a model, or at which it is not computed exactly.
+
+    Raises:
+        ValueError: naming the model, what it has, and the field.
+    """
+    tensor, expert = parallelism.tensor_model_parallel_size, parallelism.expert_model_parallel_size
+    if model.experts is not None and model.experts.num_experts % expert:
+        raise ValueError(
+            f"{model.name}: num_experts = {model.experts.num_experts} is not divisible by "
+            f"parallelism.expert_model_parallel_size = {expert}"
+        )
+    if model.experts is not None and model.linear_bias and tensor > 1:
+        raise ValueError(
+            f"{model.name}: experts with biases cannot be split: set parallelism.tensor_model_parallel_size = {tensor} "
+            "to 1, and parallelism.expert_model_parallel_size higher instead"
+        )
+    sizes = {
+        f"{'moe_' if layer.has_experts else ''}ffn_hidden_size of layer {i}": layer.ffn_hidden_size
+        for i, layer in enumerate(model.layers)
+    }
+    sizes |= {
+        "width of the shared experts": model.experts.shared_ffn_hidden_size if model.experts else None,
+        "num_attention_heads": model.num_attention_heads,
+        "padded vocabulary": padded_vocab_size(model.vocab_size),
+    }
+    for name, value in sizes.items():
+        if value is not None and value % tensor:
+            raise ValueError(
+                f"{model.name}: {name} = {value} is not divisible by parallelism.tensor_model_parallel_size = {tensor}"
+            )
+    _check_mamba(model, parallelism)
+    _check_delta_nets(model, parallelism)
+    for i, layer in enumerate(model.layers):
+        groups = layer.num_query_groups
+        if groups is not None and groups % tensor and model.wide_qk_norm:
+            raise ValueError(
+                f"{model.name}: num_query_groups of layer {i} = {groups} is not divisible by "
+                f"parallelism.tensor_model_parallel_size = {tensor}, as norms over all heads need"
+            )
+        if groups is not None and groups % tensor and (tensor % groups or model.block_configs is not None):
+            raise ValueError(
+                f"{model.name}: num_query_groups of layer {i} = {groups} is neither a multiple nor a divisor of "
+                f"parallelism.tensor_model_parallel_size = {tensor}"
+            )
+
+
+def _check_mamba(model: Architecture, parallelism: ParallelismConfig) -> None:
+    """Refuse layouts that Mamba layers do not have."""
+    if model.mamba is None or all(layer.mixer != "mamba" for layer in model.layers):
+        return
+    tensor, context = parallelism.tensor_model_parallel_size, parallelism.context_parallel_size
+    if context > 1:
+        raise ValueError(
+            f"{model.name}: Mamba layers are not supported under parallelism.context_parallel_size = {context}: a "
+            "token's state follows from all tokens before it. Set that to 1, and "
+            "parallelism.tensor_model_parallel_size higher instead"
+        )
+    if model.mamba.num_groups % tensor:
+        raise ValueError(
+            f"{model.name}: {model.mamba.num_groups} groups of Mamba's heads are not divisible by "
+            f"parallelism.tensor_model_parallel_size = {tensor}"
+        )
+
+
+def _check_delta_nets(model: Architecture, parallelism: ParallelismConfig) -> None:
+    ranks = parallelism.tensor_model_parallel_size * parallelism.context_parallel_size
+    if model.delta_net is not None and model.delta_net.linear_num_key_heads % ranks:  # they divide the value heads
+        raise ValueError(
+            f"{model.name}: linear_num_key_heads = {model.delta_net.linear_num_key_heads} is not divisible by "
+            f"parallelism.tensor_model_parallel_size x context_parallel_size = {ranks}"
+        )
+
+
+def check_transformer_engine(model: Architecture, parallelism: ParallelismConfig) -> None:
+    """Refuse attention that Transformer Engine does not compute under context parallelism.
+
+    Raises:
+        ValueError: naming the model, what it has, and the field.
+    """
+    context = parallelism.context_parallel_size
+    windows = [layer.window for layer in model.layers if layer.window is not None]
+    if context == 1 or model.needs_own_attention:
+        windows = []
+    if windows:
+        raise ValueError(
+            f"{model.name}: its sliding windows of {windows[0]} tokens are not supported with Transformer Engine under "
+            f"parallelism.context_parallel_size = {context}. Set that to 1, and "
+            f"parallelism.tensor_model_parallel_size higher instead; or data.sequence_length to at most {windows[0]}"
+        )
+    if model.latent is not None and context > 1:
+        raise ValueError(
+            f"{model.name}: latent attention is not supported with Transformer Engine under "
+            f"parallelism.context_parallel_size = {context}. Set that to 1, and "
+            "parallelism.tensor_model_parallel_size higher instead"
+        )

@@ -1,0 +1,20 @@
+"""Any two checkpoints with one vocabulary."""
+
+import nemo_run as run
+
+from distill_nemo.training.entry import distill
+from recipes.base import base
+
+
+@run.cli.factory(target=distill)
+def distil(teacher: str | None = None, student: str | None = None) -> run.Partial:
+    """Any two checkpoints with one vocabulary. With `gpus=` the planner chooses the layout.
+
+    nemo distill train distil teacher.checkpoint=A student.checkpoint=B data.train='["corpus"]' gpus=8 gpu=h100
+    """
+    recipe = base("distil")
+    recipe.teacher.checkpoint = teacher
+    recipe.student.checkpoint = student
+    recipe.optimizer.warmup_steps = 100
+    recipe.training.steps = 5000
+    return recipe
