@@ -1,10 +1,11 @@
 """Tokens of conversations, and which of them count."""
 
 import functools
+import unicodedata
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from distill_nemo.data.chat_template import ChatTemplate, LossOn, Range, read_templates
+from distill_nemo.data.chat_template import ChatTemplate, LossOn, Range, Rendered, read_templates
 from distill_nemo.data.conversations import Conversation, RecordError
 from distill_nemo.data.tokenizer import Tokenizer
 
@@ -20,10 +21,17 @@ class Chat(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """A document's ids, and the ranges of tokens that count; None if all do."""
+    """A document's tokens.
+
+    Args:
+        ids: all of them.
+        counted: ranges of tokens that count; None if all do.
+        last_apart: the last range is the assistant's last turn, and none adjoins it.
+    """
 
     ids: list[int]
     counted: list[Range] | None = None
+    last_apart: bool = True
 
 
 def chat_of(tokenizer: Tokenizer, loss_on: LossOn, file: str | None) -> Chat:
@@ -52,29 +60,27 @@ def chat_tokens(fast: str, chat: Chat, conversations: list[Conversation]) -> lis
     """
     rendered = [_rendered(chat, conversation) for conversation in conversations]
     special = chat.template.special
-    texts = [text for text in rendered if not isinstance(text, RecordError)]
-    encodings = iter(_encoder(fast)([text for text, _ in texts]))
-    return [text if isinstance(text, RecordError) else _tokens(next(encodings), *text, special) for text in rendered]
+    encodings = iter(_encoder(fast)([found.text for found in rendered if isinstance(found, Rendered)]))
+    return [_tokens(next(encodings), found, special) if isinstance(found, Rendered) else found for found in rendered]
 
 
-def _rendered(chat: Chat, conversation: Conversation) -> tuple[str, list[Range]] | RecordError:
+def _rendered(chat: Chat, conversation: Conversation) -> Rendered | RecordError:
     try:
         return chat.template.counted(conversation, chat.loss_on)
     except RecordError as error:
         return error
 
 
-def _tokens(
-    encoding: "tokenizers.Encoding", text: str, counted: list[Range], special: tuple[str, ...]
-) -> Tokens | RecordError:
-    first = functools.partial(_first_token, encoding, text, special)
+def _tokens(encoding: "tokenizers.Encoding", rendered: Rendered, special: tuple[str, ...]) -> Tokens | RecordError:
+    first = functools.partial(_first_token, encoding, rendered.text, special)
     try:
-        ranges = [(first(start), first(stop)) for start, stop in counted]
+        ranges = [(first(start), first(stop)) for start, stop in rendered.counted]
     except RecordError as error:
         return error
     if all(start == stop for start, stop in ranges):
         return RecordError("has no token that counts, as the chat template renders it, so there is no answer to learn")
-    return Tokens(encoding.ids, ranges)
+    stops = [stop for _, stop in ranges[:-1]]
+    return Tokens(encoding.ids, ranges, rendered.by_turn and ranges[-1][0] not in stops)
 
 
 def _first_token(encoding: "tokenizers.Encoding", text: str, special: tuple[str, ...], position: int) -> int:
@@ -86,18 +92,23 @@ def _first_token(encoding: "tokenizers.Encoding", text: str, special: tuple[str,
     for at in range(position, len(text)):  # a normaliser may have removed characters
         token = encoding.char_to_token(at)
         if token is None:
+            if at == position and len(unicodedata.normalize("NFC", text[at - 1 : at + 1])) == 1:
+                raise _astride(text, at)
             continue
         first, past = encoding.token_to_chars(token) or (0, len(text))
         if first >= position:
             return token
         if text[first:position].strip() in special and not text[position:past].strip():
             continue  # it ends before the character, and takes up the blanks behind it, as Phi-3's do
-        around = text[max(position - 8, 0) : at + 8]
-        raise RecordError(
-            f"has a token on both sides of a boundary of the assistant's part, at {around!r}: change the chat "
-            "template so that a special token or a line break is there"
-        )
+        raise _astride(text, at)
     return len(encoding.ids)
+
+
+def _astride(text: str, at: int) -> RecordError:
+    return RecordError(
+        f"has a token on both sides of a boundary of the assistant's part, at {text[max(at - 8, 0) : at + 8]!r}: "
+        "remove blanks there, or change the chat template so that a special token or a line break is there"
+    )
 
 
 @functools.cache

@@ -23,7 +23,9 @@ CONVERSATION_KEYS = ("messages", "conversations", "conversation")
 PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("question", "answer"))
 FURTHER = ("tools", "input", "system")  # read beside the keys of a format
 TEXTS = (None, "text", "input_text", "output_text")  # types of a content's parts
-KEPT = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")  # fields of a message besides its text
+KEPT = ("name", "tool_call_id")  # fields of a message besides those that are checked
+REASONING = ("reasoning_content", "reasoning", "thinking")  # names of one field
+LEARNT = ("train", "training", "loss", "weight")  # names of one flag of a message
 
 
 @dataclass(frozen=True)
@@ -134,20 +136,35 @@ def _messages(value: Any, key: str) -> list[Message]:
 def _message(entry: Any, where: str) -> Message:
     if not isinstance(entry, Mapping):
         raise RecordError(f"has a {where} that is not an object")
-    named, content = entry.get("role", entry.get("from")), entry.get("content", entry.get("value"))
+    named, content = _first(entry, ("role", "from")), _first(entry, ("content", "value"))
     if not isinstance(named, str) or named not in ROLES:
         raise RecordError(f"has in {where} the role {named!r:.40}; known are {', '.join(ROLES)}")
-    further = {name: entry[name] for name in KEPT if entry.get(name) is not None}
-    for name in ("reasoning_content", "thinking"):
-        if not isinstance(further.get(name, ""), str):
-            raise RecordError(f"has in {where} a {name} of type {type(further[name]).__name__}, not a string")
     if entry.get("function_call") is not None:
         raise RecordError(f"has in {where} a function_call, which templates do not read: write it as tool_calls")
-    if entry.get("weight") == 0:  # OpenAI's way to say that an answer is not learnt
-        raise RecordError(f"has in {where} the weight 0, which is not read, so the answer would count: leave it out")
-    if calls := further.get("tool_calls"):
+    further = {name: entry[name] for name in KEPT if entry.get(name) is not None}
+    if calls := entry.get("tool_calls"):
         further["tool_calls"] = _calls(calls, where)
-    return {"role": ROLES[named], "content": _text(content, where, bool(calls)), **further}
+    if reasoning := _first(entry, REASONING):
+        if not isinstance(reasoning, str):
+            raise RecordError(f"has in {where} a reasoning of type {type(reasoning).__name__}, not a string")
+        further |= {"reasoning_content": reasoning, "thinking": reasoning}  # templates read one or the other
+    if not _is_learnt(entry, where):
+        further["train"] = False
+    return {"role": ROLES[named], "content": _text(content, where, bool(calls or reasoning)), **further}
+
+
+def _first(entry: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    """Return the first value under these names that is not null."""
+    return next((entry[name] for name in names if entry.get(name) is not None), None)
+
+
+def _is_learnt(entry: Mapping[str, Any], where: str) -> bool:
+    """Return False for an answer that is not to be learnt."""
+    flags = {name: entry[name] for name in LEARNT if entry.get(name) is not None}
+    for name, value in flags.items():
+        if value not in (0, 1):  # as are false and true
+            raise RecordError(f"has in {where} the {name} {value!r:.40}; known are 0 and 1, false and true")
+    return all(flags.values())
 
 
 def _text(content: Any, where: str, may_be_absent: bool) -> str:
@@ -173,10 +190,16 @@ def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
     return [_call(call, where) for call in calls]
 
 
+def called(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the function of a tool or a tool call, which may stand in a wrapper or not."""
+    function = call.get("function")
+    return function if isinstance(function, Mapping) else call
+
+
 def _call(call: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return a tool call with its arguments as an object, as templates read them; OpenAI writes them as JSON text."""
-    function = call.get("function") or call  # templates read both
-    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+    function = called(call)
+    if not isinstance(function.get("arguments"), str):
         return dict(call)
     arguments = _decoded(function["arguments"], f"{where}.arguments")
     if not isinstance(arguments, dict):

@@ -64,6 +64,7 @@ def make_part(part: Part) -> dict[str, Any]:
     lengths: list[int] = []
     bad: list[tuple[str, str]] = []
     num_bad = counted = 0
+    last_apart = True
     with open(part.prefix + ".bin", "wb") as file, contextlib.ExitStack() as stack:
         mask_file = None if part.chat is None else stack.enter_context(open(part.prefix + ".mask", "wb"))
         for record, tokens in _tokens_of(part):
@@ -71,20 +72,21 @@ def make_part(part: Part) -> dict[str, Any]:
                 num_bad += 1
                 bad.extend([(record.where(), str(tokens))] if len(bad) < MAX_NAMED_RECORDS else [])
                 continue
-            ids, ranges = tokens
+            ids, ranges, is_apart = tokens
             if not ids:
                 continue
             file.write(np.fromiter(ids, part.dtype, len(ids)))
             file.write(end)
             lengths.append(len(ids) + end.size)
+            last_apart &= is_apart
             if mask_file is not None:
                 mask = _mask(ranges, lengths[-1])
                 mask_file.write(mask)
                 counted += int(mask.sum())
     Path(part.prefix + ".len").write_bytes(np.array(lengths, dtype=np.int32).tobytes())
     tokens = sum(lengths)
-    counts = {"documents": len(lengths), "tokens": tokens, "bad_records": num_bad}
-    counts["counted_tokens"] = tokens if part.chat is None else counted
+    counts: dict[str, int] = {"documents": len(lengths), "tokens": tokens, "bad_records": num_bad}
+    counts |= {"counted_tokens": tokens if part.chat is None else counted, "last_apart": last_apart}
     manifest = {"key": part.key, "inputs": [asdict(piece) for piece in part.pieces], **counts, "bad": bad}
     write_atomically(Path(part.prefix + ".json"), json.dumps(manifest))
     return manifest

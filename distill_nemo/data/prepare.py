@@ -39,7 +39,7 @@ from distill_nemo.data.parts import (
 )
 from distill_nemo.data.progress import reporter
 from distill_nemo.data.readers import Piece, Schema, cut, schema_of
-from distill_nemo.data.token_files import iter_blocks, write_index
+from distill_nemo.data.token_files import iter_blocks, sample_sha256, write_index
 from distill_nemo.data.token_masks import write_mask
 from distill_nemo.data.tokenizer import Tokenizer, TokenizerFacts, facts_of, load_tokenizer, save_fast
 from distill_nemo.runtime.files import fsync, write_atomically
@@ -47,6 +47,7 @@ from distill_nemo.runtime.output_lock import OutputLock
 
 COUNTS = ("documents", "tokens", "counted_tokens", "bad_records")
 MIN_PART_BYTES = 1 << 20  # of input: less than a second of work for one process
+RENDERING = 2  # changes with the tokens or masks that a conversation becomes, so that older parts are made again
 MAX_PARTS = 10_000  # approximate; parts of huge inputs are larger
 
 
@@ -182,7 +183,7 @@ def _plan(files: list[Path], parts_dir: Path, tok: TokenizerFacts, schema: Schem
         raise ValueError(f"nothing to tokenise: {files[0]}{' and the others are' if files[1:] else ' is'} empty")
     dtype = "uint16" if tok.vocab_size < 65500 else "int32"  # Megatron's DType.optimal_dtype, without importing it
     options = [tok.sha256, tok.vocab_size, tok.eod, asdict(schema)]
-    options += [] if chat is None else [asdict(chat.template), chat.loss_on]
+    options += [] if chat is None else [RENDERING, asdict(chat.template), chat.loss_on]
     keys = [digest([options, [asdict(piece) for piece in group]]) for group in groups]
     return [
         Part(str(parts_dir / f"{i:06d}"), group, key, tok, schema, dtype, chat)
@@ -255,7 +256,7 @@ def _total(made: list[dict], max_bad: int, sources: list[str]) -> dict[str, Any]
         raise ValueError(f"nothing to tokenise: no document in {', '.join(sources[:3])} has any text")
     if num_bad:
         print("\n".join([f"skipped {message} (max_bad_records = {max_bad}):", *lines]))
-    return {**totals, "bad": bad[:MAX_NAMED_RECORDS]}
+    return {**totals, "bad": bad[:MAX_NAMED_RECORDS], "last_apart": all(part.get("last_apart", True) for part in made)}
 
 
 def _join(parts: list[Part], tokens: dict[int, str]) -> dict[str, Any]:
@@ -269,10 +270,12 @@ def _join(parts: list[Part], tokens: dict[int, str]) -> dict[str, Any]:
                 occurs[np.frombuffer(block, dtype)] = True
     lengths = np.concatenate([np.fromfile(part.prefix + ".len", np.int32) for part in parts])
     write_index(Path(f"{joined}.idx"), lengths, parts[0].dtype)
+    occurring = np.flatnonzero(occurs).tolist()
+    found = {"max_token_id": max(occurring), "vocabulary": pack_vocabulary({i: tokens[i] for i in occurring})}
     if parts[0].chat is not None:
         write_mask(Path(f"{joined}.mask"), [Path(part.prefix + ".mask") for part in parts])
-    occurring = np.flatnonzero(occurs).tolist()
-    return {"max_token_id": max(occurring), "vocabulary": pack_vocabulary({i: tokens[i] for i in occurring})}
+        found["mask_sample_sha256"] = sample_sha256(Path(f"{joined}.mask"))
+    return found
 
 
 def _publish(parts_dir: Path, output: str, manifest: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ Imports nothing heavy, since every worker process of `prepare` imports this modu
 """
 
 import io
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -34,6 +35,8 @@ from distill_nemo.data.tables import (
 
 if TYPE_CHECKING:
     import pyarrow
+
+FIRST_RECORDS = 100  # of a file, that are searched for a known format
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Record:
 
 
 def schema_of(paths: list[Path], text_key: str) -> Schema:
-    """Return the format of the first record that there is.
+    """Return the format of the first record that has one; text if there is none among the first of each file.
 
     Raises:
         ValueError: if a file cannot be read.
@@ -80,26 +83,27 @@ def schema_of(paths: list[Path], text_key: str) -> Schema:
     for path in paths:
         kind = layout(path)
         with errors_named(path):
-            names = ["text"] if kind == "text" else _columns(path, kind) or _keys(path, kind)
-        if names:
-            return Schema("text" if kind == "text" else format_of(names, text_key) or "text", text_key)
+            columns = [text_key] if kind == "text" else _columns(path, kind)
+            for names in [columns] if columns else _keys(path, kind):
+                if found := format_of(names, text_key):
+                    return Schema(found, text_key)
     return Schema("text", text_key)
 
 
-def _keys(path: Path, kind: str) -> list[str]:
-    """Return the keys of a JSON file's first record, if it is an object."""
+def _keys(path: Path, kind: str) -> Iterator[list[str]]:
+    """Yield the keys of a JSON file's first records that are objects."""
     if kind not in ("json", "jsonl"):
-        return []
+        return
     with _open_text(path) as file:
-        if kind == "json":
-            value = next(json_values(file), None)
-        else:
-            line = next((line for line in file if line.strip()), "null")
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError):  # a bad record, which is counted later
-                value = None
-    return list(value) if isinstance(value, dict) else []
+        values = json_values(file) if kind == "json" else map(_value_if_any, filter(str.strip, file))
+        yield from (list(value) for value in itertools.islice(values, FIRST_RECORDS) if isinstance(value, dict))
+
+
+def _value_if_any(line: str) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):  # a bad record, which is counted later
+        return None
 
 
 def cut(path: Path, schema: Schema, max_bytes: int) -> list[Piece]:
@@ -247,15 +251,9 @@ def _of_object(value: object, schema: Schema, where: Callable[[], str]) -> Recor
 
 def _of_conversation(value: dict[str, Any], kind: Format, where: Callable[[], str]) -> Record:
     try:
-        conversation = conversation_of(value, kind)
-        json.dumps([conversation.messages, conversation.tools], ensure_ascii=False).encode()
+        return Record(conversation_of(value, kind), "", where)
     except RecordError as error:
         return Record("", str(error), where)
-    except UnicodeEncodeError:
-        return Record("", "holds half of a surrogate pair, or is not UTF-8", where)
-    except (TypeError, RecursionError) as error:
-        return Record("", f"holds a value that is not JSON: {error}", where)
-    return Record(conversation, "", where)
 
 
 def _of_text(text: object, text_key: str, where: Callable[[], str]) -> Record:

@@ -4,6 +4,7 @@
 (int32), its first byte in the `.bin` (int64), and the bounds of groups of documents (int64).
 """
 
+import hashlib
 import math
 import struct
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ INDEX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, code of the ids' type
 MAGIC = b"MMIDIDX\x00\x00"
 INTEGER_TYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}  # 6 and 7 are floats
 BLOCK_DOCUMENTS = 1 << 20  # read at a time
+SAMPLE_BYTES = 1 << 12
 ADVICE = "make the token files again with `nemo distill prepare`"
 OWN_TOKENIZER = "prepare the text again with the model's own tokenizer"
 Blend = tuple[list[str], list[float] | None]
@@ -128,6 +130,16 @@ def write_index(path: Path, lengths: np.ndarray, dtype: str) -> None:
             file.write(numbers.tobytes())
 
 
+def sample_sha256(path: Path) -> str:
+    """Return the SHA-256 of up to 64 blocks that are spread over a file, which is read in no time at any size."""
+    size, found = path.stat().st_size, hashlib.sha256()
+    with open(path, "rb") as file:
+        for start in sorted({i * max(size - SAMPLE_BYTES, 0) // 63 for i in range(64)}):
+            file.seek(start)
+            found.update(file.read(SAMPLE_BYTES))
+    return found.hexdigest()
+
+
 def iter_blocks(path: Path) -> Iterator[bytes]:
     """Yield a file's content, a MiB at a time."""
     with open(path, "rb") as file:
@@ -172,15 +184,23 @@ def _check_packs(field: str, prefix: str, tokens: int, sequence_length: int) -> 
 
 
 def _check_mask(field: str, prefix: str, tokens: int, loss_on: str | None) -> None:
-    mask, prepared = Path(f"{prefix}.mask"), read_manifest(prefix).get("loss_on")
+    mask, manifest = Path(f"{prefix}.mask"), read_manifest(prefix)
+    prepared = manifest.get("loss_on")
     if mask.exists():
         _check_size(field, mask, -(-tokens // 8), f"one bit for each of {tokens} tokens")
+        if manifest.get("mask_sample_sha256") not in (None, sample_sha256(mask)):
+            raise ValueError(f"{field}: {mask} is another one than was prepared with {prefix}.bin; {ADVICE}")
     elif prepared is not None:
         raise ValueError(f"{field}: no file {mask}, which says which tokens count; {ADVICE}")
     if loss_on in ("assistant", "last") and prepared not in (loss_on, "assistant", None):
         raise ValueError(
             f"{field}: data.loss_on = {loss_on}, but {prefix}.bin was prepared with loss_on={prepared}; leave it "
             f"unset, or prepare with loss_on={loss_on}"
+        )
+    if loss_on == "last" and prepared == "assistant" and manifest.get("last_apart") is not True:
+        raise ValueError(
+            f"{field}: data.loss_on = last, but {mask} does not show where the last answer of every document begins, "
+            "as some adjoin another or do not count; prepare with loss_on=last"
         )
 
 

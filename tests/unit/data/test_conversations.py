@@ -21,9 +21,9 @@ from distill_nemo.data.token_files import check_token_files
 from distill_nemo.data.token_masks import TokenMask
 from tests.unit.data.chat_templates import (
     BRACKETS,
-    CHANNELS,
     CHATML,
     FORGETFUL,
+    GPT_OSS,
     HEADERS,
     LINE_BREAK,
     MARKED,
@@ -93,7 +93,11 @@ def test_exactly_the_assistants_words_and_their_end_count(tmp_path: Path, name: 
     ("template", "answer"),
     [
         (FORGETFUL, "<think>\nthree times\n</think>\n\nnine<|im_end|>"),
-        (CHANNELS, "<|channel|>final<|message|>nine<|return|>"),
+        (
+            GPT_OSS,
+            "<|channel|>analysis<|message|>three times<|end|>"
+            "<|start|>assistant<|channel|>final<|message|>nine<|return|>",
+        ),
     ],
     ids=["reasoning", "channels"],
 )
@@ -126,6 +130,7 @@ def test_blanks_that_a_special_token_takes_up_cross_no_boundary(tmp_path: Path):
     assert counted == ["The answer is four. <|end|>", "nine<|end|>"]
 
 
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds."}}]
 CALL = {"function": {"name": "add", "arguments": '{"a": 2, "b": 2}'}}
 TOOL_CHAT = [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "4"}, FOUR]
 SHAREGPT = [{"from": "human", "value": USER["content"]}, {"from": "gpt", "value": FOUR["content"]}]
@@ -161,7 +166,8 @@ def test_the_input_of_an_instruction_follows_it(tmp_path: Path):
 
 
 def test_tool_calls_are_the_assistants_words(tmp_path: Path):
-    _, counted = documents(prepared(tmp_path, [{"messages": TOOL_CHAT, "tools": [{"type": "function"}]}]))[0]
+    chat, template = {"messages": TOOL_CHAT, "tools": TOOLS}, "{{ tools | tojson }}" + CHATML
+    _, counted = documents(prepared(tmp_path, [chat], template))[0]
     assert counted == ['<tool_call>add {"a": 2, "b": 2}</tool_call><|im_end|>', " The answer is four. <|im_end|>"]
 
 
@@ -178,7 +184,7 @@ def test_a_template_for_tools_is_used_for_conversations_with_tools(tmp_path: Pat
     from transformers import PreTrainedTokenizerFast
 
     named = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": "{{ tools }}" + CHATML}]
-    records = [{"messages": [USER, FOUR]}, {"messages": [USER, FOUR], "tools": [{"type": "function"}]}]
+    records = [{"messages": [USER, FOUR]}, {"messages": [USER, FOUR], "tools": TOOLS}]
     found = [text for text, _ in documents(prepared(tmp_path, records, named))]
     oracle = PreTrainedTokenizerFast.from_pretrained(str(tmp_path / "tokenizer"))
     rendered = [oracle.apply_chat_template([USER, FOUR], r.get("tools"), tokenize=False) for r in records]
@@ -226,8 +232,8 @@ BAD = {
     "that is not a JSON object": [CHAT, {"messages": [USER, FOUR | {"tool_calls": [{"arguments": "3"}]}]}],
     "with parts other than text": [CHAT, {"messages": [USER | {"content": [{"type": "image", "text": "A"}]}, FOUR]}],
     'under "system" a value of type dict': [CHAT, CHAT | {"system": {}}],
-    "a reasoning_content of type list": [CHAT, {"messages": [USER, FOUR | {"reasoning_content": ["so"]}]}],
-    "the weight 0, which is not read": [CHAT, {"messages": [USER, FOUR | {"weight": 0}, AGAIN, NINE]}],
+    "a reasoning of type list": [CHAT, {"messages": [USER, FOUR | {"reasoning_content": ["so"]}]}],
+    "the weight 0.5; known are 0 and 1": [CHAT, {"messages": [USER, FOUR | {"weight": 0.5}, AGAIN, NINE]}],
     "half of a surrogate pair": [CHAT, {"messages": [USER | {"content": "\ud800"}, FOUR]}],
 }  # fmt: skip
 
@@ -250,17 +256,28 @@ def test_what_a_template_raises_is_one_line(tmp_path: Path):
         prepared(tmp_path, [CHAT], "{{ raise_exception('a\\nb') }}")
 
 
-NOTHING = {
-    "comment": "{# {% generation %} #}" + CHATML,
-    "constant": "hello",
-    "no answer": "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
+def test_a_conversation_in_which_nothing_counts_is_a_bad_record(tmp_path: Path):
+    silent = {"messages": [USER, FOUR | {"content": ""}]}
+    with pytest.raises(ValueError, match=r"in\.jsonl:1 has no token that counts"):
+        prepared(tmp_path, [silent], "{% for m in messages %}{{ m.content }}{% endfor %}")
+
+
+LEFT_OUT = {
+    "constant": ("hello", r"a message 0 \(from 0, user\)"),
+    "no answer": ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "content in message 1"),
+    "no tools": (CHATML, "tools"),
 }
 
 
-@pytest.mark.parametrize("name", NOTHING)
-def test_a_conversation_in_which_nothing_counts_is_a_bad_record(tmp_path: Path, name: str):
-    with pytest.raises(ValueError, match=r"in\.jsonl:1 has no token that counts"):
-        prepared(tmp_path, [CHAT], NOTHING[name])
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_what_a_template_leaves_out_is_named(tmp_path: Path, name: str):
+    template, what = LEFT_OUT[name]
+    with pytest.raises(ValueError, match=rf"in\.jsonl:1 has {what} .*that the chat template leaves out"):
+        prepared(tmp_path, [CHAT | ({"tools": TOOLS} if name == "no tools" else {})], template)
+
+
+def test_markers_in_a_comment_are_none(tmp_path: Path):
+    assert documents(prepared(tmp_path, [CHAT], "{# {% generation %} #}" + CHATML))[0][1] == TEMPLATES["chatml"][1]
 
 
 def test_the_last_answer_is_not_taken_for_another_that_has_no_markers(tmp_path: Path):
@@ -273,23 +290,23 @@ def test_the_last_answer_is_not_taken_for_another_that_has_no_markers(tmp_path: 
 
 MARKED_TURN = "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
 INSIDE = {
-    "macro": "{%- macro turn(m) -%}X"
-    + MARKED_TURN
-    + "{%- endmacro -%}{% for m in messages %}{{ turn(m) }}{% endfor %}",
-    "set": "{% for m in messages %}{% set turn %}" + MARKED_TURN + "{% endset %}{{ turn }}{% endfor %}",
-    "filter": "{% for m in messages %}{%- filter trim -%}" + MARKED_TURN + "{% endfilter %}{% endfor %}",
+    "macro": "{%- macro turn(m) -%}" + MARKED_TURN + "{%- endmacro -%}{% for m in messages %}TURN{% endfor %}",
+    "set": "{% for m in messages %}{% set turn %}" + MARKED_TURN + "{% endset %}TURN{% endfor %}",
+    "filter": "{% for m in messages %}TURN{% endfor %}",
 }
+TURNS_OF_BOTH = "{% if m.role == 'user' %}{{ m.content }}{% else %}ANSWER{% endif %}"
 
 
-@pytest.mark.parametrize("name", INSIDE)
-def test_markers_whose_place_is_not_known_are_refused(tmp_path: Path, name: str):
-    with pytest.raises(ValueError, match="generation %} inside a macro, set, call or filter block"):
-        prepared(tmp_path, [CHAT], INSIDE[name])
+@pytest.mark.parametrize(("name", "answer"), [("macro", "{{ turn(m) }}"), ("set", "{{ turn }}")])
+def test_markers_inside_another_block_are_found(tmp_path: Path, name: str, answer: str):
+    template = INSIDE[name].replace("TURN", TURNS_OF_BOTH.replace("ANSWER", answer))
+    assert documents(prepared(tmp_path, [CHAT], template))[0][1] == TEMPLATES["chatml"][1]
 
 
-def test_blocks_before_markers_are_no_hindrance(tmp_path: Path):
-    before = "{% set a = '%' %}{%- set b -%}x{%- endset -%}{% macro c() %}{% endmacro %}{# {% macro d() %} #}"
-    assert documents(prepared(tmp_path, [CHAT], before + MARKED))[0][1] == TEMPLATES["markers"][1]
+def test_markers_inside_a_block_that_changes_their_text_are_refused(tmp_path: Path):
+    template = INSIDE["filter"].replace("TURN", "{%- filter trim -%}" + MARKED_TURN + "{% endfilter %}")
+    with pytest.raises(ValueError, match=r"in\.jsonl:1 is changed by the markers \{% generation %\}"):
+        prepared(tmp_path, [CHAT], template)
 
 
 def test_a_template_that_needs_a_first_message_says_so(tmp_path: Path):
@@ -450,6 +467,57 @@ def test_a_mask_of_another_length_or_none_is_refused(tmp_path: Path):
     mask.unlink()
     with pytest.raises(ValueError, match=r"data\.train: no file .*out\.mask, which says which tokens count"):
         check_token_files(data)
+
+
+def test_another_mask_of_the_same_size_is_refused(tmp_path: Path):
+    prefix = prepared(tmp_path, [CHAT])
+    mask = Path(f"{prefix}.mask")
+    mask.write_bytes(bytes(255 - byte for byte in mask.read_bytes()))
+    with pytest.raises(ValueError, match=r"out\.mask is another one than was prepared"):
+        check_token_files(DataConfig(train=[prefix]))
+
+
+UNMARKED_END = (
+    "{% for m in messages %}{{ '[INST]' + m.content if m.role == 'user' else m.content + eos_token }}{% endfor %}"
+)
+ADJOINING = {
+    "two answers in a row": ([USER, FOUR, NINE], UNMARKED_END),
+    "a last answer that is not learnt": ([USER, FOUR, AGAIN, NINE | {"train": False}], CHATML),
+    "two markers in a turn": (
+        [USER, FOUR],
+        MARKED.replace("+ '<|im_end|>' }}", "}}{% endgeneration %}{% generation %}x"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ADJOINING)
+def test_the_last_answer_is_not_read_from_a_mask_that_does_not_show_it(tmp_path: Path, name: str):
+    messages, template = ADJOINING[name]
+    prefix = prepared(tmp_path, [CHAT, {"messages": messages}], template)
+    check_token_files(DataConfig(train=[prefix], loss_on="assistant"))
+    with pytest.raises(ValueError, match=r"does not show where the last answer .* prepare with loss_on=last"):
+        check_token_files(DataConfig(train=[prefix], loss_on="last"))
+
+
+def test_the_last_answer_after_a_tool_is_its_own(tmp_path: Path):
+    chat, template = {"messages": TOOL_CHAT, "tools": TOOLS}, "{{ tools | tojson }}" + CHATML
+    prefix = prepared(tmp_path, [chat], template)
+    check_token_files(DataConfig(train=[prefix], loss_on="last"))
+    assert documents(prefix, only_last=True)[0][1] == [" The answer is four. <|im_end|>"]
+
+
+def test_a_bad_first_line_does_not_decide_the_format(tmp_path: Path, capsys):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"broken\n[1]\n{"id": 3}\n' + json.dumps(CHAT) + "\n")
+    prepared(tmp_path, str(source), max_bad_records=3)
+    assert "format: chat" in capsys.readouterr().out
+
+
+def test_a_field_that_is_null_is_read_from_its_other_name(tmp_path: Path):
+    both = [{"role": None, "content": None, **message} for message in SHAREGPT]
+    assert documents(prepared(tmp_path, [{"conversations": both}])) == documents(
+        prepared(tmp_path, [{"messages": [USER, FOUR]}])
+    )
 
 
 def test_tokens_that_were_left_out_when_prepared_cannot_be_asked_for(tmp_path: Path):

@@ -1,0 +1,58 @@
+"""Jinja as `apply_chat_template` sets it up. Importing transformers for it would take every worker process a second."""
+
+import datetime
+import functools
+import json
+from collections.abc import Callable
+from typing import Any, ClassVar, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+START, STOP = "\ufdd0", "\ufdd1"  # around marked text; Unicode reserves them for a program's own use
+
+
+class _Generation(Extension):
+    """Block `{% generation %}` around what the assistant writes."""
+
+    tags: ClassVar[set[str]] = {"generation"}
+    around = ("", "")
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_text"), [], [], body).set_lineno(line)
+
+    def _text(self, caller: Callable[[], str]) -> str:
+        start, stop = self.around
+        return f"{start}{caller()}{stop}"
+
+
+class _Marked(_Generation):
+    around = (START, STOP)
+
+
+@functools.cache
+def compiled(source: str, marked: bool) -> jinja2.Template:
+    """Return a template. If `marked`, the text of each generation block is between `START` and `STOP`."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Marked if marked else _Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {"raise_exception": _raise, "strftime_now": _now}
+    return environment.from_string(source)
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
