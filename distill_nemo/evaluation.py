@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from distill_nemo.data.samplers import TARGET
 from distill_nemo.models.distillation.objective import Targets, objective_of
 from distill_nemo.models.layers.context_parallel import split_batch
 from distill_nemo.runtime.watchdog import heartbeat
@@ -24,7 +25,6 @@ Batches = Iterator[dict[str, Tensor]]
 LossFunc = Callable[[Tensor], tuple[Tensor, Tensor, Report]]
 StepFunc = Callable[[Batches, nn.Module], tuple[Tensor, LossFunc]]
 HOST_FIELD = "document_starts"  # of a batch with `data.reset_at_documents`, read by the attention on the host
-TARGET = "target_"  # begins the names of a teacher's stored targets in a batch
 
 
 def evaluate(

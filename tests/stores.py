@@ -62,11 +62,15 @@ def _targets(manifest: Manifest, p: np.ndarray, random: np.random.Generator) -> 
     return {"ids": ids, "counts": counts}
 
 
-def write_windows(store: Path, manifest: Manifest, windows: list[Arrays], shards: list[int] | None = None) -> None:
+def write_windows(
+    store: Path, manifest: Manifest, windows: list[Arrays], shards: list[int] | None = None, layer_seed: int = 0
+) -> None:
     """Write some shards of a store, all by default, without completing it."""
     create_store(store, manifest)
     if manifest.codec == "hidden":
-        weight = np.random.default_rng(0).standard_normal((manifest.vocab_size, manifest.num)).astype(np.float32)
+        weight = (
+            np.random.default_rng(layer_seed).standard_normal((manifest.vocab_size, manifest.num)).astype(np.float32)
+        )
         write_output_layer(store, manifest, weight, None)
     for shard in missing_shards(store, manifest) if shards is None else shards:
         writer = claim_shard(store, manifest, shard)
@@ -77,9 +81,9 @@ def write_windows(store: Path, manifest: Manifest, windows: list[Arrays], shards
             writer.commit()
 
 
-def write_store(store: Path, manifest: Manifest) -> list[Arrays]:
+def write_store(store: Path, manifest: Manifest, layer_seed: int = 0) -> list[Arrays]:
     """Write a complete store of random windows. Return them."""
     windows = [random_window(manifest, number) for number in range(manifest.num_windows)]
-    write_windows(store, manifest, windows)
+    write_windows(store, manifest, windows, layer_seed=layer_seed)
     assert finish_store(store)
     return windows

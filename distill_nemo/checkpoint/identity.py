@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import time
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ import torch.distributed as dist
 from distill_nemo.config import RunConfig, to_dict
 from distill_nemo.data.corpora import corpus_at
 from distill_nemo.data.tokenizer import load_tokenizer
+from distill_nemo.fields import first_few
 from distill_nemo.models.sources import MODELOPT_STATE, find_checkpoint
-from distill_nemo.runtime.file_hashes import FilePart, hash_part, join_hashes, parts
+from distill_nemo.runtime.file_hashes import FilePart, hash_part, join_hashes, parts, whole_file
 from distill_nemo.runtime.files import write_atomically
+from distill_nemo.teacher_store.shards import WRITE_AGAIN
 
 DISTRIBUTED = (".metadata", "*.distcp", "common.pt")
 WEIGHTS = ("*.safetensors", *DISTRIBUTED, *(f"{MODELOPT_STATE}/{pattern}" for pattern in DISTRIBUTED))
@@ -43,10 +46,12 @@ def run_record(config: RunConfig, remember: bool = False) -> dict[str, Any]:
         "data.valid": _corpora(config.data.valid),
     }
     paths = sorted({path for named in files.values() for _, path in named if path})
+    corpora = [corpus_at(value) for value in (*config.data.train, *config.data.valid)]
+    sums = {path.resolve(): value for corpus in corpora for path, value in corpus.sums.items()}
     cache = Path(config.output_dir) / CACHE
-    hashes = hash_files(paths, cache)
+    hashes = hash_files(paths, cache, sums)
     if remember and dist.get_rank() == 0:
-        _write_cache(cache, paths)
+        _write_cache(cache, [*paths, *sums])
     contents = {
         field: join_hashes([f"{name}:{hashes[path] if path else ''}\n" for name, path in named]) if named else None
         for field, named in files.items()
@@ -62,15 +67,22 @@ def vocabulary_hash(tokenizer: str) -> str:
     return hashlib.sha256(json.dumps(vocabulary, sort_keys=True).encode()).hexdigest()
 
 
-def hash_files(paths: list[Path], cache: Path) -> dict[Path, str]:
+def hash_files(paths: list[Path], cache: Path, sums: dict[Path, str] | None = None) -> dict[Path, str]:
     """Return the SHA-256 of each file's content, the same on every rank.
 
     Collectives: one broadcast and one all-gather of hashes; every rank must call it.
 
+    Args:
+        paths: files.
+        cache: where earlier runs have written hashes.
+        sums: further files, with the sum of `sha256sum` that each must have.
+
     Raises:
-        ValueError: on every rank, if any file cannot be read.
+        ValueError: on every rank, if any file cannot be read, or has another sum.
     """
-    plan: list[Any] = [_plan(paths, cache) if dist.get_rank() == 0 else None]
+    sums = sums or {}
+    paths = [*paths, *sums]
+    plan: list[Any] = [_plan(paths, cache, sums) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(plan, src=0)
     known, stats, todo = plan[0]
     found: list[Any] = [None] * dist.get_world_size()
@@ -82,6 +94,9 @@ def hash_files(paths: list[Path], cache: Path) -> dict[Path, str]:
     for part, value in zip(todo, (value for share in found for value in share), strict=True):
         of_parts[part.path].append(value)
     hashes = known | {path: join_hashes(values) for path, values in of_parts.items()}
+    damaged = [str(path) for path, value in sums.items() if hashes[path] != join_hashes([value])]
+    if damaged:
+        raise ValueError(f"damaged, by the sums in their manifest: {', '.join(first_few(damaged))}; {WRITE_AGAIN}")
     _hashed.update({path: (stats[path], hashes[path]) for path in paths})
     return hashes
 
@@ -105,11 +120,17 @@ def _corpora(blend: list[str]) -> list[tuple[str, Path | None]]:
     return named
 
 
-def _plan(paths: list[Path], cache: Path) -> tuple[dict[Path, str], dict[Path, Stat], list[FilePart]]:
-    """Return the known hashes, each file's stat, and the parts to hash in the order of the files."""
+def _plan(
+    paths: list[Path], cache: Path, whole: Container[Path]
+) -> tuple[dict[Path, str], dict[Path, Stat], list[FilePart]]:
+    """Return the known hashes, each file's stat, and the parts to hash in the order of the files; some are whole."""
     remembered, stats = _read_cache(cache) | _hashed, {path: _stat(path) for path in paths}
     known = {path: remembered[path][1] for path in paths if remembered.get(path, (None, ""))[0] == stats[path]}
-    return known, stats, [part for path in paths if path not in known for part in parts(path)]
+    return known, stats, _parts([path for path in paths if path not in known], whole)
+
+
+def _parts(paths: list[Path], whole: Container[Path]) -> list[FilePart]:
+    return [part for path in paths for part in ([whole_file(path)] if path in whole else parts(path))]
 
 
 def _hash_share(todo: list[FilePart]) -> list[str] | str:
@@ -130,7 +151,7 @@ def _hash_share(todo: list[FilePart]) -> list[str] | str:
         done += part.length
         if dist.get_rank() == 0 and time.monotonic() - reported > PROGRESS_SECONDS:
             reported = time.monotonic()
-            print(f"hashing models and token files: {done / own_bytes:.0%} of {total / 1e9:,.0f} GB", flush=True)
+            print(f"hashing models and data: {done / own_bytes:.0%} of {total / 1e9:,.0f} GB", flush=True)
     return hashes
 
 

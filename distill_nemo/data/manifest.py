@@ -62,9 +62,12 @@ def max_token_id(manifest: dict[str, Any]) -> int | None:
     return largest if type(largest) is int else None
 
 
-def vocabulary(manifest: dict[str, Any]) -> dict[int, str] | None:
-    """Return the tokens that occur in the token files, by id, or None if the manifest does not say."""
-    packed = manifest.get("vocabulary")
+def vocabulary(manifest: dict[str, Any], name: str = "vocabulary") -> dict[int, str] | None:
+    """Return the tokens that occur in the token files, by id, or None if the manifest does not say.
+
+    A store also has its teacher's, under the name "teacher_vocabulary".
+    """
+    packed = manifest.get(name)
     if not isinstance(packed, str):
         return None
     try:

@@ -16,10 +16,17 @@ MAX_HEADER_BYTES = 10**8  # of the format itself
 
 @dataclass(frozen=True)
 class FilePart:
-    """Range of bytes of a file. `label` identifies their content, independent of the offset."""
+    """Range of bytes of a file.
+
+    Args:
+        path: the file.
+        label: identifies their content, independent of the offset; None for a whole file, as `sha256sum` hashes it.
+        offset: of the first byte.
+        length: number of bytes.
+    """
 
     path: Path
-    label: str
+    label: str | None
     offset: int
     length: int
 
@@ -35,13 +42,18 @@ def parts(path: Path) -> list[FilePart]:
     ]
 
 
+def whole_file(path: Path) -> FilePart:
+    """Return all of a file as one part, whose hash is that of `sha256sum`."""
+    return FilePart(path, None, 0, path.stat().st_size)
+
+
 def hash_part(part: FilePart) -> str:
-    """Return the SHA-256 of a part's label and bytes.
+    """Return the SHA-256 of a part's label, if it has one, and bytes.
 
     Raises:
         ValueError: if the file has become shorter.
     """
-    digest = hashlib.sha256(f"{part.label}:{part.length}\n".encode())
+    digest = hashlib.sha256(b"" if part.label is None else f"{part.label}:{part.length}\n".encode())
     left = part.length
     with part.path.open("rb") as file:
         file.seek(part.offset)

@@ -12,6 +12,7 @@ from distill_nemo.data.token_files import OWN_TOKENIZER, check_vocabulary, named
 from distill_nemo.data.tokenizer import Tokenizer, load_tokenizer
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.export_files import tokenizer_files
+from distill_nemo.training.stores import check_stores, target_fields
 
 MAX_RENAMED = 0.01  # share of ids that may name other tokens, since fine-tuned models rename reserved ones
 
@@ -21,10 +22,11 @@ def check_run_data(config: RunConfig, student: Architecture) -> None:
 
     Raises:
         ValueError: for files that are missing, empty, truncated, or of a larger vocabulary than the model's; and from
-            `check_tokenizers`.
+            `check_stores` and `check_tokenizers`.
     """
     check_corpora(config.data)
     check_vocabulary(config.data, student.vocab_size)
+    check_stores(config, student.vocab_size)
     check_tokenizers(config, student)
 
 
@@ -56,6 +58,7 @@ def check_tokenizers(config: RunConfig, student: Architecture) -> None:
         (f"{field} = {path}", {i: token for token, i in tokenizer.vocab.items()})
         for path, (field, tokenizer) in known.items()
     ]
+    named_tokens += _tokens_of_stored_teachers(config.data)
     for other, theirs in named_tokens[1:]:
         first, ours = named_tokens[0]
         shared = sorted(ours.keys() & theirs.keys())
@@ -68,6 +71,13 @@ def check_tokenizers(config: RunConfig, student: Architecture) -> None:
                 "the same tokens"
             )
     _check_corpora(config.data, *(named_tokens[0] if named_tokens else ("", {})))
+
+
+def _tokens_of_stored_teachers(data: DataConfig) -> list[tuple[str, dict[int, str]]]:
+    """Return the name and the tokens by id of the teacher of each store, if the store has them."""
+    named = [(f"{field} = {path} (its teacher)", read_manifest(path)) for field, path in named_corpora(data)]
+    found = [(name, vocabulary(manifest, "teacher_vocabulary")) for name, manifest in named]
+    return [(name, tokens) for name, tokens in found if tokens]
 
 
 def _check_corpora(data: DataConfig, tokenizer: str, tokens: dict[int, str]) -> None:
@@ -119,4 +129,5 @@ def build_run_datasets(config: RunConfig, student: Architecture) -> tuple[Any, A
     train = config.training
     cache = Path(config.data.cache or Path(config.output_dir) / "index_cache")
     num_train, num_valid = (batches * train.global_batch_size for batches in (train.steps, train.eval_batches))
-    return build_datasets(config.data, train, cache, num_train, num_valid, student.vocab_size)
+    targets = target_fields(config)
+    return build_datasets(config.data, train, cache, num_train, num_valid, student.vocab_size, targets)

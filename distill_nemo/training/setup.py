@@ -21,6 +21,7 @@ from distill_nemo.config import OptimizerConfig, RunConfig
 from distill_nemo.models.architecture import Models
 from distill_nemo.models.distillation.convert import wire_config
 from distill_nemo.models.provider import model_provider
+from distill_nemo.training.stores import stored_teacher
 
 
 @dataclass
@@ -35,7 +36,7 @@ class TrainState:
 
 def build_chunks(config: RunConfig, models: Models, dtype: torch.dtype, load_weights: bool) -> list[Any]:
     """Return this rank's stage of the model on its device: one chunk, or one per virtual pipeline stage."""
-    virtual = config.parallelism.virtual_pipeline_model_parallel_size
+    virtual, stored = config.parallelism.virtual_pipeline_model_parallel_size, stored_teacher(config)
     chunks = []
     for vp_stage in range(virtual) if virtual else [None]:
         where: dict[str, Any] = {} if vp_stage is None else {"ignore_virtual": False, "vp_stage": vp_stage}
@@ -45,6 +46,7 @@ def build_chunks(config: RunConfig, models: Models, dtype: torch.dtype, load_wei
             student=models.student,
             teacher=models.teacher,
             distillation=config.distillation,
+            stored=stored,
             parallelism=config.parallelism,
             dtype=dtype,
             load_weights=load_weights,
