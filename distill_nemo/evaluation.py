@@ -84,9 +84,16 @@ def run_model(batches: Batches, model: nn.Module) -> tuple[Targets, Tensor]:
 
 
 def eval_loss_func(targets: Targets, model: nn.Module, output_tensor: Tensor) -> tuple[Tensor, Tensor, Report]:
-    """Return LM loss, valid tokens and report, without gradients; a teacher adds forward KL, agreement and entropy."""
+    """Return LM loss, valid tokens and report, without gradients; a teacher adds forward KL, agreement and entropy.
+
+    Metrics against stored targets are over the valid tokens that have targets.
+    """
     report, num_tokens = objective_of(model).metrics(output_tensor, targets), targets.loss_mask_BS.sum()
-    return report["lm_loss"], num_tokens.int(), with_token_counts(report, num_tokens)
+    if targets.stored is None:
+        return report["lm_loss"], num_tokens.int(), with_token_counts(report, num_tokens)
+    lm_sum, num_taught = report.pop("lm_loss"), (targets.loss_mask_BS * targets.stored["has_targets"]).sum()
+    counted = with_token_counts({"lm_loss": lm_sum}, num_tokens) | with_token_counts(report, num_taught)
+    return lm_sum, num_tokens.int(), counted
 
 
 def with_token_counts(report: dict[str, Tensor], num_tokens: Tensor) -> Report:
@@ -95,7 +102,9 @@ def with_token_counts(report: dict[str, Tensor], num_tokens: Tensor) -> Report:
 
 
 def reduce_reports(reports: list[Report], chunks: list[nn.Module]) -> dict[str, float]:
-    """Return global token means, the same on every rank. A metric over no valid token is NaN.
+    """Return global token means, the same on every rank. Over no valid token they are NaN.
+
+    Metrics against a teacher of which no valid token has targets are left out.
 
     Sums run over micro batches and over data- and context-parallel ranks (one all-reduce); tensor-parallel ranks
     already agree. The last pipeline stage broadcasts them. Hidden losses are collected from the stages that have them
@@ -118,8 +127,9 @@ def reduce_reports(reports: list[Report], chunks: list[nn.Module]) -> dict[str, 
     if split:
         dist.broadcast(everything, src=source, group=pipeline)
     values = everything.tolist()
-    tokens = values[1]
-    means = {name: values[2 * i] / tokens if tokens else math.nan for i, name in enumerate(names[0])}
+    sums_of = {name: values[2 * i : 2 * i + 2] for i, name in enumerate(names[0])}
+    tokens = sums_of["lm_loss"][1]
+    means = {name: total / num if num else math.nan for name, (total, num) in sums_of.items() if num or not tokens}
     return means | _hidden_means(values[2 * len(names[0]) :], tokens, means, chunks) | {"valid_tokens": tokens}
 
 

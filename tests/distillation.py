@@ -18,6 +18,7 @@ import torch.distributed as dist
 from distill_nemo.config import DistillationConfig, ParallelismConfig, RunConfig, StudentConfig, TeacherConfig
 
 GLOBAL_BATCH, SEQUENCE, VOCAB = 8, 16, 507
+NUM_STORED = 8  # draws, or ids, of a token
 PROJECTION = "projection of hidden pair "
 HELD_OUT = "held-out "
 
@@ -57,6 +58,8 @@ class Case:
     distillation: dict[str, Any] = field(default_factory=dict)
     masked: str = "some"  # some | first (every token of the first two samples) | all
     documents: tuple[int, ...] = ()  # lengths of the documents in a sample, if attention stays inside them
+    codec: str = ""  # of the stored targets that take the place of a running teacher
+    targets: str = ""  # their file, written by `distillation_reference.write_targets`
 
     def batch(self) -> dict[str, torch.Tensor]:
         """Return the global batch: tokens, labels, loss_mask and position_ids, each [GLOBAL_BATCH, SEQUENCE].
@@ -75,7 +78,25 @@ class Case:
             rows = [[first for first, stop in self.bounds(row) for _ in range(first, stop)] for row in range(len(text))]
             starts = torch.tensor(rows)
             batch |= {"document_starts": starts, "position_ids": positions - starts}
-        return batch
+        return batch | {name: x for name, x in self.stored().items() if name.startswith("target_")}
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """Return the stored targets, [GLOBAL_BATCH, SEQUENCE, ...], and with "hidden" the teacher's output `weight`."""
+        from safetensors.torch import load_file
+
+        return load_file(self.targets) if self.targets else {}
+
+    def stored_teacher(self) -> Any:
+        """Return the `StoredTeacher` of a run that learns from the stored targets."""
+        from distill_nemo.models.distillation.stored_targets import StoredOutputLayer, StoredTeacher
+
+        if not self.targets:
+            return None
+        layer = None
+        if self.codec == "hidden":
+            weight = self.stored()["weight"]
+            layer = StoredOutputLayer(lambda start, stop: (weight[start:stop], None), weight.shape[1])
+        return StoredTeacher(self.codec, self.distillation.get("temperature", 1.0), NUM_STORED, VOCAB, layer)  # pyright: ignore
 
     def bounds(self, sample: int) -> list[tuple[int, int]]:
         """Return start and stop of each document of a sample; every sample has them in another order."""
@@ -85,7 +106,7 @@ class Case:
         return list(itertools.pairwise(itertools.accumulate(lengths, initial=0)))
 
     def run_config(self, output: str, layout: Layout) -> RunConfig:
-        teacher = TeacherConfig(checkpoint=self.teacher) if self.teacher else None
+        teacher = TeacherConfig(checkpoint=self.teacher) if self.teacher and not self.codec else None
         kd, parallelism = DistillationConfig(**self.distillation), layout.config()
         kd.fused_linear = layout.fused_linear
         run = RunConfig(output, StudentConfig(checkpoint=self.student), teacher, kd, parallelism)
@@ -123,17 +144,18 @@ def megatron_steps(cells: list[tuple[Case, Layout, str]]) -> list[dict[str, Any]
 def _step(case: Case, run: RunConfig, models: Any, output: str) -> dict[str, Any]:
     from distill_nemo.checkpoint.save import CheckpointWriter
     from distill_nemo.checkpoint.state import _allocate_adam_state
+    from distill_nemo.models.distillation.objective import objective_of
     from distill_nemo.runtime.seed import seed_everything
     from distill_nemo.training.forward_step import forward_step
     from distill_nemo.training.setup import build_train_state
 
     seed_everything(0)
-    train_state = build_train_state(run, models, torch.float32, load_weights=True)
+    train_state = build_train_state(run, models, torch.float32, load_weights=True, stored=case.stored_teacher())
     held_out = _evaluated(case, run, train_state)
     if case.distillation.get("balancer") == "dynamic":
         first = _evaluated(case, run, train_state, forward_step)
         for chunk in train_state.unwrapped:
-            chunk.loss_balancer.observe(first)  # pyright: ignore
+            objective_of(chunk).balancer.observe(first)  # pyright: ignore
     means: dict[str, Any] = _forward_backward(case, run, train_state)
     means |= {HELD_OUT + name: value for name, value in held_out.items()}
     for name, parameter in [named for chunk in train_state.unwrapped for named in chunk.named_parameters()]:

@@ -1,5 +1,6 @@
 """The oracle of a distillation: transformers and torch in fp64, one process, sharing no code with the package."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 import transformers
 from torch.nn import functional
 
-from tests.distillation import HELD_OUT, PROJECTION, Case
+from tests.distillation import HELD_OUT, NUM_STORED, PROJECTION, Case
 
 EXPERTS: dict[str, Any] = {}
 if int(transformers.__version__.split(".")[0]) >= 5:  # transformers 4 has no other implementation
@@ -35,7 +36,15 @@ def reference(case: Case, dtype: torch.dtype = torch.float64) -> tuple[dict[str,
     lm = functional.cross_entropy(ours["logits"].transpose(1, 2), batch["labels"], reduction="none")
     losses = {"lm_loss": mean(lm)}
     held_out, projections = {}, {}
-    if case.teacher is None:
+    if case.codec:
+        stored = {name.removeprefix("target_"): x for name, x in case.stored().items()}
+        t, taught = kd["temperature"], mask * stored["has_targets"]
+        divergence = _against_stored(case, ours["logits"], stored, kd)
+        losses["logit_loss"] = (divergence * taught).sum() / mask.sum() * t**2
+        held_out = _of_stored(case, ours["logits"], stored, divergence, batch["labels"])
+        held_out = {name: (x * taught).sum() / taught.sum() for name, x in held_out.items()}
+        total = losses["kd_loss"] = _total(losses, kd)
+    elif case.teacher is None:
         total = losses["lm_loss"]
     else:
         with torch.no_grad():
@@ -45,7 +54,8 @@ def reference(case: Case, dtype: torch.dtype = torch.float64) -> tuple[dict[str,
             divergence = _divergence(ours["logits"] / t, theirs["logits"] / t, kd)
             losses["logit_loss"] = mean(divergence) * (t**2 if kd["scale_by_temperature_squared"] else 1.0)
             with torch.no_grad():
-                held_out = _against_teacher(ours["logits"], theirs["logits"], batch["labels"])
+                each = _against_teacher(ours["logits"], theirs["logits"], batch["labels"])
+                held_out = {name: mean(values) for name, values in each.items()}
         if kd["hidden_layers"]:
             each = []
             for number in range(len(kd["hidden_layers"])):
@@ -60,7 +70,7 @@ def reference(case: Case, dtype: torch.dtype = torch.float64) -> tuple[dict[str,
         total = losses["kd_loss"] = _total(losses, kd)
     total.backward()
     seen_in_both = {name: loss for name, loss in losses.items() if name not in ("logit_loss", "kd_loss")}
-    held_out = {name: mean(values) for name, values in held_out.items()} | seen_in_both
+    held_out |= seen_in_both
     losses |= {HELD_OUT + name: value for name, value in held_out.items()}
     found: dict[str, Any] = {n: w.grad for n, w in projections.items()}
     stored = student.state_dict().keys()
@@ -179,6 +189,65 @@ def _against_teacher(z: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> 
         "teacher_entropy": -(log_p.exp() * log_p).sum(-1),
         "teacher_lm_loss": -log_p.gather(-1, labels[..., None])[..., 0],
     }
+
+
+def _against_stored(case: Case, z: torch.Tensor, stored: dict[str, torch.Tensor], kd: dict[str, Any]) -> torch.Tensor:
+    """Return the logits loss of every token against stored targets, by its definition; without targets anything."""
+    if case.codec == "hidden":
+        t = kd["temperature"]
+        return _divergence(z / t, stored["hidden"].to(z) @ stored["weight"].to(z).T / t, kd)
+    log_q = (z / kd["temperature"]).log_softmax(-1)
+    there = stored["ids"] >= 0
+    at_ids = log_q.gather(-1, stored["ids"].long().clamp(min=0))
+    if case.codec == "sampled":
+        return -(stored["counts"] / NUM_STORED * at_ids * there).sum(-1) - stored["entropy"]
+    log_p, tail = stored["logprobs"].to(z), stored["tail"].to(z)
+    others = torch.ones_like(log_q).scatter_reduce(-1, stored["ids"].long().clamp(min=0), 1.0 - there.to(z), "amin")
+    inside = (log_p.exp() * (log_p - at_ids) * there).sum(-1)
+    return inside + tail.exp() * (tail - (log_q.exp() * others).sum(-1).log())
+
+
+@torch.no_grad()
+def _of_stored(
+    case: Case, z: torch.Tensor, stored: dict[str, torch.Tensor], divergence: torch.Tensor, labels: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Return an evaluation's metrics of every token against stored targets."""
+    if case.codec == "hidden":
+        return _against_teacher(z, stored["hidden"].to(z) @ stored["weight"].to(z).T, labels)
+    return {
+        "forward_kl": divergence,
+        "top1_agreement": (z.argmax(-1) == stored["top1"]).double(),
+        "teacher_entropy": stored.get("entropy_at_1", stored["entropy"]),
+        "teacher_lm_loss": -stored["label_logprob"],
+    }
+
+
+@torch.no_grad()
+def write_targets(case: Case) -> None:
+    """Write the targets of the global batch as a store gives them; one sample has none."""
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    from distill_nemo.losses.stored import encode
+
+    assert case.teacher is not None
+    batch = replace(case, targets="").batch()
+    model: Any = AutoModelForCausalLM.from_pretrained(case.teacher, dtype=torch.float64, attn_implementation="eager")
+    hidden = model.model(batch["tokens"], use_cache=False).last_hidden_state
+    logits, labels = model.lm_head(hidden).flatten(0, 1).float(), batch["labels"].flatten()
+    uniforms = torch.rand(len(labels), dtype=torch.float64, generator=torch.Generator().manual_seed(11))
+    temperature = case.distillation.get("temperature", 1.0)
+    stored = encode(case.codec, NUM_STORED, temperature, logits, labels, uniforms)  # pyright: ignore
+    if case.codec == "hidden":
+        stored["hidden"] = hidden.flatten(0, 1).float()
+    found = {name: x.unflatten(0, batch["labels"].shape) for name, x in stored.items()}
+    found["has_targets"] = torch.ones(batch["labels"].shape, dtype=torch.uint8)
+    for name, x in found.items():
+        x[3] = -1 if name == "ids" else 0
+    found = {f"target_{name}": x for name, x in found.items()}
+    if case.codec == "hidden":
+        found["weight"] = model.lm_head.weight.float()
+    save_file({name: x.contiguous() for name, x in found.items()}, case.targets)
 
 
 def _projection(width: int, to: int, number: int, dtype: torch.dtype) -> torch.Tensor:

@@ -20,6 +20,7 @@ from distill_nemo.checkpoint.state import torch_adams
 from distill_nemo.config import OptimizerConfig, RunConfig
 from distill_nemo.models.architecture import Models
 from distill_nemo.models.distillation.convert import wire_config
+from distill_nemo.models.distillation.stored_targets import StoredTeacher
 from distill_nemo.models.provider import model_provider
 from distill_nemo.training.stores import stored_teacher
 
@@ -34,7 +35,9 @@ class TrainState:
     scheduler: OptimizerParamScheduler
 
 
-def build_chunks(config: RunConfig, models: Models, dtype: torch.dtype, load_weights: bool) -> list[Any]:
+def build_chunks(
+    config: RunConfig, models: Models, dtype: torch.dtype, load_weights: bool, stored: StoredTeacher | None = None
+) -> list[Any]:
     """Return this rank's stage of the model on its device: one chunk, or one per virtual pipeline stage."""
     virtual, stored = config.parallelism.virtual_pipeline_model_parallel_size, stored_teacher(config)
     chunks = []
@@ -57,7 +60,9 @@ def build_chunks(config: RunConfig, models: Models, dtype: torch.dtype, load_wei
     return chunks
 
 
-def build_train_state(config: RunConfig, models: Models, dtype: torch.dtype, load_weights: bool) -> TrainState:
+def build_train_state(
+    config: RunConfig, models: Models, dtype: torch.dtype, load_weights: bool, stored: StoredTeacher | None = None
+) -> TrainState:
     """Build the model in Megatron's DDP, the optimizer and the schedule.
 
     Args:
@@ -65,8 +70,9 @@ def build_train_state(config: RunConfig, models: Models, dtype: torch.dtype, loa
         models: its architectures.
         dtype: dtype of the weights; gradients are reduced, and the optimizer's master weights kept, in fp32.
         load_weights: False if a checkpoint of this run is loaded afterwards.
+        stored: the teachers of stored targets, in place of a teacher.
     """
-    return wrap(build_chunks(config, models, dtype, load_weights), config, dtype, load_weights)
+    return wrap(build_chunks(config, models, dtype, load_weights, stored), config, dtype, load_weights)
 
 
 def wrap(unwrapped: list[Any], config: RunConfig, dtype: torch.dtype, load_weights: bool) -> TrainState:

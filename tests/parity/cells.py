@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tests.distillation import Case, Layout, gradients_of, megatron_steps, worst_errors
-from tests.distillation_reference import reference
+from tests.distillation_reference import reference, write_targets
 from tests.spawn import Gloo
 from tests.tiny_models import has_experts, refuses, write_hf
 
@@ -112,6 +112,13 @@ LOSSES: dict[str, dict[str, Any]] = {
     "dynamic, KL and MSE": {"balancer": "dynamic", "hidden_loss": "mse", "hidden_layers": [LAYERS[1]]},
 }  # fmt: skip
 HIDDEN = "MSE, projected, on early and late layers"
+STORED: dict[str, tuple[str, dict[str, Any]]] = {  # codec of stored targets, which take the teacher's place, and losses
+    "sampled, T=2, and LM": ("sampled", {"temperature": 2.0, "logits_weight": 0.7, "lm_weight": 0.3}),
+    "sampled, dynamic, and LM": ("sampled", {"balancer": "dynamic", "skip_lm_loss": False, "kd_loss_scale": 0.8}),
+    "stored top 8 and tail, T=2": ("top_k", {"top_k": 8, "temperature": 2.0}),
+}
+for _name in ("forward KL", "reverse KL, T=2", "Jensen-Shannon, beta=0.3", "top-8 and tail, T=2"):
+    STORED[f"stored hidden states, {_name}"] = "hidden", LOSSES[_name]
 
 
 @dataclass(frozen=True)
@@ -203,13 +210,16 @@ def _of_layout(layout: str) -> Iterator[Cell]:
         yield Cell(layout, pairs[0], "forward KL", "distributed optimizer", changes=(("distributed_optimizer", True),))
         yield Cell(layout, pairs[0], HIDDEN, "full recomputation", changes=(("recompute", "full"),))
         yield Cell(layout, pairs[0], HIDDEN, "documents apart", documents=DOCUMENTS)
+        yield Cell(layout, ("MoE", "teacher"), "sampled, T=2, and LM")
         yield from (
             Cell(layout, pair, HIDDEN)
             for pair in PAIRS
             if _allows(layout, pair) and any(has_experts(family_of(model)) for model in pair)
         )
         return
-    yield from (Cell(layout, DENSE, loss) for loss in LOSSES)
+    yield from (Cell(layout, DENSE, loss) for loss in (*LOSSES, *STORED))
+    yield Cell(layout, DENSE, "sampled, T=2, and LM", "full recomputation", changes=(("recompute", "full"),))
+    yield Cell(layout, DENSE, "sampled, T=2, and LM", "an all-masked micro batch", masked="first")
     yield Cell(layout, ("llama of the same width", "teacher"), HIDDEN)
     yield Cell(layout, ("llama, 9 layers", "teacher"), "cosine, projected, after the last norm")
     for models in PAIRS:
@@ -276,17 +286,26 @@ def write_models(root: Path) -> dict[str, str]:
 def measure(wanted: Iterable[Cell], models: dict[str, str], group: Gloo, one: Gloo) -> Iterator[tuple[Cell, Errors]]:
     """Compute cells of one layout in the processes of `group`, and their references."""
     wanted = list(wanted)
-    cases = [Case(*(models[name] for name in c.models), LOSSES[c.loss], c.masked, c.documents) for c in wanted]
+    cases = [_case(cell, models) for cell in wanted]
     with tempfile.TemporaryDirectory() as root:
         outputs = [f"{root}/{i}" for i in range(len(wanted))]
+        for i, case in enumerate(cases):
+            if case.codec:
+                case.targets = f"{root}/{i}.safetensors"
+                write_targets(case)
         work = [(case, cell.sizes, output) for case, cell, output in zip(cases, wanted, outputs, strict=True)]
         ranks = group.run(megatron_steps, work)
         found = one.run(gradients_of, outputs)[0]
-    for i, (cell, case) in enumerate(zip(wanted, cases, strict=True)):
-        far = (cell.models, cell.loss) in OFFSET or cell.models[0] in DELTA_NETS
-        allowed = _allowed(case) if far else TOLERANCE
-        metric, gradient = worst_errors([rank[i] for rank in ranks], found[i], _reference(case))
-        yield cell, Errors(metric, gradient, allowed)
+        for i, (cell, case) in enumerate(zip(wanted, cases, strict=True)):
+            far = (cell.models, cell.loss) in OFFSET or cell.models[0] in DELTA_NETS
+            allowed = _allowed(case) if far else TOLERANCE
+            metric, gradient = worst_errors([rank[i] for rank in ranks], found[i], _reference(case))
+            yield cell, Errors(metric, gradient, allowed)
+
+
+def _case(cell: Cell, models: dict[str, str]) -> Case:
+    codec, losses = STORED[cell.loss] if cell.loss in STORED else ("", LOSSES[cell.loss])
+    return Case(*(models[name] for name in cell.models), losses, cell.masked, cell.documents, codec)
 
 
 def _allowed(case: Case) -> float:
@@ -307,7 +326,7 @@ _REFERENCES: dict[str, Any] = {}
 
 def _reference(case: Case) -> Any:
     """Return the reference, which is the same for every layout."""
-    key = repr(case)
+    key = repr(replace(case, targets=""))
     if key not in _REFERENCES:
         _REFERENCES[key] = reference(case)
     return _REFERENCES[key]

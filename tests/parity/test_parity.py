@@ -27,13 +27,16 @@ def groups(one, two):
 def chosen(layout: str) -> list[Cell]:
     """Return some cells of a layout.
 
-    TP=2 has every loss and offset, TP=2 x PP=2 every other pair of models, the virtual pipeline every way.
+    TP=2 has every loss and offset, TP=2 x PP=2 every other pair of models, the virtual pipeline every way, and each
+    kind of parallelism a student of stored targets.
     By default the losses are fused with the output layers; "whole logits" turns that off.
     """
     of_layout = [cell for cell in cells() if cell.layout == layout]
     dense = [cell for cell in of_layout if cell.models == ("llama", "teacher")]
     offset = [cell for cell in of_layout if (cell.models, cell.loss) in OFFSET]
     usual = [cell for cell in dense if cell.loss in EVERYWHERE and not cell.way]
+    if layout in ("DP=2", "TP=2, SP", "PP=2", "CP=2"):
+        usual += [cell for cell in dense if cell.loss == "sampled, T=2, and LM" and not cell.way]
     more = {
         "TP=2": [cell for cell in dense if not cell.way] + offset,
         "TP=2, PP=2": [cell for cell in of_layout if not cell.way and cell.models[0] != "llama" and cell not in offset],

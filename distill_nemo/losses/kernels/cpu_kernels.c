@@ -156,6 +156,70 @@ void OF(kl_statistics)(const LOGIT *p, long p_stride, const LOGIT *q, long q_str
     }
 }
 
+/* Peak and total of z / T, with the bits of kl_statistics. */
+void OF(log_sum_exp)(const LOGIT *z, long z_stride, long rows, long width, int threads, float temperature, float *peak,
+                     float *total) {
+    const float per_unit = LOG2E / temperature;
+    #pragma omp parallel for num_threads(threads)
+    for (long i = 0; i < rows; i++) {
+        online Z = NONE_MET;
+        for (long start = 0; start < width; start += BLOCK) {
+            const long n = MIN(BLOCK, width - start), half = (n + 1) / 2;
+            LOGIT copy[BLOCK];
+            const LOGIT *xs = OF(even)(z + i * z_stride + start, n, copy);
+            float x_peak, x_sum;
+            do {
+                const float reference = Z.reference;
+                x_peak = -INFINITY, x_sum = 0;
+                #pragma omp simd reduction(max : x_peak) reduction(+ : x_sum)
+                for (long j = 0; j < half; j++) {
+                    const pair x = OF(load)(xs, j, half);
+                    const float x_max = x.a > x.b ? x.a : x.b;
+                    x_peak = x_max > x_peak ? x_max : x_peak;
+                    x_sum += exp2_((x.a - reference) * per_unit) + exp2_((x.b - reference) * per_unit);
+                }
+            } while (raise_to(&Z, x_peak, per_unit) > 0);
+            Z.sum += x_sum;
+            Z.peak = x_peak > Z.peak ? x_peak : Z.peak;
+        }
+        peak[i] = Z.sum != Z.sum ? NAN : Z.peak, total[i] = Z.sum * exp2(-height(Z) * per_unit);
+    }
+}
+
+/* scale e^((z - peak) / T) + other_scale e^(z - other_peak); a term with scale 0 is 0. `out` may be z. */
+void OF(softmax_gradient)(const LOGIT *z, long z_stride, long rows, long width, int threads, float temperature,
+                          const float *peak, const float *scale, const float *other_peak, const float *other_scale,
+                          LOGIT *out, long out_stride) {
+    const float per_unit = LOG2E / temperature, other_unit = LOG2E;
+    #pragma omp parallel for num_threads(threads)
+    for (long i = 0; i < rows; i++) {
+        LOGIT *row = out + i * out_stride;
+        const float s = scale[i], t = other_scale[i], p = s == 0 ? 0 : peak[i], q = t == 0 ? 0 : other_peak[i];
+        if (s == 0 && t == 0) { memset(row, 0, width * sizeof(LOGIT)); continue; }
+        for (long start = 0; start < width; start += BLOCK) {
+            const long n = MIN(BLOCK, width - start), half = (n + 1) / 2;
+            LOGIT copy[BLOCK], *to = n % 2 ? copy : row + start;
+            const LOGIT *xs = OF(even)(z + i * z_stride + start, n, copy);
+            if (t == 0) {
+                #pragma omp simd
+                for (long j = 0; j < half; j++) {
+                    const pair x = OF(load)(xs, j, half);
+                    OF(store)(to, j, half, (pair){exp2_((x.a - p) * per_unit) * s, exp2_((x.b - p) * per_unit) * s});
+                }
+            } else {
+                #pragma omp simd
+                for (long j = 0; j < half; j++) {
+                    const pair x = OF(load)(xs, j, half);
+                    const float a = exp2_((x.a - q) * other_unit) * t, b = exp2_((x.b - q) * other_unit) * t;
+                    OF(store)(to, j, half, (pair){s == 0 ? a : exp2_((x.a - p) * per_unit) * s + a,
+                                                  s == 0 ? b : exp2_((x.b - p) * per_unit) * s + b});
+                }
+            }
+            if (n % 2) memcpy(row + start, to, n * sizeof(LOGIT));
+        }
+    }
+}
+
 /* e^((z - z_peak) / T) q_scale - e^((t - t_peak) / T) p_scale of some columns. */
 static inline void OF(forward_kl_columns)(const LOGIT *xs, const LOGIT *ys, long half, float per_unit, float z_peak,
                                           float q_scale, float t_peak, float p_scale, LOGIT *to) {

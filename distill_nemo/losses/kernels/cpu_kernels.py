@@ -43,6 +43,30 @@ def kl_statistics(p_logits_SBv: Tensor, q_logits_SBv: Tensor, temperature: float
     return out
 
 
+def log_sum_exp(logits_SBv: Tensor, temperature: float) -> Tensor:
+    """Replace the first two rows of `eager.kl_statistics`, with the same bits."""
+    out = torch.empty(2, *logits_SBv.shape[:-1], dtype=torch.float32, device="cpu")
+    _call("log_sum_exp", (logits_SBv,), temperature, tuple(out.view(2, -1)))
+    return out
+
+
+def softmax_gradient(
+    logits_nv: Tensor,
+    temperature: float,
+    peak_n: Tensor,
+    scale_n: Tensor,
+    second: tuple[Tensor, Tensor] | None,
+    column_nK: Tensor,
+    value_nK: Tensor,
+    out_nv: Tensor,
+) -> Tensor:
+    """Replace `eager.softmax_gradient`, for fp32."""
+    other_peak_n, other_scale_n = (peak_n, torch.zeros_like(scale_n)) if second is None else second
+    numbers_n = tuple(x.contiguous() for x in (peak_n, scale_n, other_peak_n, other_scale_n))
+    _call("softmax_gradient", (logits_nv,), temperature, numbers_n, out_nv)
+    return out_nv.scatter_add_(-1, column_nK, value_nK)
+
+
 def forward_kl_gradient(
     student_SBv: Tensor,
     teacher_SBv: Tensor,
@@ -76,6 +100,8 @@ def reverse_kl_gradient(
 
 KERNELS = {
     "kl_statistics": kl_statistics,
+    "log_sum_exp": log_sum_exp,
+    "softmax_gradient": softmax_gradient,
     "forward_kl_gradient": forward_kl_gradient,
     "reverse_kl_gradient": reverse_kl_gradient,
 }
@@ -98,7 +124,7 @@ def _gradient(
 
 
 def _call(
-    name: str, logits_SBv: tuple[Tensor, Tensor], temperature: float, numbers_N: tuple[Tensor, ...], *out_SBv: Tensor
+    name: str, logits_SBv: tuple[Tensor, ...], temperature: float, numbers_N: tuple[Tensor, ...], *out_SBv: Tensor
 ) -> None:
     """Call `name(logits and their strides, rows, width, threads, T, numbers, out and its stride)`."""
     loaded = library()

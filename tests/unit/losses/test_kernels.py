@@ -105,6 +105,41 @@ EXTREME = {
 
 
 @HAS_C
+@pytest.mark.parametrize("change", [lambda x, y: None, *EXTREME.values()], ids=["usual", *EXTREME])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [512, 507])
+def test_the_log_sum_exp_alone_has_the_bits_of_the_statistics(
+    change: Callable[..., object], dtype: torch.dtype, width: int
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(512, generator=generator).mul_(4).to(dtype) for _ in range(2))
+    change(x, y)
+    for z in (x[None, :width], y[None, :width]):
+        expected = cpu_kernels.kl_statistics(z, z, 0.7)[:2]
+        assert cpu_kernels.log_sum_exp(z, 0.7).numpy().tobytes() == expected.numpy().tobytes()
+
+
+@HAS_C
+@pytest.mark.parametrize("width", [5000, 507])
+def test_softmax_gradients_in_c_are_torchs(width: int) -> None:
+    """Some terms have no scale, some tokens none at all, and their logits may be NaN. Columns may repeat."""
+    generator = torch.Generator().manual_seed(2)
+    z = torch.randn(9, width, generator=generator).mul_(4)
+    z[:, 100:300], z[4] = -torch.inf, torch.nan
+    scale, other = torch.rand(2, 9, generator=generator)
+    scale[[2, 4]] = other[[3, 4]] = 0
+    column, value = torch.randint(width, (9, 20), generator=generator), torch.randn(9, 20, generator=generator)
+    column[:, 1], value[4] = column[:, 0], 0
+    for second in (None, (z.amax(-1), other)):
+        arguments = 2.0, z.amax(-1), scale, second, column, value
+        expected = eager.softmax_gradient(z, *arguments, torch.empty_like(z))
+        in_place = z.clone()
+        found = cpu_kernels.softmax_gradient(in_place, *arguments, in_place)
+        assert found is in_place and found[4].abs().max() == 0
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+@HAS_C
 @pytest.mark.parametrize("change", EXTREME.values(), ids=EXTREME)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_c_is_torch_at_the_ends_of_what_fp32_holds(
