@@ -26,13 +26,9 @@ def numpy(x: Tensor) -> Array:
     return x.detach().double().numpy()
 
 
-def logits_of(head: Head) -> Tensor:
+def logits_of(head: Head, num_true: int = V) -> Tensor:
     """Return [N, PADDED] logits with -inf in the padding."""
-    logits = torch.empty(N, PADDED)
-    head._replace(hidden_NH=head.hidden_NH.detach(), weight_vH=head.weight_vH.detach()).frozen(PADDED).part(
-        slice(None), V, logits
-    )
-    return logits
+    return head.frozen(PADDED).part(slice(None), num_true, torch.empty(N, PADDED))
 
 
 def uniforms(num: int = N, seed: int = 3) -> Tensor:
@@ -43,9 +39,9 @@ def stored_of(codec: Any, teacher: Head, labels: Tensor, temperature: float, num
     return encode(codec, num, temperature, logits_of(teacher), labels, uniforms())
 
 
-def dense(stored: dict[str, Tensor], what: str) -> Array:
-    """Return a field by id, [N, V], 0 for others."""
-    found = np.zeros((len(stored["ids"]), V))
+def dense(stored: dict[str, Tensor], what: str, width: int = V) -> Array:
+    """Return a field by id, [N, width], 0 for others."""
+    found = np.zeros((len(stored["ids"]), width))
     for row, (ids, values) in enumerate(zip(stored["ids"], stored[what], strict=True)):
         for i, value in zip(ids.tolist(), values.tolist(), strict=True):
             if i >= 0:
@@ -59,7 +55,7 @@ def oracle(
     """Return value and gradient of every token with respect to the student's logits, in fp64."""
     if codec == "top_k":
         return reference.top_k_forward_kl(student, teacher, temperature, NUM)
-    return reference.sampled(student, teacher, dense(stored, "counts"), NUM, temperature)
+    return reference.sampled(student, teacher, dense(stored, "counts", teacher.shape[-1]), NUM, temperature)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
