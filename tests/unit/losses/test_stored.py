@@ -14,6 +14,7 @@ from torch import Tensor
 from distill_nemo.losses.fused_linear.chunks import FusedLoss, Head
 from distill_nemo.losses.fused_linear.loss import fused_linear_losses
 from distill_nemo.losses.stored import STORED_LOSSES, encode
+from distill_nemo.losses.stored.metrics import metrics_against_stored
 from distill_nemo.losses.stored.rows import StoredRows
 from tests import reference
 from tests.unit.losses.test_fused_linear import GRADIENTS, PADDED, N, V, make_heads, make_targets, relative
@@ -124,3 +125,49 @@ def test_values_and_gradients(codec: str, offset: float, temperature: float, wei
     assert relative(found.logits, (kd * weight).sum()) < 2e-6
     for x, which in zip(student[:3], GRADIENTS, strict=True):
         assert relative(x.grad, -0.37 * expected[which]) < 3e-6, which
+
+
+NUM_STORES, BATCH = 20_000, 2_000
+
+
+def mean_and_error(values: Array) -> tuple[Array, Array]:
+    return values.mean(0), values.std(0) / len(values) ** 0.5
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("peaked", [True, False])
+def test_the_mean_over_stores_is_forward_kl(temperature: float, peaked: bool) -> None:
+    """Value and gradient of a token, over 20,000 stores, are those of the whole distribution, by 4 standard errors."""
+    student, teacher = make_heads(bias=False, seed=4)
+    if peaked:
+        teacher = teacher._replace(scale=3.0)
+    labels, rows = torch.zeros(BATCH, dtype=torch.int64), logits_of(teacher)[:1].repeat(BATCH, 1)
+    loss = FusedLoss(STORED_LOSSES["sampled"](temperature, NUM), factor=temperature**2, num_true=V, chunk_tokens=BATCH)
+    values, gradients = [], []
+    for batch in range(NUM_STORES // BATCH):
+        stored = encode("sampled", NUM, temperature, rows, labels, uniforms(BATCH, seed=batch))
+        targets = StoredRows(stored, 0, PADDED)
+        hidden = student.hidden_NH[:1].detach().repeat(BATCH, 1).requires_grad_()
+        head = student._replace(hidden_NH=hidden, weight_vH=student.weight_vH.detach())
+        fused_linear_losses(head, targets, labels, torch.ones(BATCH), loss).total.backward()
+        assert hidden.grad is not None
+        gradients.append(numpy(hidden.grad))
+        z = head.frozen(PADDED).part(slice(None), V, torch.empty(BATCH, PADDED))
+        values.append(numpy(metrics_against_stored(z, targets, labels, loss.divergence)["forward_kl"]))
+    w = numpy(student.weight_vH)[:V]
+    kl, slope = reference.forward_kl(numpy(student.hidden_NH)[:1] @ w.T, numpy(rows)[:1, :V], temperature)
+    mean, error = mean_and_error(np.concatenate(values))
+    assert abs(mean - kl[0]) < 4 * error
+    mean, error = mean_and_error(np.concatenate(gradients))
+    assert (np.abs(mean - temperature**2 * (slope @ w)[0]) < 4 * error + 1e-7).all()
+
+
+def test_systematic_draws_vary_less_than_independent_ones() -> None:
+    """Var(counts) = f (1 - f) with f the fraction of N p; independent draws would have N p (1 - p)."""
+    _, teacher = make_heads(seed=4)
+    t, label = logits_of(teacher)[:1].expand(BATCH, -1), torch.zeros(BATCH, dtype=torch.int64)
+    counts = dense(encode("sampled", NUM, 1.0, t, label, uniforms(BATCH)), "counts")
+    p = reference.softmax(numpy(t)[0, :V])
+    f = NUM * p % 1
+    variance, independent = counts.var(0).sum(), (NUM * p * (1 - p)).sum()
+    assert variance == pytest.approx((f * (1 - f)).sum(), rel=0.05) and variance < independent
