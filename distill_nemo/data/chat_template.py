@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from distill_nemo.data.conversations import Conversation, Message, RecordError, called
+from distill_nemo.data.conversations import HAS_ZEROS, ZEROS, Conversation, Message, RecordError, called
 from distill_nemo.runtime.files import read_object_if_any
 
 LossOn = Literal["assistant", "last", "all"]
@@ -181,6 +181,8 @@ class ChatTemplate:
         except Exception as error:  # a template may raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
             raise RecordError(f"is refused by the chat template: {reason:.300}") from None
+        if ZEROS in text:
+            raise RecordError(HAS_ZEROS)
         return text
 
 

@@ -26,6 +26,8 @@ TEXTS = (None, "text", "input_text", "output_text")  # types of a content's part
 KEPT = ("name", "tool_call_id")  # fields of a message besides those that are checked
 REASONING = ("reasoning_content", "reasoning", "thinking")  # names of one field
 LEARNT = ("train", "training", "loss", "weight")  # names of one flag of a message
+ZEROS = "\0" * 8  # in a row: of a block that was never written, not of a text
+HAS_ZEROS = "holds a run of zero bytes, as a damaged file does"
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from distill_nemo.data.conversations import (
+    HAS_ZEROS,
+    ZEROS,
     Conversation,
     Format,
     RecordError,
@@ -160,10 +162,13 @@ def _read_text(piece: Piece, schema: Schema) -> Iterator[Record]:
     with open_input(Path(piece.path)) as file:
         raw = file.read()
     try:
-        yield Record(raw.decode().removeprefix("\ufeff"))
+        text = raw.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         yield Record("", _not_utf8(error), lambda: f"{piece.path}:{line}")
+    else:
+        line = text.count("\n", 0, text.find(ZEROS)) + 1
+        yield Record("", HAS_ZEROS, lambda: f"{piece.path}:{line}") if ZEROS in text else Record(text)
 
 
 def _read_lines(piece: Piece, schema: Schema) -> Iterator[Record]:
@@ -267,6 +272,8 @@ def _of_text(text: object, text_key: str, where: Callable[[], str]) -> Record:
         if 0x80 <= byte <= 0xFF:
             problem = f"is not UTF-8: byte 0x{byte:02x}"
         return Record("", f'"{text_key}" {problem}', where)
+    if ZEROS in text:
+        return Record("", f'"{text_key}" {HAS_ZEROS}', where)
     return Record(text, "", where)
 
 

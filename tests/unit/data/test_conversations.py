@@ -235,6 +235,7 @@ BAD = {
     "a reasoning of type list": [CHAT, {"messages": [USER, FOUR | {"reasoning_content": ["so"]}]}],
     "the weight 0.5; known are 0 and 1": [CHAT, {"messages": [USER, FOUR | {"weight": 0.5}, AGAIN, NINE]}],
     "half of a surrogate pair": [CHAT, {"messages": [USER | {"content": "\ud800"}, FOUR]}],
+    "holds a run of zero bytes": [CHAT, {"messages": [USER | {"content": "a" + "\0" * 8}, FOUR]}],
 }  # fmt: skip
 
 

@@ -170,6 +170,28 @@ def test_what_is_not_what_its_name_says_is_refused_by_name_and_counts_as_no_reco
         documents(path)
 
 
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "json", "csv", "parquet", "arrow"])
+def test_a_text_with_bytes_that_were_never_written_is_a_bad_record(tmp_path, kind):
+    """Parquet and Arrow have no checksums by default, and zeros are valid UTF-8."""
+    path, text = tmp_path / f"a.{kind}", "begins" + "x" * 8 + "ends"
+    content = {"txt": text, "jsonl": json.dumps({"text": text}), "json": json.dumps([{"text": text}])}
+    if kind in ("parquet", "arrow"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(f"{__name__}.DOCS", ["first", text, "third"])
+            table(path, kind)
+    else:
+        write(path, content.get(kind, f'text\n"{text}"\n').encode())
+    assert any(text in document for document in documents(path))
+    zeros = rb"\u0000" * 8 if "json" in kind else bytes(8)
+    write(path, path.read_bytes().replace(b"x" * 8, zeros))
+    with pytest.raises(ValueError, match=rf"bad records: {path}.* holds a run of zero bytes, as a damaged file does"):
+        documents(path)
+
+
+def test_a_zero_byte_may_be_a_part_of_a_text(tmp_path):
+    assert documents(write(tmp_path / "a.jsonl", b'{"text": "a\\u0000b"}')) == ["a\0b"]
+
+
 @pytest.mark.parametrize("missing", [1, 20, 200])
 @pytest.mark.parametrize("suffix", COMPRESS)
 def test_an_archive_that_was_cut_short_is_refused(tmp_path, suffix, missing):
