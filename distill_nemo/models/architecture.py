@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 from distill_nemo.config import ModelConfig
 from distill_nemo.models.sources import Source
 
+COMPARED = 64  # tokens; at least as many as imports and exports are compared with transformers on
 VOCAB_MULTIPLE = 128  # at every tensor parallel size, so that checkpoints reshard
 
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
@@ -336,8 +337,11 @@ class Architecture:
         return replace(self, vocab_size=self.source.vocab_size)
 
     def at_length(self, length: int) -> "Architecture":
-        """Return the same model for sequences of `length` tokens. Windows at least as long are dropped."""
-        idle = [layer.window is not None and layer.window >= length for layer in self.layers]
+        """Return the same model for sequences of `length` tokens. Windows that none of them reaches are dropped.
+
+        Comparisons with transformers reach windows of less than `COMPARED` tokens, however short the sequences.
+        """
+        idle = [layer.window is not None and layer.window >= max(length, COMPARED) for layer in self.layers]
         layers = [replace(layer, window=None) if i else layer for layer, i in zip(self.layers, idle, strict=True)]
         return replace(self, layers=tuple(layers))
 

@@ -144,10 +144,18 @@ def test_a_long_window_is_compared_by_a_short_one(tmp_path, monkeypatch):
 def test_a_window_as_long_as_the_sequence_is_none(tmp_path):
     from distill_nemo.models.families.huggingface import to_huggingface
 
-    model = resolve_json(tmp_path, "ministral", sliding_window=8, layer_types=[FULL, SLIDING] * 2)
-    assert windows_of(model.at_length(9)) == [None, 8, None, 8]
-    assert windows_of(model.at_length(8)) == [None] * 4
-    assert to_huggingface(model.at_length(8), torch.float32) == to_huggingface(model, torch.float32)
+    model = resolve_json(tmp_path, "ministral", sliding_window=64, layer_types=[FULL, SLIDING] * 2)
+    assert windows_of(model.at_length(65)) == [None, 64, None, 64]
+    assert windows_of(model.at_length(64)) == [None] * 4
+    assert to_huggingface(model.at_length(64), torch.float32) == to_huggingface(model, torch.float32)
+
+
+def test_a_window_that_only_the_comparison_reaches_is_no_other_reading(tmp_path):
+    setup_device()
+    from distill_nemo.models.resolve import resolve
+    from distill_nemo.models.source_check import check_source
+
+    check_source(resolve(StudentConfig(checkpoint=write_hf(tmp_path / "m", "mistral"))).at_length(4))
 
 
 def test_a_megatron_checkpoint_that_says_nothing_of_its_windows_is_not_taken_to_have_the_usual_ones(tmp_path):
@@ -166,13 +174,13 @@ def test_transformer_engine_with_windows_under_context_parallelism_is_refused(tm
     setup_device()
     from distill_nemo.models import megatron
 
-    model, two = resolve_json(tmp_path, "mistral", sliding_window=8), ParallelismConfig(context_parallel_size=2)
+    model, two = resolve_json(tmp_path, "mistral", sliding_window=64), ParallelismConfig(context_parallel_size=2)
     config = megatron.transformer_config(model, two, torch.float32)
-    assert (config.window_size, config.window_attn_skip_freq) == ((7, 0), [1] * 4)
+    assert (config.window_size, config.window_attn_skip_freq) == ((63, 0), [1] * 4)
     monkeypatch.setattr(megatron, "transformer_engine_usable", lambda dtype: True)
     with pytest.raises(
-        ValueError, match=r"windows of 8 tokens .*context_parallel_size = 2.*sequence_length to at most"
+        ValueError, match=r"windows of 64 tokens .*context_parallel_size = 2.*sequence_length to at most"
     ):
         megatron.transformer_config(model, two, torch.float32)
     megatron.transformer_config(model, ParallelismConfig(), torch.float32)
-    assert megatron.transformer_config(model.at_length(8), two, torch.float32).window_size is None
+    assert megatron.transformer_config(model.at_length(64), two, torch.float32).window_size is None
