@@ -26,6 +26,17 @@ def test_the_smallest_limit_above_a_process_holds(tmp_path, job, step, left):
     assert available_memory(tmp_path / "own", tmp_path / "cgroups") == left
 
 
+@pytest.mark.parametrize("seen", ["kubepods/pod_1", "."], ids=["the whole tree", "its own group alone"])
+def test_limits_of_cgroups_of_version_1_hold(tmp_path, seen):
+    (tmp_path / "own").write_text("9:memory:/kubepods/pod_1\n1:name=systemd:/kubepods/pod_1\n0::/\n")
+    group = tmp_path / "cgroups" / "memory" / seen
+    group.mkdir(parents=True)
+    (group / "memory.limit_in_bytes").write_text("1000\n")
+    (group / "memory.usage_in_bytes").write_text("400\n")
+    (group / "memory.stat").write_text("inactive_file 1\ntotal_inactive_file 100\n")
+    assert available_memory(tmp_path / "own", tmp_path / "cgroups") == 700
+
+
 def test_a_container_sees_its_own_limit_at_the_root(tmp_path):
     (tmp_path / "own").write_text("0::/\n")
     write_group(tmp_path, 1000, 300)
