@@ -137,7 +137,7 @@ def _train_alone(config: RunConfig, models: "Models") -> "tuple[int | None, list
     from distill_nemo.runtime.seed import seed_everything
     from distill_nemo.training.data import build_run_datasets, check_run_data
     from distill_nemo.training.loop import Loop
-    from distill_nemo.training.setup import build_train_state
+    from distill_nemo.training.setup import build_train_state, release_gradients
 
     device, dtype = setup_device(), resolve_dtype(config.training.dtype)
     require(
@@ -167,7 +167,9 @@ def _train_alone(config: RunConfig, models: "Models") -> "tuple[int | None, list
     if rank() == 0:
         save_yaml(config, Path(config.output_dir) / "config.yaml")
     torch.distributed.barrier()
-    return loop.run(), [finalise(chunk) for chunk in train_state.unwrapped]
+    stopped = loop.run()
+    release_gradients(train_state.unwrapped)
+    return stopped, [finalise(chunk) for chunk in train_state.unwrapped]
 
 
 def main(arguments: list[str] | None = None) -> None:

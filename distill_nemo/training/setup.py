@@ -149,3 +149,10 @@ def _scheduler(optimizer: Any, config: OptimizerConfig, steps: int) -> Optimizer
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,  # a resumed run takes the schedule of its config
     )
+
+
+def release_gradients(chunks: list[nn.Module]) -> None:
+    """Drop what holds the gradients of Megatron's DDP beside itself: 4 bytes for each parameter."""
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            vars(parameter).pop("main_grad", None)

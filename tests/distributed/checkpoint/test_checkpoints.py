@@ -216,28 +216,29 @@ def _export_and_measure(inputs, run, where):
     return losses
 
 
-def optimizers_at_export(inputs, output):
-    """Train and export; return for each optimizer of the run if it is still in memory then."""
+def in_memory_at_export(inputs, output):
+    """Train and export; return for each optimizer of the run, and the fp32 gradients, if they are in memory then."""
     from distill_nemo.runtime.device import setup_device
 
     setup_device()
     from distill_nemo.models.checkpoints import huggingface
     from distill_nemo.training import loop
 
-    optimizers, alive = [], []
+    held, alive = [], []
 
     class Observed(loop.Loop):
         def __init__(self, config, train_state, *others):
-            optimizers.append(weakref.ref(train_state.optimizer))
+            gradients = [buffer.grad_data for chunk in train_state.chunks for buffer in chunk.buffers]
+            held.extend(map(weakref.ref, [train_state.optimizer, *gradients]))
             super().__init__(config, train_state, *others)
 
     def export(*_):
-        alive.extend(optimizer() is not None for optimizer in optimizers)
+        alive.extend(each() is not None for each in held)
 
     with mock.patch.object(loop, "Loop", Observed), mock.patch.object(huggingface, "export_hf", export):
         train(inputs, output, training__steps=1, optimizer__warmup_steps=0, checkpoint__export=True)
     return alive
 
 
-def test_the_optimizer_leaves_memory_before_the_export(inputs, one, tmp_path):
-    assert one.run(optimizers_at_export, inputs, tmp_path) == [[False]]
+def test_optimizer_and_gradients_leave_memory_before_the_export(inputs, one, tmp_path):
+    assert one.run(in_memory_at_export, inputs, tmp_path) == [[False, False]]
