@@ -6,11 +6,13 @@ They are also written as Megatron and NeMo checkpoints, by a conversion that sha
 import argparse
 import copy
 import json
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import yaml
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
 LLAMA3_ROPE = {  # in the spelling of transformers 4, which 5 reads too
@@ -71,16 +73,20 @@ MODEL_TYPES = {  # families whose type in transformers differs
     "llama3_rope": "llama",
     "yarn_rope": "llama",
     "longrope": "llama",
+    "kimi_k2": "deepseek_v3",
     "nemotron_h_moe": "nemotron_h",
     "qwen2_window": "qwen2",
     "qwen3_moe_dense_layers": "qwen3_moe",
     "qwen3_moe_not_normalised": "qwen3_moe",
     "qwen3_moe_window": "qwen3_moe",
 }
+WITH_DELTA_NETS = ("qwen3_next", "qwen3_5")
 
 
 def known(family):
-    """Return True if the installed version of transformers has the family."""
+    """Return True if the installed versions of transformers and Megatron-Core have the family."""
+    if family.startswith(WITH_DELTA_NETS) and Version(version("megatron-core")) < Version("0.19"):
+        return False
     models = Path(find_spec("transformers").origin).parent / "models"
     return (models / MODEL_TYPES.get(family, family).removesuffix("_text")).is_dir()
 

@@ -104,6 +104,8 @@ def far(tensors):
     "routing", [{}, {"n_group": 4, "topk_group": 2, "num_experts_per_tok": 4}, {"n_group": 1, "topk_group": 1}]
 )
 def test_routers_choose_and_weigh_as_transformers_does(glm, tmp_path, edit, routing):
+    if edit is far and routing.get("n_group") == 4 and int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("transformers 4 prefers experts of other groups to a sum of score and bias below 0")
     check_logits(changed(glm, tmp_path / "in", edit, **routing))
 
 

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from distill_nemo.config import ParallelismConfig, StudentConfig
 from distill_nemo.runtime.device import setup_device
-from tests.tiny_models import YARN_ROPE, write_hf
+from tests.tiny_models import YARN_ROPE, known, write_hf
 from tests.unit.models.built_weights import built_weights
 
-FAMILIES = ("deepseek_v3", "glm4_moe_lite")
+FAMILIES = tuple(filter(known, ("deepseek_v3", "glm4_moe_lite")))
 TP2 = ParallelismConfig(tensor_model_parallel_size=2)
 YARN = YARN_ROPE | {"factor": 40.0}
 PLAIN = {"rope_scaling": None, "rope_parameters": None, "rope_theta": 1e4}
@@ -27,6 +27,8 @@ def models(tmp_path_factory):
 
 def changed(models, family, path, **change):
     """Return a copy of a model with other fields in its config.json."""
+    if family not in models:
+        pytest.skip("this version of transformers lacks it")
     path.mkdir(exist_ok=True)
     config = json.loads((models[family] / "config.json").read_text()) | change
     (path / "config.json").write_text(json.dumps(config))

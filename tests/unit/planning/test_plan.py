@@ -8,6 +8,7 @@ import torch
 from benchmarks.memory import Case, compared
 from distill_nemo.config import ParallelismConfig, RunConfig, StudentConfig, TeacherConfig
 from distill_nemo.runtime.device import setup_device
+from tests.tiny_models import known
 
 SHAPE = {"num_layers": 3, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "vocab_size": 507}
 EXPERTS = {"family": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_ffn_hidden_size": 48}
@@ -62,6 +63,8 @@ MODELS = {
     "delta nets": {"family": "qwen3_5_text", "kv_channels": 24, "family_fields": DELTA_NETS},
     "layers that differ": {"block_configs": DIFFERING},
 }
+if not known("qwen3_5_text"):
+    del MODELS["delta nets"]
 LAYOUTS = {
     "one": (1, {}),
     "tp2": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
@@ -214,7 +217,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [name for name in CASES if name != "delta nets" or known("qwen3_5_text")])
 def test_memory_is_within_5_percent_of_what_training_takes(one, two, case):
     ours, theirs = compared(CASES[case], one if CASES[case].ranks == 1 else two)
     assert abs(ours / theirs - 1) < 0.05, (ours, theirs)
@@ -291,6 +294,7 @@ def test_operations_of_latent_attention_are_those_that_torch_counts(one, rank):
     assert core == 2 * 2 * 4 * (48 + 48) * case.length / 2  # two layers, two products of 4 heads, half the positions
 
 
+@pytest.mark.skipif(not known("qwen3_5_text"), reason="megatron-core 0.19 or transformers 5 is missing")
 def test_operations_of_delta_nets_are_those_that_torch_counts(one):
     setup_device()
     from distill_nemo.planning.compute import stage_flops
