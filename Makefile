@@ -16,8 +16,11 @@ help: ## list the targets
 quickstart: .venv/installed ## the main job: distil a small model on this machine, about ten minutes
 	@PATH="$(CURDIR)/$(BIN):$$PATH" nemo distill quickstart --yes $(ARGS)
 
-test: .venv/installed ## the test suite, without tests/launch, in two processes
+test: .venv/installed ## the test suite, without long matrices of layouts and tests/launch, in two processes
 	@$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-layouts: .venv/installed ## the layouts that make test leaves out: five minutes
+	@$(BIN)/python -m pytest -n 2 -m layouts $(ARGS)
 
 test-launch: .venv/installed ## runs on SLURM (apt, root) and on a Kubernetes, both on this machine: a few minutes
 	@$(BIN)/python -m pytest tests/launch $(ARGS)
@@ -54,4 +57,4 @@ lint: .venv/installed ## ruff, codespell, docstrings, pyright, import layers
 clean: ## remove files of runs and tests, keep .venv
 	@rm -rf runs build .pytest_cache .ruff_cache
 
-.PHONY: help quickstart test test-launch test-versions parity models soak gpu bench docs lint clean
+.PHONY: help quickstart test test-layouts test-launch test-versions parity models soak gpu bench docs lint clean

@@ -85,7 +85,7 @@ def main() -> None:
     begun, failed = time.monotonic(), []
     arguments.output.mkdir(parents=True, exist_ok=True)
     for part in parts:
-        if not arguments.again and _passed(arguments.output / f"{part.name}.json"):
+        if not arguments.again and passed(arguments.output / f"{part.name}.json"):
             print(f"{part.name:14} passed before; --again repeats it", flush=True)
             continue
         left = arguments.budget - (time.monotonic() - begun)
@@ -176,10 +176,11 @@ def run(part: Part, output: Path, limit: float) -> bool:
     return code == 0
 
 
-def _passed(result: Path) -> bool:
+def passed(result: Path) -> bool:
+    """Return True for the result of a part that has passed."""
     try:
         return json.loads(result.read_text())["exit_code"] == 0
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 

@@ -1,5 +1,7 @@
 """Run the venv's own `nemo` as a user starts it: by its path, in a process of its own, with no setup around it."""
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -132,6 +134,34 @@ def shrunk(inputs, **others):
 TWO_RANKS = ("run.executor=local", "run.executor.processes=2")
 
 
+def nemo_forked(process, *arguments, cwd):
+    """Run `nemo distill ARGUMENTS` in a process of `tests.spawn.Gloo`, which has imported what the command needs."""
+    return Ended(*process.run(_nemo_of_a_process, cwd, arguments)[0])
+
+
+def _nemo_of_a_process(cwd, arguments):
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # it is no rank of a run
+    ours = {name: os.environ.pop(name, None) for name in names}
+    os.chdir(cwd)
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = _exit_code(arguments)
+    finally:
+        os.environ.update({name: value for name, value in ours.items() if value is not None})
+    return code, out.getvalue(), err.getvalue()
+
+
+def _exit_code(arguments):
+    the_recipes()
+    from nemo_run.cli.api import create_cli
+    from typer.main import get_command
+
+    with mock.patch.object(sys, "argv", ["nemo", "distill", *arguments]), pytest.raises(SystemExit) as ended:
+        get_command(create_cli()).main(sys.argv[1:], prog_name="nemo")
+    return ended.value.code
+
+
 def the_recipes():
     """Import the package `recipes`, without warnings from NeMo-Run's imports."""
     with warnings.catch_warnings():
@@ -148,10 +178,4 @@ def nemo_home(monkeypatch, path):
 
 def nemo_here(capfd, *arguments):
     """Run `nemo distill ARGUMENTS`, one that starts nothing, in this process: it saves four seconds."""
-    the_recipes()
-    from nemo_run.cli.api import create_cli
-    from typer.main import get_command
-
-    with mock.patch.object(sys, "argv", ["nemo", "distill", *arguments]), pytest.raises(SystemExit) as ended:
-        get_command(create_cli()).main(sys.argv[1:], prog_name="nemo")
-    return Ended(ended.value.code, *capfd.readouterr())
+    return Ended(_exit_code(arguments), *capfd.readouterr())

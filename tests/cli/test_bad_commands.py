@@ -10,29 +10,15 @@ from tests.cli.command import TWO_RANKS, nemo, nemo_here, nemo_home, shrunk, tog
 LLAMA = ("train", "--factory", "llama32_3b_to_1b")
 CASES = {
     "field": ([*LLAMA, "distillation.temprature=2"], ["distillation.temprature", "distillation.temperature"]),
-    "no such teacher": (
-        [*LLAMA, "SHRUNK", *TWO_RANKS, "teacher.checkpoint=/no/such"],
-        ["teacher.checkpoint: checkpoint directory not found: /no/such"],
-    ),
-    "world size": (
-        [*LLAMA, "SHRUNK", "run.executor.processes=3"],
-        ["world size 3 is not divisible by", "2 x 1 x 1", "change the number of processes or parallelism"],
-    ),
     "command": (["trian"], ["trian", "mean 'train'?"]),
-    "missing": (["evaluate", "teacher=x"], ["missing: student=, data=;", "nemo distill evaluate --help"]),
 }
 
 
 @pytest.fixture(scope="module")
-def ended(inputs, tmp_path_factory):
+def ended(tmp_path_factory):
     """Return, by case, the directory of a command and its output."""
     directories = {case: tmp_path_factory.mktemp("bad") for case in CASES}
-
-    def run(case):
-        arguments = [part for word in CASES[case][0] for part in (shrunk(inputs) if word == "SHRUNK" else [word])]
-        return nemo(*arguments, cwd=directories[case])
-
-    results = together(*(lambda case=case: run(case) for case in CASES))
+    results = together(*(lambda case=case: nemo(*CASES[case][0], cwd=directories[case]) for case in CASES))
     return {case: (directories[case], result) for case, result in zip(CASES, results, strict=True)}
 
 
@@ -47,16 +33,36 @@ def test_one_error_that_says_what_to_type_and_nothing_left_behind(ended, case):
     assert not list(cwd.glob("home/nemo/experiments/*"))
 
 
-def test_dryrun_shows_what_would_run_and_leaves_nothing_behind(inputs, tmp_path):
-    arguments = [*shrunk(inputs, distillation__temperature=3.5), *TWO_RANKS]
-    one, all_stages = together(
-        lambda: nemo(*LLAMA, "--dryrun", *arguments, cwd=tmp_path),
-        lambda: nemo("quickstart", "--dryrun", "steps=7", cwd=tmp_path),
-    )
+@pytest.fixture
+def here(capfd, empty_stdin, tmp_path, monkeypatch):
+    """Return a function that runs a command in this process and in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    nemo_home(monkeypatch, tmp_path / "home" / "nemo")
+    return lambda *arguments: nemo_here(capfd, *arguments)
+
+
+def test_dryrun_shows_what_would_run_and_leaves_nothing_behind(inputs, tmp_path, here):
+    one = here(*LLAMA, "--dryrun", *shrunk(inputs, distillation__temperature=3.5), *TWO_RANKS)
+    all_stages = here("quickstart", "--dryrun", "steps=7")
     assert (one.code, one.err, all_stages.code, all_stages.err) == (0, "", 0, "")
     for arguments in ("temperature=3.5", "runs/llama32_3b_to_1b", "sequence_parallel=True", "ntasks_per_node=2"):
         assert arguments in one.out
     assert all_stages.out.count("steps=7") == 2 and "runs/quickstart/distilled" in all_stages.out
+    assert {path.name for path in tmp_path.iterdir()} <= {"home"}
+    assert not list(tmp_path.glob("home/nemo/experiments/*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*TWO_RANKS, "teacher.checkpoint=/no/such"], "teacher.checkpoint: checkpoint directory not found: /no/such"),
+        (["run.executor.processes=3"], "2 x 1 x 1 = 2; change the number of processes or parallelism"),
+    ],
+)
+def test_a_run_that_cannot_start_leaves_nothing_behind(inputs, tmp_path, here, arguments, message):
+    result = here(*LLAMA, *shrunk(inputs), *arguments)
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("error: ") and message in result.err and len(result.err.splitlines()) == 1
     assert {path.name for path in tmp_path.iterdir()} <= {"home"}
     assert not list(tmp_path.glob("home/nemo/experiments/*"))
 
@@ -104,6 +110,7 @@ def test_more_of_them_in_this_process(capfd, arguments, message):
     [
         (["prepare", "inputs=text"], "missing: output=, tokenizer=; see `nemo distill prepare --help`"),
         (["export", "output=student"], "missing: checkpoint=; see `nemo distill export --help`"),
+        (["evaluate", "teacher=x"], "missing: student=, data=; see `nemo distill evaluate --help`"),
         (["evaluate", "student=x", "data=y", "samples=0"], "samples must be at least 1, got 0"),
         (["recipes", "all=1"], 'unknown field "all". There are none. See `nemo distill recipes --help`'),
         (["quickstart", "steps=0"], "training.steps must be at least 1, got 0"),

@@ -8,15 +8,19 @@ import pytest
 import torch
 import transformers
 
-from tests.cli.command import TWO_RANKS, nemo, together
+from tests.cli.command import TWO_RANKS, nemo, nemo_forked, together
 
+STAGES = ["parallelism.pipeline_model_parallel_size=2"]
 THREE = ["parallelism.tensor_model_parallel_size=3"]
 RUN = "runs/llama32_3b_to_1b"
 
 
 @pytest.fixture(scope="module")
-def tools(inputs, finished, tmp_path_factory):
-    """Return, by name, the results of each command. Text for `prepare` lies beside its output."""
+def tools(inputs, finished, one, tmp_path_factory):
+    """Return, by name, the results of each command. Text for `prepare` lies beside its output.
+
+    What starts processes runs as a user starts it, two at a time; the rest in a process that has imported torch.
+    """
     ran_in, _ = finished
     cwd = tmp_path_factory.mktemp("tools")
     (cwd / "text").mkdir()
@@ -27,17 +31,22 @@ def tools(inputs, finished, tmp_path_factory):
     prepare = ["prepare", "inputs=text", "output=out/corpus", f"tokenizer={inputs}/tokenizer", "max_bad_records=1"]
     run = f"{ran_in}/{RUN}"
     export = "export", f"checkpoint={run}/checkpoints/step_00000012"
-    two = {"as_trained": [], "in_stages": ["parallelism.pipeline_model_parallel_size=2"], "three": THREE}.items()
     calls = {
-        "export": lambda: nemo(*export, "output=exported", cwd=cwd),
-        "export by two ranks": lambda: [nemo(*export, f"output={to}", *more, *TWO_RANKS, cwd=cwd) for to, more in two],
-        "prepare": lambda: [nemo(*prepare, cwd=cwd), nemo(*prepare, cwd=cwd)],
-        "of ours": lambda: nemo(*held_out, f"student={run}", teacher, cwd=cwd),
-        "of Hugging Face's": lambda: nemo(*held_out, f"student={run}/student", teacher, cwd=cwd),
-        "with more rows": lambda: nemo(*held_out, f"student={run}", *more_rows, cwd=cwd),
+        "as trained": lambda: nemo(*export, "output=as_trained", *TWO_RANKS, cwd=cwd),
+        "in stages": lambda: nemo(*export, "output=in_stages", *STAGES, *TWO_RANKS, cwd=cwd),
+        "prepare": lambda: nemo(*prepare, cwd=cwd),
     }
+    ended = dict(zip(calls, together(*calls.values()), strict=True))
     padded(f"{inputs}/teacher", cwd / "teacher")
-    return cwd, dict(zip(calls, together(*calls.values()), strict=True))
+    quick = {
+        "export": [*export, "output=exported"],
+        "three": [*export, "output=three", *THREE, *TWO_RANKS],
+        "prepare again": prepare,
+        "of ours": [*held_out, f"student={run}", teacher],
+        "of Hugging Face's": [*held_out, f"student={run}/student", teacher],
+        "with more rows": [*held_out, f"student={run}", *more_rows],
+    }
+    return cwd, ended | {name: nemo_forked(one, *arguments, cwd=cwd) for name, arguments in quick.items()}
 
 
 def padded(source, target):
@@ -60,9 +69,9 @@ def test_export_writes_any_saved_step(finished, tools):
 
 def test_ranks_of_an_executor_export_the_same_as_one_process(tools):
     cwd, ended = tools
-    as_trained, in_stages, three = ended["export by two ranks"]
     expected = transformers.AutoModelForCausalLM.from_pretrained(cwd / "exported").state_dict()
-    for name, result in (("as_trained", as_trained), ("in_stages", in_stages)):
+    for name in ("as_trained", "in_stages"):
+        result = ended[name.replace("_", " ")]
         assert (result.code, result.err) == (0, "")
         assert f"exported step_00000012 to {name}: the reloaded model gives the same logits" in result.out
         found = transformers.AutoModelForCausalLM.from_pretrained(cwd / name).state_dict()
@@ -70,6 +79,7 @@ def test_ranks_of_an_executor_export_the_same_as_one_process(tools):
         assert all(torch.equal(found[key], expected[key]) for key in expected)
     assert len(list((cwd / "as_trained").glob("*.safetensors"))) == 1, "the run was tensor parallel"
     assert len(list((cwd / "in_stages").glob("*.safetensors"))) == 2
+    three = ended["three"]
     assert three.code == 1 and three.err.startswith("error: world size 2 is not divisible by tensor x pipeline x ")
 
 
@@ -86,7 +96,7 @@ def test_evaluate_gives_the_same_figures_for_a_run_and_for_its_export(inputs, to
 
 def test_prepare_tells_documents_tokens_and_bad_records(inputs, tools):
     cwd, ended = tools
-    first, second = ended["prepare"]
+    first, second = ended["prepare"], ended["prepare again"]
     assert (first.code, second.code, second.err) == (0, 0, "")
     tokenizer = transformers.AutoTokenizer.from_pretrained(inputs / "tokenizer")
     texts = ["def f(x):\n    return x\n", "import re", "x = 1"]

@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from benchmarks import gpu
 
 COMMAND = [sys.executable, "-m", "benchmarks.gpu"]
@@ -30,12 +32,10 @@ def test_a_part_that_has_passed_is_skipped(tmp_path):
     assert [result["part"] for result in json.loads((tmp_path / "all.json").read_text())] == ["report"]
 
 
-def test_a_damaged_result_does_not_count_as_passed(tmp_path):
-    (tmp_path / "environment.json").write_text('{"exit_code"')
-    ended = command("environment", "--rehearse", "--output", tmp_path)
-    result = json.loads((tmp_path / "environment.json").read_text())
-    assert ended.returncode == 0 and result["exit_code"] == 0
-    assert any('"megatron-core"' in line for line in result["last_lines"])
+@pytest.mark.parametrize("result", ['{"exit_code"', "", "[]", "{}", '{"exit_code": 1}', '{"exit_code": null}', b"\xff"])
+def test_a_damaged_result_does_not_count_as_passed(tmp_path, result):
+    (tmp_path / "report.json").write_bytes(result if isinstance(result, bytes) else result.encode())
+    assert not gpu.passed(tmp_path / "report.json")
 
 
 def test_a_part_without_time_left_is_not_started(tmp_path):

@@ -43,16 +43,24 @@ def _terminate_at(output, step):
 LAYOUTS = {"one": (1, 1, 1), "tp2": (2, 2, 1), "dp2": (2, 1, 1), "pp2": (2, 1, 2)}  # processes, tensor, pipeline
 
 
+@pytest.fixture(scope="module")
+def whole(inputs, one, two, tmp_path_factory):
+    """Return {layout: metrics of an uninterrupted run}."""
+    root = tmp_path_factory.mktemp("whole")
+    for layout, (processes, *sizes) in LAYOUTS.items():
+        assert (one, two)[processes - 1].run(train, inputs, root / layout, *sizes) == [0] * processes
+    return {layout: metrics(root / layout) for layout in LAYOUTS}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_resumed_equals_uninterrupted_bit_for_bit(inputs, one, two, tmp_path, layout):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+def test_resumed_equals_uninterrupted_bit_for_bit(inputs, one, two, whole, tmp_path, layout):
+    parts = tmp_path / "parts"
     processes, *sizes = LAYOUTS[layout]
     group = (one, two)[processes - 1]
-    assert group.run(train, inputs, whole, *sizes) == [0] * processes
     assert group.run(train, inputs, parts, *sizes, 2) == [128 + signal.SIGTERM] * processes
     assert metrics(parts)[-1]["step"] < 8, "the signal came too late to show anything"
     assert group.run(train, inputs, parts, *sizes) == [0] * processes
-    assert metrics(parts) == metrics(whole)
+    assert metrics(parts) == whole[layout]
 
 
 DYNAMIC = {
@@ -76,21 +84,16 @@ def test_a_dynamic_balancer_weighs_on_as_it_did(inputs, one, two, tmp_path, layo
     assert metrics(parts) == metrics(whole)
 
 
-def test_every_layout_gives_the_same_curve_and_reshards(inputs, one, two, tmp_path):
-    runs = {}
-    for layout, (processes, *sizes) in LAYOUTS.items():
-        (one, two)[processes - 1].run(train, inputs, tmp_path / layout, *sizes)
-        runs[layout] = metrics(tmp_path / layout)
-    two.run(train, inputs, tmp_path / "tp2_then_one", 2, 1, 2)
-    one.run(train, inputs, tmp_path / "tp2_then_one", 1)
-    runs["tp2_then_one"] = metrics(tmp_path / "tp2_then_one")
-    reference = runs.pop("one")
+def test_every_layout_gives_the_same_curve_and_reshards(inputs, one, two, whole, tmp_path):
+    two.run(train, inputs, tmp_path, 2, 1, 2)
+    one.run(train, inputs, tmp_path, 1)
+    runs = whole | {"tp2_then_one": metrics(tmp_path)}
     for layout, lines in runs.items():
-        assert len(lines) == len(reference), layout
-        for line, expected in zip(lines, reference, strict=True):
-            assert line.pop("kind") == expected["kind"]
-            numbers = {name: value for name, value in expected.items() if name != "kind"}
-            assert line == pytest.approx(numbers, rel=1e-4, abs=1e-6), layout
+        assert len(lines) == len(whole["one"]), layout
+        for line, expected in zip(lines, whole["one"], strict=True):
+            assert line["kind"] == expected["kind"]
+            one_run, other = ({name: x for name, x in each.items() if name != "kind"} for each in (expected, line))
+            assert other == pytest.approx(one_run, rel=1e-4, abs=1e-6), layout
 
 
 @pytest.mark.parametrize("family", ["nemotron_h", "deepseek_v3"])

@@ -6,7 +6,7 @@ also shows that Megatron's cross entropy, which writes into fp32 logits, does no
 
 import pytest
 
-from tests.distillation import Case, Layout, gradients, megatron_step, worst_errors
+from tests.distillation import Case, Layout, gradients_of, megatron_steps, worst_errors
 from tests.distillation_reference import reference
 from tests.tiny_models import write_hf
 
@@ -37,23 +37,19 @@ def models(tmp_path_factory):
     }
 
 
-def compare(case, layout, one, two, output):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_gradient_is_that_of_transformers_in_fp64(models, one, two, tmp_path, layout):
+    """The last case is a student of another width with tied embeddings."""
     processes, sizes = LAYOUTS[layout]
-    ranks = (one, two)[processes - 1].run(megatron_step, case, sizes, str(output))
-    metric, gradient = worst_errors(ranks, one.run(gradients, str(output))[0], reference(case))
-    assert metric < 1e-5 and gradient < 1e-5
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("losses", CASES)
-def test_every_gradient_is_that_of_transformers_in_fp64(models, one, two, tmp_path, losses, layout):
-    case = Case(models["same_width"], models["teacher"], CASES[losses])
-    compare(case, layout, one, two, tmp_path)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_student_of_another_width_with_tied_embeddings(models, one, two, tmp_path, layout):
-    compare(Case(models["narrower"], models["teacher"]), layout, one, two, tmp_path)
+    cases = {name: Case(models["same_width"], models["teacher"], losses) for name, losses in CASES.items()}
+    cases["another width"] = Case(models["narrower"], models["teacher"])
+    outputs = [str(tmp_path / name) for name in cases]
+    work = [(case, sizes, output) for case, output in zip(cases.values(), outputs, strict=True)]
+    ranks = (one, two)[processes - 1].run(megatron_steps, work)
+    found = one.run(gradients_of, outputs)[0]
+    for i, (name, case) in enumerate(cases.items()):
+        metric, gradient = worst_errors([rank[i] for rank in ranks], found[i], reference(case))
+        assert metric < 1e-5 and gradient < 1e-5, name
 
 
 def structure(case, layout, output):

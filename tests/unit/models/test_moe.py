@@ -31,6 +31,8 @@ LAYOUTS = {
     "pp2": (2, Layout(pipeline=2)),
     "tp2_ep2": (4, Layout(tensor=2, sequence_parallel=True, expert=2)),
 }
+ALWAYS = "tp2_ep2"  # tests/parity has the others
+EACH = [pytest.param(name, marks=[] if name == ALWAYS else pytest.mark.layouts) for name in LAYOUTS]
 DISTILLATION = {"lm_weight": 0.3, "logits_weight": 0.7, "temperature": 2.0}
 MOE = ("qwen3_moe", "qwen3_moe_not_normalised")
 
@@ -63,7 +65,7 @@ def test_logits_equal_transformers(models, groups, family, layout):
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EACH)
 @pytest.mark.parametrize("student", ["qwen3_moe", "dense"])
 def test_every_gradient_is_that_of_transformers_in_fp64(models, groups, tmp_path, student, layout):
     processes, sizes = LAYOUTS[layout]
@@ -189,7 +191,9 @@ def train(inputs, models, output, student, sizes, steps=8):
     run_config(run)
 
 
-@pytest.mark.parametrize("student", ["qwen3_moe", "dense", "glm4_moe"])
+@pytest.mark.parametrize(
+    "student", ["qwen3_moe", *(pytest.param(x, marks=pytest.mark.layouts) for x in ("dense", "glm4_moe"))]
+)
 def test_a_run_gives_one_curve_at_every_layout_and_resumes(inputs, models, groups, tmp_path, student):
     curves = {}
     for layout in ("one", "ep2", "tp2"):

@@ -38,12 +38,20 @@ def always_cut(patch):
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "qwen3_moe_not_normalised"])
-@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
-def test_a_model_that_is_read_as_transformers_reads_it_passes(models, monkeypatch, family, cut):
-    if cut:
-        always_cut(monkeypatch)
+def test_a_model_that_is_read_as_transformers_reads_it_passes(models, family):
+    if family == "deepseek_v3" and int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("transformers 4 prefers experts of other groups to a sum of score and bias below 0")
     checked(models[family])
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_moe_not_normalised"])
+def test_so_does_a_part_of_it(models, monkeypatch, family):
+    always_cut(monkeypatch)
     checked(models[family], vocab_size=300)  # the last rows are left out
+
+
+def test_rows_that_are_left_out_are_not_compared(models):
+    checked(models["llama"], vocab_size=300)
 
 
 def misread(patch, **wrong):
