@@ -21,11 +21,13 @@ from benchmarks.measure import interleaved, peak_bytes, write_result
 from benchmarks.memory import LiveBytes
 from distill_nemo.config import DataConfig, ParallelismConfig, RunConfig, StudentConfig, TeacherConfig, TrainingConfig
 from distill_nemo.models.distillation.objective import Objective, Targets
+from distill_nemo.models.distillation.stored_targets import StoredTeacher
 from distill_nemo.runtime.device import setup_device
 
 OURS, WHOLE, MODELOPT = "distill-nemo", "distill-nemo, whole logits", "ModelOpt"
 AS_SHIPPED = "ModelOpt, Megatron's attention"  # as its users have it without Transformer Engine
 TEACHER, STUDENT = "teacher forward", "student step"
+STORED, DRAWS = "stored targets", 50
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Shape:
         return self.tokens * (forward(*self.teacher) + 3 * forward(*self.student))
 
 
+QUICKSTART = Shape((4, 256, 8), (2, 128, 4), 2048, 128, 8)
 CPU_SHAPE = Shape((8, 512, 8), (4, 256, 4), 32000, 512, 2)
 GPU_SHAPE = Shape((13, 1024, 16), (12, 512, 8), 128256, 4096, 2, tied=True)  # 295M and 103M
 
@@ -87,6 +90,7 @@ def compare(shape: Shape, repeats: int, root: str) -> dict[str, Any]:
         WHOLE: stepper(config, fused=False),
         MODELOPT: stepper(config, modelopt=True),
         STUDENT: stepper(config, teacher=False),
+        STORED: stepper(config, teacher=False, stored=StoredTeacher("sampled", 1.0, DRAWS, shape.vocabulary)),
     }
     if not torch.cuda.is_available():
         with mock.patch("distill_nemo.models.layers.specs.CausalAttention", DotProductAttention):
@@ -163,10 +167,11 @@ def run_config(shape: Shape, root: str) -> RunConfig:
 
 
 class RandomTokens(Dataset):
-    """Random tokens, all of them valid."""
+    """Random tokens, all of them valid, and with `stored` random targets of codec "sampled"."""
 
-    def __init__(self, length: int, vocabulary: int) -> None:
+    def __init__(self, length: int, vocabulary: int, stored: StoredTeacher | None = None) -> None:
         generator = torch.Generator().manual_seed(0)
+        self.targets = {} if stored is None else sampled_targets(length, vocabulary, stored.num, generator)
         self.rows = torch.randint(vocabulary, (64, length + 1), generator=generator)
 
     def __len__(self) -> int:
@@ -180,13 +185,29 @@ class RandomTokens(Dataset):
             "labels": row[1:],
             "loss_mask": torch.ones(length),
             "position_ids": torch.arange(length),
+            **self.targets,
         }
 
 
+def sampled_targets(length: int, vocabulary: int, num: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return targets of a sample: random draws, of which a quarter of the ids is drawn, some of them often."""
+    distinct = max(1, num // 4)
+    ids, counts = torch.full((length, num), -1, dtype=torch.int32), torch.zeros(length, num, dtype=torch.int32)
+    ids[:, :distinct] = torch.rand(length, vocabulary, generator=generator).topk(distinct).indices.int()
+    counts[:, :distinct], counts[:, 0] = 1, num - distinct + 1
+    numbers = {name: torch.ones(length) for name in ("entropy", "label_logprob")}
+    flags = {"has_targets": torch.ones(length, dtype=torch.uint8), "top1": ids[:, 0].clone()}
+    return {f"target_{name}": x for name, x in ({"ids": ids, "counts": counts} | numbers | flags).items()}
+
+
 def stepper(
-    config: RunConfig, teacher: bool = True, fused: bool = True, modelopt: bool = False
+    config: RunConfig,
+    teacher: bool = True,
+    fused: bool = True,
+    modelopt: bool = False,
+    stored: StoredTeacher | None = None,
 ) -> Callable[[], dict[str, float]]:
-    """Return a function that takes a run's next step."""
+    """Return a function that takes a run's next step; with `stored`, from random targets of a store."""
     import copy
 
     from distill_nemo.training.entry import resolve_models
@@ -199,8 +220,9 @@ def stepper(
         config.teacher = None
     config, models = resolve_models(config)
     dtype = getattr(torch, config.training.dtype)
-    chunks = [modelopt_model(config, dtype)] if modelopt else build_chunks(config, models, dtype, load_weights=True)
-    data = RandomTokens(config.data.sequence_length, config.student.vocab_size or 0)
+    built = functools.partial(build_chunks, config, models, dtype, load_weights=True, stored=stored)
+    chunks = [modelopt_model(config, dtype)] if modelopt else built()
+    data = RandomTokens(config.data.sequence_length, config.student.vocab_size or 0, stored)
     loop = Loop(config, wrap(chunks, config, dtype, load_weights=True), (data, None), setup_device())
     return functools.partial(loop.step, loop.batches(data, 0))
 
