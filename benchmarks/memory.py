@@ -126,10 +126,12 @@ def measured(case: Case) -> int:
     from distill_nemo.runtime.process_groups import process_groups
 
     device = setup_device()
+    from distill_nemo.data.stored_windows import empty_targets
     from distill_nemo.runtime.seed import seed_everything
     from distill_nemo.training.entry import resolve_models
     from distill_nemo.training.loop import Loop
     from distill_nemo.training.setup import build_train_state
+    from distill_nemo.training.stores import target_fields
 
     run, models = resolve_models(case.config())
     with process_groups(run.parallelism), LiveBytes() as live:
@@ -138,6 +140,10 @@ def measured(case: Case) -> int:
         tokens = torch.randint(case.vocab, (run.training.micro_batch_size, case.length))
         positions = torch.arange(case.length).expand_as(tokens)
         batch = {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(tokens.shape), "position_ids": positions}
+        if (targets := target_fields(run)) is not None:
+            empty = empty_targets(targets, case.length)
+            batch |= {name: torch.stack([x] * len(tokens)) for name, x in empty.items()}
+            batch["target_has_targets"].fill_(1)
         loop.step([iter(lambda: batch, None)])
         live.peak = live.live
         loop.step([iter(lambda: batch, None)])
@@ -152,8 +158,11 @@ def predicted(case: Case) -> list[int]:
     from distill_nemo.planning.memory import memory_of
     from distill_nemo.planning.planned import PlannedRun
     from distill_nemo.training.entry import resolve_models
+    from distill_nemo.training.stores import check_stores
 
-    planned = PlannedRun(*resolve_models(case.config()), case.ranks, on_gpu=False, transformer_engine=False)
+    config, models = resolve_models(case.config())
+    stored = check_stores(config, models.student.vocab_size)
+    planned = PlannedRun(config, models, case.ranks, on_gpu=False, transformer_engine=False, stored=stored)
     ranks = range(planned.config.parallelism.pipeline_model_parallel_size)
     return [round(memory_of(planned, rank).total) for rank in ranks]
 

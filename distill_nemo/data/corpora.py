@@ -34,6 +34,11 @@ class Corpus(ABC):
         return {}
 
     @property
+    def note(self) -> str:
+        """Anything else that a plan says of it."""
+        return ""
+
+    @property
     @abstractmethod
     def counted(self) -> float | None:
         """Share of tokens that count in the losses; None if it does not say."""
@@ -88,6 +93,14 @@ class StoreCorpus(Corpus):
     def sums(self) -> dict[Path, str]:
         """Shards, and the teacher's output layer."""
         return TeacherStore(self.path).sums
+
+    @property
+    def note(self) -> str:
+        """Codec and bytes."""
+        store = TeacherStore(self.path)
+        size = sum(path.stat().st_size for path in store.sums)
+        each = size / max(store.num_tokens, 1)
+        return f"{store.manifest.codec} targets, {size / 1e9:,.2f} GB, {each:,.1f} bytes a token that counts"
 
     @property
     def counted(self) -> float:

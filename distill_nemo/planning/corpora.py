@@ -19,6 +19,7 @@ class PartOfBlend:
         passes: times that the run reads each of their tokens.
         tokens: number of tokens in the files' training split.
         counted: share of tokens that count in the losses, by the manifest; None if it does not say.
+        note: what else is to be said.
     """
 
     prefix: str
@@ -26,6 +27,7 @@ class PartOfBlend:
     passes: float
     tokens: int
     counted: float | None
+    note: str = ""
 
 
 def parts_of_blend(config: RunConfig) -> list[PartOfBlend]:
@@ -46,8 +48,8 @@ def parts_of_blend(config: RunConfig) -> list[PartOfBlend]:
     read = config.training.steps * config.training.global_batch_size * data.sequence_length
     counted = [None if data.loss_on == "all" else corpus.counted for corpus in corpora]
     return [
-        PartOfBlend(prefix, share, share * read / number, number, part)
-        for prefix, share, number, part in zip(prefixes, shares, tokens, counted, strict=True)
+        PartOfBlend(corpus.path, share, share * read / number, number, part, corpus.note)
+        for corpus, share, number, part in zip(corpora, shares, tokens, counted, strict=True)
     ]
 
 

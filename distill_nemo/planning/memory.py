@@ -5,6 +5,9 @@ Legend: T tokens of a micro batch on a rank, H width, v this rank's shard of the
 
 from collections import Counter
 from dataclasses import dataclass, field
+from math import prod
+
+import numpy as np
 
 from distill_nemo.losses.fused_linear.chunks import chunk_size
 from distill_nemo.models.architecture import padded_vocab_size
@@ -62,7 +65,15 @@ def permanent(planned: PlannedRun, rank: int) -> dict[str, float]:
         "gradients": 4 * student.total,
         "optimizer": (masters + 8) * shards,
         "teacher's weights": planned.item * (teacher.total - elsewhere + waiting),
+        "teacher's output layer": stored_output_layer(planned) if planned.is_last(rank) else 0,
     }
+
+
+def stored_output_layer(planned: PlannedRun) -> float:
+    """Return the bytes of this rank's rows of the output layer in a store of hidden states."""
+    if planned.stored is None or planned.stored.codec != "hidden":
+        return 0
+    return planned.stored.coding.usual_bytes * _columns(planned)
 
 
 def _moments(planned: PlannedRun, rank: int) -> dict[str, tuple[str, float]]:
@@ -133,20 +144,28 @@ def _saved(planned: PlannedRun, rank: int) -> tuple[float, float]:
 def fused_workspace(planned: PlannedRun) -> float:
     """Return the bytes of the fused loss: chunks of fp32 logits and hidden states of both models, one fp32 gradient.
 
-    A softcap takes another chunk for its derivative.
+    A softcap takes another chunk for its derivative. In place of a teacher's, there may be stored targets.
     """
-    student, teacher = planned.models
-    assert teacher is not None, "there is a fused loss only with a teacher"
+    student, width = planned.models.student, planned.models.student.hidden_size + planned.teacher_width
     par, columns = planned.config.parallelism, _columns(planned)
     rows = chunk_rows(planned)
     buffers = min(1 if par.tensor_model_parallel_size == 1 else 2, -(-planned.tokens // rows))
-    hidden = planned.item * planned.split_tokens * (student.hidden_size + teacher.hidden_size)
+    hidden = planned.item * planned.split_tokens * width
     if par.sequence_parallel:
-        hidden += planned.item * planned.tokens * (student.hidden_size + teacher.hidden_size)  # gathered
+        hidden += planned.item * planned.tokens * width  # gathered
     low_precision_gradient = 2 * rows * columns if planned.item == 2 else 0
     slope = 0 if student.multipliers.softcap is None else 4 * rows * columns
-    chunks = buffers * 8 * rows * columns + slope + low_precision_gradient
-    return chunks + hidden + 4 * planned.tokens * student.hidden_size
+    sides = 2 if planned.teacher_width else 1
+    chunks = buffers * 4 * sides * rows * columns + slope + low_precision_gradient
+    return chunks + hidden + 4 * planned.tokens * student.hidden_size + target_bytes(planned)
+
+
+def target_bytes(planned: PlannedRun) -> float:
+    """Return the bytes of a micro batch's stored targets."""
+    if planned.stored is None:
+        return 0
+    fields = planned.stored.fields.values()
+    return planned.tokens * sum(np.dtype(field.dtype).itemsize * prod(field.shape) for field in fields)
 
 
 def chunk_rows(planned: PlannedRun) -> int:

@@ -13,6 +13,7 @@ from distill_nemo.planning.memory import fullest
 from distill_nemo.planning.planned import PlannedRun
 from distill_nemo.planning.report import GB, report
 from distill_nemo.training.entry import resolve_models
+from distill_nemo.training.stores import check_stores
 
 
 def print_plan(
@@ -33,7 +34,8 @@ def print_plan(
     """
     require(0 < utilisation <= 1, f"utilisation must be above 0 and at most 1, got {utilisation:g}")
     config, models = _resolved(config)
-    planned = PlannedRun(config, models, world_size, transformer_engine=transformer_engine)
+    stored = check_stores(config, models.student.vocab_size)
+    planned = PlannedRun(config, models, world_size, transformer_engine=transformer_engine, stored=stored)
     check_setting(planned)
     print(report(name, planned, gpu, utilisation))
     too_much = fullest(planned).total / GB - gpu.memory_gb
@@ -51,7 +53,8 @@ def with_layout(config: RunConfig, gpus: int, gpu: Gpu, fixed: Collection[str] =
     """
     resolved, models = _resolved(replace(config, parallelism=ParallelismConfig()))
     resolved = replace(resolved, parallelism=config.parallelism)
-    choice = choose_layout(PlannedRun(resolved, models, gpus), gpu, fixed)
+    stored = check_stores(resolved, models.student.vocab_size)
+    choice = choose_layout(PlannedRun(resolved, models, gpus, stored=stored), gpu, fixed)
     chosen = choice.planned.config
     return replace(config, parallelism=chosen.parallelism, training=chosen.training), choice.why
 

@@ -6,6 +6,7 @@ from typing import Any
 from distill_nemo.config import RunConfig
 from distill_nemo.models.architecture import Architecture, Models
 from distill_nemo.planning.parameters import Count, layer_parameters, rank_layers, rank_parameters, stages_of
+from distill_nemo.teacher_store.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class PlannedRun:
         world_size: number of ranks.
         on_gpu: False for a CPU, as in tests.
         transformer_engine: True for Transformer Engine's layers, False for Megatron's local ones.
+        stored: manifest of the store that it trains from, in place of a teacher; None: it trains from none.
     """
 
     config: RunConfig
@@ -25,6 +27,7 @@ class PlannedRun:
     world_size: int
     on_gpu: bool = True
     transformer_engine: bool = True
+    stored: Manifest | None = None
     _counts: dict[tuple[Any, ...], Count] = field(default_factory=dict, compare=False, repr=False)  # of its models
 
     @property
@@ -58,11 +61,16 @@ class PlannedRun:
     @property
     def fused(self) -> bool:
         """True if the output layers are part of the loss."""
-        return (
-            self.models.teacher is not None
-            and self.config.distillation.uses_logits
-            and self.config.distillation.fused_linear is not False
-        )
+        losses = self.config.distillation
+        against_teacher = self.models.teacher is not None and losses.uses_logits and losses.fused_linear is not False
+        return against_teacher or self.stored is not None
+
+    @property
+    def teacher_width(self) -> int:
+        """Channels of the teacher's hidden states that the loss takes; 0 where it takes none."""
+        if self.stored is not None:
+            return self.stored.num if self.stored.codec == "hidden" else 0
+        return self.models.teacher.hidden_size if self.models.teacher is not None else 0
 
     def shards(self, count: Count) -> float:
         """Return the parameters whose optimizer state a rank holds; the distributed optimizer shards it over copies."""

@@ -7,7 +7,7 @@ from distill_nemo.data.corpora import fitting
 from distill_nemo.data.token_files import named_corpora
 from distill_nemo.fields import require
 from distill_nemo.teacher_store.codecs.codec import Field
-from distill_nemo.teacher_store.manifest import is_store
+from distill_nemo.teacher_store.manifest import Manifest, is_store
 from distill_nemo.teacher_store.output_layer import OutputLayer
 from distill_nemo.teacher_store.reader import TeacherStore
 
@@ -30,8 +30,8 @@ def stores_of(config: RunConfig) -> list[tuple[str, TeacherStore]]:
     return [(field, TeacherStore(path)) for field, path in named if is_store(path)]
 
 
-def check_stores(config: RunConfig, vocab_size: int) -> None:
-    """Refuse stores that do not fit the run or each other.
+def check_stores(config: RunConfig, vocab_size: int) -> Manifest | None:
+    """Refuse stores that do not fit the run or each other. Return a manifest, whose codec and numbers they share.
 
     Args:
         config: of the run.
@@ -42,7 +42,7 @@ def check_stores(config: RunConfig, vocab_size: int) -> None:
     """
     stores = stores_of(config)
     if not stores:
-        return
+        return None
     (field, first), *others = stores
     require(
         config.teacher is None,
@@ -58,6 +58,7 @@ def check_stores(config: RunConfig, vocab_size: int) -> None:
         _check_shared(field, store, first)
     for field, store in stores:
         _check_fits(field, store, config, vocab_size)
+    return first.manifest
 
 
 def _check_shared(field: str, store: TeacherStore, first: TeacherStore) -> None:

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.memory import Case, compared
+from benchmarks.memory import Case, compared, predicted
 from distill_nemo.config import ParallelismConfig, RunConfig, StudentConfig, TeacherConfig
 from distill_nemo.runtime.device import setup_device
+from tests.stores import manifest_of, write_store
 from tests.tiny_models import known
 
 SHAPE = {"num_layers": 3, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "vocab_size": 507}
@@ -221,6 +222,16 @@ CASES = {
 def test_memory_is_within_5_percent_of_what_training_takes(one, two, case):
     ours, theirs = compared(CASES[case], one if CASES[case].ranks == 1 else two)
     assert abs(ours / theirs - 1) < 0.05, (ours, theirs)
+
+
+@pytest.mark.parametrize("codec", ["sampled", "hidden"])
+def test_memory_of_training_from_a_store_is_planned(one, codec, tmp_path):
+    num = {"sampled": 50, "hidden": 256}[codec]
+    write_store(tmp_path, manifest_of(codec, num=num, vocab_size=2048, sequence_length=128, num_windows=2))
+    case = replace(SMALL, teacher=None, fields={"data.train": [str(tmp_path)]})
+    ours, theirs = compared(case, one)
+    assert abs(ours / theirs - 1) < 0.05, (ours, theirs)
+    assert ours < 0.9 * max(predicted(SMALL))
 
 
 def counted_flops(case):
