@@ -3,13 +3,18 @@
 `config.from_dict` has already checked each field by itself.
 """
 
-from distill_nemo.config import DistillationConfig, JobConfig, ModelConfig, ParallelismConfig, RunConfig
+from distill_nemo.config import DistillationConfig, JobConfig, ModelConfig, ParallelismConfig, PruneConfig, RunConfig
 from distill_nemo.fields import require
 
 FIELDS_OF_BALANCERS = {
     "static": ("lm_weight", "logits_weight", "hidden_weight"),
     "dynamic": ("kd_loss_scale", "skip_lm_loss"),
 }
+
+PRUNED_SIZES = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
+    *("num_experts", "moe_ffn_hidden_size"),
+)
 
 
 def check(config: RunConfig, world_size: int) -> None:
@@ -37,6 +42,8 @@ def check_job(config: JobConfig, world_size: int) -> None:
     """
     if isinstance(config, RunConfig):
         check(config, world_size)
+    elif isinstance(config, PruneConfig):
+        check_prune(config, world_size)
     elif config.parallelism is not None:
         check_layout_without_training(config.parallelism, world_size)
 
@@ -51,6 +58,33 @@ def check_layout_without_training(parallelism: ParallelismConfig, world_size: in
     _check_sequence_parallelism(parallelism)
     virtual = parallelism.virtual_pipeline_model_parallel_size
     require(virtual is None, f"parallelism.virtual_pipeline_model_parallel_size = {virtual} has a use in training only")
+
+
+def check_prune(config: PruneConfig, world_size: int) -> None:
+    """Refuse a config that names no result or too many, and a layout that does not fit `world_size` ranks.
+
+    Raises:
+        ValueError: naming the field, what came, what is allowed.
+    """
+    par = config.parallelism or ParallelismConfig()
+    check_layout_without_training(par, world_size)
+    stated = {name for name, value in vars(config).items() if value is not None}
+    targets = [name for name in ("target_params", "target_memory") if name in stated]
+    require(
+        bool(targets) or not stated.isdisjoint(PRUNED_SIZES),
+        f"nothing says how small the model becomes: state some of {', '.join(PRUNED_SIZES)}, or target_params, or "
+        "target_memory with gpu",
+    )
+    require(len(targets) < 2, "target_params and target_memory: state one of them")
+    require(
+        ("gpu" in stated) == ("target_memory" in stated),
+        "target_memory, the share of a GPU's memory that the weights may take, and gpu need each other",
+    )
+    context, ranks = par.context_parallel_size, world_size // par.model_parallel_size
+    require(context == 1, f"parallelism.context_parallel_size = {context}: samples are scored whole; set it to 1")
+    for name in ("samples", "held_out_samples"):
+        count = vars(config)[name]
+        require(count % ranks == 0, f"{name} = {count} is not divisible by the {ranks} data-parallel ranks")
 
 
 def _check_sizes(config: RunConfig, world_size: int) -> int:

@@ -264,7 +264,32 @@ class ExportConfig:
     parallelism: ParallelismConfig | None = None  # None: that of the run, on the ranks that there are
 
 
-JobConfig = RunConfig | ExportConfig  # of the jobs that executors launch
+@dataclass
+class PruneConfig:
+    """A model cut to smaller sizes by ranks of its own, as `nemo distill prune` launches it."""
+
+    model: str
+    output: str
+    data: str
+    num_layers: int | None = None
+    hidden_size: int | None = None
+    ffn_hidden_size: int | None = None
+    num_attention_heads: int | None = None
+    num_query_groups: int | None = None
+    num_experts: int | None = None
+    moe_ffn_hidden_size: int | None = None
+    target_params: float | None = setting(None, above=0)
+    target_memory: float | None = setting(None, above=0, at_most=1)
+    gpu: str | None = None
+    dtype: Literal["bf16", "fp8", "fp4"] = "bf16"
+    samples: int = setting(256, at_least=1)
+    held_out_samples: int = setting(32, at_least=1)
+    sequence_length: int = setting(1024, at_least=2)
+    layer_importance: Literal["cosine", "loss"] = "cosine"
+    parallelism: ParallelismConfig | None = None  # None: data parallel, on the ranks that there are
+
+
+JobConfig = RunConfig | ExportConfig | PruneConfig  # of the jobs that executors launch
 
 
 def sections() -> dict[str, type]:

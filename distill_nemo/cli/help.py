@@ -80,11 +80,11 @@ For a checkpoint that is not on this machine, give its architecture: student.che
 
 Exit code: 0 if the run fits; 1 if it does not, with changes that would make it fit."""
 
-EXPORT = """\
+ON_RANKS = """\
 Executor:
-  Without one, the export is this process, on one GPU if there is one. run.executor=NAME run.executor.FIELD=VALUE, as
-  for `nemo distill train`, starts ranks that share the model, and write and check it together. The same command
-  continues an interrupted export: files that are whole are kept.
+  Without one, the command is this process, on one GPU if there is one. run.executor=NAME run.executor.FIELD=VALUE, as
+  for `nemo distill train`, starts ranks that share the model and the work. The same command goes on after an
+  interruption and keeps the files that are whole.
 
 Options:
   --dryrun, --detach, --name, --yes as for `nemo distill train`"""

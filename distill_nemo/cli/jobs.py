@@ -8,9 +8,9 @@ import nemo_run as run
 
 from distill_nemo.cli.arguments import check_complete, override, parse_arguments
 from distill_nemo.cli.entrypoint import Command
-from distill_nemo.cli.help import EXPORT, command_help
+from distill_nemo.cli.help import ON_RANKS, command_help
 from distill_nemo.cli.launch import TrainContext
-from distill_nemo.config import ExportConfig, JobConfig
+from distill_nemo.config import ExportConfig, JobConfig, PruneConfig
 from distill_nemo.executors.worker_config import job_config_of
 
 
@@ -41,9 +41,15 @@ class ExportContext(JobContext):
     config = ExportConfig
 
 
-class ExportCommand(Command):
-    """`export`."""
+class PruneContext(JobContext):
+    """Context of `prune`."""
+
+    config = PruneConfig
+
+
+class JobCommand(Command):
+    """`export` and `prune`."""
 
     def page(self) -> str:
         """Return the text of `--help`."""
-        return command_help(self.name, self.fn, EXPORT)
+        return command_help(self.name, self.fn, ON_RANKS)

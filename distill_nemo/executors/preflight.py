@@ -80,10 +80,10 @@ def _check_absolute(config: JobConfig, work_dir: WorkDir) -> None:
 
 def _check_files(config: JobConfig, work_dir: Path) -> None:
     for name, path in paths_of(config):
-        if name.split(".")[-1] == "checkpoint":
+        if name.split(".")[-1] in ("checkpoint", "model"):
             try:
                 find_checkpoint(work_dir / path)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-        elif name in ("data.train", "data.valid") and not corpus_at(work_dir / path).files:
+        elif name in ("data", "data.train", "data.valid") and not corpus_at(work_dir / path).files:
             raise ValueError(f"{name}: no file {Path(work_dir, path)}.idx; make it with `nemo distill prepare`")

@@ -5,7 +5,7 @@ from typing import Any
 
 import fiddle as fdl
 
-from distill_nemo.config import ExportConfig, JobConfig, RunConfig, from_dict, to_dict
+from distill_nemo.config import ExportConfig, JobConfig, PruneConfig, RunConfig, from_dict, to_dict
 
 
 def run_config_of(recipe: fdl.Buildable) -> RunConfig:
@@ -36,6 +36,9 @@ def paths_of(config: JobConfig) -> Iterator[tuple[str, str]]:
         yield from (("output", config.output), ("checkpoint", config.checkpoint))
         if config.tokenizer is not None:
             yield "tokenizer", config.tokenizer
+        return
+    if isinstance(config, PruneConfig):
+        yield from (("output", config.output), ("model", config.model), ("data", config.data))
         return
     yield "output_dir", config.output_dir
     for role, model in (("student", config.student), ("teacher", config.teacher)):

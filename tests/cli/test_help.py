@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 
-from distill_nemo.config import ParallelismConfig, sections
+from distill_nemo.config import ParallelismConfig, PruneConfig, sections
 from distill_nemo.models.families import FAMILIES
 from tests.cli.command import BIN, Command, nemo, nemo_here, the_recipes, together
 
@@ -28,6 +28,10 @@ FIELDS = {
     "inspect": ["data", "samples", "tokenizer"],
     "export": [
         *("checkpoint", "output", "tokenizer", "copy_untouched"),
+        *(f"parallelism.{f.name}" for f in fields(ParallelismConfig)),
+    ],
+    "prune": [
+        *(f.name for f in fields(PruneConfig) if f.name != "parallelism"),
         *(f"parallelism.{f.name}" for f in fields(ParallelismConfig)),
     ],
     "convert": ["checkpoint", "output", "allow_pickle"],

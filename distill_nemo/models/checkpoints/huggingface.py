@@ -120,10 +120,11 @@ def export_hf(
 
 
 @contextlib.contextmanager
-def writing_export(path: Path) -> Iterator[Path]:
+def writing_export(path: Path, kept: str = "") -> Iterator[Path]:
     """Yield a directory to write an export into. It replaces `path` at the end, or is removed on a failure.
 
-    If this process or another rank is killed instead, it stays: the next export finds the weights in it.
+    If this process or another rank is killed instead, it stays: the next export finds the weights in it, and the file
+    `kept`.
 
     Raises:
         ValueError: if `path` may not be replaced, or another process writes there.
@@ -136,8 +137,9 @@ def writing_export(path: Path) -> Iterator[Path]:
         check_target(path)  # again: another export may have ended meanwhile
         try:
             with resuming_directory(target) as partial:
-                for file in (file for file in partial.rglob("*") if file.is_file() and file.suffix != ".safetensors"):
-                    file.unlink()
+                for file in (file for file in partial.rglob("*") if file.is_file()):
+                    if file.suffix != ".safetensors" and file.name != kept:
+                        file.unlink()
                 yield partial
         except (ValueError, OSError, AgreedError) as error:
             shutil.rmtree(partial_of(target), ignore_errors=True)

@@ -67,7 +67,7 @@ def write_weights(
     failure: OSError | SafetensorError | None = None
     with TensorFiles(directory, {file: files[file] for file in files if file in missing}, METADATA) as writing:
         try:
-            _begin(files, directory)
+            prepare_directory(files, directory)
             for file in by_rank[dist.get_rank()].keys() & missing:
                 writing.create(file)
         except OSError as error:
@@ -106,7 +106,7 @@ def _plan(parameters: Iterable[LocalParameter], copies: Copies, shapes: Shapes, 
         planned.append([{name: entries[name] for name in of_file} for of_file in names])
     total = sum(map(len, planned))
     numbers = iter(range(total))
-    return [{_file_name(next(numbers), total): entries for entries in of_rank} for of_rank in planned]
+    return [{file_name(next(numbers), total): entries for entries in of_rank} for of_rank in planned]
 
 
 def _whole_files(
@@ -141,8 +141,8 @@ def _announce(files: dict[str, Entries], missing: set[str], directory: Path) -> 
     print(f"{kept}writing {len(missing)} files, {size / 1e9:.1f} GB, into {directory}", flush=True)
 
 
-def _begin(files: dict[str, Entries], directory: Path) -> None:
-    """Remove files that do not belong there, and write the index. On rank 0 only."""
+def prepare_directory(files: dict[str, Entries], directory: Path) -> None:
+    """Remove safetensors that do not belong there, and write the index. On rank 0 only."""
     if dist.get_rank() != 0:
         return
     for path in {*directory.glob("*.safetensors"), directory / INDEX}:
@@ -257,5 +257,6 @@ def _rows_to_write(parameter: LocalParameter) -> list[WholeRows]:
     return joined_rows(parts, parameter) if parts is not None else []
 
 
-def _file_name(number: int, total: int) -> str:
+def file_name(number: int, total: int) -> str:
+    """Return the name of one of `total` files of weights, counted from 0."""
     return SINGLE_FILE if total == 1 else f"model-{number + 1:05d}-of-{total:05d}.safetensors"

@@ -21,8 +21,8 @@ from distill_nemo.models.families.pieces import (
     Table,
     clip,
     column_parallel,
+    expert_ffn,
     experts,
-    ffn,
     hidden,
     replicated,
     sized,
@@ -40,19 +40,24 @@ class GptOssFields(AlternatingWindows):
     sliding_window: int | None = setting(128, at_least=1, at_most=MAX_POSITIONS)
 
 
-@sized(lambda name, *others: {name: ((experts,), *((hidden,) for _ in others), (ffn, ffn))})
+def gate_and_up(place: Place) -> int:
+    """Return the rows of gate and up projection of one expert, which alternate by channel."""
+    return 2 * expert_ffn(place)
+
+
+@sized(lambda name, *others: {name: ((experts,), *((hidden,) for _ in others), (gate_and_up,))})
 def _interleaved(name: str, *others: int) -> Rule:
     """Split gate and up projection separately: the even and the odd of an expert's last dimension.
 
     Args:
-        name: tensor of all experts, [experts, hidden, 2 * ffn], or their biases, [experts, 2 * ffn].
+        name: tensor of all experts, [experts, hidden, 2 * expert_ffn], or their biases, [experts, 2 * expert_ffn].
         others: the middle dimension, if there is one; it becomes the parameter's second.
     """
 
     def pieces(place: Place) -> list[Piece]:
         axes = (len(others) + 1, *others)
         middle = [slice(0, hidden(place)) for _ in others]
-        ends = [slice(first, 2 * ffn(place) - 1 + first, 2) for first in range(2)]
+        ends = [slice(first, gate_and_up(place) - 1 + first, 2) for first in range(2)]
         halves = [Piece(_named(name, place), (_own(place), *middle, end), axes) for end in ends]
         return [piece for half in halves for piece in clip([half], place)]
 
@@ -60,8 +65,8 @@ def _interleaved(name: str, *others: int) -> Rule:
 
 
 def _transposed(place: Place) -> list[Piece]:
-    """Split the columns of [hidden, ffn], stored as [experts, ffn, hidden]."""
-    share = ffn(place) // place.size
+    """Split the columns of [hidden, expert_ffn], stored as [experts, expert_ffn, hidden]."""
+    share = expert_ffn(place) // place.size
     columns = slice(place.rank * share, (place.rank + 1) * share)
     return [Piece(_named(DOWN, place), (_own(place), columns, slice(0, hidden(place))), axes=(2, 1))]
 
@@ -93,7 +98,7 @@ TABLE: Table = {
     "mlp.router.bias": replicated(LAYER + "mlp.router.bias", experts),
     EXPERT + "linear_fc1.weight": _interleaved(GATE_UP, 1),
     EXPERT + "linear_fc1.bias": _interleaved(GATE_UP + "_bias"),
-    EXPERT + "linear_fc2.weight": SizedRule(_transposed, {DOWN: ((experts,), (ffn,), (hidden,))}),
+    EXPERT + "linear_fc2.weight": SizedRule(_transposed, {DOWN: ((experts,), (expert_ffn,), (hidden,))}),
     EXPERT + "linear_fc2.bias": SizedRule(_down_bias, {DOWN + "_bias": ((experts,), (hidden,))}),
 }
 

@@ -16,8 +16,8 @@ from distill_nemo.models.families.pieces import (
     SizedRule,
     Table,
     clip,
+    expert_ffn,
     experts,
-    ffn,
     hidden,
     layer_table,
     replicated,
@@ -29,15 +29,15 @@ NAMES = {"count": "num_local_experts", "width": "intermediate_size"}
 
 
 def _gate_up(place: Place) -> list[Piece]:
-    """Split gate and up projection separately, from [experts, 2 * ffn, hidden]."""
-    width = ffn(place)
+    """Split gate and up projection separately, from [experts, 2 * expert_ffn, hidden]."""
+    width = expert_ffn(place)
     halves = [_matrix(GATE_UP, place, slice(start, start + width), slice(0, hidden(place))) for start in (0, width)]
     return [piece for half in halves for piece in clip([half], place)]
 
 
 def _down(place: Place) -> list[Piece]:
-    """Split the columns of [experts, hidden, ffn]."""
-    share = ffn(place) // place.size
+    """Split the columns of [experts, hidden, expert_ffn]."""
+    share = expert_ffn(place) // place.size
     columns = slice(place.rank * share, (place.rank + 1) * share)
     return [_matrix(DOWN, place, slice(0, hidden(place)), columns)]
 
@@ -50,8 +50,8 @@ def _matrix(name: str, place: Place, rows: slice, columns: slice) -> Piece:
 
 EXPERTS: Table = {
     "mlp.router.weight": replicated(BLOCK + "router.layer.weight", experts, hidden),
-    EXPERT + "linear_fc1.weight": SizedRule(_gate_up, {GATE_UP: ((experts,), (ffn, ffn), (hidden,))}),
-    EXPERT + "linear_fc2.weight": SizedRule(_down, {DOWN: ((experts,), (hidden,), (ffn,))}),
+    EXPERT + "linear_fc1.weight": SizedRule(_gate_up, {GATE_UP: ((experts,), (expert_ffn, expert_ffn), (hidden,))}),
+    EXPERT + "linear_fc2.weight": SizedRule(_down, {DOWN: ((experts,), (hidden,), (expert_ffn,))}),
 }
 
 

@@ -89,41 +89,47 @@ def _latent(place: Place) -> Latent:
     return place.model.latent
 
 
-def _query_rank(place: Place) -> int:
+def query_rank(place: Place) -> int:
+    """Return the width of the queries' latent."""
     return _latent(place).q_lora_rank or 0
 
 
-def _queries(place: Place) -> int:
+def latent_queries(place: Place) -> int:
+    """Return the channels of all queries."""
     return place.model.num_attention_heads * _latent(place).qk_head_dim
 
 
-def _values(place: Place) -> int:
+def latent_values(place: Place) -> int:
+    """Return the channels of all values."""
     return place.model.num_attention_heads * place.model.kv_channels
 
 
-def _key_rank(place: Place) -> int:
+def key_rank(place: Place) -> int:
+    """Return the width of the latent of keys and values."""
     return _latent(place).kv_lora_rank
 
 
-def _down(place: Place) -> int:
-    return _key_rank(place) + _latent(place).qk_rope_head_dim
+def key_rank_and_rope(place: Place) -> int:
+    """Return the width of that latent, and the key's rotated channels."""
+    return key_rank(place) + _latent(place).qk_rope_head_dim
 
 
-def _up(place: Place) -> int:
+def latent_keys_values(place: Place) -> int:
+    """Return the channels of keys that are not rotated, and of values, which alternate by head."""
     return place.model.num_attention_heads * (_latent(place).qk_nope_head_dim + place.model.kv_channels)
 
 
 MEGATRON = "self_attention."
 LATENT_ATTENTION: Table = {
     "input_layernorm.weight": ATTENTION["input_layernorm.weight"],
-    MEGATRON + "linear_kv_down_proj.weight": replicated(SELF + "kv_a_proj_with_mqa.weight", _down, hidden),
-    MEGATRON + "kv_layernorm.weight": replicated(SELF + "kv_a_layernorm.weight", _key_rank),
-    MEGATRON + "linear_kv_up_proj.weight": column_parallel(SELF + "kv_b_proj.weight", _up, _key_rank),
-    MEGATRON + "linear_proj.weight": row_parallel(SELF + "o_proj.weight", hidden, _values),
+    MEGATRON + "linear_kv_down_proj.weight": replicated(SELF + "kv_a_proj_with_mqa.weight", key_rank_and_rope, hidden),
+    MEGATRON + "kv_layernorm.weight": replicated(SELF + "kv_a_layernorm.weight", key_rank),
+    MEGATRON + "linear_kv_up_proj.weight": column_parallel(SELF + "kv_b_proj.weight", latent_keys_values, key_rank),
+    MEGATRON + "linear_proj.weight": row_parallel(SELF + "o_proj.weight", hidden, latent_values),
 }
-QUERIES: Table = {MEGATRON + "linear_q_proj.weight": column_parallel(SELF + "q_proj.weight", _queries, hidden)}
+QUERIES: Table = {MEGATRON + "linear_q_proj.weight": column_parallel(SELF + "q_proj.weight", latent_queries, hidden)}
 QUERIES_WITH_LATENT: Table = {
-    MEGATRON + "linear_q_down_proj.weight": replicated(SELF + "q_a_proj.weight", _query_rank, hidden),
-    MEGATRON + "q_layernorm.weight": replicated(SELF + "q_a_layernorm.weight", _query_rank),
-    MEGATRON + "linear_q_up_proj.weight": column_parallel(SELF + "q_b_proj.weight", _queries, _query_rank),
+    MEGATRON + "linear_q_down_proj.weight": replicated(SELF + "q_a_proj.weight", query_rank, hidden),
+    MEGATRON + "q_layernorm.weight": replicated(SELF + "q_a_layernorm.weight", query_rank),
+    MEGATRON + "linear_q_up_proj.weight": column_parallel(SELF + "q_b_proj.weight", latent_queries, query_rank),
 }

@@ -13,8 +13,8 @@ from distill_nemo.models.families.pieces import (
     EXPERT,
     LAYER,
     Table,
+    expert_ffn,
     experts,
-    ffn,
     gated,
     hidden,
     layer_table,
@@ -27,8 +27,8 @@ BLOCK = LAYER + "block_sparse_moe."
 ONE = BLOCK + "experts.{e}."
 EXPERTS: Table = {
     "mlp.router.weight": replicated(BLOCK + "gate.weight", experts, hidden),
-    EXPERT + "linear_fc1.weight": gated(ONE + "w1.weight", ONE + "w3.weight"),
-    EXPERT + "linear_fc2.weight": row_parallel(ONE + "w2.weight", hidden, ffn),
+    EXPERT + "linear_fc1.weight": gated(ONE + "w1.weight", ONE + "w3.weight", expert_ffn),
+    EXPERT + "linear_fc2.weight": row_parallel(ONE + "w2.weight", hidden, expert_ffn),
 }
 NAMES = {"count": "num_local_experts", "width": "intermediate_size"}
 

@@ -21,6 +21,7 @@ from distill_nemo.models.families.pieces import (
     Place,
     Table,
     column_parallel,
+    expert_ffn,
     experts,
     ffn,
     heads,
@@ -230,8 +231,8 @@ EXPERTS: Table = {
     "pre_mlp_layernorm.weight": NORM,
     "mlp.router.weight": replicated(MIXER + "gate.weight", experts, hidden),
     EXPERT_BIAS: replicated(MIXER + "gate.e_score_correction_bias", experts),
-    EXPERT + "linear_fc1.weight": column_parallel(MIXER + "experts.{e}.up_proj.weight", ffn, hidden),
-    EXPERT + "linear_fc2.weight": row_parallel(MIXER + "experts.{e}.down_proj.weight", hidden, ffn),
+    EXPERT + "linear_fc1.weight": column_parallel(MIXER + "experts.{e}.up_proj.weight", expert_ffn, hidden),
+    EXPERT + "linear_fc2.weight": row_parallel(MIXER + "experts.{e}.down_proj.weight", hidden, expert_ffn),
     "mlp.shared_experts.linear_fc1.weight": column_parallel(
         MIXER + "shared_experts.up_proj.weight", shared_ffn, hidden
     ),

@@ -121,7 +121,13 @@ def head(place: Place) -> int:
 
 
 def ffn(place: Place) -> int:
-    """Return the width of the MLP, or of one expert."""
+    """Return the width of the MLP."""
+    assert place.layer.ffn_hidden_size is not None
+    return place.layer.ffn_hidden_size
+
+
+def expert_ffn(place: Place) -> int:
+    """Return the width of one expert."""
     assert place.layer.ffn_hidden_size is not None
     return place.layer.ffn_hidden_size
 
@@ -286,9 +292,9 @@ MLP: Table = {
 EXPERTS: Table = {
     "mlp.router.weight": replicated(LAYER + "mlp.gate.weight", experts, hidden),
     EXPERT + "linear_fc1.weight": gated(
-        LAYER + "mlp.experts.{e}.gate_proj.weight", LAYER + "mlp.experts.{e}.up_proj.weight"
+        LAYER + "mlp.experts.{e}.gate_proj.weight", LAYER + "mlp.experts.{e}.up_proj.weight", expert_ffn
     ),
-    EXPERT + "linear_fc2.weight": row_parallel(LAYER + "mlp.experts.{e}.down_proj.weight", hidden, ffn),
+    EXPERT + "linear_fc2.weight": row_parallel(LAYER + "mlp.experts.{e}.down_proj.weight", hidden, expert_ffn),
 }
 ROUTER_BIAS: Table = {EXPERT_BIAS: replicated(LAYER + "mlp.gate.e_score_correction_bias", experts)}
 SHARED_GATE: Table = {

@@ -1,5 +1,6 @@
 """Tensors of a whole model, in Hugging Face's naming and in Megatron's, from its family's tables."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from math import prod
 from typing import NamedTuple
@@ -114,5 +115,17 @@ def shapes_of(pieces: Iterable[Piece]) -> Shapes:
 
 
 def num_parameters(model: Architecture) -> int:
-    """Return the number of parameters of a model."""
-    return sum(map(prod, hf_shapes(model).values()))
+    """Return the number of parameters of a model. Layers of a kind, and their experts, are counted once."""
+    tied = {OUTPUT} if model.tie_word_embeddings else set()
+    outside = {name: rule for name, rule in table_around(model).items() if name not in tied}
+    kinds = Counter(model.layers).items()
+    return _count(model, OUTSIDE, outside) + sum(n * _count(model, each, table_of(model, each)) for each, n in kinds)
+
+
+def _count(model: Architecture, layer: Layer, table: Table) -> int:
+    return sum(
+        _copies(model, name) * prod(piece.shape)
+        for name, rule in table.items()
+        for piece in rule(Place(model, layer))
+        if piece.name
+    )

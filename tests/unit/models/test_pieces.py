@@ -417,7 +417,7 @@ def test_dimensions_are_known_by_what_they_hold(models):
     assert phi3[f"{layer}self_attn.qkv_proj.weight"] == ("heads+groups+groups", "hidden")
     assert phi3[f"{layer}mlp.gate_up_proj.weight"] == ("ffn+ffn", "hidden")
     assert moe[f"{layer}mlp.gate.weight"] == ("experts", "hidden")
-    assert moe[f"{layer}mlp.experts.3.down_proj.weight"] == ("hidden", "ffn")
+    assert moe[f"{layer}mlp.experts.3.down_proj.weight"] == ("hidden", "expert_ffn")
 
 
 def test_files_of_sixteen_bits_are_read_into_fp32_and_back(models, groups, tmp_path):

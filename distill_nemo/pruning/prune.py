@@ -1,0 +1,284 @@
+"""`nemo distill prune`: score, choose, cut, check, publish. Every rank calls it."""
+
+import contextlib
+import gc
+import json
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from transformers import AutoConfig
+
+from distill_nemo.checks import check_prune
+from distill_nemo.config import ParallelismConfig, PruneConfig, RunConfig, StudentConfig
+from distill_nemo.data.token_files import check_token_files, check_vocabulary
+from distill_nemo.fields import require
+from distill_nemo.models.architecture import Architecture
+from distill_nemo.models.checkpoints.export_files import ExportFiles, export_files
+from distill_nemo.models.checkpoints.huggingface import check_export, check_target, writing_export
+from distill_nemo.models.checkpoints.local_parameters import local_parameters
+from distill_nemo.models.checkpoints.pretrained import empty_model, open_pretrained
+from distill_nemo.models.checkpoints.tensor_files import DTYPES
+from distill_nemo.models.families.tensors import num_parameters
+from distill_nemo.models.megatron import check_layout
+from distill_nemo.models.provider import model_provider
+from distill_nemo.models.resolve import resolve
+from distill_nemo.models.source_check import refusal_of_sources
+from distill_nemo.pruning.calibration import Calibration, data_config
+from distill_nemo.pruning.choice import Kept, Scores, choose, kept_layers
+from distill_nemo.pruning.record import RECORD, earlier_record, identity_of, kept_of, plain_scores, write_record
+from distill_nemo.pruning.search import candidates, target_parameters
+from distill_nemo.pruning.sizes import (
+    Sizes,
+    check_prunable,
+    complete,
+    evenly_spaced,
+    given_sizes,
+    odd_widths,
+    sizes_of,
+    smaller,
+    with_source,
+)
+from distill_nemo.pruning.tensors import CutTensors, write_cut
+from distill_nemo.runtime.everyone import Everyone
+from distill_nemo.runtime.process_groups import is_joined, process_groups, raise_everywhere, rank, world_size
+from distill_nemo.runtime.seed import seed_everything
+from distill_nemo.training.data import check_tokenizers
+
+CACHE = "index_cache"
+
+
+def prune(config: PruneConfig) -> None:
+    """Cut a model, and publish the result as a Hugging Face directory. Every rank calls it, after `setup_device`.
+
+    Raises:
+        ValueError: for sizes, data or a layout that do not fit the model, before anything is computed.
+        RuntimeError: if transformers' logits of the result differ from ours.
+    """
+    check_prune(config, world_size())
+    check_target(Path(config.output))
+    model = resolve(StudentConfig(checkpoint=config.model))
+    check_prunable(model)
+    parallelism = config.parallelism or ParallelismConfig()
+    possible = _possible_sizes(model, config, parallelism)
+    _check_data(config, model)
+    refusal = refusal_of_sources(model) if rank() == 0 or is_joined() else None
+    with process_groups(parallelism):
+        raise_everywhere(refusal)
+        seed_everything(0)
+        everyone = Everyone()
+        with contextlib.ExitStack() as aside:  # used on rank 0 only
+
+            def begin() -> str:
+                return str(aside.enter_context(writing_export(Path(config.output), RECORD)))
+
+            directory = Path(everyone.on_rank_0(begin))
+            calibration = Calibration.of(config, model.vocab_size, directory / CACHE)
+            _Pruning(config, model, parallelism, calibration, directory, everyone).run(possible)
+            everyone.on_rank_0(aside.close)
+    _say(f"published {config.output}")
+
+
+def _possible_sizes(model: Architecture, config: PruneConfig, parallelism: ParallelismConfig) -> list[Sizes]:
+    """Return the sizes that the config states, or the candidates for its target.
+
+    Raises:
+        ValueError: if there are none, or the layout does not divide them.
+    """
+    check_layout(model, parallelism)
+    most, ranks = target_parameters(config), parallelism.tensor_model_parallel_size
+    if most is not None:
+        return _accepted(model, candidates(model, config, most, ranks))
+    sizes = complete(model, given_sizes(config))
+    require(sizes != sizes_of(model), f"nothing would be cut from {model.name}: state a smaller size")
+    if warning := odd_widths(sizes, model):
+        _say(warning)
+    check_layout(smaller(model, sizes, evenly_spaced(model, sizes)), parallelism)
+    return _accepted(model, [sizes])
+
+
+def _accepted(model: Architecture, possible: list[Sizes]) -> list[Sizes]:
+    """Return the sizes that transformers accepts.
+
+    Raises:
+        ValueError: if it refuses all, with its reason for the first.
+    """
+    accepted, refusals = [], []
+    for sizes in possible:
+        layers = evenly_spaced(model, sizes)
+        try:
+            _check_with_transformers(with_source(model, smaller(model, sizes, layers), layers))
+            accepted.append(sizes)
+        except ValueError as error:
+            refusals.append(error)
+    if not accepted:
+        raise refusals[0]
+    return accepted
+
+
+def _check_with_transformers(cut: Architecture) -> None:
+    """Build the model without memory from its config.json alone, and compare the number of parameters."""
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory, "config.json").write_text(json.dumps(_files(cut, torch.float32).config))
+        try:
+            theirs = empty_model(open_pretrained(AutoConfig, directory))
+        except Exception as error:  # transformers raises errors of any type
+            reason = " ".join(str(error).split()).replace(directory, "")
+            raise ValueError(f"transformers refuses these sizes of {cut.name}: {reason:.400}") from None
+    stored = theirs.state_dict().keys()
+    count = sum(each.numel() for each in theirs.parameters())
+    count += sum(each.numel() for name, each in theirs.named_buffers() if name in stored)
+    require(
+        count == num_parameters(cut),
+        f"transformers has no {cut.family} of these sizes: {count:,} parameters there, {num_parameters(cut):,} here. "
+        "In some of its classes a head has hidden_size / num_attention_heads channels: cut both by the same factor",
+    )
+
+
+def _files(cut: Architecture, dtype: torch.dtype) -> ExportFiles:
+    assert cut.source is not None
+    return export_files(cut, dtype, cut.source.weights, None)
+
+
+def _check_data(config: PruneConfig, model: Architecture) -> None:
+    run = RunConfig("", StudentConfig(checkpoint=config.model), data=data_config(config))
+    check_token_files(run.data)
+    check_vocabulary(run.data, model.vocab_size)
+    check_tokenizers(run, model)
+
+
+@dataclass(frozen=True)
+class _Pruning:
+    """One call of `prune` on a rank: what all its steps need."""
+
+    config: PruneConfig
+    model: Architecture
+    parallelism: ParallelismConfig
+    calibration: Calibration
+    directory: Path
+    everyone: Everyone
+
+    def run(self, possible: list[Sizes]) -> None:
+        """Write the result into the directory, and compare it with transformers."""
+        tokens = self.everyone.on_rank_0(self.calibration.tokens_sha256)
+        identity = identity_of(self.config, self.model, tokens)
+        earlier = self.everyone.on_rank_0(lambda: earlier_record(self.directory, identity))
+        if earlier is not None:
+            _say("the scores of an interrupted call are used again")
+        record = earlier or {"identity": identity, **self._chosen(possible, tokens)}
+        sizes, kept = record["result"]["sizes"], kept_of(record["kept"])
+        cut = self._cut(sizes, kept.layers)
+        with CutTensors(self.model, cut, kept) as tensors:
+            self.everyone.on_rank_0(lambda: self._begin(record, cut, tensors))
+            write_cut(tensors, self.directory, self.everyone)
+            chunk = self._built(cut, tensors)
+        check_export([chunk], cut, self.directory, everyone=self.everyone)
+        self.everyone.on_rank_0(lambda: shutil.rmtree(self.directory / CACHE))
+        _say(_summary(record))
+
+    def _chosen(self, possible: list[Sizes], tokens_sha256: str) -> dict[str, Any]:
+        """Return the record of the cut with the lowest held-out loss."""
+        scores, before = self._scores()
+        tried = []
+        for number, sizes in enumerate(possible, 1):
+            kept = kept_of(self.everyone.on_rank_0(lambda sizes=sizes: asdict(self._kept(scores, sizes))))
+            tried.append((self._loss(sizes, kept), sizes, kept))
+            if len(possible) > 1:
+                _say(f"candidate {number} of {len(possible)}: held-out LM loss {tried[-1][0]:.4f} with {sizes}")
+        loss, sizes, kept = min(tried, key=lambda each: each[0])
+        return self._described(sizes, kept) | {
+            "calibration": self._calibrated(tokens_sha256),
+            "held_out_lm_loss": {"model": round(before, 4), "result": round(loss, 4)},
+            "candidates": [{"sizes": each, "held_out_lm_loss": round(value, 4)} for value, each, _ in tried],
+            "kept": asdict(kept),
+            "scores": plain_scores(scores) if scores is not None else None,
+        }
+
+    def _scores(self) -> tuple[Scores | None, float]:
+        """Return the scores, on rank 0, and the source's held-out loss."""
+        _say(f"scoring with {self.config.samples} samples of {self.config.sequence_length} tokens")
+        chunk = self._stage(self.model)
+        scores = self.calibration.scores(chunk, self.model)
+        before = self.calibration.held_out_loss(chunk)
+        if self.config.layer_importance == "loss":
+            losses = self.calibration.losses_without_a_layer(chunk, self.model.num_layers)
+            if scores is not None:
+                scores.layers = torch.tensor(losses, dtype=torch.float64) - before
+        return scores, before
+
+    def _kept(self, scores: Scores | None, sizes: Sizes) -> Kept:
+        assert scores is not None, "rank 0 has them"
+        cut = smaller(self.model, sizes, kept_layers(scores, sizes["num_layers"]))
+        return choose(scores, self.model, cut, sizes)
+
+    def _loss(self, sizes: Sizes, kept: Kept) -> float:
+        cut = self._cut(sizes, kept.layers)
+        with CutTensors(self.model, cut, kept) as tensors:
+            loss = self.calibration.held_out_loss(self._built(cut, tensors))
+        gc.collect()
+        return loss
+
+    def _cut(self, sizes: Sizes, layers: list[int]) -> Architecture:
+        """Return the result's architecture. Its source is that of the model, with the result's config.json."""
+        cut = smaller(self.model, sizes, layers)
+        return replace(with_source(self.model, cut, layers), name=self.config.output)
+
+    def _stage(self, model: Architecture, load_weights: bool = True) -> GPTModel:
+        """Return this rank's pipeline stage in fp32, in which no layout changes a choice."""
+        built = model_provider(
+            parallel_state.is_pipeline_first_stage(),
+            parallel_state.is_pipeline_last_stage(),
+            student=model,
+            parallelism=self.parallelism,
+            load_weights=load_weights,
+        )
+        assert isinstance(built, GPTModel)
+        return built.cuda()
+
+    def _built(self, cut: Architecture, tensors: CutTensors) -> GPTModel:
+        """Return this rank's pipeline stage of a result that is not written."""
+        built = self._stage(cut, load_weights=False)
+        for parameter in local_parameters(built, cut):
+            parameter.fill(tensors.read)
+        return built
+
+    def _begin(self, record: dict[str, Any], cut: Architecture, tensors: CutTensors) -> None:
+        """Write all but the weights. On rank 0."""
+        if earlier_record(self.directory, record["identity"]) is None:
+            for file in self.directory.glob("*.safetensors"):
+                file.unlink()  # of another cut
+        files = _files(cut, DTYPES[next(iter(tensors.entries.values())).dtype])
+        files.check()
+        files.write(self.directory)
+        write_record(self.directory, record)
+
+    def _described(self, sizes: Sizes, kept: Kept) -> dict[str, Any]:
+        cut = smaller(self.model, sizes, kept.layers)
+        described = {"family": self.model.family, "num_parameters": num_parameters(self.model)}
+        return {
+            "model": {"path": self.config.model, **described, "sizes": sizes_of(self.model)},
+            "result": {"num_parameters": num_parameters(cut), "sizes": sizes},
+        }
+
+    def _calibrated(self, tokens_sha256: str) -> dict[str, Any]:
+        names = ("data", "samples", "held_out_samples", "sequence_length", "layer_importance")
+        return {name: vars(self.config)[name] for name in names} | {"tokens_sha256": tokens_sha256}
+
+
+def _summary(record: dict[str, Any]) -> str:
+    before, after, loss = record["model"], record["result"], record["held_out_lm_loss"]
+    cut = [f"{name} {before['sizes'][name]} -> {size}" for name, size in after["sizes"].items()]
+    return (
+        f"{before['num_parameters']:,} -> {after['num_parameters']:,} parameters; {', '.join(cut)}; layers "
+        f"{record['kept']['layers']} stay\nheld-out LM loss {loss['model']:.4f} -> {loss['result']:.4f}: distil it next"
+    )
+
+
+def _say(text: str) -> None:
+    if rank() == 0:
+        print(text, flush=True)

@@ -1,0 +1,64 @@
+"""`pruning.json`: what was cut, by which scores, and from which model and data."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from distill_nemo.config import PruneConfig
+from distill_nemo.models.architecture import Architecture
+from distill_nemo.pruning.choice import Kept, Scores
+from distill_nemo.runtime.files import read_object_if_any, write_atomically
+
+RECORD = "pruning.json"
+NOT_THE_RESULT = ("model", "output", "data", "parallelism")  # fields that do not change it
+
+
+def identity_of(config: PruneConfig, model: Architecture, tokens_sha256: str) -> str:
+    """Return a hash of all that the choice depends on. Of the model's files, size and time of change count."""
+    assert model.source is not None
+    files = sorted({tensor.file for tensor in model.source.tensors.values()})
+    stats = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    fields = {name: value for name, value in asdict(config).items() if name not in NOT_THE_RESULT}
+    content = [fields, stats, model.source.config, tokens_sha256]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def earlier_record(directory: Path, identity: str) -> dict[str, Any] | None:
+    """Return the record of an interrupted call that cut the same, or None."""
+    try:
+        record = read_object_if_any(directory / RECORD)
+    except ValueError:
+        return None
+    return record if record.get("identity") == identity else None
+
+
+def write_record(directory: Path, record: dict[str, Any]) -> None:
+    """Write the record, a line for each of its entries."""
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in record.items()]
+    write_atomically(directory / RECORD, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def plain_scores(scores: Scores) -> dict[str, Any]:
+    """Return the scores with four digits."""
+    return {name: _plain(value) for name, value in vars(scores).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return _plain(value.tolist())
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list) else float(f"{value:.4g}")
+
+
+def kept_of(plain: dict[str, Any]) -> Kept:
+    """Return the parts that a record lists; JSON has numbers of layers as text."""
+    return Kept(**{name: _numbered(value) for name, value in plain.items()})
+
+
+def _numbered(value: Any) -> Any:
+    return {int(key): _numbered(each) for key, each in value.items()} if isinstance(value, dict) else value

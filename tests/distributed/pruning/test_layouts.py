@@ -1,0 +1,119 @@
+"""`prune` at every layout: the same bytes."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from distill_nemo.config import PruneConfig
+from tests.distillation import Layout
+from tests.spawn import Gloo, ProcessEndedError
+from tests.tiny_models import write_hf
+
+SIZES = {"num_layers": 3, "hidden_size": 48, "num_attention_heads": 2, "num_query_groups": 2, "sequence_length": 32}
+LAYOUTS = {
+    "llama": {
+        "TP=2": Layout(tensor=2),
+        "TP=2, SP": Layout(tensor=2, sequence_parallel=True),
+        "PP=2": Layout(pipeline=2),
+        "DP=2": Layout(),
+    },
+    "qwen3_moe": {"TP=2": Layout(tensor=2), "EP=2": Layout(expert=2), "PP=2": Layout(pipeline=2)},
+}
+WIDTHS = {"llama": {"ffn_hidden_size": 64}, "qwen3_moe": {"num_experts": 2, "moe_ffn_hidden_size": 32}}
+
+
+def pruned(path, data, output, family, layout, **changes):
+    """Prune on this rank. Return the error, if there is one."""
+    from distill_nemo.runtime.device import setup_device
+
+    setup_device()
+    from distill_nemo.pruning.prune import prune
+
+    config = PruneConfig(path, output, data, **SIZES, **WIDTHS[family], samples=8, held_out_samples=4)
+    config.parallelism = layout.config()
+    try:
+        prune(replace(config, **changes))
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return None
+
+
+def content(directory):
+    """Return the bytes of every file, and the record without what rounding changes."""
+    files = {path.name: path.read_bytes() for path in sorted(Path(directory).iterdir())}
+    record = json.loads(files.pop("pruning.json"))
+    scores = record.pop("scores")
+    return files, record, scores
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_every_layout_cuts_the_same(inputs, tmp_path, one, two, family):
+    path = write_hf(tmp_path / "source", family)
+    assert one.run(pruned, path, f"{inputs}/train", str(tmp_path / "one"), family, Layout()) == [None]
+    expected = content(tmp_path / "one")
+    assert {"config.json", "model.safetensors"} <= expected[0].keys()
+    assert expected[1]["result"]["sizes"]["num_layers"] == 3
+    for name, layout in LAYOUTS[family].items():
+        output = tmp_path / name
+        assert two.run(pruned, path, f"{inputs}/train", str(output), family, layout) == [None, None], name
+        found = content(output)
+        assert found[:2] == expected[:2], name
+        assert found[2].keys() == expected[2].keys()
+        for layer, numbers in expected[2]["experts"].items():
+            assert found[2]["experts"][layer] == pytest.approx(numbers, rel=2e-3), name
+        assert found[2]["layers"] == pytest.approx(expected[2]["layers"], rel=2e-3), name
+        assert found[2]["hidden"] == pytest.approx(expected[2]["hidden"], rel=2e-3), name
+
+
+def killed_before_its_file_is_whole(path, data, output):
+    """Prune, and end by SIGKILL when the weights are written but have no name yet."""
+    from distill_nemo.runtime.device import setup_device
+
+    setup_device()
+    from distill_nemo.pruning import tensors
+
+    tensors.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+    pruned(path, data, output, "llama", Layout())
+
+
+def test_a_call_ended_by_kill_9_goes_on_with_its_scores(inputs, tmp_path, one):
+    path, data = write_hf(tmp_path / "source", "llama"), f"{inputs}/train"
+    with Gloo(1, init=False, timeout=200) as group, pytest.raises((ProcessEndedError, RuntimeError)):
+        group.run(killed_before_its_file_is_whole, path, data, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    record = tmp_path / ".out.partial/pruning.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"marked": True}))
+    for name in ("out", "other"):
+        assert one.run(pruned, path, data, str(tmp_path / name), "llama", Layout()) == [None]
+    resumed, other = content(tmp_path / "out"), content(tmp_path / "other")
+    assert resumed[1].pop("marked") and "marked" not in other[1]
+    assert resumed == other
+    assert not list(tmp_path.glob(".*partial"))
+
+
+def test_a_target_is_met_by_the_candidate_with_the_lowest_loss(inputs, tmp_path, one):
+    path = write_hf(tmp_path / "source", "llama", width=256, heads=8, groups=4)
+    changes = dict.fromkeys(SIZES.keys() - {"sequence_length"}) | {
+        **{"ffn_hidden_size": None, "target_params": 900_000, "layer_importance": "loss"},
+    }
+    answer = one.run(target_of, path, f"{inputs}/train", str(tmp_path / "out"), changes)
+    assert answer == [None]
+    record = json.loads((tmp_path / "out/pruning.json").read_text())
+    losses = [each["held_out_lm_loss"] for each in record["candidates"]]
+    assert len(losses) > 1 and record["held_out_lm_loss"]["result"] == min(losses)
+    assert 810_000 <= record["result"]["num_parameters"] <= 900_000
+
+
+def target_of(path, data, output, changes):
+    return pruned(path, data, output, "llama", Layout(), **changes)
+
+
+def test_sizes_that_do_not_fit_leave_nothing_behind(inputs, tmp_path, one):
+    path = write_hf(tmp_path / "source", "llama")
+    (error,) = one.run(pruned, path, f"{inputs}/train", str(tmp_path / "out"), "qwen3_moe", Layout())
+    assert "num_experts = 2: " in error and "can be cut to:" in error
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["source"]

@@ -1,0 +1,133 @@
+"""Sizes that can be had, candidates for a target, and choices among equal scores."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from distill_nemo.checks import check_prune
+from distill_nemo.config import ParallelismConfig, PruneConfig, StudentConfig
+from distill_nemo.models.families.tensors import num_parameters
+from distill_nemo.models.resolve import resolve
+from distill_nemo.pruning.choice import highest
+from distill_nemo.pruning.search import candidates, target_parameters
+from distill_nemo.pruning.sizes import complete, evenly_spaced, sizes_of, smaller
+
+QWEN3_8B = StudentConfig(
+    family="qwen3",
+    num_layers=36,
+    hidden_size=4096,
+    ffn_hidden_size=12288,
+    num_attention_heads=32,
+    num_query_groups=8,
+    kv_channels=128,
+    vocab_size=151936,
+)
+QWEN3_30B = StudentConfig(
+    family="qwen3_moe",
+    num_layers=48,
+    hidden_size=2048,
+    num_attention_heads=32,
+    num_query_groups=4,
+    kv_channels=128,
+    vocab_size=151936,
+    num_experts=128,
+    num_experts_per_tok=8,
+    moe_ffn_hidden_size=768,
+)
+CONFIG = PruneConfig("m", "out", "data")
+
+
+def test_of_equal_scores_the_first_stay():
+    assert highest(torch.tensor([1.0, 3.0, 2.0, 3.0, 2.0, 2.0]), 3) == [1, 2, 3]
+    assert highest(torch.zeros(5), 2) == [0, 1]
+
+
+def test_groups_keep_their_heads_unless_heads_are_given():
+    model = resolve(QWEN3_8B)
+    assert complete(model, {"num_query_groups": 6})["num_attention_heads"] == 24
+    sizes = complete(model, {"num_attention_heads": 24})
+    assert (sizes["num_query_groups"], sizes["num_attention_heads"]) == (8, 24)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (
+            {"num_attention_heads": 32, "num_query_groups": 4},
+            "num_query_groups times 1 to 4: heads stay in",
+        ),
+        ({"num_attention_heads": 20}, "num_attention_heads = 20 with num_query_groups = 8 is not possible"),
+        ({"hidden_size": 5000}, "hidden_size          1 to 4096"),
+        ({"num_layers": 37}, "num_layers           1 to 36"),
+        ({"num_experts": 4}, "num_experts = 4: m has none"),
+    ],
+)
+def test_impossible_sizes_are_refused_with_those_that_are_possible(given, reason):
+    model = replace(resolve(QWEN3_8B), name="m")
+    with pytest.raises(ValueError, match="m can be cut to:\n  num_layers") as error:
+        complete(model, given)
+    assert reason in str(error.value)
+
+
+def test_experts_of_a_token_must_stay():
+    with pytest.raises(ValueError, match=r"num_experts = 4 is not possible[^$]*num_experts +8 \(of a token\) to 128"):
+        complete(resolve(QWEN3_30B), {"num_experts": 4})
+    with pytest.raises(ValueError, match=r"ffn_hidden_size = 64: .* moe_ffn_hidden_size cuts them"):
+        complete(resolve(QWEN3_30B), {"ffn_hidden_size": 64})
+
+
+@pytest.mark.parametrize(("model", "target", "ranks"), [(QWEN3_8B, 6e9, 1), (QWEN3_8B, 4e9, 2), (QWEN3_30B, 16e9, 1)])
+def test_candidates_meet_the_target_in_sizes_that_ranks_divide(model, target, ranks):
+    model = resolve(model)
+    found = candidates(model, replace(CONFIG, target_params=target), int(target), ranks)
+    assert 2 <= len(found) <= 24
+    width = "moe_ffn_hidden_size" if model.experts else "ffn_hidden_size"
+    for sizes in found:
+        count = num_parameters(smaller(model, sizes, evenly_spaced(model, sizes)))
+        assert 0.9 * target <= count <= target, sizes
+        assert sizes["hidden_size"] % 64 == 0 and sizes[width] % (64 * ranks) == 0, sizes
+        assert sizes["num_query_groups"] % ranks == 0, sizes
+
+
+def test_sizes_that_are_stated_beside_a_target_stay():
+    model = resolve(QWEN3_8B)
+    found = candidates(model, replace(CONFIG, num_layers=36, hidden_size=3072), 6 * 10**9, 1)
+    assert {(sizes["num_layers"], sizes["hidden_size"]) for sizes in found} == {(36, 3072)}
+
+
+def test_targets_out_of_reach_are_refused_with_the_least():
+    with pytest.raises(ValueError, match=r"\(8,190,735,360 parameters\) has about 500,000,000; .* to all of them"):
+        candidates(resolve(QWEN3_8B), CONFIG, 5 * 10**8, 1)
+    with pytest.raises(ValueError, match="is not below the 8,190,735,360"):
+        candidates(resolve(QWEN3_8B), CONFIG, 9 * 10**9, 1)
+
+
+def test_a_share_of_a_gpus_memory_is_a_number_of_parameters():
+    assert target_parameters(replace(CONFIG, gpu="h100", target_memory=0.15)) == 6 * 10**9
+    assert target_parameters(replace(CONFIG, gpu="h100", target_memory=0.15, dtype="fp8")) == 12 * 10**9
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "reason"),
+    [
+        ({}, 1, "nothing says how small"),
+        ({"target_params": 1e9, "target_memory": 0.5, "gpu": "h100"}, 1, "state one of them"),
+        ({"target_memory": 0.5}, 1, "need each other"),
+        ({"num_layers": 2, "gpu": "h100"}, 1, "need each other"),
+        ({"num_layers": 2, "samples": 5}, 2, "samples = 5 is not divisible by the 2 data-parallel ranks"),
+        ({"num_layers": 2, "parallelism": ParallelismConfig(context_parallel_size=2)}, 2, "scored whole"),
+        ({"num_layers": 2, "parallelism": ParallelismConfig(tensor_model_parallel_size=4)}, 2, "world size 2"),
+    ],
+)
+def test_a_config_that_says_too_little_or_too_much_is_refused(changes, ranks, reason):
+    with pytest.raises(ValueError, match=reason):
+        check_prune(replace(CONFIG, **changes), ranks)
+
+
+def test_layers_that_a_rule_states_are_listed_anew():
+    fields = {"mlp_only_layers": [0, 5], "decoder_sparse_step": 1}
+    model = resolve(replace(QWEN3_30B, num_layers=8, ffn_hidden_size=6144, family_fields=fields))
+    cut = smaller(model, sizes_of(model) | {"num_layers": 4}, [1, 4, 5, 7])
+    assert cut.family_fields["mlp_only_layers"] == [2]
+    assert [layer.has_experts for layer in cut.layers] == [True, True, False, True]
