@@ -40,6 +40,7 @@ bench: .venv/installed ## cost of losses and steps beside other implementations,
 	@$(BIN)/python -W ignore -m benchmarks.step
 	@$(BIN)/python -W ignore -m benchmarks.convert
 	@$(BIN)/python -W ignore -m benchmarks.prepare
+	@$(BIN)/python -W ignore -m benchmarks.teacher_store
 	@$(BIN)/python -m benchmarks.report
 
 gpu: .venv/installed ## tests and benchmarks on a GPU, in parts of nine minutes; repeat to continue

@@ -25,8 +25,9 @@ FITTING = {
     "hidden": {"distillation.divergence": "jensen_shannon", "distillation.temperature": 3.0},
 }
 SHAPE = {"vocab_size": 507, "sequence_length": 32, "num_windows": 24, "windows_per_shard": 10}
-CELLS = [("sampled", layout) for layout in LAYOUTS if layout != "one"]
-CELLS += [("top_k", "TP=2, SP"), ("hidden", "TP=2, SP"), ("hidden", "PP=2")]
+FEW = [("sampled", "TP=2, SP"), ("sampled", "CP=2"), ("hidden", "PP=2")]
+MORE = [("sampled", "DP=2"), ("sampled", "PP=2"), ("top_k", "TP=2, SP"), ("hidden", "TP=2, SP")]
+CELLS = [*FEW, *(pytest.param(*each, marks=pytest.mark.layouts) for each in MORE)]
 
 
 @pytest.fixture(scope="module")
