@@ -158,9 +158,9 @@ PAIRS = [  # at every layout that neither model refuses; with experts at EP=2 to
     ("granitemoe", "granitemoehybrid (no Mamba)"),
     ("glm4_moe (groups, shared experts)", "qwen3_moe, dense layers"),
     ("deepseek_v3 (latent attention)", "glm4_moe_lite"),
-    ("qwen2_moe (gated shared expert)", "MoE teacher"),
-    ("mixtral", "MoE teacher"),
-    ("olmoe", "MoE teacher"),
+    ("qwen2_moe (gated shared expert)", "qwen3_moe, dense layers"),
+    ("mixtral", "qwen3_moe, dense layers"),
+    ("olmoe", "qwen3_moe, dense layers"),
     ("qwen3_5 (delta nets)", "qwen3_next (and experts)"),
     ("qwen3_5_moe (delta nets, experts)", "qwen3_5 teacher"),
 ]
