@@ -12,7 +12,7 @@ import nemo_run as run
 from distill_nemo.checks import check
 from distill_nemo.data.stdlib_corpus import write_stdlib_corpus
 from distill_nemo.executors import WatchedExperiment, local, num_gpus, run_config_of
-from distill_nemo.training.compare import compare_quickstart
+from distill_nemo.reports.quickstart import compare_quickstart
 from distill_nemo.training.entry import distill
 from recipes.base import base
 

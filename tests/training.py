@@ -51,9 +51,9 @@ TIMINGS = ("seconds", "tokens_per_second", "data_seconds", "save_seconds")
 
 
 def metrics(output: Path) -> list[dict]:
-    """Return `metrics.jsonl` without times, and without the ends of processes."""
+    """Return `metrics.jsonl` without times, and without starts and ends of processes."""
     lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
-    kept = [line for line in lines if line["kind"] != "end"]
+    kept = [line for line in lines if line["kind"] not in ("start", "end")]
     return [{name: value for name, value in line.items() if name not in TIMINGS} for line in kept]
 
 

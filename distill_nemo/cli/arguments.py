@@ -19,16 +19,21 @@ RECIPE = re.compile(r"([A-Za-z_][\w.]*)(?:\((.*)\))?", re.S)  # a name, perhaps 
 OVERRIDE = re.compile(r"([\w.]+)=(.*)", re.S)
 
 
-def parse_arguments(function: Callable[..., Any], arguments: Iterable[str], command: str) -> dict[str, Any]:
-    """Return the values by dotted field.
+def parse_arguments(
+    function: Callable[..., Any], arguments: Iterable[str], command: str, words: str | None = None
+) -> dict[str, Any]:
+    """Return the values by dotted field. Arguments that are not FIELD=VALUE are a list, the field `words`.
 
     Raises:
         ValueError: for an argument that is not FIELD=VALUE, an unknown field (with close matches), or a wrong value.
     """
     known = dict(_paths(function))
-    parsed = {}
+    parsed: dict[str, Any] = {}
     for argument in arguments:
         match = OVERRIDE.fullmatch(argument)
+        if match is None and words is not None and not argument.startswith("-"):
+            parsed.setdefault(words, []).append(argument)
+            continue
         if match is None:
             raise ValueError(f'"{argument}" is not FIELD=VALUE; see `nemo distill {command} --help`')
         path, value = match.groups()

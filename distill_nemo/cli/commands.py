@@ -18,6 +18,12 @@ from distill_nemo.runtime.errors import errors_of_a_rank
 from distill_nemo.training.entry import distill
 
 
+class ReportCommand(Command):
+    """`report`."""
+
+    words = "runs"
+
+
 class TrainCommand(Command):
     """`train`."""
 
@@ -35,7 +41,10 @@ def register_commands() -> None:
     register(inspect)
     register(export, context=ExportContext, command=JobCommand)
     register(prune, context=PruneContext, command=JobCommand)
-    for function in (convert, evaluate, recipes, status, logs, cancel):
+    for function in (convert, evaluate, recipes):
+        register(function)
+    register(report, command=ReportCommand)
+    for function in (status, logs, cancel):
         register(function)
     register(plan, context=PlanContext, kind="experiment", command=PlanCommand)
 
@@ -274,6 +283,27 @@ def recipes() -> None:
     """
     for recipe in registered_recipes():
         print(f"{recipe.__name__:22} {summary(recipe)}")
+
+
+def report(runs: list[str], output: str, prompts: list[str] | None = None, follow: bool = False) -> None:
+    r"""Write a page of any runs: curves, held-out metrics, settings, cost, plan against truth, generated text.
+
+    Runs are output directories: words without "=", as many as you like, or runs='["runs/a", "runs/b"]'.
+
+    Example:
+        nemo distill report runs/quickstart/alone runs/quickstart/distilled output=report \
+            prompts='["def __init__(self", "import "]'
+        nemo distill report runs/llama32_3b_to_1b output=report follow=true
+
+    Args:
+        runs: output directories of runs.
+        output: directory for report.html and its plots.
+        prompts: beginnings of text that the exported students go on with.
+        follow: rewrite the page while a run goes on; ends with the last run, or at Ctrl-C.
+    """
+    from distill_nemo.reports.report import report as write_report
+
+    write_report(runs, output, prompts or [], follow)
 
 
 def status(experiment: str) -> None:

@@ -13,7 +13,13 @@ from distill_nemo.runtime.errors import errors_in_one_screen
 
 
 class Command(Entrypoint):
-    """A command with a help page of its own, which prints a user's error as one line instead of a traceback."""
+    """A command with a help page of its own, which prints a user's error as one line instead of a traceback.
+
+    Attributes:
+        words: field that takes the arguments without "="; None: they are refused.
+    """
+
+    words: str | None = None
 
     def cli(self, parent: Any) -> None:
         """Add the command to the group `distill`."""
@@ -33,7 +39,7 @@ class Command(Entrypoint):
         )
         def command(ctx: typer.Context) -> None:
             with errors_in_one_screen():
-                values = parse_arguments(self.fn, ctx.args, self.name)
+                values = parse_arguments(self.fn, ctx.args, self.name, self.words)
                 check_complete(self.fn, values, self.name)
                 self.fn(**values)
 

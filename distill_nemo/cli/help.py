@@ -36,6 +36,7 @@ With your own checkpoints and text:
       teacher.checkpoint=/models/Llama-3.2-3B student.checkpoint=/models/Llama-3.2-1B \\
       data.train='["data/corpus"]' run.executor=local run.executor.processes=8
   nemo distill plan ...          memory and hours of a run, and whether it fits; takes the arguments of `train`
+  nemo distill report runs/a runs/b output=report            a page of any runs: curves, metrics, settings, cost
   nemo distill evaluate student=runs/llama32_3b_to_1b/student data=data/held_out teacher=/models/Llama-3.2-3B
 """
 

@@ -1,34 +1,55 @@
-"""The report of several runs: a self-contained HTML page, and its plots beside it. No torch."""
+"""The page of several runs: self-contained HTML, and its plots beside it. No torch."""
 
 import base64
 import statistics
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distill_nemo.reports import metrics_file, plots
-from distill_nemo.reports.comparison import COLUMNS, Row, best, count, finding, finite, four_digits, render_table
+from distill_nemo.reports import plots
+from distill_nemo.reports.comparison import (
+    COLUMNS,
+    MISSING,
+    Row,
+    best,
+    count,
+    finding,
+    finite,
+    four_digits,
+    render_table,
+)
+from distill_nemo.reports.runs import RecordedRun, settings
 from distill_nemo.runtime.files import writing_directory
 
-__all__ = ["render_table", "write_report"]
+__all__ = ["Page", "render_table", "write_page"]
 
-PAGE, PLOTS = "report.html", ("comparison", "loss_curves")
-FILES = {PAGE, *(f"{name}.png" for name in PLOTS)}
+PAGE, PLOTS = "report.html", ("comparison", "lm_loss", "forward_kl")
+FILES = {PAGE, *(f"{name}.png" for name in PLOTS), "loss_curves.png"}  # the last one of an earlier version
 
 
-def write_report(
-    directory: Path, runs: dict[str, Path], table: list[Row], facts: dict[str, str], samples: list[dict[str, str]]
-) -> Path:
-    """Write `report.html`, `comparison.png` and `loss_curves.png` into `directory`, replacing an earlier report.
+@dataclass(frozen=True)
+class Page:
+    """Contents of a page.
 
     Args:
-        directory: directory for the report and nothing else.
-        runs: name of a run -> its `metrics.jsonl`; missing and empty files are listed as such.
+        runs: the runs, in the order to show.
         table: the compared models, see `comparison`.
-        facts: settings of the runs, in the order to show.
+        measured_on: what the table's numbers were measured on.
+        plans: by name of a run, cells of the table of plans by column.
         samples: `model`, `prompt` and generated `text` (which may begin with the prompt).
+        notes: by name of a run, what else is to be known of it.
+    """
 
-    Returns:
-        Path of the page.
+    runs: list[RecordedRun]
+    table: list[Row]
+    measured_on: str = "On held-out text"
+    plans: dict[str, dict[str, str]] = field(default_factory=dict)
+    samples: list[dict[str, str]] = field(default_factory=list)
+    notes: dict[str, list[str]] = field(default_factory=dict)
+
+
+def write_page(directory: Path, page: Page) -> Path:
+    """Write `report.html` and its plots into `directory`, replacing an earlier report. Return the path of the page.
 
     Raises:
         ValueError: if `directory` holds anything but a report; nothing is changed then.
@@ -37,54 +58,61 @@ def write_report(
     if strange:
         raise ValueError(f"{directory} holds {strange[0]}, which is not part of a report: name an empty directory")
     with writing_directory(directory) as partial:
-        lines = {name: metrics_file.read(path) for name, path in runs.items()}
-        colour = plots.colours([row["model"] for row in table], lines)
-        plots.save(plots.comparison(table, colour), partial / "comparison.png")
-        plots.save(plots.loss_curves(lines, colour), partial / "loss_curves.png")
-        images = {name: base64.b64encode((partial / f"{name}.png").read_bytes()).decode() for name in PLOTS}
-        (partial / PAGE).write_text(_page(lines, table, facts, samples, images), encoding="utf-8")
+        lines = {run.name: run.lines for run in page.runs}
+        colour = plots.colours([row["model"] for row in page.table], lines)
+        drawings = plots.loss_curves(lines, colour)
+        if page.table:
+            drawings["comparison"] = plots.comparison(page.table, colour)
+        for name, drawing in drawings.items():
+            plots.save(drawing, partial / f"{name}.png")
+        images = {name: base64.b64encode((partial / f"{name}.png").read_bytes()).decode() for name in drawings}
+        (partial / PAGE).write_text(_html(page, images), encoding="utf-8")
     return directory / PAGE
 
 
-def _page(
-    lines: dict[str, plots.Lines],
-    table: list[Row],
-    facts: dict[str, str],
-    samples: list[dict[str, str]],
-    images: dict[str, str],
-) -> str:
+def _html(page: Page, images: dict[str, str]) -> str:
     """Return the page's HTML, with every value escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     loader = FileSystemLoader(Path(__file__).parent)
     template = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("page.html")
-    winners = {column.key: best(table, column) for column in COLUMNS}
+    winners = {column.key: best(page.table, column) for column in COLUMNS}
     rows = [
         {"model": r["model"], "cells": [(c.form(r.get(c.key)), r["model"] in winners[c.key]) for c in COLUMNS]}
-        for r in table
+        for r in page.table
     ]
+    differ, same = settings(page.runs)
     return template.render(
-        finding=finding(table),
+        finding=finding(page.table),
+        measured_on=page.measured_on,
         columns=COLUMNS,
         rows=rows,
-        runs=[{"name": name, "cells": _effort(of_run)} for name, of_run in lines.items() if of_run],
-        silent=[name for name, of_run in lines.items() if not of_run],
-        facts=facts,
-        samples=[{**s, "text": s["text"].removeprefix(s["prompt"])} for s in samples],
-        **images,
+        names=[run.name for run in page.runs],
+        costs=[{"name": run.name, "cells": _cost(run)} for run in page.runs if run.lines],
+        notes=[(run.name, [*run.notes, *page.notes.get(run.name, [])]) for run in page.runs],
+        differ=differ,
+        same=same,
+        plan_columns=list(dict.fromkeys(column for cells in page.plans.values() for column in cells)),
+        plans=page.plans,
+        samples=[{**s, "text": s["text"].removeprefix(s["prompt"])} for s in page.samples],
+        images=images,
     )
 
 
-def _effort(lines: plots.Lines) -> list[str]:
-    """Return steps, tokens, time of the steps, median tokens/s and last training loss of a run."""
-    steps = [line for line in lines if line.get("kind") == "train"]
+def _cost(run: RecordedRun) -> list[str]:
+    """Return steps, tokens, time of the steps, median tokens/s, GPU-hours and last training loss of a run."""
+    steps = run.of_kind("train")
     last: dict[str, Any] = steps[-1] if steps else {}
     rates = [rate for line in steps if (rate := finite(line.get("tokens_per_second"))) > 0]
-    seconds = round(sum(s for line in steps if (s := finite(line.get("seconds"))) > 0))
+    seconds = sum(s for line in steps if (s := finite(line.get("seconds"))) > 0)
+    whole = round(seconds) if seconds < 1e9 else 0
+    hours = run.gpu_hours
+    device = str(next(reversed(run.of_kind("start")), {}).get("device", ""))[:40]
     return [
-        str(lines[-1].get("step", 0)),
+        str(run.lines[-1].get("step", 0))[:20],
         count(last.get("tokens", 0)),
-        f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}",
-        f"{statistics.median(rates):,.0f}" if rates else "–",
+        f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}",
+        f"{statistics.median(rates):,.0f}" if rates else MISSING,
+        MISSING if hours is None else f"{hours:.3g}{f' ({device})' if device else ''}",
         four_digits(last.get("lm_loss")),
     ]

@@ -39,6 +39,7 @@ STYLE: "dict[RcKeyType, Any]" = {
 }
 PANELS = {"lm_loss": "LM loss, nats per token", "forward_kl": "forward KL to the teacher, nats per token"}
 COMPARED = ("lm_loss", "forward_kl", "top1_agreement")
+MAX_POINTS = 4000  # of a curve
 LOG_RATIO = 30  # curves that span more than this get a logarithmic axis
 
 
@@ -60,14 +61,14 @@ def colours(table_names: Iterable[str], run_names: Iterable[str]) -> dict[str, s
 
 
 @matplotlib.rc_context(STYLE)
-def loss_curves(runs: dict[str, Lines], colour: dict[str, str]) -> Figure:
+def loss_curves(runs: dict[str, Lines], colour: dict[str, str]) -> dict[str, Figure]:
     """Plot held-out LM loss over tokens, with the training loss in a light colour, and held-out KL if measured."""
     measured = any(_series(lines, "eval", "forward_kl", "step")[0] for lines in runs.values())
-    panels = ["lm_loss", "forward_kl"] if measured else ["lm_loss"]
-    drawing = Figure(figsize=(4.8 * len(panels) + 0.6, 4), layout="constrained")
-    for axes, name in zip(drawing.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        _curves(axes, runs, name, colour)
-    return drawing
+    drawings = {}
+    for name in ["lm_loss", "forward_kl"] if measured else ["lm_loss"]:
+        drawings[name] = Figure(figsize=(5.4, 4), layout="constrained")
+        _curves(drawings[name].subplots(), runs, name, colour)
+    return drawings
 
 
 @matplotlib.rc_context(STYLE)
@@ -130,7 +131,7 @@ def _finish(axes: Axes, drawn: list[float], title: str, label: str) -> None:
 
 def _clock(runs: Iterable[Lines]) -> tuple[str, float, str]:
     """Return key, unit and label of the x axis: tokens if every line has them, else steps."""
-    lines = [line for run in runs for line in run]
+    lines = [line for run in runs for line in run if line.get("kind") in ("train", "eval")]
     if any(math.isnan(finite(line.get("tokens"))) for line in lines):
         return "step", 1.0, "optimizer step"
     most = max((finite(line["tokens"]) for line in lines), default=0.0)
@@ -145,6 +146,8 @@ def _series(lines: Lines, kind: str, name: str, clock: str) -> tuple[list[float]
     of_kind = (line for line in lines if line.get("kind") == kind)
     pairs = [(finite(line.get(clock)), finite(line.get(name))) for line in of_kind]
     pairs = [pair for pair in pairs if not any(map(math.isnan, pair))]
+    stride = -(-len(pairs) // MAX_POINTS) or 1
+    pairs = [*pairs[: len(pairs) - 1 : stride], *pairs[-1:]]
     return [x for x, _ in pairs], [y for _, y in pairs]
 
 

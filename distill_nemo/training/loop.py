@@ -44,6 +44,19 @@ def _ranks_not_finite(reports: list[Report]) -> str:
     return f", losses of rank {', '.join(ranks)}" if ranks else ", losses of every rank finite"
 
 
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    """Return the most bytes that tensors took on any rank's GPU; None on CPU. Collective: every rank must call it."""
+    if device.type != "cuda":
+        return None
+    most = torch.tensor(torch.cuda.max_memory_allocated(), device=device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return int(most)
+
+
 class Clock:
     """Total of the seconds spent inside `with clock:`."""
 
@@ -89,6 +102,7 @@ class Loop:
         """Train from `state` to the last step. Collective: every rank must call it."""
         resumed, steps = self.state["step"], self.config.training.steps
         log = MetricsLog(Path(self.config.output_dir), self.config.logging, steps, resumed, rank() == 0)
+        log.start({"step": resumed, "world_size": torch.distributed.get_world_size(), "device": _device_name()})
         gc.collect()
         gc.freeze()  # or each collection, such as a save's, would take 0.3 s over imports and models
         try:
@@ -104,7 +118,8 @@ class Loop:
                 self._close_writer()
                 stopped = stopped or stop.requested(self.device)
             if self.state["step"] > resumed:
-                log.end({"step": self.state["step"], "save_seconds": self.save_clock.take()})
+                peak = _peak_memory(self.device)
+                log.end({"step": self.state["step"], "save_seconds": self.save_clock.take(), "peak_memory": peak})
         finally:
             log.close()
             gc.unfreeze()

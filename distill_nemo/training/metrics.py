@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distill_nemo.config import LoggingConfig
-from distill_nemo.reports import metrics_file
+from distill_nemo.training import metrics_file
 
 
 class MetricsLog:
@@ -19,7 +19,8 @@ class MetricsLog:
         self.path, self.steps, self.enabled = output_dir / "metrics.jsonl", steps, enabled
         self.writers: list[Any] = []
         self._first_step, self._start = resumed_step, time.monotonic()
-        self._progress = None
+        self._progress: Any = None
+        self._begun: dict[str, Any] = {}
         if not enabled:
             return
         metrics_file.truncate_after(self.path, resumed_step)
@@ -29,6 +30,10 @@ class MetricsLog:
             self.writers.append(SummaryWriter(str(output_dir / "tensorboard"), purge_step=resumed_step + 1))
         self._wandb = _start_wandb(config.wandb_project, output_dir) if config.wandb_project else None
         self._progress = _progress_bar(steps, resumed_step) if sys.stdout.isatty() else None
+
+    def start(self, values: dict[str, Any]) -> None:
+        """Record what this process of the run starts with, before its first other line."""
+        self._begun = {"kind": "start", **values}
 
     def train(self, values: dict[str, Any], show: bool) -> None:
         """Record a training step; `show` also prints it if there is no terminal for a progress bar."""
@@ -48,6 +53,9 @@ class MetricsLog:
         line = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()
         }  # as JSON has it
+        if self._begun:
+            metrics_file.append(self.path, self._begun)
+            self._begun = {}
         metrics_file.append(self.path, line)
         numbers = {k: v for k, v in line.items() if isinstance(v, int | float) and k != "step"}
         for writer in self.writers:

@@ -37,6 +37,7 @@ FIELDS = {
     "convert": ["checkpoint", "output", "allow_pickle"],
     "evaluate": ["student", "data", "teacher", "sequence_length", "samples", "vocab_size"],
     "recipes": [],
+    "report": ["runs", "output", "prompts", "follow"],
     "status": ["experiment"],
     "logs": ["experiment", "follow"],
     "cancel": ["experiment"],
@@ -84,6 +85,7 @@ def test_the_groups_help_names_every_command_and_imports_nothing_heavy(tmp_path)
         "prepare",
         "train",
         "plan",
+        "report",
         "evaluate",
     ]
     assert max(map(len, page.out.splitlines())) <= 120

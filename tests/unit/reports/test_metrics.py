@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 
 from distill_nemo.config import LoggingConfig
-from distill_nemo.reports import metrics_file
-from distill_nemo.reports.page import write_report
+from distill_nemo.reports.page import Page, write_page
+from distill_nemo.reports.runs import read_run
+from distill_nemo.training import metrics_file
 from distill_nemo.training.metrics import MetricsLog
 
 
@@ -80,7 +81,7 @@ def test_a_line_that_no_run_wrote_stops_neither_resume_nor_report_and_loses_no_o
     path.write_bytes(first + inserted + b"\n" + b"".join(others))
     lines = metrics_file.read(path)
     assert [x["step"] for x in lines if "tokens_per_second" in x] == [1, 2, 3]
-    write_report(tmp_path / "report", {"run": path}, [], {}, [])
+    write_page(tmp_path / "report", Page([read_run(tmp_path, "run")], []))
     write(tmp_path, 3, [4], tensorboard=False)
     kept = path.read_bytes().splitlines(keepends=True)
     stays = case not in BROKEN
@@ -95,6 +96,16 @@ def test_what_is_whole_but_for_its_end_stays(tmp_path):
     path.write_bytes(whole.rstrip(b"\n"))
     write(tmp_path, 2, [3], tensorboard=False)
     assert path.read_bytes().startswith(whole)
+
+
+def test_the_start_of_a_process_is_recorded_before_its_first_step(tmp_path):
+    log = MetricsLog(tmp_path, LoggingConfig(tensorboard=False), 10, 0, enabled=True)
+    log.start({"step": 0, "world_size": 8, "device": "cpu"})
+    assert metrics_file.read(tmp_path / "metrics.jsonl") == []
+    log.train(line(1), show=False)
+    log.train(line(2), show=False)
+    log.close()
+    assert [x["kind"] for x in metrics_file.read(tmp_path / "metrics.jsonl")] == ["start", "train", "train"]
 
 
 def test_other_ranks_write_nothing(tmp_path):

@@ -6,13 +6,19 @@ import math
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from distill_nemo.reports import metrics_file, plots
+from distill_nemo.config import OptimizerConfig, RunConfig, StudentConfig, save_yaml
+from distill_nemo.reports import page as pages
+from distill_nemo.reports import plots
 from distill_nemo.reports.comparison import COLUMNS, best, count, finding, four_digits, percent
-from distill_nemo.reports.page import render_table, write_report
+from distill_nemo.reports.page import render_table, write_page
+from distill_nemo.reports.report import last_evaluations, report
+from distill_nemo.reports.runs import RecordedRun, is_going_on, read_run
+from distill_nemo.training import metrics_file
 
 NAN = float("nan")
 
@@ -32,14 +38,22 @@ def table(teacher=3.978, alone=4.716, distilled=4.195):
     ]
 
 
+def write_report(directory, runs, table, samples=(), **more):
+    """Write the page of runs by name -> directory."""
+    read = [read_run(path, name) for name, path in runs.items()]
+    return write_page(directory, pages.Page(read, table, samples=list(samples), **more))
+
+
 def write_run(path, evaluations, train=(), tokens=2048):
-    """Write a metrics file like the loop's, with `evaluations` {step: metrics} and `train` losses of steps 1, 2, ..."""
+    """Write metrics like the loop's, with `evaluations` {step: metrics} and `train` losses of steps 1, 2, ..."""
+    path.mkdir(exist_ok=True)
+    path /= "metrics.jsonl"
     for step, metrics in evaluations.items():
         metrics_file.append(path, {"kind": "eval", "step": step, **metrics, "tokens": step * tokens})
     for step, loss in enumerate(train, 1):
         line = {"lm_loss": loss, "lr": 1e-3, "grad_norm": 1.0, "seconds": 0.5, "tokens": step * tokens}
         metrics_file.append(path, {"kind": "train", "step": step, **line, "tokens_per_second": tokens / 0.5})
-    return path
+    return path.parent
 
 
 @pytest.fixture
@@ -47,9 +61,9 @@ def runs(tmp_path):
     kd = {"teacher_lm_loss": 3.978, "top1_agreement": 0.7}
     held_out = {0: {"lm_loss": 7.6, "forward_kl": 3.1, **kd}, 4: {"lm_loss": 4.195, "forward_kl": 0.15, **kd}}
     return {
-        "teacher": write_run(tmp_path / "t.jsonl", {0: {"lm_loss": 7.7}, 8: {"lm_loss": 3.978}}, [7.5, 6.0] * 4),
-        "alone": write_run(tmp_path / "a.jsonl", {0: {"lm_loss": 7.6}, 4: {"lm_loss": 4.716}}, [7.5, 6.5, 5.5, 4.8]),
-        "distilled": write_run(tmp_path / "d.jsonl", held_out, [7.4, 6.2, 5.1, 4.3]),
+        "teacher": write_run(tmp_path / "teacher", {0: {"lm_loss": 7.7}, 8: {"lm_loss": 3.978}}, [7.5, 6.0] * 4),
+        "alone": write_run(tmp_path / "alone", {0: {"lm_loss": 7.6}, 4: {"lm_loss": 4.716}}, [7.5, 6.5, 5.5, 4.8]),
+        "distilled": write_run(tmp_path / "distilled", held_out, [7.4, 6.2, 5.1, 4.3]),
     }
 
 
@@ -147,9 +161,14 @@ def test_the_terminal_table_fits_80_columns():
     assert cells["[bold]x"] == ["919", "K", "1,000", "1,000", "–", "–"]
 
 
+def axes_of(lines):
+    """Return the axes of the plots."""
+    return [drawing.axes[0] for drawing in plots.loss_curves(lines, plots.colours([], lines)).values()]
+
+
 def test_curves_show_what_was_recorded(runs):
-    lines = {name: metrics_file.read(path) for name, path in runs.items()}
-    loss, kl = plots.loss_curves(lines, plots.colours([], lines)).axes
+    lines = {name: read_run(path, name).lines for name, path in runs.items()}
+    loss, kl = axes_of(lines)
     curves = {line.get_label().split("  ")[0]: line for line in loss.lines}
     assert list(curves["teacher"].get_ydata()) == [7.7, 3.978]
     assert list(curves["teacher"].get_xdata()) == pytest.approx([0, 8 * 2.048])
@@ -158,27 +177,30 @@ def test_curves_show_what_was_recorded(runs):
     assert [list(line.get_ydata()) for line in kl.lines] == [[3.1, 0.15]]
     assert len({curves[name].get_color() for name in runs}) == 3
 
-    (without,) = plots.loss_curves({"alone": lines["alone"]}, {"alone": "blue"}).axes
+    (without,) = axes_of({"alone": lines["alone"]})
     assert not [line for line in without.lines if line.get_linestyle() == "--"]
-    loss, _ = plots.loss_curves({"distilled": lines["distilled"]}, {"distilled": "blue"}).axes
+    loss, _ = axes_of({"distilled": lines["distilled"]})
     (frozen,) = [line for line in loss.lines if line.get_label() == "frozen teacher  3.978"]
     assert list(frozen.get_ydata()) == [3.978, 3.978] and frozen.get_linestyle() == "--"
 
 
 def test_curves_of_short_broken_and_empty_runs(tmp_path):
-    one = write_run(tmp_path / "one.jsonl", {}, [3.0])
-    bad = write_run(tmp_path / "bad.jsonl", {0: {"lm_loss": 5.0}, 1: {"lm_loss": NAN}, 2: {"lm_loss": 4.0}})
-    bad.write_text(bad.read_text() + '{"kind": "eval", "st')
-    lines = {"one": metrics_file.read(one), "bad": metrics_file.read(bad), "none": metrics_file.read(tmp_path / "no")}
-    (axes,) = plots.loss_curves(lines, plots.colours([], lines)).axes
+    one = write_run(tmp_path / "one", {}, [3.0])
+    bad = write_run(tmp_path / "bad", {0: {"lm_loss": 5.0}, 1: {"lm_loss": NAN}, 2: {"lm_loss": 4.0}})
+    with (bad / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "eval", "st')
+    lines = {path.name: read_run(path, "").lines for path in (one, bad, tmp_path / "none")}
+    (axes,) = axes_of(lines)
     labels = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
     assert labels["bad  4.000"] == [5.0, 4.0]
     assert "one  3.000 (training)" in labels
 
-    del lines["one"][0]["tokens"]
-    (axes,) = plots.loss_curves(lines, plots.colours([], lines)).axes
+    lines["one"].insert(0, {"kind": "start", "step": 0})
+    assert "tokens" in axes_of(lines)[0].get_xlabel()
+    del lines["one"][1]["tokens"]
+    (axes,) = axes_of(lines)
     assert axes.get_xlabel() == "optimizer step"
-    (axes,) = plots.loss_curves({}, {}).axes
+    (axes,) = axes_of({})
     assert [text.get_text() for text in axes.texts] == ["nothing recorded"]
 
 
@@ -219,72 +241,166 @@ def test_a_run_and_the_model_it_made_share_a_colour():
 
 def test_the_page_stands_alone(tmp_path, runs):
     sample = {"model": "student alone", "prompt": "def f", "text": "def f(x):\n    return x"}
-    path = write_report(tmp_path / "report", runs, table(), {"seed": "3", "loss": "forward_kl"}, [sample])
+    path = write_report(tmp_path / "report", runs, table(), [sample])
     page = Page(path)
-    assert sorted(p.name for p in path.parent.iterdir()) == ["comparison.png", "loss_curves.png", path.name]
+    names = ("comparison", "lm_loss", "forward_kl")
+    assert sorted(p.name for p in path.parent.iterdir()) == sorted([*(f"{name}.png" for name in names), path.name])
     images = [value for name, value in page.attributes if name == "src"]
     embedded = [base64.b64decode(image.removeprefix("data:image/png;base64,")) for image in images]
-    assert embedded == [(path.parent / f"{n}.png").read_bytes() for n in ("comparison", "loss_curves")]
+    assert embedded == [(path.parent / f"{n}.png").read_bytes() for n in names]
     assert embedded[0][:4] == b"\x89PNG"
     assert not {"script", "link", "iframe"} & set(page.tags) and "href" not in dict(page.attributes)
     assert "http" not in path.read_text(encoding="utf-8").replace("http-equiv", "")
     shown = " ".join(page.text.split())
-    assert "closes 71 %" in shown and "seed 3" in shown
+    assert "closes 71 %" in shown
     assert "def f(x): return x" in shown and shown.count("def f(") == 1 and "def fdef" not in shown
     assert "student alone 919 K 4.716 111.7 0.6210 43.6 % distilled student 919 K 4.195 66.35 0.1502 70.1 %" in shown
-    assert "teacher 8 16.4 K 0:00:04 4,096 6.000 alone 4 8.2 K 0:00:02 4,096 4.800" in shown
+    assert "teacher 8 16.4 K 0:00:04 4,096 – 6.000 alone 4 8.2 K 0:00:02 4,096 – 4.800" in shown
     assert page.text.index("closes 71 %") < page.text.index("perplexity") < page.text.index("The models compared")
+
+
+def write_config(directory, **fields):
+    run = RunConfig(str(directory), StudentConfig(num_layers=2, hidden_size=32, ffn_hidden_size=64, vocab_size=512))
+    run.student.num_attention_heads, run.student.num_query_groups = 4, 2
+    run.optimizer = OptimizerConfig(**fields)
+    save_yaml(run, directory / "config.yaml")
+
+
+def test_settings_that_differ_come_first_and_what_is_missing_is_said(tmp_path, runs):
+    write_config(runs["alone"], lr=1e-3)
+    write_config(runs["distilled"], lr=2e-3)
+    (runs["teacher"] / "config.yaml").write_text("student: [")
+    runs["none"] = tmp_path / "never_started"
+    page = Page(write_report(tmp_path / "report", runs, table(), notes={"alone": ["no plan: because"]}))
+    shown = " ".join(page.text.split())
+    assert "setting teacher alone distilled none optimizer.lr – 0.001 0.002 –" in shown
+    assert shown.index("optimizer.lr") < shown.index("settings that all runs share") < shown.index("optimizer.min_lr")
+    assert "teacher: config.yaml cannot be read: ParserError." in shown
+    assert "none: no metrics.jsonl; no config.yaml." in shown and "alone: no plan: because." in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [
+        ("x: &a [1]\ny: [*a, *a]", "has YAML aliases or nests too deeply"),
+        ("!!python/object/apply:os.system [touch pwned]", "cannot be read: ConstructorError"),
+        ("[" * 10**6, "nests too deeply"),
+        ("output_dir: x\nstudent: {}\nunknown: 1", 'unknown field "unknown"'),
+        ("a" * (2**20 + 1), "has more than 1,048,576 bytes"),
+    ],
+)
+def test_a_hostile_config_is_noted(tmp_path, monkeypatch, text, note):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(text)
+    found = read_run(tmp_path, "run")
+    assert found.config is None and note in " ".join(found.notes), found.notes
+    assert not (tmp_path / "pwned").exists()
 
 
 def test_what_others_wrote_is_escaped_everywhere(tmp_path, runs):
     evil = "<script>alert(1)</script><img src=http://x onerror=y> & $\\frac{$"
-    clean = Page(write_report(tmp_path / "clean", runs, table(), {"a": "b"}, []))
+    clean = Page(write_report(tmp_path / "clean", runs, table()))
     rows = [*table(), row(f"m{evil}", 5.0)]
     samples = [{"model": f"s{evil}", "prompt": f"p{evil}", "text": f"p{evil}\n</pre>t{evil}"}]
-    evil_runs = {f"r{evil}": runs["alone"], f"gone{evil}": tmp_path / "gone"}
-    page = Page(write_report(tmp_path / "evil", evil_runs, rows, {f"k{evil}": f"v{evil}"}, samples))
-    for mark in ("m", "r", "k", "v", "s", "p", "t", "gone"):
-        assert mark + evil in page.text
-    assert set(page.tags) - set(clean.tags) <= {"b", "pre", "h3"}
+    write_config(runs["alone"])
+    save_yaml(RunConfig(f"v{evil}", StudentConfig(family=f"f{evil}")), runs["distilled"] / "config.yaml")
+    metrics_file.append(runs["alone"] / "metrics.jsonl", {"kind": "start", "step": 4, "device": f"d{evil}"})
+    evil_runs = {f"r{evil}": runs["alone"], f"e{evil}": runs["distilled"], f"gone{evil}": tmp_path / "gone"}
+    more = {"plans": {f"r{evil}": {f"c{evil}": f"l{evil}"}}, "notes": {f"r{evil}": [f"n{evil}"]}}
+    page = Page(write_report(tmp_path / "evil", evil_runs, rows, samples, **more))
+    for mark in ("m", "r", "e", "f", "s", "p", "t", "gone", "c", "l", "n"):
+        assert mark + evil in page.text, mark
+    assert set(page.tags) - set(clean.tags) <= {"b", "pre", "h3", "details", "summary", "dl", "dt", "dd"}
     assert not {"onerror"} & {name for name, _ in page.attributes}
 
 
-def test_runs_without_metrics_are_named(tmp_path, runs):
-    runs["alone"] = tmp_path / "never_started.jsonl"
-    page = Page(write_report(tmp_path / "report", runs, table(alone=None), {}, []))
-    assert "No metrics were found for: alone." in page.text
-    assert "No finite held-out LM loss: student alone" in page.text
-
-
 def test_nothing_at_all_still_makes_a_page(tmp_path):
-    page = Page(write_report(tmp_path / "deep" / "report", {}, [], {}, []))
+    page = Page(write_report(tmp_path / "deep" / "report", {}, []))
     assert "No student has a finite held-out LM loss." in page.text
 
 
+def test_hours_are_those_of_the_ranks_of_each_process():
+    steps = [{"kind": "train", "step": i, "seconds": 1800.0} for i in range(2)]
+    start = {"kind": "start", "step": 0, "world_size": 8}
+    assert RecordedRun("", Path(), [start, *steps, {**start, "world_size": 4}, steps[0]]).gpu_hours == 8 + 2
+    assert RecordedRun("", Path(), steps).gpu_hours is None
+
+
+def test_the_last_evaluations_are_compared_with_their_teacher(runs):
+    rows = last_evaluations([read_run(path, name) for name, path in runs.items()])
+    assert [(r["model"], r["lm_loss"], r.get("forward_kl")) for r in rows] == [
+        ("frozen teacher", 3.978, None),
+        ("teacher", 3.978, None),
+        ("alone", 4.716, None),
+        ("distilled", 4.195, 0.15),
+    ]
+
+
+def test_a_page_follows_a_run_until_its_process_ends(tmp_path, runs, capsys):
+    """A process holds the run's lock, adds a step, and ends when the page shows it."""
+    directory, output = runs["alone"], tmp_path / "report"
+    assert not is_going_on(directory)
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, directory, output], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n" and is_going_on(directory)
+    report([str(directory)], str(output), [], follow=True)
+    assert holder.wait() == 0, "the page showed the step before the run ended"
+    assert "alone 5 " in " ".join(Page(output / "report.html").text.split())
+    assert capsys.readouterr().out.endswith(f"report: {output}/report.html\n")
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from distill_nemo.runtime.output_lock import OutputLock
+from distill_nemo.training import metrics_file
+run, page = Path(sys.argv[1]), Path(sys.argv[2]) / "report.html"
+with OutputLock(run / "run.lock", "output_dir"):
+    print("held", flush=True)
+    for step in (0, 5):
+        deadline = time.monotonic() + 100
+        while not page.is_file() or (step and f"<td>{step}</td>" not in page.read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        if not step:
+            metrics_file.append(run / "metrics.jsonl", {"kind": "train", "step": 5, "tokens": 10240, "seconds": 1.0})
+"""
+
+
+@pytest.mark.parametrize(
+    ("directories", "message"),
+    [([], "name 1 to 20"), (["gone"], "no such directory: gone"), ([".", "./"], "a run is named twice")],
+)
+def test_what_cannot_be_reported_is_refused(tmp_path, monkeypatch, directories, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        report(directories, "report", [], follow=False)
+
+
 def test_a_report_replaces_the_last_one_whole_or_not_at_all(tmp_path, runs):
-    path = write_report(tmp_path / "report", runs, table(), {"seed": "first"}, [])
+    path = write_report(tmp_path / "report", runs, table(), measured_on="first")
     with pytest.raises(KeyError):
-        write_report(tmp_path / "report", runs, table(), {"seed": "second"}, [{"model": "no text"}])
-    assert "seed first" in " ".join(Page(path).text.split())
+        write_report(tmp_path / "report", runs, table(), [{"model": "no text"}], measured_on="second")
+    assert "first; losses" in " ".join(Page(path).text.split())
     (tmp_path / ".report.partial").mkdir()
     (tmp_path / ".report.partial" / "left").touch()  # left by a kill
-    assert write_report(tmp_path / "report", runs, table(), {"seed": "second"}, []) == path
+    assert write_report(tmp_path / "report", runs, table(), measured_on="second") == path
     text = " ".join(Page(path).text.split())
-    assert "seed second" in text and "seed first" not in text
-    assert not list(tmp_path.glob("*.partial")) and len(list(path.parent.iterdir())) == 3
+    assert "second; losses" in text and "first; losses" not in text
+    assert not list(tmp_path.glob("*.partial")) and len(list(path.parent.iterdir())) == 4
 
 
 def test_a_directory_with_other_things_is_refused(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ValueError, match=r"thesis\.tex, which is not part of a report"):
-        write_report(tmp_path, {}, table(), {}, [])
+        write_report(tmp_path, {}, table())
     assert (tmp_path / "thesis.tex").exists()
 
 
 def test_reports_import_no_torch(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from distill_nemo.reports.page import render_table, write_report;"
-        "table = [{'model': 'm'}]; write_report(Path(sys.argv[1]), {'a': Path('none')}, table, {}, []);"
+        "import sys; from pathlib import Path; from distill_nemo.reports.page import Page, render_table, write_page;"
+        "from distill_nemo.reports.runs import read_run;"
+        "table = [{'model': 'm'}]; write_page(Path(sys.argv[1]), Page([read_run(Path('none'), 'a')], table));"
         "render_table(table);"
         "print({'torch', 'megatron', 'transformers', 'matplotlib.pyplot'} & set(sys.modules))"
     )

@@ -1,4 +1,7 @@
-"""`metrics.jsonl`: one JSON object per line, of `kind` train, eval or end. Losses are token means in nats. No torch."""
+"""`metrics.jsonl`: a JSON object a line, of `kind` start, train, eval or end. Losses are token means in nats.
+
+No torch.
+"""
 
 import json
 from pathlib import Path
@@ -13,9 +16,16 @@ def append(path: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
+def read_counted(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the lines as `read` does, and the number of those that are left out."""
+    raws = [raw for raw in _raw_lines(path) if raw.strip()]
+    lines = [line for raw in raws if (line := _parsed(raw)) is not None and _step(line) is not None]
+    return lines, len(raws) - len(lines)
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a run, without those that are no JSON object with a step, such as one cut by a kill."""
-    return [line for raw in _raw_lines(path) if (line := _parsed(raw)) is not None and _step(line) is not None]
+    return read_counted(path)[0]
 
 
 def truncate_after(path: Path, step: int) -> None:

@@ -19,7 +19,9 @@ def compare_quickstart(root: str, samples: int = 128) -> None:
         root: the quickstart's directory.
         samples: number of held-out sequences.
     """
-    from distill_nemo.reports.page import write_report
+    from distill_nemo.reports.page import Page, write_page
+    from distill_nemo.reports.planned import plans_of
+    from distill_nemo.reports.runs import exported_parameters, read_run
     from distill_nemo.runtime.device import setup_device
 
     setup_device()
@@ -36,9 +38,11 @@ def compare_quickstart(root: str, samples: int = 128) -> None:
     }
     table = [_measure(name, model, config, samples) for name, model in models.items()]
     for row, model in zip(table, models.values(), strict=True):
-        row["parameters"] = _parameters(Path(model.checkpoint or directory / "student"))
-    runs = {name: directory / name / "metrics.jsonl" for name in ("teacher", "alone", "distilled")}
-    page = write_report(directory / "report", runs, table, _facts(config), _samples(models))
+        row["parameters"] = exported_parameters(Path(model.checkpoint or directory / "student"))
+    runs = [read_run(directory / name, name) for name in ("teacher", "alone", "distilled")]
+    plans, notes = plans_of(runs)
+    corpus = "On held-out text: every 20th module of Python's standard library"
+    page = write_page(directory / "report", Page(runs, table, corpus, plans, _samples(models), notes))
     (directory / "comparison.json").write_text(json.dumps(table, indent=2))
     print(f"report: {page}", flush=True)
 
@@ -64,43 +68,9 @@ def _publish(directory: Path) -> None:
         shutil.copytree(directory / "distilled" / "student", partial, dirs_exist_ok=True)
 
 
-def _parameters(path: Path) -> int:
-    """Return the number of parameters in a Hugging Face directory, from the safetensors headers."""
-    from safetensors import safe_open
-
-    total = 0
-    for file in path.glob("*.safetensors"):
-        with safe_open(file, "np") as tensors:
-            total += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())
-    return total
-
-
-def _facts(config: RunConfig) -> dict[str, str]:
-    kd, train, student = config.distillation, config.training, config.student
-    return {
-        "student": f"{student.num_layers} layers x {student.hidden_size}, {student.family}",
-        "loss": f"{kd.divergence}, temperature {kd.temperature}, {kd.balancer} balancer",
-        "steps": f"{train.steps} of {train.global_batch_size} x {config.data.sequence_length} tokens",
-        "optimizer": f"Adam, learning rate {config.optimizer.lr}, cosine to {config.optimizer.min_lr}",
-        "seed": str(train.seed),
-        "corpus": "Python's standard library; every 20th module held out",
-    }
-
-
 def _samples(models: dict[str, StudentConfig]) -> list[dict[str, str]]:
-    """Return greedy text of each exported model, loaded by transformers as a user would load it."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """Return text of each exported model."""
+    from distill_nemo.reports.samples import generate
 
-    from distill_nemo.models.checkpoints.pretrained import open_pretrained
-
-    samples = []
-    for name, exported in models.items():
-        if exported.checkpoint is None:
-            continue
-        tokenizer = open_pretrained(AutoTokenizer, exported.checkpoint)
-        tokens = tokenizer(PROMPT, return_tensors="pt").input_ids
-        model = open_pretrained(AutoModelForCausalLM, exported.checkpoint, dtype=torch.float32)
-        text = model.generate(tokens, max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-        samples.append({"model": name, "prompt": PROMPT, "text": tokenizer.decode(text[0])})
-    return samples
+    exported = {name: model.checkpoint for name, model in models.items() if model.checkpoint is not None}
+    return [{"model": name, "prompt": PROMPT, "text": generate(path, [PROMPT])[0]} for name, path in exported.items()]
