@@ -12,6 +12,7 @@ from distill_nemo.models.architecture import Experts
 from distill_nemo.models.families import FAMILIES
 from distill_nemo.runtime.device import setup_device
 from tests.tiny_models import OWN_FIELDS, known
+from tests.unit.models import config_json
 
 LLAMA = {
     "model_type": "llama",
@@ -40,11 +41,7 @@ QWEN3_MOE = {
 
 
 def resolve_json(path, **change):
-    from distill_nemo.models.resolve import resolve
-
-    config = {name: value for name, value in (LLAMA | change).items() if value != "absent"}
-    (path / "config.json").write_text(json.dumps(config))
-    return resolve(TeacherConfig(checkpoint=str(path)))
+    return config_json.resolve_json(path, LLAMA | change)
 
 
 def test_defaults_without_a_checkpoint():

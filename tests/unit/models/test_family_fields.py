@@ -11,6 +11,7 @@ from distill_nemo.config import StudentConfig
 from distill_nemo.fields import setting
 from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.families.family import Family, OwnFields
+from tests.unit.models import config_json
 
 SHAPE = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "vocab_size": 507}
 CONFIG = {
@@ -48,10 +49,7 @@ def rainbow(monkeypatch):
 
 
 def resolve_json(path, own, **stated):
-    from distill_nemo.models.resolve import resolve
-
-    (path / "config.json").write_text(json.dumps(CONFIG | own))
-    return resolve(StudentConfig(checkpoint=str(path), **stated))
+    return config_json.resolve_json(path, CONFIG | own, **stated)
 
 
 def random_student(**fields):

@@ -7,6 +7,7 @@ import torch
 
 from distill_nemo.config import StudentConfig
 from distill_nemo.models.architecture import Layer, Multipliers
+from tests.unit.models.config_json import resolve_json
 
 # Content of the hub's google/gemma-3-1b-it, as transformers 4.50 wrote it.
 HUB = {
@@ -39,11 +40,7 @@ NESTED = {
 
 
 def read(path, **changes):
-    from distill_nemo.models.resolve import resolve
-
-    config = {name: value for name, value in (HUB | changes).items() if value != "absent"}
-    (path / "config.json").write_text(json.dumps(config))
-    return resolve(StudentConfig(checkpoint=str(path)))
+    return resolve_json(path, HUB | changes)
 
 
 def test_a_directory_of_the_hub_is_read_as_transformers_reads_it(tmp_path):

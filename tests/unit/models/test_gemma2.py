@@ -7,6 +7,7 @@ import torch
 
 from distill_nemo.config import StudentConfig
 from tests.tiny_models import write_hf
+from tests.unit.models.config_json import resolve_json
 
 HUB = {  # of google/gemma-2-2b, as transformers 4.42 wrote it
     "architectures": ["Gemma2ForCausalLM"],
@@ -33,11 +34,7 @@ HUB = {  # of google/gemma-2-2b, as transformers 4.42 wrote it
 
 
 def read(path, **changes):
-    from distill_nemo.models.resolve import resolve
-
-    config = {name: value for name, value in (HUB | changes).items() if value != "absent"}
-    (path / "config.json").write_text(json.dumps(config))
-    return resolve(StudentConfig(checkpoint=str(path)))
+    return resolve_json(path, HUB | changes)
 
 
 def test_a_directory_of_the_hub_is_read_as_transformers_reads_it(tmp_path):

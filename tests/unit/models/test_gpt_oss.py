@@ -11,6 +11,7 @@ from distill_nemo.config import ParallelismConfig, StudentConfig
 from distill_nemo.runtime.device import setup_device
 from distill_nemo.runtime.process_groups import process_groups
 from tests.tiny_models import write_hf
+from tests.unit.models.config_json import resolve_json
 from tests.unit.models.test_quantised_sources import mxfp4_oracle
 
 HUB = {  # of openai/gpt-oss-20b, without layer_types, which are the default
@@ -56,11 +57,7 @@ HUB = {  # of openai/gpt-oss-20b, without layer_types, which are the default
 
 
 def read(path, **changes):
-    from distill_nemo.models.resolve import resolve
-
-    config = {name: value for name, value in (HUB | changes).items() if value != "absent"}
-    (path / "config.json").write_text(json.dumps(config))
-    return resolve(StudentConfig(checkpoint=str(path)))
+    return resolve_json(path, HUB | changes)
 
 
 def test_a_directory_of_the_hub_is_read_as_transformers_reads_it(tmp_path):

@@ -1,11 +1,9 @@
 """Granite: constants within limits, and what Granite 4 has beside attention."""
 
-import json
-
 import pytest
 
-from distill_nemo.config import StudentConfig
 from tests.tiny_models import OWN_FIELDS
+from tests.unit.models.config_json import resolve_json
 
 SIZES = {
     "hidden_size": 64,
@@ -20,10 +18,7 @@ FACTORS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier"
 
 
 def resolved(path, model_type, **own):
-    from distill_nemo.models.resolve import resolve
-
-    (path / "config.json").write_text(json.dumps({"model_type": model_type, **SIZES, **own}))
-    return resolve(StudentConfig(str(path)))
+    return resolve_json(path, {"model_type": model_type, **SIZES, **own})
 
 
 @pytest.mark.parametrize("model_type", ["granite", "granitemoe"])

@@ -8,6 +8,7 @@ import torch
 
 from distill_nemo.config import StudentConfig
 from distill_nemo.runtime.device import setup_device
+from tests.unit.models import config_json
 
 CONFIG = {
     "model_type": "striped",
@@ -39,10 +40,7 @@ def striped(monkeypatch):
 
 
 def resolve_json(path, **change):
-    from distill_nemo.models.resolve import resolve
-
-    (path / "config.json").write_text(json.dumps(CONFIG | change))
-    return resolve(StudentConfig(str(path)))
+    return config_json.resolve_json(path, CONFIG | change)
 
 
 def test_each_type_of_layer_has_its_own_in_the_familys_order(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from distill_nemo.config import ParallelismConfig, StudentConfig
 from distill_nemo.runtime.device import setup_device
 from tests.tiny_models import OWN_FIELDS, write_hf
+from tests.unit.models import config_json
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 CONFIG = {
@@ -24,12 +25,8 @@ ON = {"use_sliding_window": True, "sliding_window": 7}
 
 
 def resolve_json(path, model_type, **own):
-    from distill_nemo.models.resolve import resolve
-
     experts = OWN_FIELDS["qwen3_moe"] if "moe" in model_type else {}
-    config = {"model_type": model_type, **experts, **CONFIG, **own}
-    (path / "config.json").write_text(json.dumps(config))
-    return resolve(StudentConfig(checkpoint=str(path)))
+    return config_json.resolve_json(path, {"model_type": model_type, **experts, **CONFIG, **own})
 
 
 def windows_of(model):
