@@ -15,7 +15,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from distill_nemo.config import DistillationConfig, ParallelismConfig, RunConfig, StudentConfig, TeacherConfig
+from distill_nemo.config import (
+    DataConfig,
+    DistillationConfig,
+    ParallelismConfig,
+    RunConfig,
+    StudentConfig,
+    TeacherConfig,
+)
 
 GLOBAL_BATCH, SEQUENCE, VOCAB = 8, 16, 507
 NUM_STORED = 8  # draws, or ids, of a token
@@ -60,6 +67,25 @@ class Case:
     documents: tuple[int, ...] = ()  # lengths of the documents in a sample, if attention stays inside them
     codec: str = ""  # of the stored targets that take the place of a running teacher
     targets: str = ""  # their file, written by `distillation_reference.write_targets`
+
+    @property
+    def sequence(self) -> int:
+        """Tokens of a sample."""
+        return SEQUENCE
+
+    @property
+    def global_batch(self) -> int:
+        """Number of samples."""
+        return GLOBAL_BATCH
+
+    @property
+    def data(self) -> DataConfig:
+        """The part of the config that models depend on; the batch does not come from files."""
+        return DataConfig(sequence_length=SEQUENCE, reset_at_documents=bool(self.documents))
+
+    def unpacked(self) -> "Case":
+        """Return the case whose batch the oracle computes."""
+        return self
 
     def batch(self) -> dict[str, torch.Tensor]:
         """Return the global batch: tokens, labels, loss_mask and position_ids, each [GLOBAL_BATCH, SEQUENCE].
@@ -110,8 +136,8 @@ class Case:
         kd, parallelism = DistillationConfig(**self.distillation), layout.config()
         kd.fused_linear = layout.fused_linear
         run = RunConfig(output, StudentConfig(checkpoint=self.student), teacher, kd, parallelism)
-        run.data.sequence_length, run.data.reset_at_documents = SEQUENCE, bool(self.documents)
-        run.training.micro_batch_size, run.training.global_batch_size = layout.micro_batch, GLOBAL_BATCH
+        run.data = self.data
+        run.training.micro_batch_size, run.training.global_batch_size = layout.micro_batch, self.global_batch
         run.training.recompute = layout.recompute
         run.optimizer.use_distributed_optimizer = layout.distributed_optimizer
         run.optimizer.warmup_steps, run.training.steps = 0, 2
@@ -176,9 +202,10 @@ def _micro_batches(case: Case, run: RunConfig) -> list[dict[str, torch.Tensor]]:
     from megatron.core import parallel_state as ps
 
     size = run.training.micro_batch_size
-    share = GLOBAL_BATCH // ps.get_data_parallel_world_size()
+    share = case.global_batch // ps.get_data_parallel_world_size()
     first = ps.get_data_parallel_rank() * share
-    return [{k: v[i : i + size] for k, v in case.batch().items()} for i in range(first, first + share, size)]
+    batch = case.batch()
+    return [{k: v[i : i + size] for k, v in batch.items()} for i in range(first, first + share, size)]
 
 
 def _evaluated(case: Case, run: RunConfig, train_state: Any, step: Any = None) -> dict[str, float]:
@@ -187,7 +214,7 @@ def _evaluated(case: Case, run: RunConfig, train_state: Any, step: Any = None) -
 
     micro = _micro_batches(case, run)
     streams = [iter(micro) for _ in train_state.chunks]
-    sizes = {"sequence_length": SEQUENCE, "micro_batch_size": run.training.micro_batch_size}
+    sizes = {"sequence_length": case.sequence, "micro_batch_size": run.training.micro_batch_size}
     return evaluate(train_state.chunks, streams, num_microbatches=len(micro), step=step, **sizes)
 
 
@@ -203,7 +230,7 @@ def _forward_backward(case: Case, run: RunConfig, train_state: Any) -> dict[str,
     streams = [iter(micro) for _ in train_state.chunks]
     reports: Any = get_forward_backward_func()(
         forward_step_func=forward_step, data_iterator=streams if len(streams) > 1 else streams[0],
-        model=train_state.chunks, num_microbatches=len(micro), seq_length=SEQUENCE,
+        model=train_state.chunks, num_microbatches=len(micro), seq_length=case.sequence,
         micro_batch_size=run.training.micro_batch_size, forward_only=False,
     )  # fmt: skip
     if run.optimizer.use_distributed_optimizer:  # each rank has reduced a slice only

@@ -25,6 +25,7 @@ def reference(case: Case, dtype: torch.dtype = torch.float64) -> tuple[dict[str,
     With `torch.float32` it shows the error of plain torch. The means are those of training and, prefixed with
     `HELD_OUT`, those of an evaluation of the same batch.
     """
+    case = case.unpacked()
     kd = {"temperature": 1.0, "scale_by_temperature_squared": True, "hidden_layers": []} | case.distillation
     batch = case.batch()
     mask = batch["loss_mask"].double()

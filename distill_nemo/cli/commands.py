@@ -59,6 +59,8 @@ def prepare(
     chat_template: str = "",
     num_workers: int = 0,
     max_bad_records: int = 0,
+    pack: int | None = None,
+    too_long: Literal["cut", "drop"] | None = None,
 ) -> None:
     """Tokenise text or conversations into the .bin/.idx files that training reads.
 
@@ -69,7 +71,7 @@ def prepare(
 
     Example:
         nemo distill prepare inputs='text/*.jsonl,more/' output=data/corpus tokenizer=/models/Llama-3.2-1B
-        nemo distill prepare inputs='chats/*.jsonl' output=data/chat tokenizer=/models/Qwen3-1.7B
+        nemo distill prepare inputs='chats/*.jsonl' output=data/chat tokenizer=/models/Qwen3-1.7B pack=4096
 
     Args:
         inputs: files, directories or globs of text, JSON lines, CSV or parquet, compressed or not, separated by commas.
@@ -82,6 +84,8 @@ def prepare(
         chat_template: file of a Jinja template in place of the tokenizer's.
         num_workers: processes; 0 means one per core.
         max_bad_records: unreadable records to skip before giving up.
+        pack: put whole documents together in samples of this data.sequence_length.
+        too_long: cut or drop documents that are longer than a pack; by default texts are cut, conversations dropped.
     """
     from distill_nemo.data.inputs import split_inputs
     from distill_nemo.data.prepare import prepare as prepare_files
@@ -96,18 +100,20 @@ def prepare(
         format=format,
         loss_on=loss_on,
         chat_template=chat_template or None,
+        pack=pack,
+        too_long=too_long,
     )
 
 
 def inspect(data: str, samples: int = 3, tokenizer: str = "") -> None:
-    """Show documents of token files as text, with the tokens that count in green.
+    """Show documents of token files as text, with the tokens that count in green, and where packs begin.
 
     Example:
         nemo distill inspect data=data/chat samples=5
 
     Args:
         data: prefix of the .bin/.idx files.
-        samples: number of documents, spread over the files.
+        samples: number of documents or packs, spread over the files.
         tokenizer: a Hugging Face tokenizer directory; by default the one that made the files.
     """
     from rich.console import Console

@@ -28,6 +28,7 @@ from distill_nemo.data.chat_tokens import Chat, chat_of
 from distill_nemo.data.conversations import Format
 from distill_nemo.data.inputs import find_files
 from distill_nemo.data.manifest import pack_vocabulary, read_json, read_manifest
+from distill_nemo.data.packing import Packing, TooLong, described, packing_of, write_packs
 from distill_nemo.data.parts import (
     MAX_NAMED_RECORDS,
     Part,
@@ -74,6 +75,8 @@ def prepare(
     format: Format | None = None,
     loss_on: LossOn | None = None,
     chat_template: str | None = None,
+    pack: int | None = None,
+    too_long: TooLong | None = None,
 ) -> PrepareResult:
     """Tokenise documents into `<output>.bin`, `<output>.idx` and `<output>.json` (the manifest).
 
@@ -96,6 +99,8 @@ def prepare(
         format: format of all records; None for that of the first one, see `conversations.format_of`.
         loss_on: tokens of conversations that count: the assistant's, those of its last turn, or all. None: assistant.
         chat_template: file of a Jinja template in place of the tokenizer's.
+        pack: sequence length of training; documents are put together in packs that fill it. None: as they come.
+        too_long: cut or drop documents that a pack does not hold. None: texts are cut, conversations are dropped.
 
     Raises:
         ValueError: for inputs that are missing or cannot be read; for a tokenizer that is missing, has no
@@ -116,11 +121,12 @@ def prepare(
         print(f'format: {schema.kind}, as in the first record; format=text would read its key "{text_key}"')
     chat = _chat(opened, schema, loss_on, chat_template)
     append_eod = append_eod and chat is None
+    packing = packing_of(pack, too_long, chat is not None)
     tok = facts_of(opened, append_eod)
     parts_dir = Path(f"{output}.parts")
     parts = _plan(files, parts_dir, tok, schema, chat)
     sources = [os.path.abspath(source) for source in inputs]
-    about = _provenance(parts, sources, append_eod)
+    about = _provenance(parts, sources, append_eod, packing)
     manifest, fresh = _finished(output, about["key"]), None
     if manifest is None or parts_dir.exists():
         with OutputLock(Path(f"{output}.lock"), f"output = {output}"):
@@ -131,20 +137,22 @@ def prepare(
                     save_fast(opened, parts_dir / "tokenizer.json")
                     made, fresh = _make_parts(parts, num_workers, max_bad_records, progress)
                     manifest = about | _total(made, max_bad_records, sources)
-                    manifest |= _join(parts, {i: token for token, i in opened.vocab.items()})
+                    manifest |= _join(parts, {i: token for token, i in opened.vocab.items()}, packing)
                     _publish(parts_dir, output, manifest)
             shutil.rmtree(parts_dir)
     result = PrepareResult(*(manifest[name] for name in COUNTS), seconds=time.monotonic() - began)
     _print_result(output, result, fresh)
+    if packing is not None:
+        print(described(manifest))
     return result
 
 
-def _provenance(parts: list[Part], sources: list[str], append_eod: bool) -> dict[str, Any]:
+def _provenance(parts: list[Part], sources: list[str], append_eod: bool, packing: Packing | None) -> dict[str, Any]:
     """Return the fields of the manifest that describe inputs and options."""
     tok, chat = parts[0].tokenizer, parts[0].chat
     rendering = {} if chat is None else {"loss_on": chat.loss_on, "chat_template_sha256": digest(chat.template.source)}
     return {
-        "key": digest([part.key for part in parts]),
+        "key": digest([*(part.key for part in parts), *([] if packing is None else [asdict(packing)])]),
         "inputs": sources,
         "tokenizer": tok.path,
         "tokenizer_sha256": tok.sha256,
@@ -259,10 +267,21 @@ def _total(made: list[dict], max_bad: int, sources: list[str]) -> dict[str, Any]
     return {**totals, "bad": bad[:MAX_NAMED_RECORDS], "last_apart": all(part.get("last_apart", True) for part in made)}
 
 
-def _join(parts: list[Part], tokens: dict[int, str]) -> dict[str, Any]:
-    """Join the parts in order into `joined.bin/.idx` beside them. Return the `tokens` that occur, for the manifest."""
-    joined, dtype = Path(parts[0].prefix).parent / "joined", np.dtype(parts[0].dtype)
-    occurs = np.zeros(parts[0].tokenizer.vocab_size, dtype=bool)
+def _join(parts: list[Part], tokens: dict[int, str], packing: Packing | None) -> dict[str, Any]:
+    """Join the parts into `joined.bin/.idx` beside them. Return what the manifest says about the files and packs."""
+    joined, occurs = Path(parts[0].prefix).parent / "joined", np.zeros(parts[0].tokenizer.vocab_size, dtype=bool)
+    found = {} if packing is None else write_packs(parts, joined, packing, occurs)
+    if packing is None:
+        _concatenate(parts, joined, occurs)
+    if parts[0].chat is not None:
+        found["mask_sample_sha256"] = sample_sha256(Path(f"{joined}.mask"))
+    occurring = np.flatnonzero(occurs).tolist()
+    return found | {"max_token_id": max(occurring), "vocabulary": pack_vocabulary({i: tokens[i] for i in occurring})}
+
+
+def _concatenate(parts: list[Part], joined: Path, occurs: np.ndarray) -> None:
+    """Write the documents of the parts in order."""
+    dtype = np.dtype(parts[0].dtype)
     with open(f"{joined}.bin", "wb") as file:
         for part in parts:
             for block in iter_blocks(Path(part.prefix + ".bin")):
@@ -270,12 +289,8 @@ def _join(parts: list[Part], tokens: dict[int, str]) -> dict[str, Any]:
                 occurs[np.frombuffer(block, dtype)] = True
     lengths = np.concatenate([np.fromfile(part.prefix + ".len", np.int32) for part in parts])
     write_index(Path(f"{joined}.idx"), lengths, parts[0].dtype)
-    occurring = np.flatnonzero(occurs).tolist()
-    found = {"max_token_id": max(occurring), "vocabulary": pack_vocabulary({i: tokens[i] for i in occurring})}
     if parts[0].chat is not None:
         write_mask(Path(f"{joined}.mask"), [Path(part.prefix + ".mask") for part in parts])
-        found["mask_sample_sha256"] = sample_sha256(Path(f"{joined}.mask"))
-    return found
 
 
 def _publish(parts_dir: Path, output: str, manifest: dict[str, Any]) -> None:
@@ -353,7 +368,8 @@ def _finished(output: str, key: str) -> dict[str, Any] | None:
     if manifest.get("key") != key or "vocabulary" not in manifest:
         return None
     documents, tokens = manifest["documents"], manifest["tokens"]
-    sizes = {".bin": tokens * np.dtype(manifest["dtype"]).itemsize, ".idx": 34 + 12 * documents + 8 * (documents + 1)}
+    bounds = manifest.get("packs", documents) + 1
+    sizes = {".bin": tokens * np.dtype(manifest["dtype"]).itemsize, ".idx": 34 + 12 * documents + 8 * bounds}
     sizes |= {".mask": -(-tokens // 8)} if "loss_on" in manifest else {}
     return manifest if all(file_size(output + suffix) == size for suffix, size in sizes.items()) else None
 

@@ -113,20 +113,22 @@ def documents_apart(data: DataConfig) -> bool:
     return data.reset_at_documents or any(keeps_documents_apart(prefix) for _, prefix in named)
 
 
-def write_index(path: Path, lengths: np.ndarray, dtype: str) -> None:
+def write_index(path: Path, lengths: np.ndarray, dtype: str, bounds: np.ndarray | None = None) -> None:
     """Write the `.idx` of a `.bin` that holds documents one after another.
 
     Args:
         path: file to write.
         lengths: number of tokens of every document, int32 [documents].
         dtype: type of the ids.
+        bounds: first document of each group, and the number of documents, int64; None for groups of one.
     """
     code = next(code for code, kind in INTEGER_TYPES.items() if np.dtype(kind) == dtype)
     ends = np.cumsum(lengths, dtype=np.int64) * np.dtype(dtype).itemsize
     starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
+    bounds = np.arange(len(lengths) + 1, dtype=np.int64) if bounds is None else bounds
     with open(path, "wb") as file:
-        file.write(INDEX_HEADER.pack(MAGIC, 1, code, len(lengths), len(lengths) + 1))
-        for numbers in (lengths, starts, np.arange(len(lengths) + 1, dtype=np.int64)):
+        file.write(INDEX_HEADER.pack(MAGIC, 1, code, len(lengths), len(bounds)))
+        for numbers in (lengths, starts, bounds):
             file.write(numbers.tobytes())
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tests.conversations import PACKS, Packed
 from tests.distillation import Case, Layout, gradients_of, megatron_steps, worst_errors
 from tests.distillation_reference import reference, write_targets
 from tests.spawn import Gloo
@@ -132,10 +133,19 @@ class Cell:
     masked: str = "some"
     changes: tuple[tuple[str, Any], ...] = ()  # of the layout
     documents: tuple[int, ...] = ()  # see Case
+    pack: str = ""  # see Packed
 
     @property
     def sizes(self) -> Layout:
         return replace(LAYOUTS[self.layout][1], **dict(self.changes))
+
+    def case(self, models: dict[str, str]) -> Case:
+        """Return the batch and the losses, of models by their paths."""
+        student, teacher = (models[name] for name in self.models)
+        if self.pack:
+            return Packed(student, teacher, LOSSES[self.loss], pack=self.pack)
+        codec, losses = STORED[self.loss] if self.loss in STORED else ("", LOSSES[self.loss])
+        return Case(student, teacher, losses, self.masked, self.documents, codec)
 
 
 DENSE = ("llama", "teacher")
@@ -183,6 +193,8 @@ APART = [  # models with windows and softcaps, whose attention stays inside docu
     ("mistral (windows)", "ministral (windows by layer)"),
     ("gemma2 (capped scores)", "gemma2 teacher"),
 ]
+PACKED = ["one process", "DP=2", "TP=2, SP", "PP=2", "CP=2"]  # layouts
+RECOMPUTED = (("micro_batch", 2), ("recompute", "full"))
 WAYS: dict[str, dict[str, Any]] = {
     "micro batch 2": {"changes": (("micro_batch", 2),)},
     "micro batch 4": {"changes": (("micro_batch", 4),)},
@@ -193,7 +205,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "whole logits": {"changes": (("fused_linear", False),)},
     "documents apart": {"documents": DOCUMENTS},
     "documents apart, micro batch 2, full recomputation": {
-        "documents": DOCUMENTS, "changes": (("micro_batch", 2), ("recompute", "full")),
+        "documents": DOCUMENTS, "changes": RECOMPUTED,
     },
 }  # fmt: skip
 
@@ -211,6 +223,7 @@ def _of_layout(layout: str) -> Iterator[Cell]:
         yield Cell(layout, pairs[0], HIDDEN, "full recomputation", changes=(("recompute", "full"),))
         yield Cell(layout, pairs[0], HIDDEN, "documents apart", documents=DOCUMENTS)
         yield Cell(layout, ("MoE", "teacher"), "sampled, T=2, and LM")
+        yield from _packed(layout, pairs[0])
         yield from (
             Cell(layout, pair, HIDDEN)
             for pair in PAIRS
@@ -234,9 +247,19 @@ def _of_layout(layout: str) -> Iterator[Cell]:
     else:
         yield _with_experts(layout, ("llama", "MoE teacher"), "forward KL")
         yield _with_experts(layout, ("MoE", "MoE teacher"), "forward KL")
+    if layout in PACKED:
+        yield from _packed(layout, DENSE)
     for way, differs in WAYS.items():
         if _possible(layout, differs):
             yield Cell(layout, DENSE, HIDDEN, way, **differs)
+
+
+def _packed(layout: str, models: tuple[str, str]) -> Iterator[Cell]:
+    """Yield the same conversations in packs of each width, alone and two at a time."""
+    for pack in PACKS:
+        yield Cell(layout, models, HIDDEN, pack, pack=pack)
+        way = f"{pack}, micro batch 2, full recomputation"
+        yield Cell(layout, models, HIDDEN, way, changes=RECOMPUTED, pack=pack)
 
 
 def family_of(model: str) -> str:
@@ -286,26 +309,24 @@ def write_models(root: Path) -> dict[str, str]:
 def measure(wanted: Iterable[Cell], models: dict[str, str], group: Gloo, one: Gloo) -> Iterator[tuple[Cell, Errors]]:
     """Compute cells of one layout in the processes of `group`, and their references."""
     wanted = list(wanted)
-    cases = [_case(cell, models) for cell in wanted]
+    cases = [cell.case(models) for cell in wanted]
+    errors = errors_of(cases, [cell.sizes for cell in wanted], group, one)
+    for cell, case, (metric, gradient) in zip(wanted, cases, errors, strict=True):
+        far = (cell.models, cell.loss) in OFFSET or cell.models[0] in DELTA_NETS
+        yield cell, Errors(metric, gradient, _allowed(case) if far else TOLERANCE)
+
+
+def errors_of(cases: list[Case], layouts: list[Layout], group: Gloo, one: Gloo) -> list[tuple[float, float]]:
+    """Return the worst errors of metrics and gradients of each case, at layouts of the same sizes."""
     with tempfile.TemporaryDirectory() as root:
-        outputs = [f"{root}/{i}" for i in range(len(wanted))]
+        outputs = [f"{root}/{i}" for i in range(len(cases))]
         for i, case in enumerate(cases):
             if case.codec:
                 case.targets = f"{root}/{i}.safetensors"
                 write_targets(case)
-        work = [(case, cell.sizes, output) for case, cell, output in zip(cases, wanted, outputs, strict=True)]
-        ranks = group.run(megatron_steps, work)
+        ranks = group.run(megatron_steps, list(zip(cases, layouts, outputs, strict=True)))
         found = one.run(gradients_of, outputs)[0]
-        for i, (cell, case) in enumerate(zip(wanted, cases, strict=True)):
-            far = (cell.models, cell.loss) in OFFSET or cell.models[0] in DELTA_NETS
-            allowed = _allowed(case) if far else TOLERANCE
-            metric, gradient = worst_errors([rank[i] for rank in ranks], found[i], _reference(case))
-            yield cell, Errors(metric, gradient, allowed)
-
-
-def _case(cell: Cell, models: dict[str, str]) -> Case:
-    codec, losses = STORED[cell.loss] if cell.loss in STORED else ("", LOSSES[cell.loss])
-    return Case(*(models[name] for name in cell.models), losses, cell.masked, cell.documents, codec)
+        return [worst_errors([rank[i] for rank in ranks], found[i], _reference(case)) for i, case in enumerate(cases)]
 
 
 def _allowed(case: Case) -> float:
@@ -325,8 +346,8 @@ _REFERENCES: dict[str, Any] = {}
 
 
 def _reference(case: Case) -> Any:
-    """Return the reference, which is the same for every layout."""
-    key = repr(replace(case, targets=""))
+    """Return the reference, which is the same for every layout and every packing."""
+    key = repr(replace(case.unpacked(), targets=""))
     if key not in _REFERENCES:
         _REFERENCES[key] = reference(case)
     return _REFERENCES[key]

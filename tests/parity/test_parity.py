@@ -3,9 +3,22 @@
 import pytest
 
 from distill_nemo.models.families import FAMILIES
+from tests.conversations import MISTAKES, PACKS, Mistaken
 from tests.distillation import Case
 from tests.parity.__main__ import page
-from tests.parity.cells import HIDDEN, LAYOUTS, OFFSET, Cell, Errors, cells, family_of, measure, write_models
+from tests.parity.cells import (
+    HIDDEN,
+    LAYOUTS,
+    OFFSET,
+    TOLERANCE,
+    Cell,
+    Errors,
+    cells,
+    errors_of,
+    family_of,
+    measure,
+    write_models,
+)
 from tests.spawn import Gloo
 from tests.tiny_models import MODEL_TYPES, REFUSED, write_hf
 
@@ -33,7 +46,7 @@ def chosen(layout: str) -> list[Cell]:
     By default the losses are fused with the output layers; "whole logits" turns that off.
     """
     of_layout = [cell for cell in cells() if cell.layout == layout]
-    dense = [cell for cell in of_layout if cell.models == ("llama", "teacher")]
+    dense = [cell for cell in of_layout if cell.models == ("llama", "teacher") and not cell.pack]
     offset = [cell for cell in of_layout if (cell.models, cell.loss) in OFFSET]
     usual = [cell for cell in dense if cell.loss in EVERYWHERE and not cell.way]
     if layout in ("DP=2", "TP=2, SP", "PP=2", "CP=2"):
@@ -43,11 +56,12 @@ def chosen(layout: str) -> list[Cell]:
         "TP=2, PP=2": [cell for cell in of_layout if not cell.way and cell.models[0] != "llama" and cell not in offset],
         "PP=4, VPP=2": [cell for cell in of_layout if cell.way],
         "DP=4": [cell for cell in of_layout if cell.way in ("distributed optimizer", "an all-masked micro batch")],
-        "EP=2, DP=2": of_layout,
+        "EP=2, DP=2": [cell for cell in of_layout if not cell.pack],
         "TP=4": [cell for cell in of_layout if cell.models[0] == "two query groups"],
         "TP=2, SP": [cell for cell in of_layout if cell.way == "whole logits"],
     }
-    return list(dict.fromkeys(usual + more.get(layout, [])))
+    packed = [cell for cell in of_layout if cell.pack == "packs of 32"]
+    return list(dict.fromkeys(usual + more.get(layout, []) + packed))
 
 
 @pytest.mark.parametrize(
@@ -65,6 +79,16 @@ def test_metrics_and_every_gradient_are_those_of_one_process_in_fp64(models, gro
         cell: errors for cell, errors in measure(wanted, models, groups[LAYOUTS[layout][0]], one) if errors.beyond
     }
     assert not beyond
+
+
+def test_packs_of_every_width_are_the_unpacked_conversations_and_a_mistake_in_them_is_seen(models, one):
+    wanted = [cell for cell in cells() if cell.layout == "one process" and cell.pack and not cell.changes]
+    assert [cell.pack for cell in wanted] == [*PACKS]
+    assert not any(errors.beyond for _, errors in measure(wanted, models, one, one))
+    packed = wanted[1].case(models)
+    mistaken: list[Case] = [Mistaken(**vars(packed), mistake=mistake) for mistake in MISTAKES]
+    for mistake, (_, gradient) in zip(MISTAKES, errors_of(mistaken, [wanted[1].sizes] * 3, one, one), strict=True):
+        assert gradient > 1000 * TOLERANCE, mistake
 
 
 def test_the_page_counts_the_cells_that_were_not_computed():

@@ -12,7 +12,6 @@ from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import get
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttentionSubmodules
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
 from megatron.core.transformer.identity_op import IdentityFuncOp, IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -155,25 +154,19 @@ def _heterogeneous_spec(
 ) -> TransformerBlockSubmodules:
     """Return Megatron's spec of layers that differ, with our norm and attention in place of its local ones.
 
-    Raises:
-        ValueError: for documents apart, with Transformer Engine's attention.
+    Documents apart need our attention beside Transformer Engine's other parts, too.
     """
     use_te = transformer_engine_usable(config.params_dtype)
-    if use_te and model.documents_apart:
-        raise ValueError(
-            f"{model.name}: data.reset_at_documents is not supported by Transformer Engine's attention, which layers "
-            "of different sizes have; set it to False"
-        )
     block = get_gpt_heterogeneous_layer_spec(config, use_te=use_te, vp_stage=vp_stage)
     assert block.layer_specs is not None
     for layer in block.layer_specs:
         assert isinstance(layer.submodules, TransformerLayerSubmodules)
         attention = getattr(layer.submodules.self_attention, "submodules", None)
+        if uses_own_attention(model, config.params_dtype) and isinstance(attention, SelfAttentionSubmodules):
+            attention.core_attention = CausalAttention
         for part in (layer.submodules, attention):
             for name, module in list(vars(part).items()) if part else ():
                 if module is WrappedTorchNorm:
                     setattr(part, name, RMSNorm)
-                elif module is DotProductAttention:
-                    setattr(part, name, CausalAttention)
     block.layer_norm = RMSNorm if block.layer_norm is WrappedTorchNorm else block.layer_norm
     return block

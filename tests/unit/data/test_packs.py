@@ -1,35 +1,20 @@
 """Packs as samples, alone and in a blend with other token files."""
 
-import json
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from distill_nemo.config import DataConfig, TrainingConfig
 from distill_nemo.data.datasets import build_datasets
 from distill_nemo.data.token_files import check_token_files
-from tests.token_files import write_tokens
+from tests.token_files import write_packs, write_tokens
 
 LENGTH = 8
 PACKS = [[[11, 12, 13], [21, 22], [31, 32, 33, 34]], [[41, 42], [51]], [list(range(60, 69))]]  # 9, 3 and 9 tokens
 COUNTS = [[[0, 0, 1], [0, 1], [0, 1, 0, 1]], [[1, 1], [1]], [[0] * 8 + [1]]]
-
-
-def write_packs(prefix: Path, packs: list[list[list[int]]], length: int = LENGTH, counts: Any = None) -> str:
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    for pack in packs:
-        builder.add_document(torch.tensor([*chain(*pack)]), [len(document) for document in pack])
-    builder.finalize(f"{prefix}.idx")
-    Path(f"{prefix}.json").write_text(json.dumps({"pack": length}))
-    if counts:
-        bits = np.array([bit for pack in counts for document in pack for bit in document], np.uint8)
-        Path(f"{prefix}.mask").write_bytes(np.packbits(bits, bitorder="little"))
-    return str(prefix)
 
 
 def build(tmp_path: Path, train: list[str], num_train: int = 3, num_valid: int = 0, num_ids: int = 65_536, **options):
@@ -51,7 +36,7 @@ def by_first_token(dataset, count: int) -> dict[int, dict[str, list]]:
     ],
 )
 def test_a_sample_is_a_pack_and_its_padding_with_documents_apart(tmp_path: Path, loss_on: Any, counted: list[int]):
-    built = build(tmp_path, [write_packs(tmp_path / "a", PACKS, counts=COUNTS)], loss_on=loss_on)
+    built = build(tmp_path, [write_packs(tmp_path / "a", PACKS, LENGTH, counts=COUNTS)], loss_on=loss_on)
     found = by_first_token(built, 3)
     assert found[11] == {
         "tokens": [11, 12, 13, 21, 22, 31, 32, 33],
@@ -68,7 +53,7 @@ def test_a_sample_is_a_pack_and_its_padding_with_documents_apart(tmp_path: Path,
 
 
 def test_passes_over_packs_are_permutations_that_further_passes_do_not_change(tmp_path: Path):
-    prefix = write_packs(tmp_path / "a", [[[first, first + 1]] for first in range(10, 90, 2)])
+    prefix = write_packs(tmp_path / "a", [[[first, first + 1]] for first in range(10, 90, 2)], LENGTH)
     firsts = [[int(build(tmp_path, [prefix], n)[i]["tokens"][0]) for i in range(n)] for n in (40, 41, 120)]
     assert firsts[2][:41] == firsts[1] and firsts[1][:40] == firsts[0]
     passes = [firsts[2][i : i + 40] for i in (0, 40, 80)]
@@ -81,7 +66,7 @@ def test_passes_over_packs_are_permutations_that_further_passes_do_not_change(tm
 
 @pytest.mark.parametrize("reset_at_documents", [False, True])
 def test_every_sample_of_a_blend_with_packs_says_where_documents_start(tmp_path: Path, reset_at_documents: bool):
-    packs, plain = write_packs(tmp_path / "a", PACKS), write_tokens(tmp_path / "b", 10_000, length=5)
+    packs, plain = write_packs(tmp_path / "a", PACKS, LENGTH), write_tokens(tmp_path / "b", 10_000, length=5)
     built = build(tmp_path, ["50", packs, "50", plain], 40, reset_at_documents=reset_at_documents)
     samples = [built[i] for i in range(40)]
     assert all(sample["document_starts"].shape == (LENGTH,) for sample in samples)
@@ -93,7 +78,7 @@ def test_every_sample_of_a_blend_with_packs_says_where_documents_start(tmp_path:
 
 
 def test_an_id_in_a_pack_that_the_model_lacks_is_refused_with_its_place(tmp_path: Path):
-    built = build(tmp_path, [write_packs(tmp_path / "a", PACKS)], num_ids=68)
+    built = build(tmp_path, [write_packs(tmp_path / "a", PACKS, LENGTH)], num_ids=68)
     with pytest.raises(ValueError, match=r"a\.bin: token 8 of window 2 \(both from 0\) is the id 68, but .* 0 to 67"):
         by_first_token(built, 3)
 

@@ -7,7 +7,7 @@ import pytest
 
 from distill_nemo.config import DataConfig, RunConfig, StudentConfig, TrainingConfig
 from distill_nemo.planning.corpora import parts_of_blend
-from tests.token_files import write_documents
+from tests.token_files import write_documents, write_packs
 
 TRAINING = TrainingConfig(steps=10, global_batch_size=4)
 
@@ -31,6 +31,14 @@ def test_passes_follow_from_weights_or_from_sizes(tmp_path: Path):
     assert (one.share, one.passes, one.tokens, one.counted) == (0.75, 7.5, 100, 0.25)
     assert (two.share, two.passes, two.tokens, two.counted) == (0.25, 0.625, 400, None)
     assert [part.passes for part in parts_of_blend(config(train=[a, b], valid=[b]))] == [2.0, 2.0]
+
+
+def test_passes_over_packs_are_passes_over_their_samples(tmp_path: Path):
+    packs = write_packs(tmp_path / "a", [[[1] * 12, [2] * 8]] * 10, 25)  # 200 tokens in 10 samples of 25
+    (part,) = parts_of_blend(config(train=[packs], valid=[packs]))
+    assert (part.passes, part.tokens) == (4.0, 200)
+    plain = corpus(tmp_path, "b", [250])
+    assert [part.share for part in parts_of_blend(config(train=[packs, plain], valid=[plain]))] == [0.5, 0.5]
 
 
 def test_held_out_documents_are_not_read(tmp_path: Path):
