@@ -6,7 +6,7 @@ Every sample of 16 tokens, and every pack, holds one label more than inputs.
 import functools
 import itertools
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -50,6 +50,10 @@ class Packed(Case):
     """A case whose global batch are the conversations, in packs."""
 
     pack: str = "packs of 16"
+    prefix: str = field(default="", init=False)  # written once, by the process that ranks get the case from
+
+    def __post_init__(self) -> None:
+        self.prefix = _written(self.pack)[1]
 
     @property
     def sequence(self) -> int:
@@ -61,11 +65,11 @@ class Packed(Case):
 
     @property
     def data(self) -> DataConfig:
-        return DataConfig(train=[_written(self.pack)[1]], sequence_length=self.sequence)
+        return DataConfig(train=[self.prefix], sequence_length=self.sequence)
 
     def batch(self) -> dict[str, torch.Tensor]:
         check_token_files(self.data)
-        packs = Packs(self.data.train[0], self.sequence, None)
+        packs = Packs(self.prefix, self.sequence, None)
         samples = [packs[i] for i in range(len(packs))]
         return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
@@ -101,10 +105,8 @@ class Mistaken(Packed):
 
     mistake: str = ""
 
-    @property
-    def data(self) -> DataConfig:
-        prefix = _written(self.pack, ends_count=self.mistake != MISTAKES[2])[1]
-        return DataConfig(train=[prefix], sequence_length=self.sequence)
+    def __post_init__(self) -> None:
+        self.prefix = _written(self.pack, ends_count=self.mistake != MISTAKES[2])[1]
 
     def batch(self) -> dict[str, torch.Tensor]:
         batch = super().batch()

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from distill_nemo.config import DataConfig
-from distill_nemo.data.manifest import read_manifest
-from distill_nemo.data.token_files import check_files, document_lengths, named_corpora
+from distill_nemo.data.manifest import pack_length, read_manifest
+from distill_nemo.data.token_files import check_files, document_lengths, index_layout, named_corpora
 from distill_nemo.fields import require
 from distill_nemo.teacher_store.manifest import MANIFEST, is_store
 from distill_nemo.teacher_store.reader import TeacherStore
@@ -61,19 +61,23 @@ class TokenFiles(Corpus):
 
     @property
     def files(self) -> dict[str, Path]:
-        """Index, tokens and mask."""
+        """Index, tokens and mask. A run without the manifest of packs would read other samples."""
+        length = pack_length(self.path)
+        packs = "" if length is None else f", packs of {length}"
         named = {suffix: Path(f"{self.path}{suffix}") for suffix in (".idx", ".bin", ".mask")}
-        return {suffix: path for suffix, path in named.items() if path.is_file()}
+        return {suffix + packs: path for suffix, path in named.items() if path.is_file()}
 
     @property
     def counted(self) -> float | None:
-        """Share by the manifest."""
-        manifest = read_manifest(self.path)
-        counted, tokens = manifest.get("counted_tokens"), manifest.get("tokens")
-        return counted / tokens if type(counted) is int and type(tokens) is int and tokens else None
+        """Share by the manifest. Padding does not count."""
+        counted = read_manifest(self.path).get("counted_tokens")
+        return counted / max(self.pass_tokens(), 1) if type(counted) is int else None
 
     def pass_tokens(self) -> int:
-        """Return all tokens."""
+        """Return all tokens, with the padding of packs."""
+        length = pack_length(self.path)
+        if length is not None:
+            return index_layout(self.path).groups * length
         return int(document_lengths(self.path).sum(dtype=np.int64))
 
     def check(self, field: str, data: DataConfig) -> None:

@@ -16,7 +16,7 @@ from megatron.core.datasets.utils import Split
 from torch.utils.data import Dataset
 
 from distill_nemo.config import DataConfig, TrainingConfig
-from distill_nemo.data.corpora import check_corpora
+from distill_nemo.data.corpora import check_corpora, corpus_at
 from distill_nemo.data.spliced import DatasetConfig, NoTokenizer, map_array
 from distill_nemo.data.token_dataset import TokenDataset, open_windows
 from distill_nemo.data.token_files import (
@@ -69,11 +69,7 @@ def build_datasets(
     check_corpora(data)
     seed = training.seed if training.data_seed is None else training.data_seed
     windows = {prefix: open_windows(prefix, data.loss_on) for _, prefix in named_corpora(data)}
-    blends = [
-        _blend("data.train", data.train, windows, data.sequence_length),
-        _blend("data.valid", data.valid, windows, data.sequence_length) if data.valid else None,
-        None,
-    ]
+    blends = [_blend("data.train", data.train), _blend("data.valid", data.valid) if data.valid else None, None]
     sizes = [num_train_samples, num_valid_samples, 0]
     key = _cache_key([ORDER, blends, data.split, seed, data.sequence_length, sizes], blends, windows)
     path, final = _cache_path(Path(cache_dir), key)
@@ -135,19 +131,12 @@ def _build(sizes: list[int], config: DatasetConfig, path: Path) -> list[Any]:
         ) from error
 
 
-def _blend(field: str, values: list[str], windows: OpenWindows, sequence_length: int) -> Blend:
-    """Return the blend, weighted by samples if it has no weights, since Megatron would end it after one epoch."""
+def _blend(field: str, values: list[str]) -> Blend:
+    """Return the blend, weighted by tokens if it has no weights, since Megatron would end it after one epoch."""
     prefixes, weights = parse_blend(field, values)
     if len(prefixes) == 1:
         return prefixes, None
-    return prefixes, weights or [float(_num_tokens(prefix, windows[prefix], sequence_length)) for prefix in prefixes]
-
-
-def _num_tokens(prefix: str, windows: Windows | None, sequence_length: int) -> int:
-    """Return the tokens of the samples of one pass."""
-    if windows is not None:
-        return len(windows) * sequence_length
-    return int(document_lengths(prefix).sum(dtype=np.int64))
+    return prefixes, weights or [float(corpus_at(prefix).pass_tokens()) for prefix in prefixes]
 
 
 def _check_split(split: str) -> None:

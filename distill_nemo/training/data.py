@@ -85,20 +85,19 @@ def _check_corpora(data: DataConfig, tokenizer: str, tokens: dict[int, str]) -> 
 
     Only ids that occur, by the manifests, are compared, so tokens may be added to a tokenizer later.
     """
-    others_by_id: dict[int, str | None] = {}
+    known = dict(tokens)
     for field, prefix in named_corpora(data):
         manifest = read_manifest(prefix)
         made_with = vocabulary(manifest) or {}
-        known = {i: tokens.get(i) for i in made_with} if tokens else others_by_id
-        apart = [i for i in sorted(known.keys() & made_with.keys()) if known[i] != made_with[i]]
+        apart = [i for i, token in made_with.items() if known.get(i, None if tokens else token) != token]
         if apart:
             i = apart[0]
             raise ValueError(
                 f"{field}: {name_of(prefix)} was made with another tokenizer ({manifest.get('tokenizer')}) than "
                 f"{tokenizer or 'the other token files'}: of {len(made_with):,} ids that occur {len(apart):,} are "
-                f"other tokens, such as {i}: {made_with[i]!r} and {known[i]!r}; {OWN_TOKENIZER}"
+                f"other tokens, such as {i}: {made_with[i]!r} and {known.get(i)!r}; {OWN_TOKENIZER}"
             )
-        others_by_id |= made_with
+        known |= made_with
 
 
 def _check_size(field: str, tokenizer: Tokenizer, student: Architecture) -> None:

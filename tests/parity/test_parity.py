@@ -86,7 +86,8 @@ def test_packs_of_every_width_are_the_unpacked_conversations_and_a_mistake_in_th
     assert [cell.pack for cell in wanted] == [*PACKS]
     assert not any(errors.beyond for _, errors in measure(wanted, models, one, one))
     packed = wanted[1].case(models)
-    mistaken: list[Case] = [Mistaken(**vars(packed), mistake=mistake) for mistake in MISTAKES]
+    fields = packed.student, packed.teacher, packed.distillation
+    mistaken: list[Case] = [Mistaken(*fields, pack=wanted[1].pack, mistake=mistake) for mistake in MISTAKES]
     for mistake, (_, gradient) in zip(MISTAKES, errors_of(mistaken, [wanted[1].sizes] * 3, one, one), strict=True):
         assert gradient > 1000 * TOLERANCE, mistake
 

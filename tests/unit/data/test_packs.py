@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from distill_nemo.config import DataConfig, TrainingConfig
+from distill_nemo.config import DataConfig, RunConfig, StudentConfig, TrainingConfig
 from distill_nemo.data.datasets import build_datasets
 from distill_nemo.data.token_files import check_token_files
+from distill_nemo.training.entry import resolve_models
+from tests.tiny_models import write_hf
 from tests.token_files import write_packs, write_tokens
 
 LENGTH = 8
@@ -104,3 +106,26 @@ def test_packs_that_do_not_fit_are_refused(tmp_path: Path, pack: Any, bounds: li
         index.write_bytes(index.read_bytes()[: -8 * len(bounds)] + np.array(bounds, np.int64).tobytes())
     with pytest.raises(ValueError, match=message):
         check_token_files(DataConfig(train=[prefix], sequence_length=LENGTH))
+
+
+@pytest.mark.parametrize(
+    ("family", "length", "message"),
+    [
+        ("nemotron_h", LENGTH, r"a mamba in layer 0, whose state cannot be reset .* prepare the text without pack"),
+        ("qwen3_5_text", LENGTH, r"a gated_delta_net in layer 0, .* without pack"),
+        ("llama", 4096, r"data\.sequence_length = 4096 is longer than the student's max_position_embeddings = \d+"),
+    ],
+)
+def test_packs_that_a_model_cannot_read_are_refused(tmp_path: Path, family: str, length: int, message: str):
+    data = DataConfig(train=[write_packs(tmp_path / "a", PACKS, length)], sequence_length=length)
+    student = StudentConfig(checkpoint=write_hf(tmp_path / "model", family))
+    with pytest.raises(ValueError, match=message):
+        resolve_models(RunConfig(str(tmp_path / "run"), student, None, data=data))
+
+
+def test_packs_need_no_option_to_keep_documents_apart(tmp_path: Path):
+    data = DataConfig(train=[write_packs(tmp_path / "a", PACKS, LENGTH)], sequence_length=LENGTH)
+    config = RunConfig(str(tmp_path), StudentConfig(checkpoint=write_hf(tmp_path / "model", "llama")), None, data=data)
+    assert resolve_models(config)[1].student.documents_apart
+    config.data = DataConfig(train=[write_tokens(tmp_path / "b", 0)], sequence_length=LENGTH)
+    assert not resolve_models(config)[1].student.documents_apart

@@ -36,7 +36,7 @@ def test_passes_follow_from_weights_or_from_sizes(tmp_path: Path):
 def test_passes_over_packs_are_passes_over_their_samples(tmp_path: Path):
     packs = write_packs(tmp_path / "a", [[[1] * 12, [2] * 8]] * 10, 25)  # 200 tokens in 10 samples of 25
     (part,) = parts_of_blend(config(train=[packs], valid=[packs]))
-    assert (part.passes, part.tokens) == (4.0, 200)
+    assert (part.passes, part.tokens) == (4.0, 250)
     plain = corpus(tmp_path, "b", [250])
     assert [part.share for part in parts_of_blend(config(train=[packs, plain], valid=[plain]))] == [0.5, 0.5]
 
