@@ -5,7 +5,6 @@ A file that was hashed before and has the same size, mtime and inode is not read
 """
 
 import contextlib
-import hashlib
 import json
 import re
 import time
@@ -57,14 +56,8 @@ def run_record(config: RunConfig, remember: bool = False) -> dict[str, Any]:
         for field, named in files.items()
     }
     tokenizer = config.data.tokenizer
-    contents["data.tokenizer"] = vocabulary_hash(tokenizer) if tokenizer else None
+    contents["data.tokenizer"] = load_tokenizer(tokenizer).vocabulary_sha256 if tokenizer else None
     return to_dict(config) | {"contents": contents}
-
-
-def vocabulary_hash(tokenizer: str) -> str:
-    """Return a hash of the token of every id. A copied directory or another chat template has the same."""
-    vocabulary = load_tokenizer(tokenizer).vocab
-    return hashlib.sha256(json.dumps(vocabulary, sort_keys=True).encode()).hexdigest()
 
 
 def hash_files(paths: list[Path], cache: Path, sums: dict[Path, str] | None = None) -> dict[Path, str]:

@@ -126,7 +126,7 @@ def prepare(
     parts_dir = Path(f"{output}.parts")
     parts = _plan(files, parts_dir, tok, schema, chat)
     sources = [os.path.abspath(source) for source in inputs]
-    about = _provenance(parts, sources, append_eod, packing)
+    about = _provenance(parts, sources, append_eod, packing, opened.vocabulary_sha256)
     manifest, fresh = _finished(output, about["key"]), None
     if manifest is None or parts_dir.exists():
         with OutputLock(Path(f"{output}.lock"), f"output = {output}"):
@@ -147,7 +147,9 @@ def prepare(
     return result
 
 
-def _provenance(parts: list[Part], sources: list[str], append_eod: bool, packing: Packing | None) -> dict[str, Any]:
+def _provenance(
+    parts: list[Part], sources: list[str], append_eod: bool, packing: Packing | None, vocabulary_sha256: str
+) -> dict[str, Any]:
     """Return the fields of the manifest that describe inputs and options."""
     tok, chat = parts[0].tokenizer, parts[0].chat
     rendering = {} if chat is None else {"loss_on": chat.loss_on, "chat_template_sha256": digest(chat.template.source)}
@@ -156,6 +158,7 @@ def _provenance(parts: list[Part], sources: list[str], append_eod: bool, packing
         "inputs": sources,
         "tokenizer": tok.path,
         "tokenizer_sha256": tok.sha256,
+        "vocabulary_sha256": vocabulary_sha256,
         "vocab_size": tok.vocab_size,
         "eod_id": tok.eod,
         "append_eod": append_eod,

@@ -71,6 +71,11 @@ class Tokenizer:
             )
         return self.vocab[token]
 
+    @property
+    def vocabulary_sha256(self) -> str:
+        """Hash of the token of every id. A copied directory or another chat template has the same."""
+        return hashlib.sha256(json.dumps(self.vocab, sort_keys=True).encode()).hexdigest()
+
 
 def facts_of(tokenizer: Tokenizer, append_eod: bool) -> TokenizerFacts:
     """Return the facts of a tokenizer.

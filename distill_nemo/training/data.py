@@ -70,7 +70,8 @@ def check_tokenizers(config: RunConfig, student: Architecture) -> None:
                 f"tokens, such as {i}: {ours[i]!r} and {theirs[i]!r}; logits can be compared only if both models have "
                 "the same tokens"
             )
-    _check_corpora(config.data, *(named_tokens[0] if named_tokens else ("", {})))
+    own = next(iter(known.values()))[1].vocabulary_sha256 if known else None
+    _check_corpora(config.data, own, *(named_tokens[0] if named_tokens else ("", {})))
 
 
 def _tokens_of_stored_teachers(data: DataConfig) -> list[tuple[str, dict[int, str]]]:
@@ -80,14 +81,18 @@ def _tokens_of_stored_teachers(data: DataConfig) -> list[tuple[str, dict[int, st
     return [(name, tokens) for name, tokens in found if tokens]
 
 
-def _check_corpora(data: DataConfig, tokenizer: str, tokens: dict[int, str]) -> None:
+def _check_corpora(data: DataConfig, own: str | None, tokenizer: str, tokens: dict[int, str]) -> None:
     """Refuse token files in which an id is another token than in the tokenizer or, without one, in the other files.
 
-    Only ids that occur, by the manifests, are compared, so tokens may be added to a tokenizer later.
+    Only ids that occur, by the manifests, are compared, so tokens may be added to a tokenizer later. Hundreds of files
+    of the same tokenizer need not be compared. `own` is the hash of the tokenizer's vocabulary.
     """
+    named = [(field, prefix, read_manifest(prefix)) for field, prefix in named_corpora(data)]
+    hashes = [manifest.get("vocabulary_sha256") for _, _, manifest in named] + ([own] if tokens else [])
+    if isinstance(hashes[0], str) and all(found == hashes[0] for found in hashes):
+        return
     known = dict(tokens)
-    for field, prefix in named_corpora(data):
-        manifest = read_manifest(prefix)
+    for field, prefix, manifest in named:
         made_with = vocabulary(manifest) or {}
         apart = [i for i, token in made_with.items() if known.get(i, None if tokens else token) != token]
         if apart:

@@ -60,7 +60,7 @@ def chosen(layout: str) -> list[Cell]:
         "TP=4": [cell for cell in of_layout if cell.models[0] == "two query groups"],
         "TP=2, SP": [cell for cell in of_layout if cell.way == "whole logits"],
     }
-    packed = [cell for cell in of_layout if cell.pack == "packs of 32"]
+    packed = [cell for cell in of_layout if cell.pack == "packs of 32" and cell.changes]
     return list(dict.fromkeys(usual + more.get(layout, []) + packed))
 
 

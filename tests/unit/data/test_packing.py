@@ -31,10 +31,11 @@ CHATS = [
 
 
 def made(tmp_path: Path, name: str, records: list[dict], **options) -> str:
-    tokenizer = write_tokenizer(tmp_path / "tokenizer", CHATML)
-    source = tmp_path / "in.jsonl"
-    source.write_text("".join(json.dumps(record) + "\n" for record in records))
-    prepare([str(source)], str(tmp_path / name), tokenizer, **{"num_workers": 1, "progress": False} | options)
+    source, tokenizer = tmp_path / "in.jsonl", tmp_path / "tokenizer"
+    if not source.exists():
+        source.write_text("".join(json.dumps(record) + "\n" for record in records))
+        write_tokenizer(tokenizer, CHATML)
+    prepare([str(source)], str(tmp_path / name), str(tokenizer), **{"num_workers": 1, "progress": False} | options)
     return str(tmp_path / name)
 
 
@@ -113,6 +114,7 @@ def test_long_documents_are_cut_or_dropped_as_told_and_counted(tmp_path: Path, c
     dropped = made(tmp_path, "dropped", records, pack=100, too_long="drop")
     assert f"; {len(long)} longer documents left out ({sum(map(len, long)):,} tokens)\n" in capsys.readouterr().out
     assert Counter(documents(dropped)) == Counter(document for document in plain if len(document[0]) <= 101)
+    (tmp_path / "in.jsonl").unlink()
     chats = made(tmp_path, "chats", CHATS, pack=100)
     assert manifest(chats)["too_long"] == "drop" and manifest(chats)["too_long_documents"] > 0
     counted = sum(sum(counts) for _, counts in documents(chats))
