@@ -139,7 +139,8 @@ class _Writer:
                 continue
             for first in range(0, size, capacity):
                 self.num_pieces += 1
-                yield Document(*(None if x is None else x[first : first + capacity] for x in document))
+                piece = slice(first, first + capacity)
+                yield Document(document.ids[piece], None if document.counts is None else document.counts[piece])
 
     def write(self, window: tuple[Document, ...], bin_: BinaryIO, mask: BinaryIO | None) -> None:
         """Write the packs of a window."""
