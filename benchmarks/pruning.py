@@ -23,7 +23,7 @@ from distill_nemo.runtime.process_groups import process_groups
 
 SAMPLES, LENGTH = 128, 128
 SIZES = {  # by fraction of the teacher's parameters
-    0.7: {"hidden_size": 224, "ffn_hidden_size": 512},
+    0.7: {"num_layers": 3, "ffn_hidden_size": 576},
     0.5: {"num_layers": 3, "hidden_size": 192, "ffn_hidden_size": 512, "num_query_groups": 3},
     0.35: {"num_layers": 3, "hidden_size": 160, "ffn_hidden_size": 320},
 }

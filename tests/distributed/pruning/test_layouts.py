@@ -16,7 +16,6 @@ from tests.tiny_models import write_hf
 SIZES = {"num_layers": 3, "hidden_size": 48, "num_attention_heads": 2, "num_query_groups": 2, "sequence_length": 32}
 LAYOUTS = {
     "llama": {
-        "TP=2": Layout(tensor=2),
         "TP=2, SP": Layout(tensor=2, sequence_parallel=True),
         "PP=2": Layout(pipeline=2),
         "DP=2": Layout(),
