@@ -3,7 +3,7 @@
 import nemo_run as run
 
 from distill_nemo.training.entry import distill
-from recipes.base import base
+from recipes.base import pair
 
 
 @run.cli.factory(target=distill)
@@ -12,9 +12,4 @@ def distil(teacher: str | None = None, student: str | None = None) -> run.Partia
 
     nemo distill train distil teacher.checkpoint=A student.checkpoint=B data.train='["corpus"]' gpus=8 gpu=h100
     """
-    recipe = base("distil")
-    recipe.teacher.checkpoint = teacher
-    recipe.student.checkpoint = student
-    recipe.optimizer.warmup_steps = 100
-    recipe.training.steps = 5000
-    return recipe
+    return pair("distil", teacher, student)

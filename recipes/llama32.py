@@ -3,7 +3,7 @@
 import nemo_run as run
 
 from distill_nemo.training.entry import distill
-from recipes.base import base
+from recipes.base import pair
 
 
 @run.cli.factory(target=distill)
@@ -12,11 +12,4 @@ def llama32_3b_to_1b(teacher: str = "Llama-3.2-3B", student: str = "Llama-3.2-1B
 
     nemo distill train --factory llama32_3b_to_1b data.train='["corpus"]' run.executor=local run.executor.processes=8
     """
-    recipe = base("llama32_3b_to_1b")
-    recipe.teacher.checkpoint = teacher
-    recipe.student.checkpoint = student
-    recipe.parallelism.tensor_model_parallel_size = 2
-    recipe.parallelism.sequence_parallel = True
-    recipe.optimizer.warmup_steps = 100
-    recipe.training.steps = 5000
-    return recipe
+    return pair("llama32_3b_to_1b", teacher, student, tensor_model_parallel_size=2)

@@ -4,6 +4,7 @@ A recipe is a `run.Partial(distill, ...)`. `train` launches one through NeMo-Run
 exits non-zero when a rank fails.
 """
 
+import re
 import warnings
 from typing import Literal
 
@@ -13,7 +14,7 @@ from distill_nemo.cli.jobs import ExportContext, JobCommand, PruneContext
 from distill_nemo.cli.launch import TrainContext, registered_recipes
 from distill_nemo.cli.plan import PlanCommand, PlanContext, plan
 from distill_nemo.config import ExportConfig, ParallelismConfig, PruneConfig, from_dict, to_dict
-from distill_nemo.executors import EXECUTORS, detached
+from distill_nemo.executors import EXECUTORS, detached, run_config_of
 from distill_nemo.runtime.errors import errors_of_a_rank
 from distill_nemo.training.entry import distill
 
@@ -282,13 +283,19 @@ def evaluate(
 
 
 def recipes() -> None:
-    """List the recipes, one per line.
+    """List the recipes with their models, and below each its layout, the GPUs that it is planned for, and its loss.
 
     Example:
         nemo distill recipes
     """
+    from distill_nemo.planning.report import layout_text
+
     for recipe in registered_recipes():
-        print(f"{recipe.__name__:22} {summary(recipe)}")
+        config = run_config_of(recipe())
+        planned = re.search(r"Planned for (\d+ GPUs)", recipe.__doc__ or "")
+        parts = [layout_text(config.parallelism), *planned.groups()] if planned else [layout_text(config.parallelism)]
+        parts += [config.distillation.divergence if config.teacher else "LM loss"]
+        print(f"{recipe.__name__:28} {summary(recipe)}\n{'':28} {'; '.join(part for part in parts if part)}")
 
 
 def report(runs: list[str], output: str, prompts: list[str] | None = None, follow: bool = False) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from distill_nemo.config import ParallelismConfig, PruneConfig, sections
 from distill_nemo.models.families import FAMILIES
-from tests.cli.command import BIN, Command, nemo, nemo_here, the_recipes, together
+from tests.cli.command import BIN, Command, nemo_here, the_recipes, together
 
 EXECUTORS = {
     "local": ["processes"],
@@ -95,9 +95,14 @@ def test_the_groups_help_names_every_command_and_imports_nothing_heavy(tmp_path)
     assert {name for name in ours - theirs if name.partition(".")[0] in HEAVY | {"torch"}} == set()
 
 
-def test_recipes_are_listed_a_line_each(tmp_path):
-    ended = nemo("recipes", cwd=tmp_path)
+def test_recipes_are_listed_with_their_layouts(capfd):
+    ended = nemo_here(capfd, "recipes")
     assert (ended.code, ended.err) == (0, "")
-    listed = dict(re.split(r"  +", line, maxsplit=1) for line in ended.out.splitlines())
+    lines = ended.out.splitlines()
+    listed = dict(re.split(r"  +", line, maxsplit=1) for line in lines[::2])
     recipes = the_recipes()
     assert listed == {name: getattr(recipes, name).__doc__.splitlines()[0] for name in sorted(recipes.__all__)}
+    below = dict(zip(listed, (line.strip() for line in lines[1::2]), strict=True))
+    assert below["gpt_oss_120b_to_20b"] == "expert 8; 64 GPUs; forward_kl"
+    assert below["qwen3_8b_to_1p7b"] == "tensor 4, sequence parallel; forward_kl"
+    assert below["quickstart_alone"] == "LM loss"
