@@ -152,7 +152,8 @@ def _prefixes(blend: list[str]) -> list[str]:
 class DataConfig:
     """Token files made by `nemo distill prepare`.
 
-    `train` and `valid` are prefixes of `.bin/.idx` pairs, or a blend: `["30", "a", "70", "b"]`.
+    `train` and `valid` are prefixes of `.bin/.idx` pairs, directories of teacher stores, or a blend:
+    `["30", "a", "70", "b"]`.
     Without `valid`, `split` divides the documents of `train` (train, valid, test).
     """
 

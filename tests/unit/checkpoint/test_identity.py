@@ -14,7 +14,9 @@ from distill_nemo.checkpoint import identity
 from distill_nemo.checkpoint.directory import changes, check_resumable
 from distill_nemo.checkpoint.identity import run_record
 from distill_nemo.config import DataConfig, ParallelismConfig, RunConfig, StudentConfig, TeacherConfig
+from distill_nemo.data.corpora import corpus_at
 from distill_nemo.runtime import file_hashes
+from tests.stores import manifest_of, write_store
 
 
 @pytest.fixture
@@ -290,3 +292,17 @@ def test_a_run_of_the_first_release_is_told_that_its_samples_come_in_another_ord
     assert changes(record, record) == []
     (line,) = changes({**record, "identity": {"data.train": "0f"}}, record)
     assert line.startswith("samples: in another order from here on")
+
+
+def test_shards_of_a_store_must_have_their_sums(tmp_path, alone, reads):
+    write_store(tmp_path / "store", manifest_of())
+    sums = corpus_at(tmp_path / "store").sums
+    for _ in range(2):
+        identity.hash_files([], tmp_path / "cache", sums)
+    assert reads == [path.name for path in sums], "read once"
+    first, second, _ = sums
+    (tmp_path / "store" / "aside").write_bytes(first.read_bytes())
+    second.replace(first)
+    (tmp_path / "store" / "aside").replace(second)
+    with pytest.raises(ValueError, match=rf"damaged, by the sums in their manifest: {first}, {second}; write"):
+        identity.hash_files([], tmp_path / "cache", sums)
