@@ -3,7 +3,15 @@
 `config.from_dict` has already checked each field by itself.
 """
 
-from distill_nemo.config import DistillationConfig, JobConfig, ModelConfig, ParallelismConfig, PruneConfig, RunConfig
+from distill_nemo.config import (
+    DistillationConfig,
+    JobConfig,
+    ModelConfig,
+    ParallelismConfig,
+    PruneConfig,
+    RunConfig,
+    StoreConfig,
+)
 from distill_nemo.fields import require
 
 FIELDS_OF_BALANCERS = {
@@ -44,8 +52,37 @@ def check_job(config: JobConfig, world_size: int) -> None:
         check(config, world_size)
     elif isinstance(config, PruneConfig):
         check_prune(config, world_size)
+    elif isinstance(config, StoreConfig):
+        _check_store(config, world_size)
     elif config.parallelism is not None:
         check_layout_without_training(config.parallelism, world_size)
+
+
+def _check_store(config: StoreConfig, world_size: int) -> None:
+    par, data = config.parallelism, config.data
+    require(bool(config.output), "output is empty, and must name a directory")
+    check_layout_without_training(par, world_size)
+    _check_has_experts(par, [config.teacher])
+    _check_length(par, data.sequence_length)
+    require(
+        config.teacher.checkpoint is not None,
+        "teacher.checkpoint is not set: a teacher of random weights teaches nothing; name one",
+    )
+    require(bool(data.train), "data.train is empty: name the token files made by `nemo distill prepare`")
+    for name in ("valid", "num_workers"):
+        value = getattr(data, name)
+        require(not value, f"data.{name} = {value} has a use in training only; leave it out")
+    for name, codec in (("draws", "sampled"), ("top_k", "top_k")):
+        value = getattr(config, name)
+        require(
+            config.codec == codec or value == getattr(StoreConfig, name),
+            f"{name} = {value} needs codec={codec}, not {config.codec}; leave it out",
+        )
+    require(
+        config.codec != "hidden" or config.temperature == 1,
+        f"temperature = {config.temperature}: codec=hidden serves every temperature; leave it out",
+    )
+    _check_model("teacher", config.teacher, par)
 
 
 def check_layout_without_training(parallelism: ParallelismConfig, world_size: int) -> None:
@@ -91,7 +128,7 @@ def _check_sizes(config: RunConfig, world_size: int) -> int:
     """Return the number of micro batches of a step. Refuse ranks and batch sizes that do not divide."""
     par, train = config.parallelism, config.training
     _check_ranks(par, world_size)
-    _check_has_experts(config)
+    _check_has_experts(par, [model for model in (config.student, config.teacher) if model is not None])
     data_parallel_size = world_size // par.model_parallel_size
     batch = train.micro_batch_size * data_parallel_size
     require(
@@ -116,16 +153,9 @@ def _check_training(config: RunConfig) -> None:
 
 
 def _check_parallelism(config: RunConfig, num_microbatches: int) -> None:
-    par, length = config.parallelism, config.data.sequence_length
-    tensor, context = par.tensor_model_parallel_size, par.context_parallel_size
+    par = config.parallelism
     _check_sequence_parallelism(par)
-    pieces = context * 2 if context > 1 else 1  # each context-parallel rank has an early and a late piece
-    pieces *= tensor if par.sequence_parallel else 1
-    require(
-        length % pieces == 0,
-        f"data.sequence_length = {length} is not divisible by {pieces}, as parallelism.context_parallel_size = "
-        f"{context} and sequence_parallel = {par.sequence_parallel} need",
-    )
+    _check_length(par, config.data.sequence_length)
     pipeline, virtual = par.pipeline_model_parallel_size, par.virtual_pipeline_model_parallel_size
     if virtual is None:
         return
@@ -138,6 +168,17 @@ def _check_parallelism(config: RunConfig, num_microbatches: int) -> None:
         num_microbatches % pipeline == 0,
         f"a virtual pipeline needs micro batches in multiples of pipeline_model_parallel_size = {pipeline}, "
         f"got {num_microbatches}: change training.global_batch_size or micro_batch_size",
+    )
+
+
+def _check_length(par: ParallelismConfig, length: int) -> None:
+    context = par.context_parallel_size
+    pieces = context * 2 if context > 1 else 1  # each context-parallel rank has an early and a late piece
+    pieces *= par.tensor_model_parallel_size if par.sequence_parallel else 1
+    require(
+        length % pieces == 0,
+        f"data.sequence_length = {length} is not divisible by {pieces}, as parallelism.context_parallel_size = "
+        f"{context} and sequence_parallel = {par.sequence_parallel} need",
     )
 
 
@@ -165,12 +206,10 @@ def _check_ranks(par: ParallelismConfig, world_size: int) -> None:
     )
 
 
-def _check_has_experts(config: RunConfig) -> None:
+def _check_has_experts(par: ParallelismConfig, models: list[ModelConfig]) -> None:
     """Refuse expert parallelism without experts."""
-    par = config.parallelism
     if par.expert_model_parallel_size == 1:
         return
-    models = [model for model in (config.student, config.teacher) if model is not None]
     require(
         any(model.num_experts is not None or _unread(model) for model in models),
         f"parallelism.expert_model_parallel_size = {par.expert_model_parallel_size} needs a student or a teacher with "

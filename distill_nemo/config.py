@@ -18,6 +18,8 @@ else:  # a file of losses/divergences is a choice, unless its name begins with _
     _FILES = (Path(__file__).parent / "losses" / "divergences").glob("[!_]*.py")
     DivergenceName = Literal[tuple(sorted(file.stem for file in _FILES))]
 
+Codec = Literal["sampled", "top_k", "hidden"]
+
 
 @dataclass
 class ModelConfig:
@@ -290,7 +292,48 @@ class PruneConfig:
     parallelism: ParallelismConfig | None = None  # None: data parallel, on the ranks that there are
 
 
-JobConfig = RunConfig | ExportConfig | PruneConfig  # of the jobs that executors launch
+@dataclass
+class CorpusConfig(DataConfig):
+    """All of `train` is written, unless `split` leaves documents out."""
+
+    split: str = setting("1", "weights of train, valid, test: only the first share of the documents is written")
+
+
+@dataclass
+class StoreConfig:
+    """The writing of a teacher's targets into a store, as `nemo distill teacher` launches it."""
+
+    output: str = field(metadata={"help": "directory of the store"})
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    data: CorpusConfig = field(default_factory=CorpusConfig)
+    codec: Codec = setting(
+        "sampled", "sampled: draws, unbiased; top_k: the most likely ids and the rest's mass; hidden: exact, large"
+    )
+    draws: int = setting(50, "codec=sampled: draws for each token", at_least=1, at_most=1023)
+    top_k: int = setting(50, "codec=top_k: most likely ids of each token", at_least=1, at_most=1024)
+    temperature: float = setting(1.0, "that distillation.temperature will have", above=0, at_most=100)
+    windows: int | None = setting(None, "samples to write; None: one pass over data.train", at_least=1)
+    shard_windows: int | None = setting(
+        None, "samples of a file, which a replica writes at a time; None: 262,144 tokens, at most 256 MiB", at_least=1
+    )
+    micro_batch_size: int = setting(1, at_least=1)
+    seed: int = setting(1234, "order of the samples, and draws", at_least=0, below=2**31)
+    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: bfloat16 on CUDA, float32 on CPU")
+    parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
+
+
+@dataclass
+class VerifyConfig:
+    """The verification of a store, as `nemo distill teacher verify` launches it."""
+
+    store: str = field(metadata={"help": "directory of the store"})
+    samples: int = setting(64, "windows for which the teacher is run again; 0: checksums only", at_least=0)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    micro_batch_size: int = setting(1, at_least=1)
+    parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
+
+
+JobConfig = RunConfig | ExportConfig | PruneConfig | StoreConfig | VerifyConfig  # of the jobs that executors launch
 
 
 def sections() -> dict[str, type]:

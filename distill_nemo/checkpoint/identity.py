@@ -8,6 +8,7 @@ import contextlib
 import json
 import re
 import time
+from collections import ChainMap
 from collections.abc import Container
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ CACHE = "hashes.json"  # in the run's output directory
 SHA256 = re.compile(r"[0-9a-f]{64}")
 PROGRESS_SECONDS = 10.0
 
+NamedFiles = list[tuple[str, Path | None]]  # name and path; None: the name is all
 Stat = tuple[int, int, int]  # size, mtime in ns, inode
 _hashed: dict[Path, tuple[Stat, str]] = {}  # by this process
 
@@ -38,26 +40,35 @@ def run_record(config: RunConfig, remember: bool = False) -> dict[str, Any]:
 
     Collective: every rank must call it. With `remember` the hashes are stored in the output directory.
     """
-    files: dict[str, list[tuple[str, Path | None]]] = {
-        "student.checkpoint": _weights(config.student.checkpoint),
-        "teacher.checkpoint": _weights(config.teacher.checkpoint if config.teacher else None),
-        "data.train": _corpora(config.data.train),
-        "data.valid": _corpora(config.data.valid),
+    files = {
+        "student.checkpoint": weight_files(config.student.checkpoint),
+        "teacher.checkpoint": weight_files(config.teacher.checkpoint if config.teacher else None),
+        "data.train": corpus_files(config.data.train),
+        "data.valid": corpus_files(config.data.valid),
     }
-    paths = sorted({path for named in files.values() for _, path in named if path})
-    corpora = [corpus_at(value) for value in (*config.data.train, *config.data.valid)]
-    sums = {path.resolve(): value for corpus in corpora for path, value in corpus.sums.items()}
-    cache = Path(config.output_dir) / CACHE
-    hashes = hash_files(paths, cache, sums)
-    if remember and dist.get_rank() == 0:
-        _write_cache(cache, [*paths, *sums])
-    contents = {
-        field: join_hashes([f"{name}:{hashes[path] if path else ''}\n" for name, path in named]) if named else None
-        for field, named in files.items()
-    }
+    sums = [corpus_at(value).sums for value in (*config.data.train, *config.data.valid)]
+    contents = content_hashes(files, Path(config.output_dir), dict(ChainMap(*sums)), remember)
     tokenizer = config.data.tokenizer
     contents["data.tokenizer"] = load_tokenizer(tokenizer).vocabulary_sha256 if tokenizer else None
     return to_dict(config) | {"contents": contents}
+
+
+def content_hashes(
+    files: dict[str, NamedFiles], output: Path, sums: dict[Path, str], remember: bool = False
+) -> dict[str, str | None]:
+    """Return the hash of the files of each field; None without files. Collective: every rank must call it.
+
+    Further files must have the SHA-256 in `sums`. With `remember` the hashes are stored in the directory `output`.
+    """
+    paths = sorted({path for named in files.values() for _, path in named if path})
+    sums = {path.resolve(): value for path, value in sums.items()}
+    hashes = hash_files(paths, output / CACHE, sums)
+    if remember and dist.get_rank() == 0:
+        _write_cache(output / CACHE, [*paths, *sums])
+    return {
+        field: join_hashes([f"{name}:{hashes[path] if path else ''}\n" for name, path in named]) if named else None
+        for field, named in files.items()
+    }
 
 
 def hash_files(paths: list[Path], cache: Path, sums: dict[Path, str] | None = None) -> dict[Path, str]:
@@ -94,7 +105,7 @@ def hash_files(paths: list[Path], cache: Path, sums: dict[Path, str] | None = No
     return hashes
 
 
-def _weights(checkpoint: str | None) -> list[tuple[str, Path | None]]:
+def weight_files(checkpoint: str | None) -> NamedFiles:
     """Return path and name within the checkpoint, which does not change if it moves, of the files with weights."""
     if checkpoint is None:
         return []
@@ -103,9 +114,9 @@ def _weights(checkpoint: str | None) -> list[tuple[str, Path | None]]:
     return [(file.relative_to(directory).as_posix(), file.resolve()) for file in files]
 
 
-def _corpora(blend: list[str]) -> list[tuple[str, Path | None]]:
+def corpus_files(blend: list[str]) -> NamedFiles:
     """Return position and path of the files of a blend, and its weights; names do not matter."""
-    named: list[tuple[str, Path | None]] = []
+    named: NamedFiles = []
     for place, value in enumerate(blend):
         files = corpus_at(value).files
         named += [(f"{place}{name}", path.resolve()) for name, path in files.items()]

@@ -10,13 +10,14 @@ from typing import Literal
 
 from distill_nemo.cli.entrypoint import Command, register
 from distill_nemo.cli.help import summary, train_help
-from distill_nemo.cli.jobs import ExportContext, JobCommand, PruneContext
+from distill_nemo.cli.jobs import ExportContext, JobCommand, PruneContext, TeacherCommand, TeacherContext
 from distill_nemo.cli.launch import TrainContext, registered_recipes
 from distill_nemo.cli.plan import PlanCommand, PlanContext, plan
 from distill_nemo.config import ExportConfig, ParallelismConfig, PruneConfig, from_dict, to_dict
 from distill_nemo.executors import EXECUTORS, detached, run_config_of
 from distill_nemo.runtime.errors import errors_of_a_rank
 from distill_nemo.training.entry import distill
+from distill_nemo.writing.entry import teacher
 
 
 class ReportCommand(Command):
@@ -40,6 +41,7 @@ def register_commands() -> None:
     register(distill, name="train", context=TrainContext, command=TrainCommand)
     register(prepare)
     register(inspect)
+    register(teacher, context=TeacherContext, command=TeacherCommand)
     register(export, context=ExportContext, command=JobCommand)
     register(prune, context=PruneContext, command=JobCommand)
     for function in (convert, evaluate, recipes):

@@ -90,6 +90,20 @@ Executor:
 Options:
   --dryrun, --detach, --name, --yes as for `nemo distill train`"""
 
+STORE = f"""\
+Codecs:
+  sampled  draws from the teacher at `temperature`. A student learns from them by forward KL without bias, at some 60
+           bytes a token. The default.
+  top_k    the k most likely ids with their log-probabilities, and the mass of the rest: 7 bytes for each of the k.
+  hidden   the teacher's last hidden states: every divergence and temperature, exactly, at 2 bytes for each channel.
+
+{ON_RANKS}
+
+Several such commands may write on one store at once; the layout may change. Exit code: 0 if the store is complete."""
+
+VERIFY = """\
+Exit code: 0 if the store is intact and still the teacher's; 1 names the shard that is not."""
+
 
 class Group(TyperGroup):
     """`nemo distill`."""
@@ -184,13 +198,28 @@ def train_help(function: Callable[..., Any], executors: dict[str, Callable[..., 
     ]
     hints = typing.get_type_hints(RunConfig)
     page += _field_rows({name: hint for name, hint in hints.items() if name not in sections_of(hints)}, RunConfig, "")
-    for name, section in sections_of(hints).items():
-        about = [inspect.cleandoc(cls.__doc__ or "") for cls in section.__mro__[:-1]]
-        rows = _field_rows(typing.get_type_hints(section), section, f"{name}.")
-        page.append("\n".join([f"{name}: " + "\n".join(about).replace("`", ""), *rows]))
+    page += _section_pages(RunConfig)
     for name, factory in executors.items():
         page.append("\n".join([f"run.executor={name}: {summary(factory)}", *_rows(factory, "run.executor.")]))
     return "\n\n".join(page) + "\n"
+
+
+def config_help(name: str, function: Callable[..., Any], config: type, text: str, sections: str | None = None) -> str:
+    """Return the page of a command whose fields are those of `config`; `sections` stands for those of its sections."""
+    parts = _sections(function)
+    page = [f"Usage: nemo distill {name} FIELD=VALUE ... [OPTIONS]", parts[""], _example(parts), text]
+    hints = typing.get_type_hints(config)
+    own = {each: hint for each, hint in hints.items() if each not in sections_of(hints)}
+    page.append("Fields:\n" + "\n".join(_field_rows(own, config, "")))
+    page += _section_pages(config) if sections is None else [sections]
+    return "\n\n".join(page) + "\n"
+
+
+def _section_pages(config: type) -> Iterator[str]:
+    for name, section in sections_of(typing.get_type_hints(config)).items():
+        about = [inspect.cleandoc(cls.__doc__ or "") for cls in section.__mro__[:-1]]
+        rows = _field_rows(typing.get_type_hints(section), section, f"{name}.")
+        yield "\n".join([f"{name}: " + "\n".join(about).replace("`", ""), *rows])
 
 
 def _field_rows(hints: dict[str, Any], section: type, prefix: str) -> Iterator[str]:

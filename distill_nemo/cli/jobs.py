@@ -8,10 +8,11 @@ import nemo_run as run
 
 from distill_nemo.cli.arguments import check_complete, override, parse_arguments
 from distill_nemo.cli.entrypoint import Command
-from distill_nemo.cli.help import ON_RANKS, command_help
+from distill_nemo.cli.help import ON_RANKS, STORE, VERIFY, command_help, config_help
 from distill_nemo.cli.launch import TrainContext
-from distill_nemo.config import ExportConfig, JobConfig, PruneConfig
+from distill_nemo.config import ExportConfig, JobConfig, PruneConfig, StoreConfig, VerifyConfig
 from distill_nemo.executors.worker_config import job_config_of
+from distill_nemo.writing.entry import verify
 
 
 class JobContext(TrainContext):
@@ -39,6 +40,26 @@ class ExportContext(JobContext):
     """Context of `export`."""
 
     config = ExportConfig
+
+
+class TeacherContext(JobContext):
+    """Context of `teacher` and of `teacher verify`."""
+
+    def _execute_task(self, fn: Callable[..., Any], task_args: list[str]) -> None:
+        if task_args[:1] == ["verify"]:
+            self.launch_job(verify, task_args[1:], "teacher", VerifyConfig)
+        else:
+            self.launch_job(fn, task_args, "teacher", StoreConfig)
+
+
+class TeacherCommand(Command):
+    """`teacher`."""
+
+    def page(self) -> str:
+        """Return the text of `--help`."""
+        written = config_help("teacher", self.fn, StoreConfig, STORE)
+        sections = "teacher.*, parallelism.*, run.executor.*: as above"
+        return f"{written}\n\n{config_help('teacher verify', verify, VerifyConfig, VERIFY, sections)}"
 
 
 class PruneContext(JobContext):

@@ -84,6 +84,26 @@ def build_datasets(
     return train, valid
 
 
+def samples_of_a_pass(data: DataConfig) -> int:
+    """Return the number of whole samples in all of `data.train`, of files that `check_corpora` accepts.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    prefixes, _ = parse_blend("data.train", data.train)
+    _check_split(data.split)
+    weights = [float(part) for part in data.split.split(",")]
+    share, found = weights[0] / sum(weights), 0
+    for prefix in prefixes:
+        windows = open_windows(prefix, data.loss_on)
+        sizes = document_lengths(prefix) if windows is None else np.full(len(windows), data.sequence_length)
+        tokens = int(sizes[: round(share * len(sizes))].sum(dtype=np.int64))
+        found += max(tokens - (windows is None), 0) // data.sequence_length  # the last token of documents is a label
+    if not found:
+        raise ValueError(f"data.train holds no whole sample of {data.sequence_length} tokens: prepare more text")
+    return found
+
+
 def _dataset_config(
     data: DataConfig, blends: list[Blend | None], windows: OpenWindows, num_valid_samples: int, **common: Any
 ) -> DatasetConfig:

@@ -105,9 +105,11 @@ class _Order:
 
 
 def _collate(samples: list[dict[str, Tensor]] | Exception) -> dict[str, Tensor] | Exception:
-    """Stack the fields that the model reads. Items of a blend also carry the number of their dataset."""
-    if isinstance(samples, Exception):
-        return samples
+    return samples if isinstance(samples, Exception) else collate(samples)
+
+
+def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack the fields that a run reads. Items of a blend also carry the number of their dataset."""
     names = [name for name in samples[0] if name in (*FIELDS, "document_starts") or name.startswith(TARGET)]
     batch = {name: torch.stack([sample[name] for sample in samples]) for name in names}
     batch["loss_mask"] = batch["loss_mask"].float()

@@ -5,7 +5,17 @@ from typing import Any
 
 import fiddle as fdl
 
-from distill_nemo.config import ExportConfig, JobConfig, PruneConfig, RunConfig, from_dict, to_dict
+from distill_nemo.config import (
+    DataConfig,
+    ExportConfig,
+    JobConfig,
+    PruneConfig,
+    RunConfig,
+    StoreConfig,
+    VerifyConfig,
+    from_dict,
+    to_dict,
+)
 
 
 def run_config_of(recipe: fdl.Buildable) -> RunConfig:
@@ -32,22 +42,29 @@ def _given(task: fdl.Buildable) -> dict[str, Any]:
 
 def paths_of(config: JobConfig) -> Iterator[tuple[str, str]]:
     """Yield the field and value of every path in a config, the output's first."""
-    if isinstance(config, ExportConfig):
-        yield from (("output", config.output), ("checkpoint", config.checkpoint))
-        if config.tokenizer is not None:
-            yield "tokenizer", config.tokenizer
+    named: dict[str, str | None] = {}
+    data: DataConfig | None = None
+    match config:
+        case ExportConfig():
+            named = {"output": config.output, "checkpoint": config.checkpoint, "tokenizer": config.tokenizer}
+        case PruneConfig():
+            named = {"output": config.output, "model": config.model, "data": config.data}
+        case StoreConfig():
+            named = {"output": config.output, "teacher.checkpoint": config.teacher.checkpoint}
+            data = config.data
+        case VerifyConfig():
+            named = {"store": config.store, "teacher.checkpoint": config.teacher.checkpoint}
+        case RunConfig():
+            named = {"output_dir": config.output_dir, "student.checkpoint": config.student.checkpoint}
+            named["teacher.checkpoint"] = config.teacher and config.teacher.checkpoint
+            data = config.data
+    yield from ((name, path) for name, path in named.items() if path is not None)
+    if data is None:
         return
-    if isinstance(config, PruneConfig):
-        yield from (("output", config.output), ("model", config.model), ("data", config.data))
-        return
-    yield "output_dir", config.output_dir
-    for role, model in (("student", config.student), ("teacher", config.teacher)):
-        if model is not None and model.checkpoint is not None:
-            yield f"{role}.checkpoint", model.checkpoint
-    for name, values in (("data.train", config.data.train), ("data.valid", config.data.valid)):
+    for name, values in (("data.train", data.train), ("data.valid", data.valid)):
         yield from ((name, value) for value in values if not _is_number(value))
-    if config.data.tokenizer is not None:
-        yield "data.tokenizer", config.data.tokenizer
+    if data.tokenizer is not None:
+        yield "data.tokenizer", data.tokenizer
 
 
 def _is_number(value: str) -> bool:

@@ -15,7 +15,7 @@ from megatron.core.models.gpt import GPTModel
 from transformers import AutoConfig
 
 from distill_nemo.checks import check_prune
-from distill_nemo.config import ParallelismConfig, PruneConfig, RunConfig, StudentConfig
+from distill_nemo.config import ParallelismConfig, PruneConfig, StudentConfig
 from distill_nemo.data.token_files import check_token_files, check_vocabulary
 from distill_nemo.fields import require
 from distill_nemo.models.architecture import Architecture
@@ -146,10 +146,10 @@ def _files(cut: Architecture, dtype: torch.dtype) -> ExportFiles:
 
 
 def _check_data(config: PruneConfig, model: Architecture) -> None:
-    run = RunConfig("", StudentConfig(checkpoint=config.model), data=data_config(config))
-    check_token_files(run.data)
-    check_vocabulary(run.data, model.vocab_size)
-    check_tokenizers(run, model)
+    data = data_config(config)
+    check_token_files(data)
+    check_vocabulary(data, model.vocab_size)
+    check_tokenizers(data, {"student": config.model}, model)
 
 
 @dataclass(frozen=True)

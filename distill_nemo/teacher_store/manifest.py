@@ -15,6 +15,7 @@ MANIFEST = "manifest.json"
 OUTPUT_LAYER = "output_layer.safetensors"
 SHARD_BYTES = 2**28  # aimed at; a job that is interrupted repeats at most one shard of each writer
 FORMAT = 1
+NO_MATTER = ("checkpoint", "tokenizer", "versions")  # of a manifest
 LARGEST = {
     "num": 2**20,
     "vocab_size": 2**24,
@@ -42,7 +43,7 @@ class Contents(NamedTuple):
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything about a store but its windows. Two jobs write on one store only if all but `versions` is equal.
+    """Everything about a store but its windows. Two jobs write on one store only if all but `NO_MATTER` is equal.
 
     Args:
         codec: `sampled`, `top_k` or `hidden`.
@@ -58,6 +59,7 @@ class Manifest:
         loss_on: of the job that wrote the store, see `DataConfig`.
         teacher: digests of weights and config.
         sources: digests of the data.
+        checkpoint: directory of the teacher, when the store was written.
         tokenizer: directory, for messages.
         teacher_vocabulary: tokens of the teacher's tokenizer, by `data.manifest.pack_vocabulary`.
         vocabulary: the same of the tokens that occur, as the manifests of the sources give them.
@@ -82,6 +84,7 @@ class Manifest:
     loss_on: str | None = None
     teacher: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, Any] = field(default_factory=dict)
+    checkpoint: str | None = None
     tokenizer: str | None = None
     teacher_vocabulary: str | None = None
     vocabulary: str | None = None
@@ -159,7 +162,7 @@ def manifest_text(manifest: Manifest, contents: Contents | None = None) -> str:
 
 def differences(ours: Manifest, theirs: Manifest) -> list[str]:
     """Name the fields in which two jobs differ that want to write on one store."""
-    names = [each.name for each in fields(Manifest) if each.name != "versions"]
+    names = [each.name for each in fields(Manifest) if each.name not in NO_MATTER]
     apart = [name for name in names if getattr(ours, name) != getattr(theirs, name)]
     long = ("vocabulary", "teacher_vocabulary")
     return [

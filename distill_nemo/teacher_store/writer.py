@@ -106,7 +106,7 @@ class ShardWriter:
 
     def __init__(self, path: Path, manifest: Manifest, shard: int, lock: OutputLock) -> None:
         self.path, self.windows = path, manifest.windows_of(shard)
-        self._manifest, self._shard, self._lock = manifest, shard, lock
+        self.shard, self._manifest, self._lock = shard, manifest, lock
         self._columns = columns_of(manifest)
         self._blocks: dict[str, list[np.ndarray]] = {name: [] for name in self._columns}
         self.num_bytes = 0  # of the windows so far
@@ -156,7 +156,7 @@ class ShardWriter:
                 sizes = [len(block) for block in self._blocks[names[0]]]
                 self._blocks[f"{axis}_bounds"] = [np.cumsum([0, *sizes], dtype=np.int64)]
         tokens, pairs = (sum(map(len, self._blocks.get(name, []))) for name in ("top1", "pairs"))
-        layout = shard_layout(self._manifest, self._shard, ShardFacts("", tokens, pairs))
+        layout = shard_layout(self._manifest, self.shard, ShardFacts("", tokens, pairs))
         written = write_columns(self.path, layout, (block for name in self._columns for block in self._blocks[name]))
         facts = ShardFacts(written, tokens, pairs)
         write_atomically(self.path.with_suffix(".json"), json.dumps(asdict(facts)))

@@ -27,24 +27,30 @@ def check_run_data(config: RunConfig, student: Architecture) -> None:
     check_corpora(config.data)
     check_vocabulary(config.data, student.vocab_size)
     check_stores(config, student.vocab_size)
-    check_tokenizers(config, student)
+    check_tokenizers(config.data, checkpoints_of(config), student)
 
 
-def check_tokenizers(config: RunConfig, student: Architecture) -> None:
-    """Compare the tokenizers that the config names, or that lie beside the models, id by id.
+def checkpoints_of(config: RunConfig) -> dict[str, str | None]:
+    """Return the checkpoints of a run's models by role."""
+    return {"student": config.student.checkpoint, "teacher": config.teacher.checkpoint if config.teacher else None}
+
+
+def check_tokenizers(data: DataConfig, checkpoints: dict[str, str | None], model: Architecture) -> None:
+    """Compare the tokenizers that the data names, or that lie beside the models, id by id.
 
     Vocabularies of equal size may still differ. A loss between them would fall without meaning anything.
 
+    Args:
+        data: token files and their tokenizer.
+        checkpoints: of the models, by role.
+        model: architecture of the first of them.
+
     Raises:
         ValueError: with the first id that names different tokens, in two tokenizers or in a tokenizer and the token
-            files; for a `data.tokenizer` with more ids than the student, added tokens aside; for a `vocab_size` that
-            cuts off tokens of the student, which its export would still have.
+            files; for a `data.tokenizer` with more ids than the model, added tokens aside; for a `vocab_size` that
+            cuts off tokens of the model, which its export would still have.
     """
-    named = {
-        "data.tokenizer": config.data.tokenizer,
-        "student.checkpoint": config.student.checkpoint,
-        "teacher.checkpoint": config.teacher.checkpoint if config.teacher else None,
-    }
+    named = {"data.tokenizer": data.tokenizer, **{f"{role}.checkpoint": path for role, path in checkpoints.items()}}
     known: dict[str, tuple[str, Tokenizer]] = {}  # by path: the field that names it
     for field, path in named.items():
         asked_for = field == "data.tokenizer"
@@ -53,12 +59,12 @@ def check_tokenizers(config: RunConfig, student: Architecture) -> None:
             with contextlib.nullcontext() if asked_for else contextlib.suppress(ValueError):
                 known[path] = field, load_tokenizer(path)
     for field, tokenizer in known.values():
-        _check_size(field, tokenizer, student)
+        _check_size(field, tokenizer, next(iter(checkpoints)), model)
     named_tokens = [
         (f"{field} = {path}", {i: token for token, i in tokenizer.vocab.items()})
         for path, (field, tokenizer) in known.items()
     ]
-    named_tokens += _tokens_of_stored_teachers(config.data)
+    named_tokens += _tokens_of_stored_teachers(data)
     for other, theirs in named_tokens[1:]:
         first, ours = named_tokens[0]
         shared = sorted(ours.keys() & theirs.keys())
@@ -71,7 +77,7 @@ def check_tokenizers(config: RunConfig, student: Architecture) -> None:
                 "the same tokens"
             )
     own = next(iter(known.values()))[1].vocabulary_sha256 if known else None
-    _check_corpora(config.data, own, *(named_tokens[0] if named_tokens else ("", {})))
+    _check_corpora(data, own, *(named_tokens[0] if named_tokens else ("", {})))
 
 
 def _tokens_of_stored_teachers(data: DataConfig) -> list[tuple[str, dict[int, str]]]:
@@ -105,25 +111,25 @@ def _check_corpora(data: DataConfig, own: str | None, tokenizer: str, tokens: di
         known |= made_with
 
 
-def _check_size(field: str, tokenizer: Tokenizer, student: Architecture) -> None:
-    """Refuse a tokenizer with more ids than the student has rows.
+def _check_size(field: str, tokenizer: Tokenizer, role: str, model: Architecture) -> None:
+    """Refuse a tokenizer with more ids than the model has rows.
 
     Tokens added to a `data.tokenizer`, such as a [PAD], may lie beyond the rows, since `check_vocabulary` and the
     datasets check the ids that occur.
     """
-    vocab_size = student.vocab_size
+    vocab_size = model.vocab_size
     left_out = tokenizer.added if field == "data.tokenizer" else set()
     num_ids = 1 + max((i for token, i in tokenizer.vocab.items() if token not in left_out), default=-1)
     if num_ids <= vocab_size:
         return
     if field == "data.tokenizer":
         raise ValueError(
-            f"data.tokenizer = {tokenizer.path} has {num_ids} ids, but student.vocab_size = {vocab_size}: name the "
-            "student's own tokenizer, and prepare the text with it"
+            f"data.tokenizer = {tokenizer.path} has {num_ids} ids, but {role}.vocab_size = {vocab_size}: name the "
+            f"{role}'s own tokenizer, and prepare the text with it"
         )
-    if field == "student.checkpoint" and student.as_stored.vocab_size > vocab_size:
+    if field == f"{role}.checkpoint" and model.as_stored.vocab_size > vocab_size:
         raise ValueError(
-            f"student.vocab_size = {vocab_size} cuts off tokens: {tokenizer.path} has a tokenizer of {num_ids} ids "
+            f"{role}.vocab_size = {vocab_size} cuts off tokens: {tokenizer.path} has a tokenizer of {num_ids} ids "
             "with its special tokens"
         )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_nemo.checks import check
-from distill_nemo.config import RunConfig, from_dict, load_yaml, save_yaml, to_dict
+from distill_nemo.config import ParallelismConfig, RunConfig, from_dict, load_yaml, save_yaml, to_dict
 from distill_nemo.fields import require, takes_fields_of
 from distill_nemo.runtime.errors import errors_in_one_screen, errors_of_a_rank
 
@@ -78,21 +78,32 @@ def resolve_models(config: RunConfig) -> "tuple[RunConfig, Models]":
         ValueError: from `resolve_pair` and `check_layout`, and if a sequence is longer than a model's positions.
     """
     from distill_nemo.data.token_files import documents_apart
-    from distill_nemo.models.layouts import check_layout
     from distill_nemo.models.resolve import resolve_pair
 
     models = resolve_pair(config.student, config.teacher)
-    for role, model in (("student", models.student), ("teacher", models.teacher)):
-        if model is not None:
-            _check_length(config.data.sequence_length, role, model)
-            check_layout(model, config.parallelism)
+    setting = config.data.sequence_length, documents_apart(config.data), config.parallelism
+    roles = zip(models._fields, models, strict=True)
+    student, teacher = (model and fitted(role, model, *setting) for role, model in roles)
     config = replace(config, student=models.student.filled(config.student))
     if config.teacher is not None and models.teacher is not None:
         config.teacher = models.teacher.filled(config.teacher)
-    student, teacher = (model and model.at_length(config.data.sequence_length) for model in models)
-    if documents_apart(config.data):
-        student, teacher = (model and model.with_documents_apart() for model in (student, teacher))
     return config, models._replace(student=student, teacher=teacher)
+
+
+def fitted(
+    role: str, model: "Architecture", length: int, documents_apart: bool, parallelism: ParallelismConfig
+) -> "Architecture":
+    """Return a model as it runs on sequences of a length.
+
+    Raises:
+        ValueError: from `check_layout`, and if a sequence is longer than the model's positions.
+    """
+    from distill_nemo.models.layouts import check_layout
+
+    _check_length(length, role, model)
+    check_layout(model, parallelism)
+    model = model.at_length(length)
+    return model.with_documents_apart() if documents_apart else model
 
 
 def _check_length(length: int, role: str, model: "Architecture") -> None:

@@ -20,7 +20,7 @@ from distill_nemo.models.source_check import check_source
 from distill_nemo.runtime.device import resolve_dtype, setup_device
 from distill_nemo.runtime.process_groups import process_groups, world_size
 from distill_nemo.runtime.seed import seed_everything
-from distill_nemo.training.data import check_tokenizers
+from distill_nemo.training.data import check_tokenizers, checkpoints_of
 from distill_nemo.training.entry import resolve_models
 
 MICRO_BATCH_SIZE = 8
@@ -56,7 +56,7 @@ def evaluate_student(
     config, models = resolve_models(config)
     check_corpora(config.data)
     check_vocabulary(config.data, models.student.vocab_size)
-    check_tokenizers(config, models.student)
+    check_tokenizers(config.data, checkpoints_of(config), models.student)
     for model in models:
         if model is not None:
             check_source(model)

@@ -3,10 +3,12 @@
 import re
 import sys
 from dataclasses import fields
+from typing import get_type_hints
 
 import pytest
 
-from distill_nemo.config import ParallelismConfig, PruneConfig, sections
+from distill_nemo.config import ParallelismConfig, PruneConfig, StoreConfig, sections
+from distill_nemo.fields import sections_of
 from distill_nemo.models.families import FAMILIES
 from tests.cli.command import BIN, Command, nemo_here, the_recipes, together
 
@@ -18,6 +20,7 @@ EXECUTORS = {
     "secrets time stop_seconds node_selector tolerations image_pull_secrets service_account labels runtime "
     "trainer_version context".split(),
 }
+STORE_SECTIONS = sections_of(get_type_hints(StoreConfig))
 FIELDS = {
     "train": [
         "output_dir",
@@ -26,6 +29,11 @@ FIELDS = {
     ],
     "prepare": "inputs output tokenizer text_key format loss_on chat_template num_workers max_bad_records".split(),
     "inspect": ["data", "samples", "tokenizer"],
+    "teacher": [
+        *(f.name for f in fields(StoreConfig) if f.name not in STORE_SECTIONS),
+        *(f"{name}.{f.name}" for name, part in STORE_SECTIONS.items() for f in fields(part)),
+        *("store", "samples", "micro_batch_size"),
+    ],
     "export": [
         *("checkpoint", "output", "tokenizer", "copy_untouched"),
         *(f"parallelism.{f.name}" for f in fields(ParallelismConfig)),

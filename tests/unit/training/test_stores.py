@@ -106,6 +106,6 @@ def test_a_teacher_with_another_tokenizer_is_refused(tmp_path):
     write_store(tmp_path / "few", manifest_of(teacher_vocabulary=pack_vocabulary(few)))
     write_store(tmp_path / "many", manifest_of(teacher_vocabulary=pack_vocabulary(many)))
     student = Architecture.__new__(Architecture)
-    check_tokenizers(run_from(tmp_path / "a", tmp_path / "few"), student)
+    check_tokenizers(run_from(tmp_path / "a", tmp_path / "few").data, {"student": None}, student)
     with pytest.raises(ValueError, match=r"a \(its teacher\) and data\.train = .*many \(its teacher\) have"):
-        check_tokenizers(run_from(tmp_path / "a", tmp_path / "many"), student)
+        check_tokenizers(run_from(tmp_path / "a", tmp_path / "many").data, {"student": None}, student)

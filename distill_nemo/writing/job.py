@@ -1,0 +1,249 @@
+"""The job that writes a store: rounds in which every replica of the teacher takes a shard that is missing.
+
+Replicas are the data-parallel ranks. Expert parallelism crosses them, so all run equally many micro batches. A
+replica's writer is one rank of its last pipeline stage. It holds the lock of a shard from the claim until the shard is
+whole, and writes it beside the next round. Several jobs may write on one store: a shard that another one holds is
+passed over, and taken if that job dies.
+"""
+
+import contextlib
+import shutil
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch.utils.data import Dataset
+
+from distill_nemo.checkpoint.identity import CACHE
+from distill_nemo.checkpoint.load import check_whole
+from distill_nemo.checks import check_job
+from distill_nemo.config import StoreConfig, TrainingConfig, from_dict, to_dict
+from distill_nemo.data.corpora import check_corpora
+from distill_nemo.data.datasets import build_datasets
+from distill_nemo.data.token_files import check_vocabulary, documents_apart
+from distill_nemo.fields import require
+from distill_nemo.models.architecture import Architecture
+from distill_nemo.models.resolve import resolve
+from distill_nemo.models.source_check import refusal_of_sources
+from distill_nemo.runtime.device import resolve_dtype, setup_device
+from distill_nemo.runtime.everyone import AgreedError, Everyone
+from distill_nemo.runtime.orphans import end_with_torchrun
+from distill_nemo.runtime.process_groups import is_joined, process_groups, raise_everywhere, rank, world_size
+from distill_nemo.runtime.seed import seed_everything
+from distill_nemo.runtime.signals import StopSignal, keep_early_sigurg
+from distill_nemo.runtime.watchdog import Watchdog, heartbeat
+from distill_nemo.teacher_store.codecs.codec import Arrays
+from distill_nemo.teacher_store.manifest import OUTPUT_LAYER, Manifest
+from distill_nemo.teacher_store.output_layer import write_output_layer
+from distill_nemo.teacher_store.reader import TeacherStore
+from distill_nemo.teacher_store.writer import ShardWriter, claim_shard, create_store, finish_store, missing_shards
+from distill_nemo.training.data import check_tokenizers
+from distill_nemo.training.entry import fitted
+from distill_nemo.writing.background import Background
+from distill_nemo.writing.manifest import manifest_of
+from distill_nemo.writing.progress import StoreProgress
+from distill_nemo.writing.targets import encode_chunk, window_of, with_uniforms
+from distill_nemo.writing.teacher_run import Sample, TeacherRun
+
+POLL_SECONDS = 1.0  # while other jobs write the last shards
+INDEX_CACHE = "index_cache"  # of the samples' order; removed with `hashes.json` from a complete store
+
+
+def run_store(config: StoreConfig) -> int | None:
+    """Write a store on this rank. Return the signal that stopped it, or None once the store is complete.
+
+    Raises:
+        ValueError: for a config that cannot run, a teacher that transformers reads differently, or another store.
+        OSError: if the store cannot be written.
+    """
+    keep_early_sigurg()
+    end_with_torchrun()
+    config = from_dict(to_dict(config), StoreConfig)  # a copy, with checked types
+    check_job(config, world_size())
+    setup_device()
+    setting = config.data.sequence_length, documents_apart(config.data), config.parallelism
+    model = fitted("teacher", resolve(config.teacher), *setting)
+    config = replace(config, teacher=model.filled(config.teacher))
+    check_job(config, world_size())
+    refusal = refusal_of_sources(model) if rank() == 0 or is_joined() else None
+    with process_groups(config.parallelism):
+        raise_everywhere(refusal)
+        with StopSignal() as stop, Watchdog(config.parallelism.timeout_minutes * 60):
+            stopped = _write(config, model, stop)
+    if stopped and rank() == 0:
+        print(f"stopped by signal {stopped}; whole shards are kept; the same command goes on", flush=True)
+    return stopped
+
+
+def _write(config: StoreConfig, model: Architecture, stop: StopSignal) -> int | None:
+    heartbeat("starting", watched=False)
+    device, dtype, store = setup_device(), resolve_dtype(config.dtype), Path(config.output)
+    require(
+        device.type == "cuda" or dtype == torch.float32,
+        f'dtype = "{config.dtype}" needs a GPU, and there is none; set it to "float32" or "auto"',
+    )
+    check_corpora(config.data)
+    check_vocabulary(config.data, model.vocab_size)
+    check_tokenizers(config.data, {"teacher": config.teacher.checkpoint}, model)
+    check_whole(config.teacher.checkpoint)
+    everyone, manifest = Everyone(), manifest_of(config, model, dtype)
+    everyone.on_rank_0(lambda: create_store(store, manifest))
+    seed_everything(0)
+    encoder = partial(encode_chunk, manifest)
+    run = TeacherRun(model, config.parallelism, dtype, config.micro_batch_size, encoder)
+    if manifest.codec == "hidden" and not everyone.on_rank_0((store / OUTPUT_LAYER).is_file):
+        weight_VH = run.output_weight()
+        if weight_VH is not None:
+            write_output_layer(store, manifest, weight_VH, None)
+    cache, training = Path(config.data.cache or store / INDEX_CACHE), TrainingConfig(seed=config.seed)
+    samples, _ = build_datasets(config.data, training, cache, manifest.num_windows, 0, model.vocab_size)
+    with Background() as background, Rounds(store, manifest, run, samples, background) as rounds:
+        stopped = rounds.write(stop)
+        background.wait()
+    if stopped is None:
+        everyone.on_rank_0(partial(_finish, store))
+    return stopped
+
+
+def _finish(store: Path) -> None:
+    finish_store(store)
+    shutil.rmtree(store / INDEX_CACHE, ignore_errors=True)
+    (store / CACHE).unlink(missing_ok=True)
+    whole = TeacherStore(store)
+    num_bytes = sum(path.stat().st_size for path in whole.sums)
+    print(
+        f"wrote {store}: {len(whole):,} windows, {whole.num_tokens:,} tokens with targets, {num_bytes / 1e6:,.1f} MB "
+        f"({num_bytes / max(whole.num_tokens, 1):.1f} bytes for each)",
+        flush=True,
+    )
+
+
+@dataclass
+class Report:
+    """One rank's part of the agreement before a round."""
+
+    replica: int
+    shard: int | None  # that its writer has claimed
+    is_done: bool  # no shard is missing
+    error: str | None
+    signal: int | None
+
+
+class Rounds:
+    """Rounds of one job. Every rank has one, and calls `write`.
+
+    Args:
+        store: directory.
+        manifest: of the store.
+        run: the teacher.
+        samples: windows of the store, by number.
+        background: where this rank's shards are written.
+    """
+
+    def __init__(
+        self, store: Path, manifest: Manifest, run: TeacherRun, samples: Dataset[Sample], background: Background
+    ) -> None:
+        self.store, self.manifest, self.run, self.samples = store, manifest, run, samples
+        self.background = background
+        self.replica = parallel_state.get_data_parallel_rank()
+        self.num_replicas = parallel_state.get_data_parallel_world_size()
+        self._left: deque[int] = deque()
+        self._writer: ShardWriter | None = None  # of the shard that this rank has claimed
+        self._error: str | None = None
+        self._progress = StoreProgress(store, manifest) if rank() == 0 else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def write(self, stop: StopSignal) -> int | None:
+        """Write shards until none is missing. Return the signal that stopped this job, or None."""
+        while True:
+            reports = self._agree(stop)
+            errors = [f"rank {i}: {report.error}" for i, report in enumerate(reports) if report.error]
+            if errors:
+                raise AgreedError(errors[0])
+            stopped = max(report.signal or 0 for report in reports)
+            shards = {report.replica: report.shard for report in reports if report.shard is not None}
+            if stopped or (not shards and all(report.is_done for report in reports)):
+                break
+            if shards:
+                self._round(shards)
+            else:
+                time.sleep(POLL_SECONDS)
+            if self._progress:
+                self._progress.show()
+        return stopped or None
+
+    def _agree(self, stop: StopSignal) -> list[Report]:
+        """Claim a shard for this replica, and return the reports of all ranks. One all-gather."""
+        heartbeat("agreeing on shards", watched=False)
+        is_done = True
+        if self.run.is_writer and not stop.received and self._error is None:
+            with self._keeping_errors():
+                self._writer, is_done = self._claim()
+        shard = None if self._writer is None else self._writer.shard
+        reports: list[Any] = [None] * world_size()
+        dist.all_gather_object(reports, Report(self.replica, shard, is_done, self._error, stop.received))
+        return reports
+
+    @contextlib.contextmanager
+    def _keeping_errors(self) -> Iterator[None]:
+        """Keep an error of this rank's shards until the next agreement."""
+        try:
+            yield
+        except ValueError as error:
+            self._error = str(error)
+        except OSError as error:
+            free = shutil.disk_usage(self.store).free / 2**30
+            self._error = (
+                f"{self.store} could not be written ({free:.2f} GiB free): {error}. Whole shards are kept; free space, "
+                "then run the same command again"
+            )
+
+    def _claim(self) -> tuple[ShardWriter | None, bool]:
+        """Return the writer of a missing shard, or None; and True if no shard is missing."""
+        writer = self._next()
+        if writer is not None:
+            return writer, False
+        self.background.wait()  # for the shard that this rank writes
+        missing = missing_shards(self.store, self.manifest)
+        turn = len(missing) * self.replica // self.num_replicas  # replicas begin apart
+        self._left = deque(missing[turn:] + missing[:turn])
+        return self._next(), not missing
+
+    def _next(self) -> ShardWriter | None:
+        while self._left:
+            writer = claim_shard(self.store, self.manifest, self._left.popleft())
+            if writer is not None:
+                return writer
+        return None
+
+    def _round(self, shards: dict[int, int]) -> None:
+        """Run the teacher on the shards by replica, and begin to write this one's."""
+        size, own = self.run.micro_batch_size, shards.get(self.replica)
+        longest = max(len(self.manifest.windows_of(shard)) for shard in shards.values())
+        numbers = [0] if own is None else self.manifest.windows_of(own)
+        samples = [with_uniforms(self.samples[number], self.manifest.seed, number) for number in numbers]
+        targets = self.run.encode(samples, -(-longest // size))
+        if self._writer is not None:
+            with self._keeping_errors():
+                self.background.start(self._commit, self._writer, samples, targets)
+                self._writer = None
+
+    def _commit(self, writer: ShardWriter, samples: list[Sample], targets: list[Arrays]) -> None:
+        with writer:
+            for sample, found in zip(samples, targets, strict=True):
+                writer.append(window_of(sample, found, self.manifest.documents_apart))
+            writer.commit()

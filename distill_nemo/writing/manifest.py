@@ -1,0 +1,93 @@
+"""The manifest of a store that a config describes: everything that decides its bytes."""
+
+import hashlib
+import json
+from collections import ChainMap
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from distill_nemo.checkpoint.identity import content_hashes, corpus_files, weight_files
+from distill_nemo.config import StoreConfig, TeacherConfig
+from distill_nemo.data.corpora import corpus_at
+from distill_nemo.data.datasets import samples_of_a_pass
+from distill_nemo.data.manifest import max_token_id, pack_vocabulary, read_manifest, vocabulary
+from distill_nemo.data.token_files import documents_apart, named_corpora
+from distill_nemo.data.tokenizer import load_tokenizer
+from distill_nemo.models.architecture import Architecture
+from distill_nemo.models.checkpoints.export_files import tokenizer_files
+from distill_nemo.teacher_store.manifest import SHARD_BYTES, Manifest
+
+SHARD_TOKENS = 2**18
+PACKAGES = ("distill-nemo", "torch", "megatron-core", "transformers", "numpy")
+
+
+def manifest_of(config: StoreConfig, model: Architecture, dtype: torch.dtype) -> Manifest:
+    """Return the manifest. Hashes weights and token files; every rank must call it.
+
+    Raises:
+        ValueError: if a file cannot be read, or the data has no whole window.
+    """
+    data = config.data
+    files = {"weights": weight_files(config.teacher.checkpoint), "train": corpus_files(data.train)}
+    sums = [corpus_at(path).sums for _, path in named_corpora(data)]
+    hashes = content_hashes(files, Path(config.output), dict(ChainMap(*sums)))
+    prepared = [read_manifest(prefix) for _, prefix in named_corpora(data)]
+    occurring = [vocabulary(each) for each in prepared]
+    largest = [max_token_id(each) for each in prepared]
+    tokenizer, tokens = _tokenizer(config)
+    nums = {"sampled": config.draws, "top_k": config.top_k, "hidden": model.hidden_size}
+    manifest = Manifest(
+        codec=config.codec,
+        num=nums[config.codec],
+        temperature=config.temperature,
+        vocab_size=model.vocab_size,
+        sequence_length=data.sequence_length,
+        num_windows=config.windows or samples_of_a_pass(data),
+        windows_per_shard=1,
+        seed=config.seed,
+        dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
+        documents_apart=documents_apart(data),
+        loss_on=data.loss_on,
+        teacher={"weights": hashes["weights"], "architecture": architecture_hash(model)},
+        sources={"train": hashes["train"], "split": data.split},
+        checkpoint=config.teacher.checkpoint,
+        tokenizer=tokenizer,
+        teacher_vocabulary=pack_vocabulary(tokens) if tokens else None,
+        vocabulary=_joined(occurring),
+        max_token_id=None if None in largest else max(each for each in largest if each is not None),
+        logit_scale=model.multipliers.logits,
+        logit_softcap=model.multipliers.softcap,
+        versions={name: version(name) for name in PACKAGES},
+    )
+    return Manifest(**{**vars(manifest), "windows_per_shard": config.shard_windows or _windows_per_shard(manifest)})
+
+
+def architecture_hash(model: Architecture) -> str:
+    """Return a hash of every resolved field of a model, wherever its checkpoint lies."""
+    fields = asdict(model.filled(TeacherConfig())) | {"checkpoint": None}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _windows_per_shard(manifest: Manifest) -> int:
+    window_bytes = manifest.coding.usual_bytes * manifest.sequence_length
+    return max(min(SHARD_TOKENS // manifest.sequence_length, int(SHARD_BYTES / window_bytes)), 1)
+
+
+def _tokenizer(config: StoreConfig) -> tuple[str | None, dict[int, str] | None]:
+    """Return the tokenizer that the config names, else the teacher's own, and its tokens by id."""
+    checkpoint = config.teacher.checkpoint
+    own = checkpoint if checkpoint and tokenizer_files(Path(checkpoint)) else None
+    path = config.data.tokenizer or own
+    if path is None:
+        return None, None
+    return path, {i: token for token, i in sorted(load_tokenizer(path).vocab.items(), key=lambda item: item[1])}
+
+
+def _joined(occurring: list[dict[int, str] | None]) -> str | None:
+    """Return the tokens that occur in any of the token files; None if some file does not say."""
+    known = [tokens for tokens in occurring if tokens is not None]
+    joined = {i: token for each in known for i, token in each.items()}
+    return pack_vocabulary(dict(sorted(joined.items()))) if len(known) == len(occurring) else None
