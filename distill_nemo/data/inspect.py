@@ -1,31 +1,52 @@
-"""Show documents of token files as text, with the tokens that count and the packs that they are in."""
+"""Show documents of token files as tokens: which of them count, and the packs that they are in."""
 
 import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+import tokenizers
 from rich.console import Console
 from rich.text import Text
+from tokenizers.decoders import DecodeStream
 
 from distill_nemo.config import DataConfig
-from distill_nemo.data.manifest import pack_length, read_manifest
-from distill_nemo.data.token_files import check_token_files, document_lengths, index_layout
+from distill_nemo.data.manifest import pack_length, read_manifest, vocabulary
+from distill_nemo.data.token_files import check_files, document_lengths, index_layout
 from distill_nemo.data.token_masks import TokenMask
 from distill_nemo.data.tokenizer import load_tokenizer
 
-if TYPE_CHECKING:
-    import tokenizers
-
 COUNTS, MASKED = "bold green", "dim"
-CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}  # as pictures: ␛
+MAX_TOKENS = 4096  # shown of a document
+CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) != "\n"} | {0x7F: 0x2421}  # as pictures: ␛
 CONTROLS |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)  # a text may not steer the terminal
+
+
+@dataclass(frozen=True)
+class ShownDocument:
+    """A document to show.
+
+    Args:
+        about: its number and size.
+        pack: the same of its pack, if it is the first one in it.
+        tokens: the text of each token, and whether it counts. Tokens that make one character are one.
+        num_left_out: tokens at the end that are not shown.
+        has_mask: some tokens may not count.
+    """
+
+    about: str
+    pack: str
+    tokens: list[tuple[str, bool]]
+    num_left_out: int
+    has_mask: bool
 
 
 def inspect_documents(prefix: str, samples: int, tokenizer: str | None, console: Console) -> None:
     """Print documents that are spread over the files, or packs with their documents.
 
-    Tokens that count are green; where there is no colour, they are between two marks.
+    Tokens that count are green, and every other token is underlined. Where there is no colour, text that counts is
+    between two marks.
 
     Args:
         prefix: of the token files.
@@ -34,16 +55,35 @@ def inspect_documents(prefix: str, samples: int, tokenizer: str | None, console:
         console: where to print.
 
     Raises:
-        ValueError: if the files are damaged, or the tokenizer is missing or is not a fast one.
+        ValueError: from `shown_documents`.
+    """
+    for document in shown_documents(prefix, samples, tokenizer):
+        if document.pack:
+            console.rule(document.pack, characters="═")
+        console.rule(document.about)
+        shown, marked, parity = Text(), document.has_mask and not console.is_terminal, 0
+        for counts, run in itertools.groupby(document.tokens, key=lambda token: token[1]):
+            shown.append("⟦" if marked and counts else "")
+            for text, _ in run:
+                shown.append(text, (COUNTS if counts else MASKED) + " underline" * parity)
+                parity = 1 - parity
+            shown.append("⟧" if marked and counts else "")
+        if document.num_left_out:
+            shown.append(f" ... and {document.num_left_out:,} more tokens")
+        console.print(shown, soft_wrap=True)
+
+
+def shown_documents(
+    prefix: str, samples: int, tokenizer: str | None = None, max_tokens: int = MAX_TOKENS
+) -> Iterator[ShownDocument]:
+    """Yield documents, or all documents of packs, that are spread over token files.
+
+    Raises:
+        ValueError: if the files are damaged, or the tokenizer is missing, is not a fast one, or did not make the files.
     """
     pack = pack_length(prefix)
-    check_token_files(DataConfig(train=[prefix]) if pack is None else DataConfig(train=[prefix], sequence_length=pack))
-    path = tokenizer or read_manifest(prefix).get("tokenizer")
-    if not isinstance(path, str):
-        raise ValueError(f"{prefix}.json names no tokenizer: pass tokenizer=DIRECTORY")
-    fast = load_tokenizer(path).fast
-    if fast is None:
-        raise ValueError(f"{path} has no fast tokenizer, which shows special tokens as they are")
+    check_files("data", prefix, DataConfig() if pack is None else DataConfig(sequence_length=pack))
+    fast = _tokenizer_of(prefix, tokenizer)
     lengths, layout = np.array(document_lengths(prefix)), index_layout(prefix)
     starts = np.cumsum(lengths, dtype=np.int64) - lengths
     bounds = np.arange(len(lengths) + 1)
@@ -54,22 +94,44 @@ def inspect_documents(prefix: str, samples: int, tokenizer: str | None, console:
     groups = len(bounds) - 1
     for group in np.linspace(0, groups - 1, min(samples, groups)).round().astype(int):
         first, stop = bounds[group : group + 2].tolist()
-        if pack is not None:
-            about = f"{stop - first:,} documents, {lengths[first:stop].sum():,} of {pack + 1:,} tokens"
-            console.rule(f"pack {group + 1:,} of {groups:,}: {about}", characters="═")
+        size = f"{stop - first:,} documents, {lengths[first:stop].sum():,} of {(pack or 0) + 1:,} tokens"
+        of_pack = "" if pack is None else f"pack {group + 1:,} of {groups:,}: {size}"
         for number in range(first, stop):
             place, length = int(starts[number]), int(lengths[number])
             bits = np.ones(length, np.uint8) if mask is None else mask.of_document(place, length)
-            about = f"{length:,} tokens, {int(bits.sum()):,} count"
-            console.rule(f"document {number + 1:,} of {len(lengths):,}: {about}")
-            marked = mask is not None and not console.is_terminal
-            console.print(_shown(fast, ids[place : place + length].tolist(), bits, marked), soft_wrap=True)
+            yield ShownDocument(
+                f"document {number + 1:,} of {len(lengths):,}: {length:,} tokens, {int(bits.sum()):,} count",
+                of_pack if number == first else "",
+                _texts(fast, ids[place : place + min(length, max_tokens)].tolist(), bits),
+                max(length - max_tokens, 0),
+                mask is not None,
+            )
 
 
-def _shown(fast: "tokenizers.Tokenizer", ids: list[int], bits: np.ndarray, marked: bool) -> Text:
-    """Return a document's text in two styles. Text that counts is between marks if `marked`."""
-    shown = Text()
-    for counts, places in itertools.groupby(range(len(ids)), bits.tolist().__getitem__):
-        text = fast.decode([ids[i] for i in places], skip_special_tokens=False).translate(CONTROLS)
-        shown.append(f"⟦{text}⟧" if marked and counts else text, COUNTS if counts else MASKED)
-    return shown
+def _texts(fast: tokenizers.Tokenizer, ids: list[int], bits: np.ndarray) -> list[tuple[str, bool]]:
+    """Return the text of each token, and whether it counts. A token that ends inside a character waits for the next."""
+    found, stream, text = [], DecodeStream(skip_special_tokens=False), ""
+    for token, counts in zip(ids, bits[: len(ids)].tolist(), strict=True):
+        text = stream.step(fast, token)
+        if text is not None:
+            found.append((text.translate(CONTROLS), bool(counts)))
+    return found if text is not None else [*found, ("\ufffd", bool(bits[len(ids) - 1]))]
+
+
+def _tokenizer_of(prefix: str, given: str | None) -> tokenizers.Tokenizer:
+    manifest = read_manifest(prefix)
+    path = given or manifest.get("tokenizer")
+    if not isinstance(path, str):
+        raise ValueError(f"{prefix}.json names no tokenizer: pass tokenizer=DIRECTORY")
+    fast = load_tokenizer(path).fast
+    if fast is None:
+        raise ValueError(f"{path} has no fast tokenizer, which shows special tokens as they are")
+    made_with = vocabulary(manifest) or {}
+    apart = [i for i, token in made_with.items() if fast.id_to_token(i) != token]
+    if apart:
+        i = apart[0]
+        raise ValueError(
+            f"{path} is another tokenizer than the one of {prefix}.bin: of {len(made_with):,} ids that occur "
+            f"{len(apart):,} are other tokens, such as {i}: {fast.id_to_token(i)!r} and {made_with[i]!r}"
+        )
+    return fast

@@ -15,7 +15,7 @@ from rich.console import Console
 import distill_nemo.data.prepare as module
 from distill_nemo.config import DataConfig, TrainingConfig
 from distill_nemo.data.datasets import build_datasets
-from distill_nemo.data.inspect import inspect_documents
+from distill_nemo.data.inspect import inspect_documents, shown_documents
 from distill_nemo.data.prepare import prepare
 from distill_nemo.data.token_files import check_token_files
 from distill_nemo.data.token_masks import TokenMask
@@ -418,14 +418,31 @@ def test_files_without_their_mask_are_not_left_behind(tmp_path: Path, monkeypatc
 
 
 def test_inspect_shows_what_counts_and_no_control_character_of_the_text(tmp_path: Path):
-    prefix = prepared(tmp_path, [{"messages": [USER, NINE | {"content": "red\x1b[31m\x9b\r\nline"}]}])
+    prefix = prepared(tmp_path, [{"messages": [USER, NINE | {"content": "red\x1b[31m\x9b\r\n\tline"}]}])
     shown = []
     for terminal in (False, True):
         console = Console(file=io.StringIO(), force_terminal=terminal, width=80, color_system=None)
         inspect_documents(prefix, 3, None, console)
         shown.append(console.file.getvalue())
-    assert "⟦red␛[31m\ufffd␍\nline<|im_end|>⟧\n" in shown[0]
-    assert "red␛[31m\ufffd␍\nline<|im_end|>\n" in shown[1] and "⟦" not in shown[1]
+    assert "⟦red␛[31m\ufffd␍\n␉line<|im_end|>⟧\n" in shown[0]
+    assert "red␛[31m\ufffd␍\n␉line<|im_end|>\n" in shown[1] and "⟦" not in shown[1]
+
+
+def test_inspect_shows_whole_characters_and_the_beginning_of_a_long_document(tmp_path: Path):
+    prefix = prepared(tmp_path, [{"messages": [USER, NINE | {"content": "é🙂" * 20}]}])
+    (whole,), (cut,) = shown_documents(prefix, 1), shown_documents(prefix, 1, max_tokens=30)
+    assert "".join(text for text, counts in whole.tokens if counts) == "é🙂" * 20 + "<|im_end|>"
+    assert whole.num_left_out == 0 and cut.num_left_out > 0 and len(cut.tokens) <= 30
+
+
+def test_inspect_names_its_field_and_refuses_another_tokenizer(tmp_path: Path):
+    prefix = prepared(tmp_path, [CHAT])
+    other = Path(write_tokenizer(tmp_path / "other", CHATML)) / "tokenizer.json"
+    other.write_text(other.read_text().replace('"<|im_end|>"', '"<|over|>"'))
+    with pytest.raises(ValueError, match=r"is another tokenizer than the one of .*'<\|over\|>' and '<\|im_end\|>'"):
+        list(shown_documents(prefix, 1, str(other.parent)))
+    with pytest.raises(ValueError, match=r"^data: no file .*missing\.idx"):
+        list(shown_documents(str(tmp_path / "missing"), 1))
 
 
 def samples(tmp_path: Path, prefix: str, **options) -> list[dict]:
