@@ -76,7 +76,6 @@ def learn_from_store(
     Raises:
         ValueError: if the student's output layer cannot be fused with the losses.
     """
-    _check(stored, distill_cfg, architecture)
     balancer = build_balancer(distill_cfg)
     if not model.post_process:
         attach(model, objective=_EarlierStage(balancer))
@@ -91,9 +90,6 @@ def learn_from_store(
         objective = AgainstStoredTargets(model, stored, architecture, distill_cfg, balancer)
     attach(model, objective=objective, forward=MethodType(_forward, model))
     return model
-
-
-def _check(stored: StoredTeacher, distill_cfg: DistillationConfig, architecture: Architecture) -> None: ...
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
