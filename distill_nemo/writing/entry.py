@@ -28,6 +28,9 @@ def teacher(**fields: Any) -> None:
     """
     config = StoreConfig(**{name: value for name, value in fields.items() if value is not None})
     with errors_of_a_rank():
+        from distill_nemo.runtime.device import setup_device
+
+        setup_device()  # before Megatron is imported
         from distill_nemo.writing.job import run_store
 
         stopped = run_store(config)
@@ -50,6 +53,9 @@ def verify(**fields: Any) -> None:
     """
     config = VerifyConfig(**{name: value for name, value in fields.items() if value is not None})
     with errors_of_a_rank():
+        from distill_nemo.runtime.device import setup_device
+
+        setup_device()  # before Megatron is imported
         from distill_nemo.writing.verify import run_verify
 
         run_verify(config)
