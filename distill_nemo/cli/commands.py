@@ -285,7 +285,7 @@ def evaluate(
 
 
 def recipes() -> None:
-    """List the recipes with their models, and below each its layout, the GPUs that it is planned for, and its loss.
+    """List the recipes, with models, layout, the GPUs that each is planned for, and loss.
 
     Example:
         nemo distill recipes
