@@ -27,7 +27,10 @@ FIELDS = {
         *(f"{name}.{f.name}" for name, part in sections().items() for f in fields(part)),
         *(f"run.executor.{name}" for names in EXECUTORS.values() for name in names),
     ],
-    "prepare": "inputs output tokenizer text_key format loss_on chat_template num_workers max_bad_records pack too_long".split(),
+    "prepare": [
+        *("inputs", "output", "tokenizer", "text_key", "format", "loss_on", "chat_template"),
+        *("num_workers", "max_bad_records", "pack", "too_long"),
+    ],
     "inspect": ["data", "samples", "tokenizer"],
     "teacher": [
         *(f.name for f in fields(StoreConfig) if f.name not in STORE_SECTIONS),
