@@ -5,7 +5,7 @@ import pytest
 from distill_nemo.models.families import FAMILIES
 from tests.conversations import MISTAKES, PACKS, Mistaken
 from tests.distillation import Case
-from tests.parity.__main__ import page
+from tests.parity.__main__ import page, read_page
 from tests.parity.cells import (
     HIDDEN,
     LAYOUTS,
@@ -92,12 +92,18 @@ def test_packs_of_every_width_are_the_unpacked_conversations_and_a_mistake_in_th
         assert gradient > 1000 * TOLERANCE, mistake
 
 
-def test_the_page_counts_the_cells_that_were_not_computed():
-    rows = [(cell, Errors(0.0, 0.0)) for cell in cells()]
+def test_the_page_counts_the_cells_that_were_not_computed_and_gives_the_others_back(tmp_path):
+    rows = {cell: Errors(0.0, 0.0) for cell in cells()}
     assert "Not computed" not in page(rows)
-    num_others = sum(cell.layout == "DP=2" for cell, _ in rows)
-    some = [row for row in rows[1:] if row[0].layout != "DP=2"]
-    assert f"**Not computed, by layout: one process: 1; DP=2: {num_others}.**" in page(some)
+    others = [cell for cell in rows if cell.layout == "DP=2"]
+    first, second, *_ = rows
+    some = {cell: errors for cell, errors in rows.items() if cell not in (first, *others)}
+    some[second] = Errors(1e-7, 1.0)
+    (tmp_path / "page.md").write_text(page(some))
+    assert f"**Not computed, by layout: one process: 1; DP=2: {len(others)}.**" in page(some)
+    found = read_page(tmp_path / "page.md")
+    assert found.keys() == some.keys() and page(found) == page(some)
+    assert [cell for cell, errors in found.items() if errors.beyond] == [second]
 
 
 def test_every_family_is_in_a_pair():
