@@ -131,12 +131,12 @@ def measured(case: Case) -> int:
     from distill_nemo.training.entry import resolve_models
     from distill_nemo.training.loop import Loop
     from distill_nemo.training.setup import build_train_state
-    from distill_nemo.training.stores import target_fields
+    from distill_nemo.training.stores import stored_teacher, target_fields
 
     run, models = resolve_models(case.config())
     with process_groups(run.parallelism), LiveBytes() as live:
         seed_everything(0)
-        loop = Loop(run, build_train_state(run, models, torch.float32, load_weights=True), (None, None), device)
+        loop = Loop(run, build_train_state(run, models, torch.float32, True, stored_teacher(run)), (None, None), device)
         tokens = torch.randint(case.vocab, (run.training.micro_batch_size, case.length))
         positions = torch.arange(case.length).expand_as(tokens)
         batch = {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(tokens.shape), "position_ids": positions}

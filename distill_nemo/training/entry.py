@@ -149,6 +149,7 @@ def _train_alone(config: RunConfig, models: "Models") -> "tuple[int | None, list
     from distill_nemo.training.data import build_run_datasets, check_run_data
     from distill_nemo.training.loop import Loop
     from distill_nemo.training.setup import build_train_state, release_gradients
+    from distill_nemo.training.stores import stored_teacher
 
     device, dtype = setup_device(), resolve_dtype(config.training.dtype)
     require(
@@ -167,7 +168,7 @@ def _train_alone(config: RunConfig, models: "Models") -> "tuple[int | None, list
     teacher = config.teacher.checkpoint if config.teacher else None
     check_whole(teacher, config.student.checkpoint if newest is None else None)
     seed_everything(config.training.seed)
-    train_state = build_train_state(config, models, dtype, load_weights=newest is None)
+    train_state = build_train_state(config, models, dtype, newest is None, stored_teacher(config))
     datasets = build_run_datasets(config, models.student)  # writes files, so it comes after every check of the models
     loop = Loop(config, train_state, datasets, device)
     if newest is not None:

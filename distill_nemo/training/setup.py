@@ -22,7 +22,6 @@ from distill_nemo.models.architecture import Models
 from distill_nemo.models.distillation.convert import wire_config
 from distill_nemo.models.distillation.stored_targets import StoredTeacher
 from distill_nemo.models.provider import model_provider
-from distill_nemo.training.stores import stored_teacher
 
 
 @dataclass
@@ -39,7 +38,7 @@ def build_chunks(
     config: RunConfig, models: Models, dtype: torch.dtype, load_weights: bool, stored: StoredTeacher | None = None
 ) -> list[Any]:
     """Return this rank's stage of the model on its device: one chunk, or one per virtual pipeline stage."""
-    virtual, stored = config.parallelism.virtual_pipeline_model_parallel_size, stored_teacher(config)
+    virtual = config.parallelism.virtual_pipeline_model_parallel_size
     chunks = []
     for vp_stage in range(virtual) if virtual else [None]:
         where: dict[str, Any] = {} if vp_stage is None else {"ignore_virtual": False, "vp_stage": vp_stage}
