@@ -33,10 +33,14 @@ class WatchedFile:
             ValueError: if the file ends before them.
         """
         size = count * np.dtype(dtype).itemsize
-        found = os.pread(self._file.fileno(), size, offset)
-        if len(found) < size:
-            raise self._too_short(os.fstat(self._file.fileno()).st_size)
-        return np.frombuffer(found, dtype)
+        blocks, left = [], size  # one call returns at most 2 GiB, which an output layer exceeds
+        while left:
+            block = os.pread(self._file.fileno(), left, offset + size - left)
+            if not block:
+                raise self._too_short(os.fstat(self._file.fileno()).st_size)
+            blocks.append(block)
+            left -= len(block)
+        return np.frombuffer(blocks[0] if len(blocks) == 1 else b"".join(blocks), dtype)
 
     def _too_short(self, now: int) -> ValueError:
         return ValueError(
