@@ -104,6 +104,8 @@ class Agreement:
 
     def problem(self) -> str | None:
         """Return the reason why these are not the teacher's windows, or None."""
+        if not self.tokens:  # windows in which none counts
+            return None
         allowed = TOLERANCE[self.manifest.dtype]
         wrong = [
             f"{name} is {value / self.tokens:.2g} apart, allowed {allowed:g}"
