@@ -59,7 +59,8 @@ def create_store(store: Path, manifest: Manifest) -> None:
 
 def missing_shards(store: Path, manifest: Manifest) -> list[int]:
     """Return the numbers of the shards that are not written yet; none of a complete store."""
-    return [shard for shard in range(manifest.num_shards) if _is_missing(store, manifest, shard)]
+    unwritten = [shard for shard in range(manifest.num_shards) if _written(store, manifest, shard) is None]
+    return unwritten if unwritten and not _is_complete(store) else []
 
 
 def finish_store(store: Path) -> bool:
@@ -92,7 +93,7 @@ def claim_shard(store: Path, manifest: Manifest, shard: int) -> "ShardWriter | N
     lock = OutputLock(path.with_suffix(".lock"), f"output = {store}")
     if path in _claimed or not lock.take_if_free():
         return None
-    if not _is_missing(store, manifest, shard):
+    if _written(store, manifest, shard) is not None or _is_complete(store):
         lock.free()
         return None
     return ShardWriter(path, manifest, shard, lock)
@@ -207,10 +208,9 @@ def write_columns(path: Path, layout: Layout, columns: Iterable[np.ndarray]) -> 
     return digest.hexdigest()
 
 
-def _is_missing(store: Path, manifest: Manifest, shard: int) -> bool:
-    if _written(store, manifest, shard) is not None:
-        return False
-    return read_manifest(store)[1] is None  # after the facts, which are removed once the manifest is complete
+def _is_complete(store: Path) -> bool:
+    """Return True if the manifest is complete. Ask for facts before, since they are removed afterwards."""
+    return read_manifest(store)[1] is not None
 
 
 def _written(store: Path, manifest: Manifest, shard: int) -> ShardFacts | None:
