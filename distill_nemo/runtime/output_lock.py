@@ -107,6 +107,8 @@ class OutputLock:
                 file=sys.stderr,
             )
             os.close(file)
+            with contextlib.suppress(OSError):
+                self.path.unlink()  # nobody would remove it
             return True
         self._file = file
         left = os.read(file, 4096)

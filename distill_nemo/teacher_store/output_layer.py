@@ -11,11 +11,11 @@ from distill_nemo.fields import require
 from distill_nemo.teacher_store.codecs.codec import Column
 from distill_nemo.teacher_store.manifest import OUTPUT_LAYER, Manifest
 from distill_nemo.teacher_store.shards import ColumnFile, Layout, layout_of
-from distill_nemo.teacher_store.writer import write_columns
+from distill_nemo.teacher_store.writer import one_job_at_a_time, write_columns
 
 
 def write_output_layer(store: Path, manifest: Manifest, weight_VH: np.ndarray, bias_V: np.ndarray | None) -> None:
-    """Write the layer into a store that was created, unless it is there. One rank of a job calls it.
+    """Write the layer into a store that was created, unless it is there. One rank of a job calls it, several jobs may.
 
     Args:
         store: directory.
@@ -26,12 +26,12 @@ def write_output_layer(store: Path, manifest: Manifest, weight_VH: np.ndarray, b
     Raises:
         OSError: if it cannot be written.
     """
-    if (store / OUTPUT_LAYER).exists():
-        return
     assert (bias_V is not None) == manifest.output_bias, "the manifest says if there is one"
     columns, layout = _columns(manifest)
     blocks = {"weight": weight_VH, **({} if bias_V is None else {"bias": bias_V})}
-    write_columns(store / OUTPUT_LAYER, layout, (np.ascontiguousarray(blocks[name]) for name in columns))
+    with one_job_at_a_time(store / OUTPUT_LAYER):
+        if not (store / OUTPUT_LAYER).exists():
+            write_columns(store / OUTPUT_LAYER, layout, (np.ascontiguousarray(blocks[name]) for name in columns))
 
 
 class OutputLayer:

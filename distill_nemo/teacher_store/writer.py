@@ -9,7 +9,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +37,8 @@ from distill_nemo.teacher_store.manifest import (
 )
 from distill_nemo.teacher_store.packing import pack_bits, pack_numbers
 from distill_nemo.teacher_store.shards import NUMBERS, Layout, columns_of, shard_layout
+
+POLL_SECONDS = 0.2  # while another job writes the manifest or the output layer
 
 _claimed: set[Path] = set()  # by this process, which its own locks do not keep out
 
@@ -66,21 +69,36 @@ def missing_shards(store: Path, manifest: Manifest) -> list[int]:
 def finish_store(store: Path) -> bool:
     """Write the complete manifest, if no shard is missing. Return True if the store is complete.
 
+    Jobs that wrote the last shards call it at the same moment; one waits for the other.
+
     Raises:
         OSError: if it cannot be written.
     """
-    manifest, contents = read_manifest(store)
-    if contents is None:
-        found = [_written(store, manifest, shard) for shard in range(manifest.num_shards)]
-        shards = [facts for facts in found if facts is not None]
-        if len(shards) < len(found):
-            return False
-        layer = sha256(store / OUTPUT_LAYER) if manifest.codec == "hidden" else None
-        write_atomically(store / MANIFEST, manifest_text(manifest, Contents(shards, layer)))
-    for pattern in ("shard-*.json", "shard-*.lock", "*.partial"):
-        for path in store.glob(pattern):
-            path.unlink(missing_ok=True)
+    with one_job_at_a_time(store / MANIFEST):
+        manifest, contents = read_manifest(store)
+        if contents is None:
+            found = [_written(store, manifest, shard) for shard in range(manifest.num_shards)]
+            shards = [facts for facts in found if facts is not None]
+            if len(shards) < len(found):
+                return False
+            layer = sha256(store / OUTPUT_LAYER) if manifest.codec == "hidden" else None
+            write_atomically(store / MANIFEST, manifest_text(manifest, Contents(shards, layer)))
+        for pattern in ("shard-*.json", "shard-*.lock", "output_layer.lock", "*.partial"):
+            for path in store.glob(pattern):
+                path.unlink(missing_ok=True)
     return True
+
+
+@contextlib.contextmanager
+def one_job_at_a_time(path: Path) -> Iterator[None]:
+    """Wait for other jobs that write this file of a store, and keep them waiting. A job that dies keeps nobody."""
+    lock = OutputLock(path.with_suffix(".lock"), f"output = {path.parent}")
+    while not lock.take_if_free():
+        time.sleep(POLL_SECONDS)
+    try:
+        yield
+    finally:
+        lock.free()
 
 
 def claim_shard(store: Path, manifest: Manifest, shard: int) -> "ShardWriter | None":

@@ -109,6 +109,7 @@ def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatc
     monkeypatch.setattr(fcntl, "lockf", unsupported)
     with OutputLock(tmp_path / "lock", "output = X"):
         assert f"warning: {tmp_path} is on a file system without locks" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("place", ["lock", "file/lock"])

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from safetensors import safe_open
 
 from distill_nemo.runtime.checksums import sha256
 from distill_nemo.teacher_store import writer as writing
-from distill_nemo.teacher_store.manifest import MANIFEST, shard_name
+from distill_nemo.teacher_store.manifest import MANIFEST, OUTPUT_LAYER, shard_name
 from distill_nemo.teacher_store.output_layer import OutputLayer
 from distill_nemo.teacher_store.packing import pack_numbers, unpack_numbers
 from distill_nemo.teacher_store.reader import TeacherStore
@@ -178,6 +179,35 @@ def test_a_shard_has_one_writer_at_a_time(tmp_path):
     other.close()
     writer.close()
     assert claimed_by_another_process() and claim_shard(store, manifest, 0) is not None
+
+
+WRITE_AND_FINISH = """
+import os, sys, time
+from pathlib import Path
+from tests.stores import manifest_of, random_window, write_windows
+from distill_nemo.teacher_store.writer import finish_store
+fsync = os.fsync
+os.fsync = lambda file: (time.sleep(0.3), fsync(file))  # a file system that takes its time
+store, manifest = Path(sys.argv[1]), manifest_of("hidden")
+time.sleep(max(0.0, float(sys.argv[2]) - time.time()))
+write_windows(store, manifest, [], [])
+assert finish_store(store)
+"""
+
+
+def test_jobs_write_the_output_layer_and_finish_at_the_same_moment(tmp_path):
+    """Both files are written aside under one name, which a second writer would truncate."""
+    manifest, store, other = manifest_of("hidden"), tmp_path / "store", tmp_path / "other"
+    write_store(other, manifest)
+    write_windows(store, manifest, [random_window(manifest, number) for number in range(10)])
+    (store / OUTPUT_LAYER).unlink()
+    command = [sys.executable, "-c", WRITE_AND_FINISH, str(store), str(time.time() + 3)]
+    jobs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    errors = [job.communicate()[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0, 0], errors
+    assert {path.name: path.read_bytes() for path in store.iterdir()} == {
+        path.name: path.read_bytes() for path in other.iterdir()
+    }
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
