@@ -10,7 +10,7 @@ import contextlib
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -137,6 +137,18 @@ class Report:
     signal: int | None
 
 
+def assign(reports: list[Report], before: Collection[int]) -> dict[int, int]:
+    """Return the shard of each replica that has one: one that no lower rank has, and not of the round before.
+
+    Locks see to it already, but some file systems have none.
+    """
+    shards: dict[int, int] = {}
+    for report in reports:
+        if report.shard is not None and report.shard not in (*shards.values(), *before):
+            shards[report.replica] = report.shard
+    return shards
+
+
 class Rounds:
     """Rounds of one job. Every rank has one, and calls `write`.
 
@@ -169,13 +181,16 @@ class Rounds:
 
     def write(self, stop: StopSignal) -> int | None:
         """Write shards until none is missing. Return the signal that stopped this job, or None."""
+        shards: dict[int, int] = {}
         while True:
             reports = self._agree(stop)
             errors = [f"rank {i}: {report.error}" for i, report in enumerate(reports) if report.error]
             if errors:
                 raise AgreedError(errors[0])
             stopped = max(report.signal or 0 for report in reports)
-            shards = {report.replica: report.shard for report in reports if report.shard is not None}
+            shards = assign(reports, shards.values())
+            if self._writer is not None and self.replica not in shards:
+                self._leave()
             if stopped or (not shards and all(report.is_done for report in reports)):
                 break
             if shards:
@@ -222,6 +237,14 @@ class Rounds:
         turn = len(missing) * self.replica // self.num_replicas  # replicas begin apart
         self._left = deque(missing[turn:] + missing[:turn])
         return self._next(), not missing
+
+    def _leave(self) -> None:
+        """Let go of a shard that another replica writes. Where files have locks, this replica would not have it."""
+        assert self._writer is not None
+        self._writer.close()
+        self._writer = None
+        with self._keeping_errors():
+            self.background.wait()  # so only shards of the round before are being written
 
     def _next(self) -> ShardWriter | None:
         while self._left:

@@ -1,8 +1,11 @@
 """A store written at any layout, by several jobs, and after interruptions; and its verification."""
 
+import errno
+import fcntl
 import os
 import shutil
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -52,6 +55,27 @@ def test_stages_replicas_and_jobs_write_the_bytes_of_one_process(corpus, two, wr
     assert list(expected) == ["manifest.json", *(f"shard-{i:06d}.safetensors" for i in range(5))]
     for name in ("stages", "replicas", "jobs"):
         assert contents(tmp_path / name) == expected, name
+
+
+def _write_slowly_without_locks(config):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    def slow(file):
+        time.sleep(0.3)
+        return fsync(file)
+
+    fsync = os.fsync
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fcntl, "lockf", unsupported)
+        patch.setattr(os, "fsync", slow)
+        write(config)
+
+
+def test_replicas_do_not_write_one_shard_on_a_file_system_without_locks(corpus, one, two, tmp_path):
+    one.run(write, tiny_store(corpus, tmp_path / "one", windows=3))
+    two.run(_write_slowly_without_locks, tiny_store(corpus, tmp_path / "two", windows=3))
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
 @pytest.mark.parametrize("sizes", [{"tensor_model": 2}, {"context": 2}])
