@@ -357,7 +357,8 @@ def from_dict(values: object, cls: type = RunConfig, where: str = "") -> Any:
         raise ValueError(f"{section} must be a mapping of fields, got {type(values).__name__}")
     known = {each.name: each for each in fields(cls)}
     for name in values:
-        require(name in known, f'unknown field "{where}{name}".{suggest(str(name), sorted(known))}')
+        if name not in known:
+            raise ValueError(f'unknown field "{where}{name}".{suggest(str(name), sorted(known))}')
     hints = typing.get_type_hints(cls)
     parts = sections_of(hints)
     built = {}

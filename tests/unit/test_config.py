@@ -15,6 +15,7 @@ from distill_nemo.config import (
     RunConfig,
     StudentConfig,
     TeacherConfig,
+    TrainingConfig,
     from_dict,
     load_yaml,
     save_yaml,
@@ -332,3 +333,14 @@ def test_a_layout_is_reduced_to_other_ranks(trained, ranks, expected):
     layout = ParallelismConfig(tensor, pipeline, 2, 2, expert, sequence_parallel=True, timeout_minutes=3).on(ranks)
     tensor, pipeline, expert = expected
     assert layout == ParallelismConfig(tensor, pipeline, None, 1, expert, tensor > 1, 3)
+
+
+def test_no_name_is_suggested_in_place_of_a_known_one(monkeypatch):
+    """The search takes most of the time, of which the manifest of a store with 38,000 shards needs 38,000 times."""
+
+    def never(*_):
+        raise AssertionError("suggested a name")
+
+    monkeypatch.setattr("distill_nemo.config.suggest", never)
+    config = TrainingConfig(steps=3)
+    assert from_dict(dataclasses.asdict(config), TrainingConfig) == config
