@@ -101,6 +101,12 @@ Codecs:
 
 Several such commands may write on one store at once; the layout may change. Exit code: 0 if the store is complete."""
 
+STORE_PLAN = """\
+Takes the arguments of `nemo distill teacher`, and those below. Starts and writes nothing. With windows=, the data need
+not exist yet.
+
+Exit code: 0 if the job fits; 1 if it does not, with a layout that would, or if the disk has too little room."""
+
 VERIFY = """\
 Exit code: 0 if the store is intact and still the teacher's; 1 names the shard that is not."""
 

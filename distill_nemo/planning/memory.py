@@ -73,7 +73,7 @@ def stored_output_layer(planned: PlannedRun) -> float:
     """Return the bytes of this rank's rows of the output layer in a store of hidden states."""
     if planned.stored is None or planned.stored.codec != "hidden":
         return 0
-    return planned.stored.coding.usual_bytes * _columns(planned)
+    return planned.stored.coding.usual_bytes * columns(planned)
 
 
 def _moments(planned: PlannedRun, rank: int) -> dict[str, tuple[str, float]]:
@@ -103,18 +103,19 @@ def _moments(planned: PlannedRun, rank: int) -> dict[str, tuple[str, float]]:
     if planned.is_last(rank):
         moments["the loss"] = ("all", fused_workspace(planned) if planned.fused else whole_workspace(planned))
         if not planned.fused:
-            logits = planned.item * planned.tokens * _columns(planned)
+            logits = planned.item * planned.tokens * columns(planned)
             hidden = planned.item * planned.tokens * student.hidden_size
             moments["the output layer's backward"] = ("all", logits + hidden + planned.item * largest)
     return moments
 
 
-def _columns(planned: PlannedRun) -> int:
+def columns(planned: PlannedRun) -> int:
+    """Return the columns of a rank's logits."""
     return padded_vocab_size(planned.models.student.vocab_size) // planned.config.parallelism.tensor_model_parallel_size
 
 
 def _output_weight(planned: PlannedRun) -> int:
-    return _columns(planned) * planned.models.student.hidden_size
+    return columns(planned) * planned.models.student.hidden_size
 
 
 def in_flight(planned: PlannedRun, rank: int) -> float:
@@ -147,16 +148,16 @@ def fused_workspace(planned: PlannedRun) -> float:
     A softcap takes another chunk for its derivative. In place of a teacher's, there may be stored targets.
     """
     student, width = planned.models.student, planned.models.student.hidden_size + planned.teacher_width
-    par, columns = planned.config.parallelism, _columns(planned)
-    rows = chunk_rows(planned)
+    par, rows = planned.config.parallelism, chunk_rows(planned)
+    logits = rows * columns(planned)
     buffers = min(1 if par.tensor_model_parallel_size == 1 else 2, -(-planned.tokens // rows))
     hidden = planned.item * planned.split_tokens * width
     if par.sequence_parallel:
         hidden += planned.item * planned.tokens * width  # gathered
-    low_precision_gradient = 2 * rows * columns if planned.item == 2 else 0
-    slope = 0 if student.multipliers.softcap is None else 4 * rows * columns
+    low_precision_gradient = 2 * logits if planned.item == 2 else 0
+    slope = 0 if student.multipliers.softcap is None else 4 * logits
     sides = 2 if planned.teacher_width else 1
-    chunks = buffers * 4 * sides * rows * columns + slope + low_precision_gradient
+    chunks = buffers * 4 * sides * logits + slope + low_precision_gradient
     return chunks + hidden + 4 * planned.tokens * student.hidden_size + target_bytes(planned)
 
 
@@ -170,7 +171,7 @@ def target_bytes(planned: PlannedRun) -> float:
 
 def chunk_rows(planned: PlannedRun) -> int:
     """Return the tokens of a chunk of logits, if every token is valid."""
-    return chunk_size(planned.tokens, _columns(planned), planned.on_gpu)
+    return chunk_size(planned.tokens, columns(planned), planned.on_gpu)
 
 
 def whole_workspace(planned: PlannedRun) -> float:
@@ -182,7 +183,7 @@ def whole_workspace(planned: PlannedRun) -> float:
     """
     student, teacher = planned.models
     kd, par = planned.config.distillation, planned.config.parallelism
-    logits, copy = planned.item * planned.tokens * _columns(planned), 4 * planned.tokens * _columns(planned)
+    logits, copy = planned.item * planned.tokens * columns(planned), 4 * planned.tokens * columns(planned)
     capped = 0 if student.multipliers.softcap is None else logits
     if teacher is None or not planned.config.distillation.uses_logits:
         in_place = planned.item == 4 and teacher is None

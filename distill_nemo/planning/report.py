@@ -15,7 +15,7 @@ def report(name: str, planned: PlannedRun, gpu: Gpu, utilisation: float) -> str:
     """Return everything that is known of a run before it starts."""
     memory = fullest(planned)
     parts = (
-        [_heading(name, planned, gpu)],
+        heading(name, planned, gpu),
         _parameters(planned),
         _memory(planned, memory, gpu),
         _work(planned, memory),
@@ -25,11 +25,12 @@ def report(name: str, planned: PlannedRun, gpu: Gpu, utilisation: float) -> str:
     return "\n\n".join("\n".join(part) for part in parts if part)
 
 
-def _heading(name: str, planned: PlannedRun, gpu: Gpu) -> str:
+def heading(name: str, planned: PlannedRun, gpu: Gpu) -> list[str]:
+    """Return the lines that name GPUs, layout and numbers."""
     head = f"{name} on {planned.world_size} x {gpu.name} ({gpu.memory_gb:g} GB, {gpu.bf16_tflops:,g} TFLOPS)"
     kind = "bf16" if planned.item == 2 else "fp32"
     layers = "Transformer Engine" if planned.transformer_engine else "local layers"
-    return f"{head}\n  {layout_text(planned.config.parallelism, planned.data_parallel_size)}, {kind}, {layers}"
+    return [head, f"  {layout_text(planned.config.parallelism, planned.data_parallel_size)}, {kind}, {layers}"]
 
 
 def layout_text(par: ParallelismConfig, data_parallel_size: int | None = None) -> str:
@@ -77,13 +78,18 @@ def _memory(planned: PlannedRun, memory: Memory, gpu: Gpu) -> list[str]:
     rows = memory.stays | {"activations": memory.activations[moment], moment: memory.workspace[moment]}
     lines = [f"memory of the fullest rank{where}, GB"]
     lines += [f"  {part:26}{size / GB:10.2f}   {about.get(part, '')}".rstrip() for part, size in rows.items() if size]
-    room = gpu.memory_gb - memory.total / GB
-    fits = f"fits, {room:.1f} left" if room >= 0 else f"does not fit, {-room:.1f} too much"
-    lines.append(f"  {'total':26}{memory.total / GB:10.2f}   of {gpu.memory_gb:g}: {fits}")
+    lines.append(f"  {'total':26}{memory.total / GB:10.2f}   {fit_text(memory, gpu)}")
     if "the loss" in memory.workspace and moment != "the loss":
         loss = memory.workspace["the loss"] / GB
         lines.append(f"  {'(the loss':26}{loss:10.2f}   at another moment{_chunks(planned, 'the loss')})")
     return lines
+
+
+def fit_text(memory: Memory, gpu: Gpu) -> str:
+    """Return the GPU's memory and what is left of it."""
+    room = gpu.memory_gb - memory.total / GB
+    fits = f"fits, {room:.1f} left" if room >= 0 else f"does not fit, {-room:.1f} too much"
+    return f"of {gpu.memory_gb:g}: {fits}"
 
 
 def _over(planned: PlannedRun) -> str:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import ChainMap
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,6 +24,31 @@ SHARD_TOKENS = 2**18
 PACKAGES = ("distill-nemo", "torch", "megatron-core", "transformers", "numpy")
 
 
+def sized_manifest(config: StoreConfig, model: Architecture, dtype: torch.dtype) -> Manifest:
+    """Return the manifest without hashes and vocabularies. Reads token files only if `windows` is not set.
+
+    Raises:
+        ValueError: if the data has no whole window.
+    """
+    nums = {"sampled": config.draws, "top_k": config.top_k, "hidden": model.hidden_size}
+    manifest = Manifest(
+        codec=config.codec,
+        num=nums[config.codec],
+        temperature=config.temperature,
+        vocab_size=model.vocab_size,
+        sequence_length=config.data.sequence_length,
+        num_windows=config.windows or samples_of_a_pass(config.data),
+        windows_per_shard=1,
+        seed=config.seed,
+        dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
+        documents_apart=documents_apart(config.data),
+        loss_on=config.data.loss_on,
+        logit_scale=model.multipliers.logits,
+        logit_softcap=model.multipliers.softcap,
+    )
+    return replace(manifest, windows_per_shard=config.shard_windows or _windows_per_shard(manifest))
+
+
 def manifest_of(config: StoreConfig, model: Architecture, dtype: torch.dtype) -> Manifest:
     """Return the manifest. Hashes weights and token files; every rank must call it.
 
@@ -38,19 +63,8 @@ def manifest_of(config: StoreConfig, model: Architecture, dtype: torch.dtype) ->
     occurring = [vocabulary(each) for each in prepared]
     largest = [max_token_id(each) for each in prepared]
     tokenizer, tokens = _tokenizer(config)
-    nums = {"sampled": config.draws, "top_k": config.top_k, "hidden": model.hidden_size}
-    manifest = Manifest(
-        codec=config.codec,
-        num=nums[config.codec],
-        temperature=config.temperature,
-        vocab_size=model.vocab_size,
-        sequence_length=data.sequence_length,
-        num_windows=config.windows or samples_of_a_pass(data),
-        windows_per_shard=1,
-        seed=config.seed,
-        dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
-        documents_apart=documents_apart(data),
-        loss_on=data.loss_on,
+    return replace(
+        sized_manifest(config, model, dtype),
         teacher={"weights": hashes["weights"], "architecture": architecture_hash(model)},
         sources={"train": hashes["train"], "split": data.split},
         checkpoint=config.teacher.checkpoint,
@@ -58,11 +72,8 @@ def manifest_of(config: StoreConfig, model: Architecture, dtype: torch.dtype) ->
         teacher_vocabulary=pack_vocabulary(tokens) if tokens else None,
         vocabulary=_joined(occurring),
         max_token_id=None if None in largest else max(each for each in largest if each is not None),
-        logit_scale=model.multipliers.logits,
-        logit_softcap=model.multipliers.softcap,
         versions={name: version(name) for name in PACKAGES},
     )
-    return Manifest(**{**vars(manifest), "windows_per_shard": config.shard_windows or _windows_per_shard(manifest)})
 
 
 def architecture_hash(model: Architecture) -> str:

@@ -35,6 +35,7 @@ FIELDS = {
     "teacher": [
         *(f.name for f in fields(StoreConfig) if f.name not in STORE_SECTIONS),
         *(f"{name}.{f.name}" for name, part in STORE_SECTIONS.items() for f in fields(part)),
+        *("gpus", "gpu", "utilisation", "transformer_engine"),
         *("store", "samples", "micro_batch_size"),
     ],
     "export": [
