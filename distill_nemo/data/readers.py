@@ -159,6 +159,9 @@ def read(piece: Piece, schema: Schema) -> Iterator[Record]:
 
 
 def _read_text(piece: Piece, schema: Schema) -> Iterator[Record]:
+    if schema.kind != "text":
+        yield Record("", f"is a text, and the records are of format {schema.kind}", lambda: piece.path)
+        return
     with open_input(Path(piece.path)) as file:
         raw = file.read()
     try:

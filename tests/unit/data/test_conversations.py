@@ -531,6 +531,16 @@ def test_a_bad_first_line_does_not_decide_the_format(tmp_path: Path, capsys):
     assert "format: chat" in capsys.readouterr().out
 
 
+def test_a_text_file_among_conversations_is_a_bad_record(tmp_path: Path, capsys):
+    (tmp_path / "chats").mkdir()
+    for name in ("a.jsonl", "c.jsonl"):
+        write(tmp_path / "chats" / name, [CHAT])
+    (tmp_path / "chats" / "b.md").write_text("Notes on the chats.")
+    prefix = prepared(tmp_path, str(tmp_path / "chats"), max_bad_records=1)
+    assert len(documents(prefix)) == 2
+    assert f"{tmp_path / 'chats' / 'b.md'} is a text, and the records are of format chat\n" in capsys.readouterr().out
+
+
 def test_a_field_that_is_null_is_read_from_its_other_name(tmp_path: Path):
     both = [{"role": None, "content": None, **message} for message in SHAREGPT]
     assert documents(prepared(tmp_path, [{"conversations": both}])) == documents(
