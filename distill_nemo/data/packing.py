@@ -6,6 +6,7 @@ order only. Documents stay in their window, and within a pack in their order.
 
 import bisect
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import batched
@@ -36,10 +37,31 @@ class Packing:
 
 
 class Document(NamedTuple):
-    """A document's ids, and for each of them 1 if it counts; None if all do."""
+    """A range of the tokens of a part, whose files are mapped when they are read."""
 
-    ids: np.ndarray
-    counts: np.ndarray | None
+    part: Part
+    first: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """Number of tokens."""
+        return self.stop - self.first
+
+    @property
+    def ids(self) -> np.ndarray:
+        """The tokens."""
+        return _mapped(f"{self.part.prefix}.bin", self.part.dtype)[self.first : self.stop]
+
+    @property
+    def counts(self) -> np.ndarray:
+        """1 for each token that counts; for conversations only."""
+        return _mapped(f"{self.part.prefix}.mask", "uint8")[self.first : self.stop]
+
+
+@functools.lru_cache(maxsize=64)  # each holds a file open, and a window may reach over a thousand parts
+def _mapped(path: str, dtype: str) -> np.ndarray:
+    return np.asarray(np.memmap(path, dtype, "r"))
 
 
 def packing_of(length: int | None, too_long: TooLong | None, conversations: bool) -> Packing | None:
@@ -104,6 +126,7 @@ def write_packs(parts: list[Part], joined: Path, packing: Packing, occurs: np.nd
     masks = joined.with_name("packed.mask") if parts[0].chat is not None else None
     with open(f"{joined}.bin", "wb") as bin_, contextlib.ExitStack() as stack:
         mask = stack.enter_context(open(masks, "wb")) if masks else None
+        stack.callback(_mapped.cache_clear)  # the parts are removed, and a later run makes others of the same name
         for window in batched(writer.pieces(parts), WINDOW_DOCUMENTS):
             writer.write(window, bin_, mask)
     if not writer.lengths:
@@ -129,32 +152,30 @@ class _Writer:
         """Yield the documents, with long ones cut or left out."""
         capacity = self.packing.capacity
         for document in _documents(parts):
-            size = len(document.ids)
-            if size <= capacity:
+            if document.size <= capacity:
                 yield document
                 continue
             self.num_too_long += 1
             if self.packing.too_long == "drop":
-                self.dropped_tokens += size
+                self.dropped_tokens += document.size
                 continue
-            for first in range(0, size, capacity):
+            for first in range(document.first, document.stop, capacity):
                 self.num_pieces += 1
-                piece = slice(first, first + capacity)
-                yield Document(document.ids[piece], None if document.counts is None else document.counts[piece])
+                yield Document(document.part, first, min(first + capacity, document.stop))
 
     def write(self, window: tuple[Document, ...], bin_: BinaryIO, mask: BinaryIO | None) -> None:
         """Write the packs of a window."""
-        for numbers in best_fit([len(document.ids) for document in window], self.packing.capacity):
+        for numbers in best_fit([document.size for document in window], self.packing.capacity):
             pack = [window[number] for number in sorted(numbers)]
             ids = np.concatenate([document.ids for document in pack])
             bin_.write(ids)
             self.occurs[ids] = True
-            self.lengths += [len(document.ids) for document in pack]
+            self.lengths += [document.size for document in pack]
             self.bounds.append(len(self.lengths))
             if mask is None:
                 self.counted += len(ids)
                 continue
-            counts = np.concatenate([document.counts for document in pack if document.counts is not None])
+            counts = np.concatenate([document.counts for document in pack])
             mask.write(counts)
             self.counted += int(counts.sum())
 
@@ -175,16 +196,11 @@ class _Writer:
 
 
 def _documents(parts: list[Part]) -> Iterator[Document]:
-    """Yield the documents of the parts, which are mapped, so that a window of them needs no memory of its own."""
+    """Yield the documents of the parts, in order. A window of them needs no memory of its own."""
     for part in parts:
-        lengths = np.fromfile(f"{part.prefix}.len", np.int32)
-        if not lengths.size:
-            continue
-        ids = np.asarray(np.memmap(f"{part.prefix}.bin", part.dtype, "r"))
-        counts = None if part.chat is None else np.asarray(np.memmap(f"{part.prefix}.mask", np.uint8, "r"))
-        ends = np.cumsum(lengths, dtype=np.int64).tolist()
+        ends = np.cumsum(np.fromfile(f"{part.prefix}.len", np.int32), dtype=np.int64).tolist()
         for first, stop in zip([0, *ends], ends, strict=False):
-            yield Document(ids[first:stop], None if counts is None else counts[first:stop])
+            yield Document(part, first, stop)
 
 
 def described(manifest: dict[str, Any]) -> str:

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import re
+import resource
 from collections import Counter
 from pathlib import Path
 
@@ -84,6 +86,18 @@ def test_packs_hold_the_documents_with_their_masks_whatever_makes_them(tmp_path:
     other = made(tmp_path, "other", records, pack=600, num_workers=2)
     suffixes = (".bin", ".idx", *([".mask"] if chats else []))
     assert all(Path(packed + suffix).read_bytes() == Path(other + suffix).read_bytes() for suffix in suffixes)
+
+
+def test_a_window_of_many_parts_needs_few_open_files(tmp_path: Path, monkeypatch):
+    plain = made(tmp_path, "plain", CHATS)
+    monkeypatch.setattr(module, "MIN_PART_BYTES", 100)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 90, limits[1]))
+    try:
+        prefix = made(tmp_path, "packs", CHATS, pack=600)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert Counter(documents(prefix)) == Counter(documents(plain))
 
 
 def test_packs_are_made_again_for_another_length_only(tmp_path: Path, capsys):
