@@ -199,10 +199,11 @@ def _check_mask(field: str, prefix: str, tokens: int, loss_on: str | None) -> No
             f"{field}: data.loss_on = {loss_on}, but {prefix}.bin was prepared with loss_on={prepared}; leave it "
             f"unset, or prepare with loss_on={loss_on}"
         )
-    if loss_on == "last" and prepared == "assistant" and manifest.get("last_apart") is not True:
+    last_shown = manifest.get("last_apart") is True and not manifest.get("pieces")
+    if loss_on == "last" and prepared == "assistant" and not last_shown:
         raise ValueError(
             f"{field}: data.loss_on = last, but {mask} does not show where the last answer of every document begins, "
-            "as some adjoin another or do not count; prepare with loss_on=last"
+            "as some adjoin another, do not count or were cut off; prepare with loss_on=last"
         )
 
 

@@ -14,9 +14,11 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from rich.console import Console
 
 import distill_nemo.data.prepare as module
+from distill_nemo.config import DataConfig
 from distill_nemo.data.inspect import inspect_documents
 from distill_nemo.data.packing import best_fit
 from distill_nemo.data.prepare import prepare
+from distill_nemo.data.token_files import check_token_files
 from distill_nemo.data.token_masks import TokenMask
 from tests.unit.data.chat_templates import CHATML, write_tokenizer
 
@@ -69,6 +71,18 @@ def test_packs_of_realistic_lengths_are_full_and_hold_each_document_once(name: s
 def test_the_longest_comes_first_into_the_fullest_pack_that_takes_it():
     assert best_fit([5, 3, 9, 4, 2, 10, 1], 10) == [[5], [2, 6], [0, 3], [1, 4]]
     assert best_fit([], 10) == [] and best_fit([7, 7], 10) == [[0], [1]]
+
+
+def test_the_last_answer_is_not_read_from_pieces_of_a_conversation(tmp_path: Path):
+    turns = [{"role": role, "content": "word " * 9} for role in ("user", "assistant") * 3]
+    for loss_on in (None, "last"):
+        prefix = made(tmp_path, f"cut_{loss_on}", [{"messages": turns}], pack=64, too_long="cut", loss_on=loss_on)
+        data = DataConfig(train=[prefix], sequence_length=64, loss_on="last")
+        if loss_on == "last":
+            check_token_files(data)
+        else:
+            with pytest.raises(ValueError, match=r"does not show where the last answer .* prepare with loss_on=last"):
+                check_token_files(data)
 
 
 @pytest.mark.parametrize("chats", [False, True])
