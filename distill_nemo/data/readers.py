@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 FIRST_RECORDS = 100  # of a file, that are searched for a known format
+_COUNTED: dict[tuple[Path, int, int], tuple[int, int]] = {}  # bytes and their lines, see `_count_lines`
 
 
 @dataclass(frozen=True)
@@ -307,10 +308,19 @@ def _place_of_line(path: Path, start: int, number: int) -> str:
     return f"{path}:{_count_lines(path, start) + number}"
 
 
-@cache
 def _count_lines(path: Path, stop: int) -> int:
-    lines = 0
+    """Return the number of lines that end before a byte, counted on from the last such byte of the file, if any.
+
+    A process reads the pieces of a file in order, so it reads the file once, however many pieces have bad records.
+    """
+    status = path.stat()
+    key = path, status.st_size, status.st_mtime_ns
+    at, lines = _COUNTED.get(key, (0, 0))
+    if at > stop:
+        at, lines = 0, 0
     with path.open("rb") as file:
-        while stop > 0 and (block := file.read(min(stop, 1 << 20))):
-            lines, stop = lines + block.count(b"\n"), stop - len(block)
+        file.seek(at)
+        while at < stop and (block := file.read(min(stop - at, 1 << 20))):
+            lines, at = lines + block.count(b"\n"), at + len(block)
+    _COUNTED[key] = at, lines
     return lines

@@ -1,5 +1,6 @@
 """`prepare` and its readers, on real text with a real tokenizer in real processes."""
 
+import io
 import json
 import os
 import subprocess
@@ -117,6 +118,23 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path, tokenizer: s
         assert result.documents == len(texts())
         assert same_files(tmp_path / "whole", tmp_path / f"w{workers}")
     assert not list(tmp_path.glob("*.parts"))
+
+
+def test_lines_of_bad_records_are_counted_in_one_pass_over_the_file(tmp_path: Path, monkeypatch):
+    path, schema, sizes = tmp_path / "in.jsonl", Schema("text", "text"), []
+    path.write_bytes(b"bad\n\n" * 5000)
+
+    class Counted(io.BufferedReader):
+        def read(self, size: int | None = -1) -> bytes:
+            sizes.append(len(block := super().read(size)))
+            return block
+
+    pieces = cut(path, schema, 1000)
+    monkeypatch.setattr(Path, "open", lambda path, mode: Counted(io.FileIO(path, mode)))
+    places = [record.where() for piece in pieces for record in read(piece, schema)]
+    assert places == [f"{path}:{line}" for line in range(1, 10000, 2)]
+    assert sum(sizes) <= path.stat().st_size
+    assert next(record.where() for record in read(pieces[1], schema)) == f"{path}:401"  # once more
 
 
 @pytest.mark.parametrize("part_bytes", [1, 7, 64, 1000])
