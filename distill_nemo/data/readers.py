@@ -23,7 +23,7 @@ from distill_nemo.data.conversations import (
     conversation_of,
     format_of,
 )
-from distill_nemo.data.formats import errors_named, is_compressed, layout, open_input
+from distill_nemo.data.formats import BLOCK_BYTES, errors_named, is_compressed, layout, open_input
 from distill_nemo.data.json_values import json_values
 from distill_nemo.data.tables import (
     DELIMITERS,
@@ -182,7 +182,8 @@ def _read_lines(piece: Piece, schema: Schema) -> Iterator[Record]:
     with open_input(path) as file:
         if piece.start:
             file.seek(piece.start - 1)
-            file.readline()  # its line began in the previous piece
+            while file.tell() < stop and (rest := file.readline(BLOCK_BYTES)) and not rest.endswith(b"\n"):
+                pass  # its line began in an earlier piece, and may end in a later one
         first = position = file.tell() if piece.start else 0
         line = 0
         while position < stop and (raw := file.readline()):

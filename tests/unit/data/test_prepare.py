@@ -137,6 +137,21 @@ def test_lines_of_bad_records_are_counted_in_one_pass_over_the_file(tmp_path: Pa
     assert next(record.where() for record in read(pieces[1], schema)) == f"{path}:401"  # once more
 
 
+def test_a_line_over_many_pieces_is_read_whole_once(tmp_path: Path, monkeypatch):
+    path, schema, sizes = tmp_path / "in.jsonl", Schema("text", "text"), []
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("a" * 5_000_000, "b")))
+
+    class Counted(io.BufferedReader):
+        def readline(self, size: int | None = -1) -> bytes:
+            sizes.append(len(line := super().readline(size)))
+            return line
+
+    pieces = cut(path, schema, 200_000)
+    monkeypatch.setattr(Path, "open", lambda path, mode: Counted(io.FileIO(path, mode)))
+    assert [len(record.document) for piece in pieces for record in read(piece, schema)] == [5_000_000, 1]
+    assert sum(sizes) < 3 * path.stat().st_size
+
+
 @pytest.mark.parametrize("part_bytes", [1, 7, 64, 1000])
 def test_every_line_is_read_once_wherever_the_file_is_cut(tmp_path: Path, part_bytes: int):
     lines = [{"text": "é" * n} for n in range(12)]
