@@ -10,6 +10,7 @@ from pathlib import Path
 from distill_nemo.data.formats import KNOWN, problem_of, split_suffixes
 
 ABOUT_TEXT = re.compile(r"readme([-_.].*)?|licen[cs]e([-_.].*)?|copying|notice", re.I)  # the stem of a text file
+CACHE = re.compile(r"cache-[0-9a-f]{16}(_\d+_of_\d+)?\.arrow")  # results of `datasets`, beside what they come from
 ABOUT_JSON = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "tokenizer.json")
 MAX_NAMED = 3  # files named for each reason
 
@@ -128,6 +129,8 @@ def _about(path: Path) -> str:
     """Return why a file is about the documents rather than one of them; "" if it may be one."""
     if split_suffixes(path)[0] in (".txt", ".text", ".md") and ABOUT_TEXT.fullmatch(path.name.partition(".")[0]):
         return "about the text; to include it, name it as an input"
+    if CACHE.fullmatch(path.name):
+        return "a cache of `datasets`; to include it, name it as an input"
     if path.name in ABOUT_JSON:
         return "about the data"
     if path.suffix == ".json" and path.with_suffix(".bin").exists():

@@ -326,6 +326,8 @@ SKIPPED = {
     "a.jsonl.crdownload": 'unknown suffix ".crdownload"',
     "b.parquet.gz": ".parquet.gz is not read: decompress it",
     "dataset_info.json": "about the data",
+    "cache-0123456789abcdef.arrow": "a cache of `datasets`; to include it, name it as an input",
+    "cache-0123456789abcdef_00001_of_00004.arrow": "a cache of `datasets`; to include it, name it as an input",
     "a.json": "the manifest of token files",
     "._a.jsonl": "hidden",
     ".cache/x.jsonl": "hidden",
