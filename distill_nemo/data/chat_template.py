@@ -86,6 +86,23 @@ class ChatTemplate:
             _check_answers([(i, messages[i]) for i in learnt], [text[start:stop] for start, stop in ranges])
         return Rendered(text, ranges, by_turn)
 
+    def check(self, path: str) -> None:
+        """Refuse a template that is not valid Jinja, once and not for every conversation.
+
+        Raises:
+            ValueError: naming `path` and the line.
+        """
+        import jinja2
+
+        from distill_nemo.data.jinja import compiled
+
+        for source in filter(None, (self.source, self.with_tools)):
+            try:
+                compiled(source, False)
+            except jinja2.TemplateSyntaxError as error:
+                where = f"{path}: the chat template is not valid Jinja: line {error.lineno}"
+                raise ValueError(f"{where}: {error.message}") from None
+
     def _marked(self, conversation: Conversation, whole: str) -> list[Range]:
         from distill_nemo.data.jinja import START, STOP
 

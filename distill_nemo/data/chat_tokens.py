@@ -38,7 +38,8 @@ def chat_of(tokenizer: Tokenizer, loss_on: LossOn, file: str | None) -> Chat:
     """Return the rendering by a tokenizer's chat template, or the one in a file.
 
     Raises:
-        ValueError: if there is no template, or the tokenizer cannot say where in a text its tokens are.
+        ValueError: if there is no template, it is not valid Jinja, or the tokenizer cannot say where in a text its
+            tokens are.
     """
     if tokenizer.fast is None:
         raise ValueError(f"{tokenizer.path}: conversations need a fast tokenizer, with tokenizer.json")
@@ -47,7 +48,9 @@ def chat_of(tokenizer: Tokenizer, loss_on: LossOn, file: str | None) -> Chat:
     named = {name: token for name, token in named.items() if name.endswith("_token") and isinstance(token, str)}
     added = [token.content for token in tokenizer.fast.get_added_tokens_decoder().values()]
     special = sorted(token for token in added if token.strip())  # Gemma's added tokens include line breaks
-    return Chat(ChatTemplate(*read_templates(tokenizer.path, file), named, tuple(special)), loss_on)
+    template = ChatTemplate(*read_templates(tokenizer.path, file), named, tuple(special))
+    template.check(f"{file or tokenizer.path}")
+    return Chat(template, loss_on)
 
 
 def chat_tokens(fast: str, chat: Chat, conversations: list[Conversation]) -> list[Tokens | RecordError]:

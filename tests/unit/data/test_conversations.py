@@ -347,6 +347,12 @@ def test_a_template_that_is_not_text_is_named(tmp_path: Path):
         prepared(tmp_path, [CHAT], chat_template=str(tmp_path / "mine.jinja"))
 
 
+@pytest.mark.parametrize("broken", ["{% for m in messages %}\n{% endfro %}", "\n{{ messages | unknown }}"])
+def test_a_template_that_is_not_jinja_is_refused_once(tmp_path: Path, broken: str):
+    with pytest.raises(ValueError, match=r"^\S+tokenizer: the chat template is not valid Jinja: line 2: "):
+        prepared(tmp_path, [CHAT] * 3, broken, max_bad_records=9)
+
+
 def test_a_tokenizer_that_lacks_a_token_is_refused(tmp_path: Path):
     (tmp_path / "words").mkdir()
     tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, "<unk>")).save(str(tmp_path / "words/tokenizer.json"))
