@@ -124,7 +124,10 @@ class ChatTemplate:
         is_last = turn == len(conversation.messages) - 1
         through = whole if is_last else self._render(conversation, turn + 1)
         start = len(self._before(conversation, turn, through))
-        ends = [start + end for end in self._ends_of_turn(through[start:])]
+        ends = [start + end for end in self._special_ends(through[start:])]
+        content = conversation.messages[turn]["content"].strip()
+        spoken = through.find(content, start) + len(content)  # special tokens of the content do not end the turn
+        ends = [end for end in ends if end > spoken] or ends[:1] or [len(through)]
         texts = [whole]
         if is_last and len(ends) > 1:  # such as Phi-3's, which ends a conversation with one more token than a turn
             texts = [self._continued(conversation), whole]
@@ -151,14 +154,14 @@ class ChatTemplate:
                 return before
         raise _uncertain(turn, "is answered")
 
-    def _ends_of_turn(self, answer: str) -> list[int]:
+    def _special_ends(self, answer: str) -> list[int]:
         """Return where the special tokens at the end of an answer end, the last one first; blanks are left out."""
         ends, rest = [], answer.rstrip()
         while rest.endswith(self.special):
             ends.append(len(rest))
             token = max((token for token in self.special if rest.endswith(token)), key=len)
             rest = rest[: -len(token)].rstrip()
-        return ends or [len(answer)]
+        return ends
 
     def _continued(self, conversation: Conversation) -> str:
         """Return the text of a conversation that goes on; empty if the template refuses it."""

@@ -184,6 +184,14 @@ def test_the_last_answer_has_its_reasoning_where_earlier_ones_lose_it(directory:
     assert counted(directory, QWEN3, CHATS["turns"], "last") == ["nine<|im_end|>"]
 
 
+@pytest.mark.parametrize("content", ["ends with </think>", "ends with <|call|>\n", "<think><|end|>"])
+def test_special_tokens_at_the_end_of_a_content_do_not_end_the_turn(directory: Path, content: str):
+    record = {"messages": [USER, FOUR | {"content": content}]}
+    assert counted(directory, GPT_OSS, record) == [f"{OSS_FINAL}{content}<|return|>"]
+    assert counted(directory, PHI, record) == [f"{content}<|end|>"]
+    assert counted(directory, CHATML, record) == [f"{content}<|im_end|>"]
+
+
 def test_reasoning_inside_a_content_that_is_left_out_is_refused(directory: Path):
     record = {"messages": [USER, FOUR | {"content": "<think>two and two</think>four"}]}
     assert "has content in message 1" in counted(directory, DEEPSEEK, record)
