@@ -130,8 +130,10 @@ def _turn(value: Any, key: str, role: Role) -> list[Message]:
 def _messages(value: Any, key: str) -> list[Message]:
     if isinstance(value, str):  # JSON in a column of text
         value = _decoded(value, key)
-    if not isinstance(value, list) or not value:
-        raise RecordError(f'has a "{key}" that is not a list of messages')
+    if not isinstance(value, list):
+        raise RecordError(f'has a "{key}" of type {type(value).__name__}, not a text or a list of messages')
+    if not value:
+        raise RecordError(f'has a "{key}" without messages')
     return [_message(entry, f'"{key}"[{i}]') for i, entry in enumerate(value)]
 
 
@@ -235,4 +237,4 @@ def _decoded(text: str, key: str) -> Any:
 
 
 def _names(record: Mapping[str, Any]) -> str:
-    return ", ".join(list(record)[:5]) or "none"
+    return ", ".join(f"{name}{' = null' * (value is None)}" for name, value in list(record.items())[:5]) or "none"
