@@ -127,7 +127,7 @@ def prepare(
     parts = _plan(files, parts_dir, tok, schema, chat)
     sources = [os.path.abspath(source) for source in inputs]
     about = _provenance(parts, sources, append_eod, packing, opened.vocabulary_sha256)
-    manifest, fresh = _finished(output, about["key"]), None
+    manifest, fresh, kept = _finished(output, about["key"]), None, 0
     if manifest is None or parts_dir.exists():
         with OutputLock(Path(f"{output}.lock"), f"output = {output}"):
             manifest = _finished(output, about["key"])  # by another process meanwhile
@@ -137,11 +137,12 @@ def prepare(
                     save_fast(opened, parts_dir / "tokenizer.json")
                     made, fresh = _make_parts(parts, num_workers, max_bad_records, progress)
                     manifest = about | _total(made, max_bad_records, sources)
+                    kept = manifest["tokens"] - fresh  # before packs leave long documents out
                     manifest |= _join(parts, {i: token for token, i in opened.vocab.items()}, packing)
                     _publish(parts_dir, output, manifest)
             shutil.rmtree(parts_dir)
     result = PrepareResult(*(manifest[name] for name in COUNTS), seconds=time.monotonic() - began)
-    _print_result(output, result, fresh)
+    _print_result(output, result, fresh, kept)
     if packing is not None:
         print(described(manifest))
     return result
@@ -338,15 +339,22 @@ def _remove_unfinished(parts_dir: Path) -> bool:
     return bool(whole)
 
 
-def _print_result(output: str, result: PrepareResult, fresh: int | None) -> None:
-    """Print the result. `fresh` is the number of tokens made now, None if there was nothing to do."""
+def _print_result(output: str, result: PrepareResult, fresh: int | None, kept: int) -> None:
+    """Print the result.
+
+    Args:
+        output: prefix of the files.
+        result: what is in them.
+        fresh: number of tokens made now; None if there was nothing to do.
+        kept: number of tokens that an earlier run made.
+    """
     counts = f"{result.documents:,} documents, {result.tokens:,} tokens"
     if result.counted_tokens < result.tokens:
         counts += f", of which {result.counted_tokens:,} count ({result.counted_tokens / result.tokens:.0%})"
     if fresh is None:
         print(f"{output}.bin is complete: {counts}; nothing to do")
         return
-    resumed = f" ({result.tokens - fresh:,} from an earlier, interrupted run)" if fresh < result.tokens else ""
+    resumed = f" ({kept:,} from an earlier, interrupted run)" if kept else ""
     print(f"{output}.bin: {counts}{resumed}, {fresh / result.seconds:,.0f} tokens/s, {result.seconds:.1f} s")
 
 

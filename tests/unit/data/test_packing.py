@@ -127,6 +127,17 @@ def test_packs_are_made_again_for_another_length_only(tmp_path: Path, capsys):
     assert "pack" not in manifest(prefix) and len(IndexedDataset(prefix).document_indices) == len(TEXTS) + 1
 
 
+def test_what_an_interrupted_run_left_is_told_whatever_packs_leave_out(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "MIN_PART_BYTES", 3000)
+    with pytest.raises(ValueError, match="no document is at most 9 tokens"):
+        made(tmp_path, "packs", CHATS, pack=8)
+    parts = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("packs.parts/0*.json"))]
+    (tmp_path / "packs.parts" / "000001.json").unlink()
+    made(tmp_path, "packs", CHATS, pack=100)
+    left = sum(part["tokens"] for part in parts) - parts[1]["tokens"]
+    assert f" ({left:,} from an earlier, interrupted run), " in capsys.readouterr().out
+
+
 def test_long_documents_are_cut_or_dropped_as_told_and_counted(tmp_path: Path, capsys):
     records = [{"text": text} for text in TEXTS]
     plain = documents(made(tmp_path, "plain", records))
