@@ -7,6 +7,7 @@ order only. Documents stay in their window, and within a pack in their order.
 import bisect
 import contextlib
 import functools
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import batched
@@ -131,7 +132,8 @@ def write_packs(parts: list[Part], joined: Path, packing: Packing, occurs: np.nd
             writer.write(window, bin_, mask)
     if not writer.lengths:
         raise ValueError(
-            f"no document is at most {packing.capacity} tokens long (pack + 1): set a larger pack, or too_long=cut"
+            f"no document is at most {packing.capacity} tokens long (pack + 1), the shortest has {writer.shortest:,}: "
+            "set a larger pack, or too_long=cut"
         )
     write_index(Path(f"{joined}.idx"), np.array(writer.lengths, np.int32), parts[0].dtype, np.array(writer.bounds))
     if masks:
@@ -146,6 +148,7 @@ class _Writer:
         self.packing, self.occurs = packing, occurs
         self.lengths: list[int] = []
         self.bounds = [0]
+        self.shortest = sys.maxsize  # of the documents that are too long
         self.counted = self.num_too_long = self.num_pieces = self.dropped_tokens = 0
 
     def pieces(self, parts: list[Part]) -> Iterator[Document]:
@@ -156,6 +159,7 @@ class _Writer:
                 yield document
                 continue
             self.num_too_long += 1
+            self.shortest = min(self.shortest, document.size)
             if self.packing.too_long == "drop":
                 self.dropped_tokens += document.size
                 continue
