@@ -58,7 +58,7 @@ def waiting(condition):
 
 def killed_in_a_step(output, rank):
     lines = output / "metrics.jsonl"
-    waiting(lambda: lines.is_file() and lines.read_bytes().count(b"\n") >= 4)  # an evaluation and three steps
+    waiting(lambda: lines.is_file() and lines.read_bytes().count(b"\n") >= 5)  # start, evaluation, three steps
     os.kill(os.getpid(), signal.SIGKILL if rank == 0 else 0)
 
 
@@ -94,7 +94,7 @@ def in_tensorboard(output):
 
 def cut_short(output, rank):
     lines = output / "metrics.jsonl"
-    waiting(lambda: lines.is_file() and lines.read_bytes().count(b"\n") >= 4)
+    waiting(lambda: lines.is_file() and lines.read_bytes().count(b"\n") >= 5)
     if rank == 0:
         os.truncate(output / "train.bin", 100)
 
