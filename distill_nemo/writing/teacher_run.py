@@ -79,7 +79,7 @@ class TeacherRun:
             dtype=dtype,
         )
         assert isinstance(built, GPTModel)
-        self.stage: Any = built.requires_grad_(False).eval().cuda()
+        self.stage = built.requires_grad_(False).eval().cuda()
         self.micro_batch_size, self.encoder = micro_batch_size, encoder
         self.device = next(self.stage.parameters()).device
         self.multipliers, self.vocab_size = model.multipliers, model.vocab_size
@@ -135,6 +135,7 @@ class TeacherRun:
             return None
         tied = self.stage.share_embeddings_and_output_weights
         own_vH = self.stage.shared_embedding_or_output_weight() if tied else self.stage.output_layer.weight
+        assert own_vH is not None, "the last stage has an output layer"
         whole_vH = [own_vH.detach()]
         if self.group is not None:
             whole_vH = [torch.empty_like(own_vH) for _ in range(dist.get_world_size(self.group))]
@@ -191,7 +192,7 @@ def _of_whole_sequence(fields: Rows, own_mask_Bs: Tensor, mask_BS: Tensor) -> Ro
     size = parallel_state.get_context_parallel_world_size()
     if size == 1:
         return fields
-    group: Any = parallel_state.get_context_parallel_group()
+    group = parallel_state.get_context_parallel_group()
     joined = {}
     for name, own_M in fields.items():
         there_Bs, there_BS = ((mask > 0).to(own_M.device) for mask in (own_mask_Bs, mask_BS))
