@@ -6,7 +6,7 @@ n a chunk of them, v this rank's vocabulary shard, H width.
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
