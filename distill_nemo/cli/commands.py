@@ -16,8 +16,8 @@ from distill_nemo.cli.plan import PlanCommand, PlanContext, plan
 from distill_nemo.config import ExportConfig, ParallelismConfig, PruneConfig, from_dict, to_dict
 from distill_nemo.executors import EXECUTORS, detached, run_config_of
 from distill_nemo.runtime.errors import errors_of_a_rank
+from distill_nemo.teacher_store_jobs.entry import teacher
 from distill_nemo.training.entry import distill
-from distill_nemo.writing.entry import teacher
 
 
 class ReportCommand(Command):

@@ -17,7 +17,7 @@ from distill_nemo.config import ExportConfig, JobConfig, PruneConfig, StoreConfi
 from distill_nemo.executors.preflight import check_fits_nodes
 from distill_nemo.executors.worker_config import job_config_of
 from distill_nemo.planning.gpus import find_gpu
-from distill_nemo.writing.entry import verify
+from distill_nemo.teacher_store_jobs.entry import verify
 
 
 class JobContext(TrainContext):

@@ -29,8 +29,8 @@ from distill_nemo.planning.planned import PlannedRun
 from distill_nemo.planning.report import GB, GFLOP, fit_text, heading
 from distill_nemo.teacher_store.manifest import Manifest
 from distill_nemo.teacher_store.shards import columns_of
+from distill_nemo.teacher_store_jobs.manifest import sized_manifest
 from distill_nemo.training.entry import fitted
-from distill_nemo.writing.manifest import sized_manifest
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from distill_nemo.config import ParallelismConfig, TeacherConfig
 from distill_nemo.planning.gpus import GPUS
 from distill_nemo.runtime.device import setup_device
 from distill_nemo.teacher_store.reader import TeacherStore
-from tests.distributed.writing.stores import tiny_store, write, write_corpus
+from tests.distributed.teacher_store_jobs.stores import tiny_store, write, write_corpus
 from tests.tiny_models import write_hf
 
 FIELDS = {"sampled": {}, "top_k": {"codec": "top_k", "draws": 50}, "hidden": {"codec": "hidden", "draws": 50}}
@@ -58,9 +58,9 @@ def peak(config, temperature):
     from distill_nemo.models.resolve import resolve
     from distill_nemo.runtime.process_groups import process_groups
     from distill_nemo.runtime.seed import seed_everything
-    from distill_nemo.writing.manifest import sized_manifest
-    from distill_nemo.writing.targets import encode_chunk, with_uniforms
-    from distill_nemo.writing.teacher_run import TeacherRun
+    from distill_nemo.teacher_store_jobs.manifest import sized_manifest
+    from distill_nemo.teacher_store_jobs.targets import encode_chunk, with_uniforms
+    from distill_nemo.teacher_store_jobs.teacher_run import TeacherRun
 
     model, length = resolve(config.teacher), config.data.sequence_length
     manifest = sized_manifest(config, model, torch.float32)

@@ -26,10 +26,10 @@ from distill_nemo.runtime.seed import seed_everything
 from distill_nemo.runtime.watchdog import Watchdog, heartbeat
 from distill_nemo.teacher_store.manifest import Manifest, shard_name
 from distill_nemo.teacher_store.reader import TeacherStore
+from distill_nemo.teacher_store_jobs.agreement import Agreement, encode_and_count
+from distill_nemo.teacher_store_jobs.targets import with_uniforms
+from distill_nemo.teacher_store_jobs.teacher_run import TeacherRun
 from distill_nemo.training.entry import fitted
-from distill_nemo.writing.agreement import Agreement, encode_and_count
-from distill_nemo.writing.targets import with_uniforms
-from distill_nemo.writing.teacher_run import TeacherRun
 
 
 def run_verify(config: VerifyConfig) -> None:

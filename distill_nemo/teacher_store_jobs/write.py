@@ -45,13 +45,13 @@ from distill_nemo.teacher_store.manifest import OUTPUT_LAYER, Manifest
 from distill_nemo.teacher_store.output_layer import write_output_layer
 from distill_nemo.teacher_store.reader import TeacherStore
 from distill_nemo.teacher_store.writer import ShardWriter, claim_shard, create_store, finish_store, missing_shards
+from distill_nemo.teacher_store_jobs.background import Background
+from distill_nemo.teacher_store_jobs.manifest import manifest_of
+from distill_nemo.teacher_store_jobs.progress import StoreProgress
+from distill_nemo.teacher_store_jobs.targets import encode_chunk, window_of, with_uniforms
+from distill_nemo.teacher_store_jobs.teacher_run import Sample, TeacherRun
 from distill_nemo.training.data import check_tokenizers
 from distill_nemo.training.entry import fitted
-from distill_nemo.writing.background import Background
-from distill_nemo.writing.manifest import manifest_of
-from distill_nemo.writing.progress import StoreProgress
-from distill_nemo.writing.targets import encode_chunk, window_of, with_uniforms
-from distill_nemo.writing.teacher_run import Sample, TeacherRun
 
 POLL_SECONDS = 1.0  # while other jobs write the last shards
 INDEX_CACHE = "index_cache"  # of the samples' order; removed with `hashes.json` from a complete store

@@ -7,8 +7,8 @@ from distill_nemo.data.samplers import TARGET
 from distill_nemo.losses.stored import encode
 from distill_nemo.teacher_store.codecs.codec import Arrays
 from distill_nemo.teacher_store.manifest import Manifest
-from distill_nemo.writing.draws import uniforms
-from distill_nemo.writing.teacher_run import Chunk, Rows, Sample
+from distill_nemo.teacher_store_jobs.draws import uniforms
+from distill_nemo.teacher_store_jobs.teacher_run import Chunk, Rows, Sample
 
 UNIFORM = TARGET + "uniform"
 

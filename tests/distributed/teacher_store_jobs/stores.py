@@ -41,14 +41,14 @@ def at(config, **sizes):
 
 def write(config):
     """Write a store. Needs a process of each rank."""
-    from distill_nemo.writing.job import run_store
+    from distill_nemo.teacher_store_jobs.write import run_store
 
     assert run_store(config) is None
 
 
 def verify(config):
     """Verify a store. Needs a process of each rank."""
-    from distill_nemo.writing.verify import run_verify
+    from distill_nemo.teacher_store_jobs.verify import run_verify
 
     run_verify(config)
 
@@ -58,7 +58,7 @@ def write_alone(config):
 
     Each process of a group is then a job of its own.
     """
-    from distill_nemo.writing.job import run_store
+    from distill_nemo.teacher_store_jobs.write import run_store
 
     there = {name: os.environ.pop(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
     try:

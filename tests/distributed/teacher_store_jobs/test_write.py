@@ -13,7 +13,7 @@ import torch
 
 from distill_nemo.config import VerifyConfig
 from tests.distributed.checkpoint.test_no_space import file_size_limit
-from tests.distributed.writing.stores import (
+from tests.distributed.teacher_store_jobs.stores import (
     LENGTH,
     VOCAB,
     at,
@@ -124,7 +124,7 @@ def answers(corpus, written):
 
 def test_every_number_is_that_of_transformers(written, answers):
     """A target belongs to the token after its position, no padded column has any mass, and counts are exact."""
-    from distill_nemo.writing.draws import uniforms
+    from distill_nemo.teacher_store_jobs.draws import uniforms
 
     stored = windows(written)
     uniform = np.concatenate(

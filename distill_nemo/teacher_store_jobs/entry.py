@@ -31,7 +31,7 @@ def teacher(**fields: Any) -> None:
         from distill_nemo.runtime.device import setup_device
 
         setup_device()  # before Megatron is imported
-        from distill_nemo.writing.job import run_store
+        from distill_nemo.teacher_store_jobs.write import run_store
 
         stopped = run_store(config)
     if stopped:
@@ -56,6 +56,6 @@ def verify(**fields: Any) -> None:
         from distill_nemo.runtime.device import setup_device
 
         setup_device()  # before Megatron is imported
-        from distill_nemo.writing.verify import run_verify
+        from distill_nemo.teacher_store_jobs.verify import run_verify
 
         run_verify(config)

@@ -13,8 +13,8 @@ from distill_nemo.data.samplers import TARGET
 from distill_nemo.losses.collectives import Gather
 from distill_nemo.teacher_store.codecs.codec import Arrays
 from distill_nemo.teacher_store.manifest import Manifest
-from distill_nemo.writing.targets import encode_chunk
-from distill_nemo.writing.teacher_run import Chunk, Rows
+from distill_nemo.teacher_store_jobs.targets import encode_chunk
+from distill_nemo.teacher_store_jobs.teacher_run import Chunk, Rows
 
 EDGES = (1e-4, 1e-3, 1e-2, 1e-1, 0.5)  # of the classes of probability, in which draws are counted
 FEWEST = 10.0  # draws that a class must expect; smaller ones are joined

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from distill_nemo.writing.agreement import Agreement
+from distill_nemo.teacher_store_jobs.agreement import Agreement
 from tests.stores import manifest_of, random_window
 
 
