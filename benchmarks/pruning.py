@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import RESULTS
-from distill_nemo.config import ParallelismConfig, PruneConfig, StudentConfig, TeacherConfig, load_yaml
+from distill_nemo.config import ParallelismConfig, PruneConfig, StudentConfig, TeacherConfig
+from distill_nemo.config_files import load_yaml
 from distill_nemo.runtime.device import setup_device
 from distill_nemo.runtime.process_groups import process_groups
 

@@ -1,6 +1,6 @@
 """Checks of several fields of a config, before anything is loaded or written. No torch: the launcher checks too.
 
-`config.from_dict` has already checked each field by itself.
+`config_files.from_dict` has already checked each field by itself.
 """
 
 from distill_nemo.config import (

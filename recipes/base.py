@@ -4,7 +4,7 @@ from typing import Any
 
 import nemo_run as run
 
-from distill_nemo.config import sections
+from distill_nemo.config_files import sections
 from distill_nemo.training.entry import distill
 
 

@@ -10,7 +10,8 @@ import torch
 
 from distill_nemo.checkpoint.directory import read_record
 from distill_nemo.checks import check_layout_without_training
-from distill_nemo.config import ExportConfig, ParallelismConfig, RunConfig, StudentConfig, from_dict
+from distill_nemo.config import ExportConfig, ParallelismConfig, RunConfig, StudentConfig
+from distill_nemo.config_files import from_dict
 from distill_nemo.runtime.process_groups import is_joined, process_groups, raise_everywhere, rank, world_size
 
 if TYPE_CHECKING:

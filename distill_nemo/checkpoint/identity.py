@@ -15,7 +15,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from distill_nemo.config import RunConfig, to_dict
+from distill_nemo.config import RunConfig
+from distill_nemo.config_files import to_dict
 from distill_nemo.data.corpora import corpus_at
 from distill_nemo.data.tokenizer import load_tokenizer
 from distill_nemo.fields import first_few

@@ -13,7 +13,8 @@ from distill_nemo.cli.help import summary, train_help
 from distill_nemo.cli.jobs import ExportContext, JobCommand, PruneContext, TeacherCommand, TeacherContext
 from distill_nemo.cli.launch import TrainContext, registered_recipes
 from distill_nemo.cli.plan import PlanCommand, PlanContext, plan
-from distill_nemo.config import ExportConfig, ParallelismConfig, PruneConfig, from_dict, to_dict
+from distill_nemo.config import ExportConfig, ParallelismConfig, PruneConfig
+from distill_nemo.config_files import from_dict, to_dict
 from distill_nemo.executors import EXECUTORS, detached, run_config_of
 from distill_nemo.runtime.errors import errors_of_a_rank
 from distill_nemo.teacher_store_jobs.entry import teacher

@@ -5,17 +5,8 @@ from typing import Any
 
 import fiddle as fdl
 
-from distill_nemo.config import (
-    DataConfig,
-    ExportConfig,
-    JobConfig,
-    PruneConfig,
-    RunConfig,
-    StoreConfig,
-    VerifyConfig,
-    from_dict,
-    to_dict,
-)
+from distill_nemo.config import DataConfig, ExportConfig, JobConfig, PruneConfig, RunConfig, StoreConfig, VerifyConfig
+from distill_nemo.config_files import from_dict, to_dict
 
 
 def run_config_of(recipe: fdl.Buildable) -> RunConfig:

@@ -5,7 +5,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from distill_nemo.config import ModelConfig, StudentConfig, TeacherConfig, from_dict
+from distill_nemo.config import ModelConfig, StudentConfig, TeacherConfig
+from distill_nemo.config_files import from_dict
 from distill_nemo.fields import suggest
 from distill_nemo.models.architecture import EXPERT_FIELDS, Architecture, Layer, Models, Rope
 from distill_nemo.models.checkpoints.hf_tensors import check_hf_tensors, has_weights

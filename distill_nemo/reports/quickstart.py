@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from distill_nemo.config import RunConfig, StudentConfig, load_yaml
+from distill_nemo.config import RunConfig, StudentConfig
+from distill_nemo.config_files import load_yaml
 from distill_nemo.runtime.files import writing_directory
 
 PROMPT = "def __init__(self"

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from distill_nemo.config import RunConfig, from_dict
+from distill_nemo.config import RunConfig
+from distill_nemo.config_files import from_dict
 from distill_nemo.reports.comparison import MISSING, finite
 from distill_nemo.training import metrics_file
 

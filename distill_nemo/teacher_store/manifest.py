@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distill_nemo.config import from_dict
+from distill_nemo.config_files import from_dict
 from distill_nemo.fields import require
 from distill_nemo.runtime.files import read_object
 from distill_nemo.teacher_store.codecs.codec import Codec, DtypeName, Field

@@ -18,7 +18,7 @@ from typing import Self
 
 import numpy as np
 
-from distill_nemo.config import from_dict
+from distill_nemo.config_files import from_dict
 from distill_nemo.fields import require
 from distill_nemo.runtime.checksums import sha256
 from distill_nemo.runtime.files import fsync, read_object, write_atomically, write_blocks_atomically

@@ -13,7 +13,8 @@ from megatron.core import parallel_state
 
 from distill_nemo.checkpoint.load import check_whole
 from distill_nemo.checks import check_job
-from distill_nemo.config import VerifyConfig, from_dict, to_dict
+from distill_nemo.config import VerifyConfig
+from distill_nemo.config_files import from_dict, to_dict
 from distill_nemo.data.stored_windows import StoredWindows
 from distill_nemo.fields import first_few, require
 from distill_nemo.models.resolve import resolve

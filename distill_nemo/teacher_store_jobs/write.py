@@ -25,7 +25,8 @@ from torch.utils.data import Dataset
 from distill_nemo.checkpoint.identity import CACHE
 from distill_nemo.checkpoint.load import check_whole
 from distill_nemo.checks import check_job
-from distill_nemo.config import StoreConfig, TrainingConfig, from_dict, to_dict
+from distill_nemo.config import StoreConfig, TrainingConfig
+from distill_nemo.config_files import from_dict, to_dict
 from distill_nemo.data.corpora import check_corpora
 from distill_nemo.data.datasets import build_datasets
 from distill_nemo.data.token_files import check_vocabulary, documents_apart

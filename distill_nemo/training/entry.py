@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill_nemo.checks import check
-from distill_nemo.config import ParallelismConfig, RunConfig, from_dict, load_yaml, save_yaml, to_dict
+from distill_nemo.config import ParallelismConfig, RunConfig
+from distill_nemo.config_files import from_dict, load_yaml, save_yaml, to_dict
 from distill_nemo.fields import require, takes_fields_of
 from distill_nemo.runtime.errors import errors_in_one_screen, errors_of_a_rank
 

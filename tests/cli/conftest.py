@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distill_nemo.config import load_yaml, save_yaml
+from distill_nemo.config_files import load_yaml, save_yaml
 from tests.cli.command import BIN, STEPS, TWO_RANKS, Command, Ended, last_step, nemo, shrunk, start, together
 from tests.tiny_models import write_hf
 

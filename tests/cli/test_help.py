@@ -7,7 +7,8 @@ from typing import get_type_hints
 
 import pytest
 
-from distill_nemo.config import ParallelismConfig, PruneConfig, StoreConfig, sections
+from distill_nemo.config import ParallelismConfig, PruneConfig, StoreConfig
+from distill_nemo.config_files import sections
 from distill_nemo.fields import sections_of
 from distill_nemo.models.families import FAMILIES
 from tests.cli.command import BIN, Command, nemo_here, the_recipes, together

@@ -11,7 +11,8 @@ import pytest
 import torch
 import transformers
 
-from distill_nemo.config import StudentConfig, TeacherConfig, load_yaml
+from distill_nemo.config import StudentConfig, TeacherConfig
+from distill_nemo.config_files import load_yaml
 from tests.cli.command import STEPS, shrunk, the_recipes
 from tests.cli.conftest import SECRET
 from tests.training import metrics

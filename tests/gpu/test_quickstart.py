@@ -23,8 +23,8 @@ from distill_nemo.config import (
     StudentConfig,
     TeacherConfig,
     TrainingConfig,
-    save_yaml,
 )
+from distill_nemo.config_files import save_yaml
 from tests.gpu.conftest import REHEARSAL
 
 ROOT = Path(__file__).parents[2]

@@ -9,18 +9,8 @@ import pytest
 
 from distill_nemo.checks import check
 from distill_nemo.cli.arguments import parse_arguments
-from distill_nemo.config import (
-    DataConfig,
-    ParallelismConfig,
-    RunConfig,
-    StudentConfig,
-    TeacherConfig,
-    TrainingConfig,
-    from_dict,
-    load_yaml,
-    save_yaml,
-    to_dict,
-)
+from distill_nemo.config import DataConfig, ParallelismConfig, RunConfig, StudentConfig, TeacherConfig, TrainingConfig
+from distill_nemo.config_files import from_dict, load_yaml, save_yaml, to_dict
 from distill_nemo.executors import run_config_of
 from distill_nemo.fields import plain_type
 from distill_nemo.training.entry import distill

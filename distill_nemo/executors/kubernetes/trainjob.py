@@ -12,7 +12,7 @@ from nemo_run.core.execution.kubeflow import KubeflowExecutor, KubeflowJobState
 from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 from nemo_run.run.torchx_backend.schedulers.api import EXECUTOR_MAPPING
 
-from distill_nemo.config import save_yaml
+from distill_nemo.config_files import save_yaml
 from distill_nemo.executors.kubernetes.api import Refused, connected, created
 from distill_nemo.executors.kubernetes.jobs import KubernetesJob
 from distill_nemo.executors.kubernetes.names import check_labels, check_names, check_variables

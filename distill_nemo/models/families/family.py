@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Self, get_args
 
-from distill_nemo.config import from_dict
+from distill_nemo.config_files import from_dict
 from distill_nemo.fields import is_union
 from distill_nemo.models.architecture import (
     EXPERT_FIELDS,

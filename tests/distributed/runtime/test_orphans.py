@@ -4,7 +4,7 @@ import subprocess
 import sys
 import time
 
-from distill_nemo.config import save_yaml
+from distill_nemo.config_files import save_yaml
 from tests.training import metrics, tiny_run
 
 

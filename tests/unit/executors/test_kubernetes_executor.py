@@ -13,7 +13,8 @@ import yaml
 from nemo_run.core.serialization.zlib_json import ZlibJSONSerializer
 
 from distill_nemo.cli import commands
-from distill_nemo.config import ParallelismConfig, RunConfig, StudentConfig, from_dict, load_yaml
+from distill_nemo.config import ParallelismConfig, RunConfig, StudentConfig
+from distill_nemo.config_files import from_dict, load_yaml
 from distill_nemo.executors import WatchedExperiment, kubernetes, run_config_of
 from distill_nemo.executors.kubernetes.trainjob import PATCHES, under_torchrun
 from tests.cli.command import nemo_here, nemo_home, shrunk, the_recipes

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill_nemo.config import StudentConfig, to_dict
+from distill_nemo.config import StudentConfig
+from distill_nemo.config_files import to_dict
 from distill_nemo.runtime.device import setup_device
 from distill_nemo.runtime.files import replace_directory, restore_replaced
 from tests.tiny_models import FAMILIES, OWN_FIELDS, write_hf

@@ -124,7 +124,8 @@ def test_a_run_records_them_and_reads_them_back(tmp_path):
 
 def test_a_run_of_an_older_version_resumes(tmp_path):
     from distill_nemo.checkpoint.directory import check_resumable
-    from distill_nemo.config import DataConfig, RunConfig, to_dict
+    from distill_nemo.config import DataConfig, RunConfig
+    from distill_nemo.config_files import to_dict
 
     student = StudentConfig(family_fields={"width": 4})
     run = RunConfig(output_dir="a", student=student, teacher=None, data=DataConfig(train=["a"]))

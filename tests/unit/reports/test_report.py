@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from distill_nemo.config import OptimizerConfig, RunConfig, StudentConfig, save_yaml
+from distill_nemo.config import OptimizerConfig, RunConfig, StudentConfig
+from distill_nemo.config_files import save_yaml
 from distill_nemo.reports import page as pages
 from distill_nemo.reports import plots
 from distill_nemo.reports.comparison import COLUMNS, best, count, finding, four_digits, percent

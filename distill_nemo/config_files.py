@@ -1,0 +1,71 @@
+"""Configs as nested plain values, and as YAML files. No torch: the launcher imports this file."""
+
+import typing
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+from typing import Any
+
+from distill_nemo.config import JobConfig, RunConfig
+from distill_nemo.fields import checked, is_union, require, sections_of, suggest
+
+
+def sections() -> dict[str, type]:
+    """Return the sections of a run by name."""
+    return sections_of(typing.get_type_hints(RunConfig))
+
+
+def to_dict(config: JobConfig) -> dict[str, Any]:
+    """Return nested plain values with every field; the inverse of `from_dict`."""
+    return asdict(config)
+
+
+def from_dict(values: object, cls: type = RunConfig, where: str = "") -> Any:
+    """Build a config from nested plain values.
+
+    Raises:
+        ValueError: naming a field that is unknown or missing, or whose value has the wrong type or range.
+    """
+    section = where.rstrip(".") or "config"
+    if not isinstance(values, dict):
+        raise ValueError(f"{section} must be a mapping of fields, got {type(values).__name__}")
+    known = {each.name: each for each in fields(cls)}
+    for name in values:
+        if name not in known:
+            raise ValueError(f'unknown field "{where}{name}".{suggest(str(name), sorted(known))}')
+    hints = typing.get_type_hints(cls)
+    parts = sections_of(hints)
+    built = {}
+    for name, value in values.items():
+        if name not in parts:
+            built[name] = checked(f"{where}{name}", value, hints[name], known[name].metadata)
+        elif value is None and is_union(hints[name]):
+            built[name] = None
+        else:
+            built[name] = from_dict(value, parts[name], f"{where}{name}.")
+    needed = [each.name for each in known.values() if each.default is MISSING and each.default_factory is MISSING]
+    missing = [name for name in needed if name not in values]
+    require(not missing, f"{section} leaves out {', '.join(missing)}, which must be set")
+    return cls(**built)
+
+
+def save_yaml(config: RunConfig, path: Path) -> None:
+    """Write the config with every field."""
+    import yaml
+
+    text = "# python -m distill_nemo THIS_FILE runs exactly this, under torchrun or alone.\n"
+    path.write_text(text + yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+
+
+def load_yaml(path: Path) -> RunConfig:
+    """Read the config that `save_yaml` wrote, with YAML's safe loader: a file cannot execute code."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"no such config file: {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    return from_dict(values)
