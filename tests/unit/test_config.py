@@ -331,6 +331,6 @@ def test_no_name_is_suggested_in_place_of_a_known_one(monkeypatch):
     def never(*_):
         raise AssertionError("suggested a name")
 
-    monkeypatch.setattr("distill_nemo.config.suggest", never)
+    monkeypatch.setattr("distill_nemo.config_files.suggest", never)
     config = TrainingConfig(steps=3)
     assert from_dict(dataclasses.asdict(config), TrainingConfig) == config
