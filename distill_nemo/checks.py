@@ -110,12 +110,12 @@ def check_prune(config: PruneConfig, world_size: int) -> None:
     require(
         bool(targets) or not stated.isdisjoint(PRUNED_SIZES),
         f"nothing says how small the model becomes: state some of {', '.join(PRUNED_SIZES)}, or target_params, or "
-        "target_memory with gpu",
+        "target_memory with target_gpu",
     )
     require(len(targets) < 2, "target_params and target_memory: state one of them")
     require(
-        ("gpu" in stated) == ("target_memory" in stated),
-        "target_memory, the share of a GPU's memory that the weights may take, and gpu need each other",
+        ("target_gpu" in stated) == ("target_memory" in stated),
+        "target_memory, the share of a GPU's memory that the weights may take, and target_gpu need each other",
     )
     context, ranks = par.context_parallel_size, world_size // par.model_parallel_size
     require(context == 1, f"parallelism.context_parallel_size = {context}: samples are scored whole; set it to 1")

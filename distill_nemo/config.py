@@ -267,28 +267,42 @@ class ExportConfig:
     parallelism: ParallelismConfig | None = None  # None: that of the run, on the ranks that there are
 
 
+@dataclass(kw_only=True)
+class CutConfig:
+    """Sizes to cut a model to, or a target for them, and the samples that decide."""
+
+    num_layers: int | None = setting(None, "layers that stay, with the highest importance")
+    hidden_size: int | None = setting(None, "width of the residual stream")
+    ffn_hidden_size: int | None = setting(None, "width of the MLPs")
+    num_attention_heads: int | None = setting(None, "heads stay in their group, so each group keeps equally many")
+    num_query_groups: int | None = setting(
+        None, "groups of heads that share a key and a value; without num_attention_heads, they keep all their heads"
+    )
+    num_experts: int | None = setting(None, "experts of a layer")
+    moe_ffn_hidden_size: int | None = setting(None, "width of one expert")
+    target_params: float | None = setting(None, "largest number of parameters, such as 6e9", above=0)
+    target_memory: float | None = setting(
+        None, "in place of it, the share of a GPU's memory that the weights may take", above=0, at_most=1
+    )
+    target_gpu: str | None = setting(None, "the GPU of target_memory: a100-80gb, h100, h200 or b200")
+    target_dtype: Literal["bf16", "fp8", "fp4"] = setting("bf16", "the weights' type in target_memory")
+    samples: int = setting(256, "sequences to score with", at_least=1)
+    held_out_samples: int = setting(32, "the sequences after them, for losses", at_least=1)
+    layer_importance: Literal["cosine", "loss"] = setting(
+        "cosine",
+        "cosine: how much a layer turns the residual stream; loss: how much the held-out loss rises without it, which "
+        "takes a pass over the held-out samples for each layer",
+    )
+
+
 @dataclass
-class PruneConfig:
+class PruneConfig(CutConfig):
     """A model cut to smaller sizes by ranks of its own, as `nemo distill prune` launches it."""
 
-    model: str
-    output: str
-    data: str
-    num_layers: int | None = None
-    hidden_size: int | None = None
-    ffn_hidden_size: int | None = None
-    num_attention_heads: int | None = None
-    num_query_groups: int | None = None
-    num_experts: int | None = None
-    moe_ffn_hidden_size: int | None = None
-    target_params: float | None = setting(None, above=0)
-    target_memory: float | None = setting(None, above=0, at_most=1)
-    gpu: str | None = None
-    dtype: Literal["bf16", "fp8", "fp4"] = "bf16"
-    samples: int = setting(256, at_least=1)
-    held_out_samples: int = setting(32, at_least=1)
-    sequence_length: int = setting(1024, at_least=2)
-    layer_importance: Literal["cosine", "loss"] = "cosine"
+    model: str = field(metadata={"help": "Hugging Face directory to cut"})
+    output: str = field(metadata={"help": "directory to write"})
+    data: str = field(metadata={"help": "prefix of .bin/.idx files of the text to score with"})
+    sequence_length: int = setting(1024, "tokens of a sequence", at_least=2)
     parallelism: ParallelismConfig | None = None  # None: data parallel, on the ranks that there are
 
 

@@ -1,12 +1,12 @@
 """Configs as nested plain values, and as YAML files. No torch: the launcher imports this file."""
 
 import typing
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from distill_nemo.config import JobConfig, RunConfig
-from distill_nemo.fields import checked, is_union, require, sections_of, suggest
+from distill_nemo.fields import checked, is_union, require, required_fields, sections_of, suggest
 
 
 def sections() -> dict[str, type]:
@@ -42,8 +42,7 @@ def from_dict(values: object, cls: type = RunConfig, where: str = "") -> Any:
             built[name] = None
         else:
             built[name] = from_dict(value, parts[name], f"{where}{name}.")
-    needed = [each.name for each in known.values() if each.default is MISSING and each.default_factory is MISSING]
-    missing = [name for name in needed if name not in values]
+    missing = [name for name in required_fields(cls) if name not in values]
     require(not missing, f"{section} leaves out {', '.join(missing)}, which must be set")
     return cls(**built)
 

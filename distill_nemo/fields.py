@@ -127,13 +127,17 @@ def sections_of(hints: Mapping[str, Any]) -> dict[str, type]:
     return {name: hint for name, hint in plain.items() if isinstance(hint, type) and is_dataclass(hint)}
 
 
+def required_fields(config: type) -> list[str]:
+    """Return the fields of a config that have no default."""
+    return [each.name for each in fields(config) if each.default is MISSING and each.default_factory is MISSING]
+
+
 def takes_fields_of[F: Callable[..., Any]](config: type) -> Callable[[F], F]:
     """Return a decorator that gives a function the signature of a config, for Fiddle and the command line.
 
     Fields with a default have None in its place.
     """
-    hints = typing.get_type_hints(config)
-    required = [each.name for each in fields(config) if each.default is MISSING and each.default_factory is MISSING]
+    hints, required = typing.get_type_hints(config), required_fields(config)
     kind, empty = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.empty
     parameters = [
         inspect.Parameter(name, kind, default=empty if name in required else None, annotation=hint)

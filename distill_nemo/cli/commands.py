@@ -10,12 +10,19 @@ from typing import Literal
 
 from distill_nemo.cli.entrypoint import Command, register
 from distill_nemo.cli.help import summary, train_help
-from distill_nemo.cli.jobs import ExportContext, JobCommand, PruneContext, TeacherCommand, TeacherContext
+from distill_nemo.cli.jobs import (
+    ExportCommand,
+    ExportContext,
+    PruneCommand,
+    PruneContext,
+    TeacherCommand,
+    TeacherContext,
+)
 from distill_nemo.cli.launch import TrainContext, registered_recipes
 from distill_nemo.cli.plan import PlanCommand, PlanContext, plan
-from distill_nemo.config import ExportConfig, ParallelismConfig, PruneConfig
-from distill_nemo.config_files import from_dict, to_dict
+from distill_nemo.config import ExportConfig, ParallelismConfig
 from distill_nemo.executors import EXECUTORS, detached, run_config_of
+from distill_nemo.pruning.entry import prune
 from distill_nemo.runtime.errors import errors_of_a_rank
 from distill_nemo.teacher_store_jobs.entry import teacher
 from distill_nemo.training.entry import distill
@@ -43,8 +50,8 @@ def register_commands() -> None:
     register(prepare)
     register(inspect)
     register(teacher, context=TeacherContext, command=TeacherCommand)
-    register(export, context=ExportContext, command=JobCommand)
-    register(prune, context=PruneContext, command=JobCommand)
+    register(export, context=ExportContext, command=ExportCommand)
+    register(prune, context=PruneContext, command=PruneCommand)
     for function in (convert, evaluate, recipes):
         register(function)
     register(report, command=ReportCommand)
@@ -157,77 +164,6 @@ def export(
 
     with errors_of_a_rank():
         export_checkpoint(ExportConfig(checkpoint, output, tokenizer, copy_untouched, parallelism))
-
-
-def prune(
-    model: str,
-    output: str,
-    data: str,
-    num_layers: int | None = None,
-    hidden_size: int | None = None,
-    ffn_hidden_size: int | None = None,
-    num_attention_heads: int | None = None,
-    num_query_groups: int | None = None,
-    num_experts: int | None = None,
-    moe_ffn_hidden_size: int | None = None,
-    target_params: float | None = None,
-    target_memory: float | None = None,
-    gpu: str | None = None,
-    dtype: Literal["bf16", "fp8", "fp4"] = "bf16",
-    samples: int = 256,
-    held_out_samples: int = 32,
-    sequence_length: int = 1024,
-    layer_importance: Literal["cosine", "loss"] = "cosine",
-    parallelism: ParallelismConfig | None = None,
-) -> None:
-    r"""Cut a smaller model out of a Hugging Face directory, as a student to distil.
-
-    Parts that matter least to the activations of some text are left out: layers, channels of the residual stream and
-    of MLPs, attention heads with their query groups, experts. The result is a Hugging Face directory of the same
-    family, with scores and choice in pruning.json. It is computed in fp32: every layout cuts the same.
-
-    State the sizes; sizes left out stay as they are. Or state a target: sizes that meet it are compared by held-out
-    loss, those that are stated beside it are fixed. Memory: the model in fp32, spread over the ranks.
-
-    Example:
-        nemo distill prune model=/models/Qwen3-8B output=pruned num_layers=30 ffn_hidden_size=10240 data=corpus
-        nemo distill prune model=/models/Qwen3-8B output=pruned target_params=6e9 data=corpus \
-            run.executor=local run.executor.processes=8 parallelism.tensor_model_parallel_size=2
-        nemo distill prune model=/models/Qwen3-8B output=pruned gpu=a100-80gb target_memory=0.15 data=corpus
-
-    Args:
-        model: the directory to cut.
-        output: directory to write.
-        data: prefix of .bin/.idx files of the text to score with.
-        num_layers: layers that stay, with the highest importance.
-        hidden_size: width of the residual stream.
-        ffn_hidden_size: width of the MLPs.
-        num_attention_heads: heads stay in their group, so each group keeps equally many.
-        num_query_groups: groups of heads that share a key and a value. Without num_attention_heads, they keep all
-            their heads.
-        num_experts: experts of a layer.
-        moe_ffn_hidden_size: width of one expert.
-        target_params: largest number of parameters, such as 6e9.
-        target_memory: in place of it, the share of a gpu's memory that the weights may take in dtype.
-        gpu: a100-80gb, h100, h200 or b200.
-        dtype: of the weights in that memory.
-        samples: sequences to score with.
-        held_out_samples: the sequences after them, for losses.
-        sequence_length: tokens of a sequence.
-        layer_importance: cosine, how much a layer turns the residual stream; or loss, how much the held-out loss rises
-            without it, which takes a pass over the held-out samples for each layer.
-        parallelism: layout; by default every rank has the whole model.
-    """
-    config = PruneConfig(**locals())
-    from distill_nemo.runtime.device import setup_device
-    from distill_nemo.runtime.orphans import end_with_torchrun
-
-    end_with_torchrun()
-    setup_device()  # before Megatron is imported
-    from distill_nemo.pruning.prune import prune as prune_model
-
-    with errors_of_a_rank():
-        prune_model(from_dict(to_dict(config), PruneConfig))
 
 
 def convert(checkpoint: str, output: str, allow_pickle: bool = False) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from typer.core import TyperCommand, TyperGroup
 
 from distill_nemo.config import RunConfig
-from distill_nemo.fields import help_of, sections_of, type_name
+from distill_nemo.fields import help_of, required_fields, sections_of, type_name
 
 WIDTH = 110
 
@@ -215,8 +215,8 @@ def config_help(name: str, function: Callable[..., Any], config: type, text: str
     parts = _sections(function)
     page = [f"Usage: nemo distill {name} FIELD=VALUE ... [OPTIONS]", parts[""], _example(parts), text]
     hints = typing.get_type_hints(config)
-    own = {each: hint for each, hint in hints.items() if each not in sections_of(hints)}
-    page.append("Fields:\n" + "\n".join(_field_rows(own, config, "")))
+    own = dict.fromkeys([*required_fields(config), *(name for name in hints if name not in sections_of(hints))])
+    page.append("Fields:\n" + "\n".join(_field_rows({name: hints[name] for name in own}, config, "")))
     page += _section_pages(config) if sections is None else [sections]
     return "\n\n".join(page) + "\n"
 

@@ -126,8 +126,16 @@ class PruneContext(JobContext):
     config = PruneConfig
 
 
-class JobCommand(Command):
-    """`export` and `prune`."""
+class PruneCommand(Command):
+    """`prune`."""
+
+    def page(self) -> str:
+        """Return the text of `--help`."""
+        return config_help(self.name, self.fn, PruneConfig, ON_RANKS)
+
+
+class ExportCommand(Command):
+    """`export`."""
 
     def page(self) -> str:
         """Return the text of `--help`."""

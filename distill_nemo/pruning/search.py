@@ -25,8 +25,8 @@ BYTES = {"bf16": 2.0, "fp8": 1.0, "fp4": 0.5625}  # of a parameter; fp4 with a s
 
 def target_parameters(config: PruneConfig) -> int | None:
     """Return the largest number of parameters that the config allows; None if it states sizes alone."""
-    if config.gpu is not None and config.target_memory is not None:
-        return int(config.target_memory * find_gpu(config.gpu).memory_gb * 1e9 / BYTES[config.dtype])
+    if config.target_gpu is not None and config.target_memory is not None:
+        return int(config.target_memory * find_gpu(config.target_gpu).memory_gb * 1e9 / BYTES[config.target_dtype])
     return None if config.target_params is None else int(config.target_params)
 
 

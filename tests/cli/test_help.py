@@ -7,7 +7,7 @@ from typing import get_type_hints
 
 import pytest
 
-from distill_nemo.config import ParallelismConfig, PruneConfig, StoreConfig
+from distill_nemo.config import CutConfig, ParallelismConfig, StoreConfig
 from distill_nemo.config_files import sections
 from distill_nemo.fields import sections_of
 from distill_nemo.models.families import FAMILIES
@@ -44,7 +44,9 @@ FIELDS = {
         *(f"parallelism.{f.name}" for f in fields(ParallelismConfig)),
     ],
     "prune": [
-        *(f.name for f in fields(PruneConfig) if f.name != "parallelism"),
+        *("model", "output", "data"),
+        *(f.name for f in fields(CutConfig)),
+        "sequence_length",
         *(f"parallelism.{f.name}" for f in fields(ParallelismConfig)),
     ],
     "convert": ["checkpoint", "output", "allow_pickle"],
