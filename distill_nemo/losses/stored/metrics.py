@@ -6,8 +6,8 @@ from torch import Tensor
 
 from distill_nemo.losses.collectives import Gather
 from distill_nemo.losses.cross_entropy import vocab_parallel_cross_entropy
+from distill_nemo.losses.divergence import LogitsLoss
 from distill_nemo.losses.metrics import vocab_parallel_top1
-from distill_nemo.losses.stored.loss import StoredLoss
 from distill_nemo.losses.stored.rows import StoredRows
 
 
@@ -16,7 +16,7 @@ def metrics_against_stored(
     student_nv: Tensor,
     stored: StoredRows,
     labels_n: Tensor,
-    loss: StoredLoss,
+    loss: LogitsLoss[StoredRows],
     group: dist.ProcessGroup | None = None,
 ) -> dict[str, Tensor]:
     """Return `losses.metrics.METRICS` of every token, [n] fp32, the same on every rank.

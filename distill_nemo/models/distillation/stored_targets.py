@@ -16,7 +16,6 @@ from torch import Tensor
 from distill_nemo.config import DistillationConfig
 from distill_nemo.losses.fused_linear.chunks import Head, Part
 from distill_nemo.losses.stored import STORED_LOSSES, Codec
-from distill_nemo.losses.stored.loss import StoredLoss
 from distill_nemo.losses.stored.metrics import metrics_against_stored
 from distill_nemo.losses.stored.rows import StoredRows
 from distill_nemo.models.architecture import Architecture
@@ -29,7 +28,7 @@ from distill_nemo.models.distillation.fused_output import (
     hand_on_hidden_states,
     why_not_fused,
 )
-from distill_nemo.models.distillation.objective import Balancer, Objective, Targets
+from distill_nemo.models.distillation.objective import Objective, Targets
 
 
 @dataclass(frozen=True)
@@ -84,10 +83,13 @@ def learn_from_store(
     if reason is not None:
         raise ValueError(f"stored targets need an output layer that is fused with the losses: {reason}")
     objective: Objective
-    if stored.codec == "hidden":
-        objective = AgainstStoredStates(model, stored, architecture, distill_cfg, balancer)
+    if stored.output_layer is not None:
+        divergence = configured_divergence(distill_cfg)
+        objective = AgainstStoredStates(model, architecture, divergence, distill_cfg, balancer)
+        objective.output_layer = stored.output_layer
     else:
-        objective = AgainstStoredTargets(model, stored, architecture, distill_cfg, balancer)
+        stored_loss = STORED_LOSSES[stored.codec](stored.temperature, stored.num)
+        objective = AgainstStoredTargets(model, architecture, stored_loss, distill_cfg, balancer)
     attach(model, objective=objective, forward=MethodType(_forward, model))
     return model
 
@@ -114,17 +116,6 @@ class _EarlierStage(Objective):
 class AgainstStoredTargets(FusedOutput[StoredRows]):
     """The logits loss against ids of the vocabulary, by codec "sampled" or "top_k". The output is [s, B, H]."""
 
-    def __init__(
-        self,
-        student: GPTModel,
-        stored: StoredTeacher,
-        architecture: Architecture,
-        distill_cfg: DistillationConfig,
-        balancer: Balancer,
-    ) -> None:
-        self.stored_loss: StoredLoss = STORED_LOSSES[stored.codec](stored.temperature, stored.num)
-        super().__init__(student, architecture, self.stored_loss, distill_cfg, balancer)
-
     def sides(self, output: Tensor, targets: Targets) -> Sides[StoredRows]:
         """Return the student's head and the stored targets."""
         head, fields = self.student_head(output), _flat_fields(targets)
@@ -133,25 +124,15 @@ class AgainstStoredTargets(FusedOutput[StoredRows]):
 
     def compare(self, part: Part[StoredRows], labels_n: Tensor) -> dict[str, Tensor]:
         """Return the metrics that the stored numbers give."""
-        stored_loss, group = self.stored_loss, self.fused_loss.group
-        return metrics_against_stored(part.student_nv, part.teacher, labels_n, stored_loss, group)
+        loss = self.fused_loss
+        return metrics_against_stored(part.student_nv, part.teacher, labels_n, loss.divergence, loss.group)
 
 
 class AgainstStoredStates(AgainstLogits):
     """The logits loss against logits made of stored hidden states, with every divergence. The output is [s, B, H]."""
 
-    def __init__(
-        self,
-        student: GPTModel,
-        stored: StoredTeacher,
-        architecture: Architecture,
-        distill_cfg: DistillationConfig,
-        balancer: Balancer,
-    ) -> None:
-        super().__init__(student, architecture, configured_divergence(distill_cfg), distill_cfg, balancer)
-        assert stored.output_layer is not None
-        self.output_layer = stored.output_layer
-        self._own_rows: tuple[Tensor, Tensor | None] | None = None  # on the device, from the first micro batch on
+    output_layer: StoredOutputLayer
+    _own_rows: tuple[Tensor, Tensor | None] | None = None  # on the device, from the first micro batch on
 
     def sides(self, output: Tensor, targets: Targets) -> Sides[Tensor]:
         """Return the student's head and the teacher's."""
