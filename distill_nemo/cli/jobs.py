@@ -16,7 +16,7 @@ from distill_nemo.cli.plan import ANY_DATA
 from distill_nemo.config import ExportConfig, JobConfig, PruneConfig, StoreConfig, VerifyConfig
 from distill_nemo.executors.preflight import check_fits_nodes
 from distill_nemo.executors.worker_config import job_config_of
-from distill_nemo.planning.gpus import find_gpu
+from distill_nemo.planning.gpus import UTILISATION, find_gpu
 from distill_nemo.teacher_store_jobs.entry import verify
 
 
@@ -82,7 +82,7 @@ def plan_store(
     ctx: run.cli.RunContext,
     gpus: int | None = None,
     gpu: str = "h100",
-    utilisation: float = 0.4,
+    utilisation: float = UTILISATION,
     transformer_engine: bool = True,
 ) -> None:
     """Print what the writing of a store would need, and whether it fits: bytes and free disk, memory, hours.

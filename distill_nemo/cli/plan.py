@@ -12,6 +12,7 @@ from distill_nemo.cli.launch import TrainContext
 from distill_nemo.config import RunConfig
 from distill_nemo.executors import run_config_of
 from distill_nemo.executors.preflight import check_fits_nodes
+from distill_nemo.planning.gpus import UTILISATION, find_gpu
 from distill_nemo.training.entry import distill
 
 ANY_DATA = ["any"]  # a plan reads no tokens, and can be made before there are any
@@ -52,7 +53,7 @@ def plan(
     ctx: run.cli.RunContext,
     gpus: int | None = None,
     gpu: str = "h100",
-    utilisation: float = 0.4,
+    utilisation: float = UTILISATION,
     transformer_engine: bool = True,
 ) -> None:
     r"""Print what a run would need and whether it fits: parameters, memory by part, operations, hours.
@@ -71,8 +72,6 @@ def plan(
         utilisation: share of the GPU's peak that a step is assumed to reach.
         transformer_engine: use Transformer Engine's layers; false means Megatron's own, without its fused kernels.
     """
-    from distill_nemo.planning.gpus import find_gpu
-
     found = find_gpu(gpu)
     from distill_nemo.runtime.device import setup_device
 

@@ -221,6 +221,7 @@ class Multipliers:
 
 
 Activation = Literal["silu", "gelu_pytorch_tanh", "relu2", "clamped_quick_gelu"]  # of the MLPs, by transformers' names
+QUERY_BLOCK = 256  # queries that share a mask, or have their capped scores in memory at a time
 FUSED_ACTIVATIONS = ("silu",)  # on a GPU, one kernel also multiplies them with the up projection
 
 EXPERT_FIELDS = ("num_experts", "num_experts_per_tok", "moe_ffn_hidden_size", "norm_topk_prob")  # of `ModelConfig`

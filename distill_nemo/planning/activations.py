@@ -8,8 +8,7 @@ Legend: T tokens of a micro batch on a rank, H width, F width of an MLP, N = hea
 channels (N, K, F on one tensor-parallel rank).
 """
 
-from distill_nemo.models.architecture import FUSED_ACTIVATIONS, Architecture, Layer
-from distill_nemo.models.layers.capped_attention import QUERY_BLOCK
+from distill_nemo.models.architecture import FUSED_ACTIVATIONS, QUERY_BLOCK, Architecture, Layer
 from distill_nemo.planning.delta_nets import delta_net_workspace, saved_by_delta_net
 from distill_nemo.planning.latent_attention import (
     backward_workspace_of_latent_attention,

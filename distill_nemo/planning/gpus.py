@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from distill_nemo.fields import require, suggest
 
 NODE = 8  # GPUs that NVLink joins
+UTILISATION = 0.4  # share of its peak that a GPU is assumed to reach in products
 
 
 @dataclass(frozen=True)

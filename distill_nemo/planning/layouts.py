@@ -9,13 +9,12 @@ from distill_nemo.config import ParallelismConfig, TrainingConfig
 from distill_nemo.models.layouts import check_layout, check_transformer_engine
 from distill_nemo.planning.communication import moving_seconds
 from distill_nemo.planning.compute import Work, rank_works, time_of_work
-from distill_nemo.planning.gpus import NODE, Gpu
+from distill_nemo.planning.gpus import NODE, UTILISATION, Gpu
 from distill_nemo.planning.memory import fullest, permanent
 from distill_nemo.planning.parameters import total_parameters
 from distill_nemo.planning.planned import PlannedRun
 from distill_nemo.planning.report import GB, layout_text
 
-UTILISATION = 0.4  # share of a GPU's peak that products are assumed to reach
 MICRO_BATCH_TOKENS = 32768  # up to which micro batches are tried
 RECOMPUTE: tuple[Literal["full"] | None, ...] = (None, "full")
 CONTEXT_TOKENS = 2048  # of a sequence that a context-parallel rank has at least

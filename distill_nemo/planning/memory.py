@@ -9,7 +9,7 @@ from math import prod
 
 import numpy as np
 
-from distill_nemo.losses.fused_linear.chunks import chunk_size
+from distill_nemo.losses.fused_linear.chunk_size import chunk_size
 from distill_nemo.models.architecture import padded_vocab_size
 from distill_nemo.planning import activations
 from distill_nemo.planning.parameters import rank_layers, stages_of

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distill_nemo.planning.gpus import UTILISATION
 from distill_nemo.reports import plots
 from distill_nemo.reports.comparison import (
     COLUMNS,
@@ -94,6 +95,7 @@ def _html(page: Page, images: dict[str, str]) -> str:
         same=same,
         plan_columns=list(dict.fromkeys(column for cells in page.plans.values() for column in cells)),
         plans=page.plans,
+        utilisation=UTILISATION,
         samples=[{**s, "text": s["text"].removeprefix(s["prompt"])} for s in page.samples],
         images=images,
     )

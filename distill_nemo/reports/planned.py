@@ -6,11 +6,10 @@ from typing import Any
 
 from distill_nemo.checks import check
 from distill_nemo.config import ModelConfig
-from distill_nemo.planning.gpus import GPUS, Gpu
+from distill_nemo.planning.gpus import GPUS, UTILISATION, Gpu
 from distill_nemo.reports.comparison import MISSING, finite, percent
 from distill_nemo.reports.runs import SHOWN, RecordedRun
 
-UTILISATION = 0.4  # that a plan assumes
 SKIPPED = 5  # first steps, which compile and allocate
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from distill_nemo.config import ParallelismConfig
 from distill_nemo.data.samplers import collate
 from distill_nemo.evaluation import HOST_FIELD
-from distill_nemo.losses.fused_linear.chunks import chunk_size
+from distill_nemo.losses.fused_linear.chunk_size import chunk_size
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.distillation.fused_output import (
     hand_on_hidden_states,

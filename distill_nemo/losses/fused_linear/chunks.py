@@ -13,12 +13,8 @@ from torch import Tensor
 
 from distill_nemo.losses.divergence import LogitsLoss
 from distill_nemo.losses.fused_linear import gemm
+from distill_nemo.losses.fused_linear.chunk_size import chunk_size
 from distill_nemo.losses.fused_linear.main_grad import GradientSum
-
-# Limit on the fp32 logits of one side of a chunk. There are two sides and, under tensor parallelism, two chunks.
-CHUNK_BYTES, CUDA_CHUNK_BYTES = 64 * 2**20, 512 * 2**20
-# Lower limit: whatever its size, a chunk reads both output weights, and reads and writes the student's gradient.
-CHUNK_TOKENS = 416
 
 
 class Side[Teacher](Protocol):
@@ -179,12 +175,6 @@ class Gradients(NamedTuple):
             gemm.add_weight_gradient(grad_nv, valid.student.hidden_NH[rows], self.weight.sum)
         if self.bias is not None:
             self.bias.sum.add_(grad_nv.sum(0, dtype=torch.float32))
-
-
-def chunk_size(num_tokens: int, width: int, on_gpu: bool, most: int | None = None) -> int:
-    """Return the tokens per chunk of logits of `width` columns, in equal chunks of at most `most`, else by memory."""
-    most = most or max((CUDA_CHUNK_BYTES if on_gpu else CHUNK_BYTES) // (4 * width), CHUNK_TOKENS)
-    return -(-num_tokens // -(-num_tokens // most))
 
 
 class Part[Teacher](NamedTuple):

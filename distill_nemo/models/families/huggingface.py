@@ -1,9 +1,7 @@
 """Read and write Hugging Face `config.json`."""
 
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from distill_nemo.fields import suggest
 from distill_nemo.models.architecture import EXPERT_FIELDS, Architecture
@@ -13,6 +11,9 @@ from distill_nemo.models.families.family import Family, Wrapper, resolve_own_fie
 from distill_nemo.models.families.rope import read_rope, write_rope
 from distill_nemo.models.quantisation import FIELD, read_quantisation
 from distill_nemo.runtime.files import read_object
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_LABELS = 100_000
 
@@ -135,7 +136,7 @@ def _head_dim(fields: Fields) -> int:
     return fields.integer("head_dim", width // heads)
 
 
-def to_huggingface(model: Architecture, dtype: torch.dtype) -> dict[str, Any]:
+def to_huggingface(model: Architecture, dtype: "torch.dtype") -> dict[str, Any]:
     """Return `config.json` of an exported model."""
     family = FAMILIES[model.family]
     return {

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-QUERY_BLOCK = 256  # queries that share a mask, or have their capped scores in memory at a time
+from distill_nemo.models.architecture import QUERY_BLOCK
 
 
 class Block(NamedTuple):

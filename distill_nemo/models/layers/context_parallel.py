@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional
 
-from distill_nemo.models.layers.capped_attention import QUERY_BLOCK, CappedAttention
+from distill_nemo.models.architecture import QUERY_BLOCK
+from distill_nemo.models.layers.capped_attention import CappedAttention
 
 
 def split_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:

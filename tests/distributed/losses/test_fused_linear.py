@@ -132,12 +132,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 def train(inputs: Any, output: Any, changes: dict[str, Any]) -> list[str]:
     """Train in chunks of 6 tokens. Return the shapes that the last stage hands to the loss function."""
-    from distill_nemo.losses.fused_linear import chunks
+    from distill_nemo.losses.fused_linear import chunk_size
     from distill_nemo.models.distillation.fused_output import FusedLogits
     from distill_nemo.training.entry import run_config
 
-    sizes = chunks.CHUNK_BYTES, chunks.CHUNK_TOKENS
-    chunks.CHUNK_BYTES, chunks.CHUNK_TOKENS = 6 * 4 * PADDED, 1
+    sizes = chunk_size.CHUNK_BYTES, chunk_size.CHUNK_TOKENS
+    chunk_size.CHUNK_BYTES, chunk_size.CHUNK_TOKENS = 6 * 4 * PADDED, 1
     shapes, loss = [], FusedLogits.loss
 
     def watching(self: FusedLogits, output: Any, targets: Any) -> Any:
@@ -149,7 +149,7 @@ def train(inputs: Any, output: Any, changes: dict[str, Any]) -> list[str]:
         run_config(changed(tiny_run(inputs, output, steps=3, eval_interval=3), changes))
     finally:
         FusedLogits.loss = loss
-        chunks.CHUNK_BYTES, chunks.CHUNK_TOKENS = sizes
+        chunk_size.CHUNK_BYTES, chunk_size.CHUNK_TOKENS = sizes
     return shapes
 
 

@@ -107,8 +107,8 @@ def test_no_accepted_layout_that_fits_is_faster(tmp_path, name):
     from distill_nemo.planning.advice import allowed
     from distill_nemo.planning.communication import moving_seconds
     from distill_nemo.planning.compute import time_of
-    from distill_nemo.planning.gpus import GPUS
-    from distill_nemo.planning.layouts import SHARE, UTILISATION
+    from distill_nemo.planning.gpus import GPUS, UTILISATION
+    from distill_nemo.planning.layouts import SHARE
     from distill_nemo.planning.memory import fullest
 
     gpu, seconds = GPUS["h100"], {}
