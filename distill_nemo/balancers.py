@@ -118,6 +118,15 @@ class WeightedLossBalancer(DistillationLossBalancer):
 
     def __init__(self, lm_weight: float = 0.0, logits_weight: float = 1.0, hidden_weight: float = 0.0) -> None:
         super().__init__()
+        self.knows_weights = True  # before the losses are known
+        self.set_weights(lm_weight, logits_weight, hidden_weight)
+
+    def set_weights(self, lm_weight: float, logits_weight: float, hidden_weight: float) -> None:
+        """Take these weights from now on.
+
+        Raises:
+            ValueError: for a negative weight, or if all are zero.
+        """
         weights = {"lm_weight": lm_weight, "logits_weight": logits_weight, "hidden_weight": hidden_weight}
         for name, weight in weights.items():
             if not weight >= 0:
@@ -125,7 +134,6 @@ class WeightedLossBalancer(DistillationLossBalancer):
         if not any(weights.values()):
             raise ValueError(f"{', '.join(weights)} are all zero: nothing would be learnt; set one above zero")
         self._weights = (lm_weight, logits_weight, hidden_weight)
-        self.knows_weights = True  # before the losses are known
 
     def weights(self) -> tuple[float, float, float]:
         """Return the weights of student, logits and mean intermediate loss."""

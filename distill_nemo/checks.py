@@ -3,6 +3,8 @@
 `config_files.from_dict` has already checked each field by itself.
 """
 
+from dataclasses import fields
+
 from distill_nemo.config import (
     DistillationConfig,
     JobConfig,
@@ -12,12 +14,14 @@ from distill_nemo.config import (
     RunConfig,
     StoreConfig,
 )
-from distill_nemo.fields import require
+from distill_nemo.fields import checked, require, suggest
 
 FIELDS_OF_BALANCERS = {
     "static": ("lm_weight", "logits_weight", "hidden_weight"),
     "dynamic": ("kd_loss_scale", "skip_lm_loss"),
 }
+
+SCHEDULED = ("lm_weight", "logits_weight", "hidden_weight", "kd_loss_scale", "temperature")
 
 PRUNED_SIZES = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
@@ -225,21 +229,24 @@ def _unread(model: ModelConfig) -> bool:
 def _check_balancer(kd: DistillationConfig) -> None:
     """Refuse fields of the other balancer, which would be ignored silently."""
     for balancer, names in FIELDS_OF_BALANCERS.items():
-        changed = [name for name in names if getattr(kd, name) != getattr(DistillationConfig, name)]
-        given = ", ".join(f"{name} = {getattr(kd, name)}" for name in changed)
+        changed = {name: getattr(kd, name) for name in names if getattr(kd, name) != getattr(DistillationConfig, name)}
+        changed |= {f"the schedule of {name}": text for name, text in kd.schedules.items() if name in names}
+        given = ", ".join(f"{name} = {value}" for name, value in changed.items())
         require(
             kd.balancer == balancer or not changed,
             f'distillation.balancer = "{kd.balancer}" ignores {given}: leave that out, or set balancer to "{balancer}"',
         )
 
+    scale = kd.schedules.get("kd_loss_scale", kd.kd_loss_scale)
     require(
-        kd.balancer != "dynamic" or not kd.skip_lm_loss or kd.kd_loss_scale == DistillationConfig.kd_loss_scale,
-        f"distillation.kd_loss_scale = {kd.kd_loss_scale} weighs the loss beside the LM loss, which "
+        kd.balancer != "dynamic" or not kd.skip_lm_loss or scale == DistillationConfig.kd_loss_scale,
+        f"distillation.kd_loss_scale = {scale} weighs the loss beside the LM loss, which "
         "distillation.skip_lm_loss leaves out: leave that out, or set skip_lm_loss to false",
     )
 
 
 def _check_distillation(kd: DistillationConfig) -> None:
+    _check_schedules(kd)
     _check_balancer(kd)
     _check_hidden(kd)
     require(
@@ -251,13 +258,31 @@ def _check_distillation(kd: DistillationConfig) -> None:
         f'distillation.top_k needs divergence = "forward_kl", not "{kd.divergence}"',
     )
     require(
-        not (kd.fused_linear and kd.balancer == "static" and kd.logits_weight == 0),
+        not kd.fused_linear or kd.uses_logits,
         "distillation.fused_linear = true needs a logits loss, but distillation.logits_weight = 0; leave it unset",
     )
-    require(
-        kd.balancer != "static" or any((kd.lm_weight, kd.logits_weight, kd.hidden_weight)),
-        "distillation.lm_weight, logits_weight and hidden_weight are all 0: there is nothing to learn",
-    )
+    for step in sorted({1, *(step for each in kd.parsed_schedules.values() for step, _ in each.points if step)}):
+        now = kd.at(step)
+        require(
+            kd.balancer != "static" or any((now.lm_weight, now.logits_weight, now.hidden_weight)),
+            "distillation.lm_weight, logits_weight and hidden_weight are all 0"
+            f"{f' at step {step}' if kd.schedules else ''}: there is nothing to learn",
+        )
+
+
+def _check_schedules(kd: DistillationConfig) -> None:
+    """Refuse a schedule that is none, of another field, outside the field's range, or beside a value of it."""
+    known = {each.name: each for each in fields(DistillationConfig) if each.name in SCHEDULED}
+    for name in kd.schedules:
+        require(name in SCHEDULED, f'distillation.schedules has "{name}".{suggest(name, SCHEDULED)}')
+    for name, schedule in kd.parsed_schedules.items():
+        for step, value in schedule.points:
+            checked(f'distillation.schedules["{name}"] at step {step}', value, float, known[name].metadata)
+        value = getattr(kd, name)
+        require(
+            value == known[name].default,
+            f"distillation.{name} = {value} is beside its schedule, which gives it for every step; leave one out",
+        )
 
 
 def _check_hidden(kd: DistillationConfig) -> None:
@@ -266,8 +291,9 @@ def _check_hidden(kd: DistillationConfig) -> None:
         "distillation.hidden_loss and distillation.hidden_layers go together: set both or neither",
     )
     require(
-        not kd.hidden_weight or bool(kd.hidden_layers),
-        f"distillation.hidden_weight = {kd.hidden_weight} needs hidden_loss and hidden_layers",
+        not (kd.hidden_weight or "hidden_weight" in kd.schedules) or bool(kd.hidden_layers),
+        f"distillation.hidden_weight = {kd.schedules.get('hidden_weight', kd.hidden_weight)} needs hidden_loss and "
+        "hidden_layers",
     )
     for pair in kd.hidden_layers:
         require(pair.count(":") == 1, f'distillation.hidden_layers: "{pair}" is not "student_layer:teacher_layer"')

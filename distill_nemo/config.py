@@ -6,11 +6,12 @@ Conditions on several fields are in `checks.py`. No torch: the launcher imports 
 
 import math
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from distill_nemo.fields import setting
+from distill_nemo.schedules import Schedule, parse_schedule
 
 if typing.TYPE_CHECKING:
     DivergenceName = str
@@ -85,6 +86,9 @@ class DistillationConfig:
     hidden_weight: float = setting(0.0, at_least=0)
     kd_loss_scale: float = setting(1.0, "dynamic balancer only", at_least=0)
     skip_lm_loss: bool = setting(True, "dynamic balancer only: train on the distillation loss alone")
+    schedules: dict[str, str] = setting(
+        {}, """weights or temperature by step, such as '{"temperature": "cosine 0:4 2000:1"}'; also linear, constant"""
+    )
     fused_linear: bool | None = setting(
         None, "output layers as part of the loss, logits never whole; None: where possible"
     )
@@ -95,12 +99,31 @@ class DistillationConfig:
     @property
     def uses_logits(self) -> bool:
         """True if the loss needs the teacher's logits."""
-        return self.balancer == "dynamic" or self.logits_weight != 0
+        return self.balancer == "dynamic" or self._ever("logits_weight")
 
     @property
     def uses_lm_loss(self) -> bool:
         """True if the student's LM loss is part of the total."""
-        return not self.skip_lm_loss if self.balancer == "dynamic" else self.lm_weight != 0
+        return not self.skip_lm_loss if self.balancer == "dynamic" else self._ever("lm_weight")
+
+    @property
+    def parsed_schedules(self) -> dict[str, Schedule]:
+        """Schedules by field.
+
+        Raises:
+            ValueError: naming the schedule that is none.
+        """
+        return {name: parse_schedule(f'distillation.schedules["{name}"]', v) for name, v in self.schedules.items()}
+
+    def at(self, step: int) -> "DistillationConfig":
+        """Return the losses of a step, counted from 1, without schedules."""
+        values = {name: schedule.at(step) for name, schedule in self.parsed_schedules.items()}
+        return replace(self, schedules={}, **values)
+
+    def _ever(self, weight: str) -> bool:
+        """Return True if a weight is not 0 at every step."""
+        schedule = self.parsed_schedules.get(weight)
+        return any(value for _, value in schedule.points) if schedule else getattr(self, weight) != 0
 
 
 @dataclass

@@ -36,7 +36,7 @@ def setting[T](
     """Return a dataclass field with a default, a line for `--help`, and a range."""
     limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     metadata = {"help": help, "limits": {name: limit for name, limit in limits.items() if limit is not None}}
-    if isinstance(default, list):
+    if isinstance(default, list | dict):
         return typing.cast(T, field(default_factory=default.copy, metadata=metadata))
     return field(default=default, metadata=metadata)
 

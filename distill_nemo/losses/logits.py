@@ -1,5 +1,7 @@
 """The loss between student and teacher logits. Legend: S sequence, B batch, v this rank's vocabulary shard."""
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -44,10 +46,19 @@ class LogitsKLLoss(_Loss):
     ) -> None:
         super().__init__()
         self.divergence = choose_divergence(divergence, temperature, beta, top_k)
-        self.factor = temperature**2 if scale_by_temperature_squared else 1.0
+        self.scale_by_temperature_squared = scale_by_temperature_squared
         self.true_vocab_size = true_vocab_size
         self.group = group
         self.vocab_start = vocab_start
+
+    @property
+    def factor(self) -> float:
+        """Factor of the divergence."""
+        return self.divergence.temperature**2 if self.scale_by_temperature_squared else 1.0
+
+    def set_temperature(self, temperature: float) -> None:
+        """Divide the logits of both sides by another temperature from now on."""
+        self.divergence = replace(self.divergence, temperature=temperature)
 
     def forward(self, student_logits_SBv: Output, teacher_logits_SBv: Output) -> Tensor:
         """Return the loss of every token: [S, B, v] twice, any float dtype -> [B, S] fp32, as Megatron's LM loss.

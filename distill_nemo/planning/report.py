@@ -21,6 +21,7 @@ def report(name: str, planned: PlannedRun, gpu: Gpu, utilisation: float) -> str:
         _work(planned, memory),
         _time(planned, gpu, utilisation),
         _data(planned),
+        _schedules(planned),
     )
     return "\n\n".join("\n".join(part) for part in parts if part)
 
@@ -140,6 +141,11 @@ def _data(planned: PlannedRun) -> list[str]:
         about += f"; more than {MANY_PASSES}: add data" if part.passes > MANY_PASSES else ""
         lines.append(f"  {part.prefix[-26:]:26}{part.passes:10,.2f}   {about}")
     return ["data, passes", *lines] if lines else []
+
+
+def _schedules(planned: PlannedRun) -> list[str]:
+    schedules = planned.config.distillation.parsed_schedules
+    return ["schedules", *(f"  {name:26}{schedule}" for name, schedule in schedules.items())] if schedules else []
 
 
 def _time(planned: PlannedRun, gpu: Gpu, utilisation: float) -> list[str]:

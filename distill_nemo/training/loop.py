@@ -127,6 +127,7 @@ class Loop:
 
     def _train(self, log: MetricsLog, stop: StopSignal) -> int | None:
         train, save, stopped = self.config.training, self.config.checkpoint, None
+        self._set_losses()
         self._observe()
         iterators = self.batches(self.train_data, self.state["consumed_samples"])
         if self.state["step"] == 0 and self.valid_data is not None:
@@ -172,6 +173,17 @@ class Loop:
         ]
         return [self.data_clock.waiting(stream) for stream in streams]
 
+    def _set_losses(self) -> dict[str, float]:
+        """Set weights and temperature of the coming step. Return those that have a schedule."""
+        losses = self.config.distillation
+        objectives = [objective_of(chunk) for chunk in self.train_state.unwrapped]
+        if not losses.schedules or any(each.balancer is None for each in objectives):
+            return {}
+        now = losses.at(self.state["step"] + 1)
+        for objective in objectives:
+            objective.set_losses(now)
+        return {name: getattr(now, name) for name in losses.schedules}
+
     def _observe(self, means: dict[str, float] | None = None) -> None:
         """Set a dynamic balancer's losses: the last step's means; at the start the saved ones, or the first batch's."""
         balancers = [objective_of(chunk).balancer for chunk in self.train_state.unwrapped]
@@ -188,6 +200,7 @@ class Loop:
     def step(self, iterators: list[Iterator[dict[str, Tensor]]]) -> dict[str, float]:
         """Take one optimizer step and return the global token means."""
         heartbeat(f"step {self.state['step'] + 1}")
+        scheduled = self._set_losses()
         start, _ = time.monotonic(), self.data_clock.take()
         t: Any = self.train_state
         for chunk in t.chunks:
@@ -207,7 +220,8 @@ class Loop:
         self.state["consumed_samples"] += self.config.training.global_batch_size
         self.state["tokens"] += int(means["valid_tokens"])
         seconds = {"seconds": time.monotonic() - start, "data_seconds": self.data_clock.take()}
-        return means | {"lr": lr, "grad_norm": grad_norm, **seconds, "save_seconds": self.save_clock.take()}
+        seconds["save_seconds"] = self.save_clock.take()
+        return means | {"lr": lr, "grad_norm": grad_norm} | scheduled | seconds
 
     def forward_backward(self, iterators: list[Iterator[dict[str, Tensor]]]) -> list[Report]:
         """Run the micro batches of one step through Megatron's schedule, without synchronising with the device."""

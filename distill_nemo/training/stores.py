@@ -86,6 +86,8 @@ def _check_fits(field: str, store: TeacherStore, config: RunConfig, vocab_size: 
     )
     unfit = manifest.coding.unfit(losses, manifest.temperature)
     unfit |= {"hidden_loss": None, "hidden_layers": [], "hidden_weight": 0.0} if losses.hidden_layers else {}
+    if "temperature" in losses.schedules and manifest.codec != "hidden":
+        unfit |= {"schedules": {name: text for name, text in losses.schedules.items() if name != "temperature"}}
     unfit |= {"fused_linear": None} if losses.fused_linear is False else {}
     unfit |= {"offload_teacher": False} if losses.offload_teacher else {}
     names = ", ".join(f"distillation.{name} = {getattr(losses, name)}" for name in unfit)

@@ -67,6 +67,7 @@ def all_different(cls, odd):
             continue
         makers = {int: lambda n=number: n + 7, float: lambda n=number: n / 3 + 1e-9, bool: lambda n=number: not n}
         makers |= {str: lambda: next(odd), list[str]: lambda: [next(odd), next(odd)]}
+        makers |= {dict[str, str]: lambda: {next(odd): next(odd)}}
         makers |= {dict[str, typing.Any]: lambda: {next(odd): [1.5, None, True], "nested": {"x": next(odd)}}}
         makers[list[dict[str, typing.Any]]] = lambda m=makers: [m[dict[str, typing.Any]](), {}]
         values[name] = all_different(hint, odd) if dataclasses.is_dataclass(hint) else makers[hint]()
@@ -100,6 +101,10 @@ def test_a_run_without_a_teacher_survives_its_file(tmp_path):
     run.teacher = None
     save_yaml(run, tmp_path / "config.yaml")
     assert load_yaml(tmp_path / "config.yaml") == run
+
+
+def scheduled(**schedules):
+    return {"distillation__schedules": schedules}
 
 
 @pytest.mark.parametrize(
@@ -161,6 +166,27 @@ def test_a_run_without_a_teacher_survives_its_file(tmp_path):
             "distillation.kd_loss_scale = 0.1 weighs the loss beside the LM loss, which",
         ),
         ({"distillation__logits_weight": 0.0}, 1, "are all 0: there is nothing to learn"),
+        (scheduled(beta="linear 1:0 9:1"), 1, 'distillation.schedules has "beta". Known: lm_weight, logits_weight'),
+        (scheduled(temperature="linear 1:2 9:0"), 1, 'schedules["temperature"] at step 9 must be above 0 and at most'),
+        (scheduled(lm_weight="constant 1:-1"), 1, 'schedules["lm_weight"] at step 1 must be at least 0, got -1.0'),
+        (
+            scheduled(temperature="linear 1:2 9:1") | {"distillation__temperature": 3.0},
+            1,
+            "distillation.temperature = 3.0 is beside its schedule, which gives it for every step; leave one out",
+        ),
+        (scheduled(kd_loss_scale="constant 1:2"), 1, '"static" ignores the schedule of kd_loss_scale = constant 1:2'),
+        (
+            scheduled(kd_loss_scale="constant 1:2") | {"distillation__balancer": "dynamic"},
+            1,
+            "distillation.kd_loss_scale = constant 1:2 weighs the loss beside the LM loss",
+        ),
+        (scheduled(hidden_weight="constant 1:2"), 1, "hidden_weight = constant 1:2 needs hidden_loss and hidden_lay"),
+        (scheduled(logits_weight="constant 0:1 9:0"), 1, "are all 0 at step 9: there is nothing to learn"),
+        (
+            scheduled(logits_weight="constant 0:0") | {"distillation__fused_linear": True},
+            1,
+            "fused_linear = true needs a logits loss",
+        ),
         ({"training__seed": -1}, 1, "training.seed must be at least 0 and below 2147483648, got -1"),
         ({"training__data_seed": 2**40}, 1, "training.data_seed must be at least 0 and below 2147483648"),
         ({"optimizer__adam_beta2": 1.0}, 1, "optimizer.adam_beta2 must be at least 0 and below 1, got 1.0"),
@@ -225,6 +251,10 @@ def test_what_cannot_run_is_refused_by_name(changes, world_size, message):
 def test_an_output_directory_must_be_named():
     with pytest.raises(ValueError, match="output_dir is empty, and must name a directory"):
         check(RunConfig("", StudentConfig()), 1)
+
+
+def test_a_weight_that_is_zero_before_the_first_step_only_is_let_through():
+    check(config(**scheduled(logits_weight="linear 0:0 9:1")), 1)
 
 
 def test_what_can_run_is_let_through():

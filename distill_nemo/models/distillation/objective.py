@@ -14,6 +14,7 @@ from modelopt.torch.distill import DistillationModel
 from torch import Tensor, nn
 
 from distill_nemo.balancers import LOGITS_PREFIX, LogitsAndIntermediatesLossBalancer, WeightedLossBalancer
+from distill_nemo.config import DistillationConfig
 from distill_nemo.losses.logits import LogitsKLLoss
 from distill_nemo.losses.metrics import metrics_against_teacher
 from distill_nemo.losses.reduction import masked_sum
@@ -43,6 +44,16 @@ class Objective(ABC):
 
     def __init__(self, balancer: Balancer | None = None, hidden_losses: HiddenLosses | None = None) -> None:
         self.balancer, self.hidden_losses = balancer, hidden_losses
+
+    def set_losses(self, distill_cfg: DistillationConfig) -> None:
+        """Take the weights of the losses from `distill_cfg`, and the temperature where the teacher's logits are known.
+
+        Hidden losses share the balancer, and so the weights.
+        """
+        if isinstance(self.balancer, WeightedLossBalancer):
+            self.balancer.set_weights(distill_cfg.lm_weight, distill_cfg.logits_weight, distill_cfg.hidden_weight)
+        elif self.balancer is not None:
+            self.balancer.kd_loss_scale = distill_cfg.kd_loss_scale
 
     @abstractmethod
     def loss(self, output: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
@@ -86,6 +97,12 @@ class WholeLogits(Objective):
         super().__init__(balancer, hidden_losses)
         self.model: Any = model
         self.logits_loss = logits_loss
+
+    def set_losses(self, distill_cfg: DistillationConfig) -> None:
+        """Take weights and temperature."""
+        super().set_losses(distill_cfg)
+        if self.logits_loss is not None:
+            self.logits_loss.set_temperature(distill_cfg.temperature)
 
     def loss(self, output: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the balancer's weighted total of the losses, and the sums to report."""

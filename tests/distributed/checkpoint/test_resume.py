@@ -68,12 +68,13 @@ DYNAMIC = {
     "distillation.skip_lm_loss": False,
     "distillation.hidden_loss": "cosine",
     "distillation.hidden_layers": ["decoder.layers.0:decoder.layers.1"],  # on the first stage
+    "distillation.schedules": {"kd_loss_scale": "linear 1:2 8:0.5", "temperature": "cosine 2:4 7:1"},
 }
 
 
 @pytest.mark.parametrize("layout", ["one", "pp2"])
 def test_a_dynamic_balancer_weighs_on_as_it_did(inputs, one, two, tmp_path, layout):
-    """The weights come from the previous step's means, which are in the checkpoint. They agree bit for bit."""
+    """The weights come from the saved means of the previous step and the number of the step. They agree bit for bit."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     processes, *sizes = LAYOUTS[layout]
     group = (one, two)[processes - 1]
