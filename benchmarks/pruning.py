@@ -1,7 +1,8 @@
-"""Cut the quickstart's teacher by activations, by magnitude and at random; measure the cuts, at once and distilled.
+"""Cut the quickstart's teacher by activations, by magnitude and at random; measure each cut, and distil it.
 
-`python -m benchmarks.pruning runs/quickstart` after `make quickstart`. With `--steps 160 --seeds 0 1 2` each cut is
-also distilled.
+`python -m benchmarks.pruning runs/quickstart` after `make quickstart`. Beside the cuts, a student of the same size with
+random weights is distilled on the same tokens. It writes results/pruning.json, docs/pruning.png and docs/pruning.md's
+table. The same command goes on after the last row that it wrote.
 """
 
 import argparse
@@ -9,20 +10,36 @@ import json
 import re
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+import matplotlib
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 from torch import Tensor
 
 from benchmarks.measure import RESULTS
 from distill_nemo.config import ParallelismConfig, PruneConfig, StudentConfig, TeacherConfig
 from distill_nemo.config_files import load_yaml
+from distill_nemo.reports import plots
 from distill_nemo.runtime.device import setup_device
+from distill_nemo.runtime.files import write_atomically
 from distill_nemo.runtime.process_groups import process_groups
 
-SAMPLES, LENGTH = 128, 128
+Metrics = dict[str, float]
+Row = dict[str, Any]  # one student
+METRICS = ("lm_loss", "forward_kl", "top1_agreement")
+RANDOM_WEIGHTS = "random weights"  # beside the cuts
+COLOURS = {"activations": "#0072b2", "magnitude": "#e69f00", "random": plots.GRAY, RANDOM_WEIGHTS: "#d55e00"}
+PAGE, PLOT = (Path(__file__).parents[1] / "docs" / name for name in ("pruning.md", "pruning.png"))
+BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->"
+LR_OF_CUTS, LR_OF_RANDOM_WEIGHTS = 1e-3, 2e-3  # of the quickstart's teacher, and of its students
+HELD_OUT, LENGTH = 64, 128
 SIZES = {  # by fraction of the teacher's parameters
     0.7: {"num_layers": 3, "ffn_hidden_size": 576},
     0.5: {"num_layers": 3, "hidden_size": 192, "ffn_hidden_size": 512, "num_query_groups": 3},
@@ -97,65 +114,115 @@ def write(model: Any, given: dict[str, int], scores: Any, output: Path) -> int:
     return num_parameters(cut)
 
 
-def measured(student: Path, teacher: Path, root: Path) -> dict[str, float]:
-    """Return held-out metrics against the teacher."""
-    from distill_nemo.training.evaluate import evaluate_student
-
-    of, against = StudentConfig(checkpoint=str(student)), TeacherConfig(checkpoint=str(teacher))
-    means = evaluate_student(of, str(root / "data/valid"), against, LENGTH, SAMPLES)
-    return {name: means[name] for name in ("lm_loss", "forward_kl", "top1_agreement")}
-
-
-def distilled(student: StudentConfig, teacher: Path, root: Path, steps: int, seed: int, output: Path) -> Path:
-    """Train a student as the quickstart does. Return its export."""
+def distilled(student: StudentConfig, root: Path, setting: dict[str, int], seed: int) -> dict[str, Metrics]:
+    """Distil a student as the quickstart does. Return its held-out metrics against the teacher, before and after."""
     from distill_nemo.training.entry import run_config
 
     config = load_yaml(root / "teacher/config.yaml")
-    config = replace(config, output_dir=str(output), student=student, teacher=TeacherConfig(checkpoint=str(teacher)))
-    config.training = replace(config.training, steps=steps, data_seed=seed, eval_interval=steps)
-    run_config(config)
-    return output / "student"
+    config = replace(config, student=student, teacher=TeacherConfig(checkpoint=str(root / "teacher/student")))
+    steps, batch, lr = setting["steps"], setting["batch"], LR_OF_CUTS if student.checkpoint else LR_OF_RANDOM_WEIGHTS
+    config.optimizer = replace(config.optimizer, lr=lr, min_lr=lr / 10, warmup_steps=min(20, steps // 2))
+    config.training = replace(config.training, steps=steps, seed=seed, data_seed=seed, eval_interval=steps)
+    config.training = replace(
+        config.training, global_batch_size=batch, micro_batch_size=min(batch, 8), eval_batches=HELD_OUT // batch
+    )
+    config.checkpoint = replace(config.checkpoint, export=False)
+    with tempfile.TemporaryDirectory() as output:
+        run_config(replace(config, output_dir=output))
+        lines = [json.loads(line) for line in Path(output, "metrics.jsonl").read_text().splitlines()]
+    first, last = (line for line in lines if line["kind"] == "eval")
+    return {when: {name: line[name] for name in METRICS} for when, line in (("before", first), ("after", last))}
 
 
-def main() -> None:
-    """Measure, and print a table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.pruning", description=__doc__)
-    parser.add_argument("root", type=Path, help="the quickstart's directory")
-    parser.add_argument("--steps", type=int, default=0, help="of distillation; 0: none")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the random choice and the data's order")
-    parser.add_argument("--fractions", type=float, nargs="+", default=list(SIZES))
-    parser.add_argument("--output", type=Path, default=RESULTS / "pruning.json")
-    arguments = parser.parse_args()
-    setup_device()
+def rows_of(root: Path, setting: dict[str, int], seeds: list[int], rows: list[Row]) -> Iterator[Row]:
+    """Measure what `rows` lack, and yield it row by row."""
     from distill_nemo.models.resolve import resolve
 
-    root, teacher = arguments.root.absolute(), (arguments.root / "teacher/student").absolute()
-    model, rows = resolve(StudentConfig(checkpoint=str(teacher))), []
+    model = resolve(StudentConfig(checkpoint=str(root / "teacher/student")))
     with tempfile.TemporaryDirectory() as temporary:
         with process_groups(ParallelismConfig()):
             activations = by_activations(model, str(root / "data/train"), Path(temporary, "cache"))
         ways = {"activations": activations, "magnitude": by_magnitude(model)}
-        for seed in arguments.seeds:
-            ways["random"] = at_random(activations, seed)
-            for fraction in arguments.fractions:
-                for way, scores in ways.items():
-                    output = Path(temporary, f"{seed} {fraction} {way}")
-                    with process_groups(ParallelismConfig()):
-                        count = write(model, SIZES[fraction], scores, output)
-                    row = {"fraction": fraction, "parameters": count, "by": way, "seed": seed, "steps": 0}
-                    rows.append(row | measured(output, teacher, root))
-                    print(json.dumps(rows[-1]), flush=True)
-                    if arguments.steps:
-                        of = StudentConfig(checkpoint=str(output))
-                        rows.append(row | {"steps": arguments.steps} | _after(of, teacher, root, arguments, seed))
-                        print(json.dumps(rows[-1]), flush=True)
-    arguments.output.write_text(json.dumps(rows, indent=1) + "\n")
+        known = {(row["fraction"], row["by"], row["seed"]): row for row in rows}
+        for seed, fraction in product(seeds, SIZES):
+            for by, scores in (ways | {"random": at_random(activations, seed), RANDOM_WEIGHTS: activations}).items():
+                if (fraction, by, seed) in known:
+                    continue
+                cut = Path(temporary, f"{fraction} {by} {seed}")
+                with process_groups(ParallelismConfig()):
+                    count = write(model, SIZES[fraction], scores, cut)
+                student = StudentConfig(checkpoint=str(cut))
+                if by == RANDOM_WEIGHTS:
+                    student = replace(resolve(student).filled(StudentConfig()), checkpoint=None)
+                row = {"fraction": fraction, "parameters": count, "by": by, "seed": seed}
+                yield row | distilled(student, root, setting, seed)
 
 
-def _after(student: StudentConfig, teacher: Path, root: Path, arguments: Any, seed: int) -> dict[str, float]:
-    with tempfile.TemporaryDirectory() as output:
-        exported = distilled(student, teacher, root, arguments.steps, seed, Path(output, "run"))
-        return measured(exported, teacher, root)
+def write_page(setting: dict[str, int], rows: list[Row]) -> None:
+    """Draw the plot, and write the table of docs/pruning.md."""
+    plots.save(drawn(rows, setting), PLOT)
+    head = ["parameters", "cut", "KL before", "KL after", "LM loss before", "LM loss after"]
+    lines = [head, ["---"] * len(head), *(_line(rows, fraction, by) for fraction, by in product(SIZES, COLOURS))]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    before, rest = PAGE.read_text().split(BEGIN)
+    PAGE.write_text(before + BEGIN + table + END + rest.split(END)[1])
+
+
+def _line(rows: list[Row], fraction: float, by: str) -> list[str]:
+    own = [row for row in rows if row["fraction"] == fraction and row["by"] == by]
+
+    def seeds(when: str, name: str) -> str:
+        values = [f"{row[when][name]:.3f}" for row in own]
+        return values[0] if len(set(values)) == 1 else ", ".join(values)
+
+    columns = product(("forward_kl", "lm_loss"), ("before", "after"))
+    return [f"{own[0]['parameters'] / 1e6:.2f}M", by, *(seeds(when, name) for name, when in columns)]
+
+
+@matplotlib.rc_context(plots.STYLE)
+def drawn(rows: list[Row], setting: dict[str, int]) -> Figure:
+    """Plot the KL of every student over its parameters, with a line through the means over seeds."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    tokens = setting["steps"] * setting["batch"] * setting["sequence_length"]
+    titles = {"before": "before distillation", "after": f"after distillation of {tokens:,} tokens"}
+    for axes, (when, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
+        for by, colour in COLOURS.items():
+            own = [row for row in rows if row["by"] == by]
+            points = [(row["parameters"] / 1e6, row[when]["forward_kl"]) for row in own]
+            sizes = sorted({size for size, _ in points})
+            means = [fmean(kl for size, kl in points if size == each) for each in sizes]
+            axes.plot(*zip(*points, strict=True), "o", color=colour, markersize=4)
+            axes.plot(sizes, means, color=colour, label=by)
+        axes.set(title=title, xlabel="million parameters", yscale="log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.grid(True)
+    first = figure.axes[0]
+    first.set_ylabel("held-out forward KL to the teacher, nats per token")
+    first.legend(title="cut by")
+    return figure
+
+
+def main() -> None:
+    """Measure, and write results, plot and table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pruning", description=__doc__)
+    parser.add_argument("root", type=Path, help="the quickstart's directory")
+    parser.add_argument("--steps", type=int, default=160, help="of distillation")
+    parser.add_argument("--batch", type=int, default=16, help=f"sequences of {LENGTH} tokens in a step")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of random choices and data order")
+    parser.add_argument("--output", type=Path, default=RESULTS / "pruning.json")
+    arguments = parser.parse_args()
+    setting = {"steps": arguments.steps, "batch": arguments.batch, "sequence_length": LENGTH}
+    written = json.loads(arguments.output.read_text()) if arguments.output.exists() else {"rows": []}
+    if written.get("setting", setting) != setting:
+        raise SystemExit(f"{arguments.output} holds {written['setting']}: remove it, or name another --output")
+    setup_device()
+    for row in rows_of(arguments.root.absolute(), setting, arguments.seeds, rows := written["rows"]):
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        write_atomically(arguments.output, json.dumps({"setting": setting, "rows": rows}, indent=1) + "\n")
+    if arguments.output.parent == RESULTS:
+        write_page(setting, rows)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ MICRO_BATCH_SIZE = 8
 
 def data_config(config: PruneConfig) -> DataConfig:
     """Return the token files as a run states them."""
-    return DataConfig(train=[config.data], valid=[config.data], sequence_length=config.sequence_length)
+    return DataConfig(train=[config.data], valid=[config.data], split="1", sequence_length=config.sequence_length)
 
 
 @dataclass(frozen=True)

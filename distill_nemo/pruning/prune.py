@@ -2,43 +2,39 @@
 
 import contextlib
 import gc
-import json
 import shutil
-import tempfile
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from transformers import AutoConfig
 
 from distill_nemo.checks import check_prune
 from distill_nemo.config import ParallelismConfig, PruneConfig, StudentConfig
-from distill_nemo.data.token_files import check_token_files, check_vocabulary
+from distill_nemo.data.datasets import samples_of_a_pass
+from distill_nemo.data.token_files import check_token_files, check_vocabulary, documents_apart
 from distill_nemo.fields import require
 from distill_nemo.models.architecture import Architecture
-from distill_nemo.models.checkpoints.export_files import ExportFiles, export_files
 from distill_nemo.models.checkpoints.huggingface import check_export, check_target, writing_export
 from distill_nemo.models.checkpoints.local_parameters import local_parameters
-from distill_nemo.models.checkpoints.pretrained import empty_model, open_pretrained
 from distill_nemo.models.checkpoints.tensor_files import DTYPES
 from distill_nemo.models.families.tensors import num_parameters
-from distill_nemo.models.megatron import check_layout
 from distill_nemo.models.provider import model_provider
 from distill_nemo.models.resolve import resolve
 from distill_nemo.models.source_check import refusal_of_sources
 from distill_nemo.pruning.calibration import Calibration, data_config
-from distill_nemo.pruning.choice import Kept, Scores, choose, kept_layers
+from distill_nemo.pruning.choice import Kept, Scores, choose, highest, kept_layers
+from distill_nemo.pruning.possible import files_of, possible_sizes
+from distill_nemo.pruning.progress import PROGRESS, earlier_losses, earlier_scores, write_progress
 from distill_nemo.pruning.record import RECORD, earlier_record, identity_of, kept_of, plain_scores, write_record
-from distill_nemo.pruning.search import candidates, target_parameters
+from distill_nemo.pruning.search import target_parameters
 from distill_nemo.pruning.sizes import (
     Sizes,
     check_prunable,
-    complete,
     evenly_spaced,
-    given_sizes,
     odd_widths,
     sizes_of,
     smaller,
@@ -49,6 +45,7 @@ from distill_nemo.runtime.everyone import Everyone
 from distill_nemo.runtime.process_groups import is_joined, process_groups, raise_everywhere, rank, world_size
 from distill_nemo.runtime.seed import seed_everything
 from distill_nemo.training.data import check_tokenizers
+from distill_nemo.training.entry import check_length
 
 CACHE = "index_cache"
 
@@ -65,8 +62,10 @@ def prune(config: PruneConfig) -> None:
     model = resolve(StudentConfig(checkpoint=config.model))
     check_prunable(model)
     parallelism = config.parallelism or ParallelismConfig()
-    possible = _possible_sizes(model, config, parallelism)
+    possible = possible_sizes(model, config, parallelism, partial(evenly_spaced, model))
     _check_data(config, model)
+    if warning := odd_widths(possible[0], model):
+        _say(warning)
     refusal = refusal_of_sources(model) if rank() == 0 or is_joined() else None
     with process_groups(parallelism):
         raise_everywhere(refusal)
@@ -84,72 +83,20 @@ def prune(config: PruneConfig) -> None:
     _say(f"published {config.output}")
 
 
-def _possible_sizes(model: Architecture, config: PruneConfig, parallelism: ParallelismConfig) -> list[Sizes]:
-    """Return the sizes that the config states, or the candidates for its target.
-
-    Raises:
-        ValueError: if there are none, or the layout does not divide them.
-    """
-    check_layout(model, parallelism)
-    most, ranks = target_parameters(config), parallelism.tensor_model_parallel_size
-    if most is not None:
-        return _accepted(model, candidates(model, config, most, ranks))
-    sizes = complete(model, given_sizes(config))
-    require(sizes != sizes_of(model), f"nothing would be cut from {model.name}: state a smaller size")
-    if warning := odd_widths(sizes, model):
-        _say(warning)
-    check_layout(smaller(model, sizes, evenly_spaced(model, sizes)), parallelism)
-    return _accepted(model, [sizes])
-
-
-def _accepted(model: Architecture, possible: list[Sizes]) -> list[Sizes]:
-    """Return the sizes that transformers accepts.
-
-    Raises:
-        ValueError: if it refuses all, with its reason for the first.
-    """
-    accepted, refusals = [], []
-    for sizes in possible:
-        layers = evenly_spaced(model, sizes)
-        try:
-            _check_with_transformers(with_source(model, smaller(model, sizes, layers), layers))
-            accepted.append(sizes)
-        except ValueError as error:
-            refusals.append(error)
-    if not accepted:
-        raise refusals[0]
-    return accepted
-
-
-def _check_with_transformers(cut: Architecture) -> None:
-    """Build the model without memory from its config.json alone, and compare the number of parameters."""
-    with tempfile.TemporaryDirectory() as directory:
-        Path(directory, "config.json").write_text(json.dumps(_files(cut, torch.float32).config))
-        try:
-            theirs = empty_model(open_pretrained(AutoConfig, directory))
-        except Exception as error:  # transformers raises errors of any type
-            reason = " ".join(str(error).split()).replace(directory, "")
-            raise ValueError(f"transformers refuses these sizes of {cut.name}: {reason:.400}") from None
-    stored = theirs.state_dict().keys()
-    count = sum(each.numel() for each in theirs.parameters())
-    count += sum(each.numel() for name, each in theirs.named_buffers() if name in stored)
-    require(
-        count == num_parameters(cut),
-        f"transformers has no {cut.family} of these sizes: {count:,} parameters there, {num_parameters(cut):,} here. "
-        "In some of its classes a head has hidden_size / num_attention_heads channels: cut both by the same factor",
-    )
-
-
-def _files(cut: Architecture, dtype: torch.dtype) -> ExportFiles:
-    assert cut.source is not None
-    return export_files(cut, dtype, cut.source.weights, None)
-
-
 def _check_data(config: PruneConfig, model: Architecture) -> None:
     data = data_config(config)
+    check_length(config.sequence_length, "model", model, "sequence_length")
     check_token_files(data)
     check_vocabulary(data, model.vocab_size)
     check_tokenizers(data, {"student": config.model}, model)
+    if documents_apart(data):
+        model.with_documents_apart()
+    stored, count = samples_of_a_pass(data), config.samples + config.held_out_samples
+    require(
+        count <= stored,
+        f"samples = {config.samples} and held_out_samples = {config.held_out_samples}: {config.data} holds {stored:,} "
+        f"samples of {config.sequence_length} tokens in all; state fewer, a shorter sequence_length, or more data",
+    )
 
 
 @dataclass(frozen=True)
@@ -166,11 +113,11 @@ class _Pruning:
     def run(self, possible: list[Sizes]) -> None:
         """Write the result into the directory, and compare it with transformers."""
         tokens = self.everyone.on_rank_0(self.calibration.tokens_sha256)
-        identity = identity_of(self.config, self.model, tokens)
+        identity = identity_of(self.config, self.model, tokens, possible)
         earlier = self.everyone.on_rank_0(lambda: earlier_record(self.directory, identity))
         if earlier is not None:
             _say("the scores of an interrupted call are used again")
-        record = earlier or {"identity": identity, **self._chosen(possible, tokens)}
+        record = earlier or {"identity": identity, **self._chosen(possible, tokens, identity)}
         sizes, kept = record["result"]["sizes"], kept_of(record["kept"])
         cut = self._cut(sizes, kept.layers)
         with CutTensors(self.model, cut, kept) as tensors:
@@ -178,38 +125,60 @@ class _Pruning:
             write_cut(tensors, self.directory, self.everyone)
             chunk = self._built(cut, tensors)
         check_export([chunk], cut, self.directory, everyone=self.everyone)
-        self.everyone.on_rank_0(lambda: shutil.rmtree(self.directory / CACHE))
+        self.everyone.on_rank_0(self._remove_progress)
         _say(_summary(record))
 
-    def _chosen(self, possible: list[Sizes], tokens_sha256: str) -> dict[str, Any]:
+    def _chosen(self, possible: list[Sizes], tokens_sha256: str, identity: str) -> dict[str, Any]:
         """Return the record of the cut with the lowest held-out loss."""
-        scores, before = self._scores()
-        tried = []
+        scores, losses = self._scores(identity)
+        possible, tried = self._possible(possible, scores), []
         for number, sizes in enumerate(possible, 1):
             kept = kept_of(self.everyone.on_rank_0(lambda sizes=sizes: asdict(self._kept(scores, sizes))))
-            tried.append((self._loss(sizes, kept), sizes, kept))
+            if number == len(losses):
+                losses.append(self._loss(sizes, kept))
+                self._write_progress(identity, scores, losses)
+            tried.append((losses[number], sizes, kept))
             if len(possible) > 1:
-                _say(f"candidate {number} of {len(possible)}: held-out LM loss {tried[-1][0]:.4f} with {sizes}")
+                _say(f"candidate {number} of {len(possible)}: held-out LM loss {losses[number]:.4f} with {sizes}")
         loss, sizes, kept = min(tried, key=lambda each: each[0])
         return self._described(sizes, kept) | {
             "calibration": self._calibrated(tokens_sha256),
-            "held_out_lm_loss": {"model": round(before, 4), "result": round(loss, 4)},
+            "held_out_lm_loss": {"model": round(losses[0], 4), "result": round(loss, 4)},
             "candidates": [{"sizes": each, "held_out_lm_loss": round(value, 4)} for value, each, _ in tried],
             "kept": asdict(kept),
             "scores": plain_scores(scores) if scores is not None else None,
         }
 
-    def _scores(self) -> tuple[Scores | None, float]:
-        """Return the scores, on rank 0, and the source's held-out loss."""
+    def _scores(self, identity: str) -> tuple[Scores | None, list[float]]:
+        """Return the scores, on rank 0, and held-out losses: the source's, and those of candidates compared before."""
+        losses = self.everyone.on_rank_0(lambda: earlier_losses(self.directory, identity))
+        if losses:
+            _say("the scores of an interrupted call are used again")
+            return (earlier_scores(self.directory) if rank() == 0 else None), losses
         _say(f"scoring with {self.config.samples} samples of {self.config.sequence_length} tokens")
         chunk = self._stage(self.model)
         scores = self.calibration.scores(chunk, self.model)
         before = self.calibration.held_out_loss(chunk)
         if self.config.layer_importance == "loss":
-            losses = self.calibration.losses_without_a_layer(chunk, self.model.num_layers)
+            without = self.calibration.losses_without_a_layer(chunk, self.model.num_layers)
             if scores is not None:
-                scores.layers = torch.tensor(losses, dtype=torch.float64) - before
-        return scores, before
+                scores.layers = torch.tensor(without, dtype=torch.float64) - before
+        self._write_progress(identity, scores, [before])
+        return scores, [before]
+
+    def _write_progress(self, identity: str, scores: Scores | None, losses: list[float]) -> None:
+        def write() -> None:
+            assert scores is not None, "rank 0 has them"
+            write_progress(self.directory, identity, scores, losses)
+
+        self.everyone.on_rank_0(write)
+
+    def _possible(self, possible: list[Sizes], scores: Scores | None) -> list[Sizes]:
+        """Return the sizes to compare. Where layers differ in size, those that stay decide what meets a target."""
+        if target_parameters(self.config) is None or len(set(self.model.layers)) == 1:
+            return possible
+        of_layers = torch.tensor(self.everyone.on_rank_0(lambda: scores.layers.tolist() if scores is not None else []))
+        return possible_sizes(self.model, self.config, self.parallelism, partial(highest, of_layers))
 
     def _kept(self, scores: Scores | None, sizes: Sizes) -> Kept:
         assert scores is not None, "rank 0 has them"
@@ -230,10 +199,11 @@ class _Pruning:
 
     def _stage(self, model: Architecture, load_weights: bool = True) -> GPTModel:
         """Return this rank's pipeline stage in fp32, in which no layout changes a choice."""
+        apart = documents_apart(data_config(self.config))
         built = model_provider(
             parallel_state.is_pipeline_first_stage(),
             parallel_state.is_pipeline_last_stage(),
-            student=model,
+            student=model.with_documents_apart() if apart else model,
             parallelism=self.parallelism,
             load_weights=load_weights,
         )
@@ -247,12 +217,16 @@ class _Pruning:
             parameter.fill(tensors.read)
         return built
 
+    def _remove_progress(self) -> None:
+        for folder in (CACHE, PROGRESS):
+            shutil.rmtree(self.directory / folder)
+
     def _begin(self, record: dict[str, Any], cut: Architecture, tensors: CutTensors) -> None:
         """Write all but the weights. On rank 0."""
         if earlier_record(self.directory, record["identity"]) is None:
             for file in self.directory.glob("*.safetensors"):
                 file.unlink()  # of another cut
-        files = _files(cut, DTYPES[next(iter(tensors.entries.values())).dtype])
+        files = files_of(cut, DTYPES[next(iter(tensors.entries.values())).dtype])
         files.check()
         files.write(self.directory)
         write_record(self.directory, record)

@@ -11,19 +11,20 @@ from torch import Tensor
 from distill_nemo.config import PruneConfig
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.pruning.choice import Kept, Scores
+from distill_nemo.pruning.sizes import Sizes
 from distill_nemo.runtime.files import read_object_if_any, write_atomically
 
 RECORD = "pruning.json"
 NOT_THE_RESULT = ("model", "output", "data", "parallelism")  # fields that do not change it
 
 
-def identity_of(config: PruneConfig, model: Architecture, tokens_sha256: str) -> str:
+def identity_of(config: PruneConfig, model: Architecture, tokens_sha256: str, possible: list[Sizes]) -> str:
     """Return a hash of all that the choice depends on. Of the model's files, size and time of change count."""
     assert model.source is not None
     files = sorted({tensor.file for tensor in model.source.tensors.values()})
     stats = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     fields = {name: value for name, value in asdict(config).items() if name not in NOT_THE_RESULT}
-    content = [fields, stats, model.source.config, tokens_sha256]
+    content = [fields, stats, model.source.config, tokens_sha256, possible]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

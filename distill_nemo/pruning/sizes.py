@@ -1,6 +1,6 @@
 """Sizes that a model can be cut to, and the architecture and config.json of the result."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from distill_nemo.models.resolve import resolve
 from distill_nemo.models.sources import CheckpointKind
 
 Sizes = dict[str, int]  # by field of `PruneConfig`: all sizes that a model has
+LayersOf = Callable[[int], Sequence[int]]  # from a number of layers to those that stay
 
 WIDTHS = ("hidden_size", "ffn_hidden_size", "moe_ffn_hidden_size")
 TENSOR_CORES = 64  # widths that are multiples of this fill the tiles of matrix products
@@ -122,9 +123,8 @@ def _possible(model: Architecture) -> str:
     return f"\n{model.name} can be cut to:\n" + "\n".join(f"  {name:20} {text}" for name, text in rows.items())
 
 
-def evenly_spaced(model: Architecture, sizes: Sizes) -> list[int]:
+def evenly_spaced(model: Architecture, count: int) -> list[int]:
     """Return layers of all parts of a model, in place of those that scores will choose."""
-    count = sizes["num_layers"]
     return [i * model.num_layers // count for i in range(count)]
 
 

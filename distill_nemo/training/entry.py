@@ -101,23 +101,27 @@ def fitted(
     """
     from distill_nemo.models.layouts import check_layout
 
-    _check_length(length, role, model)
+    check_length(length, role, model, "data.sequence_length")
     check_layout(model, parallelism)
     model = model.at_length(length)
     return model.with_documents_apart() if documents_apart else model
 
 
-def _check_length(length: int, role: str, model: "Architecture") -> None:
+def check_length(length: int, role: str, model: "Architecture", field: str) -> None:
+    """Refuse sequences beyond a model's positions, or beyond where its rotary embeddings change.
+
+    Raises:
+        ValueError: naming the field, what came, what is allowed.
+    """
     if length > model.max_position_embeddings:
         raise ValueError(
-            f"data.sequence_length = {length} is longer than the {role}'s max_position_embeddings = "
-            f"{model.max_position_embeddings}"
+            f"{field} = {length} is longer than the {role}'s max_position_embeddings = {model.max_position_embeddings}"
         )
     if length > model.longest_sequence:
         raise ValueError(
-            f"data.sequence_length = {length} is longer than the {role}'s original_max_position_embeddings = "
+            f"{field} = {length} is longer than the {role}'s original_max_position_embeddings = "
             f"{model.longest_sequence}: beyond it, transformers rotates by other frequencies (long_factor), which are "
-            f"not supported; set data.sequence_length to at most {model.longest_sequence}"
+            f"not supported; set {field} to at most {model.longest_sequence}"
         )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -94,25 +95,77 @@ def test_a_call_ended_by_kill_9_goes_on_with_its_scores(inputs, tmp_path, one):
     assert not list(tmp_path.glob(".*partial"))
 
 
-def test_a_target_is_met_by_the_candidate_with_the_lowest_loss(inputs, tmp_path, one):
-    path = write_hf(tmp_path / "source", "llama", width=256, heads=8, groups=4)
-    changes = dict.fromkeys(SIZES.keys() - {"sequence_length"}) | {
-        **{"ffn_hidden_size": None, "target_params": 900_000, "layer_importance": "loss"},
-    }
-    answer = one.run(target_of, path, f"{inputs}/train", str(tmp_path / "out"), changes)
-    assert answer == [None]
+TARGET = {  # for a wide model
+    **dict.fromkeys(SIZES.keys() - {"sequence_length"}),
+    **{"ffn_hidden_size": None, "target_params": 900_000, "layer_importance": "loss"},
+}
+
+
+def killed_after_a_candidate(path, data, output):
+    """Prune, and end by SIGKILL when the loss of one candidate is known."""
+    from distill_nemo.runtime.device import setup_device
+
+    setup_device()
+    from distill_nemo.pruning import prune
+
+    write = prune.write_progress
+
+    def write_and_die(directory, identity, scores, losses):
+        write(directory, identity, scores, losses)
+        if len(losses) == 2:  # the source's, and a candidate's
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    prune.write_progress = write_and_die
+    pruned(path, data, output, "llama", Layout(), **TARGET)
+
+
+def resumed(path, data, output):
+    """Prune, without scores of its own."""
+    from distill_nemo.runtime.device import setup_device
+
+    setup_device()
+    from distill_nemo.pruning.calibration import Calibration
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(Calibration, "scores")
+        return pruned(path, data, output, "llama", Layout(), **TARGET)
+
+
+def test_a_target_is_met_by_the_candidate_with_the_lowest_loss_also_after_kill_9(inputs, tmp_path, one):
+    path, data = write_hf(tmp_path / "source", "llama", width=256, heads=8, groups=4), f"{inputs}/train"
+    assert one.run(target_of, path, data, str(tmp_path / "out")) == [None]
     record = json.loads((tmp_path / "out/pruning.json").read_text())
     losses = [each["held_out_lm_loss"] for each in record["candidates"]]
     assert len(losses) > 1 and record["held_out_lm_loss"]["result"] == min(losses)
     assert 810_000 <= record["result"]["num_parameters"] <= 900_000
+    with Gloo(1, init=False, timeout=200) as group, pytest.raises((ProcessEndedError, RuntimeError)):
+        group.run(killed_after_a_candidate, path, data, str(tmp_path / "killed"))
+    assert one.run(resumed, path, data, str(tmp_path / "killed")) == [None]
+    assert content(tmp_path / "killed") == content(tmp_path / "out")
 
 
-def target_of(path, data, output, changes):
-    return pruned(path, data, output, "llama", Layout(), **changes)
+def target_of(path, data, output):
+    return pruned(path, data, output, "llama", Layout(), **TARGET)
 
 
-def test_sizes_that_do_not_fit_leave_nothing_behind(inputs, tmp_path, one):
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("qwen3_moe", {}, r"num_experts = 2: .*[^$]*can be cut to:"),
+        (
+            "llama",
+            {"samples": 10**5},
+            r"samples = 100000 and held_out_samples = 4: .* holds [\d,]+ samples of 32 tokens",
+        ),
+        ("llama", {"sequence_length": 513}, "sequence_length = 513 is longer than the model's max_position_embeddings"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_leaves_nothing_behind(inputs, tmp_path, one, family, changes, reason):
     path = write_hf(tmp_path / "source", "llama")
-    (error,) = one.run(pruned, path, f"{inputs}/train", str(tmp_path / "out"), "qwen3_moe", Layout())
-    assert "num_experts = 2: " in error and "can be cut to:" in error
+    (error,) = one.run(refused, path, f"{inputs}/train", str(tmp_path / "out"), family, changes)
+    assert re.search(reason, error)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["source"]
+
+
+def refused(path, data, output, family, changes):
+    return pruned(path, data, output, family, Layout(), **changes)

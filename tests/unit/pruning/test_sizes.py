@@ -1,6 +1,8 @@
 """Sizes that can be had, candidates for a target, and choices among equal scores."""
 
+import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -35,6 +37,7 @@ QWEN3_30B = StudentConfig(
     num_experts_per_tok=8,
     moe_ffn_hidden_size=768,
 )
+DENSE_LAYERS = {"mlp_only_layers": [0, 5], "decoder_sparse_step": 1}
 CONFIG = PruneConfig("m", "out", "data")
 
 
@@ -77,30 +80,77 @@ def test_experts_of_a_token_must_stay():
         complete(resolve(QWEN3_30B), {"ffn_hidden_size": 64})
 
 
+def candidates_of(model, layers_of=None, tensor=1, expert=1, **stated):
+    parallelism = ParallelismConfig(tensor_model_parallel_size=tensor, expert_model_parallel_size=expert)
+    return candidates(model, replace(CONFIG, **stated), parallelism, layers_of or partial(evenly_spaced, model))
+
+
 @pytest.mark.parametrize(("model", "target", "ranks"), [(QWEN3_8B, 6e9, 1), (QWEN3_8B, 4e9, 2), (QWEN3_30B, 16e9, 1)])
 def test_candidates_meet_the_target_in_sizes_that_ranks_divide(model, target, ranks):
     model = resolve(model)
-    found = candidates(model, replace(CONFIG, target_params=target), int(target), ranks)
+    found = candidates_of(model, tensor=ranks, target_params=target)
     assert 2 <= len(found) <= 24
     width = "moe_ffn_hidden_size" if model.experts else "ffn_hidden_size"
     for sizes in found:
-        count = num_parameters(smaller(model, sizes, evenly_spaced(model, sizes)))
+        count = num_parameters(smaller(model, sizes, evenly_spaced(model, sizes["num_layers"])))
         assert 0.9 * target <= count <= target, sizes
         assert sizes["hidden_size"] % 64 == 0 and sizes[width] % (64 * ranks) == 0, sizes
         assert sizes["num_query_groups"] % ranks == 0, sizes
 
 
+def test_candidates_have_the_layout():
+    found = candidates_of(resolve(QWEN3_30B), expert=64, target_params=16e9)
+    assert {sizes["num_experts"] for sizes in found} <= {64, 128}
+
+
+def test_a_target_counts_the_layers_that_stay():
+    model = resolve(replace(QWEN3_30B, num_layers=8, ffn_hidden_size=6144, family_fields=DENSE_LAYERS))
+
+    def without_dense_layers_first(count):
+        return sorted([1, 2, 3, 4, 0, 5, 6, 7][:count])
+
+    for layers_of in (without_dense_layers_first, partial(evenly_spaced, model)):
+        found = candidates_of(model, layers_of, target_params=3e9)
+        counts = [num_parameters(smaller(model, sizes, layers_of(sizes["num_layers"]))) for sizes in found]
+        assert counts and all(2.7e9 <= count <= 3e9 for count in counts)
+        assert {sizes["num_layers"] for sizes in found} != {8}
+
+
+def test_widths_of_experts_and_of_dense_layers_are_cut_alike():
+    model = resolve(replace(QWEN3_30B, num_layers=8, ffn_hidden_size=6144, family_fields=DENSE_LAYERS))
+    own = {"num_layers": 8, "hidden_size": 2048, "num_experts": 128, "num_query_groups": 4}
+    (sizes,) = candidates_of(model, target_params=4e9, **own)
+    assert sizes["moe_ffn_hidden_size"] < 768
+    assert sizes["ffn_hidden_size"] / 6144 == pytest.approx(sizes["moe_ffn_hidden_size"] / 768, abs=64 / 768)
+
+
 def test_sizes_that_are_stated_beside_a_target_stay():
-    model = resolve(QWEN3_8B)
-    found = candidates(model, replace(CONFIG, num_layers=36, hidden_size=3072), 6 * 10**9, 1)
+    found = candidates_of(resolve(QWEN3_8B), num_layers=36, hidden_size=3072, target_params=6e9)
     assert {(sizes["num_layers"], sizes["hidden_size"]) for sizes in found} == {(36, 3072)}
 
 
-def test_targets_out_of_reach_are_refused_with_the_least():
-    with pytest.raises(ValueError, match=r"\(8,190,735,360 parameters\) has about 500,000,000; .* to all of them"):
-        candidates(resolve(QWEN3_8B), CONFIG, 5 * 10**8, 1)
-    with pytest.raises(ValueError, match="is not below the 8,190,735,360"):
-        candidates(resolve(QWEN3_8B), CONFIG, 9 * 10**9, 1)
+def targets_in(text):
+    return [float(number) for number in re.findall(r"target_\w+=([\d.]+)", text.split("closest")[-1])]
+
+
+@pytest.mark.parametrize(
+    ("stated", "reason"),
+    [
+        ({"target_params": 5e8}, "target_params=500000000: no cut of m has about so few"),
+        ({"target_params": 7e9, "num_layers": 36, "hidden_size": 2048}, "target_params=7000000000: no cut of m"),
+        ({"target_memory": 0.01, "gpu": "h100"}, r"target_memory=0.01 \(400,000,000 parameters\): no cut of m"),
+        ({"target_params": 9e9}, "cuts nothing: m has 8,190,735,360 parameters. State less than target_params=8190"),
+        ({"target_memory": 0.9, "gpu": "h200"}, r"cuts nothing: m has [\d,]+ parameters. State less than .*=0.1161 "),
+    ],
+)
+def test_targets_out_of_reach_are_refused_with_those_that_would_do(stated, reason):
+    model = replace(resolve(QWEN3_8B), name="m")
+    with pytest.raises(ValueError, match=reason) as error:
+        candidates_of(model, **stated)
+    if "closest" in str(error.value):
+        assert targets_in(str(error.value))
+        for target in targets_in(str(error.value)):
+            assert candidates_of(model, **stated | {next(name for name in stated if "target" in name): target})
 
 
 def test_a_share_of_a_gpus_memory_is_a_number_of_parameters():
@@ -126,8 +176,7 @@ def test_a_config_that_says_too_little_or_too_much_is_refused(changes, ranks, re
 
 
 def test_layers_that_a_rule_states_are_listed_anew():
-    fields = {"mlp_only_layers": [0, 5], "decoder_sparse_step": 1}
-    model = resolve(replace(QWEN3_30B, num_layers=8, ffn_hidden_size=6144, family_fields=fields))
+    model = resolve(replace(QWEN3_30B, num_layers=8, ffn_hidden_size=6144, family_fields=DENSE_LAYERS))
     cut = smaller(model, sizes_of(model) | {"num_layers": 4}, [1, 4, 5, 7])
     assert cut.family_fields["mlp_only_layers"] == [2]
     assert [layer.has_experts for layer in cut.layers] == [True, True, False, True]

@@ -1,0 +1,48 @@
+"""Scores and losses that an interrupted call left in its unfinished directory. Read and written on rank 0."""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from distill_nemo.pruning.choice import Scores
+from distill_nemo.runtime.files import write_atomically
+
+PROGRESS = "progress"  # folder
+FILE = "scores.safetensors"
+OF_THE_MODEL, OF_LAYERS = ("hidden", "layers"), ("heads", "ffn", "shared_ffn", "experts", "expert_ffn")
+
+
+def write_progress(directory: Path, identity: str, scores: Scores, losses: list[float]) -> None:
+    """Write all scores, and the held-out losses of the source and of the first candidates."""
+    tensors = {name: vars(scores)[name] for name in OF_THE_MODEL}
+    for part in OF_LAYERS:
+        tensors |= {f"{part}.{layer}": value for layer, value in vars(scores)[part].items()}
+    metadata = {"identity": identity, "losses": json.dumps(losses)}
+    folder = directory / PROGRESS
+    folder.mkdir(exist_ok=True)
+    write_atomically(folder / FILE, save({name: each.contiguous() for name, each in tensors.items()}, metadata))
+
+
+def earlier_losses(directory: Path, identity: str) -> list[float]:
+    """Return the losses that a call of the same identity wrote; none if there was no such call."""
+    try:
+        with safe_open(directory / PROGRESS / FILE, "pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError):
+        return []
+    return json.loads(metadata["losses"]) if metadata.get("identity") == identity else []
+
+
+def earlier_scores(directory: Path) -> Scores:
+    """Return the scores beside `earlier_losses`."""
+    with safe_open(directory / PROGRESS / FILE, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    by_layer: dict[str, dict[int, Tensor]] = {part: {} for part in OF_LAYERS}
+    for name in tensors.keys() - set(OF_THE_MODEL):
+        part, layer = name.split(".")
+        by_layer[part][int(layer)] = tensors[name]
+    in_order = {part: dict(sorted(layers.items())) for part, layers in by_layer.items()}
+    return Scores(**{name: tensors[name] for name in OF_THE_MODEL}, **in_order)
