@@ -45,4 +45,4 @@ def earlier_scores(directory: Path) -> Scores:
         part, layer = name.split(".")
         by_layer[part][int(layer)] = tensors[name]
     in_order = {part: dict(sorted(layers.items())) for part, layers in by_layer.items()}
-    return Scores(**{name: tensors[name] for name in OF_THE_MODEL}, **in_order)
+    return Scores(hidden=tensors["hidden"], layers=tensors["layers"], **in_order)
