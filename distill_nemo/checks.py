@@ -40,6 +40,8 @@ def check(config: RunConfig, world_size: int) -> None:
     _check_parallelism(config, num_microbatches)
     _check_training(config)
     _check_distillation(config.distillation)
+    saved = config.checkpoint
+    require(saved.export or not saved.copy_untouched, "checkpoint.copy_untouched needs checkpoint.export; set both")
     require(bool(config.data.train), "data.train is empty: name the token files made by `nemo distill prepare`")
     _check_model("student", config.student, config.parallelism)
     if config.teacher is not None:

@@ -245,6 +245,7 @@ class CheckpointConfig:
     async_save: bool = False
     resume: bool = True
     export: bool = setting(True, "write <output_dir>/student in Hugging Face format at the end")
+    copy_untouched: bool = setting(False, "export tensors that the student's source has and the student lacks, too")
 
 
 @dataclass

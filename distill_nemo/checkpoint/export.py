@@ -33,7 +33,8 @@ def export_from_run(config: RunConfig, student: "Architecture", chunks: "list[GP
     torch.cuda.empty_cache()
     source = _source(config.student.checkpoint) if rank() == 0 else None
     try:
-        export_hf(chunks, str(_target(config)), student, config.data.tokenizer, source)
+        copy_untouched = config.checkpoint.copy_untouched
+        export_hf(chunks, str(_target(config)), student, config.data.tokenizer, source, copy_untouched=copy_untouched)
     except (ValueError, OSError, RuntimeError) as error:
         raise RuntimeError(
             f"export failed; the checkpoint is whole: {error}. Run the same command again to export it, or on other "
@@ -52,11 +53,12 @@ def prepare_export(config: RunConfig, student: "Architecture", dtype: torch.dtyp
 
     Raises:
         ValueError: if transformers has no class for the student, refuses its sizes, or cannot open its tokenizer; or
-            if the export's directory must not be replaced.
+            if the export's directory must not be replaced, or there is nothing to copy as `copy_untouched` asks.
     """
     from distill_nemo.data.tokenizer import load_tokenizer
     from distill_nemo.models.checkpoints.export_files import NO_EXPORT, export_files, exported_tokenizer
     from distill_nemo.models.checkpoints.huggingface import check_exportable, check_target
+    from distill_nemo.models.checkpoints.untouched import untouched_tensors
 
     check_exportable(student)
     check_target(_target(config))
@@ -67,7 +69,8 @@ def prepare_export(config: RunConfig, student: "Architecture", dtype: torch.dtyp
             load_tokenizer(str(tokenizer)).token_id("eos_token")
         except ValueError as error:
             raise ValueError(f"{error}; repair it, name another directory as data.tokenizer, or {NO_EXPORT}") from None
-    export_files(student, dtype, source, tokenizer).check()
+    copies = untouched_tensors(source, student) if config.checkpoint.copy_untouched else None
+    export_files(student, dtype, source, tokenizer, copies).check()
 
 
 def _target(config: RunConfig) -> Path:

@@ -156,8 +156,8 @@ def export(
         checkpoint: a run's output directory, its checkpoints directory, or one step_* directory.
         output: the Hugging Face directory to write.
         tokenizer: tokenizer directory to copy beside the weights.
-        copy_untouched: copy tensors that the student's source has and the student lacks, such as layers that predict
-            further tokens. They are as they were before the training.
+        copy_untouched: copy tensors that the student's source has and the student lacks: layers that predict further
+            tokens, a vision tower. They are as they were before the training.
         parallelism: layout; without these fields, that of the run, reduced to the ranks that there are.
     """
     from distill_nemo.checkpoint.export import export as export_checkpoint

@@ -11,8 +11,9 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, PreTrainedModel
 
 from distill_nemo.models.architecture import Architecture
-from distill_nemo.models.checkpoints.hf_tensors import PieceReader, stored_tensors
+from distill_nemo.models.checkpoints.hf_tensors import PieceReader, of_text_model, stored_tensors
 from distill_nemo.models.checkpoints.pretrained import new_model, open_pretrained
+from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.families.pieces import EXPERT, Piece, Place, experts
 from distill_nemo.models.families.tensors import table_of
 
@@ -65,7 +66,8 @@ class _Weights:
     """Weights of a directory, by their names in transformers' model."""
 
     def __init__(self, path: Path, dtype: torch.dtype, model: Architecture) -> None:
-        self._stored, self._dtype, self._model = stored_tensors(path), dtype, model
+        self._stored = of_text_model(stored_tensors(path), FAMILIES[model.family])
+        self._dtype, self._model = dtype, model
         self._prefix = next(name.partition("layers.")[0] for name in self._stored if "layers." in name)
 
     def __contains__(self, name: str) -> bool:

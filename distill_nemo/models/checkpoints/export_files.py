@@ -19,10 +19,11 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from distill_nemo.config import StudentConfig
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.pretrained import empty_model, open_pretrained
+from distill_nemo.models.checkpoints.untouched import Untouched
 from distill_nemo.models.families.huggingface import from_huggingface, read_config, to_huggingface
 from distill_nemo.models.families.rope import ROPE_FIELDS
 from distill_nemo.models.quantisation import FIELD
-from distill_nemo.runtime.files import read_object_if_any
+from distill_nemo.runtime.files import read_object, read_object_if_any
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -36,7 +37,8 @@ TOKENIZER_FILES = (
 )
 CHAT_TEMPLATES = ("*.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
 GENERATION = "generation_config.json"  # may name several tokens at which an answer ends
-FURTHER_LAYERS = {"num_nextn_predict_layers"}  # number of layers that predict further tokens; exports have none
+PROCESSORS = ("*processor_config.json",)  # of images and videos
+FURTHER_LAYERS = {"num_nextn_predict_layers", "mtp_num_hidden_layers"}  # that predict further tokens; exports have none
 DROPPED = ("auto_map", FIELD)  # names code, which is not copied; and quantised weights, which are written plain
 NO_EXPORT = "train with checkpoint.export=false, and keep the Megatron checkpoint"
 
@@ -98,7 +100,7 @@ def export_files(
     dtype: torch.dtype,
     source: Path | None,
     tokenizer: Path | None,
-    has_further_layers: bool = False,
+    untouched: Untouched | None = None,
 ) -> ExportFiles:
     """Collect an export's files without writing any.
 
@@ -107,7 +109,7 @@ def export_files(
         dtype: dtype of its weights.
         source: the Hugging Face directory that it came from, if any.
         tokenizer: directory whose tokenizer takes precedence over the source's.
-        has_further_layers: layers of the source that predict further tokens are copied.
+        untouched: tensors of the source that are copied. Then `config.json` describes them, too.
 
     Raises:
         ValueError: if `tokenizer` holds no tokenizer.
@@ -122,8 +124,11 @@ def export_files(
     if generation is not None:
         files[GENERATION] = generation
     config = _config(model, dtype, source, tokenizer)
-    if not has_further_layers:
+    if untouched is None:
         config |= dict.fromkeys(FURTHER_LAYERS & config.keys(), 0)
+    elif untouched.wrapper is not None:
+        assert source is not None
+        config, files = _around(config, source), files | _matching(source, PROCESSORS)
     return ExportFiles(config, files, tokenizer)
 
 
@@ -191,6 +196,17 @@ def _config(model: Architecture, dtype: torch.dtype, source: Path | None, tokeni
     ids = {name: value for name, value in config.items() if name.endswith("_token_id")}
     config |= {name: _within(value, model.vocab_size) for name, value in ids.items()}
     return {name: value for name, value in config.items() if name not in DROPPED}
+
+
+def _around(text: dict[str, Any], source: Path) -> dict[str, Any]:
+    """Return the `config.json` of the model of images and text around a text model, with that one's rows and dtype."""
+    whole = {name: value for name, value in read_object(source / "config.json").items() if name not in DROPPED}
+    theirs = whole["text_config"] | {"vocab_size": text["vocab_size"]}
+    return _with_dtype(whole, text) | {"text_config": _with_dtype(theirs, text)}
+
+
+def _with_dtype(config: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    return config | {name: other[name] for name in ("dtype", "torch_dtype") if name in config}
 
 
 def _source_config(source: Path, model: Architecture) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def check_hf_tensors(path: Path, model: Architecture) -> dict[str, StoredTensor]
     for name, usual in FAMILIES[model.family].other_names.items():
         if name in stored:
             stored[usual] = stored.pop(name)._replace(name=name)
-    stored = _of_text_model(stored, FAMILIES[model.family])
+    stored = of_text_model(stored, FAMILIES[model.family])
     _check_dtypes(path, stored)
     layers = 1 + max((int(match[1]) for name in stored if (match := LAYER.match(name))), default=-1)
     if layers != model.num_layers:
@@ -93,18 +93,23 @@ def _without_further_layers(stored: dict[str, StoredTensor], model: Architecture
     return {name: x for name, x in stored.items() if not ((match := LAYER.match(name)) and int(match[1]) in further)}
 
 
-def _of_text_model(stored: dict[str, StoredTensor], family: Family) -> dict[str, StoredTensor]:
+def own_name(name: str, family: Family) -> str:
+    """Return a tensor's name without the prefix of a model of images and text."""
+    if family.wrapper is None or not name.startswith(family.wrapper.prefix):
+        return name
+    return "model." + name.removeprefix(family.wrapper.prefix)
+
+
+def of_text_model(stored: Mapping[str, StoredTensor], family: Family) -> dict[str, StoredTensor]:
     """Leave out tensors that transformers ignores, and the prefix of a model of images and text."""
     found: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
         if name.startswith(family.ignored_tensors):
             continue
-        own = name
-        if family.wrapper is not None and name.startswith(family.wrapper.prefix):
-            own, tensor = "model." + name.removeprefix(family.wrapper.prefix), tensor._replace(name=name)
+        own = own_name(name, family)
         if own in found:
             raise ValueError(f"{name:.120} is stored twice: {own:.120} stands for it, too")
-        found[own] = tensor
+        found[own] = tensor if own == name else tensor._replace(name=name)
     return found
 
 

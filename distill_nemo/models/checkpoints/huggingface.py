@@ -100,16 +100,12 @@ def export_hf(
     with contextlib.ExitStack() as aside:  # used on rank 0 only
 
         def begin() -> tuple[str, str | None]:
-            if copy_untouched and source is None:
-                raise ValueError("copy_untouched: the student came from no Hugging Face directory that still exists")
-            copied = source if copy_untouched else None
-            if copied is not None:
-                untouched_tensors(copied, model)
-            files = export_files(model, dtype, source, Path(tokenizer) if tokenizer else None, copied is not None)
+            copies = untouched_tensors(source, model) if copy_untouched else None
+            files = export_files(model, dtype, source, Path(tokenizer) if tokenizer else None, copies)
             files.check()
             partial = aside.enter_context(writing_export(Path(path)))
             files.write(partial)
-            return str(partial), copied and str(copied)
+            return str(partial), str(source) if copies else None
 
         partial, copied = everyone.on_rank_0(begin)
         partial, untouched = Path(partial), untouched_tensors(Path(copied), model) if copied else None

@@ -28,10 +28,11 @@ LABELS = {dtype: label for label, dtype in DTYPES.items()}
 
 
 class Entry(NamedTuple):
-    """Dtype, as safetensors names it, and shape of a tensor."""
+    """Dtype, as safetensors names it, and shape of a tensor; its name in the file, if that differs."""
 
     dtype: str
     shape: tuple[int, ...]
+    name: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -40,6 +41,11 @@ class Entry(NamedTuple):
 
 
 Entries = dict[str, Entry]  # in the order of their file
+
+
+def as_in_file(entries: Entries) -> Entries:
+    """Return the same entries by their names in the file."""
+    return {entry.name or name: entry._replace(name=None) for name, entry in entries.items()}
 
 
 class TensorFiles:
@@ -114,7 +120,7 @@ class TensorFiles:
 def _header(entries: Entries, metadata: dict[str, str]) -> bytes:
     described: dict[str, object] = {"__metadata__": metadata}
     end = 0
-    for name, entry in entries.items():
+    for name, entry in as_in_file(entries).items():
         start, end = end, end + entry.nbytes
         described[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": (start, end)}
     text = json.dumps(described, separators=(",", ":")).encode()

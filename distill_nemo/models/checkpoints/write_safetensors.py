@@ -15,7 +15,14 @@ from megatron.core.models.gpt import GPTModel
 from safetensors import SafetensorError, safe_open
 
 from distill_nemo.models.architecture import Architecture
-from distill_nemo.models.checkpoints.hf_tensors import INDEX, SINGLE_FILE, PieceReader, read_header, stored_tensors
+from distill_nemo.models.checkpoints.hf_tensors import (
+    INDEX,
+    SINGLE_FILE,
+    PieceReader,
+    of_text_model,
+    read_header,
+    stored_tensors,
+)
 from distill_nemo.models.checkpoints.local_parameters import (
     LocalParameter,
     WholeRows,
@@ -23,8 +30,9 @@ from distill_nemo.models.checkpoints.local_parameters import (
     local_parameters,
     own_rows,
 )
-from distill_nemo.models.checkpoints.tensor_files import LABELS, Entries, Entry, TensorFiles
+from distill_nemo.models.checkpoints.tensor_files import LABELS, Entries, Entry, TensorFiles, as_in_file
 from distill_nemo.models.checkpoints.untouched import Copies, Untouched
+from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.families.pieces import OUTPUT
 from distill_nemo.models.families.tensors import Shapes, hf_shapes
 from distill_nemo.models.sources import StoredTensor
@@ -58,9 +66,10 @@ def write_weights(
     Raises:
         OSError: if a file cannot be written.
     """
-    everyone, copies = everyone or Everyone(), Copies(untouched or {})
+    everyone, untouched = everyone or Everyone(), untouched or Untouched({})
     parameters = [p for chunk in chunks for p in local_parameters(chunk, model) if _is_stored(p, model)]
-    by_rank = _plan(parameters, copies, hf_shapes(model), max_file_bytes)
+    by_rank = _plan(parameters, untouched, hf_shapes(model), max_file_bytes)
+    copies = Copies(untouched)
     files = {file: entries for own in by_rank for file, entries in own.items()}
     missing = files.keys() - _whole_files(parameters, copies, files, directory)
     _announce(files, missing, directory)
@@ -90,16 +99,18 @@ def write_weights(
     everyone.raise_errors(failure)
 
 
-def _plan(parameters: Iterable[LocalParameter], copies: Copies, shapes: Shapes, limit: int) -> list[dict[str, Entries]]:
+def _plan(
+    parameters: Iterable[LocalParameter], untouched: Untouched, shapes: Shapes, limit: int
+) -> list[dict[str, Entries]]:
     """Return the files that each rank creates, and their tensors. The first rank that has rows of a tensor counts."""
     own = {
-        name: Entry(LABELS[parameter.tensor.dtype], shapes[name])
+        name: Entry(LABELS[parameter.tensor.dtype], shapes[name], untouched.name_beside(name))
         for parameter in filter(_writes, parameters)
         for name in parameter.whole_shapes()
     }
     planned: list[list[Entries]] = []
     seen: set[str] = set()
-    for of_rank in _from_every_rank(own | copies.entries):
+    for of_rank in _from_every_rank(own | Copies(untouched).entries):
         entries = {name: entry for name, entry in of_rank.items() if name not in seen}
         seen |= entries.keys()
         names = plan_files({name: entry.nbytes for name, entry in entries.items()}, limit)
@@ -114,9 +125,13 @@ def _whole_files(
 ) -> set[str]:
     """Return the files in `directory` that hold what the ranks hold. Collective."""
     stored = {file: _stored(directory / file) for file in files}
-    whole = {file for file, entries in files.items() if stored[file] == entries}
+    whole = {file for file, entries in files.items() if stored[file] == as_in_file(entries)}
     place = {name: file for file in whole for name in files[file]}
-    there = {name: StoredTensor(directory / file, *files[file][name]) for name, file in place.items()}
+    there = {
+        name: StoredTensor(directory / file, entry.dtype, entry.shape, name=entry.name)
+        for file in whole
+        for name, entry in files[file].items()
+    }
     with PieceReader(there) as reader:
         for parameter in filter(_is_first_copy, parameters):
             whole -= {place[name] for name in parameter.differing(place, reader.read)}
@@ -149,7 +164,7 @@ def prepare_directory(files: dict[str, Entries], directory: Path) -> None:
         if path.name not in files:
             path.unlink(missing_ok=True)
     if len(files) > 1:
-        places = {name: file for file, entries in files.items() for name in entries}
+        places = {name: file for file, entries in files.items() for name in as_in_file(entries)}
         total = sum(entry.nbytes for entries in files.values() for entry in entries.values())
         index = {"metadata": {"total_size": total, **METADATA}, "weight_map": dict(sorted(places.items()))}
         (directory / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
@@ -175,14 +190,15 @@ def check_written(
     """
     failure = None
     try:
-        with PieceReader(stored := stored_tensors(directory)) as reader:
+        stored = stored_tensors(directory)
+        with PieceReader(own := of_text_model(stored, FAMILIES[model.family])) as reader:
             for parameter in (p for chunk in chunks for p in local_parameters(chunk, model)):
                 names = parameter.whole_shapes() if _is_first_copy(parameter) else ()
-                for name in (each for each in names if each not in stored):
+                for name in (each for each in names if each not in own):
                     raise AgreedError(f"{directory}: {name} was not written")
                 for name in parameter.differing(names, reader.read):
                     raise AgreedError(f"{directory}: {name} is not what was written")
-        copies = Copies(untouched or {})
+        copies = Copies(untouched or Untouched({}))
         for name in copies.differing(stored, copies.stored):
             raise AgreedError(f"{directory}: {name} is not what was copied")
     except (ValueError, OSError, SafetensorError, RuntimeError) as error:

@@ -149,16 +149,6 @@ def test_the_text_model_of_a_whole_model_is_read_and_exported_by_itself(one, tmp
     assert exported.keys() == text.keys() and all(torch.equal(exported[name], text[name]) for name in text)
 
 
-def test_a_vision_tower_is_not_copied_into_the_export_of_a_text_model(tmp_path):
-    from distill_nemo.models.checkpoints.untouched import untouched_tensors
-    from distill_nemo.models.resolve import resolve
-
-    write_hf(tmp_path, "qwen3_5_text")
-    whole = wrap(tmp_path)
-    with pytest.raises(ValueError, match="holds the student inside another model"):
-        untouched_tensors(whole, resolve(StudentConfig(checkpoint=str(whole))))
-
-
 def logits_apart_of(path):
     """Return the difference between the logits of an import and those of transformers on the same directory."""
     from distill_nemo.models.checkpoints.agreement import logits_apart, open_with_transformers

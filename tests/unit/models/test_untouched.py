@@ -11,14 +11,16 @@ from distill_nemo.config import StudentConfig
 from distill_nemo.runtime.device import setup_device
 from distill_nemo.runtime.process_groups import process_groups
 from tests.distillation import Layout
+from tests.distributed.checkpoint.test_resume import train
 from tests.tiny_models import write_hf
+from tests.unit.models.test_quantised_sources import write_fp8
 
 
 @pytest.fixture
 def source(tmp_path):
     """Return a model with two tensors of a layer that predicts further tokens, in files of two dtypes."""
     path = Path(write_hf(tmp_path / "in", "glm4_moe", layers=2))
-    tensors = load_file(path / "model.safetensors")
+    tensors = {name: x.clone() for name, x in load_file(path / "model.safetensors").items()}  # the file is replaced
     further = {
         "model.layers.2.eh_proj.weight": torch.randn(64, 128).bfloat16(),
         "model.layers.2.enorm.weight": torch.randn(64),
@@ -91,3 +93,20 @@ def test_a_source_that_has_none_is_refused(one, tmp_path):
     with pytest.raises(ValueError, match=r"copy_untouched: .* holds no tensors besides the student's"):
         one.run(export, path, tmp_path / "out", Layout(), True)
     assert not (tmp_path / "out").exists()
+
+
+def test_scales_of_a_quantised_source_are_not_copied(tmp_path):
+    setup_device()
+    from distill_nemo.models.checkpoints.untouched import untouched_tensors
+    from distill_nemo.models.resolve import resolve
+
+    path, _ = write_fp8(tmp_path / "fp8")
+    with pytest.raises(ValueError, match="holds no tensors besides the student's"):
+        untouched_tensors(Path(path), resolve(StudentConfig(checkpoint=path)))
+
+
+def test_a_run_without_anything_to_copy_is_refused_before_its_first_step(inputs, one, tmp_path):
+    changes = {"checkpoint.export": True, "checkpoint.copy_untouched": True}
+    with pytest.raises(ValueError, match=r"copy_untouched: .* holds no tensors besides the student's"):
+        one.run(train, inputs, tmp_path / "run", 1, 1, None, changes)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
