@@ -24,8 +24,9 @@ class LogitsAndIntermediatesLossBalancer(DistillationLossBalancer):
     `total = student + kd * scale(student / kd) * kd_loss_scale`, or `kd` alone if the student loss is missing or
     skipped. Scaled to a skipped student loss, `kd` could never shrink.
 
-    Scales are constants for autograd. They are 0 if their denominator is 0, so a term that vanishes stays zero with a
-    finite gradient, and at most `max_amplification`. The host reads no value.
+    Scales are constants for autograd, and at most `max_amplification`. This is also the scale of a loss that is not
+    positive, the limit of small ones: a loss of zero stays zero with a finite gradient, and one that was estimated from
+    draws may be negative by chance. The host reads no value.
 
     Scales come from the losses of the call, as ModelOpt's do, or after `observe` from the observed losses. Training
     observes the global means of the previous step. All ranks and pipeline stages then use the same scales, and within
@@ -59,9 +60,13 @@ class LogitsAndIntermediatesLossBalancer(DistillationLossBalancer):
         self.observed: dict[str, float] | None = None
 
     def observe(self, means: dict[str, float]) -> None:
-        """Take the scales from these losses from now on: `lm_loss`, `logit_loss` and `hidden_loss`, if present."""
+        """Take the scales from these means from now on: `lm_loss`, `logit_loss` and `hidden_loss`.
+
+        A loss that is missing keeps its last mean. Until one of the distillation losses has been seen, they are taken
+        to be as large as the student's.
+        """
         names = ("lm_loss", "logit_loss", "hidden_loss")
-        self.observed = {name: float(means[name]) for name in names if name in means}
+        self.observed = (self.observed or {}) | {name: float(means[name]) for name in names if name in means}
 
     def forward(self, loss_dict: dict[str, Tensor]) -> Tensor:
         """Return the scalar to differentiate from scalars by name.
@@ -92,12 +97,14 @@ class LogitsAndIntermediatesLossBalancer(DistillationLossBalancer):
             intermediate = intermediate * share
         if student is None or self.skip_original_loss:
             return None, torch.ones(()), share
-        scale = self._scale(student, _sum(logits, intermediate)) * self.kd_loss_scale
+        known = logits is not None or intermediate is not None
+        scale = self._scale(student, _sum(logits, intermediate)) if known else torch.ones(())
+        scale = scale * self.kd_loss_scale
         return torch.ones(()), scale, scale * share
 
     def _scale(self, target: Tensor, source: Tensor) -> Tensor:
         positive = torch.where(source > 0, source, 1.0)
-        scale = torch.where(source > 0, target / positive, 0.0)
+        scale = torch.where(source > 0, target / positive, torch.inf)
         return scale.clamp(max=self.max_amplification)
 
 

@@ -84,21 +84,21 @@ def run_model(batches: Batches, model: nn.Module) -> tuple[Targets, Tensor]:
 
 
 def eval_loss_func(targets: Targets, model: nn.Module, output_tensor: Tensor) -> tuple[Tensor, Tensor, Report]:
-    """Return LM loss, valid tokens and report, without gradients; a teacher adds forward KL, agreement and entropy.
-
-    Metrics against stored targets are over the valid tokens that have targets.
-    """
+    """Return LM loss, valid tokens and report, without gradients; a teacher adds forward KL, agreement and entropy."""
     report, num_tokens = objective_of(model).metrics(output_tensor, targets), targets.loss_mask_BS.sum()
-    if targets.stored is None:
-        return report["lm_loss"], num_tokens.int(), with_token_counts(report, num_tokens)
-    lm_sum, num_taught = report.pop("lm_loss"), (targets.loss_mask_BS * targets.stored["has_targets"]).sum()
-    counted = with_token_counts({"lm_loss": lm_sum}, num_tokens) | with_token_counts(report, num_taught)
-    return lm_sum, num_tokens.int(), counted
+    return report["lm_loss"], num_tokens.int(), with_token_counts(report, num_tokens, targets)
 
 
-def with_token_counts(report: dict[str, Tensor], num_tokens: Tensor) -> Report:
-    """Pair every sum with its number of tokens."""
-    return {name: torch.stack([value.detach(), num_tokens]) for name, value in report.items()}
+def with_token_counts(report: dict[str, Tensor], num_valid: Tensor, targets: Targets) -> Report:
+    """Pair every sum with its number of tokens: all valid ones, or against stored targets those that have them."""
+    num_taught = num_valid
+    if targets.stored is not None:
+        num_taught = (targets.loss_mask_BS * targets.stored["has_targets"]).sum()
+    of_all = ("lm_loss", "kd_loss")
+    return {
+        name: torch.stack([value.detach(), num_valid if name in of_all else num_taught])
+        for name, value in report.items()
+    }
 
 
 def reduce_reports(reports: list[Report], chunks: list[nn.Module]) -> dict[str, float]:

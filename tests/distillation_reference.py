@@ -41,10 +41,10 @@ def reference(case: Case, dtype: torch.dtype = torch.float64) -> tuple[dict[str,
         stored = {name.removeprefix("target_"): x for name, x in case.stored().items()}
         t, taught = kd["temperature"], mask * stored["has_targets"]
         divergence = _against_stored(case, ours["logits"], stored, kd)
-        losses["logit_loss"] = (divergence * taught).sum() / mask.sum() * t**2
+        losses["logit_loss"] = (divergence * taught).sum() / taught.sum() * (t**2 if kd["scale_by_temperature_squared"] else 1.0)
         held_out = _of_stored(case, ours["logits"], stored, divergence, batch["labels"])
         held_out = {name: (x * taught).sum() / taught.sum() for name, x in held_out.items()}
-        total = losses["kd_loss"] = _total(losses, kd)
+        total = losses["kd_loss"] = _total(losses, kd, float(taught.sum() / mask.sum()))
     elif case.teacher is None:
         total = losses["lm_loss"]
     else:
@@ -258,14 +258,15 @@ def _projection(width: int, to: int, number: int, dtype: torch.dtype) -> torch.T
     return weight.to(dtype).requires_grad_()
 
 
-def _total(losses: dict[str, torch.Tensor], kd: dict[str, Any]) -> torch.Tensor:
+def _total(losses: dict[str, torch.Tensor], kd: dict[str, Any], taught: float = 1.0) -> torch.Tensor:
+    """Return the mean over valid tokens of the total. The logits loss is given over the share that is taught."""
     lm, logit, hidden = (losses.get(name, torch.zeros(())) for name in ("lm_loss", "logit_loss", "hidden_loss"))
     if kd.get("balancer") != "dynamic":
         weights = (kd.get("lm_weight", 0.0), kd.get("logits_weight", 1.0), kd.get("hidden_weight", 0.0))
-        return weights[0] * lm + weights[1] * logit + weights[2] * hidden
+        return weights[0] * lm + weights[1] * taught * logit + weights[2] * hidden
     lm_, logit_, hidden_ = lm.item(), logit.item(), hidden.item()
     share = min(logit_ / hidden_, MAX_AMPLIFICATION) if hidden_ else 0.0
-    distillation = logit + share * hidden
+    distillation = taught * logit + share * hidden
     if kd.get("skip_lm_loss", True):
         return distillation
     scale = min(lm_ / (logit_ + share * hidden_), MAX_AMPLIFICATION) * kd.get("kd_loss_scale", 1.0)

@@ -42,6 +42,7 @@ def loss_func(
         The loss to differentiate (a sum over tokens), the number of valid tokens (int), and the report. Hidden losses
         are not included: they are differentiated and reported at their layers (`distillation.hidden_losses`).
     """
-    loss, report = objective_of(model).loss(output_tensor, Targets(labels, loss_mask, num_valid, stored))
+    targets = Targets(labels, loss_mask, num_valid, stored)
+    loss, report = objective_of(model).loss(output_tensor, targets)
     num_tokens = loss_mask.sum()
-    return loss, num_tokens.int(), with_token_counts(report, num_tokens)
+    return loss, num_tokens.int(), with_token_counts(report, num_tokens, targets)

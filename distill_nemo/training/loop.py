@@ -28,7 +28,6 @@ from distill_nemo.training.metrics import MetricsLog
 from distill_nemo.training.setup import TrainState
 
 MAX_SKIPPED = 10  # steps in a row
-OBSERVED = ("lm_loss", "logit_loss", "hidden_loss")
 
 
 class NotFiniteError(RuntimeError):
@@ -190,12 +189,10 @@ class Loop:
         dynamic = [each for each in balancers if isinstance(each, LogitsAndIntermediatesLossBalancer)]
         if not dynamic:
             return
-        if means is None and "observed" not in self.state:
-            means = self._evaluated(self.train_data, 1, forward_step)
-        if means is not None:
-            self.state["observed"] = {name: means[name] for name in OBSERVED if name in means}
+        means = means or self.state.get("observed") or self._evaluated(self.train_data, 1, forward_step)
         for balancer in dynamic:
-            balancer.observe(self.state["observed"])
+            balancer.observe(means)
+            self.state["observed"] = balancer.observed
 
     def step(self, iterators: list[Iterator[dict[str, Tensor]]]) -> dict[str, float]:
         """Take one optimizer step and return the global token means."""

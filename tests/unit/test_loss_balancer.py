@@ -51,12 +51,13 @@ def test_without_the_student_loss_nothing_is_scaled_to_it(losses: dict[str, floa
     [
         ({STUDENT: 3.0, LOGITS: 1.0}, 6.0, {STUDENT: 1.0, LOGITS: 3.0}),
         ({STUDENT: 3.0, COSINE: 1.0}, 6.0, {STUDENT: 1.0, COSINE: 3.0}),
-        ({STUDENT: 3.0, LOGITS: 1.0, COSINE: 0.0}, 6.0, {STUDENT: 1.0, LOGITS: 3.0, COSINE: 0.0}),
-        ({STUDENT: 3.0, LOGITS: 0.0, COSINE: 1.0}, 3.0, {STUDENT: 1.0, LOGITS: 0.0, COSINE: 0.0}),
-        ({STUDENT: 3.0, LOGITS: 0.0, COSINE: 0.0}, 3.0, {STUDENT: 1.0, LOGITS: 0.0, COSINE: 0.0}),
+        ({STUDENT: 3.0, LOGITS: 1.0, COSINE: 0.0}, 6.0, {STUDENT: 1.0, LOGITS: 3.0, COSINE: 30.0}),
+        ({STUDENT: 3.0, LOGITS: 0.0, COSINE: 1.0}, 3.0, {STUDENT: 1.0, LOGITS: 10.0, COSINE: 0.0}),
+        ({STUDENT: 3.0, LOGITS: 0.0, COSINE: 0.0}, 3.0, {STUDENT: 1.0, LOGITS: 10.0, COSINE: 100.0}),
         ({STUDENT: 0.0, LOGITS: 1.0, COSINE: 1.0}, 0.0, {STUDENT: 1.0, LOGITS: 0.0, COSINE: 0.0}),
-        ({STUDENT: 0.0, LOGITS: 0.0, COSINE: 0.0}, 0.0, {STUDENT: 1.0, LOGITS: 0.0, COSINE: 0.0}),
-        ({STUDENT: 3.0, LOGITS: -1e-8}, 3.0, {STUDENT: 1.0, LOGITS: 0.0}),  # a KL of zero, rounded
+        ({STUDENT: 0.0, LOGITS: 0.0, COSINE: 0.0}, 0.0, {STUDENT: 1.0, LOGITS: 10.0, COSINE: 100.0}),
+        ({STUDENT: 3.0, LOGITS: -1e-8}, 3.0, {STUDENT: 1.0, LOGITS: 10.0}),  # a KL of zero, rounded
+        ({STUDENT: 3.0, LOGITS: -0.01}, 2.9, {STUDENT: 1.0, LOGITS: 10.0}),  # an estimate from draws
         ({STUDENT: 3.0}, 3.0, {STUDENT: 1.0}),
     ],
 )
@@ -84,6 +85,17 @@ def test_amplification_is_limited() -> None:
     assert weights[LOGITS] == pytest.approx(3.0)
     _, weights = balance(LogitsAndIntermediatesLossBalancer(skip_original_loss=True), **{LOGITS: 1.0, COSINE: 1e-40})
     assert weights[COSINE] == pytest.approx(10.0)
+
+
+def test_a_loss_that_a_step_lacks_keeps_its_last_mean() -> None:
+    """A batch of plain corpora alone has no tokens with stored targets, and says nothing about their loss."""
+    balancer = LogitsAndIntermediatesLossBalancer(kd_loss_scale=0.5)
+    balancer.observe({"lm_loss": 3.0, "valid_tokens": 64.0})
+    assert balancer.weights() == (1.0, 0.5, 0.5)  # nothing is known yet: as if it were as large as the student's
+    balancer.observe({"lm_loss": 3.0, "logit_loss": 1.5})
+    balancer.observe({"lm_loss": 6.0})
+    assert balancer.weights() == (1.0, 2.0, 2.0)
+    assert balancer.observed == {"lm_loss": 6.0, "logit_loss": 1.5}
 
 
 def test_nan_is_not_hidden() -> None:
