@@ -41,7 +41,9 @@ def reference(case: Case, dtype: torch.dtype = torch.float64) -> tuple[dict[str,
         stored = {name.removeprefix("target_"): x for name, x in case.stored().items()}
         t, taught = kd["temperature"], mask * stored["has_targets"]
         divergence = _against_stored(case, ours["logits"], stored, kd)
-        losses["logit_loss"] = (divergence * taught).sum() / taught.sum() * (t**2 if kd["scale_by_temperature_squared"] else 1.0)
+        losses["logit_loss"] = (
+            (divergence * taught).sum() / taught.sum() * (t**2 if kd["scale_by_temperature_squared"] else 1.0)
+        )
         held_out = _of_stored(case, ours["logits"], stored, divergence, batch["labels"])
         held_out = {name: (x * taught).sum() / taught.sum() for name, x in held_out.items()}
         total = losses["kd_loss"] = _total(losses, kd, float(taught.sum() / mask.sum()))

@@ -189,9 +189,11 @@ class Loop:
         dynamic = [each for each in balancers if isinstance(each, LogitsAndIntermediatesLossBalancer)]
         if not dynamic:
             return
-        means = means or self.state.get("observed") or self._evaluated(self.train_data, 1, forward_step)
+        losses: dict[str, float] = (
+            means or self.state.get("observed") or self._evaluated(self.train_data, 1, forward_step)
+        )
         for balancer in dynamic:
-            balancer.observe(means)
+            balancer.observe(losses)
             self.state["observed"] = balancer.observed
 
     def step(self, iterators: list[Iterator[dict[str, Tensor]]]) -> dict[str, float]:

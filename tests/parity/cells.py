@@ -115,10 +115,16 @@ LOSSES: dict[str, dict[str, Any]] = {
 HIDDEN = "MSE, projected, on early and late layers"
 STORED: dict[str, tuple[str, dict[str, Any]]] = {  # codec of stored targets, which take the teacher's place, and losses
     "sampled, T=2, and LM": ("sampled", {"temperature": 2.0, "logits_weight": 0.7, "lm_weight": 0.3}),
-    "sampled, dynamic, T=0.25, no T², and LM": ("sampled", {
-        "balancer": "dynamic", "skip_lm_loss": False, "kd_loss_scale": 0.8,
-        "temperature": 0.25, "scale_by_temperature_squared": False,  # large enough not to be scaled to the limit
-    }),
+    "sampled, dynamic, T=0.25, no T², and LM": (
+        "sampled",
+        {
+            "balancer": "dynamic",
+            "skip_lm_loss": False,
+            "kd_loss_scale": 0.8,
+            "temperature": 0.25,
+            "scale_by_temperature_squared": False,  # large enough not to be scaled to the limit
+        },
+    ),
     "stored top 8 and tail, T=2": ("top_k", {"top_k": 8, "temperature": 2.0}),
 }
 for _name in ("forward KL", "reverse KL, T=2", "Jensen-Shannon, beta=0.3", "top-8 and tail, T=2"):
