@@ -48,28 +48,34 @@ def run_record(config: RunConfig, remember: bool = False) -> dict[str, Any]:
         "data.valid": corpus_files(config.data.valid),
     }
     sums = [corpus_at(value).sums for value in (*config.data.train, *config.data.valid)]
-    contents = content_hashes(files, Path(config.output_dir), dict(ChainMap(*sums)), remember)
+    contents = content_hashes(files, Path(config.output_dir), joined := dict(ChainMap(*sums)))
+    if remember and dist.get_rank() == 0:
+        remember_hashes(files, Path(config.output_dir), joined)
     tokenizer = config.data.tokenizer
     contents["data.tokenizer"] = load_tokenizer(tokenizer).vocabulary_sha256 if tokenizer else None
     return to_dict(config) | {"contents": contents}
 
 
-def content_hashes(
-    files: dict[str, NamedFiles], output: Path, sums: dict[Path, str], remember: bool = False
-) -> dict[str, str | None]:
+def content_hashes(files: dict[str, NamedFiles], output: Path, sums: dict[Path, str]) -> dict[str, str | None]:
     """Return the hash of the files of each field; None without files. Collective: every rank must call it.
 
-    Further files must have the SHA-256 in `sums`. With `remember` the hashes are stored in the directory `output`.
+    Further files must have the SHA-256 in `sums`. `output` may have hashes from an earlier run.
     """
-    paths = sorted({path for named in files.values() for _, path in named if path})
     sums = {path.resolve(): value for path, value in sums.items()}
-    hashes = hash_files(paths, output / CACHE, sums)
-    if remember and dist.get_rank() == 0:
-        _write_cache(output / CACHE, [*paths, *sums])
+    hashes = hash_files(_paths(files), output / CACHE, sums)
     return {
         field: join_hashes([f"{name}:{hashes[path] if path else ''}\n" for name, path in named]) if named else None
         for field, named in files.items()
     }
+
+
+def remember_hashes(files: dict[str, NamedFiles], output: Path, sums: dict[Path, str]) -> None:
+    """Write the hashes that `content_hashes` found into the directory `output`, for runs to come. For one rank."""
+    _write_cache(output / CACHE, [*_paths(files), *(path.resolve() for path in sums)])
+
+
+def _paths(files: dict[str, NamedFiles]) -> list[Path]:
+    return sorted({path for named in files.values() for _, path in named if path})
 
 
 def hash_files(paths: list[Path], cache: Path, sums: dict[Path, str] | None = None) -> dict[Path, str]:

@@ -31,6 +31,7 @@ from distill_nemo.teacher_store.manifest import (
     Manifest,
     ShardFacts,
     differences,
+    is_store,
     manifest_text,
     read_manifest,
     shard_name,
@@ -60,10 +61,19 @@ def create_store(store: Path, manifest: Manifest) -> None:
     require(not apart, f"{lines}\nRestore these, or choose another output")
 
 
+def is_complete(store: Path) -> bool:
+    """Return True if the manifest is complete. Ask for facts before, since they are removed afterwards.
+
+    Raises:
+        ValueError: if the manifest is damaged.
+    """
+    return is_store(store) and read_manifest(store)[1] is not None
+
+
 def missing_shards(store: Path, manifest: Manifest) -> list[int]:
     """Return the numbers of the shards that are not written yet; none of a complete store."""
     unwritten = [shard for shard in range(manifest.num_shards) if _written(store, manifest, shard) is None]
-    return unwritten if unwritten and not _is_complete(store) else []
+    return unwritten if unwritten and not is_complete(store) else []
 
 
 def finish_store(store: Path) -> bool:
@@ -111,7 +121,7 @@ def claim_shard(store: Path, manifest: Manifest, shard: int) -> "ShardWriter | N
     lock = OutputLock(path.with_suffix(".lock"), f"output = {store}")
     if path in _claimed or not lock.take_if_free():
         return None
-    if _written(store, manifest, shard) is not None or _is_complete(store):
+    if _written(store, manifest, shard) is not None or is_complete(store):
         lock.free()
         return None
     return ShardWriter(path, manifest, shard, lock)
@@ -224,11 +234,6 @@ def write_columns(path: Path, layout: Layout, columns: Iterable[np.ndarray]) -> 
         digest.update(block)
     write_blocks_atomically(path, blocks)
     return digest.hexdigest()
-
-
-def _is_complete(store: Path) -> bool:
-    """Return True if the manifest is complete. Ask for facts before, since they are removed afterwards."""
-    return read_manifest(store)[1] is not None
 
 
 def _written(store: Path, manifest: Manifest, shard: int) -> ShardFacts | None:

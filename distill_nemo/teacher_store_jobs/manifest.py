@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from distill_nemo.checkpoint.identity import content_hashes, corpus_files, weight_files
+from distill_nemo.checkpoint.identity import NamedFiles, content_hashes, corpus_files, weight_files
 from distill_nemo.config import StoreConfig, TeacherConfig
 from distill_nemo.data.corpora import corpus_at
 from distill_nemo.data.datasets import samples_of_a_pass
@@ -56,9 +56,8 @@ def manifest_of(config: StoreConfig, model: Architecture, dtype: torch.dtype) ->
         ValueError: if a file cannot be read, or the data has no whole window.
     """
     data = config.data
-    files = {"weights": weight_files(config.teacher.checkpoint), "train": corpus_files(data.train)}
-    sums = [corpus_at(path).sums for _, path in named_corpora(data)]
-    hashes = content_hashes(files, Path(config.output), dict(ChainMap(*sums)))
+    files, sums = identifying_files(config)
+    hashes = content_hashes(files, Path(config.output), sums)
     prepared = [read_manifest(prefix) for _, prefix in named_corpora(data)]
     occurring = [vocabulary(each) for each in prepared]
     largest = [max_token_id(each) for each in prepared]
@@ -74,6 +73,13 @@ def manifest_of(config: StoreConfig, model: Architecture, dtype: torch.dtype) ->
         max_token_id=None if None in largest else max(each for each in largest if each is not None),
         versions={name: version(name) for name in PACKAGES},
     )
+
+
+def identifying_files(config: StoreConfig) -> tuple[dict[str, NamedFiles], dict[Path, str]]:
+    """Return the files of teacher and data, and the sums of further files, as `content_hashes` takes them."""
+    sums = [corpus_at(path).sums for _, path in named_corpora(config.data)]
+    files = {"weights": weight_files(config.teacher.checkpoint), "train": corpus_files(config.data.train)}
+    return files, dict(ChainMap(*sums))
 
 
 def architecture_hash(model: Architecture) -> str:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.utils.data import Dataset
 
-from distill_nemo.checkpoint.identity import CACHE
+from distill_nemo.checkpoint.identity import remember_hashes
 from distill_nemo.checkpoint.load import check_whole
 from distill_nemo.checks import check_job
 from distill_nemo.config import StoreConfig, TrainingConfig
@@ -45,9 +45,16 @@ from distill_nemo.teacher_store.codecs.codec import Arrays
 from distill_nemo.teacher_store.manifest import OUTPUT_LAYER, Manifest
 from distill_nemo.teacher_store.output_layer import write_output_layer
 from distill_nemo.teacher_store.reader import TeacherStore
-from distill_nemo.teacher_store.writer import ShardWriter, claim_shard, create_store, finish_store, missing_shards
+from distill_nemo.teacher_store.writer import (
+    ShardWriter,
+    claim_shard,
+    create_store,
+    finish_store,
+    is_complete,
+    missing_shards,
+)
 from distill_nemo.teacher_store_jobs.background import Background
-from distill_nemo.teacher_store_jobs.manifest import manifest_of
+from distill_nemo.teacher_store_jobs.manifest import identifying_files, manifest_of
 from distill_nemo.teacher_store_jobs.progress import StoreProgress
 from distill_nemo.teacher_store_jobs.targets import encode_chunk, window_of, with_uniforms
 from distill_nemo.teacher_store_jobs.teacher_run import Sample, TeacherRun
@@ -55,7 +62,7 @@ from distill_nemo.training.data import check_tokenizers
 from distill_nemo.training.entry import fitted
 
 POLL_SECONDS = 1.0  # while other jobs write the last shards
-INDEX_CACHE = "index_cache"  # of the samples' order; removed with `hashes.json` from a complete store
+INDEX_CACHE = "index_cache"  # of the samples' order; removed from a complete store
 
 
 def run_store(config: StoreConfig) -> int | None:
@@ -74,7 +81,8 @@ def run_store(config: StoreConfig) -> int | None:
     model = fitted("teacher", resolve(config.teacher), *setting)
     config = replace(config, teacher=model.filled(config.teacher))
     check_job(config, world_size())
-    refusal = refusal_of_sources(model) if rank() == 0 or is_joined() else None
+    asks = (rank() == 0 or is_joined()) and not is_complete(Path(config.output))
+    refusal = refusal_of_sources(model) if asks else None
     with process_groups(config.parallelism):
         raise_everywhere(refusal)
         with StopSignal() as stop, Watchdog(config.parallelism.timeout_minutes * 60):
@@ -94,9 +102,15 @@ def _write(config: StoreConfig, model: Architecture, stop: StopSignal) -> int | 
     check_corpora(config.data)
     check_vocabulary(config.data, model.vocab_size)
     check_tokenizers(config.data, {"teacher": config.teacher.checkpoint}, model)
-    check_whole(config.teacher.checkpoint)
-    everyone, manifest = Everyone(), manifest_of(config, model, dtype)
-    everyone.on_rank_0(lambda: create_store(store, manifest))
+    everyone = Everyone()
+    complete = everyone.on_rank_0(lambda: is_complete(store))
+    if not complete:
+        check_whole(config.teacher.checkpoint)
+    manifest = manifest_of(config, model, dtype)
+    everyone.on_rank_0(lambda: _begin(config, manifest))
+    if complete:
+        everyone.on_rank_0(lambda: print(f"{store} is complete: {_summary(store)}", flush=True))
+        return None
     seed_everything(0)
     encoder = partial(encode_chunk, manifest)
     run = TeacherRun(model, config.parallelism, dtype, config.micro_batch_size, encoder)
@@ -114,16 +128,26 @@ def _write(config: StoreConfig, model: Architecture, stop: StopSignal) -> int | 
     return stopped
 
 
+def _begin(config: StoreConfig, manifest: Manifest) -> None:
+    """Create the store or check it, and keep the hashes in it: the same command then reads neither teacher nor data."""
+    create_store(Path(config.output), manifest)
+    files, sums = identifying_files(config)
+    remember_hashes(files, Path(config.output), sums)
+
+
 def _finish(store: Path) -> None:
     finish_store(store)
     shutil.rmtree(store / INDEX_CACHE, ignore_errors=True)
-    (store / CACHE).unlink(missing_ok=True)
+    print(f"wrote {store}: {_summary(store)}", flush=True)
+
+
+def _summary(store: Path) -> str:
     whole = TeacherStore(store)
+    whole.check()
     num_bytes = sum(path.stat().st_size for path in whole.sums)
-    print(
-        f"wrote {store}: {len(whole):,} windows, {whole.num_tokens:,} tokens with targets, {num_bytes / 1e6:,.1f} MB "
-        f"({num_bytes / max(whole.num_tokens, 1):.1f} bytes for each)",
-        flush=True,
+    return (
+        f"{len(whole):,} windows, {whole.num_tokens:,} tokens with targets, {num_bytes / 1e6:,.1f} MB "
+        f"({num_bytes / max(whole.num_tokens, 1):.1f} bytes for each)"
     )
 
 

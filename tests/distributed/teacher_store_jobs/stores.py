@@ -95,8 +95,8 @@ def _child(config, number, moment):
 
 
 def contents(store):
-    """Return the bytes of every file by name."""
-    return {path.name: path.read_bytes() for path in sorted(Path(store).iterdir())}
+    """Return the bytes of every file by name, but for the hashes of files elsewhere."""
+    return {path.name: path.read_bytes() for path in sorted(Path(store).iterdir()) if path.name != "hashes.json"}
 
 
 def windows(store):

@@ -1,7 +1,9 @@
 """A store written at any layout, by several jobs, and after interruptions; and its verification."""
 
+import contextlib
 import errno
 import fcntl
+import io
 import os
 import shutil
 import signal
@@ -242,8 +244,35 @@ def test_a_store_begun_with_other_settings_is_refused_by_name(corpus, one, writt
     for difference, config in cases.items():
         assert difference in one.run(refusal, config)[0]
     assert contents(store) == before
-    one.run(write, tiny_store(corpus, store))
     assert contents(store) == before
+
+
+def _write_again(config):
+    """Write a store without a teacher and without hashing a file. Return what is printed."""
+    from distill_nemo.checkpoint import identity
+    from distill_nemo.teacher_store_jobs import write as job
+
+    def refuse(*_):
+        raise AssertionError("a complete store needs none")
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(identity, "_hashed", {})  # as in a new process
+        for module, name in ((identity, "hash_part"), (job, "TeacherRun"), (job, "refusal_of_sources")):
+            patch.setattr(module, name, refuse)
+        write(config)
+    return printed.getvalue()
+
+
+def test_the_same_command_on_a_complete_store_says_so_and_does_nothing(corpus, one, two, written, tmp_path):
+    shutil.copytree(written, tmp_path / "store")
+    config = tiny_store(corpus, tmp_path / "store")
+    for ranks in (one, two):
+        printed = ranks.run(_write_again, config)[0]
+        assert printed.startswith(f"{tmp_path / 'store'} is complete: 13 windows, "), printed
+    assert contents(tmp_path / "store") == contents(written)
+    (tmp_path / "store" / "shard-000002.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"shard-000002\.safetensors is missing; write the store again"):
+        one.run(_write_again, config)
 
 
 @pytest.mark.parametrize(
