@@ -9,6 +9,7 @@ import pytest
 from distill_nemo.teacher_store.manifest import shard_name
 from tests.spawn import Gloo
 from tests.stores import manifest_of, write_store
+from tests.tiny_models import write_hf
 from tests.training import changed, differences, metrics, tiny_run
 
 TOLERANCE = 1e-5  # as in test_layouts.py
@@ -18,6 +19,7 @@ LAYOUTS = {
     "TP=2, SP": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     "PP=2": {"pipeline_model_parallel_size": 2},
     "CP=2": {"context_parallel_size": 2},
+    "EP=2": {"expert_model_parallel_size": 2},
 }
 FITTING = {
     "sampled": {"distillation.temperature": 2.0, "distillation.lm_weight": 0.5},
@@ -43,6 +45,7 @@ def stores(tmp_path_factory):
     write_store(root / "sampled", manifest_of("sampled", **SHAPE, temperature=2.0))
     write_store(root / "top_k", manifest_of("top_k", **SHAPE, documents_apart=True))
     write_store(root / "hidden", manifest_of("hidden", **SHAPE))
+    write_hf(root / "experts", "qwen3_moe", seed=4, width=32, layers=2)
     return root
 
 
@@ -69,7 +72,7 @@ def train(inputs, store, output, layout, changes):
         return
     run = tiny_run(inputs, output, steps=4, eval_interval=2)
     run.teacher = None
-    run.training.micro_batch_size = 1 if layout in ("DP=2", "PP=2") else 2
+    run.training.micro_batch_size = 1 if layout in ("DP=2", "PP=2", "EP=2") else 2
     run.data.train = ["3", str(store), "1", str(inputs / "train")]
     run.data.valid = [str(store)]
     run.checkpoint.save_interval = 2
@@ -87,6 +90,14 @@ def test_a_run_from_a_store_is_the_same_at_every_layout(inputs, stores, two, exp
     worst = differences(metrics(tmp_path), expected(codec))
     print(worst)
     assert max(worst.values()) <= TOLERANCE and {"logit_loss", "lm_loss"} <= worst.keys()
+
+
+def test_experts_on_two_ranks_learn_from_a_store_as_on_one(inputs, stores, two, tmp_path):
+    fitting = FITTING["sampled"] | {"student.checkpoint": str(stores / "experts")}
+    for layout in ("one", "EP=2"):
+        two.run(train, inputs, stores / "sampled", tmp_path / layout, layout, fitting)
+    worst = differences(metrics(tmp_path / "EP=2"), metrics(tmp_path / "one"))
+    assert max(worst.values()) <= TOLERANCE and {"logit_loss", "forward_kl"} <= worst.keys(), worst
 
 
 def test_resumed_equals_uninterrupted_and_another_store_is_another_run(inputs, stores, two, expected, tmp_path):
