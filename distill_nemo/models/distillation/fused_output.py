@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill_nemo.balancers import LOGITS_PREFIX, STUDENT_LOSS
 from distill_nemo.config import DistillationConfig
@@ -48,6 +48,15 @@ def why_not_fused(**models: Any) -> str | None:
         if layer is not ColumnParallelLinear:
             return f"the {name}'s output layer is a {layer.__name__}, as after quantisation by ModelOpt"
     return None
+
+
+def quantises(layer: nn.Module) -> bool:
+    """Return True if quantisers of ModelOpt change what a layer computes. Its presets disable an output layer's."""
+    if type(layer) is ColumnParallelLinear:
+        return False
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+    return any(isinstance(part, TensorQuantizer) and part.is_enabled for part in layer.modules())
 
 
 class Sides[Teacher](NamedTuple):

@@ -26,7 +26,7 @@ from distill_nemo.models.distillation.fused_output import (
     Sides,
     configured_divergence,
     hand_on_hidden_states,
-    why_not_fused,
+    quantises,
 )
 from distill_nemo.models.distillation.objective import Objective, Targets
 
@@ -73,15 +73,17 @@ def learn_from_store(
     """Attach the objective to a pipeline stage of the student, until `convert.detach`.
 
     Raises:
-        ValueError: if the student's output layer cannot be fused with the losses.
+        ValueError: if the student's output layer is quantised.
     """
     balancer = build_balancer(distill_cfg)
     if not model.post_process:
         attach(model, objective=_EarlierStage(balancer))
         return model
-    reason = why_not_fused(student=model)
-    if reason is not None:
-        raise ValueError(f"stored targets need an output layer that is fused with the losses: {reason}")
+    if quantises(model.output_layer):
+        raise ValueError(
+            "the student's output layer is quantised, and stored targets need one that is fused with the losses: leave "
+            "it out when you quantise the student, as ModelOpt's presets do, or set teacher and name token files"
+        )
     objective: Objective
     if stored.output_layer is not None:
         divergence = configured_divergence(distill_cfg)

@@ -12,6 +12,8 @@ from distill_nemo.config import ParallelismConfig, StudentConfig
 from tests.hostile import plant
 from tests.training import metrics, tiny_run
 from tests.unit.models.test_model_provider import in_one_process, logits, provider
+from tests.unit.models.test_stored_targets import N
+from tests.unit.models.test_stored_targets import batch as stored_batch
 
 SHAPE = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4, "num_query_groups": 2}
 STATED = {"vocab_size": 507, "rotary_base": 1e4, "norm_epsilon": 1e-6, **SHAPE}
@@ -91,6 +93,36 @@ def test_a_quantised_output_layer_cannot_be_part_of_the_loss(quantised, inputs, 
     """Without the setting, a run uses whole logits, as every run here does."""
     with pytest.raises(ValueError, match="fused_linear = true is not possible: the student's output layer is a Quant"):
         one.run(in_one_process, load, quantised[0], inputs / "teacher", True)
+
+
+def learn_from_a_store(path):
+    """Return the loss of a micro batch, that of its definition, and the refusal of a quantised output layer."""
+    from distill_nemo.config import DistillationConfig
+    from distill_nemo.models.distillation.stored_targets import StoredTeacher, learn_from_store
+    from distill_nemo.models.provider import finalise, model_provider
+    from distill_nemo.models.resolve import resolve
+    from distill_nemo.training.forward_step import forward_step
+
+    student, kd = StudentConfig(str(path), **STATED), DistillationConfig(lm_weight=0.5)
+    batch, stored = stored_batch("sampled", taught=1, valid=2), StoredTeacher("sampled", 1.0, N, 507)
+    model = model_provider(student=student, parallelism=ParallelismConfig(), distillation=kd, stored=stored)
+    output, loss_of = forward_step(iter([batch]), model)
+    loss = float(loss_of(output)[0])
+    clean = finalise(model)
+    with torch.no_grad():
+        log_q = clean(batch["tokens"], batch["position_ids"], None)[..., :507].double().log_softmax(-1)
+    at_labels = log_q.gather(-1, batch["labels"][..., None])
+    at_ids = log_q[0].gather(-1, batch["target_ids"][0].long())
+    expected = -0.5 * at_labels.sum() - at_ids.sum() / N - batch["target_entropy"][0].sum()
+    clean.output_layer.weight_quantizer.enable()
+    with pytest.raises(ValueError, match=r"output layer is quantised, and .*: leave it out when you quantise"):
+        learn_from_store(clean, stored, kd, resolve(student))
+    return loss, float(expected)
+
+
+def test_a_quantised_student_with_a_plain_output_layer_learns_from_a_store(quantised, one):
+    loss, expected = one.run(in_one_process, learn_from_a_store, quantised[0])[0]
+    assert loss == pytest.approx(expected, rel=1e-6)
 
 
 def train(inputs, path, output, steps, tensor=1, pipeline=1, export=False):
