@@ -81,7 +81,7 @@ def run_store(config: StoreConfig) -> int | None:
     model = fitted("teacher", resolve(config.teacher), *setting)
     config = replace(config, teacher=model.filled(config.teacher))
     check_job(config, world_size())
-    asks = (rank() == 0 or is_joined()) and not is_complete(Path(config.output))
+    asks = not is_complete(Path(config.output)) and (rank() == 0 or is_joined())
     refusal = refusal_of_sources(model) if asks else None
     with process_groups(config.parallelism):
         raise_everywhere(refusal)
