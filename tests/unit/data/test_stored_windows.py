@@ -16,7 +16,9 @@ from distill_nemo.data.token_files import check_vocabulary, documents_apart
 from distill_nemo.planning.corpora import parts_of_blend
 from distill_nemo.runtime.checksums import sha256
 from distill_nemo.teacher_store.manifest import MANIFEST
-from tests.stores import L, V, manifest_of, write_store
+from distill_nemo.teacher_store.reader import TeacherStore
+from distill_nemo.teacher_store.writer import finish_store
+from tests.stores import L, V, manifest_of, random_window, write_store, write_windows
 from tests.token_files import write_tokens
 
 
@@ -94,6 +96,34 @@ def test_the_order_of_the_windows_is_that_of_any_number_of_passes(tmp_path):
     tokens = [three[i]["tokens"].tolist() for i in range(30)]
     assert tokens[:10] == [one[i]["tokens"].tolist() for i in range(10)] != tokens[10:20]
     assert sorted(tokens[:10]) == sorted(tokens[10:20]) == sorted(tokens[20:])
+
+
+def test_the_id_of_padding_counts_where_the_mask_says_so(tmp_path):
+    """Masks are by position. A tokenizer may pad with the token that ends a document, whose prediction is learnt."""
+    manifest = manifest_of(num_windows=1)
+    window = random_window(manifest, 0)
+    window["tokens"][:] = 0
+    write_windows(tmp_path / "store", manifest, [window])
+    assert finish_store(tmp_path / "store")
+    names = {"train": [str(tmp_path / "store")], "valid": [str(tmp_path / "store")]}
+    train, _ = datasets(tmp_path, manifest, samples=1, **names)
+    sample = train[0]
+    assert 0 < window["loss_mask"].sum() < L
+    assert (sample["loss_mask"].numpy() == window["loss_mask"]).all()
+    assert (sample["target_has_targets"].numpy() == window["loss_mask"]).all()
+
+
+@pytest.mark.parametrize("vocab_size", [2**16, 2**17, 2**17 + 1, 2**20])
+def test_the_last_id_is_not_taken_for_none(vocab_size, tmp_path):
+    """An id of all ones beside -1, in vocabularies that fill their bits and that need one more."""
+    manifest = manifest_of(num_windows=1, vocab_size=vocab_size, num=3)
+    window = random_window(manifest, 0)
+    window["ids"][:], window["counts"][:] = [0, vocab_size - 1, -1], [1, 2, 0]
+    window["top1"][:] = vocab_size - 1
+    write_windows(tmp_path / "store", manifest, [window])
+    assert finish_store(tmp_path / "store")
+    found = TeacherStore(tmp_path / "store").window(0)
+    assert all(np.array_equal(found[name], window[name]) for name in ("ids", "counts", "top1"))
 
 
 def test_a_rewritten_store_has_another_index_cache(tmp_path):
