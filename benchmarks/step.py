@@ -27,7 +27,6 @@ from distill_nemo.runtime.device import setup_device
 OURS, WHOLE, MODELOPT = "distill-nemo", "distill-nemo, whole logits", "ModelOpt"
 AS_SHIPPED = "ModelOpt, Megatron's attention"  # as its users have it without Transformer Engine
 TEACHER, STUDENT = "teacher forward", "student step"
-STORED, DRAWS = "stored targets", 50
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,6 @@ class Shape:
         return self.tokens * (forward(*self.teacher) + 3 * forward(*self.student))
 
 
-QUICKSTART = Shape((4, 256, 8), (2, 128, 4), 2048, 128, 8)
 CPU_SHAPE = Shape((8, 512, 8), (4, 256, 4), 32000, 512, 2)
 GPU_SHAPE = Shape((13, 1024, 16), (12, 512, 8), 128256, 4096, 2, tied=True)  # 295M and 103M
 
@@ -77,9 +75,7 @@ def main() -> None:
     with process_groups(ParallelismConfig()), tempfile.TemporaryDirectory() as root:
         seed_everything(0)
         found = compare(GPU_SHAPE if gpu else CPU_SHAPE, repeats, root)
-        from_store = compare_stored(QUICKSTART, 10 * repeats, root)
-    results = {"repeats": repeats, "rows": [found], "stored": from_store}
-    write_result(f"step_{'gpu' if gpu else 'cpu'}", results)
+    write_result(f"step_{'gpu' if gpu else 'cpu'}", {"repeats": repeats, "rows": [found]})
 
 
 def compare(shape: Shape, repeats: int, root: str) -> dict[str, Any]:
@@ -114,19 +110,6 @@ def compare(shape: Shape, repeats: int, root: str) -> dict[str, Any]:
         "ways": ways,
         "scaling": scaling,
     }
-
-
-def compare_stored(shape: Shape, repeats: int, root: str) -> dict[str, Any]:
-    """Return seconds of a step from stored targets, beside online distillation and plain training of the student."""
-    config = run_config(shape, root)
-    runs = {
-        OURS: stepper(config),
-        STUDENT: stepper(config, teacher=False),
-        STORED: stepper(config, teacher=False, stored=StoredTeacher("sampled", 1.0, DRAWS, shape.vocabulary)),
-    }
-    for run in runs.values():
-        run()
-    return asdict(shape) | {"draws": DRAWS, "ways": interleaved(runs, repeats, warm=True)}
 
 
 def smaller_and_doubled(shape: Shape) -> dict[str, Shape]:
