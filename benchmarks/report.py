@@ -1,4 +1,4 @@
-"""Write docs/performance.md and its plot from benchmarks/results/*.json."""
+"""Write docs/performance.md and the plots from benchmarks/results/*.json."""
 
 import json
 from collections.abc import Callable
@@ -10,12 +10,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from benchmarks.report_stores import costs, plot_quality, quality
+
 ROOT = Path(__file__).parents[1]
-RESULTS, PAGE, PLOT = (
-    ROOT / "benchmarks" / "results",
-    ROOT / "docs" / "performance.md",
-    ROOT / "docs" / "performance.png",
-)
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE, PLOT, STORES_PLOT = (ROOT / "docs" / name for name in ("performance.md", "performance.png", "teacher_store.png"))
 OURS, NOT_MEASURED = "distill-nemo", "not measured"
 STUDENT, TEACHER, MODELOPT = "student step", "teacher forward", "ModelOpt"
 MEMORY = ("extra_bytes", "tensor_bytes", "logits_bytes")
@@ -29,11 +28,12 @@ peak beyond inputs and gradient, in units of one fp32 tensor of the logits.
 
 
 def main() -> None:
-    """Write the page and its plot."""
+    """Write the page and the plots."""
     parts = [HEAD, *(_section(*section) for section in SECTIONS)]
     PAGE.write_text("\n".join(parts))
     _plot()
-    print(f"wrote {PAGE.relative_to(ROOT)} and {PLOT.relative_to(ROOT)}")
+    plot_quality(_load("teacher_quality"), STORES_PLOT)
+    print(f"wrote {', '.join(str(path.relative_to(ROOT)) for path in (PAGE, PLOT, STORES_PLOT))}")
 
 
 def _section(title: str, what: str, module: str, body: Callable[[dict[str, Any]], str]) -> str:
@@ -67,8 +67,9 @@ def _table(rows: list[dict[str, Any]]) -> str:
 def _where(found: dict[str, Any]) -> str:
     machine = found["machine"]
     device = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
+    medians = f"; medians of {found['repeats']}" if "repeats" in found else ""
     return (
-        f"{device}\ntorch {machine['torch']}; {machine['threads']} thread(s) a process; medians of {found['repeats']}; "
+        f"{device}\ntorch {machine['torch']}; {machine['threads']} thread(s) a process{medians}; "
         f"load average {machine['load_average']:.0f}.\n"
     )
 
@@ -153,19 +154,6 @@ def _step(found: dict[str, Any]) -> str:
         + f"{ours['processor_seconds'] / parts['processor_seconds']:.2f} in processor time. "
         + f"Tensors smaller than the logits take {smaller[0]} of ours and {smaller[1]} of the plugin's peak. "
         + f"Our scaling from half of layers, tokens and vocabulary: {_doubled(row['scaling'], _clock(found))}.\n"
-        + (_stored(found["stored"]) if "stored" in found else "")
-    )
-
-
-def _stored(row: dict[str, Any]) -> str:
-    """Return a sentence on steps from stored targets."""
-    seconds = {name: way["processor_seconds"] for name, way in row["ways"].items()}
-    (layers, width, _), (students_layers, students_width, _) = row["teacher"], row["student"]
-    return (
-        f"\nFrom stored targets ({row['draws']} draws), a step of {students_layers} x {students_width} takes "
-        f"{seconds['stored targets'] / seconds[STUDENT]:.2f} of the processor time of plain training, and "
-        f"{seconds['stored targets'] / seconds[OURS]:.2f} of that with a teacher of {layers} x {width} beside it "
-        f"(V = {row['vocabulary']:,}). Goals: 1.05 and 0.55.\n"
     )
 
 
@@ -304,6 +292,23 @@ SECTIONS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
         "step_gpu",
         "step",
         _step,
+    ),
+    (
+        "## Teacher stores, cost\nEverything in the shards, by the number of tokens, all of which count. Distributions "
+        "are Zipf's with exponent 1.5 (2.8 nats at V = 2,048, 3.2 at V = 151,936). Megatron-LM: its cached logits, 17 "
+        "bits of an id and an fp16 log-probability. DistillKit: its compressed logits. Reading is random access in "
+        "windows of 1,024 tokens, in processor time, from files in memory.\n",
+        "teacher_store",
+        "teacher_store",
+        costs,
+    ),
+    (
+        "## Teacher stores, quality\nThe quickstart's student, trained on the same windows in the same order from the "
+        "same initial weights; only the targets differ. Three seeds of weights and order share the stores. Held-out "
+        "windows; means over seeds.\n\n![KL to the teacher by bytes of a token](teacher_store.png)\n",
+        "teacher_quality",
+        "teacher_quality runs/quickstart",
+        quality,
     ),
 ]
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from distill_nemo.teacher_store.codecs.codec import Arrays
+from distill_nemo.teacher_store.codecs.top_k import STEPS
 from distill_nemo.teacher_store.manifest import Manifest
 from distill_nemo.teacher_store.output_layer import write_output_layer
 from distill_nemo.teacher_store.writer import claim_shard, create_store, finish_store, missing_shards
@@ -53,7 +54,8 @@ def _targets(manifest: Manifest, p: np.ndarray, random: np.random.Generator) -> 
         ids = np.argsort(-p, axis=1)[:, :num].astype(np.int32)
         top = np.take_along_axis(p, ids, 1).clip(1e-30)
         tail = np.log((1 - top.sum(1)).clip(1e-30))
-        return {"ids": ids, "logprobs": np.log(top).astype(np.float32), "tail": tail.astype(np.float32)}
+        logprobs = np.rint(np.log(top) * STEPS).clip(min=1 - 2**16) / STEPS
+        return {"ids": ids, "logprobs": logprobs.astype(np.float32), "tail": tail.astype(np.float32)}
     width = min(num, manifest.vocab_size)
     ids, counts = np.full((count, width), -1, np.int32), np.zeros((count, width), np.int32)
     for row, drawn in enumerate(random.multinomial(num, p / p.sum(1, keepdims=True))):

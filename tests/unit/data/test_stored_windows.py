@@ -126,6 +126,28 @@ def test_the_last_id_is_not_taken_for_none(vocab_size, tmp_path):
     assert all(np.array_equal(found[name], window[name]) for name in ("ids", "counts", "top1"))
 
 
+def test_probabilities_of_top_k_are_within_a_4096th(tmp_path):
+    """Halfway between two steps is the worst; below e**-32 nothing is told apart."""
+    manifest = manifest_of("top_k", num_windows=1, num=200)
+    window = random_window(manifest, 0)
+    exact = -np.random.default_rng(1).exponential(4, window["logprobs"].shape).astype(np.float32)
+    exact[0, :4] = 0, -(2**-12), -31.9, -1e30
+    window["logprobs"] = exact
+    write_windows(tmp_path / "store", manifest, [window])
+    assert finish_store(tmp_path / "store")
+    found = TeacherStore(tmp_path / "store").window(0)["logprobs"]
+    assert found[0, 0] == 0 and -32 < found[0, 3] < -31.99
+    p = np.exp(exact.clip(min=2**-11 - 32).astype(np.float64))
+    worst = np.abs(np.exp(found.astype(np.float64)) / p - 1).max()
+    assert 0.99 * 2**-12 < worst < 1.01 * 2**-12
+    order = np.argsort(-exact, axis=1, kind="stable")
+    assert (np.diff(np.take_along_axis(found, order, 1), axis=1) <= 0).all()
+    for value in (0.01, np.nan):
+        window["logprobs"] = np.full_like(exact, value)
+        with pytest.raises(ValueError, match="log-probability that is above 0, or not a number"):
+            manifest.coding.pack(window)
+
+
 def test_a_rewritten_store_has_another_index_cache(tmp_path):
     names = {"train": [str(tmp_path / "store")], "valid": [str(tmp_path / "store")]}
     for seed in (1, 2):
