@@ -71,6 +71,8 @@ def by_way(found: Found) -> dict[str, dict[int, dict[str, float]]]:
 
 def plot_quality(results: list[Found], path: Path) -> None:
     """Plot the KL to the teacher of each run by the bytes of a token in its store; without one, as lines."""
+    if not results:
+        return
     figure, axis = plt.subplots(figsize=(7, 4))
     for found in results[:1]:
         for place, (way, runs) in enumerate(by_way(found).items()):
