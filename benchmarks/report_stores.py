@@ -30,9 +30,7 @@ def _step(step: Found, short: dict[str, float]) -> str:
     seconds = {name: way["processor_seconds"] for name, way in step["ways"].items()}
     stored = seconds["stored targets"]
     (layers, width, _), (student_layers, student_width, _) = step["teacher"], step["student"]
-    ratios = [
-        f"{stored / seconds[way]:.2f} of {name} (goal: at most {limit})" for name, (way, limit) in LIMITS.items()
-    ]
+    ratios = [f"{stored / seconds[way]:.2f} of {name} (goal: at most {limit})" for name, (way, limit) in LIMITS.items()]
     rate = step["tokens"] / stored
     return (
         f"A step from stored targets of {step['draws']} draws takes {' and '.join(ratios)} in processor time: the "

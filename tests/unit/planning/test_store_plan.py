@@ -122,6 +122,18 @@ def test_a_teacher_that_does_not_fit_gets_a_layout_that_does(large, capsys):
     assert max(map(len, page.splitlines())) <= 120 + len(large.output)
 
 
+def test_a_store_larger_than_the_disk_is_refused(corpus, tmp_path, capsys):
+    setup_device()
+    from distill_nemo.planning.stores import print_store_plan
+
+    config = tiny_store(corpus, tmp_path / "store", windows=10**11, shard_windows=2**20)
+    with pytest.raises(
+        ValueError, match=r"does not fit: [\d,.]+ GB too much for the disk of .*store; take another disk"
+    ):
+        print_store_plan(config, 1, GPUS["h100"], 0.4, True)
+    assert "free at" in capsys.readouterr().out
+
+
 def test_hours_are_those_of_rounds_of_shards(large):
     setup_device()
     from distill_nemo.planning.stores import seconds, token_flops
