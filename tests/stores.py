@@ -8,7 +8,7 @@ from distill_nemo.teacher_store.codecs.codec import Arrays
 from distill_nemo.teacher_store.codecs.top_k import STEPS
 from distill_nemo.teacher_store.manifest import Manifest
 from distill_nemo.teacher_store.output_layer import write_output_layer
-from distill_nemo.teacher_store.writer import claim_shard, create_store, finish_store, missing_shards
+from distill_nemo.teacher_store.writer import WrittenShards, claim_shard, create_store, finish_store
 
 V, L = 512, 16
 
@@ -49,7 +49,7 @@ def _targets(manifest: Manifest, p: np.ndarray, random: np.random.Generator) -> 
     count, num = len(p), manifest.num
     if manifest.codec == "hidden":
         states = random.standard_normal((count, num)).astype(np.float32)
-        return {"hidden": states if manifest.dtype == "float32" else (states.view(np.uint32) >> 16).astype(np.uint16)}
+        return {"hidden": _as_stored(manifest, states)}
     if manifest.codec == "top_k":
         ids = np.argsort(-p, axis=1)[:, :num].astype(np.int32)
         top = np.take_along_axis(p, ids, 1).clip(1e-30)
@@ -64,6 +64,10 @@ def _targets(manifest: Manifest, p: np.ndarray, random: np.random.Generator) -> 
     return {"ids": ids, "counts": counts}
 
 
+def _as_stored(manifest: Manifest, values: np.ndarray) -> np.ndarray:
+    return values if manifest.dtype == "float32" else (values.view(np.uint32) >> 16).astype(np.uint16)
+
+
 def write_windows(
     store: Path, manifest: Manifest, windows: list[Arrays], shards: list[int] | None = None, layer_seed: int = 0
 ) -> None:
@@ -73,8 +77,8 @@ def write_windows(
         weight = (
             np.random.default_rng(layer_seed).standard_normal((manifest.vocab_size, manifest.num)).astype(np.float32)
         )
-        write_output_layer(store, manifest, weight, None)
-    for shard in missing_shards(store, manifest) if shards is None else shards:
+        write_output_layer(store, manifest, _as_stored(manifest, weight), None)
+    for shard in WrittenShards(store, manifest).missing() if shards is None else shards:
         writer = claim_shard(store, manifest, shard)
         assert writer is not None
         with writer:

@@ -93,8 +93,10 @@ def hash_files(paths: list[Path], cache: Path, sums: dict[Path, str] | None = No
     """
     sums = sums or {}
     paths = [*paths, *sums]
-    plan: list[Any] = [_plan(paths, cache, sums) if dist.get_rank() == 0 else None]
+    plan: list[Any] = [_plan_or_error(paths, cache, sums) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(plan, src=0)
+    if isinstance(plan[0], str):
+        raise ValueError(plan[0])
     known, stats, todo = plan[0]
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, _hash_share(todo))
@@ -131,9 +133,17 @@ def corpus_files(blend: list[str]) -> NamedFiles:
     return named
 
 
-def _plan(
-    paths: list[Path], cache: Path, whole: Container[Path]
-) -> tuple[dict[Path, str], dict[Path, Stat], list[FilePart]]:
+Plan = tuple[dict[Path, str], dict[Path, Stat], list[FilePart]]
+
+
+def _plan_or_error(paths: list[Path], cache: Path, whole: Container[Path]) -> Plan | str:
+    try:
+        return _plan(paths, cache, whole)
+    except OSError as error:
+        return str(error)
+
+
+def _plan(paths: list[Path], cache: Path, whole: Container[Path]) -> Plan:
     """Return the known hashes, each file's stat, and the parts to hash in the order of the files; some are whole."""
     remembered, stats = _read_cache(cache) | _hashed, {path: _stat(path) for path in paths}
     known = {path: remembered[path][1] for path in paths if remembered.get(path, (None, ""))[0] == stats[path]}

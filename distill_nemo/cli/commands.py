@@ -119,21 +119,26 @@ def prepare(
 def inspect(data: str, samples: int = 3, tokenizer: str = "") -> None:
     """Show documents of token files as text, with the tokens that count in green, and where packs begin.
 
+    Of a teacher store, show windows, and what the teacher says of some tokens that it teaches.
+
     Example:
         nemo distill inspect data=data/chat samples=5
 
     Args:
-        data: prefix of the .bin/.idx files.
-        samples: number of documents or packs, spread over the files.
+        data: prefix of the .bin/.idx files, or directory of a store.
+        samples: number of documents, packs or windows, spread over the data.
         tokenizer: a Hugging Face tokenizer directory; by default the one that made the files.
     """
     from rich.console import Console
 
     from distill_nemo.data.inspect import inspect_documents
+    from distill_nemo.data.inspect_store import inspect_windows
+    from distill_nemo.teacher_store.manifest import is_store
 
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
-    inspect_documents(data, samples, tokenizer or None, Console())
+    show = inspect_windows if is_store(data) else inspect_documents
+    show(data, samples, tokenizer or None, Console())
 
 
 def export(

@@ -16,7 +16,7 @@ from megatron.core.datasets.utils import Split
 from torch.utils.data import Dataset
 
 from distill_nemo.config import DataConfig, TrainingConfig
-from distill_nemo.data.corpora import check_corpora, corpus_at
+from distill_nemo.data.corpora import corpus_at
 from distill_nemo.data.spliced import DatasetConfig, NoTokenizer, map_array
 from distill_nemo.data.token_dataset import TokenDataset, open_windows
 from distill_nemo.data.token_files import (
@@ -50,7 +50,7 @@ def build_datasets(
     the others read it.
 
     Args:
-        data: token files, blends, split, sequence length.
+        data: token files, blends, split, sequence length; `check_corpora` has accepted them, on one rank for all.
         training: has the seed.
         cache_dir: index cache, shared by all ranks. Each set of files and options has its own folder in it.
         num_train_samples: minimum number of samples (sequences) in the training set.
@@ -63,10 +63,9 @@ def build_datasets(
         `documents_apart` also of document_starts; with `targets` also of those, `target_<name>` [sequence_length, ...].
 
     Raises:
-        ValueError: for bad token files, weights or split, or a split without any text.
+        ValueError: for bad weights or split, or a split without any text.
         OSError: if the index cache cannot be written.
     """
-    check_corpora(data)
     seed = training.seed if training.data_seed is None else training.data_seed
     windows = {prefix: open_windows(prefix, data.loss_on) for _, prefix in named_corpora(data)}
     blends = [_blend("data.train", data.train), _blend("data.valid", data.valid) if data.valid else None, None]

@@ -12,10 +12,12 @@ from rich.text import Text
 from tokenizers.decoders import DecodeStream
 
 from distill_nemo.config import DataConfig
-from distill_nemo.data.manifest import pack_length, read_manifest, vocabulary
+from distill_nemo.data.manifest import name_of, pack_length, read_manifest, vocabulary
 from distill_nemo.data.token_files import check_files, document_lengths, index_layout
 from distill_nemo.data.token_masks import TokenMask
 from distill_nemo.data.tokenizer import load_tokenizer
+from distill_nemo.fields import require
+from distill_nemo.teacher_store.manifest import MANIFEST
 
 COUNTS, MASKED = "bold green", "dim"
 MAX_TOKENS = 4096  # shown of a document
@@ -61,16 +63,21 @@ def inspect_documents(prefix: str, samples: int, tokenizer: str | None, console:
         if document.pack:
             console.rule(document.pack, characters="═")
         console.rule(document.about)
-        shown, marked, parity = Text(), document.has_mask and not console.is_terminal, 0
-        for counts, run in itertools.groupby(document.tokens, key=lambda token: token[1]):
-            shown.append("⟦" if marked and counts else "")
-            for text, _ in run:
-                shown.append(text, (COUNTS if counts else MASKED) + " underline" * parity)
-                parity = 1 - parity
-            shown.append("⟧" if marked and counts else "")
-        if document.num_left_out:
-            shown.append(f" ... and {document.num_left_out:,} more tokens")
-        console.print(shown, soft_wrap=True)
+        print_tokens(console, document.tokens, document.has_mask, document.num_left_out)
+
+
+def print_tokens(console: Console, tokens: list[tuple[str, bool]], has_mask: bool, num_left_out: int) -> None:
+    """Print the text of tokens, with those that count in green, or between marks."""
+    shown, marked, parity = Text(), has_mask and not console.is_terminal, 0
+    for counts, run in itertools.groupby(tokens, key=lambda token: token[1]):
+        shown.append("⟦" if marked and counts else "")
+        for text, _ in run:
+            shown.append(text, (COUNTS if counts else MASKED) + " underline" * parity)
+            parity = 1 - parity
+        shown.append("⟧" if marked and counts else "")
+    if num_left_out:
+        shown.append(f" ... and {num_left_out:,} more tokens")
+    console.print(shown, soft_wrap=True)
 
 
 def shown_documents(
@@ -81,9 +88,14 @@ def shown_documents(
     Raises:
         ValueError: if the files are damaged, or the tokenizer is missing, is not a fast one, or did not make the files.
     """
+    require(
+        Path(f"{prefix}.idx").is_file(),
+        f"data: {prefix} is neither a teacher store (no file {Path(prefix, MANIFEST)}) nor the prefix of token files "
+        f"(no file {prefix}.idx)",
+    )
     pack = pack_length(prefix)
     check_files("data", prefix, DataConfig() if pack is None else DataConfig(sequence_length=pack))
-    fast = _tokenizer_of(prefix, tokenizer)
+    fast = tokenizer_of(prefix, tokenizer)
     lengths, layout = np.array(document_lengths(prefix)), index_layout(prefix)
     starts = np.cumsum(lengths, dtype=np.int64) - lengths
     bounds = np.arange(len(lengths) + 1)
@@ -102,13 +114,13 @@ def shown_documents(
             yield ShownDocument(
                 f"document {number + 1:,} of {len(lengths):,}: {length:,} tokens, {int(bits.sum()):,} count",
                 of_pack if number == first else "",
-                _texts(fast, ids[place : place + min(length, max_tokens)].tolist(), bits),
+                texts(fast, ids[place : place + min(length, max_tokens)].tolist(), bits),
                 max(length - max_tokens, 0),
                 mask is not None,
             )
 
 
-def _texts(fast: tokenizers.Tokenizer, ids: list[int], bits: np.ndarray) -> list[tuple[str, bool]]:
+def texts(fast: tokenizers.Tokenizer, ids: list[int], bits: np.ndarray) -> list[tuple[str, bool]]:
     """Return the text of each token, and whether it counts. A token that ends inside a character waits for the next."""
     found, stream, text = [], DecodeStream(skip_special_tokens=False), ""
     for token, counts in zip(ids, bits[: len(ids)].tolist(), strict=True):
@@ -118,11 +130,16 @@ def _texts(fast: tokenizers.Tokenizer, ids: list[int], bits: np.ndarray) -> list
     return found if text is not None else [*found, ("\ufffd", bool(bits[len(ids) - 1]))]
 
 
-def _tokenizer_of(prefix: str, given: str | None) -> tokenizers.Tokenizer:
+def tokenizer_of(prefix: str, given: str | None) -> tokenizers.Tokenizer:
+    """Return the given tokenizer, else the one that the manifest of a corpus names.
+
+    Raises:
+        ValueError: if there is none, or it is no fast one, or not the one that made the corpus.
+    """
     manifest = read_manifest(prefix)
     path = given or manifest.get("tokenizer")
     if not isinstance(path, str):
-        raise ValueError(f"{prefix}.json names no tokenizer: pass tokenizer=DIRECTORY")
+        raise ValueError(f"the manifest of {name_of(prefix)} names no tokenizer: pass tokenizer=DIRECTORY")
     fast = load_tokenizer(path).fast
     if fast is None:
         raise ValueError(f"{path} has no fast tokenizer, which shows special tokens as they are")
@@ -131,7 +148,7 @@ def _tokenizer_of(prefix: str, given: str | None) -> tokenizers.Tokenizer:
     if apart:
         i = apart[0]
         raise ValueError(
-            f"{path} is another tokenizer than the one of {prefix}.bin: of {len(made_with):,} ids that occur "
+            f"{path} is another tokenizer than the one of {name_of(prefix)}: of {len(made_with):,} ids that occur "
             f"{len(apart):,} are other tokens, such as {i}: {fast.id_to_token(i)!r} and {made_with[i]!r}"
         )
     return fast

@@ -30,6 +30,7 @@ from distill_nemo.planning.report import GB, GFLOP, fit_text, heading
 from distill_nemo.teacher_store.manifest import Manifest
 from distill_nemo.teacher_store.shards import columns_of
 from distill_nemo.teacher_store_jobs.manifest import sized_manifest
+from distill_nemo.teacher_store_jobs.teacher_run import encoded_tokens
 from distill_nemo.training.entry import fitted
 
 
@@ -171,17 +172,17 @@ def memory_of(store: PlannedStore, rank: int) -> Memory:
 
 
 def _targets_workspace(store: PlannedStore) -> float:
-    """Return the bytes of the last hidden states, those of the tokens that count, and a chunk's distribution.
+    """Return the bytes of the last hidden states, those of the tokens that count, a chunk's logits, and a part in fp64.
 
-    It is described in fp64 (`losses/stored/teacher.py`): fp32 logits, their distance from the largest, its
-    exponential, the product of both, and that product without padding and its mask. Another temperature than 1 takes
-    one more exponential.
+    `losses/stored/teacher.py` computes the part's distance from its largest logit, its exponential, the product of
+    both, and that product without padding and its mask. Another temperature than 1 takes one more exponential.
     """
     run = store.run
     whole = run.tokens if run.config.parallelism.sequence_parallel else 0
     hidden = run.item * store.teacher.hidden_size * (run.split_tokens + whole + run.tokens)
-    numbers = 4 + 4 * 8 + 1 + (0 if store.manifest.temperature == 1 else 8)
-    return hidden + numbers * chunk_rows(run) * columns(run)
+    numbers = 4 * 8 + 1 + (0 if store.manifest.temperature == 1 else 8)
+    tokens, width = chunk_rows(run), columns(run)
+    return hidden + (4 * tokens + numbers * encoded_tokens(tokens, width, run.on_gpu)) * width
 
 
 def token_flops(store: PlannedStore) -> list[float]:
@@ -265,7 +266,7 @@ def _memory_rows(store: PlannedStore, gpu: Gpu) -> list[str]:
     about = {
         "weights": f"of {total_parameters(store.teacher):,} parameters, {store.run.student(memory.rank).total:,} here",
         "a layer's forward": f"{store.run.tokens:,} tokens",
-        "the targets": f"logits of {chunk_rows(store.run):,} tokens at a time, in fp64",
+        "the targets": f"logits of {chunk_rows(store.run):,} tokens at a time, an eighth of them in fp64",
     }
     rows = memory.stays | {memory.moment: memory.workspace[memory.moment]}
     return [

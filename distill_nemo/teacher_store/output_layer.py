@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distill_nemo.fields import require
-from distill_nemo.teacher_store.codecs.codec import Column
+from distill_nemo.teacher_store.codecs.codec import DTYPES, Column
 from distill_nemo.teacher_store.manifest import OUTPUT_LAYER, Manifest
 from distill_nemo.teacher_store.shards import ColumnFile, Layout, layout_of
 from distill_nemo.teacher_store.writer import one_job_at_a_time, write_columns
@@ -29,6 +28,9 @@ def write_output_layer(store: Path, manifest: Manifest, weight_VH: np.ndarray, b
     assert (bias_V is not None) == manifest.output_bias, "the manifest says if there is one"
     columns, layout = _columns(manifest)
     blocks = {"weight": weight_VH, **({} if bias_V is None else {"bias": bias_V})}
+    for name, column in columns.items():
+        wanted = DTYPES[column.dtype], (manifest.vocab_size, *column.shape)
+        assert (blocks[name].dtype, blocks[name].shape) == wanted, (name, blocks[name].dtype, wanted)
     with one_job_at_a_time(store / OUTPUT_LAYER):
         if not (store / OUTPUT_LAYER).exists():
             write_columns(store / OUTPUT_LAYER, layout, (np.ascontiguousarray(blocks[name]) for name in columns))
@@ -42,7 +44,6 @@ class OutputLayer:
     """
 
     def __init__(self, store: Path, manifest: Manifest) -> None:
-        require((store / OUTPUT_LAYER).is_file(), f"{store / OUTPUT_LAYER} is missing")
         self._file = ColumnFile(store / OUTPUT_LAYER, *_columns(manifest))
 
     def rows(self, name: str, first: int, count: int) -> np.ndarray:

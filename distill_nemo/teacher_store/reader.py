@@ -5,9 +5,10 @@ from pathlib import Path
 
 from distill_nemo.teacher_store.codecs.codec import Arrays
 from distill_nemo.teacher_store.manifest import OUTPUT_LAYER, Contents, read_manifest, shard_name
-from distill_nemo.teacher_store.shards import WRITE_AGAIN, Shard
+from distill_nemo.teacher_store.output_layer import OutputLayer
+from distill_nemo.teacher_store.shards import Shard, check_size, shard_size
 
-OPEN_SHARDS = 64  # of a store at a time
+OPEN_SHARDS = 256  # of all stores at a time, in a process, which may often have 1,024 files open
 
 
 class TeacherStore:
@@ -25,7 +26,6 @@ class TeacherStore:
                 f"{self.path} is not complete; run the command that wrote it again, which writes the missing shards"
             )
         self.contents: Contents = contents
-        self._open = functools.lru_cache(OPEN_SHARDS)(self._open_shard)
 
     def __len__(self) -> int:
         return self.manifest.num_windows
@@ -50,21 +50,22 @@ class TeacherStore:
             FileNotFoundError: if its shard is gone.
         """
         shard, place = divmod(number, self.manifest.windows_per_shard)
-        opened = self._open(shard)
+        opened = _open_shard(self, shard)
         opened.check()
         return opened.window(place, with_targets)
 
     def check(self) -> None:
-        """Compare the size and the header of every shard with the manifest.
+        """Compare the size of every file with the manifest. A shard's header is compared when it is opened.
 
         Raises:
-            ValueError: naming the shard.
+            ValueError: naming the file.
         """
-        for number in range(self.manifest.num_shards):
-            self._open(number)
+        for number, facts in enumerate(self.contents.shards):
+            check_size(self.path / shard_name(number), shard_size(self.manifest, number, facts))
+        if self.contents.output_layer is not None:
+            OutputLayer(self.path, self.manifest)
 
-    def _open_shard(self, number: int) -> Shard:
-        try:
-            return Shard(self.path, self.manifest, number, self.contents.shards[number])
-        except FileNotFoundError as error:
-            raise ValueError(f"{error.filename} is missing; {WRITE_AGAIN}") from None
+
+@functools.lru_cache(OPEN_SHARDS)
+def _open_shard(store: TeacherStore, number: int) -> Shard:
+    return Shard(store.path, store.manifest, number, store.contents.shards[number])

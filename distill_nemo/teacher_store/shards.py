@@ -80,22 +80,38 @@ def shard_layout(manifest: Manifest, shard: int, facts: ShardFacts) -> Layout:
     return layout_of(columns_of(manifest), rows)
 
 
+def shard_size(manifest: Manifest, shard: int, facts: ShardFacts) -> int:
+    """Return the bytes of a shard."""
+    return shard_layout(manifest, shard, facts).size
+
+
+def check_size(path: Path, size: int) -> None:
+    """Refuse a file of a store that is missing, or of another size.
+
+    Raises:
+        ValueError: with both sizes.
+    """
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; {WRITE_AGAIN}") from None
+    require(
+        found == size,
+        f"{path} is {'truncated' if found < size else 'too long'}: {found} bytes instead of {size} (by its manifest); "
+        f"{WRITE_AGAIN}",
+    )
+
+
 class ColumnFile:
     """An open file of columns, read by position.
 
     Raises:
-        ValueError: if its size or its header is not as the layout says.
-        FileNotFoundError: if there is no file.
+        ValueError: if it is missing, or its size or its header is not as the layout says.
     """
 
     def __init__(self, path: Path, columns: dict[str, Column], layout: Layout) -> None:
         self.path, self._columns, self._starts = path, columns, layout.starts
-        size = path.stat().st_size
-        require(
-            size == layout.size,
-            f"{path} is {'truncated' if size < layout.size else 'too long'}: {size} bytes instead of {layout.size} (by "
-            f"its manifest); {WRITE_AGAIN}",
-        )
+        check_size(path, layout.size)
         self._file = WatchedFile(str(path))
         if bytes(self._file.read(np.uint8, len(layout.header), 0)) != layout.header:
             raise self.damaged("its header is not as its manifest says")
@@ -124,8 +140,7 @@ class Shard:
     """An open shard.
 
     Raises:
-        ValueError: if the file is not as the manifest says.
-        FileNotFoundError: if there is no file.
+        ValueError: if the file is missing, or not as the manifest says.
     """
 
     def __init__(self, store: Path, manifest: Manifest, number: int, facts: ShardFacts) -> None:

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -21,7 +20,7 @@ import numpy as np
 from distill_nemo.config_files import from_dict
 from distill_nemo.fields import require
 from distill_nemo.runtime.checksums import sha256
-from distill_nemo.runtime.files import fsync, read_object, write_atomically, write_blocks_atomically
+from distill_nemo.runtime.files import read_object, write_atomically, write_blocks_atomically
 from distill_nemo.runtime.output_lock import OutputLock
 from distill_nemo.teacher_store.codecs.codec import DTYPES, Arrays, check_ids
 from distill_nemo.teacher_store.manifest import (
@@ -53,9 +52,11 @@ def create_store(store: Path, manifest: Manifest) -> None:
     """
     store.mkdir(parents=True, exist_ok=True)
     if not (store / MANIFEST).exists():
-        strange = [path.name for path in store.iterdir() if path.suffix != ".partial"]
-        require(not strange, f"{store} holds other files, such as {strange[:1]}: choose another output")
-        _create_file(store / MANIFEST, manifest_text(manifest))
+        with one_job_at_a_time(store / MANIFEST):
+            if not (store / MANIFEST).exists():
+                strange = [path.name for path in store.iterdir() if path.suffix not in (".partial", ".lock")]
+                require(not strange, f"{store} holds other files, such as {strange[:1]}: choose another output")
+                write_atomically(store / MANIFEST, manifest_text(manifest))
     apart = differences(manifest, read_manifest(store)[0])
     lines = "\n  ".join([f"{store} is another store:", *apart])
     require(not apart, f"{lines}\nRestore these, or choose another output")
@@ -70,10 +71,40 @@ def is_complete(store: Path) -> bool:
     return is_store(store) and read_manifest(store)[1] is not None
 
 
-def missing_shards(store: Path, manifest: Manifest) -> list[int]:
-    """Return the numbers of the shards that are not written yet; none of a complete store."""
-    unwritten = [shard for shard in range(manifest.num_shards) if _written(store, manifest, shard) is None]
-    return unwritten if unwritten and not is_complete(store) else []
+class WrittenShards:
+    """Shards of a store that are whole, whichever job wrote them. Each one is opened once, so it is cheap to ask again.
+
+    Args:
+        store: directory.
+        manifest: of the store.
+    """
+
+    def __init__(self, store: Path, manifest: Manifest) -> None:
+        self._store, self._manifest = store, manifest
+        self._sizes: dict[int, int] = {}  # bytes of those that were seen
+
+    def missing(self) -> list[int]:
+        """Look again. Return the numbers of the shards that are not written yet; none of a complete store."""
+        with os.scandir(self._store) as entries:
+            names = {entry.name for entry in entries}
+        unseen = [shard for shard in range(self._manifest.num_shards) if shard not in self._sizes]
+        for shard in unseen:
+            if _facts_of(Path(shard_name(shard))).name in names:
+                facts = _written(self._store, self._manifest, shard)
+                if facts is not None:
+                    self._sizes[shard] = shard_layout(self._manifest, shard, facts).size
+        left = [shard for shard in unseen if shard not in self._sizes]
+        return left if left and not is_complete(self._store) else []
+
+    @property
+    def num_windows(self) -> int:
+        """Number of windows in them."""
+        return sum(len(self._manifest.windows_of(shard)) for shard in self._sizes)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of them."""
+        return sum(self._sizes.values())
 
 
 def finish_store(store: Path) -> bool:
@@ -119,9 +150,9 @@ def claim_shard(store: Path, manifest: Manifest, shard: int) -> "ShardWriter | N
     """
     path = store / shard_name(shard)
     lock = OutputLock(path.with_suffix(".lock"), f"output = {store}")
-    if path in _claimed or not lock.take_if_free():
+    if path in _claimed or _written(store, manifest, shard) is not None or not lock.take_if_free():
         return None
-    if _written(store, manifest, shard) is not None or is_complete(store):
+    if _is_written(store, manifest, shard):
         lock.free()
         return None
     return ShardWriter(path, manifest, shard, lock)
@@ -172,13 +203,17 @@ class ShardWriter:
             self._blocks[name].append(block)
             self.num_bytes += block.nbytes
 
-    def commit(self) -> ShardFacts:
-        """Write the shard durably. After an error nothing of it is left.
+    def commit(self) -> None:
+        """Write the shard durably, unless another writer has done so meanwhile. After an error nothing of it is left.
+
+        Locks see to it already, but some file systems have none, and some show a new file late.
 
         Raises:
             OSError: if it cannot be written.
         """
         assert self.num_appended == len(self.windows), "every window of the shard is appended"
+        if _is_written(self.path.parent, self._manifest, self.shard):
+            return
         for axis in ("tokens", "pairs"):
             if f"{axis}_bounds" in self._columns:
                 names = [name for name, column in self._columns.items() if column.axis == axis]
@@ -187,9 +222,7 @@ class ShardWriter:
         tokens, pairs = (sum(map(len, self._blocks.get(name, []))) for name in ("top1", "pairs"))
         layout = shard_layout(self._manifest, self.shard, ShardFacts("", tokens, pairs))
         written = write_columns(self.path, layout, (block for name in self._columns for block in self._blocks[name]))
-        facts = ShardFacts(written, tokens, pairs)
-        write_atomically(self.path.with_suffix(".json"), json.dumps(asdict(facts)))
-        return facts
+        write_atomically(_facts_of(self.path), json.dumps(asdict(ShardFacts(written, tokens, pairs))))
 
     def close(self) -> None:
         """Let others write the shard, if it is not committed."""
@@ -236,25 +269,21 @@ def write_columns(path: Path, layout: Layout, columns: Iterable[np.ndarray]) -> 
     return digest.hexdigest()
 
 
+def _is_written(store: Path, manifest: Manifest, shard: int) -> bool:
+    """Return True if a shard is whole, or the store is. Facts come first, as they go when the manifest is complete."""
+    return _written(store, manifest, shard) is not None or is_complete(store)
+
+
 def _written(store: Path, manifest: Manifest, shard: int) -> ShardFacts | None:
     """Return the facts of a shard that was written as a whole."""
     path = store / shard_name(shard)
     try:
-        facts = from_dict(read_object(path.with_suffix(".json")), ShardFacts)
+        facts = from_dict(read_object(_facts_of(path)), ShardFacts)
         size = shard_layout(manifest, shard, facts).size
         return facts if path.stat().st_size == size else None
     except (ValueError, OSError):
         return None
 
 
-def _create_file(path: Path, text: str) -> None:
-    """Create a file in one step, unless it is there."""
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".partial")
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    with contextlib.suppress(FileExistsError):
-        os.link(partial, path)
-    os.unlink(partial)
-    fsync(path.parent)
+def _facts_of(shard: Path) -> Path:
+    return shard.with_suffix(".json")

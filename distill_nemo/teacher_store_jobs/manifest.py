@@ -20,7 +20,8 @@ from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.export_files import tokenizer_files
 from distill_nemo.teacher_store.manifest import SHARD_BYTES, Manifest
 
-SHARD_TOKENS = 2**18
+SHARD_TOKENS = 2**18  # at least: some 20 MB of draws, and seconds of a teacher
+NUM_SHARDS = 4096  # aimed at beyond 10**9 tokens, until shards have `SHARD_BYTES`
 PACKAGES = ("distill-nemo", "torch", "megatron-core", "transformers", "numpy")
 
 
@@ -46,7 +47,7 @@ def sized_manifest(config: StoreConfig, model: Architecture, dtype: torch.dtype)
         logit_scale=model.multipliers.logits,
         logit_softcap=model.multipliers.softcap,
     )
-    return replace(manifest, windows_per_shard=config.shard_windows or _windows_per_shard(manifest))
+    return replace(manifest, windows_per_shard=config.shard_windows or windows_per_shard(manifest))
 
 
 def manifest_of(config: StoreConfig, model: Architecture, dtype: torch.dtype) -> Manifest:
@@ -88,9 +89,14 @@ def architecture_hash(model: Architecture) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def _windows_per_shard(manifest: Manifest) -> int:
+def windows_per_shard(manifest: Manifest) -> int:
+    """Return as many windows as keep both small: the number of files, and what an interruption costs each writer.
+
+    10**11 tokens are 20,000 shards of 54 bytes a token, each minutes of a teacher.
+    """
     window_bytes = manifest.coding.usual_bytes * manifest.sequence_length
-    return max(min(SHARD_TOKENS // manifest.sequence_length, int(SHARD_BYTES / window_bytes)), 1)
+    tokens = max(SHARD_TOKENS, manifest.num_windows * manifest.sequence_length // NUM_SHARDS)
+    return max(min(tokens // manifest.sequence_length, int(SHARD_BYTES / window_bytes)), 1)
 
 
 def _tokenizer(config: StoreConfig) -> tuple[str | None, dict[int, str] | None]:

@@ -2,9 +2,9 @@
 
 import sys
 import time
-from pathlib import Path
 
 from distill_nemo.teacher_store.manifest import Manifest
+from distill_nemo.teacher_store.writer import WrittenShards
 
 SECONDS = 10.0  # between two lines
 
@@ -12,18 +12,19 @@ SECONDS = 10.0  # between two lines
 class StoreProgress:
     """Prints a line now and then. Windows and bytes are those of all jobs that write on the store."""
 
-    def __init__(self, store: Path, manifest: Manifest) -> None:
-        self.store, self.manifest = store, manifest
+    def __init__(self, manifest: Manifest, written: WrittenShards) -> None:
+        self.manifest, self.written = manifest, written
         self._began = self._printed = time.monotonic()
-        self._before, _ = self._written()
+        self._before = written.num_windows
 
-    def show(self, now: bool = False) -> None:
-        """Print a line, if the last one is old or `now`."""
+    def show(self) -> None:
+        """Print a line, if the last one is old."""
         moment = time.monotonic()
-        if not now and moment - self._printed < SECONDS:
+        if moment - self._printed < SECONDS:
             return
         self._printed = moment
-        windows, num_bytes = self._written()
+        self.written.missing()
+        windows, num_bytes = self.written.num_windows, self.written.num_bytes
         total, rate = self.manifest.num_windows, (windows - self._before) / (moment - self._began)
         left = f", ETA {_clock((total - windows) / rate)}" if rate and windows < total else ""
         print(
@@ -32,11 +33,6 @@ class StoreProgress:
             file=sys.stderr,
             flush=True,
         )
-
-    def _written(self) -> tuple[int, int]:
-        shards = [path for path in self.store.glob("shard-*.safetensors")]
-        windows = sum(len(self.manifest.windows_of(int(path.stem.removeprefix("shard-")))) for path in shards)
-        return windows, sum(path.stat().st_size for path in shards)
 
 
 def _clock(seconds: float) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from distill_nemo.config import ParallelismConfig
 from distill_nemo.data.samplers import collate
 from distill_nemo.evaluation import HOST_FIELD
-from distill_nemo.losses.fused_linear.chunk_size import chunk_size
+from distill_nemo.losses.fused_linear.chunk_size import CHUNK_BYTES, CUDA_CHUNK_BYTES, chunk_size
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.distillation.fused_output import (
     hand_on_hidden_states,
@@ -178,13 +178,25 @@ class TeacherRun:
         num_tokens, width = len(sample_M), head.weight_vH.shape[0]
         size = chunk_size(max(num_tokens, 1), width, hidden_sBH.is_cuda)
         logits_nv = hidden_sBH.new_empty((size, width), dtype=torch.float32)
-        chunks = []
+        part, encoded = encoded_tokens(size, width, hidden_sBH.is_cuda), []
         for start in range(0, max(num_tokens, 1), size):  # without any token, once: for names and shapes
-            rows = slice(start, min(start + size, num_tokens))
-            out_nv = head.part(rows, self.num_true, logits_nv[: rows.stop - rows.start])
-            own = {name: x[rows] for name, x in rows_M.items()}
-            chunks.append(self.encoder(Chunk(out_nv, head.hidden_NH[rows], own, self.group, self.vocab_start)))
-        return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+            stop = min(start + size, num_tokens)
+            out_nv = head.part(slice(start, stop), self.num_true, logits_nv[: stop - start])
+            for first in range(start, max(stop, start + 1), part):
+                rows = slice(first, min(first + part, stop))
+                own, own_nv = {name: x[rows] for name, x in rows_M.items()}, out_nv[first - start : rows.stop - start]
+                chunk = Chunk(own_nv, head.hidden_NH[rows], own, self.group, self.vocab_start)
+                encoded.append(self.encoder(chunk))
+        return {name: torch.cat([each[name] for each in encoded]) for name in encoded[0]}
+
+
+def encoded_tokens(size: int, width: int, on_gpu: bool) -> int:
+    """Return the tokens, of a chunk of `size`, that the encoder gets at a time.
+
+    In fp64 it takes about ten times as much as their logits, so they are an eighth of a full chunk.
+    """
+    limit = CUDA_CHUNK_BYTES if on_gpu else CHUNK_BYTES
+    return chunk_size(size, width, on_gpu, max(limit // (8 * 4 * width), 1))
 
 
 def _of_whole_sequence(fields: Rows, own_mask_Bs: Tensor, mask_BS: Tensor) -> Rows:

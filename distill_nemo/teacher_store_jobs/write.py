@@ -10,7 +10,7 @@ import contextlib
 import shutil
 import time
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -47,11 +47,11 @@ from distill_nemo.teacher_store.output_layer import write_output_layer
 from distill_nemo.teacher_store.reader import TeacherStore
 from distill_nemo.teacher_store.writer import (
     ShardWriter,
+    WrittenShards,
     claim_shard,
     create_store,
     finish_store,
     is_complete,
-    missing_shards,
 )
 from distill_nemo.teacher_store_jobs.background import Background
 from distill_nemo.teacher_store_jobs.manifest import identifying_files, manifest_of
@@ -62,6 +62,7 @@ from distill_nemo.training.data import check_tokenizers
 from distill_nemo.training.entry import fitted
 
 POLL_SECONDS = 1.0  # while other jobs write the last shards
+PIECE_TOKENS = 2**18  # of a shard, whose targets are in host memory at a time, before they are packed
 INDEX_CACHE = "index_cache"  # of the samples' order; removed from a complete store
 
 
@@ -99,10 +100,8 @@ def _write(config: StoreConfig, model: Architecture, stop: StopSignal) -> int | 
         device.type == "cuda" or dtype == torch.float32,
         f'dtype = "{config.dtype}" needs a GPU, and there is none; set it to "float32" or "auto"',
     )
-    check_corpora(config.data)
-    check_vocabulary(config.data, model.vocab_size)
-    check_tokenizers(config.data, {"teacher": config.teacher.checkpoint}, model)
     everyone = Everyone()
+    everyone.on_rank_0(partial(_check_data, config, model))
     complete = everyone.on_rank_0(lambda: is_complete(store))
     if not complete:
         check_whole(config.teacher.checkpoint)
@@ -120,12 +119,18 @@ def _write(config: StoreConfig, model: Architecture, stop: StopSignal) -> int | 
             write_output_layer(store, manifest, weight_VH, None)
     cache, training = Path(config.data.cache or store / INDEX_CACHE), TrainingConfig(seed=config.seed)
     samples, _ = build_datasets(config.data, training, cache, manifest.num_windows, 0, model.vocab_size)
-    with Background() as background, Rounds(store, manifest, run, samples, background) as rounds:
+    with Background() as background, Rounds(store, manifest, run, samples, background, everyone) as rounds:
         stopped = rounds.write(stop)
         background.wait()
     if stopped is None:
         everyone.on_rank_0(partial(_finish, store))
     return stopped
+
+
+def _check_data(config: StoreConfig, model: Architecture) -> None:
+    check_corpora(config.data)
+    check_vocabulary(config.data, model.vocab_size)
+    check_tokenizers(config.data, {"teacher": config.teacher.checkpoint}, model)
 
 
 def _begin(config: StoreConfig, manifest: Manifest) -> None:
@@ -157,7 +162,6 @@ class Report:
 
     replica: int
     shard: int | None  # that its writer has claimed
-    is_done: bool  # no shard is missing
     error: str | None
     signal: int | None
 
@@ -183,19 +187,26 @@ class Rounds:
         run: the teacher.
         samples: windows of the store, by number.
         background: where this rank's shards are written.
+        everyone: all ranks.
     """
 
     def __init__(
-        self, store: Path, manifest: Manifest, run: TeacherRun, samples: Dataset[Sample], background: Background
+        self,
+        store: Path,
+        manifest: Manifest,
+        run: TeacherRun,
+        samples: Dataset[Sample],
+        background: Background,
+        everyone: Everyone,
     ) -> None:
         self.store, self.manifest, self.run, self.samples = store, manifest, run, samples
-        self.background = background
+        self.background, self.everyone = background, everyone
         self.replica = parallel_state.get_data_parallel_rank()
         self.num_replicas = parallel_state.get_data_parallel_world_size()
-        self._left: deque[int] = deque()
+        self._written = WrittenShards(store, manifest)  # rank 0 looks for all
+        self._left: deque[int] = deque()  # missing shards that this replica tries to claim
         self._writer: ShardWriter | None = None  # of the shard that this rank has claimed
         self._error: str | None = None
-        self._progress = StoreProgress(store, manifest) if rank() == 0 else None
 
     def __enter__(self) -> Self:
         return self
@@ -207,36 +218,45 @@ class Rounds:
     def write(self, stop: StopSignal) -> int | None:
         """Write shards until none is missing. Return the signal that stopped this job, or None."""
         shards: dict[int, int] = {}
+        if not self._look():
+            return None
+        progress = StoreProgress(self.manifest, self._written) if rank() == 0 else None
         while True:
             reports = self._agree(stop)
-            errors = [f"rank {i}: {report.error}" for i, report in enumerate(reports) if report.error]
-            if errors:
-                raise AgreedError(errors[0])
+            _raise_first([report.error for report in reports])
             stopped = max(report.signal or 0 for report in reports)
             shards = assign(reports, shards.values())
             if self._writer is not None and self.replica not in shards:
                 self._leave()
-            if stopped or (not shards and all(report.is_done for report in reports)):
-                break
+            if stopped:
+                return stopped
             if shards:
                 self._round(shards)
-            else:
+            if len(shards) < self.num_replicas and not self._look():
+                return None
+            if not shards:
                 time.sleep(POLL_SECONDS)
-            if self._progress:
-                self._progress.show()
-        return stopped or None
+            if progress:
+                progress.show()
+
+    def _look(self) -> bool:
+        """Look for shards that are missing, on rank 0, and give each replica its share. Return True if there are any.
+
+        Every rank calls it.
+        """
+        heartbeat("looking for missing shards", watched=False)
+        missing = self.everyone.on_rank_0(self._written.missing)
+        self._left = deque(missing[self.replica :: self.num_replicas])
+        return bool(missing)
 
     def _agree(self, stop: StopSignal) -> list[Report]:
         """Claim a shard for this replica, and return the reports of all ranks. One all-gather."""
         heartbeat("agreeing on shards", watched=False)
-        is_done = True
         if self.run.is_writer and not stop.received and self._error is None:
             with self._keeping_errors():
-                self._writer, is_done = self._claim()
+                self._writer = self._claim()
         shard = None if self._writer is None else self._writer.shard
-        reports: list[Any] = [None] * world_size()
-        dist.all_gather_object(reports, Report(self.replica, shard, is_done, self._error, stop.received))
-        return reports
+        return _of_all(Report(self.replica, shard, self._error, stop.received))
 
     @contextlib.contextmanager
     def _keeping_errors(self) -> Iterator[None]:
@@ -252,16 +272,14 @@ class Rounds:
                 "then run the same command again"
             )
 
-    def _claim(self) -> tuple[ShardWriter | None, bool]:
-        """Return the writer of a missing shard, or None; and True if no shard is missing."""
-        writer = self._next()
-        if writer is not None:
-            return writer, False
-        self.background.wait()  # for the shard that this rank writes
-        missing = missing_shards(self.store, self.manifest)
-        turn = len(missing) * self.replica // self.num_replicas  # replicas begin apart
-        self._left = deque(missing[turn:] + missing[:turn])
-        return self._next(), not missing
+    def _claim(self) -> ShardWriter | None:
+        """Return the writer of a missing shard, or None."""
+        while self._left:
+            writer = claim_shard(self.store, self.manifest, self._left.popleft())
+            if writer is not None:
+                return writer
+        self.background.wait()  # for the shard that this rank writes, so that it is not looked for
+        return None
 
     def _leave(self) -> None:
         """Let go of a shard that another replica writes. Where files have locks, this replica would not have it."""
@@ -271,27 +289,57 @@ class Rounds:
         with self._keeping_errors():
             self.background.wait()  # so only shards of the round before are being written
 
-    def _next(self) -> ShardWriter | None:
-        while self._left:
-            writer = claim_shard(self.store, self.manifest, self._left.popleft())
-            if writer is not None:
-                return writer
-        return None
-
     def _round(self, shards: dict[int, int]) -> None:
-        """Run the teacher on the shards by replica, and begin to write this one's."""
-        size, own = self.run.micro_batch_size, shards.get(self.replica)
+        """Run the teacher on the shards by replica, piece by piece, and begin to write this one's."""
+        size = self.run.micro_batch_size
+        piece = max(PIECE_TOKENS // (self.manifest.sequence_length * size), 1) * size
         longest = max(len(self.manifest.windows_of(shard)) for shard in shards.values())
-        numbers = [0] if own is None else self.manifest.windows_of(own)
-        samples = [with_uniforms(self.samples[number], self.manifest.seed, number) for number in numbers]
-        targets = self.run.encode(samples, -(-longest // size))
+        own = self.manifest.windows_of(shards[self.replica]) if self.replica in shards else range(0)
+        for first in range(0, longest, piece):
+            stop = min(first + piece, longest)
+            samples = self._read(own[first:stop] or range(1))  # without an own window, one of which nothing is kept
+            targets = self.run.encode(samples, -(-(stop - first) // size))
+            if self._writer is not None and first < len(own):
+                self._beside(self._append, self._writer, samples, targets)
         if self._writer is not None:
-            with self._keeping_errors():
-                self.background.start(self._commit, self._writer, samples, targets)
-                self._writer = None
+            self._beside(self._commit, self._writer)
+            if self._error is None:
+                self._writer = None  # which is closed once it is written
 
-    def _commit(self, writer: ShardWriter, samples: list[Sample], targets: list[Arrays]) -> None:
+    def _read(self, numbers: range) -> list[Sample]:
+        """Return windows with the random numbers of their draws; if a rank cannot read its own, all ranks raise."""
+        error, samples = None, []
+        try:
+            samples = [with_uniforms(self.samples[number], self.manifest.seed, number) for number in numbers]
+        except (OSError, ValueError) as failure:
+            error = str(failure)
+        _raise_first(_of_all(error))
+        return samples
+
+    def _beside(self, step: Callable[..., None], *arguments: Any) -> None:
+        """Do a step of this rank's shard beside the teacher, after the step before, unless one has failed."""
+        if self._error is None:
+            with self._keeping_errors():
+                self.background.start(step, *arguments)
+
+    def _append(self, writer: ShardWriter, samples: list[Sample], targets: list[Arrays]) -> None:
+        for sample, found in zip(samples, targets, strict=True):
+            writer.append(window_of(sample, found, self.manifest.documents_apart))
+
+    def _commit(self, writer: ShardWriter) -> None:
         with writer:
-            for sample, found in zip(samples, targets, strict=True):
-                writer.append(window_of(sample, found, self.manifest.documents_apart))
             writer.commit()
+
+
+def _of_all[T](own: T) -> list[T]:
+    """Return every rank's value. One all-gather."""
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, own)
+    return found
+
+
+def _raise_first(errors: list[str | None]) -> None:
+    """Raise the first rank's error, which every rank has learnt."""
+    for number, error in enumerate(errors):
+        if error is not None:
+            raise AgreedError(f"rank {number}: {error}")

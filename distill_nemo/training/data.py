@@ -20,6 +20,8 @@ MAX_RENAMED = 0.01  # share of ids that may name other tokens, since fine-tuned 
 def check_run_data(config: RunConfig, student: Architecture) -> None:
     """Refuse token files and tokenizers that do not fit the student. Reads little and writes nothing.
 
+    Every file of every store is looked at, so one rank calls it for all.
+
     Raises:
         ValueError: for files that are missing, empty, truncated, or of a larger vocabulary than the model's; and from
             `check_stores` and `check_tokenizers`.

@@ -5,6 +5,7 @@ Light at import, because the launcher reads the recipe's fields from it.
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,6 +150,7 @@ def _train_alone(config: RunConfig, models: "Models") -> "tuple[int | None, list
     from distill_nemo.checkpoint.load import check_whole, load_checkpoint, newest_whole
     from distill_nemo.models.provider import finalise
     from distill_nemo.runtime.device import resolve_dtype, setup_device
+    from distill_nemo.runtime.everyone import Everyone
     from distill_nemo.runtime.process_groups import rank
     from distill_nemo.runtime.seed import seed_everything
     from distill_nemo.training.data import build_run_datasets, check_run_data
@@ -161,7 +163,7 @@ def _train_alone(config: RunConfig, models: "Models") -> "tuple[int | None, list
         device.type == "cuda" or dtype == torch.float32,
         f'training.dtype = "{config.training.dtype}" needs a GPU, and there is none; set it to "float32" or "auto"',
     )
-    check_run_data(config, models.student)
+    Everyone().on_rank_0(partial(check_run_data, config, models.student))
     if config.checkpoint.export:
         prepare_export(config, models.student, dtype)
     newest = newest_whole(checkpoint_root(config.output_dir))

@@ -59,6 +59,49 @@ def test_stages_replicas_and_jobs_write_the_bytes_of_one_process(corpus, two, wr
         assert contents(tmp_path / name) == expected, name
 
 
+def _write_in_pieces(config):
+    from distill_nemo.teacher_store_jobs import teacher_run
+    from distill_nemo.teacher_store_jobs import write as job
+
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "PIECE_TOKENS", 2 * LENGTH)
+        patch.setattr(teacher_run, "CHUNK_BYTES", 8 * 4 * 512 * 3)
+        encode = job.encode_chunk
+        patch.setattr(job, "encode_chunk", lambda *args: seen.append(len(args[1].logits_nv)) or encode(*args))
+        write(config)
+    return max(seen)
+
+
+def test_pieces_of_a_shard_and_parts_of_a_chunk_change_no_byte(corpus, two, written, tmp_path):
+    """Both bound memory. A replica whose shard has fewer pieces goes on with the others."""
+    assert two.run(_write_in_pieces, tiny_store(corpus, tmp_path / "store")) == [3, 3]
+    assert contents(tmp_path / "store") == contents(written)
+
+
+def _write_from_bad_data(config):
+    from distill_nemo.data.token_dataset import TokenDataset
+
+    def fail(samples, number):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ["RANK"] == "1":
+            patch.setattr(TokenDataset, "__getitem__", fail)
+        try:
+            write(config)
+        except RuntimeError as error:
+            return str(error)
+
+
+def test_a_rank_that_cannot_read_its_samples_stops_all(corpus, two, written, tmp_path):
+    config = tiny_store(corpus, tmp_path / "store")
+    assert two.run(_write_from_bad_data, config) == ["rank 1: [Errno 5] Input/output error"] * 2
+    assert not list((tmp_path / "store").glob("*.lock"))
+    two.run(write, config)
+    assert contents(tmp_path / "store") == contents(written)
+
+
 def _write_slowly_without_locks(config):
     def unsupported(*_):
         raise OSError(errno.ENOLCK, "no locks")

@@ -100,10 +100,31 @@ def test_experts_on_two_ranks_learn_from_a_store_as_on_one(inputs, stores, two, 
     assert max(worst.values()) <= TOLERANCE and {"logit_loss", "forward_kl"} <= worst.keys(), worst
 
 
+def refused(inputs, store, output):
+    """Return the reason why a run is refused, and how often this rank has looked at all files of its stores."""
+    from distill_nemo.teacher_store.reader import TeacherStore
+
+    looked, check = [], TeacherStore.check
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TeacherStore, "check", lambda store: looked.append(store.path) or check(store))
+        with pytest.raises(ValueError) as raised:
+            train(inputs, store, output, "DP=2", FITTING["sampled"])
+    return str(raised.value), len(looked)
+
+
+def test_one_rank_looks_at_every_shard_and_tells_all(inputs, stores, two, tmp_path):
+    shutil.copytree(stores / "sampled", tmp_path / "store")
+    (tmp_path / "store" / shard_name(2)).unlink()
+    (first, once), (second, never) = two.run(refused, inputs, tmp_path / "store", tmp_path / "out")
+    assert (once, never) == (1, 0) and first == second
+    assert first.startswith("data.train: ") and f"{shard_name(2)} is missing; write the store again" in first
+
+
 def test_resumed_equals_uninterrupted_and_another_store_is_another_run(inputs, stores, two, expected, tmp_path):
     store, output, fitting = tmp_path / "store", tmp_path / "out", FITTING["sampled"]
     shutil.copytree(stores / "sampled", store)
     two.run(train, inputs, store, output, "one", {**fitting, "training.steps": 2, "optimizer.decay_steps": 4})
+    store = store.rename(tmp_path / "moved")
     two.run(train, inputs, store, output, "one", {**fitting, "optimizer.decay_steps": 4})
     assert metrics(output) == expected("sampled")
     recorded = json.loads((output / "checkpoints" / "step_00000004" / "run.json").read_text())["contents"]

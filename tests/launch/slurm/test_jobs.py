@@ -4,8 +4,9 @@ import re
 
 import pytest
 
-from tests.cli.command import STEPS
-from tests.launch.slurm.conftest import FOREVER
+from distill_nemo.teacher_store.reader import TeacherStore
+from tests.cli.command import STEPS, start
+from tests.launch.slurm.conftest import FOREVER, TWO_NODES
 from tests.training import metrics
 
 pytestmark = pytest.mark.timeout(2400)  # for a busy machine
@@ -95,6 +96,20 @@ def test_before_the_time_limit_it_saves_is_queued_again_and_goes_on_and_can_be_c
 
 def test_a_time_limit_is_named(stories):
     check_failed(stories["out_of_time"].ended, "TIMEOUT", "it reached its time limit of 00:01:00")
+
+
+def test_two_nodes_write_a_store(cluster, inputs, tmp_path):
+    """Each node's rank is a writer of its own shards; the command goes on where it stopped, here at nothing."""
+    given = [f"teacher.checkpoint={inputs}/teacher", f'data.train=["{inputs}/train"]', "data.sequence_length=16"]
+    given += ["windows=12", "shard_windows=2", "dtype=float32", "output=store"]
+    executor = ["run.executor=slurm", "run.executor.gpus=false", *TWO_NODES]
+    for _ in range(2):
+        ended = start("teacher", *given, *executor, cwd=tmp_path / "x", **cluster.environment).ended()
+        assert (ended.code, ended.err) == (0, "")
+        assert "wrote store: 12 windows" in ended.out
+    store = TeacherStore(tmp_path / "x" / "store")
+    store.check()
+    assert (len(store), store.manifest.num_shards) == (12, 6)
 
 
 def test_what_sbatch_refuses_is_reported_and_nothing_is_left(cluster, inputs, tmp_path):

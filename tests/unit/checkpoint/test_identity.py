@@ -300,7 +300,11 @@ def test_shards_of_a_store_must_have_their_sums(tmp_path, alone, reads):
     for _ in range(2):
         identity.hash_files([], tmp_path / "cache", sums)
     assert reads == [path.name for path in sums], "read once"
-    first, second, _ = sums
+    first, second, third = sums
+    third.rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=rf"No such file .*{third}"):  # on rank 0, for which the others wait
+        identity.hash_files([], tmp_path / "cache", sums)
+    (tmp_path / "elsewhere").rename(third)
     (tmp_path / "store" / "aside").write_bytes(first.read_bytes())
     second.replace(first)
     (tmp_path / "store" / "aside").replace(second)

@@ -17,6 +17,7 @@ from distill_nemo.config import ParallelismConfig, RunConfig, StudentConfig
 from distill_nemo.config_files import from_dict, load_yaml
 from distill_nemo.executors import WatchedExperiment, kubernetes, run_config_of
 from distill_nemo.executors.kubernetes.trainjob import PATCHES, under_torchrun
+from distill_nemo.teacher_store_jobs.entry import teacher
 from tests.cli.command import nemo_here, nemo_home, shrunk, the_recipes
 
 LLAMA = ("train", "--factory", "llama32_3b_to_1b")
@@ -297,6 +298,21 @@ def test_names_that_kubernetes_takes():
 def test_kubernetes_expands_nothing_in_the_environment():
     executor = kubernetes(image="x", env={"A": "$(HOME) $$ $x", "B": "plain"})
     assert (executor.env_vars["A"], executor.env_vars["B"]) == ("$$(HOME) $$$$ $$x", "plain")
+
+
+def test_pods_that_write_a_store(tmp_path, capfd):
+    arguments = ["teacher", "teacher.checkpoint=/workspace/teacher", 'data.train=["/workspace/corpus"]', "--dryrun"]
+    arguments += ["windows=64", "run.executor=kubernetes", "run.executor.nodes=4"]
+    arguments += [f"run.executor.{field}" for field in LEAST]
+    ended = nemo_here(capfd, *arguments, "output=/workspace/store")
+    assert (ended.code, ended.err) == (0, "")
+    files, job = yaml.safe_load_all(ended.out)
+    (shipped,) = files["data"].values()
+    task = ZlibJSONSerializer().deserialize(shipped)
+    assert (task.__fn_or_cls__, task.output, task.windows) == (teacher, "/workspace/store", 64)
+    assert job["spec"]["trainer"]["numNodes"] == 4
+    ended = nemo_here(capfd, *arguments, "output=store")
+    assert ended.code == 1 and ended.err.startswith('error: output = "store" is relative')
 
 
 def test_pods_that_export(tmp_path, capfd):

@@ -53,6 +53,19 @@ def srun(script):
     return shlex.split(lines[0])
 
 
+@pytest.mark.parametrize("command", [["teacher", "output=store", "windows=64"], ["teacher", "verify", "store=store"]])
+def test_jobs_on_stores_are_submitted_like_runs(command, inputs, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    nemo_home(monkeypatch, tmp_path / "nemo")
+    data = [f'data.train=["{inputs}/train"]'] if "verify" not in command else []
+    given = [*command, f"teacher.checkpoint={inputs}/teacher", *data, "run.executor=slurm", "run.executor.nodes=2"]
+    ended = nemo_here(capfd, *given, "run.executor.devices=4", "run.executor.retries=1", "--dryrun")
+    assert (ended.code, ended.err) == (0, "")
+    assert flags(ended.out)["nodes"] == "2" and "teacher" in flags(ended.out)["job-name"]
+    assert "export TORCHX_MAX_RETRIES=1\n" in ended.out and "--nproc-per-node 4" in " ".join(srun(ended.out))
+    assert not list(tmp_path.glob("nemo/experiments/*/*"))
+
+
 def test_every_argument_is_in_the_script(dry, tmp_path):
     script = dry(
         "account=nlp",

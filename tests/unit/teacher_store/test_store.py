@@ -1,5 +1,6 @@
 """Stores read back what was written, and refuse what is damaged."""
 
+import functools
 import json
 import os
 import subprocess
@@ -13,12 +14,13 @@ import pytest
 from safetensors import safe_open
 
 from distill_nemo.runtime.checksums import sha256
+from distill_nemo.teacher_store import reader
 from distill_nemo.teacher_store import writer as writing
 from distill_nemo.teacher_store.manifest import MANIFEST, OUTPUT_LAYER, shard_name
 from distill_nemo.teacher_store.output_layer import OutputLayer
 from distill_nemo.teacher_store.packing import pack_numbers, unpack_numbers
 from distill_nemo.teacher_store.reader import TeacherStore
-from distill_nemo.teacher_store.writer import claim_shard, create_store, finish_store, missing_shards
+from distill_nemo.teacher_store.writer import WrittenShards, claim_shard, create_store, finish_store
 from tests.stores import V, manifest_of, random_window, write_store, write_windows
 
 CASES = {
@@ -133,15 +135,66 @@ def test_writing_goes_on_at_the_missing_shards_with_the_same_bytes(store, tmp_pa
     write_windows(other, manifest, windows, shards=[1])
     (other / "shard-000002.safetensors.partial").write_bytes(b"killed")
     (other / shard_name(0)).write_bytes(b"killed before its facts were written")
-    assert missing_shards(other, manifest) == [0, 2] and not finish_store(other)
+    assert WrittenShards(other, manifest).missing() == [0, 2] and not finish_store(other)
     with pytest.raises(ValueError, match="other is not complete; run the command that wrote it again"):
         TeacherStore(other)
     write_windows(other, manifest, windows, shards=[2, 0])
-    assert finish_store(other) and finish_store(other) and missing_shards(other, manifest) == []
+    assert finish_store(other) and finish_store(other) and WrittenShards(other, manifest).missing() == []
     assert claim_shard(other, manifest, 0) is None
     assert [(path.name, path.read_bytes()) for path in sorted(other.iterdir())] == [
         (path.name, path.read_bytes()) for path in sorted(store.iterdir())
     ]
+
+
+def test_a_shard_of_another_size_than_its_facts_is_missing(tmp_path):
+    manifest, store = manifest_of(), tmp_path / "store"
+    windows = [random_window(manifest, number) for number in range(10)]
+    write_windows(store, manifest, windows)
+    whole = (store / shard_name(1)).read_bytes()
+    for spoilt in (whole[:-1], whole + b"x"):
+        (store / shard_name(1)).write_bytes(spoilt)
+        assert WrittenShards(store, manifest).missing() == [1] and not finish_store(store)
+    (store / shard_name(1)).unlink()
+    assert WrittenShards(store, manifest).missing() == [1] and not finish_store(store)
+    write_windows(store, manifest, windows)
+    assert (store / shard_name(1)).read_bytes() == whole and finish_store(store)
+
+
+def test_files_have_the_mode_of_the_umask_at_every_moment(tmp_path):
+    manifest, store = manifest_of("hidden"), tmp_path / "store"
+    windows = [random_window(manifest, number) for number in range(10)]
+    before = os.umask(0o027)
+    try:
+        create_store(store, manifest)
+        assert [path.name for path in store.iterdir()] == [MANIFEST]
+        for step in (lambda: write_windows(store, manifest, windows), lambda: finish_store(store)):
+            step()
+            assert {path.stat().st_mode & 0o777 for path in store.iterdir()} == {0o640}
+    finally:
+        os.umask(before)
+
+
+def test_a_shard_that_another_writer_has_finished_meanwhile_stays(tmp_path, monkeypatch):
+    """On a file system without locks, or one that shows new files late, both have claimed it."""
+    manifest, store = manifest_of(), tmp_path / "store"
+    windows = [random_window(manifest, number) for number in range(10)]
+    write_windows(store, manifest, windows, shards=[])
+    late = claim_shard(store, manifest, 0)
+    assert late is not None
+    writing._claimed.clear()
+    write_windows(store, manifest, windows)
+    before = (store / shard_name(0)).stat().st_mtime_ns
+    for finished in (False, True):
+        if finished:
+            finish_store(store)
+        with monkeypatch.context() as patch, late:
+            patch.setattr(writing, "write_columns", None)
+            if not late.num_appended:
+                for number in late.windows:
+                    late.append(windows[number])
+            late.commit()
+    assert (store / shard_name(0)).stat().st_mtime_ns == before
+    assert not list(store.glob("*.json.*")) and len(list(store.glob("*.json"))) == 1
 
 
 def test_another_store_is_not_written_over(store, tmp_path):
@@ -254,10 +307,27 @@ def test_a_damaged_shard_is_named(store):
         spoil()
         with pytest.raises(ValueError, match=rf"shard-000001\.safetensors .*{message}.*nemo distill teacher"):
             TeacherStore(store).check()
+            TeacherStore(store).window(4)
         shard.write_bytes(whole)
-    mask = whole.rindex(TeacherStore(store)._open(1)._file.rows("loss_mask", 0, 4).tobytes())
+    with safe_open(shard, "np") as file:
+        mask = whole.rindex(file.get_tensor("loss_mask").tobytes())
     _flip(shard, mask)
     with pytest.raises(ValueError, match=r"shard-000001.* is damaged: window 0 has \d+ targets for \d+ tokens"):
+        TeacherStore(store).window(4)
+
+
+@pytest.mark.parametrize("axis", ["tokens", "pairs"])
+@pytest.mark.parametrize(("place", "change"), [(0, 1), (-1, -1)])
+def test_bounds_begin_at_the_first_row_and_end_at_the_last(axis, place, change, store):
+    """Rows before or after would belong to no window, and all windows would still have increasing bounds."""
+    shard = store / shard_name(1)
+    with safe_open(shard, "np") as file:
+        bounds = file.get_tensor(f"{axis}_bounds")
+    assert 1 < bounds[1] and bounds[-2] < bounds[-1] - 1
+    spoilt = bounds.copy()
+    spoilt[place] += change
+    shard.write_bytes(shard.read_bytes().replace(bounds.tobytes(), spoilt.tobytes(), 1))
+    with pytest.raises(ValueError, match=rf"the bounds of its windows do not part {bounds[-1]} {axis}"):
         TeacherStore(store).window(4)
 
 
@@ -310,12 +380,43 @@ def test_the_manifest_is_read_once_however_many_shards_are_missing(tmp_path, mon
     create_store(tmp_path / "store", manifest_of(windows_per_shard=1))
     reads, read = [], writing.read_manifest
     monkeypatch.setattr(writing, "read_manifest", lambda store: reads.append(store) or read(store))
-    assert missing_shards(tmp_path / "store", manifest_of(windows_per_shard=1)) == list(range(10))
+    assert WrittenShards(tmp_path / "store", manifest_of(windows_per_shard=1)).missing() == list(range(10))
     assert len(reads) == 1
+
+
+def test_looking_for_missing_shards_again_opens_the_new_ones_alone(tmp_path, monkeypatch):
+    manifest, store = manifest_of(windows_per_shard=1), tmp_path / "store"
+    windows = [random_window(manifest, number) for number in range(10)]
+    write_windows(store, manifest, windows, shards=[0, 4])
+    opened, facts = [], writing._written
+    written = WrittenShards(store, manifest)
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "_written", lambda *args: opened.append(args[2]) or facts(*args))
+        assert len(written.missing()) == 8 and opened == [0, 4]
+    write_windows(store, manifest, windows, shards=[7])
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "_written", lambda *args: opened.append(args[2]) or facts(*args))
+        assert len(written.missing()) == 7 and opened == [0, 4, 7]
+    assert (written.num_windows, written.num_bytes) == (
+        3,
+        sum(path.stat().st_size for path in store.glob("*.safetensors")),
+    )
+
+
+def test_the_open_files_are_limited_over_all_stores(tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "_open_shard", functools.lru_cache(3)(reader._open_shard.__wrapped__))
+    for name in ("a", "b"):
+        write_store(tmp_path / name, manifest_of())
+    stores = [TeacherStore(tmp_path / name) for name in ("a", "b")]
+    for number in range(10):
+        for each in stores:
+            each.window(number)
+        there = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+        assert sum(path.is_relative_to(tmp_path) for path in there) <= 3
 
 
 def test_facts_of_a_shard_vanish_after_the_manifest_is_complete(store, monkeypatch):
     """A writer that looked for the facts just before they were removed does not write the shard again."""
     manifest = manifest_of()
     monkeypatch.setattr(writing, "_written", lambda *_: None)
-    assert missing_shards(store, manifest) == [] and claim_shard(store, manifest, 1) is None
+    assert WrittenShards(store, manifest).missing() == [] and claim_shard(store, manifest, 1) is None
