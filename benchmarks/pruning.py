@@ -79,7 +79,9 @@ def by_magnitude(model: Any) -> Any:
     layers = range(model.num_layers)
     heads = {i: sums["heads", i].view(model.num_attention_heads, -1).sum(dim=1).sqrt() for i in layers}
     ffn = {i: sums["ffn", i].sqrt() for i in layers}
-    return Scores(sums["hidden", 0].sqrt(), heads, ffn, {}, {}, {}, torch.cat([sums["layers", i] for i in layers]))
+    absent: dict[str, Any] = {part: {} for part in ("mamba", "shared_ffn", "experts", "expert_ffn")}
+    whole = torch.cat([sums["layers", i] for i in layers])
+    return Scores(hidden=sums["hidden", 0].sqrt(), heads=heads, ffn=ffn, layers=whole, **absent)
 
 
 def at_random(like: Any, seed: int) -> Any:

@@ -25,7 +25,7 @@ SCHEDULED = ("lm_weight", "logits_weight", "hidden_weight", "kd_loss_scale", "te
 
 PRUNED_SIZES = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
-    *("num_experts", "moe_ffn_hidden_size"),
+    *("num_experts", "moe_ffn_hidden_size", "mamba_num_heads"),
 )
 
 

@@ -304,6 +304,7 @@ class CutConfig:
     )
     num_experts: int | None = setting(None, "experts of a layer")
     moe_ffn_hidden_size: int | None = setting(None, "width of one expert")
+    mamba_num_heads: int | None = setting(None, "heads stay in their group, so each group keeps equally many")
     target_params: float | None = setting(None, "largest number of parameters, such as 6e9", above=0)
     target_memory: float | None = setting(
         None, "in place of it, the share of a GPU's memory that the weights may take", above=0, at_most=1

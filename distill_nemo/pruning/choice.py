@@ -16,6 +16,7 @@ class Scores:
     Args:
         hidden: of the residual stream's channels.
         heads: of attention heads.
+        mamba: of Mamba's heads.
         ffn: of an MLP's channels.
         shared_ffn: of channels of the MLP beside the experts.
         experts: of the experts.
@@ -25,6 +26,7 @@ class Scores:
 
     hidden: Tensor
     heads: dict[int, Tensor]
+    mamba: dict[int, Tensor]
     ffn: dict[int, Tensor]
     shared_ffn: dict[int, Tensor]
     experts: dict[int, Tensor]
@@ -41,6 +43,7 @@ class Kept:
         hidden: channels of the residual stream.
         heads: attention heads, by layer.
         groups: query groups, by layer.
+        mamba: Mamba's heads, by layer.
         ffn: channels of the MLP, by layer.
         shared_ffn: channels of the MLP beside the experts, by layer.
         experts: by layer.
@@ -51,6 +54,7 @@ class Kept:
     hidden: list[int]
     heads: dict[int, list[int]]
     groups: dict[int, list[int]]
+    mamba: dict[int, list[int]]
     ffn: dict[int, list[int]]
     shared_ffn: dict[int, list[int]]
     experts: dict[int, list[int]]
@@ -79,13 +83,16 @@ def choose(scores: Scores, model: Architecture, cut: Architecture, sizes: Sizes)
     """
     layers = kept_layers(scores, cut.num_layers)
     attention = {i: _heads(scores.heads[i], model, sizes) for i in layers if i in scores.heads}
-    experts = {i: _experts(scores.experts[i], model, sizes["num_experts"]) for i in layers if i in scores.experts}
+    of_router = model.experts.num_groups if model.experts else 1
+    experts = {i: _of_groups(scores.experts[i], of_router, sizes["num_experts"]) for i in layers if i in scores.experts}
+    of_mamba = model.mamba.num_groups if model.mamba else 1
     shared = cut.experts.shared_ffn_hidden_size if cut.experts else None
     return Kept(
         layers=layers,
         hidden=highest(scores.hidden, cut.hidden_size),
         heads={i: heads for i, (heads, _) in attention.items()},
         groups={i: groups for i, (_, groups) in attention.items()},
+        mamba={i: _of_groups(scores.mamba[i], of_mamba, sizes["mamba_num_heads"]) for i in layers if i in scores.mamba},
         ffn={i: highest(scores.ffn[i], sizes["ffn_hidden_size"]) for i in layers if i in scores.ffn},
         shared_ffn={i: highest(scores.shared_ffn[i], shared or 0) for i in layers if i in scores.shared_ffn},
         experts=experts,
@@ -108,13 +115,8 @@ def _heads(scores: Tensor, model: Architecture, sizes: Sizes) -> tuple[list[int]
     return [group * each + head for group in groups for head in highest(by_group[group], count)], groups
 
 
-def _experts(scores: Tensor, model: Architecture, count: int) -> list[int]:
-    """Return the experts, equally many of each of the router's groups."""
-    assert model.experts is not None
-    groups = model.experts.num_groups
-    each = model.experts.num_experts // groups
-    return [
-        group * each + expert
-        for group in range(groups)
-        for expert in highest(scores[group * each : (group + 1) * each], count // groups)
-    ]
+def _of_groups(scores: Tensor, groups: int, count: int) -> list[int]:
+    """Return the numbers of the highest scores, equally many of each group of consecutive ones."""
+    by_group = scores.view(groups, -1)
+    each = by_group.shape[1]
+    return [group * each + part for group in range(groups) for part in highest(by_group[group], count // groups)]

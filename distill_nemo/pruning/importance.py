@@ -9,6 +9,7 @@ Legend: S sequence (s: a sequence-parallel rank's part), B micro batch, H width,
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,10 +49,9 @@ class Sums:
         total = values_SBf.abs().sum(dim=0, dtype=torch.float64)
         self.add(part, layer, (total / len(values_SBf)).square().sum(dim=0))
 
-    def add_heads(self, layer: int, values_SBf: Tensor) -> None:
-        """Add the norms of this rank's heads."""
-        norms_SBn = values_SBf.unflatten(-1, (-1, self.model.kv_channels)).norm(dim=-1)
-        self.add_channels("heads", layer, norms_SBn)
+    def add_heads(self, part: str, layer: int, width: int, values_SBf: Tensor) -> None:
+        """Add the norms of this rank's heads of `width` channels."""
+        self.add_channels(part, layer, values_SBf.unflatten(-1, (-1, width)).norm(dim=-1))
 
     def add_expert(self, part: str, layer: int, expert: int, total: Tensor) -> None:
         """Add sums over an expert's tokens. Without sequence parallelism every tensor-parallel rank sends its own."""
@@ -105,6 +105,7 @@ def _scores(everyone: list[tuple[int, dict[Key, Tensor]]], model: Architecture) 
     return Scores(
         hidden=joined["hidden", 0, 0].sqrt(),
         heads=of_layers("heads"),
+        mamba=of_layers("mamba"),
         ffn=of_layers("ffn"),
         shared_ffn=of_layers("shared_ffn"),
         experts=of_experts("experts"),
@@ -141,7 +142,10 @@ def _watch(layer: TransformerLayer, sums: Sums) -> Iterator[Any]:
         yield _before(layer.get_submodule("self_attention"), sums.add_hidden)
     if described.num_query_groups or described.mixer == "latent_attention":
         projection = layer.get_submodule("self_attention.linear_proj")
-        yield _before(projection, lambda values: sums.add_heads(number, values))
+        yield _before(projection, partial(sums.add_heads, "heads", number, sums.model.kv_channels))
+    if described.mixer == "mamba" and sums.model.mamba is not None:
+        projection = layer.get_submodule("self_attention.out_proj")
+        yield _before(projection, partial(sums.add_heads, "mamba", number, sums.model.mamba.head_dim))
     if described.ffn_hidden_size:
         yield _before(layer.get_submodule("mlp"), sums.add_hidden)
         if isinstance(layer.mlp, MoELayer):

@@ -12,7 +12,7 @@ from distill_nemo.runtime.files import write_atomically
 
 PROGRESS = "progress"  # folder
 FILE = "scores.safetensors"
-OF_THE_MODEL, OF_LAYERS = ("hidden", "layers"), ("heads", "ffn", "shared_ffn", "experts", "expert_ffn")
+OF_THE_MODEL, OF_LAYERS = ("hidden", "layers"), ("heads", "mamba", "ffn", "shared_ffn", "experts", "expert_ffn")
 
 
 def write_progress(directory: Path, identity: str, scores: Scores, losses: list[float]) -> None:

@@ -161,5 +161,5 @@ def _multiple(size: float, most: int, unit: int) -> int:
 
 def _unevenness(sizes: Sizes, own: Sizes) -> float:
     """Return the difference between the largest and the smallest fraction that an axis keeps."""
-    fractions = [sizes[name] / own[name] for name in own]
+    fractions = [sizes[name] / own[name] for name in own if name in FRACTIONS or name in WIDTHS]
     return max(fractions) - min(fractions)

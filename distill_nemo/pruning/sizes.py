@@ -49,6 +49,8 @@ def sizes_of(model: Architecture) -> Sizes:
     if model.experts is not None:
         sizes["num_experts"] = model.experts.num_experts
         sizes["moe_ffn_hidden_size"] = model.experts.moe_ffn_hidden_size
+    if model.mamba is not None and any(layer.mixer == "mamba" for layer in model.layers):
+        sizes["mamba_num_heads"] = model.mamba.num_heads
     return sizes
 
 
@@ -79,6 +81,9 @@ def complete(model: Architecture, given: Sizes) -> Sizes:
         count, least = sizes["num_experts"], model.experts.num_experts_per_tok
         fits = count >= least and count % model.experts.num_groups == 0
         require(fits, f"num_experts = {count} is not possible.{_possible(model)}")
+    if model.mamba is not None and "mamba_num_heads" in own:
+        count = sizes["mamba_num_heads"]
+        require(count % model.mamba.num_groups == 0, f"mamba_num_heads = {count} is not possible.{_possible(model)}")
     return sizes
 
 
@@ -120,6 +125,8 @@ def _possible(model: Architecture) -> str:
         experts = model.experts
         groups = f", a multiple of its {experts.num_groups} groups" if experts.num_groups > 1 else ""
         rows["num_experts"] = f"{experts.num_experts_per_tok} (of a token) to {experts.num_experts}{groups}"
+    if model.mamba is not None and "mamba_num_heads" in own:
+        rows["mamba_num_heads"] += f", a multiple of its {model.mamba.num_groups} groups"
     return f"\n{model.name} can be cut to:\n" + "\n".join(f"  {name:20} {text}" for name, text in rows.items())
 
 
@@ -135,12 +142,13 @@ def smaller(model: Architecture, sizes: Sizes, layers: Sequence[int]) -> Archite
         ValueError: if the family cannot state it.
     """
     values: dict[str, Any] = dict(sizes)
+    fields = _own_fields(model, layers) | {name: values.pop(name) for name in ("mamba_num_heads",) if name in values}
     if model.experts is not None and "ffn_hidden_size" not in sizes:
         if model.ffn_hidden_size == model.experts.moe_ffn_hidden_size:  # one field states both
             values["ffn_hidden_size"] = sizes["moe_ffn_hidden_size"]
     if model.latent is not None:
         values["num_query_groups"] = sizes["num_attention_heads"]
-    stated = replace(model.filled(StudentConfig()), family_fields=_own_fields(model, layers), **values)
+    stated = replace(model.filled(StudentConfig()), family_fields=fields, **values)
     cut = resolve(stated)
     for number, layer in zip(layers, cut.layers, strict=True):
         sized = {"num_query_groups": layer.num_query_groups, "ffn_hidden_size": layer.ffn_hidden_size}

@@ -30,6 +30,7 @@ from distill_nemo.runtime.files import fsync
 
 # Axes whose rows come head by head, each with equally many.
 BY_HEAD = ("heads", "num_heads", "gated_heads", "latent_queries", "latent_values", "latent_keys_values")
+BY_MAMBA_HEAD = ("mamba_heads", "mamba_channels")
 BY_CHANNEL = {"expert_ffn": 1, "gate_and_up": 2}  # axes of an expert, with the rows of each of its channels
 OPEN_TENSORS = 4  # queries, keys and values are read in turns
 
@@ -105,6 +106,9 @@ class CutTensors:
             return _rows(kept.hidden, 1)
         if axis in BY_HEAD:
             return _rows(kept.heads[layer], size(place) // self._model.num_attention_heads)
+        if axis in BY_MAMBA_HEAD:
+            assert self._model.mamba is not None
+            return _rows(kept.mamba[layer], size(place) // self._model.mamba.num_heads)
         if axis == "groups":
             return _rows(kept.groups[layer], size(place) // self._model.num_query_groups)
         if axis == "ffn":

@@ -22,6 +22,7 @@ SIZES = {
     "num_attention_heads": 2,
     "num_query_groups": 1,
     "moe_ffn_hidden_size": 32,
+    "mamba_num_heads": 4,
 }
 WIDE_QK_NORMS = ("olmo2", "olmo3", "olmoe")
 HEADS = {"q_proj": ("q", "h"), "k_proj": ("k", "h"), "v_proj": ("k", "h"), "o_proj": ("h", "q"), "sinks": ("q",)}
@@ -30,9 +31,9 @@ LATENT = {
     **{"q_a_proj": ("", "h"), "kv_a_proj_with_mqa": ("", "h")},
 }
 MLP = {"gate_proj": ("f", "h"), "up_proj": ("f", "h"), "down_proj": ("h", "f"), "output_linear": ("h", "f")}
-OTHERS = {  # delta nets and Mamba keep their own sizes
+OTHERS = {  # delta nets keep their own sizes
     **{"in_proj_qkv": ("", "h"), "in_proj_z": ("", "h"), "in_proj_a": ("", "h"), "in_proj_b": ("", "h")},
-    **{"in_proj_qkvz": ("", "h"), "in_proj_ba": ("", "h"), "in_proj": ("", "h"), "out_proj": ("h", "")},
+    **{"in_proj_qkvz": ("", "h"), "in_proj_ba": ("", "h"), "out_proj": ("h", "")},
 }
 
 
@@ -100,7 +101,9 @@ class Slicer:
 
     def plain(self, name, tensor, layer):
         part, kept = name.split(".")[-2], self.kept
-        if name.endswith(("sinks", "A_log", "D", "dt_bias")) or part in ("conv1d", "q_a_layernorm", "kv_a_layernorm"):
+        if layer in kept.mamba and name.startswith("mixer."):
+            return self.mamba(name, tensor, layer)
+        if name.endswith(("sinks", "A_log", "dt_bias")) or part in ("conv1d", "q_a_layernorm", "kv_a_layernorm"):
             return tensor[kept.heads[layer]] if name.endswith("sinks") else tensor
         if name.endswith("e_score_correction_bias"):
             return tensor[kept.experts[layer]]
@@ -108,7 +111,7 @@ class Slicer:
             return self.by(tensor, ("e", "h"), {"e": kept.experts[layer]})
         if part == "shared_expert_gate":
             return tensor[:, kept.hidden]
-        if "linear_attn.norm" in name or "mixer.norm" in name:
+        if "linear_attn.norm" in name:
             return tensor
         if part in ("q_norm", "k_norm"):
             return self.by(tensor, ("q" if part == "q_norm" else "k",), self.of(layer)) if self.wide else tensor
@@ -125,6 +128,19 @@ class Slicer:
         latent = any("kv_b_proj" in each for each in self.names)
         table = {**HEADS, **MLP, **OTHERS, **(LATENT if latent and "self_attn" in name else {})}
         return self.by(tensor, table[part][: tensor.dim()], self.of(layer))
+
+    def mamba(self, name, tensor, layer):
+        """Cut 8 heads of 12 channels, beside which are 4 groups of 16 states for each of B and C."""
+        heads = torch.tensor(self.kept.mamba[layer])
+        channels, states = (heads[:, None] * 12 + torch.arange(12)).flatten(), torch.arange(2 * 4 * 16)
+        if "in_proj" in name:  # z, x, B, C, dt
+            rows = torch.cat([channels, 96 + channels, 192 + states, 320 + heads])
+            return tensor[rows][:, self.kept.hidden]
+        if "conv1d" in name:
+            return tensor[torch.cat([channels, 96 + states])]
+        if "out_proj" in name:
+            return tensor[self.kept.hidden][:, channels]
+        return tensor[channels if "norm" in name else heads]
 
     @property
     def wide(self):
@@ -172,6 +188,8 @@ def expected_config(config, family, kept):
     for name in ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type"):
         if isinstance(config.get(name), list) and len(config[name]) == count:
             new[name] = [config[name][i] for i in kept.layers]
+    if "mamba_num_heads" in config:
+        new["mamba_num_heads"] = 4
     if config.get("hybrid_override_pattern"):
         new["hybrid_override_pattern"] = "".join(config["hybrid_override_pattern"][i] for i in kept.layers)
     if config.get("mlp_only_layers"):

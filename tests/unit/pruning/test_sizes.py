@@ -64,6 +64,7 @@ def test_groups_keep_their_heads_unless_heads_are_given():
         ({"hidden_size": 5000}, "hidden_size          1 to 4096"),
         ({"num_layers": 37}, "num_layers           1 to 36"),
         ({"num_experts": 4}, "num_experts = 4: m has none"),
+        ({"mamba_num_heads": 4}, "mamba_num_heads = 4: m has none"),
     ],
 )
 def test_impossible_sizes_are_refused_with_those_that_are_possible(given, reason):
