@@ -37,6 +37,13 @@ def gradients(output, of):
     return torch.autograd.grad((output * weights).sum(), of)
 
 
+def assert_same(out, expected, found, wanted):
+    """Compare outputs and gradients."""
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize(("p", "t", "window"), SHAPES)
 @pytest.mark.parametrize("block", [2, 256])
 def test_capped_attention_and_its_gradients_are_those_of_the_formula(monkeypatch, p, t, window, block):
@@ -46,9 +53,7 @@ def test_capped_attention_and_its_gradients_are_those_of_the_formula(monkeypatch
     tensors = inputs(p, t)
     out = capped_attention.CappedAttention.apply(*tensors, 0.3, 2.0, window)
     expected = formula(*tensors, 0.3, window, softcap=2.0)
-    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
-    for ours, theirs in zip(gradients(out, tensors), gradients(expected, tensors), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    assert_same(out, expected, gradients(out, tensors), gradients(expected, tensors))
 
 
 def test_capped_attention_in_bf16_is_as_close_as_the_formula_in_bf16():
@@ -106,7 +111,5 @@ def attend_with_sinks(p, t, window, scale):
 @pytest.mark.parametrize(("p", "t", "window"), SHAPES)
 def test_attention_with_sinks_and_its_gradients_are_those_of_the_formula(one, p, t, window):
     ((out, expected, found, wanted, names),) = one.run(attend_with_sinks, p, t, window, 0.3)
-    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
-    for ours, theirs in zip(found, wanted, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    assert_same(out, expected, found, wanted)
     assert names == ["softmax_offset"]
