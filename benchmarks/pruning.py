@@ -34,7 +34,7 @@ from distill_nemo.runtime.process_groups import process_groups
 Metrics = dict[str, float]
 Row = dict[str, Any]  # one student
 METRICS = ("lm_loss", "forward_kl", "top1_agreement")
-RANDOM_WEIGHTS = "random weights"  # beside the cuts
+RANDOM_WEIGHTS = "random weights"  # not cut, beside the cuts
 COLOURS = {"activations": "#0072b2", "magnitude": "#e69f00", "random": plots.GRAY, RANDOM_WEIGHTS: "#d55e00"}
 PAGE, PLOT = (Path(__file__).parents[1] / "docs" / name for name in ("pruning.md", "pruning.png"))
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->"
@@ -163,7 +163,7 @@ def rows_of(root: Path, setting: dict[str, int], seeds: list[int], rows: list[Ro
 def write_page(setting: dict[str, int], rows: list[Row]) -> None:
     """Draw the plot, and write the table of docs/pruning.md."""
     plots.save(drawn(rows, setting), PLOT)
-    head = ["parameters", "cut", "KL before", "KL after", "LM loss before", "LM loss after"]
+    head = ["parameters", "cut by", "KL before", "KL after", "LM loss after"]
     lines = [head, ["---"] * len(head), *(_line(rows, fraction, by) for fraction, by in product(SIZES, COLOURS))]
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     before, rest = PAGE.read_text().split(BEGIN)
@@ -177,8 +177,8 @@ def _line(rows: list[Row], fraction: float, by: str) -> list[str]:
         values = [f"{row[when][name]:.3f}" for row in own]
         return values[0] if len(set(values)) == 1 else ", ".join(values)
 
-    columns = product(("forward_kl", "lm_loss"), ("before", "after"))
-    return [f"{own[0]['parameters'] / 1e6:.2f}M", by, *(seeds(when, name) for name, when in columns)]
+    columns = ("before", "forward_kl"), ("after", "forward_kl"), ("after", "lm_loss")
+    return [f"{own[0]['parameters'] / 1e6:.2f}M", by, *(seeds(*column) for column in columns)]
 
 
 @matplotlib.rc_context(plots.STYLE)
@@ -194,7 +194,7 @@ def drawn(rows: list[Row], setting: dict[str, int]) -> Figure:
             sizes = sorted({size for size, _ in points})
             means = [fmean(kl for size, kl in points if size == each) for each in sizes]
             axes.plot(*zip(*points, strict=True), "o", color=colour, markersize=4)
-            axes.plot(sizes, means, color=colour, label=by)
+            axes.plot(sizes, means, color=colour, label="not cut: random weights" if by == RANDOM_WEIGHTS else by)
         axes.set(title=title, xlabel="million parameters", yscale="log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
