@@ -136,7 +136,11 @@ def read_manifest(store: Path) -> tuple[Manifest, Contents | None]:
     """
     path = store / MANIFEST
     values = read_object(path)
-    require(values.get("format") == FORMAT, f"{path} has the format {values.get('format')!r}, and {FORMAT} is read")
+    require(
+        values.get("format") == FORMAT,
+        f"{path} has the format {values.get('format')!r}, and {FORMAT} is read: write the store again with this "
+        f"version, or read it with the one that wrote it ({values.get('versions')})",
+    )
     shards, output_layer = values.pop("shards", None), values.pop("output_layer", None)
     try:
         manifest = from_dict(values, Manifest, "manifest.")

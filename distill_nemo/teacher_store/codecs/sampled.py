@@ -53,6 +53,8 @@ class Sampled(Codec):
         check_ids(ids, self.vocab_size)
         if ids.size and (counts.min() < 1 or counts.max() > self.num):
             raise ValueError(f"holds a count that is not 1 to {self.num}")
+        if (window["counts"].sum(1) != self.num).any():
+            raise ValueError(f"holds counts of a token that do not sum to {self.num}")
         num_ids = drawn.sum(1)
         columns = self.columns
         return {

@@ -106,6 +106,7 @@ def test_output_layers_are_read_by_rows(tmp_path):
         ("ids", V, "holds the id 512"),  # a padded slot that was drawn
         ("counts", 13, "holds a count that is not 1 to 12"),
         ("counts", 0, "holds a count that is not 1 to 12"),
+        ("counts", 1, "holds counts of a token that do not sum to 12"),  # draws that were lost
         ("entropy", np.nan, "has entropy that is not finite"),
         ("entropy", None, "has no entropy"),
         ("label_logprob", np.zeros(3, np.float32), r"has label_logprob of float32 \[3\], needs float32"),
@@ -357,7 +358,7 @@ def test_any_damaged_byte_is_an_error_or_other_numbers(store):
         ({"shards": [{"sha256": "", "tokens": "many"}] * 3}, r"shards\[0\]\.tokens must be int"),
         ({"output_layer": "abc"}, "output_layer does not fit its codec"),
         ({"surprise": 1}, "surprise"),
-        ({"format": 2}, "has the format 2, and 1 is read"),
+        ({"format": 2}, "has the format 2, and 1 is read: write the store again with this"),
     ],
 )
 def test_a_damaged_manifest_is_refused(changes, message, store):
