@@ -49,7 +49,7 @@ class Comparison:
 
     def write_stores(self) -> None:
         """Write what is missing of the stores and of the same windows as plain text."""
-        from distill_nemo.teacher_store_jobs.job import run_store
+        from distill_nemo.teacher_store_jobs.write import run_store
 
         self.directory.mkdir(parents=True, exist_ok=True)
         teacher, data = TeacherConfig(checkpoint=str(self.teacher)), CorpusConfig([str(self.root / "data/train")])
