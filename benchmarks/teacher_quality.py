@@ -20,7 +20,7 @@ from distill_nemo.data.token_files import write_index
 from distill_nemo.runtime.device import setup_device
 from distill_nemo.teacher_store.codecs.codec import Arrays
 from distill_nemo.teacher_store.reader import TeacherStore
-from distill_nemo.teacher_store.writer import claim_shard, create_store, finish_store, missing_shards
+from distill_nemo.teacher_store.writer import WrittenShards, claim_shard, create_store, finish_store
 
 LENGTH, STORE_SEED, HELD_OUT = 128, 1234, 256  # windows
 PLAIN, ONLINE = "LM loss alone", "full KL, online"
@@ -111,7 +111,7 @@ def renormalise(store: Path, output: Path) -> None:
     """Write a `top_k` store again, as if the teacher gave other tokens than the k most likely no probability."""
     whole = TeacherStore(store)
     create_store(output, whole.manifest)
-    for shard in missing_shards(output, whole.manifest):
+    for shard in WrittenShards(output, whole.manifest).missing():
         writer = claim_shard(output, whole.manifest, shard)
         assert writer is not None, "no other process writes it"
         with writer:
