@@ -209,8 +209,8 @@ def main() -> None:
     """Measure, and write results, plot and table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pruning", description=__doc__)
     parser.add_argument("root", type=Path, help="the quickstart's directory")
-    parser.add_argument("--steps", type=int, default=160, help="of distillation")
-    parser.add_argument("--batch", type=int, default=16, help=f"sequences of {LENGTH} tokens in a step")
+    parser.add_argument("--steps", type=int, default=24, help="of distillation")
+    parser.add_argument("--batch", type=int, default=8, help=f"sequences of {LENGTH} tokens in a step")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of random choices and data order")
     parser.add_argument("--output", type=Path, default=RESULTS / "pruning.json")
     arguments = parser.parse_args()
