@@ -10,10 +10,11 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from distill_nemo.runtime.files import read_object
+from distill_nemo.runtime.files import read_object, read_object_if_any
 from distill_nemo.teacher_store.manifest import MANIFEST, is_store
 
-MAX_VOCABULARY_BYTES = 1 << 28  # unpacked
+MAX_VOCABULARY_BYTES = 1 << 26  # unpacked
+BEGINNING = b'{\n "key": "'  # of a manifest that `prepare` writes
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -25,8 +26,19 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def read_manifest(prefix: str) -> dict[str, Any]:
-    """Return the manifest of `<prefix>.bin` or a teacher store; empty for token files that `prepare` did not make."""
-    return read_json(Path(prefix, MANIFEST) if is_store(prefix) else Path(f"{prefix}.json")) or {}
+    """Return the manifest of `<prefix>.bin` or a teacher store; empty for token files that `prepare` did not make.
+
+    Raises:
+        ValueError: if `prepare` wrote it, and it is damaged. Another file of that name is left alone.
+    """
+    path = Path(prefix, MANIFEST) if is_store(prefix) else Path(f"{prefix}.json")
+    try:
+        return read_object_if_any(path)
+    except ValueError as error:
+        with path.open("rb") as file:
+            if file.read(len(BEGINNING)) != BEGINNING:
+                return {}
+        raise ValueError(f"{error}; restore it, or remove it and prepare the text again") from None
 
 
 def name_of(prefix: str) -> str:

@@ -300,16 +300,20 @@ def _concatenate(parts: list[Part], joined: Path, occurs: np.ndarray) -> None:
 def _publish(parts_dir: Path, output: str, manifest: dict[str, Any]) -> None:
     """Move the joined files into place, once all are on the disk. An old manifest never describes new tokens.
 
-    The index comes after tokens and mask. Without it the others are refused, so no token counts for lack of a mask.
+    The index comes last, durably. Without it the others are refused, so no token counts for lack of a mask, and no
+    pack is read as plain documents for lack of a manifest.
     """
     write_atomically(parts_dir / "joined.json", json.dumps(manifest, indent=1))
-    made = [suffix for suffix in (".bin", ".mask", ".idx") if (parts_dir / f"joined{suffix}").exists()]
+    made = [suffix for suffix in (".bin", ".mask", ".json", ".idx") if (parts_dir / f"joined{suffix}").exists()]
     for suffix in made:
         fsync(parts_dir / f"joined{suffix}")
-    for old in (".json", ".idx", ".mask"):
+    for old in (".idx", ".json", ".mask"):
         Path(output + old).unlink(missing_ok=True)
-    for suffix in (*made, ".json"):
+    for suffix in made:
+        if suffix == ".idx":
+            fsync(Path(output).absolute().parent)
         os.replace(parts_dir / f"joined{suffix}", output + suffix)
+    fsync(Path(output).absolute().parent)
 
 
 @contextmanager

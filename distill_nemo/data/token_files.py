@@ -169,15 +169,19 @@ def check_vocabulary(data: DataConfig, vocab_size: int) -> None:
 
 def _check_packs(field: str, prefix: str, tokens: int, sequence_length: int) -> None:
     """Refuse packs of another length than a sample's, and bounds that make no packs."""
-    length = pack_length(prefix)
+    length, layout = pack_length(prefix), index_layout(prefix)
     if length is None:
+        if layout.groups < layout.documents:
+            raise ValueError(
+                f"{field}: {prefix}.idx puts documents together, as in packs, but {prefix}.json, which says of what "
+                "length, is missing or does not: copy that file too, or prepare the text again"
+            )
         return
     if length != sequence_length:
         raise ValueError(
             f"{field}: {prefix}.bin holds packs of {length} tokens, but data.sequence_length = {sequence_length}: set "
             f"it to {length}, or prepare the text again with pack={sequence_length}"
         )
-    layout = index_layout(prefix)
     bounds = np.fromfile(f"{prefix}.idx", np.int64, layout.groups + 1, offset=layout.bounds_at)
     ascending = layout.groups > 0 and bounds[0] == 0 and (np.diff(bounds) > 0).all()
     ends = np.concatenate([[0], np.cumsum(document_lengths(prefix), dtype=np.int64)])

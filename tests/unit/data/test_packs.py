@@ -108,6 +108,17 @@ def test_packs_that_do_not_fit_are_refused(tmp_path: Path, pack: Any, bounds: li
         check_token_files(DataConfig(train=[prefix], sequence_length=LENGTH))
 
 
+@pytest.mark.parametrize("manifest", [None, b"", b"{", b'{"pack": 8', b"[8]", b"\xff", b"{}"])
+def test_packs_without_their_manifest_are_not_read_as_plain_documents(tmp_path: Path, manifest: bytes | None):
+    prefix = write_packs(tmp_path / "a", PACKS, LENGTH)
+    path = Path(f"{prefix}.json")
+    path.unlink()
+    if manifest is not None:
+        path.write_bytes(manifest)
+    with pytest.raises(ValueError, match=r"a\.idx puts documents together, .*a\.json, which .* is missing or does not"):
+        check_token_files(DataConfig(train=[prefix], sequence_length=LENGTH))
+
+
 @pytest.mark.parametrize(
     ("family", "length", "message"),
     [

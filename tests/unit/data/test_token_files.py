@@ -11,6 +11,8 @@ import pytest
 from megatron.core.datasets.indexed_dataset import DType
 
 from distill_nemo.config import DataConfig
+from distill_nemo.data.prepare import prepare
+from distill_nemo.data.stdlib_corpus import train_tokenizer
 from distill_nemo.data.token_files import INDEX_HEADER, INTEGER_TYPES, check_token_files, check_vocabulary, parse_blend
 from tests.token_files import write_documents, write_tokens
 
@@ -131,6 +133,18 @@ def test_somebody_elses_json_beside_token_files_is_left_alone(tmp_path: Path, te
     data = DataConfig(train=[write_tokens(tmp_path / "a", 0)])
     (tmp_path / "a.json").write_text(text)
     check_vocabulary(data, 1)
+
+
+def test_a_manifest_that_was_cut_short_is_refused(tmp_path: Path):
+    """Without it, nothing would tell that another tokenizer made the files."""
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "def add(a, b)"}\n')
+    train_tokenizer([text], tmp_path / "tokenizer", 300)
+    prepare([str(text)], str(tmp_path / "a"), str(tmp_path / "tokenizer"), num_workers=1, progress=False)
+    content = (tmp_path / "a.json").read_bytes()
+    (tmp_path / "a.json").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"a\.json cannot be read: .*; restore it, or remove it and prepare"):
+        check_vocabulary(DataConfig(train=[str(tmp_path / "a")]), 512)
 
 
 @pytest.mark.parametrize("suffix", ["", ".bin", ".idx"])
