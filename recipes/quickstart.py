@@ -10,8 +10,10 @@ from pathlib import Path
 import nemo_run as run
 
 from distill_nemo.checks import check
+from distill_nemo.config import load_yaml
 from distill_nemo.data.stdlib_corpus import write_stdlib_corpus
 from distill_nemo.executors import WatchedExperiment, local, num_gpus, run_config_of
+from distill_nemo.fields import require
 from distill_nemo.reports.quickstart import compare_quickstart
 from distill_nemo.training.entry import distill
 from recipes.base import base
@@ -114,6 +116,7 @@ def run_quickstart(
             run.dryrun_fn(task, executor=executor)
     if ctx.dryrun:
         return
+    _check_teacher(root, teacher_steps)
     try:
         Path(root).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -123,6 +126,18 @@ def run_quickstart(
             experiment.add(task, executor=executor, name=name, tail_logs=True)
         ctx.launch(experiment, sequential=True)
     _conclude(Path(root))
+
+
+def _check_teacher(root: str, steps: int) -> None:
+    """Refuse to train the teacher further once the student learns from it, which would fit another one then."""
+    config = Path(root, "teacher", "config.yaml")
+    if config.is_file() and Path(root, "distilled").exists():
+        before = load_yaml(config).training.steps
+        require(
+            steps == before,
+            f"teacher_steps = {steps}: the student in {root} learns from a teacher of {before} steps; set "
+            "teacher_steps to that, or root to another directory",
+        )
 
 
 def _conclude(root: Path) -> None:

@@ -64,13 +64,13 @@ def prepare_export(config: RunConfig, student: "Architecture", dtype: torch.dtyp
     check_target(_target(config))
     source = _source(config.student.checkpoint)
     tokenizer = exported_tokenizer(source, Path(config.data.tokenizer) if config.data.tokenizer else None)
-    if tokenizer is not None:
-        try:
-            load_tokenizer(str(tokenizer)).token_id("eos_token")
-        except ValueError as error:
-            raise ValueError(f"{error}; repair it, name another directory as data.tokenizer, or {NO_EXPORT}") from None
     copies = untouched_tensors(source, student) if config.checkpoint.copy_untouched else None
-    export_files(student, dtype, source, tokenizer, copies).check()
+    try:
+        if tokenizer is not None:
+            load_tokenizer(str(tokenizer)).token_id("eos_token")
+        export_files(student, dtype, source, tokenizer, copies).check()
+    except ValueError as error:
+        raise ValueError(f"{error}; or name another directory as data.tokenizer, or {NO_EXPORT}") from None
 
 
 def _target(config: RunConfig) -> Path:

@@ -88,6 +88,7 @@ def shown_documents(
     Raises:
         ValueError: if the files are damaged, or the tokenizer is missing, is not a fast one, or did not make the files.
     """
+    (prefix,) = DataConfig(train=[prefix]).train
     require(
         Path(f"{prefix}.idx").is_file(),
         f"data: {prefix} is neither a teacher store (no file {Path(prefix, MANIFEST)}) nor the prefix of token files "

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from distill_nemo.data.prepare import prepare
 from distill_nemo.runtime.files import write_atomically
+from distill_nemo.runtime.output_lock import OutputLock
 
 HELD_OUT_EVERY = 20  # every 20th module is never trained on
 
@@ -23,9 +24,15 @@ def write_stdlib_corpus(output: str, vocab_size: int = 2048) -> None:
     Args:
         output: directory; complete files in it are kept.
         vocab_size: size of the byte-level BPE tokenizer.
+
+    Raises:
+        ValueError: if another process writes there.
     """
-    directory = Path(output)
-    directory.mkdir(parents=True, exist_ok=True)
+    with OutputLock(Path(output, "corpus.lock"), f"output = {output}"):
+        _write(Path(output), vocab_size)
+
+
+def _write(directory: Path, vocab_size: int) -> None:
     modules = stdlib_modules()
     held_out = modules[::HELD_OUT_EVERY]
     train = [path for path in modules if path not in set(held_out)]

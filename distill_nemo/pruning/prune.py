@@ -66,6 +66,7 @@ def prune(config: PruneConfig) -> None:
     _check_data(config, model)
     if warning := odd_widths(possible[0], model):
         _say(warning)
+    files_of(model, torch.float32).check()  # the tokenizer too, before hours of scoring
     refusal = refusal_of_sources(model) if rank() == 0 or is_joined() else None
     with process_groups(parallelism):
         raise_everywhere(refusal)
@@ -226,9 +227,7 @@ class _Pruning:
         if earlier_record(self.directory, record["identity"]) is None:
             for file in self.directory.glob("*.safetensors"):
                 file.unlink()  # of another cut
-        files = files_of(cut, DTYPES[next(iter(tensors.entries.values())).dtype])
-        files.check()
-        files.write(self.directory)
+        files_of(cut, DTYPES[next(iter(tensors.entries.values())).dtype]).write(self.directory)
         write_record(self.directory, record)
 
     def _described(self, sizes: Sizes, kept: Kept) -> dict[str, Any]:

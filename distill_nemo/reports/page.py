@@ -21,6 +21,7 @@ from distill_nemo.reports.comparison import (
 )
 from distill_nemo.reports.runs import RecordedRun, settings
 from distill_nemo.runtime.files import writing_directory
+from distill_nemo.runtime.output_lock import OutputLock
 
 __all__ = ["Page", "render_table", "write_page"]
 
@@ -49,12 +50,21 @@ class Page:
     notes: dict[str, list[str]] = field(default_factory=dict)
 
 
+def lock_of(directory: Path) -> OutputLock:
+    """Return the lock of a report's directory, which only one process at a time may write."""
+    target = directory.absolute()
+    return OutputLock(target.with_name(f".{target.name}.lock"), f"output = {directory}")
+
+
 def write_page(directory: Path, page: Page) -> Path:
     """Write `report.html` and its plots into `directory`, replacing an earlier report. Return the path of the page.
 
     Raises:
-        ValueError: if `directory` holds anything but a report; nothing is changed then.
+        ValueError: if `directory` is no directory, is the current one, or holds anything but a report; nothing is
+            changed then.
     """
+    if (directory.exists() and not directory.is_dir()) or directory.absolute() == Path.cwd():
+        raise ValueError(f"output = {directory} would be replaced by a directory: name a new one")
     strange = sorted(path.name for path in directory.iterdir() if path.name not in FILES) if directory.is_dir() else []
     if strange:
         raise ValueError(f"{directory} holds {strange[0]}, which is not part of a report: name an empty directory")

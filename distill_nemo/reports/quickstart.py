@@ -20,13 +20,19 @@ def compare_quickstart(root: str, samples: int = 128) -> None:
         root: the quickstart's directory.
         samples: number of held-out sequences.
     """
-    from distill_nemo.reports.page import Page, write_page
-    from distill_nemo.reports.planned import plans_of
-    from distill_nemo.reports.runs import exported_parameters, read_run
+    from distill_nemo.reports.page import lock_of
     from distill_nemo.runtime.device import setup_device
 
     setup_device()
-    directory = Path(root)
+    with lock_of(Path(root) / "report"):
+        _compare(Path(root), samples)
+
+
+def _compare(directory: Path, samples: int) -> None:
+    from distill_nemo.reports.page import Page, write_page
+    from distill_nemo.reports.planned import plans_of
+    from distill_nemo.reports.runs import exported_parameters, read_run
+
     config = load_yaml(directory / "distilled" / "config.yaml")
     assert config.teacher is not None, "the quickstart distils"
     _publish(directory)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from distill_nemo.reports.comparison import Row, finite
-from distill_nemo.reports.page import Page, write_page
+from distill_nemo.reports.page import Page, lock_of, write_page
 from distill_nemo.reports.planned import plans_of
 from distill_nemo.reports.runs import RecordedRun, exported_parameters, is_going_on, read_runs
 from distill_nemo.reports.samples import generate
@@ -22,9 +22,15 @@ def report(directories: list[str], output: str, prompts: list[str], follow: bool
     Text is generated at the end. A report that follows ends with the last run, or at Ctrl-C.
 
     Raises:
-        ValueError: for too many runs or prompts, a directory that is missing or named twice, or none.
+        ValueError: for too many runs or prompts, a directory that is missing or named twice, or none; or if another
+            process writes to `output`.
     """
     _check(directories, prompts)
+    with lock_of(Path(output)):
+        _report(directories, output, prompts, follow)
+
+
+def _report(directories: list[str], output: str, prompts: list[str], follow: bool) -> None:
     pages = _Pages(directories, Path(output))
     try:
         pages.write()

@@ -1,24 +1,28 @@
 """Text that exported students generate."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from distill_nemo.config import StudentConfig
+from distill_nemo.data.tokenizer import Tokenizer, load_tokenizer
+from distill_nemo.fields import require
 
 TOKENS = 48
 MAX_PROMPT = 2000  # characters
 
 
 def generate(checkpoint: str, prompts: list[str]) -> list[str]:
-    """Return each prompt with its greedy continuation, by transformers, as a user would load the model.
+    """Return each prompt with its greedy continuation, by transformers.
 
     Raises:
-        ValueError: if the directory holds no model and tokenizer that transformers opens.
+        ValueError: if the directory holds no model and tokenizer that can be opened, or the model cannot go on with a
+            prompt.
     """
     from distill_nemo.runtime.device import setup_device
 
     setup_device()  # before Megatron is imported
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from distill_nemo.models.checkpoints.pretrained import open_pretrained
 
@@ -28,13 +32,29 @@ def generate(checkpoint: str, prompts: list[str]) -> list[str]:
 
     resolve(StudentConfig(checkpoint=checkpoint))  # compares the files with config.json, before memory is taken
     try:
-        tokenizer = open_pretrained(AutoTokenizer, checkpoint)
+        tokenizer = load_tokenizer(checkpoint)
+        (encode, decode), end = _coding(tokenizer), tokenizer.token_id("eos_token")
         model = open_pretrained(AutoModelForCausalLM, checkpoint, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{checkpoint} cannot be opened: {str(error).splitlines()[0][:200]}") from None
-    texts = []
-    for prompt in prompts:
-        tokens = tokenizer(prompt[:MAX_PROMPT], return_tensors="pt").input_ids
-        text = model.generate(tokens, max_new_tokens=TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-        texts.append(tokenizer.decode(text[0]))
+        texts = []
+        for prompt in prompts:
+            ids, num_ids = encode(prompt[:MAX_PROMPT]), model.get_input_embeddings().num_embeddings
+            require(bool(ids) and max(ids) < num_ids, f"{prompt[:20]!r} has no tokens, or some that the model lacks")
+            greedy = {"max_new_tokens": TOKENS, "do_sample": False, "num_beams": 1, "pad_token_id": end}
+            texts.append(decode(model.generate(torch.tensor([ids]), **greedy)[0].tolist()))
+    except Exception as error:  # transformers raises errors of any type
+        reason = " ".join(str(error).split()) or repr(error)
+        raise ValueError(f"{checkpoint} generates no text: {reason:.200}") from None
     return texts
+
+
+def _coding(tokenizer: Tokenizer) -> tuple[Callable[[str], list[int]], Callable[[list[int]], str]]:
+    """Return functions from text to ids and back: those of `tokenizer.json`, as in training, if there is one."""
+    from transformers import AutoTokenizer
+
+    from distill_nemo.models.checkpoints.pretrained import open_pretrained
+
+    fast = tokenizer.fast
+    if fast is None:
+        slow = open_pretrained(AutoTokenizer, tokenizer.path)
+        return lambda text: slow(text).input_ids, slow.decode
+    return lambda text: fast.encode(text).ids, lambda ids: fast.decode(ids, skip_special_tokens=False)

@@ -47,10 +47,13 @@ def create_store(store: Path, manifest: Manifest) -> None:
     """Create a store, or check that the one that is there is the same. Several jobs may call it at once.
 
     Raises:
-        ValueError: if another store is there, naming each difference.
+        ValueError: if another store is there, naming each difference, or no directory can be made.
         OSError: if it cannot be written.
     """
-    store.mkdir(parents=True, exist_ok=True)
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output = {store} cannot be made: {error.strerror}; choose another directory") from None
     if not (store / MANIFEST).exists():
         with one_job_at_a_time(store / MANIFEST):
             if not (store / MANIFEST).exists():

@@ -5,6 +5,9 @@ For mistakes in a run's config see tests/unit/training/test_bad_input.py.
 
 import pytest
 
+from distill_nemo.config import save_yaml
+from distill_nemo.executors import run_config_of
+from recipes.quickstart import quickstart_teacher
 from tests.cli.command import TWO_RANKS, nemo, nemo_here, nemo_home, shrunk, together
 
 LLAMA = ("train", "--factory", "llama32_3b_to_1b")
@@ -126,6 +129,18 @@ def test_commands_beside_train_refuse_bad_words(capfd, tmp_path, monkeypatch, ar
     assert (result.code, result.out) == (1, "")
     assert result.err.startswith(f"error: {message}") and len(result.err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_quickstart_keeps_its_teacher(capfd, tmp_path, monkeypatch):
+    """A teacher that is trained further is another one, from which the finished student could not be resumed."""
+    monkeypatch.chdir(tmp_path)
+    recipe = quickstart_teacher(steps=240, root="runs")
+    (tmp_path / "runs" / "teacher").mkdir(parents=True)
+    (tmp_path / "runs" / "distilled").mkdir()
+    save_yaml(run_config_of(recipe), tmp_path / "runs" / "teacher" / "config.yaml")
+    result = nemo_here(capfd, "quickstart", "--yes", "teacher_steps=300", "root=runs")
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("error: teacher_steps = 300: the student in runs learns from a teacher of 240 steps")
 
 
 @pytest.mark.parametrize(

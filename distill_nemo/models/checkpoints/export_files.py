@@ -73,8 +73,7 @@ class ExportFiles:
             except Exception as error:  # transformers raises errors of any type
                 raise ValueError(
                     f"the student could not be exported: transformers refuses its config.json or {GENERATION}: "
-                    f"{_reason(error, temporary)}; change its sizes, correct {self.files.get(GENERATION, 'them')}, or "
-                    f"{NO_EXPORT}"
+                    f"{_reason(error, temporary)}; change its sizes, or correct {self.files.get(GENERATION, 'them')}"
                 ) from None
             if self.tokenizer is not None:
                 _opened(temporary, self.tokenizer)
@@ -87,7 +86,7 @@ def _opened(directory: str | Path, tokenizer: Path) -> Any:
     except Exception as error:
         raise ValueError(
             f"the student could not be exported: transformers cannot open the tokenizer in {tokenizer}: "
-            f"{_reason(error, directory)}; repair it, name another directory as data.tokenizer, or {NO_EXPORT}"
+            f"{_reason(error, directory)}; repair it"
         ) from None
 
 

@@ -438,7 +438,7 @@ def test_inspect_shows_what_counts_and_no_control_character_of_the_text(tmp_path
 
 def test_inspect_shows_whole_characters_and_the_beginning_of_a_long_document(tmp_path: Path):
     prefix = prepared(tmp_path, [{"messages": [USER, NINE | {"content": "é🙂" * 20}]}])
-    (whole,), (cut,) = shown_documents(prefix, 1), shown_documents(prefix, 1, max_tokens=30)
+    (whole,), (cut,) = shown_documents(f"{prefix}.bin", 1), shown_documents(prefix, 1, max_tokens=30)
     assert "".join(text for text, counts in whole.tokens if counts) == "é🙂" * 20 + "<|im_end|>"
     assert whole.num_left_out == 0 and cut.num_left_out > 0 and len(cut.tokens) <= 30
 

@@ -1,5 +1,6 @@
 """Output of `prepare`: one writer at a time, whole or absent, with finished parts kept when the disk is full."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -8,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from distill_nemo.config import DataConfig
 from distill_nemo.data import prepare as module
 from distill_nemo.data.prepare import prepare
-from distill_nemo.data.stdlib_corpus import train_tokenizer
+from distill_nemo.data.stdlib_corpus import train_tokenizer, write_stdlib_corpus
+from distill_nemo.data.token_files import check_token_files
 from distill_nemo.runtime.output_lock import OutputLock
 
 LINES = "".join(f'{{"text": "document {i} of a few words"}}\n' for i in range(300))
@@ -40,14 +43,29 @@ def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-def test_a_second_process_is_refused_and_changes_nothing(tmp_path, tokenizer, source):
+@contextlib.contextmanager
+def held_by_another(lock: Path):
+    """Yield a process that holds a lock."""
     holder = "import sys\nfrom pathlib import Path\nfrom distill_nemo.runtime.output_lock import OutputLock\n"
     holder += "with OutputLock(Path(sys.argv[1]), 'output = X'):\n    print('held', flush=True)\n    sys.stdin.read()"
-    command = [sys.executable, "-c", holder, str(tmp_path / "out.lock")]
+    command = [sys.executable, "-c", holder, str(lock)]
     environment = {**os.environ, "PYTHONPATH": str(Path(module.__file__).parents[2])}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, env=environment, **pipes) as process:  # pyright: ignore
         assert process.stdout is not None and process.stdout.readline() == b"held\n"
+        yield process
+
+
+def test_a_second_quickstart_is_refused_while_the_first_writes_its_corpus(tmp_path):
+    with held_by_another(tmp_path / "data" / "corpus.lock") as process:
+        message = rf"output = .*data: another process writes there \(process {process.pid} "
+        with pytest.raises(ValueError, match=message):
+            write_stdlib_corpus(str(tmp_path / "data"))
+        assert names(tmp_path / "data") == ["corpus.lock"]
+
+
+def test_a_second_process_is_refused_and_changes_nothing(tmp_path, tokenizer, source):
+    with held_by_another(tmp_path / "out.lock") as process:
         with pytest.raises(ValueError, match=rf"output = .*out: another process writes there \(process {process.pid} "):
             prepare(source, str(tmp_path / "out"), tokenizer, num_workers=1)
         assert names(tmp_path) == ["in.jsonl", "out.lock"]
@@ -117,6 +135,36 @@ def test_parts_left_by_a_run_that_was_killed_at_its_very_end_are_removed(tmp_pat
     prepare(source, str(tmp_path / "out"), tokenizer, num_workers=1)
     assert "nothing to do" in capsys.readouterr().out
     assert names(tmp_path) == ["in.jsonl", "out.bin", "out.idx", "out.json"]
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_a_run_that_ends_while_it_publishes_leaves_nothing_that_can_be_read(
+    tmp_path, tokenizer, source, monkeypatch, moved
+):
+    """Killed after `moved` of the three files; packs without their manifest would be other samples."""
+    output, replace, published = tmp_path / "out", os.replace, []
+    prepare(source, str(output), tokenizer, num_workers=1, pack=64)
+    before = made(output)
+    Path(f"{output}.bin").write_bytes(b"")
+
+    def replace_some(old, new):
+        if Path(new).stem == "out":
+            if len(published) == moved:
+                raise SystemExit
+            published.append(new)
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", replace_some)
+    with pytest.raises(SystemExit):
+        prepare(source, str(output), tokenizer, num_workers=1, pack=64)
+    monkeypatch.undo()
+    data = DataConfig(train=[str(output)], sequence_length=64)
+    with pytest.raises(ValueError, match=r"no file .*out\.idx"):
+        check_token_files(data)
+    monkeypatch.setattr(module, "MIN_PART_BYTES", 2000)
+    prepare(source, str(output), tokenizer, num_workers=1, pack=64)
+    check_token_files(data)
+    assert made(output) == before
 
 
 def test_a_whole_output_needs_no_right_to_write(tmp_path, tokenizer, source, capsys):

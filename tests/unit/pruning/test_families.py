@@ -9,11 +9,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from distill_nemo.config import StudentConfig
+from distill_nemo.config import PruneConfig, StudentConfig
+from distill_nemo.data.stdlib_corpus import stdlib_modules, train_tokenizer
 from distill_nemo.runtime.device import setup_device
 from distill_nemo.runtime.process_groups import process_groups
 from tests.distillation import Layout
 from tests.tiny_models import FAMILIES, write_hf
+from tests.token_files import write_tokens
 
 SIZES = {
     "num_layers": 3,
@@ -256,3 +258,17 @@ def test_logits_of_a_cut_are_those_of_a_model_sliced_by_plain_indexing(tmp_path,
     expected, found = logits(tmp_path / "sliced"), logits(tmp_path / "cut")
     assert (found - expected).norm() <= 1e-5 * expected.norm()
     assert found.shape[-1] == 507 and len(kept.layers) == 3 and len(kept.hidden) == hidden_size(family)
+
+
+def test_a_tokenizer_that_cannot_be_opened_is_refused_before_anything_is_scored(tmp_path, monkeypatch):
+    setup_device()
+    from distill_nemo.pruning.prune import prune
+
+    path = write_hf(tmp_path / "source", "llama")
+    train_tokenizer(stdlib_modules()[:1], tmp_path / "source", 300)
+    (tmp_path / "source" / "tokenizer_config.json").write_text('{"pad_token": ["a"]}')
+    data = write_tokens(tmp_path / "data", 0)
+    monkeypatch.setattr("distill_nemo.pruning.prune.process_groups", pytest.fail)
+    with pytest.raises(ValueError, match=r"cannot open the tokenizer in .*source: .*; repair it$"):
+        prune(PruneConfig(path, str(tmp_path / "out"), data, num_layers=3, sequence_length=8, samples=1))
+    assert not (tmp_path / "out").exists()

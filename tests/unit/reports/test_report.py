@@ -390,11 +390,40 @@ def test_a_report_replaces_the_last_one_whole_or_not_at_all(tmp_path, runs):
     assert not list(tmp_path.glob("*.partial")) and len(list(path.parent.iterdir())) == 4
 
 
-def test_a_directory_with_other_things_is_refused(tmp_path):
+def test_nothing_but_a_report_is_replaced(tmp_path, monkeypatch):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ValueError, match=r"thesis\.tex, which is not part of a report"):
         write_report(tmp_path, {}, table())
-    assert (tmp_path / "thesis.tex").exists()
+    with pytest.raises(ValueError, match=r"thesis\.tex would be replaced by a directory: name a new one"):
+        write_report(tmp_path / "thesis.tex", {}, table())
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["thesis.tex"]
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"output = \. would be replaced"):
+        write_report(Path("."), {}, table())
+
+
+def test_one_process_at_a_time_writes_a_report(tmp_path, runs):
+    output = tmp_path / "report"
+    command = [sys.executable, "-c", HOLD_REPORT, output]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match=rf"output = .*report: another process writes .*process {holder.pid} "):
+            report([str(runs["alone"])], str(output), [], follow=False)
+        assert not output.exists()
+        holder.kill()
+    report([str(runs["alone"])], str(output), [], follow=False)
+    assert output.is_dir()
+
+
+HOLD_REPORT = """
+import sys
+from pathlib import Path
+from distill_nemo.reports.page import lock_of
+with lock_of(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 
 
 def test_reports_import_no_torch(tmp_path):

@@ -207,6 +207,8 @@ def test_another_store_is_not_written_over(store, tmp_path):
     (tmp_path / "full" / "thesis.txt").touch()
     with pytest.raises(ValueError, match=r"full holds other files, such as \['thesis.txt'\]"):
         create_store(tmp_path / "full", manifest_of())
+    with pytest.raises(ValueError, match=r"output = .*thesis\.txt cannot be made: File exists; choose another"):
+        create_store(tmp_path / "full" / "thesis.txt", manifest_of())
 
 
 CLAIM = """

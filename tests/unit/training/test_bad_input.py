@@ -286,6 +286,7 @@ def test_a_student_that_could_not_be_exported_is_not_trained(inputs, one, tmp_pa
     settings = {"student.checkpoint": str(student), "data.tokenizer": None, "checkpoint.export": True}
     error = refused(one, inputs, tmp_path / "out", settings | changes)
     assert message in error and (str(student) in error or changes)
+    assert error.endswith("or train with checkpoint.export=false, and keep the Megatron checkpoint")
 
 
 def test_a_directory_in_the_place_of_the_export_is_refused_before_training(inputs, one, tmp_path):
