@@ -10,7 +10,7 @@ from pathlib import Path
 import nemo_run as run
 
 from distill_nemo.checks import check
-from distill_nemo.config import load_yaml
+from distill_nemo.config_files import load_yaml
 from distill_nemo.data.stdlib_corpus import write_stdlib_corpus
 from distill_nemo.executors import WatchedExperiment, local, num_gpus, run_config_of
 from distill_nemo.fields import require

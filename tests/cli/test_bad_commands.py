@@ -5,7 +5,7 @@ For mistakes in a run's config see tests/unit/training/test_bad_input.py.
 
 import pytest
 
-from distill_nemo.config import save_yaml
+from distill_nemo.config_files import save_yaml
 from distill_nemo.executors import run_config_of
 from recipes.quickstart import quickstart_teacher
 from tests.cli.command import TWO_RANKS, nemo, nemo_here, nemo_home, shrunk, together
