@@ -160,6 +160,10 @@ class ParallelismConfig:
             timeout_minutes=self.timeout_minutes,
         )
 
+    def without_training(self) -> "ParallelismConfig":
+        """Return the layout for ranks that only run models forward, on whole sequences."""
+        return replace(self, context_parallel_size=1, virtual_pipeline_model_parallel_size=None)
+
     def stage_sizes(self, num_layers: int) -> list[int]:
         """Return the number of layers of each stage; the first stages take the remainder."""
         size, more = divmod(num_layers, self.num_stages)

@@ -5,16 +5,19 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from distill_nemo.config import JobConfig, RunConfig
+from distill_nemo.config import RunConfig
 from distill_nemo.fields import checked, is_union, require, required_fields, sections_of, suggest
 
-
-def sections() -> dict[str, type]:
-    """Return the sections of a run by name."""
-    return sections_of(typing.get_type_hints(RunConfig))
+if typing.TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
-def to_dict(config: JobConfig) -> dict[str, Any]:
+def sections(config: type = RunConfig) -> dict[str, type]:
+    """Return the sections of a config by name."""
+    return sections_of(typing.get_type_hints(config))
+
+
+def to_dict(config: "DataclassInstance") -> dict[str, Any]:
     """Return nested plain values with every field; the inverse of `from_dict`."""
     return asdict(config)
 

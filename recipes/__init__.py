@@ -3,6 +3,7 @@
 from distill_nemo.cli.commands import register_commands
 from distill_nemo.cli.entrypoint import register
 from distill_nemo.cli.launch import TrainContext
+from recipes.compress import minitron
 from recipes.distil import distil
 from recipes.gemma2 import gemma2_27b_to_2b
 from recipes.gpt_oss import gpt_oss_120b_to_20b
@@ -18,6 +19,7 @@ __all__ = [
     "gemma2_27b_to_2b",
     "gpt_oss_120b_to_20b",
     "llama32_3b_to_1b",
+    "minitron",
     "mixtral_8x7b_to_mistral_7b",
     "olmo2_32b_to_1b",
     "quickstart",

@@ -4,7 +4,9 @@ from typing import Any
 
 import nemo_run as run
 
+from distill_nemo.cli.compress import compress
 from distill_nemo.config_files import sections
+from distill_nemo.pruning.stages import CompressConfig
 from distill_nemo.training.entry import distill
 
 
@@ -23,5 +25,22 @@ def pair(name: str, teacher: str | None, student: str | None, **parallelism: int
         setattr(recipe.parallelism, size, value)
     recipe.parallelism.sequence_parallel = parallelism.get("tensor_model_parallel_size", 1) > 1
     recipe.optimizer.warmup_steps = 100
+    recipe.training.steps = 5000
+    return recipe
+
+
+def pruned(name: str, teacher: str | None, **cut: float) -> run.Partial:
+    """Return a recipe of `compress` for a local Hugging Face directory; `cut` has fields of `CutConfig`.
+
+    It is distilled as NVIDIA's Mistral-NeMo-Minitron-8B (arXiv:2408.11796): a learning rate of 1e-4, along a cosine
+    down to 4.5e-7, after 60 steps of warm-up. The loss is the forward KL of the logits alone at temperature 1, the best
+    of those compared where most layers stay (arXiv:2407.14679). 2.6 billion tokens; theirs had 380.
+    """
+    parts: dict[str, Any] = {section: run.Config(cls) for section, cls in sections(CompressConfig).items()}
+    recipe = run.Partial(compress, teacher=teacher, output=f"runs/{name}", **cut, **parts)
+    recipe.optimizer.lr, recipe.optimizer.min_lr = 1e-4, 4.5e-7
+    recipe.optimizer.warmup_steps = 60
+    recipe.distillation.divergence = "forward_kl"
+    recipe.distillation.logits_weight = 1.0
     recipe.training.steps = 5000
     return recipe

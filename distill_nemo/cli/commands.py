@@ -6,8 +6,10 @@ exits non-zero when a rank fails.
 
 import re
 import warnings
+from dataclasses import fields
 from typing import Literal
 
+from distill_nemo.cli.compress import CompressCommand, CompressContext, compress, compress_recipes
 from distill_nemo.cli.entrypoint import Command, register
 from distill_nemo.cli.help import summary, train_help
 from distill_nemo.cli.jobs import (
@@ -20,7 +22,7 @@ from distill_nemo.cli.jobs import (
 )
 from distill_nemo.cli.launch import TrainContext, registered_recipes
 from distill_nemo.cli.plan import PlanCommand, PlanContext, plan
-from distill_nemo.config import ExportConfig, ParallelismConfig
+from distill_nemo.config import CutConfig, ExportConfig, ParallelismConfig
 from distill_nemo.executors import EXECUTORS, detached, run_config_of
 from distill_nemo.pruning.entry import prune
 from distill_nemo.runtime.errors import errors_of_a_rank
@@ -52,6 +54,7 @@ def register_commands() -> None:
     register(teacher, context=TeacherContext, command=TeacherCommand)
     register(export, context=ExportContext, command=ExportCommand)
     register(prune, context=PruneContext, command=PruneCommand)
+    register(compress, context=CompressContext, command=CompressCommand)
     for function in (convert, evaluate, recipes):
         register(function)
     register(report, command=ReportCommand)
@@ -240,6 +243,11 @@ def recipes() -> None:
         parts = [layout_text(config.parallelism), *planned.groups()] if planned else [layout_text(config.parallelism)]
         parts += [config.distillation.divergence if config.teacher else "LM loss"]
         print(f"{recipe.__name__:28} {summary(recipe)}\n{'':28} {'; '.join(part for part in parts if part)}")
+    for recipe in compress_recipes():
+        values = recipe().__arguments__
+        sizes = [f"{each.name} {values[each.name]:g}" for each in fields(CutConfig) if each.name in values]
+        parts = ["compress", *sizes, values["distillation"].divergence]
+        print(f"{recipe.__name__:28} {summary(recipe)}\n{'':28} {'; '.join(parts)}")
 
 
 def report(runs: list[str], output: str, prompts: list[str] | None = None, follow: bool = False) -> None:

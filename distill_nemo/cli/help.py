@@ -101,6 +101,39 @@ Codecs:
 
 Several such commands may write on one store at once; the layout may change. Exit code: 0 if the store is complete."""
 
+COMPRESS = """\
+Stages:
+  prune     OUTPUT/pruned: the layers, channels, heads and experts that matter most, as `nemo distill prune` finds them
+  distil    OUTPUT/student: a run with the teacher, as `nemo distill train`
+  evaluate  OUTPUT/evaluation.json: teacher, pruned and distilled student on held-out text
+  report    OUTPUT/report/report.html
+  With rounds=N, the first two are repeated. Each stage is a job of its own. The distillation has all nodes, pruning and
+  evaluation the fewest that hold the model, the report one rank.
+
+Recipe:
+  NAME as the first argument, or --factory NAME; without one, minitron. FIELD=VALUE overrides its fields.
+{recipes}
+
+Layout:
+  gpus=N [gpu=a100-80gb|h100|h200|b200]   choose the layout of the distillation, as `nemo distill train` does; pruning
+  and evaluation take over its tensor, pipeline and expert parallel sizes
+
+Executor:
+  run.executor=local|slurm|kubernetes run.executor.FIELD=VALUE, as for `nemo distill train`. SLURM gets all jobs at
+  once, each waiting for the one before it. On Kubernetes this command submits one after the other.
+
+Options:
+  --dryrun, --detach (SLURM), --name, --yes as for `nemo distill train`
+
+The same command goes on after a kill in any stage, with the same result. `nemo distill compress plan` says what it
+will cost. Exit code: 0 if every stage succeeded.
+"""
+
+COMPRESS_PLAN = """\
+Takes the arguments of `nemo distill compress`, and those below. Starts and writes nothing; the data need not exist yet.
+
+Exit code: 0 if every stage fits; 1 if one does not, with changes that would make it fit."""
+
 STORE_PLAN = """\
 Takes the arguments of `nemo distill teacher`, and those below. Starts and writes nothing. With windows=, the data need
 not exist yet.

@@ -11,7 +11,14 @@ import nemo_run as run
 from nemo_run.cli.api import list_factories
 from nemo_run.config import get_type_namespace
 
-from distill_nemo.cli.arguments import RECIPE, called_recipe, override, parse_arguments, split_run_arguments
+from distill_nemo.cli.arguments import (
+    RECIPE,
+    RunArguments,
+    called_recipe,
+    override,
+    parse_arguments,
+    split_run_arguments,
+)
 from distill_nemo.cli.layout import check_one_node, choose_layout, executor_of, split_layout_arguments
 from distill_nemo.cli.values import parse
 from distill_nemo.config import JobConfig
@@ -34,6 +41,8 @@ EXPERIMENT_NAME = re.compile(r"\w[\w.-]{,63}", re.ASCII)  # NeMo-Run uses it in 
 class TrainContext(run.cli.RunContext):
     """NeMo-Run's task command with a correct exit code, our error messages, and checks before anything starts."""
 
+    given: RunArguments
+
     def cli_execute(self, fn: Callable[..., Any], args: list[str], entrypoint_type: Any = "task") -> None:
         """Run the command. A user's mistake is one `error:` on stderr."""
         with errors_in_one_screen(), passing_on_signals():
@@ -52,6 +61,7 @@ class TrainContext(run.cli.RunContext):
                     f'"{self.name}"'
                 )
             given, others = split_run_arguments(args)
+            self.given = given
             self.executor = fdl.build(parse_executor(given.executor, given.of_executor)) if given.executor else None
             self.plugins = self.parse_plugin(given.plugins, *given.of_plugins) if given.plugins else []
             execute = self._execute_task if entrypoint_type == "task" else self._execute_experiment

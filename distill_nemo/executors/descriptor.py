@@ -44,5 +44,9 @@ class ExecutorDescriptor:
     preflight: Callable[[JobConfig, Any, bool], None] = _nothing
     # Wraps a job that NeMo-Run has submitted so that it can be watched. None: NeMo-Run waits for it itself.
     job: Callable[[Any], ClusterJob] | None = None
+    # Returns the arguments of an executor of this many nodes and ranks on each.
+    size: Callable[[int, int], list[str]] = lambda nodes, devices: [f"nodes={nodes}", f"devices={devices}"]
+    # Prepares an executor whose job waits in the queue for another one. None: its scheduler starts every job at once.
+    chain: Callable[[Any], None] | None = None
     # Returns what a dry run prints for a job of the experiment in a directory. None: a dry run prints the command.
     manifest: Callable[[Any, Path], str] | None = None

@@ -73,6 +73,8 @@ class WatchedExperiment(run.Experiment):
             for job in typing.cast(list[Any], self.jobs):
                 manifest = descriptor_of(job.executor).manifest
                 assert manifest is not None, "only executors with manifests are shown"
+                if job.dependencies:
+                    print(f"# {job.id}, after {' and '.join(job.dependencies)}")
                 print(manifest(job, Path(self._exp_dir)))
         finally:
             shutil.rmtree(self._exp_dir)

@@ -71,5 +71,9 @@ def _check(executor: run.LocalExecutor) -> None:
 
 
 LOCAL = ExecutorDescriptor(
-    run.LocalExecutor, local_config, check=_check, work_dir=lambda executor: WorkDir(here=Path("."))
+    run.LocalExecutor,
+    local_config,
+    check=_check,
+    work_dir=lambda executor: WorkDir(here=Path(".")),
+    size=lambda nodes, devices: [f"processes={devices}"],
 )

@@ -7,6 +7,7 @@ import fiddle as fdl
 
 from distill_nemo.config import DataConfig, ExportConfig, JobConfig, PruneConfig, RunConfig, StoreConfig, VerifyConfig
 from distill_nemo.config_files import from_dict, to_dict
+from distill_nemo.pruning.stages import CompressConfig
 
 
 def run_config_of(recipe: fdl.Buildable) -> RunConfig:
@@ -22,7 +23,7 @@ def run_config_of(recipe: fdl.Buildable) -> RunConfig:
     return from_dict(to_dict(RunConfig(**given)))
 
 
-def job_config_of[C: JobConfig](task: fdl.Buildable, kind: type[C]) -> C:
+def job_config_of[C: JobConfig | CompressConfig](task: fdl.Buildable, kind: type[C]) -> C:
     """Return the config of a task whose arguments are the fields of `kind`, with every type checked."""
     return from_dict(to_dict(kind(**_given(task))), kind)
 

@@ -16,6 +16,7 @@ class Gpu:
         name: for people.
         memory_gb: memory in 10^9 bytes.
         bf16_tflops: 10^12 dense bf16 operations per second.
+        fp32_tflops: the same in fp32, without tensor cores.
         memory_gbs: 10^9 bytes per second that its memory moves.
         nvlink_gbs: 10^9 bytes per second to the other GPUs of a node, in one direction.
         network_gbs: 10^9 bytes per second to other nodes, in one direction.
@@ -24,6 +25,7 @@ class Gpu:
     name: str
     memory_gb: float
     bf16_tflops: float
+    fp32_tflops: float
     memory_gbs: float
     nvlink_gbs: float
     network_gbs: float
@@ -35,10 +37,10 @@ class Gpu:
 # of the data sheets', which add both directions. Cards report up to 7 % more memory than 10^9 bytes a GB; that is left
 # for the CUDA context, NCCL's buffers and fragmentation.
 GPUS = {
-    "a100-80gb": Gpu("A100 80 GB", 80, 312, 2039, 300, 25),
-    "h100": Gpu("H100", 80, 989, 3350, 450, 50),
-    "h200": Gpu("H200", 141, 989, 4800, 450, 50),
-    "b200": Gpu("B200", 180, 2250, 8000, 900, 50),
+    "a100-80gb": Gpu("A100 80 GB", 80, 312, 19.5, 2039, 300, 25),
+    "h100": Gpu("H100", 80, 989, 67, 3350, 450, 50),
+    "h200": Gpu("H200", 141, 989, 67, 4800, 450, 50),
+    "b200": Gpu("B200", 180, 2250, 75, 8000, 900, 50),
 }
 
 

@@ -33,16 +33,26 @@ def print_plan(
         ValueError: for a config that a run would refuse; after printing, if it does not fit, with changes that would.
     """
     require(0 < utilisation <= 1, f"utilisation must be above 0 and at most 1, got {utilisation:g}")
-    config, models = _resolved(config)
-    stored = check_stores(config, models.student.vocab_size)
-    planned = PlannedRun(config, models, world_size, transformer_engine=transformer_engine, stored=stored)
-    check_setting(planned)
+    planned = planned_run(config, world_size, transformer_engine)
     print(report(name, planned, gpu, utilisation))
     too_much = fullest(planned).total / GB - gpu.memory_gb
     if too_much > 0:
         fitting = what_would_fit(planned, gpu.memory_gb * GB)
         advice = f"what would fit: {' | '.join(fitting)}" if fitting else "take more ranks or GPUs with more memory"
         raise ValueError(f"does not fit: {too_much:.1f} GB too much on a {gpu.name} of {gpu.memory_gb:g} GB; {advice}")
+
+
+def planned_run(config: RunConfig, world_size: int, transformer_engine: bool = True) -> PlannedRun:
+    """Return a run on GPUs, planned.
+
+    Raises:
+        ValueError: for a config that a run would refuse.
+    """
+    config, models = _resolved(config)
+    stored = check_stores(config, models.student.vocab_size)
+    planned = PlannedRun(config, models, world_size, transformer_engine=transformer_engine, stored=stored)
+    check_setting(planned)
+    return planned
 
 
 def with_layout(config: RunConfig, gpus: int, gpu: Gpu, fixed: Collection[str] = ()) -> tuple[RunConfig, str]:

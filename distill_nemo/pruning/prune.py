@@ -53,6 +53,8 @@ CACHE = "index_cache"
 def prune(config: PruneConfig) -> None:
     """Cut a model, and publish the result as a Hugging Face directory. Every rank calls it, after `setup_device`.
 
+    A result of the same config, model and data stays as it is.
+
     Raises:
         ValueError: for sizes, data or a layout that do not fit the model, before anything is computed.
         RuntimeError: if transformers' logits of the result differ from ours.
@@ -63,15 +65,19 @@ def prune(config: PruneConfig) -> None:
     check_prunable(model)
     parallelism = config.parallelism or ParallelismConfig()
     possible = possible_sizes(model, config, parallelism, partial(evenly_spaced, model))
-    _check_data(config, model)
+    check_data(config, model)
     if warning := odd_widths(possible[0], model):
         _say(warning)
     files_of(model, torch.float32).check()  # the tokenizer too, before hours of scoring
+    identity = identity_of(config, model, possible)
     refusal = refusal_of_sources(model) if rank() == 0 or is_joined() else None
     with process_groups(parallelism):
         raise_everywhere(refusal)
         seed_everything(0)
         everyone = Everyone()
+        if everyone.on_rank_0(lambda: earlier_record(Path(config.output), identity)) is not None:
+            _say(f"{config.output} is there already, cut from the same model by the same settings")
+            return
         with contextlib.ExitStack() as aside:  # used on rank 0 only
 
             def begin() -> str:
@@ -79,12 +85,17 @@ def prune(config: PruneConfig) -> None:
 
             directory = Path(everyone.on_rank_0(begin))
             calibration = Calibration.of(config, model.vocab_size, directory / CACHE)
-            _Pruning(config, model, parallelism, calibration, directory, everyone).run(possible)
+            _Pruning(config, model, parallelism, identity, calibration, directory, everyone).run(possible)
             everyone.on_rank_0(aside.close)
     _say(f"published {config.output}")
 
 
-def _check_data(config: PruneConfig, model: Architecture) -> None:
+def check_data(config: PruneConfig, model: Architecture) -> None:
+    """Refuse token files that are missing, damaged, too few or of another vocabulary than the model's.
+
+    Raises:
+        ValueError: naming the file or the tokens.
+    """
     data = data_config(config)
     check_length(config.sequence_length, "model", model, "sequence_length")
     check_token_files(data)
@@ -107,18 +118,17 @@ class _Pruning:
     config: PruneConfig
     model: Architecture
     parallelism: ParallelismConfig
+    identity: str
     calibration: Calibration
     directory: Path
     everyone: Everyone
 
     def run(self, possible: list[Sizes]) -> None:
         """Write the result into the directory, and compare it with transformers."""
-        tokens = self.everyone.on_rank_0(self.calibration.tokens_sha256)
-        identity = identity_of(self.config, self.model, tokens, possible)
-        earlier = self.everyone.on_rank_0(lambda: earlier_record(self.directory, identity))
+        earlier = self.everyone.on_rank_0(lambda: earlier_record(self.directory, self.identity))
         if earlier is not None:
             _say("the scores of an interrupted call are used again")
-        record = earlier or {"identity": identity, **self._chosen(possible, tokens, identity)}
+        record = earlier or {"identity": self.identity, **self._chosen(possible)}
         sizes, kept = record["result"]["sizes"], kept_of(record["kept"])
         cut = self._cut(sizes, kept.layers)
         with CutTensors(self.model, cut, kept) as tensors:
@@ -129,30 +139,30 @@ class _Pruning:
         self.everyone.on_rank_0(self._remove_progress)
         _say(_summary(record))
 
-    def _chosen(self, possible: list[Sizes], tokens_sha256: str, identity: str) -> dict[str, Any]:
+    def _chosen(self, possible: list[Sizes]) -> dict[str, Any]:
         """Return the record of the cut with the lowest held-out loss."""
-        scores, losses = self._scores(identity)
+        scores, losses = self._scores()
         possible, tried = self._possible(possible, scores), []
         for number, sizes in enumerate(possible, 1):
             kept = kept_of(self.everyone.on_rank_0(lambda sizes=sizes: asdict(self._kept(scores, sizes))))
             if number == len(losses):
                 losses.append(self._loss(sizes, kept))
-                self._write_progress(identity, scores, losses)
+                self._write_progress(scores, losses)
             tried.append((losses[number], sizes, kept))
             if len(possible) > 1:
                 _say(f"candidate {number} of {len(possible)}: held-out LM loss {losses[number]:.4f} with {sizes}")
         loss, sizes, kept = min(tried, key=lambda each: each[0])
         return self._described(sizes, kept) | {
-            "calibration": self._calibrated(tokens_sha256),
+            "calibration": self._calibrated(),
             "held_out_lm_loss": {"model": round(losses[0], 4), "result": round(loss, 4)},
             "candidates": [{"sizes": each, "held_out_lm_loss": round(value, 4)} for value, each, _ in tried],
             "kept": asdict(kept),
             "scores": plain_scores(scores) if scores is not None else None,
         }
 
-    def _scores(self, identity: str) -> tuple[Scores | None, list[float]]:
+    def _scores(self) -> tuple[Scores | None, list[float]]:
         """Return the scores, on rank 0, and held-out losses: the source's, and those of candidates compared before."""
-        losses = self.everyone.on_rank_0(lambda: earlier_losses(self.directory, identity))
+        losses = self.everyone.on_rank_0(lambda: earlier_losses(self.directory, self.identity))
         if losses:
             _say("the scores of an interrupted call are used again")
             return (earlier_scores(self.directory) if rank() == 0 else None), losses
@@ -164,13 +174,13 @@ class _Pruning:
             without = self.calibration.losses_without_a_layer(chunk, self.model.num_layers)
             if scores is not None:
                 scores.layers = torch.tensor(without, dtype=torch.float64) - before
-        self._write_progress(identity, scores, [before])
+        self._write_progress(scores, [before])
         return scores, [before]
 
-    def _write_progress(self, identity: str, scores: Scores | None, losses: list[float]) -> None:
+    def _write_progress(self, scores: Scores | None, losses: list[float]) -> None:
         def write() -> None:
             assert scores is not None, "rank 0 has them"
-            write_progress(self.directory, identity, scores, losses)
+            write_progress(self.directory, self.identity, scores, losses)
 
         self.everyone.on_rank_0(write)
 
@@ -238,8 +248,9 @@ class _Pruning:
             "result": {"num_parameters": num_parameters(cut), "sizes": sizes},
         }
 
-    def _calibrated(self, tokens_sha256: str) -> dict[str, Any]:
+    def _calibrated(self) -> dict[str, Any]:
         names = ("data", "samples", "held_out_samples", "sequence_length", "layer_importance")
+        tokens_sha256 = self.everyone.on_rank_0(self.calibration.tokens_sha256)
         return {name: vars(self.config)[name] for name in names} | {"tokens_sha256": tokens_sha256}
 
 

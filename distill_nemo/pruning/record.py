@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from distill_nemo.config import PruneConfig
+from distill_nemo.data.corpora import corpus_at
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.pruning.choice import Kept, Scores
 from distill_nemo.pruning.sizes import Sizes
@@ -18,13 +19,14 @@ RECORD = "pruning.json"
 NOT_THE_RESULT = ("model", "output", "data", "parallelism")  # fields that do not change it
 
 
-def identity_of(config: PruneConfig, model: Architecture, tokens_sha256: str, possible: list[Sizes]) -> str:
-    """Return a hash of all that the choice depends on. Of the model's files, size and time of change count."""
+def identity_of(config: PruneConfig, model: Architecture, possible: list[Sizes]) -> str:
+    """Return a hash of all that the choice depends on. Of files of model and data, size and time of change count."""
     assert model.source is not None
     files = sorted({tensor.file for tensor in model.source.tensors.values()})
+    files += corpus_at(config.data).files.values()
     stats = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     fields = {name: value for name, value in asdict(config).items() if name not in NOT_THE_RESULT}
-    content = [fields, stats, model.source.config, tokens_sha256, possible]
+    content = [fields, stats, model.source.config, possible]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

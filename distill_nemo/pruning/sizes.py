@@ -191,3 +191,9 @@ def with_source(model: Architecture, cut: Architecture, layers: Sequence[int]) -
     if "mlp_layer_types" in config and config.get("first_k_dense_replace") is not None:
         config["first_k_dense_replace"] = config["mlp_layer_types"].count("dense")
     return replace(cut, source=replace(model.source, config=config, tensors={}))
+
+
+def predicted(model: Architecture, sizes: Sizes) -> Architecture:
+    """Return the result of a cut before scores have chosen its layers."""
+    layers = evenly_spaced(model, sizes["num_layers"])
+    return with_source(model, smaller(model, sizes, layers), layers)

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 
 from distill_nemo.checkpoint.load import check_whole
+from distill_nemo.checks import check_layout_without_training
 from distill_nemo.config import DataConfig, ParallelismConfig, RunConfig, StudentConfig, TeacherConfig, TrainingConfig
 from distill_nemo.data.corpora import check_corpora
 from distill_nemo.data.datasets import build_datasets
@@ -16,9 +18,9 @@ from distill_nemo.data.token_files import check_vocabulary
 from distill_nemo.evaluation import evaluate
 from distill_nemo.models.architecture import Models
 from distill_nemo.models.provider import model_provider
-from distill_nemo.models.source_check import check_source
+from distill_nemo.models.source_check import refusal_of_sources
 from distill_nemo.runtime.device import resolve_dtype, setup_device
-from distill_nemo.runtime.process_groups import process_groups, world_size
+from distill_nemo.runtime.process_groups import is_joined, process_groups, raise_everywhere, rank, world_size
 from distill_nemo.runtime.seed import seed_everything
 from distill_nemo.training.data import check_tokenizers, checkpoints_of
 from distill_nemo.training.entry import resolve_models
@@ -51,47 +53,76 @@ def evaluate_student(
     """
     if world_size() != 1:
         raise ValueError(f"evaluate runs in one process, not {world_size()}; start it without torchrun")
-    config = RunConfig("", student, teacher)
-    config.data = DataConfig(train=[data], valid=[data], sequence_length=sequence_length)
-    config, models = resolve_models(config)
+    whole = DataConfig(train=[data], valid=[data], sequence_length=sequence_length)
+    return evaluate_on(whole, student, teacher, samples, ParallelismConfig(), seed, cache)
+
+
+def evaluate_on(
+    data: DataConfig,
+    student: StudentConfig,
+    teacher: TeacherConfig | None,
+    samples: int,
+    parallelism: ParallelismConfig,
+    seed: int = 0,
+    cache: str | None = None,
+) -> dict[str, float]:
+    """Return token means over the held-out text of `data`, in nats, the same on every rank. Every rank calls it.
+
+    Args:
+        data: as a run states it.
+        student: as `evaluate_student`.
+        teacher: as `evaluate_student`.
+        samples: number of samples, rounded up to a multiple of the data-parallel ranks.
+        parallelism: layout of both models.
+        seed: as `evaluate_student`.
+        cache: directory for Megatron's sample index, which all ranks see; None for a temporary one, of one process.
+
+    Raises:
+        ValueError: for bad token files or checkpoints, or a layout that does not fit the models or ranks.
+    """
+    check_layout_without_training(parallelism, world_size())
+    config, models = resolve_models(RunConfig("", student, teacher, data=data, parallelism=parallelism))
     check_corpora(config.data)
     check_vocabulary(config.data, models.student.vocab_size)
     check_tokenizers(config.data, checkpoints_of(config), models.student)
-    for model in models:
-        if model is not None:
-            check_source(model)
-    micro_batch_size = math.gcd(samples, MICRO_BATCH_SIZE)
+    refusal = refusal_of_sources(*models) if rank() == 0 or is_joined() else None
+    copies = world_size() // parallelism.model_parallel_size
+    each = -(-samples // copies)
+    micro_batch_size = math.gcd(each, MICRO_BATCH_SIZE)
     setup_device()
-    with tempfile.TemporaryDirectory() as temporary, process_groups(config.parallelism):
+    with tempfile.TemporaryDirectory() as temporary, process_groups(parallelism):
+        raise_everywhere(refusal)
         check_whole(student.checkpoint, teacher.checkpoint if teacher else None)
         seed_everything(seed)
-        model = _model(models)
+        model = _model(models, parallelism)
         valid: Any
         directory, vocab_size = Path(cache or temporary), models.student.vocab_size
-        _, valid = build_datasets(config.data, TrainingConfig(), directory, samples, samples, vocab_size)
+        _, valid = build_datasets(config.data, TrainingConfig(), directory, samples, each * copies, vocab_size)
         stream = batches(
             valid,
             consumed_samples=0,
-            global_batch_size=micro_batch_size,
+            global_batch_size=micro_batch_size * copies,
             micro_batch_size=micro_batch_size,
-            data_parallel_rank=0,
-            data_parallel_size=1,
+            data_parallel_rank=parallel_state.get_data_parallel_rank(),
+            data_parallel_size=copies,
         )
         means = evaluate(
             [model],
             [stream],
-            num_microbatches=samples // micro_batch_size,
-            sequence_length=sequence_length,
+            num_microbatches=each // micro_batch_size,
+            sequence_length=data.sequence_length,
             micro_batch_size=micro_batch_size,
         )
     means["tokens"] = means.pop("valid_tokens")
     return means
 
 
-def _model(models: Models) -> torch.nn.Module:
+def _model(models: Models, parallelism: ParallelismConfig) -> torch.nn.Module:
     return model_provider(
+        parallel_state.is_pipeline_first_stage(),
+        parallel_state.is_pipeline_last_stage(),
         student=models.student,
         teacher=models.teacher,
-        parallelism=ParallelismConfig(),
+        parallelism=parallelism,
         dtype=resolve_dtype("auto"),
     ).cuda()

@@ -11,6 +11,7 @@ from distill_nemo.config import CutConfig, ParallelismConfig, StoreConfig
 from distill_nemo.config_files import sections
 from distill_nemo.fields import sections_of
 from distill_nemo.models.families import FAMILIES
+from distill_nemo.pruning.stages import CompressConfig
 from tests.cli.command import BIN, Command, nemo_here, the_recipes, together
 
 EXECUTORS = {
@@ -48,6 +49,13 @@ FIELDS = {
         *(f.name for f in fields(CutConfig)),
         "sequence_length",
         *(f"parallelism.{f.name}" for f in fields(ParallelismConfig)),
+    ],
+    "compress": [
+        *("teacher", "output"),
+        *(f.name for f in fields(CutConfig)),
+        *("rounds", "prompts"),
+        *(f"{name}.{f.name}" for name, part in sections(CompressConfig).items() for f in fields(part)),
+        *("gpus", "gpu", "utilisation", "transformer_engine"),
     ],
     "convert": ["checkpoint", "output", "allow_pickle"],
     "evaluate": ["student", "data", "teacher", "sequence_length", "samples", "vocab_size"],

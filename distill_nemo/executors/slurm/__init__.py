@@ -5,7 +5,13 @@ import nemo_run as run
 from distill_nemo.executors.descriptor import ExecutorDescriptor
 from distill_nemo.executors.slurm.arguments import slurm_config
 from distill_nemo.executors.slurm.jobs import SlurmJob
-from distill_nemo.executors.slurm.script import batch_script, check_sbatch, check_script, work_dir
+from distill_nemo.executors.slurm.script import (
+    batch_script,
+    cancelled_with_the_one_before,
+    check_sbatch,
+    check_script,
+    work_dir,
+)
 
 SLURM = ExecutorDescriptor(
     run.SlurmExecutor,
@@ -21,5 +27,6 @@ SLURM = ExecutorDescriptor(
     work_dir=work_dir,
     preflight=check_sbatch,
     job=SlurmJob.of,
+    chain=cancelled_with_the_one_before,
     manifest=batch_script,
 )

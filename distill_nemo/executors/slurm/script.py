@@ -111,6 +111,11 @@ def check_sbatch(config: JobConfig, executor: run.SlurmExecutor, dryrun: bool) -
         )
 
 
+def cancelled_with_the_one_before(executor: run.SlurmExecutor) -> None:
+    """Let SLURM cancel the job if the one that it waits for fails. It would be queued forever."""
+    executor.additional_parameters = {"kill-on-invalid-dep": "yes", **(executor.additional_parameters or {})}
+
+
 def batch_script(job: Any, directory: Path) -> str:
     """Return the script of a NeMo-Run job, headed by the command that submits it."""
     path = directory / f"{job.executor.job_name}_sbatch.sh"

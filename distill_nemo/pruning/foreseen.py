@@ -1,0 +1,98 @@
+"""Rounds of a compression before the first one has begun: the models that each is about to cut and distil."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from distill_nemo.checkpoint.directory import checkpoint_root
+from distill_nemo.config import ParallelismConfig, PruneConfig, RunConfig, StudentConfig
+from distill_nemo.fields import require
+from distill_nemo.models.architecture import Architecture
+from distill_nemo.models.families.tensors import num_parameters
+from distill_nemo.models.resolve import resolve
+from distill_nemo.models.sources import saved_steps
+from distill_nemo.pruning.possible import possible_sizes
+from distill_nemo.pruning.prune import check_data
+from distill_nemo.pruning.record import RECORD
+from distill_nemo.pruning.search import target_parameters
+from distill_nemo.pruning.sizes import Sizes, check_prunable, evenly_spaced, given_sizes, predicted
+from distill_nemo.pruning.stages import CompressConfig
+from distill_nemo.runtime.files import read_object_if_any
+from distill_nemo.training.entry import resolve_models
+
+SCORED_BY = ("samples", "held_out_samples", "sequence_length", "layer_importance")
+
+
+@dataclass(frozen=True)
+class Round:
+    """A cut and a distillation.
+
+    Args:
+        cut: the pruning.
+        model: that is cut.
+        possible: sizes among which the held-out loss decides.
+        run: the distillation of a student of the first of these sizes, without its checkpoint.
+    """
+
+    cut: PruneConfig
+    model: Architecture
+    possible: list[Sizes]
+    run: RunConfig
+
+
+def foresee(config: CompressConfig, has_data: bool = True) -> list[Round]:
+    """Return all rounds. Reads the teacher's config.json and tokenizer, and earlier results in the output.
+
+    Args:
+        config: the compression.
+        has_data: False leaves its token files unread.
+
+    Raises:
+        ValueError: for sizes, targets or a layout that a round would refuse, and an output of another run.
+    """
+    model = resolve(StudentConfig(checkpoint=config.teacher))
+    check_prunable(model)
+    if has_data:
+        check_data(config.cut(1), model)
+    total, most = num_parameters(model), target_parameters(config.cut(1))
+    rounds = []
+    for number in range(1, config.rounds + 1):
+        target = None if most is None else most ** (number / config.rounds) * total ** (1 - number / config.rounds)
+        cut = config.cut(number, target if config.rounds > 1 else None)
+        possible = possible_sizes(model, cut, cut.parallelism or ParallelismConfig(), partial(evenly_spaced, model))
+        _check_earlier(cut, config.directory(number))
+        students = [predicted(model, sizes) for sizes in possible]
+        runs = [_run(config, number, student) for student in students]
+        for each in runs:
+            resolve_models(each)
+        rounds.append(Round(cut, model, possible, runs[0]))
+        model = students[0]
+    return rounds
+
+
+def _run(config: CompressConfig, number: int, student: Architecture) -> RunConfig:
+    run = config.run(number)
+    run.student = student.filled(StudentConfig())
+    return run
+
+
+def _check_earlier(cut: PruneConfig, directory: str) -> None:
+    """Refuse a directory with the run of another student.
+
+    Raises:
+        ValueError: with the way out.
+    """
+    if not saved_steps(checkpoint_root(directory)):
+        return
+    record = read_object_if_any(Path(cut.output) / RECORD)
+    result, calibration = record.get("result"), record.get("calibration")
+    scored_by = [vars(cut)[name] for name in SCORED_BY]
+    sizes = result.get("sizes") if isinstance(result, dict) else None
+    require(
+        isinstance(sizes, dict)
+        and given_sizes(cut).items() <= sizes.items()
+        and isinstance(calibration, dict)
+        and [calibration.get(name) for name in SCORED_BY] == scored_by,
+        f"output: {directory} holds the run of another student{f' (see {cut.output})' if record else ''}; restore the "
+        "fields of its cut to go on with it, or choose another output",
+    )

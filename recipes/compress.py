@@ -1,0 +1,15 @@
+"""A student cut out of its teacher."""
+
+import nemo_run as run
+
+from distill_nemo.cli.compress import compress
+from recipes.base import pruned
+
+
+@run.cli.factory(target=compress)
+def minitron(teacher: str | None = None) -> run.Partial:
+    r"""Any teacher cut to any size, by the settings of the Minitron papers.
+
+    nemo distill compress teacher=/models/Qwen3-8B output=runs/q6b target_params=6e9 data.train='["corpus"]' gpus=8
+    """
+    return pruned("minitron", teacher)

@@ -1,0 +1,88 @@
+"""Stages of `nemo distill compress`, killed and run again: the same student."""
+
+import json
+import os
+import pkgutil
+import signal
+from unittest import mock
+
+import fiddle as fdl
+import pytest
+
+from distill_nemo.pruning.stages import CompressConfig
+from tests.spawn import Gloo, ProcessEndedError
+from tests.tiny_models import write_hf
+
+KILLED_AT = {  # of each stage, what it calls halfway, and how often before it is killed
+    "prune": ("distill_nemo.pruning.tensors.fsync", 0),
+    "distil": ("distill_nemo.training.loop.Loop._held_out", 1),
+    "evaluate": ("distill_nemo.runtime.files.write_atomically", 0),
+    "report": ("distill_nemo.reports.page.write_page", 0),
+}
+
+
+def compressed(inputs, output, changes, killed=""):
+    """Run all stages in this process, as their jobs do. End by SIGKILL in the stage `killed`. Return their names."""
+    from distill_nemo.cli.compress import Place, checked_stages
+
+    fields = {"teacher": str(inputs / "teacher"), "samples": 8, "held_out_samples": 4} | changes
+    config = CompressConfig(output=str(output), **fields)
+    config.data.train, config.data.valid = [f"{inputs}/train"], [f"{inputs}/valid"]
+    config.data.tokenizer, config.data.sequence_length = f"{inputs}/tokenizer", 32
+    config.training.steps, config.training.global_batch_size = 4, 2
+    config.training.eval_interval, config.training.eval_batches = 2, 1
+    config.checkpoint.save_interval = 1
+    stages = checked_stages(config, Place())
+    for stage in stages:
+        if stage.name == killed:
+            kill_at(*KILLED_AT[killed])
+        fdl.build(stage.task)()
+    return [stage.name for stage in stages]
+
+
+def kill_at(name, calls):
+    """End this process by SIGKILL at the call of a function after so many."""
+    original, left = pkgutil.resolve_name(name), iter(range(calls))
+
+    def call(*args, **kwargs):
+        if next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    mock.patch(name, call).start()
+
+
+def content(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_killed_in_each_stage_and_run_again_it_gives_the_same_student(inputs, tmp_path, one):
+    """One process for each kill: a killed one is gone."""
+    expected, found = tmp_path / "undisturbed", tmp_path / "killed"
+    sizes = {"num_layers": 2, "ffn_hidden_size": 64}
+    for stage in KILLED_AT:
+        with Gloo(1, init=False, timeout=200) as group, pytest.raises((ProcessEndedError, RuntimeError)):
+            group.run(compressed, inputs, found, sizes, stage)
+    assert one.run(compressed, inputs, found, sizes) == [list(KILLED_AT)]
+    assert one.run(compressed, inputs, expected, sizes) == [list(KILLED_AT)]
+    assert content(found / "student") == content(expected / "student")
+    assert content(found / "pruned") == content(expected / "pruned")
+    rows, again = (json.loads((path / "evaluation.json").read_text()) for path in (expected, found))
+    assert rows == again
+    assert [row["model"] for row in rows] == ["teacher", "pruned student", "distilled student"]
+    assert rows[0]["parameters"] > rows[1]["parameters"] == rows[2]["parameters"]
+    assert "distilled student" in (found / "report/report.html").read_text()
+
+
+def test_in_two_rounds_the_second_one_cuts_the_first_ones_student(inputs, tmp_path, one):
+    teacher = write_hf(tmp_path / "teacher", "llama", width=256, heads=8, groups=4)
+    sizes = {"teacher": teacher, "num_query_groups": 2, "target_params": 800_000, "rounds": 2}
+    (stages,) = one.run(compressed, inputs, tmp_path / "out", sizes)
+    assert stages == ["prune-1", "distil-1", "prune-2", "distil-2", "evaluate", "report"]
+    first, second = (
+        json.loads((tmp_path / "out" / name / "pruning.json").read_text()) for name in ("round_1/pruned", "pruned")
+    )
+    assert second["model"]["path"].endswith("out/round_1/student")
+    assert first["result"]["num_parameters"] == second["model"]["num_parameters"]
+    assert first["result"]["num_parameters"] > second["result"]["num_parameters"] <= 800_000
+    assert (tmp_path / "out/student/model.safetensors").is_file()

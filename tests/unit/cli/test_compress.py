@@ -1,0 +1,131 @@
+"""`nemo distill compress`: stages, refusals and the plan. Nothing is started; tests/cli/test_compress.py runs one."""
+
+import json
+import re
+
+import pytest
+
+from distill_nemo.pruning.stages import CompressConfig, fewest_nodes
+from tests.cli.command import nemo_here, nemo_home
+from tests.tiny_models import write_hf
+
+SLURM = ["run.executor=slurm", "run.executor.account=nlp", "run.executor.nodes=2", "run.executor.devices=2"]
+KUBERNETES = ["run.executor=kubernetes", "run.executor.image=x", "run.executor.pvc=work", "run.executor.devices=2"]
+
+
+@pytest.fixture
+def here(capfd, empty_stdin, tmp_path, monkeypatch):
+    """Return a function that runs a command in this process and in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    nemo_home(monkeypatch, tmp_path / "home" / "nemo")
+    return lambda *arguments: nemo_here(capfd, "compress", *arguments)
+
+
+def small(inputs, **others):
+    """Return arguments that cut and distil the tiny models in `inputs`; `section__field` replaces one."""
+    fields = {
+        "teacher": inputs / "teacher",
+        "output": "out",
+        "num_layers": 1,
+        "data.train": json.dumps([str(inputs / "train")]),
+        "data.valid": json.dumps([str(inputs / "valid")]),
+        "data.tokenizer": inputs / "tokenizer",
+        "data.sequence_length": 32,
+        "samples": 8,
+        "held_out_samples": 4,
+        "optimizer.warmup_steps": 2,
+        "training.steps": 8,
+        "training.global_batch_size": 4,
+        "training.eval_batches": 1,
+    }
+    fields |= {name.replace("__", "."): value for name, value in others.items()}
+    return [f"{name}={value}" for name, value in fields.items() if value is not None]
+
+
+def test_slurm_gets_a_job_for_each_stage_that_waits_for_the_one_before(inputs, here):
+    shown = here("--dryrun", *small(inputs, parallelism__tensor_model_parallel_size=2), *SLURM)
+    assert shown.code == 0, shown.err
+    scripts = re.split(r"^# sbatch ", shown.out, flags=re.M)[1:]
+    assert [re.search(r"--job-name=\S*distill\.(\w+)", each)[1] for each in scripts] == [
+        *("prune", "distil", "evaluate", "report")
+    ]
+    assert [re.search(r"--nodes=(\d)", each)[1] for each in scripts] == ["1", "2", "1", "1"]
+    assert [re.search(r"--gpus-per-node=(\d)", each)[1] for each in scripts] == ["2", "2", "2", "1"]
+    assert ["--kill-on-invalid-dep=yes" in each for each in scripts] == [False, True, True, True]
+    assert re.findall(r"^# (\w+), after (\w+)$", shown.out, re.M) == [
+        *(("distil", "prune"), ("evaluate", "distil"), ("report", "evaluate"))
+    ]
+
+
+def test_kubernetes_gets_a_trainjob_for_each_stage(inputs, here):
+    paths = {"teacher": "/workspace/teacher", "output": "/workspace/out", "data.valid": None}
+    paths |= {"data.train": '["/workspace/train"]', "data.tokenizer": "/workspace/tokenizer"}
+    shown = here("--dryrun", *small(inputs, **paths), *KUBERNETES)
+    assert shown.code == 0, shown.err
+    assert shown.out.count("kind: TrainJob") == 4
+    assert "checkpoint: /workspace/out/pruned" in shown.out
+    detached = here("--detach", *small(inputs, **paths), *KUBERNETES)
+    assert detached.code == 1 and detached.err.startswith("error: ")
+
+
+def test_every_stage_is_planned_before_the_first(inputs, tmp_path, here):
+    teacher = write_hf(tmp_path / "teacher", "llama", width=256, heads=8, groups=4)
+    target = {"num_layers": None, "num_query_groups": 2, "target_params": 800_000, "rounds": 2}
+    planned = here("plan", *small(inputs, teacher=teacher, **target), "gpu=h200")
+    assert planned.code == 0, planned.err
+    rows = re.findall(r"^(prune-1|distil-1|prune-2|distil-2|evaluate|report) +1 ", planned.out, re.M)
+    assert rows == ["prune-1", "distil-1", "prune-2", "distil-2", "evaluate", "report"]
+    students = [int(each.replace(",", "")) for each in re.findall(r"^  student +([\d,]+)", planned.out, re.M)]
+    assert students[0] > students[1] and 720_000 <= students[1] <= 800_000, "in two steps"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_layers": None}, "nothing says how small the model becomes"),
+        ({"num_layers": 9}, "num_layers = 9 is not possible"),
+        ({"num_layers": None, "target_params": 1e9}, "is not below the 188,352"),
+        ({"rounds": 2}, "rounds = 2 needs target_params or target_memory"),
+        ({"teacher": "no/such"}, "model: checkpoint directory not found: no/such"),
+        ({"data__train": '["no/such"]'}, "no file no/such.idx"),
+        ({"samples": None, "parallelism__tensor_model_parallel_size": 2}, "world size 1 is not divisible"),
+        ({"checkpoint__export": "false"}, "checkpoint.export = False"),
+        ({"data__sequence_length": 4096}, "longer than the student's max_position_embeddings"),
+        ({"teacher": None}, "missing: teacher=; see `nemo distill compress --help`"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_the_first_stage(inputs, tmp_path, here, changes, message):
+    refused = here(*small(inputs, **changes))
+    assert refused.code == 1 and refused.out == ""
+    assert refused.err.startswith("error: ") and message in refused.err
+    assert {path.name for path in tmp_path.iterdir()} <= {"home"}
+
+
+def test_an_output_with_the_run_of_another_student_is_refused(inputs, tmp_path, here):
+    (tmp_path / "out/checkpoints/step_00000004").mkdir(parents=True)
+    alien = here(*small(inputs))
+    assert alien.code == 1 and "out holds the run of another student; restore" in alien.err
+    (tmp_path / "out/pruned").mkdir()
+    calibration = {"samples": 8, "held_out_samples": 4, "sequence_length": 32, "layer_importance": "cosine"}
+    record = {"result": {"sizes": {"num_layers": 2}}, "calibration": calibration}
+    (tmp_path / "out/pruned/pruning.json").write_text(json.dumps(record))
+    other = here(*small(inputs))
+    assert other.code == 1 and "out holds the run of another student (see out/pruned); restore" in other.err
+
+
+def test_stages_that_only_run_models_take_the_fewest_nodes_that_hold_one():
+    config = CompressConfig(teacher="a", output="b")
+    for sizes, nodes in (((1, 1, 1, 1), 1), ((8, 2, 1, 1), 2), ((4, 1, 4, 1), 1), ((8, 1, 1, 4), 4)):
+        par = config.parallelism
+        par.tensor_model_parallel_size, par.pipeline_model_parallel_size, *rest = sizes
+        par.context_parallel_size, par.expert_model_parallel_size = rest
+        assert fewest_nodes(par, 8, 8) == nodes, sizes
+
+
+def test_the_largest_part_of_a_blend_is_scored_with():
+    config = CompressConfig(teacher="a", output="b")
+    config.data.train = ["30", "x", "70", "y"]
+    assert config.cut(1).data == "y"
+    config.rounds = 2
+    assert [config.cut(number).model for number in (1, 2)] == ["a", "b/round_1/student"]
+    assert [config.run(number).output_dir for number in (1, 2)] == ["b/round_1", "b"]
