@@ -34,6 +34,9 @@ parity: .venv/installed ## every layout, model and loss against fp64; writes doc
 models: .venv/installed ## import and export of every model family against transformers; writes docs/models.md in two minutes
 	@$(BIN)/python -W ignore -m tests.families $(ARGS)
 
+recipes: .venv/installed ## layouts, memory and cost of the recipes in recipes/pairs.py; writes recipes/planned.json
+	@$(BIN)/python -W ignore -m tests.recipes
+
 bench: .venv/installed ## cost of losses and steps beside other implementations, on this machine; writes docs/performance.md
 	@$(BIN)/python -W ignore -m benchmarks.kl $(ARGS)
 	@$(BIN)/python -W ignore -m benchmarks.fused_linear
@@ -58,4 +61,4 @@ lint: .venv/installed ## ruff, codespell, docstrings, pyright, import layers
 clean: ## remove files of runs and tests, keep .venv
 	@rm -rf runs build .pytest_cache .ruff_cache
 
-.PHONY: help quickstart test test-layouts test-launch test-versions parity models soak gpu bench docs lint clean
+.PHONY: help quickstart test test-layouts test-launch test-versions parity models recipes soak gpu bench docs lint clean

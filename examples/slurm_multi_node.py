@@ -13,6 +13,7 @@ from recipes import llama32_3b_to_1b
 if __name__ == "__main__":
     recipe = llama32_3b_to_1b(teacher="/lustre/models/Llama-3.2-3B", student="/lustre/models/Llama-3.2-1B")
     recipe.data.train = ["/lustre/data/corpus"]
+    recipe.training.micro_batch_size = 2  # of the 128 samples of a step; the recipe is planned for 8 GPUs
     recipe.output_dir = "/lustre/runs/llama32_3b_to_1b"
     executor = slurm(
         account="nlp",

@@ -16,14 +16,11 @@ def base(name: str) -> run.Partial:
     return run.Partial(distill, output_dir=f"runs/{name}", **parts)
 
 
-def pair(name: str, teacher: str | None, student: str | None, **parallelism: int) -> run.Partial:
-    """Return a recipe for two local Hugging Face directories: 2.6 billion tokens, sequence parallel."""
+def of_checkpoints(name: str, teacher: str | None, student: str | None) -> run.Partial:
+    """Return a recipe for two checkpoints: 5,000 steps, 2.6 billion tokens, without a layout."""
     recipe = base(name)
     recipe.teacher.checkpoint = teacher
     recipe.student.checkpoint = student
-    for size, value in parallelism.items():
-        setattr(recipe.parallelism, size, value)
-    recipe.parallelism.sequence_parallel = parallelism.get("tensor_model_parallel_size", 1) > 1
     recipe.optimizer.warmup_steps = 100
     recipe.training.steps = 5000
     return recipe

@@ -3,7 +3,7 @@
 import nemo_run as run
 
 from distill_nemo.training.entry import distill
-from recipes.base import pair
+from recipes.base import of_checkpoints
 
 
 @run.cli.factory(target=distill)
@@ -12,4 +12,4 @@ def distil(teacher: str | None = None, student: str | None = None) -> run.Partia
 
     nemo distill train distil teacher.checkpoint=A student.checkpoint=B data.train='["corpus"]' gpus=8 gpu=h100
     """
-    return pair("distil", teacher, student)
+    return of_checkpoints("distil", teacher, student)

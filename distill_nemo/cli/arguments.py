@@ -69,7 +69,20 @@ def check_complete(function: Callable[..., Any], given: Container[str], command:
         raise ValueError(f"missing: {', '.join(f'{name}=' for name in missing)}; see `nemo distill {command} --help`")
 
 
-def called_recipe(call: str, recipes: Iterable[Callable[..., Any]]) -> Any:
+def find_recipe(name: str, known: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+    """Return the recipe of this name.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest ones.
+    """
+    if name in known:
+        return known[name]
+    nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
+    meant = f"Did you mean {' or '.join(nearest)}? " if nearest else ""
+    raise ValueError(f'unknown recipe "{name}". {meant}`nemo distill recipes` lists them all')
+
+
+def called_recipe(call: str, known: Mapping[str, Callable[..., Any]]) -> Any:
     """Return the recipe that `NAME`, `NAME(argument=value, ...)` or a dotted path to such a function makes.
 
     NeMo-Run's own parser splits the arguments at every comma.
@@ -77,14 +90,11 @@ def called_recipe(call: str, recipes: Iterable[Callable[..., Any]]) -> Any:
     Raises:
         ValueError: for an unknown recipe or argument, with close matches.
     """
-    known = {recipe.__name__: recipe for recipe in recipes}
     match = RECIPE.fullmatch(call)
     if match is None:
         raise ValueError(f'a recipe is NAME or "NAME(argument=value, ...)", got "{call}"')
     name, arguments = match.groups()
-    if name not in known and "." not in name:
-        raise ValueError(f'unknown recipe "{name}".{suggest(name, known)}')
-    function = known.get(name) or _imported(name)
+    function = _imported(name) if "." in name else find_recipe(name, known)
     hints = typing.get_type_hints(function)
     hints.pop("return", None)
     values = {}

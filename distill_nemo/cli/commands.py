@@ -6,10 +6,13 @@ exits non-zero when a rank fails.
 
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import fields
-from typing import Literal
+from inspect import getdoc
+from typing import Any, Literal
 
-from distill_nemo.cli.compress import CompressCommand, CompressContext, compress, compress_recipes
+from distill_nemo.cli.arguments import find_recipe
+from distill_nemo.cli.compress import CompressCommand, CompressContext, compress
 from distill_nemo.cli.entrypoint import Command, register
 from distill_nemo.cli.help import summary, train_help
 from distill_nemo.cli.jobs import (
@@ -36,6 +39,12 @@ class ReportCommand(Command):
     words = "runs"
 
 
+class RecipesCommand(Command):
+    """`recipes`."""
+
+    words = "names"
+
+
 class TrainCommand(Command):
     """`train`."""
 
@@ -55,8 +64,9 @@ def register_commands() -> None:
     register(export, context=ExportContext, command=ExportCommand)
     register(prune, context=PruneContext, command=PruneCommand)
     register(compress, context=CompressContext, command=CompressCommand)
-    for function in (convert, evaluate, recipes):
+    for function in (convert, evaluate):
         register(function)
+    register(recipes, command=RecipesCommand)
     register(report, command=ReportCommand)
     for function in (status, logs, cancel):
         register(function)
@@ -229,25 +239,37 @@ def evaluate(
         print(f"{name:18} {value:,.0f}" if name == "tokens" else f"{name:18} {value:.4f}")
 
 
-def recipes() -> None:
-    """List the recipes, with models, layout, the GPUs that each is planned for, and loss.
+def recipes(names: list[str] | None = None) -> None:
+    """List the recipes: models and sizes; layout, memory and cost on the GPUs that each is planned for; loss.
+
+    With names, show all that is known of these: the command, a plan for each kind of GPU, published figures, and what
+    to expect.
 
     Example:
         nemo distill recipes
+        nemo distill recipes qwen3_32b_to_4b
+
+    Args:
+        names: recipes to show whole.
     """
     from distill_nemo.planning.report import layout_text
 
-    for recipe in registered_recipes():
+    known, cuts = registered_recipes(), registered_recipes(compress)
+    for name in names or []:
+        print(f"{name}: {getdoc(find_recipe(name, known | cuts))}\n")
+    for name, recipe in {} if names else known.items():
         config = run_config_of(recipe())
-        planned = re.search(r"Planned for (\d+ GPUs)", recipe.__doc__ or "")
-        parts = [layout_text(config.parallelism), *planned.groups()] if planned else [layout_text(config.parallelism)]
-        parts += [config.distillation.divergence if config.teacher else "LM loss"]
-        print(f"{recipe.__name__:28} {summary(recipe)}\n{'':28} {'; '.join(part for part in parts if part)}")
-    for recipe in compress_recipes():
+        planned = re.search(r"^ *(\d+ x H100: .*)$", recipe.__doc__ or "", re.M)
+        layout = planned[1] if planned else layout_text(config.parallelism)
+        _show(name, recipe, layout, config.distillation.divergence if config.teacher else "LM loss")
+    for name, recipe in {} if names else cuts.items():
         values = recipe().__arguments__
         sizes = [f"{each.name} {values[each.name]:g}" for each in fields(CutConfig) if each.name in values]
-        parts = ["compress", *sizes, values["distillation"].divergence]
-        print(f"{recipe.__name__:28} {summary(recipe)}\n{'':28} {'; '.join(parts)}")
+        _show(name, recipe, "compress", *sizes, values["distillation"].divergence)
+
+
+def _show(name: str, recipe: Callable[..., Any], *about: str) -> None:
+    print(f"{name:30} {summary(recipe)}\n{'':30} {'; '.join(part for part in about if part)}")
 
 
 def report(runs: list[str], output: str, prompts: list[str] | None = None, follow: bool = False) -> None:

@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import fiddle as fdl
 import nemo_run as run
-from nemo_run.cli.api import list_factories
-from nemo_run.config import get_type_namespace
 
 from distill_nemo.cli.arguments import called_recipe, check_complete, override, parse_arguments
 from distill_nemo.cli.entrypoint import Command
 from distill_nemo.cli.help import COMPRESS, COMPRESS_PLAN, command_help, config_help, summary
-from distill_nemo.cli.launch import TrainContext, parse_executor
+from distill_nemo.cli.launch import TrainContext, parse_executor, registered_recipes
 from distill_nemo.cli.layout import SECTIONS, check_one_node, executor_of, split_layout_arguments
 from distill_nemo.cli.plan import ANY_DATA
 from distill_nemo.config import StudentConfig
@@ -22,7 +20,7 @@ from distill_nemo.executors.known import descriptor_of
 from distill_nemo.executors.preflight import check_fits_nodes
 from distill_nemo.executors.worker_config import job_config_of
 from distill_nemo.fields import require, takes_fields_of
-from distill_nemo.planning.gpus import find_gpu
+from distill_nemo.planning.gpus import UTILISATION, find_gpu
 from distill_nemo.pruning.entry import prune
 from distill_nemo.pruning.stages import CompressConfig, check_compress, fewest_nodes
 from distill_nemo.reports.compressed import EVALUATION, evaluate_run, report_rounds
@@ -234,7 +232,7 @@ class CompressContext(TrainContext):
     def _config(self, arguments: list[str], data: list[str]) -> tuple[CompressConfig, Place]:
         """Return the config that a command line describes, and its executors. `data` stands for `data.train`."""
         arguments = self.without_recipe(arguments)
-        recipe = called_recipe(self.factory or DEFAULT_RECIPE, compress_recipes())
+        recipe = called_recipe(self.factory or DEFAULT_RECIPE, registered_recipes(compress))
         layout, arguments = split_layout_arguments(arguments)
         values = parse_arguments(compress, arguments, "compress")
         override(recipe, values)
@@ -278,16 +276,11 @@ def with_layout(config: CompressConfig, gpus: int, gpu: str, fixed: list[str]) -
     return replace(config, parallelism=chosen.parallelism, training=chosen.training)
 
 
-def compress_recipes() -> list[Callable[..., run.Partial]]:
-    """Return every function registered as a recipe of `compress`, sorted by name."""
-    return sorted(list_factories(get_type_namespace(compress)), key=lambda factory: factory.__name__)
-
-
 def plan_compress(
     ctx: run.cli.RunContext,
     gpus: int | None = None,
     gpu: str = "h100",
-    utilisation: float = 0.4,
+    utilisation: float = UTILISATION,
     transformer_engine: bool = True,
 ) -> None:
     """Print memory, hours and GPU-hours of every stage, and then all that `plan` says of each distillation.
@@ -320,6 +313,6 @@ class CompressCommand(Command):
 
     def page(self) -> str:
         """Return the text of `--help`."""
-        known = "".join(f"  {each.__name__:24} {summary(each)}\n" for each in compress_recipes())
+        known = "".join(f"  {name:24} {summary(each)}\n" for name, each in registered_recipes(compress).items())
         written = config_help("compress", self.fn, CompressConfig, COMPRESS.format(recipes=known.rstrip("\n")))
         return f"{written}\n\n{command_help('compress plan', plan_compress, COMPRESS_PLAN)}"

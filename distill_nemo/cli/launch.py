@@ -85,8 +85,7 @@ class TrainContext(run.cli.RunContext):
             return run.Partial(fn, **parse_arguments(fn, args, self.name), **default_kwargs)
         args = self.without_recipe(args)
         if self.factory is None:
-            known = ", ".join(recipe.__name__ for recipe in registered_recipes())
-            raise ValueError(f"name a recipe, as the first argument or by --factory. Known: {known}")
+            raise ValueError("name a recipe, as the first argument or by --factory; `nemo distill recipes` lists them")
         recipe = called_recipe(self.factory, registered_recipes())
         if not isinstance(recipe, fdl.Partial) or recipe.__fn_or_cls__ is not distill:
             raise ValueError(f"recipe {self.factory}: must return run.Partial(distill, ...), got {recipe!r:.80}")
@@ -141,9 +140,10 @@ class TrainContext(run.cli.RunContext):
         super().launch(experiment, sequential)
 
 
-def registered_recipes() -> list[Callable[..., Any]]:
-    """Return every function registered as a recipe, sorted by name."""
-    return sorted(list_factories(get_type_namespace(distill)), key=lambda factory: factory.__name__)
+def registered_recipes(target: Callable[..., Any] = distill) -> dict[str, Callable[..., Any]]:
+    """Return every function registered as a recipe of a target by its name, sorted."""
+    found = {factory.__name__: factory for factory in list_factories(get_type_namespace(target))}
+    return dict(sorted(found.items()))
 
 
 def parse_executor(name: str, arguments: Iterable[str]) -> run.Config:

@@ -108,7 +108,7 @@ def last_step(output, since=0.0):
 
 
 def shrunk(inputs, **others):
-    """Return overrides that shrink a full-size recipe onto the tiny models and token files in `inputs`.
+    """Return overrides that shrink a full-size recipe onto tiny models and token files in `inputs`, tensor parallel 2.
 
     `others` are further overrides, `section__field=value`.
     """
@@ -120,7 +120,10 @@ def shrunk(inputs, **others):
         "data.tokenizer": inputs / "tokenizer",
         "data.sequence_length": 32,
         "optimizer.warmup_steps": 2,
+        "parallelism.tensor_model_parallel_size": 2,
+        "parallelism.sequence_parallel": "true",
         "training.steps": STEPS,
+        "training.micro_batch_size": 1,
         "training.global_batch_size": 2,
         "training.eval_interval": 4,
         "training.eval_batches": 1,

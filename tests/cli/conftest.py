@@ -92,6 +92,8 @@ if __name__ == "__main__":
     recipe.data.tokenizer, recipe.data.sequence_length = f"{inputs}/tokenizer", 32
     recipe.optimizer.warmup_steps = 2
     recipe.training.steps, recipe.training.global_batch_size = steps, 2
+    recipe.training.micro_batch_size = 1
+    recipe.parallelism.tensor_model_parallel_size, recipe.parallelism.sequence_parallel = 2, True
     recipe.training.eval_interval, recipe.training.eval_batches = 4, 1
     recipe.checkpoint.export = False
     run.run(recipe, executor=local(processes=2))

@@ -73,10 +73,14 @@ def test_a_run_that_cannot_start_leaves_nothing_behind(inputs, tmp_path, here, a
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name a recipe, as the first argument or by --factory. Known: "),
+        ([], "name a recipe, as the first argument or by --factory; `nemo distill recipes` lists them"),
         (["quickstart(stepz=3)"], 'recipe quickstart has no argument "stepz". Did you mean steps?'),
         (["--dry-run", *LLAMA[1:]], '"--dry-run" is not FIELD=VALUE; see `nemo distill train --help`'),
         (["lama32_3b_to_1b"], 'unknown recipe "lama32_3b_to_1b". Did you mean llama32_3b_to_1b'),
+        (
+            ["qwen3"],
+            "Did you mean qwen3_32b_to_8b or qwen3_32b_to_4b or qwen3_8b_to_1p7b? `nemo distill recipes` lists",
+        ),
         (["--factory", "lama32_3b_to_1b"], 'unknown recipe "lama32_3b_to_1b". Did you mean llama32_3b_to_1b'),
         (["--factory", "quickstart(stepz=3)"], 'recipe quickstart has no argument "stepz". Did you mean steps?'),
         (["--factory", "quickstart(steps=few)"], "recipe quickstart: steps must be int, got 'few'"),
@@ -118,7 +122,7 @@ def test_more_of_them_in_this_process(capfd, arguments, message):
         (["prune", "model=x", "output=y", "data=z"], "nothing says how small the model becomes: state some of num_la"),
         (["evaluate", "teacher=x"], "missing: student=, data=; see `nemo distill evaluate --help`"),
         (["evaluate", "student=x", "data=y", "samples=0"], "samples must be at least 1, got 0"),
-        (["recipes", "all=1"], 'unknown field "all". There are none. See `nemo distill recipes --help`'),
+        (["recipes", "all=1"], 'unknown field "all". Known: names. See `nemo distill recipes --help`'),
         (["quickstart", "steps=0"], "training.steps must be at least 1, got 0"),
         (["quickstart", "stepz=3"], 'unknown field "stepz". Did you mean steps?'),
     ],

@@ -1,5 +1,6 @@
 """Help pages of the commands, in a process that has imported nothing heavy."""
 
+import inspect
 import re
 import sys
 from dataclasses import fields
@@ -59,7 +60,7 @@ FIELDS = {
     ],
     "convert": ["checkpoint", "output", "allow_pickle"],
     "evaluate": ["student", "data", "teacher", "sequence_length", "samples", "vocab_size"],
-    "recipes": [],
+    "recipes": ["names"],
     "report": ["runs", "output", "prompts", "follow"],
     "status": ["experiment"],
     "logs": ["experiment", "follow"],
@@ -118,7 +119,7 @@ def test_the_groups_help_names_every_command_and_imports_nothing_heavy(tmp_path)
     assert {name for name in ours - theirs if name.partition(".")[0] in HEAVY | {"torch"}} == set()
 
 
-def test_recipes_are_listed_with_their_layouts(capfd):
+def test_recipes_are_listed_with_sizes_layouts_and_cost(capfd):
     ended = nemo_here(capfd, "recipes")
     assert (ended.code, ended.err) == (0, "")
     lines = ended.out.splitlines()
@@ -126,6 +127,19 @@ def test_recipes_are_listed_with_their_layouts(capfd):
     recipes = the_recipes()
     assert listed == {name: getattr(recipes, name).__doc__.splitlines()[0] for name in sorted(recipes.__all__)}
     below = dict(zip(listed, (line.strip() for line in lines[1::2]), strict=True))
-    assert below["gpt_oss_120b_to_20b"] == "expert 8; 64 GPUs; forward_kl"
-    assert below["qwen3_8b_to_1p7b"] == "tensor 4, sequence parallel; forward_kl"
-    assert below["quickstart_alone"] == "LM loss"
+    assert listed["gpt_oss_120b_to_20b"] == "gpt-oss-120b (117B parameters) into gpt-oss-20b (20.9B)."
+    planned = r"64 x H100: data 64, expert 8; micro batch 2, recompute full; [\d.]+ GB a GPU, \d+ GPU-hours; forward_kl"
+    assert re.fullmatch(planned, below["gpt_oss_120b_to_20b"])
+    assert below["distil"] == "forward_kl" and below["quickstart_alone"] == "LM loss"
+
+
+def test_a_recipe_is_shown_whole_by_name_and_a_wrong_name_gives_the_nearest(capfd):
+    shown = nemo_here(capfd, "recipes", "llama32_3b_to_1b", "distil")
+    assert (shown.code, shown.err) == (0, "")
+    recipes = the_recipes()
+    assert shown.out == "".join(
+        f"{x.__name__}: {inspect.getdoc(x)}\n\n" for x in (recipes.llama32_3b_to_1b, recipes.distil)
+    )
+    wrong = nemo_here(capfd, "recipes", "lama32")
+    assert (wrong.code, wrong.out) == (1, "")
+    assert wrong.err.startswith('error: unknown recipe "lama32". Did you mean llama32_3b_to_1b')

@@ -7,6 +7,7 @@ import pytest
 from tests.cli.command import nemo_here
 
 PLAN = ("plan", "--factory", "llama32_3b_to_1b")
+TWO = ("parallelism.tensor_model_parallel_size=2", "parallelism.sequence_parallel=true")
 SLURM = ("run.executor=slurm", "run.executor.nodes=2", "run.executor.devices=8")
 TINY = ("num_layers=2", "hidden_size=32", "ffn_hidden_size=64", "num_attention_heads=4", "vocab_size=507")
 PAIR = [f"{role}.{word}" for role in ("student", "teacher") for word in ("checkpoint=None", *TINY)]
@@ -17,7 +18,7 @@ HUGE = [
 
 def test_a_plan_of_checkpoints_without_data_on_one_screen(capfd, inputs):
     checkpoints = [f"{role}.checkpoint={inputs / role}" for role in ("student", "teacher")]
-    arguments = [*checkpoints, *SLURM, "data.sequence_length=64", "gpu=a100-80gb", "utilisation=0.5"]
+    arguments = [*checkpoints, *SLURM, *TWO, "data.sequence_length=64", "gpu=a100-80gb", "utilisation=0.5"]
     plan = nemo_here(capfd, *PLAN, *arguments)
     assert (plan.code, plan.err) == (0, "")
     lines = plan.out.splitlines()
@@ -78,6 +79,6 @@ def test_a_layout_is_chosen_for_a_number_of_gpus_after_all_overrides(capfd):
 )
 def test_what_is_refused_is_one_error(capfd, arguments, message):
     executor = [] if arguments[0].startswith(("run.", "gpus=16")) else SLURM
-    plan = nemo_here(capfd, *PLAN, *PAIR, *executor, *arguments)
+    plan = nemo_here(capfd, *PLAN, *PAIR, *TWO, *executor, *arguments)
     assert (plan.code, plan.out) == (1, "")
     assert plan.err.startswith("error: ") and message in plan.err and len(plan.err.splitlines()) == 1, plan.err

@@ -90,7 +90,7 @@ def test_secrets_of_the_environment_are_in_no_file(finished):
 
 
 def test_qwen3_stopped_and_typed_again(others):
-    """The second start has tensor parallel size 1 instead of 4, without `run.executor`."""
+    """The second start has the same command, without `run.executor`."""
     qwen3, _, _ = others
     assert qwen3.stopped.code == 143 and 2 <= qwen3.stopped_at < STEPS
     assert qwen3.stopped.err == "stopping: waiting for the checkpoint; the same command resumes\n"

@@ -242,7 +242,7 @@ if __name__ == "__main__":
     recipe.output_dir = output
     recipe.data.train, recipe.data.valid = [f"{inputs}/train"], [f"{inputs}/valid"]
     recipe.data.tokenizer, recipe.data.sequence_length = f"{inputs}/tokenizer", 32
-    recipe.optimizer.warmup_steps = 1
+    recipe.optimizer.warmup_steps, recipe.training.micro_batch_size = 1, 1
     recipe.parallelism.tensor_model_parallel_size, recipe.parallelism.sequence_parallel = 1, False
     recipe.training.steps, recipe.training.eval_interval, recipe.training.global_batch_size = 100_000, 100_000, 2
     recipe.logging.log_interval = 1

@@ -89,8 +89,8 @@ def test_a_text_is_as_typed_in_a_recipes_own_arguments(text):
 
     pair = '"' if '"' not in text else "'"
     if pair not in text and "\n" not in text:
-        assert called_recipe(f"recipe(teacher={pair}{text}{pair}, steps=3)", [recipe]) == (text, 3, None)
-    assert called_recipe(f"recipe(texts={[text, ',b=1']!r})", [recipe]) == ("", 0, [text, ",b=1"])
+        assert called_recipe(f"recipe(teacher={pair}{text}{pair}, steps=3)", {"recipe": recipe}) == (text, 3, None)
+    assert called_recipe(f"recipe(texts={[text, ',b=1']!r})", {"recipe": recipe}) == ("", 0, [text, ",b=1"])
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_a_recipes_arguments_need_not_be_python(called):
     def r(a: str, n: int):
         return a, n
 
-    assert called_recipe(called, [r]) == ("/models/x", 2)
+    assert called_recipe(called, {"r": r}) == ("/models/x", 2)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_recipe_that_cannot_be_called_is_refused(called, error):
         return a
 
     with pytest.raises(ValueError, match=error):
-        called_recipe(called, [r])
+        called_recipe(called, {"r": r})
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,10 @@ def test_a_dry_run_prints_its_manifest(capfd):
         (["run.executor.internal=x"], 'unknown field "run.executor.internal"'),
         (["run.executor.region=moon"], "run.executor.region = moon is too far"),
         ([], 'output_dir = "runs/llama32_3b_to_1b" is relative, and the job runs in a cloud'),
-        (["run.executor.region=south", "run.executor.machines=3"], "world size 3 is not divisible"),
+        (
+            ["run.executor.region=south", "run.executor.machines=3"],
+            "not divisible by micro_batch_size 8 x data parallel size 3",
+        ),
         (["run.executor.region=south"], "no cloud for runs/llama32_3b_to_1b"),
     ],
 )

@@ -1,78 +1,104 @@
-"""Recipes for released models: layouts and figures are the planner's, and tiny models of their families train."""
+"""Recipes for released models: layouts and figures are the planner's, and scaled-down models of theirs train."""
 
+import itertools
+import json
+import math
 import re
 from dataclasses import replace
 
 import fiddle as fdl
 import pytest
+import torch
 
 from distill_nemo.config import RunConfig, StudentConfig, TeacherConfig
 from tests.cli.command import the_recipes
-from tests.tiny_models import write_hf
-from tests.training import metrics, tiny_run
-from tests.unit.planning.test_layouts import chosen, planned_pair
+from tests.recipes import FILE, planned_recipe, real_names
+from tests.tiny_models import known
+from tests.unit.models.test_real_models import REAL, scaled, write
 
-RECIPES = {  # teacher and student in tests/real_models.json
-    "qwen3_32b_to_4b": ("Qwen/Qwen3-32B", "Qwen/Qwen3-4B-Instruct-2507"),
-    "qwen3_30b_a3b_to_4b": ("Qwen/Qwen3-30B-A3B", "Qwen/Qwen3-4B-Instruct-2507"),
-    "qwen25_32b_to_7b": ("Qwen/Qwen2.5-32B-Instruct", "Qwen/Qwen2.5-7B"),
-    "mixtral_8x7b_to_mistral_7b": ("mistralai/Mixtral-8x7B-v0.1", "mistralai/Mistral-7B-v0.1"),
-    "gemma2_27b_to_2b": ("google/gemma-2-27b", "google/gemma-2-2b"),
-    "gpt_oss_120b_to_20b": ("openai/gpt-oss-120b", "openai/gpt-oss-20b"),
-    "olmo2_32b_to_1b": ("allenai/OLMo-2-0325-32B", "allenai/OLMo-2-0425-1B"),
-}
+
+def pairs():
+    the_recipes()
+    from recipes.pairs import PAIRS
+
+    return PAIRS
 
 
 def config_of(name):
     return RunConfig(**fdl.build(getattr(the_recipes(), name)()).keywords)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", pairs())
 def test_a_recipes_layout_and_figures_are_the_planners(tmp_path, name):
-    from distill_nemo.planning.compute import time_of
-    from distill_nemo.planning.gpus import GPUS
-    from distill_nemo.planning.memory import fullest
-
-    config, doc = config_of(name), getattr(the_recipes(), name).__doc__
-    gpus = int(re.search(r"Planned for (\d+) GPUs", doc)[1])
-    planned = planned_pair(tmp_path, RECIPES[name], gpus, training__steps=5000, optimizer__warmup_steps=100)
-    best = chosen(planned, "h100").planned
-    own = replace(best, config=replace(best.config, parallelism=config.parallelism, training=config.training))
-    assert (own.config.parallelism, own.config.training) == (best.config.parallelism, best.config.training)
-    hours = []
-    for gpu in (GPUS[key] for key in ("h100", "h200", "b200")):
-        time = time_of(own, gpu.bf16_tflops, 0.4)
-        hours.append(f"{gpu.name} {(time.training + time.evaluations) / 3600 * gpus:,.0f}")
-    line = f"Planned for {gpus} GPUs: {fullest(own).total / 1e9:.1f} GB each; GPU-hours: {', '.join(hours)}."
-    assert line in doc, line
+    config, doc, pair = config_of(name), getattr(the_recipes(), name).__doc__, pairs()[name]
+    planned = planned_recipe(pair, config, tmp_path)
+    assert planned == json.loads(FILE.read_text())[name], "make recipes"
+    for section in ("parallelism", "training"):
+        assert vars(getattr(config, section)).items() >= planned[section].items()
+    assert all(f"\n    {line}\n" in doc for line in planned["gpus"])
+    assert [line.partition(":")[0] for line in planned["gpus"]] == [
+        f"{pair.gpus} x {g}" for g in ("H100", "H200", "B200")
+    ]
 
 
-def train(run):
-    from distill_nemo.training.entry import run_config
-
-    run_config(run)
-
-
-FAMILIES = {
-    "qwen3_32b_to_4b": ("qwen3", "qwen3"),
-    "qwen3_30b_a3b_to_4b": ("qwen3_moe", "qwen3"),
-    "qwen25_32b_to_7b": ("qwen2", "qwen2"),
-    "mixtral_8x7b_to_mistral_7b": ("mixtral", "mistral"),
-    "gemma2_27b_to_2b": ("gemma2", "gemma2"),
-    "gpt_oss_120b_to_20b": ("gpt_oss", "gpt_oss"),
-    "olmo2_32b_to_1b": ("olmo2", "olmo2"),
-}
+@pytest.mark.parametrize("name", pairs())
+def test_a_recipes_text_is_whole(name):
+    doc, pair = getattr(the_recipes(), name).__doc__, pairs()[name]
+    command = re.search(r"^nemo distill train (.+?[^\\])$", doc, re.M | re.S)[1].replace("\\\n", " ").split()
+    assert command[0] == name
+    ranks = [
+        int(word.partition("=")[2]) for word in command if re.match(r"run\.executor\.(nodes|devices|processes)=", word)
+    ]
+    assert torch.tensor(ranks).prod() == pair.gpus
+    assert re.search(r"^Published: (no figure is known for this pair|.*(arXiv:|github\.com)).*", doc, re.M | re.S)
+    assert re.search(r"^Expect: .+\.$", doc, re.M | re.S)
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_trains_tiny_models_of_its_families(inputs, two, tmp_path, name):
-    """At the recipe's layout, as far as two ranks go, and with its losses, optimizer and recomputation."""
-    config, tiny = config_of(name), tiny_run(inputs, tmp_path / "run", steps=2, eval_interval=2)
-    teacher, student = FAMILIES[name]
-    tiny.teacher = TeacherConfig(write_hf(tmp_path / "teacher", teacher))
-    tiny.student = StudentConfig(write_hf(tmp_path / "student", student, seed=2, layers=2, width=32))
-    tiny.distillation, tiny.parallelism = config.distillation, config.parallelism.on(2)
-    tiny.optimizer = replace(config.optimizer, warmup_steps=1)
-    tiny.training.recompute = config.training.recompute
-    two.run(train, tiny)
-    assert [line["step"] for line in metrics(tmp_path / "run") if line["kind"] == "train"] == [1, 2]
+def test_planned_figures_are_of_these_recipes():
+    assert json.loads(FILE.read_text()).keys() == pairs().keys()
+
+
+def trained(runs):
+    """Return the means of a step of every run, from random weights. All have one layout."""
+    from distill_nemo.runtime.device import setup_device
+    from distill_nemo.runtime.process_groups import process_groups
+
+    device, means = setup_device(), {}
+    from distill_nemo.runtime.seed import seed_everything
+    from distill_nemo.training.entry import resolve_models
+    from distill_nemo.training.loop import Loop
+    from distill_nemo.training.setup import build_train_state
+
+    with process_groups(next(iter(runs.values())).parallelism):
+        for name, run in runs.items():
+            seed_everything(0)
+            run, models = resolve_models(run)
+            random = {role: replace(model, source=None) for role, model in models._asdict().items()}
+            state = build_train_state(run, models._replace(**random), torch.float32, load_weights=True)
+            tokens = torch.randint(500, (run.training.micro_batch_size, run.data.sequence_length))
+            batch = {"tokens": tokens, "labels": tokens, "loss_mask": torch.ones(tokens.shape)}
+            batch["position_ids"] = torch.arange(tokens.shape[1]).expand_as(tokens)
+            means[name] = Loop(run, state, (None, None), device).step([itertools.repeat(batch)])
+    return means
+
+
+def test_scaled_down_models_of_every_recipe_take_a_step(two, tmp_path):
+    """At the recipe's layout, as far as two ranks go, with its losses, optimizer and recomputation."""
+    by_layout = {}
+    for name, pair in pairs().items():
+        config, models = config_of(name), [REAL[model]["config"] for model in real_names(pair)]
+        directories = [tmp_path / name / role for role in ("teacher", "student")]
+        for directory, model in zip(directories, models, strict=True):
+            directory.mkdir(parents=True)
+            write(directory, scaled(model))
+        config.teacher, config.student = TeacherConfig(str(directories[0])), StudentConfig(str(directories[1]))
+        config.parallelism, config.data.sequence_length = config.parallelism.on(2), 16
+        config.training.micro_batch_size, config.training.global_batch_size = 1, 4
+        if all(known(model["model_type"]) for model in models):
+            by_layout.setdefault(str(config.parallelism), {})[name] = config
+    assert len(by_layout) > 2
+    for runs in by_layout.values():
+        for means in two.run(trained, runs):
+            assert means.keys() == runs.keys()
+            for name, found in means.items():
+                assert math.isfinite(found["kd_loss"]) and found["grad_norm"] > 0, (name, found)
