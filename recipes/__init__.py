@@ -14,7 +14,6 @@ from recipes.pairs import RECIPES
 from recipes.quickstart import quickstart, quickstart_alone, quickstart_teacher, run_quickstart
 
 __all__ = ["distil", "minitron", "quickstart", "quickstart_alone", "quickstart_teacher"]
-__all__ += RECIPES.keys()
 globals().update(RECIPES)
 
 if TYPE_CHECKING:  # for checkers, which cannot know the names in a table

@@ -26,7 +26,7 @@ COPIES_OF_LOGITS = 3  # in fp32: logits, their exponentials, and a difference
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What one stage needs."""
+    """Memory and time of one stage."""
 
     name: str
     ranks: int

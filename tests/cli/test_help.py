@@ -125,7 +125,9 @@ def test_recipes_are_listed_with_sizes_layouts_and_cost(capfd):
     lines = ended.out.splitlines()
     listed = dict(re.split(r"  +", line, maxsplit=1) for line in lines[::2])
     recipes = the_recipes()
-    assert listed == {name: getattr(recipes, name).__doc__.splitlines()[0] for name in sorted(recipes.__all__)}
+    assert listed == {
+        name: getattr(recipes, name).__doc__.splitlines()[0] for name in sorted([*recipes.__all__, *recipes.RECIPES])
+    }
     below = dict(zip(listed, (line.strip() for line in lines[1::2]), strict=True))
     assert listed["gpt_oss_120b_to_20b"] == "gpt-oss-120b (117B parameters) into gpt-oss-20b (20.9B)."
     planned = r"64 x H100: data 64, expert 8; micro batch 2, recompute full; [\d.]+ GB a GPU, \d+ GPU-hours; forward_kl"
