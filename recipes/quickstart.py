@@ -85,12 +85,12 @@ def run_quickstart(
     processes: int = 0,
     seed: int = 0,
 ) -> None:
-    """Train a teacher, distil a student, train one alone, and compare them: a few minutes, no GPU needed.
+    """Train a teacher, distil a student, train one alone, and compare them: ten minutes on two cores, no GPU.
 
     The same command resumes where it was interrupted.
 
     Example:
-        nemo distill quickstart --yes
+        nemo distill quickstart
 
     Args:
         ctx: NeMo-Run's context.

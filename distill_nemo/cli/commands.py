@@ -98,7 +98,8 @@ def prepare(
         nemo distill prepare inputs='chats/*.jsonl' output=data/chat tokenizer=/models/Qwen3-1.7B pack=4096
 
     Args:
-        inputs: files, directories or globs of text, JSON lines, CSV or parquet, compressed or not, separated by commas.
+        inputs: files, directories or globs, separated by commas: text, JSON lines or arrays, CSV, TSV, parquet, Arrow;
+            all but the last two also compressed.
         output: prefix of the files to write.
         tokenizer: a Hugging Face tokenizer directory.
         text_key: JSON key or column that holds the text.
@@ -273,7 +274,7 @@ def _show(name: str, recipe: Callable[..., Any], *about: str) -> None:
 
 
 def report(runs: list[str], output: str, prompts: list[str] | None = None, follow: bool = False) -> None:
-    r"""Write a page of any runs: curves, held-out metrics, settings, cost, plan against truth, generated text.
+    r"""Write a page of any runs: curves, held-out metrics, settings, cost, planned against measured, generated text.
 
     Runs are output directories: words without "=", as many as you like, or runs='["runs/a", "runs/b"]'.
 
@@ -302,7 +303,7 @@ def status(experiment: str) -> None:
         nemo distill status experiment=train_1764030000000000000
 
     Args:
-        experiment: the id that `train` printed.
+        experiment: the id that `--detach` printed.
     """
     detached.status(experiment)
 
@@ -314,19 +315,19 @@ def logs(experiment: str, follow: bool = False) -> None:
         nemo distill logs experiment=train_1764030000000000000 follow=true
 
     Args:
-        experiment: the id that `train` printed.
+        experiment: the id that `--detach` printed.
         follow: continue until the jobs have ended, and exit as `train` does.
     """
     detached.logs(experiment, follow)
 
 
 def cancel(experiment: str) -> None:
-    """Cancel the jobs of a run on a cluster. The same `train` command resumes from the last checkpoint.
+    """Cancel the jobs of a run on a cluster. The same command as before resumes the run.
 
     Example:
         nemo distill cancel experiment=train_1764030000000000000
 
     Args:
-        experiment: the id that `train` printed.
+        experiment: the id that `--detach` printed.
     """
     detached.cancel(experiment)

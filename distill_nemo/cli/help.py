@@ -28,11 +28,11 @@ Commands:
 `nemo distill COMMAND --help` describes one of them, with an example and every field.
 
 In minutes, without GPU, weights or network:
-  nemo distill quickstart --yes
+  nemo distill quickstart
 
 With your own checkpoints and text:
   nemo distill prepare inputs='text/*.jsonl' output=data/corpus tokenizer=/models/Llama-3.2-1B
-  nemo distill train --factory llama32_3b_to_1b --yes \\
+  nemo distill train --factory llama32_3b_to_1b \\
       teacher.checkpoint=/models/Llama-3.2-3B student.checkpoint=/models/Llama-3.2-1B \\
       data.train='["data/corpus"]' run.executor=local run.executor.processes=8
   nemo distill plan ...          memory and hours of a run, and whether it fits; takes the arguments of `train`
@@ -69,7 +69,7 @@ Options:
   --detach       return once a scheduler has the job; `nemo distill status|logs|cancel` follow it. No effect on
                  local runs
   --name NAME    name of the run in NeMo-Run's experiments
-  --yes          accepted for the sake of scripts; nothing is ever asked
+  --yes          for scripts; no effect, as nothing is ever asked
 
 The same command resumes an interrupted run. Exit code: 0 if every rank succeeded.
 """
@@ -93,8 +93,8 @@ Options:
 STORE = f"""\
 Codecs:
   sampled  draws from the teacher at `temperature`. A student learns from them by forward KL without bias. 50 draws
-           take 50 to 130 bytes a token: the surer the teacher, the fewer. The default.
-  top_k    the k most likely ids with their log-probabilities, and the mass of the rest: 5 bytes for each of the k.
+           usually take 50 to 130 bytes a token: the surer the teacher, the fewer. The default.
+  top_k    the k most likely ids with their log-probabilities, and the mass of the rest: 4 or 5 bytes for each of the k.
   hidden   the teacher's last hidden states: every divergence and temperature, exactly, at 2 bytes for each channel.
 
 {ON_RANKS}
