@@ -274,7 +274,7 @@ def _show(name: str, recipe: Callable[..., Any], *about: str) -> None:
 
 
 def report(runs: list[str], output: str, prompts: list[str] | None = None, follow: bool = False) -> None:
-    r"""Write a page of any runs: curves, held-out metrics, settings, cost, planned against measured, generated text.
+    r"""Write a page of any runs: curves, metrics, settings, cost as planned and measured, generated text.
 
     Runs are output directories: words without "=", as many as you like, or runs='["runs/a", "runs/b"]'.
 
