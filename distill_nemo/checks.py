@@ -100,7 +100,10 @@ def check_layout_without_training(parallelism: ParallelismConfig, world_size: in
     _check_ranks(parallelism, world_size)
     _check_sequence_parallelism(parallelism)
     virtual = parallelism.virtual_pipeline_model_parallel_size
-    require(virtual is None, f"parallelism.virtual_pipeline_model_parallel_size = {virtual} has a use in training only")
+    require(
+        virtual is None,
+        f"parallelism.virtual_pipeline_model_parallel_size = {virtual} has a use in training only; leave it out",
+    )
 
 
 def check_prune(config: PruneConfig, world_size: int) -> None:
@@ -268,7 +271,7 @@ def _check_distillation(kd: DistillationConfig) -> None:
         require(
             kd.balancer != "static" or any((now.lm_weight, now.logits_weight, now.hidden_weight)),
             "distillation.lm_weight, logits_weight and hidden_weight are all 0"
-            f"{f' at step {step}' if kd.schedules else ''}: there is nothing to learn",
+            f"{f' at step {step}' if kd.schedules else ''}: there is nothing to learn; set one above 0",
         )
 
 

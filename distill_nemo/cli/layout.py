@@ -38,7 +38,10 @@ def split_layout_arguments(arguments: Iterable[str]) -> tuple[LayoutArguments, l
             given.gpu = parse("gpu", value, str)
         else:
             others.append(argument)
-    require(given.gpus is not None or given.gpu == LayoutArguments.gpu, f"gpu = {given.gpu} needs gpus=, their number")
+    require(
+        given.gpus is not None or given.gpu == LayoutArguments.gpu,
+        f"gpu = {given.gpu} chooses a layout, and needs gpus=, the number of GPUs: add that, or leave gpu= out",
+    )
     return given, others
 
 

@@ -83,7 +83,8 @@ def check_compress(config: CompressConfig) -> None:
     require(bool(config.data.train), "data.train is empty: name the token files made by `nemo distill prepare`")
     require(config.checkpoint.export, "checkpoint.export = False: the student would not be written; leave it out")
     require(
-        config.distillation.uses_logits, "distillation.logits_weight = 0: the student would not imitate its teacher"
+        config.distillation.uses_logits,
+        "distillation.logits_weight = 0: the student would not imitate its teacher; set it above 0",
     )
     targets = [config.target_params, config.target_memory]
     require(

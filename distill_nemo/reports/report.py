@@ -56,7 +56,7 @@ def _check(directories: list[str], prompts: list[str]) -> None:
     if missing:
         raise ValueError(f"no such directory: {missing[0]}; name the output_dir of a run")
     if len({Path(directory).resolve() for directory in directories}) < len(directories):
-        raise ValueError("a run is named twice")
+        raise ValueError(f"a run is named twice: {', '.join(directories)}; name each once")
 
 
 class _Pages:
