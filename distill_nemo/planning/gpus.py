@@ -44,6 +44,15 @@ GPUS = {
 }
 
 
+def check_utilisation(utilisation: float) -> None:
+    """Refuse a share of a GPU's peak that is not above 0 and at most 1.
+
+    Raises:
+        ValueError: with the share.
+    """
+    require(0 < utilisation <= 1, f"utilisation must be above 0 and at most 1, got {utilisation:g}")
+
+
 def find_gpu(name: str) -> Gpu:
     """Return the GPU of this name.
 

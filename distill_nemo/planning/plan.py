@@ -4,10 +4,9 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from distill_nemo.config import ParallelismConfig, RunConfig
-from distill_nemo.fields import require
 from distill_nemo.models.architecture import Models
 from distill_nemo.planning.advice import check_setting, what_would_fit
-from distill_nemo.planning.gpus import Gpu
+from distill_nemo.planning.gpus import Gpu, check_utilisation
 from distill_nemo.planning.layouts import choose_layout
 from distill_nemo.planning.memory import fullest
 from distill_nemo.planning.planned import PlannedRun
@@ -32,7 +31,7 @@ def print_plan(
     Raises:
         ValueError: for a config that a run would refuse; after printing, if it does not fit, with changes that would.
     """
-    require(0 < utilisation <= 1, f"utilisation must be above 0 and at most 1, got {utilisation:g}")
+    check_utilisation(utilisation)
     planned = planned_run(config, world_size, transformer_engine)
     print(report(name, planned, gpu, utilisation))
     too_much = fullest(planned).total / GB - gpu.memory_gb

@@ -22,7 +22,7 @@ from distill_nemo.models.resolve import resolve
 from distill_nemo.planning.activations import forward_workspace
 from distill_nemo.planning.compute import stage_flops
 from distill_nemo.planning.corpora import parts_of_blend
-from distill_nemo.planning.gpus import NODE, Gpu
+from distill_nemo.planning.gpus import NODE, Gpu, check_utilisation
 from distill_nemo.planning.memory import Memory, chunk_rows, columns
 from distill_nemo.planning.parameters import rank_layers, total_parameters
 from distill_nemo.planning.planned import PlannedRun
@@ -104,7 +104,7 @@ def print_store_plan(
         ValueError: for a config that the job would refuse; after printing, if the teacher does not fit the GPUs, with
             a layout that would, or the store does not fit the disk.
     """
-    require(0 < utilisation <= 1, f"utilisation must be above 0 and at most 1, got {utilisation:g}")
+    check_utilisation(utilisation)
     store, memory_bytes = planned_store(config, world_size, transformer_engine=transformer_engine), gpu.memory_gb * GB
     free = _free_bytes(Path(config.output))
     print(_report(config, store, gpu, utilisation, free))

@@ -10,7 +10,7 @@ from distill_nemo.models.families.tensors import num_parameters
 from distill_nemo.planning import memory
 from distill_nemo.planning.activations import forward_workspace
 from distill_nemo.planning.compute import stage_flops, time_of
-from distill_nemo.planning.gpus import Gpu
+from distill_nemo.planning.gpus import Gpu, check_utilisation
 from distill_nemo.planning.parameters import rank_layers
 from distill_nemo.planning.plan import planned_run, print_plan
 from distill_nemo.planning.planned import PlannedRun
@@ -63,7 +63,7 @@ def print_compress_plan(
     Raises:
         ValueError: after printing, for a stage that does not fit, with what would.
     """
-    require(0 < utilisation <= 1, f"utilisation must be above 0 and at most 1, got {utilisation:g}")
+    check_utilisation(utilisation)
     stages = plan_stages(rounds, few, ranks, gpu, utilisation, transformer_engine)
     print("\n".join(_table(config, stages, gpu, utilisation)))
     for each in stages:

@@ -33,6 +33,11 @@ def finite(value: Any) -> float:
     return float(value) if number else math.nan
 
 
+def perplexity(lm_loss: float) -> float:
+    """Return exp(`lm_loss`), of a loss of at most 700 nats: beyond, a float overflows. NaN stays NaN."""
+    return math.exp(min(lm_loss, 700.0))
+
+
 def four_digits(value: Any) -> str:
     """Format a number with four significant digits: 0.1502, 43.60, 1,234, 1e30, inf."""
     if not isinstance(value, int | float) or (math.isnan(finite(value)) and value not in (math.inf, -math.inf)):

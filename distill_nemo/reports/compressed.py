@@ -1,13 +1,13 @@
 """Last stages of `nemo distill compress`: evaluation of the students, and the page. Light at import."""
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from distill_nemo.config import RunConfig, StudentConfig
 from distill_nemo.config_files import load_yaml
+from distill_nemo.reports.comparison import perplexity
 from distill_nemo.runtime.errors import errors_of_a_rank
 
 EVALUATION = "evaluation.json"  # of a run: rows of its comparison
@@ -64,7 +64,7 @@ def _means(student: StudentConfig, config: RunConfig) -> dict[str, float]:
 def row(name: str, means: dict[str, float]) -> dict[str, Any]:
     """Return a row of a comparison."""
     named = {metric: means.get(metric) for metric in ("lm_loss", "forward_kl", "top1_agreement")}
-    return {"model": name, **named, "perplexity": math.exp(min(means["lm_loss"], 700.0))}
+    return {"model": name, **named, "perplexity": perplexity(means["lm_loss"])}
 
 
 def report_rounds(directories: list[str], prompts: list[str]) -> None:

@@ -1,13 +1,13 @@
 """The quickstart's last stage: compare teacher, initial student, student alone and distilled student."""
 
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 from distill_nemo.config import RunConfig, StudentConfig
 from distill_nemo.config_files import load_yaml
+from distill_nemo.reports.comparison import perplexity
 from distill_nemo.runtime.files import writing_directory
 
 PROMPT = "def __init__(self"
@@ -63,7 +63,7 @@ def _measure(name: str, model: StudentConfig, config: RunConfig, samples: int) -
     return {
         "model": name,
         "lm_loss": means["lm_loss"],
-        "perplexity": math.exp(min(means["lm_loss"], 700.0)),
+        "perplexity": perplexity(means["lm_loss"]),
         "forward_kl": means["forward_kl"],
         "top1_agreement": means["top1_agreement"],
     }

@@ -5,7 +5,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from distill_nemo.reports.comparison import Row, finite
+from distill_nemo.reports.comparison import Row, finite, perplexity
 from distill_nemo.reports.page import Page, lock_of, write_page
 from distill_nemo.reports.planned import plans_of
 from distill_nemo.reports.runs import RecordedRun, exported_parameters, is_going_on, read_runs
@@ -117,11 +117,11 @@ def last_evaluations(runs: list[RecordedRun]) -> list[Row]:
         loss = finite(found.get("lm_loss"))
         if found:
             named = {name: found.get(name) for name in ("lm_loss", "forward_kl", "top1_agreement")}
-            named |= {"perplexity": math.exp(min(loss, 700.0))}
+            named |= {"perplexity": perplexity(loss)}
             rows.append({"model": run.name, "parameters": exported_parameters(run.directory / "student"), **named})
         teachers.setdefault(finite(found.get("teacher_lm_loss")), run.name)
     known = {loss: name for loss, name in teachers.items() if not math.isnan(loss)}
     for loss, name in known.items():
         title = "frozen teacher" if len(known) == 1 else f"frozen teacher of {name}"
-        rows.insert(0, {"model": title, "lm_loss": loss, "perplexity": math.exp(min(loss, 700.0))})
+        rows.insert(0, {"model": title, "lm_loss": loss, "perplexity": perplexity(loss)})
     return rows

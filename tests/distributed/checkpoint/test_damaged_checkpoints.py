@@ -288,7 +288,6 @@ def planned(inputs, run, root):
     resolve(StudentConfig(str(run)))
 
 
-ROADS = (resumed, started, taught, exported, evaluated, planned)
 EMBEDDING, MOMENTS = "model.embedding", "optimizer.state.exp_avg"
 READ = {  # file -> ways to read it, each of which must refuse it
     "random_state": (resumed,),
