@@ -7,18 +7,13 @@ depends neither on the number of workers nor on interruptions.
 
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -29,20 +24,12 @@ from distill_nemo.data.conversations import Format
 from distill_nemo.data.inputs import find_files
 from distill_nemo.data.manifest import pack_vocabulary, read_json, read_manifest
 from distill_nemo.data.packing import Packing, TooLong, described, packing_of, write_packs
-from distill_nemo.data.parts import (
-    MAX_NAMED_RECORDS,
-    Part,
-    digest,
-    file_size,
-    make_part,
-    read_part,
-    start_worker,
-)
-from distill_nemo.data.progress import reporter
+from distill_nemo.data.parts import MAX_NAMED_RECORDS, Part, digest, file_size
 from distill_nemo.data.readers import Piece, Schema, cut, schema_of
 from distill_nemo.data.token_files import iter_blocks, sample_sha256, write_index
 from distill_nemo.data.token_masks import write_mask
 from distill_nemo.data.tokenizer import Tokenizer, TokenizerFacts, facts_of, load_tokenizer, save_fast
+from distill_nemo.data.workers import make_parts
 from distill_nemo.runtime.files import fsync, write_atomically
 from distill_nemo.runtime.output_lock import OutputLock
 
@@ -135,7 +122,7 @@ def prepare(
                 _refuse_foreign(output, parts_dir, sources)
                 with _parts_kept(output, parts_dir):
                     save_fast(opened, parts_dir / "tokenizer.json")
-                    made, fresh = _make_parts(parts, num_workers, max_bad_records, progress)
+                    made, fresh = make_parts(parts, num_workers, max_bad_records, progress)
                     manifest = about | _total(made, max_bad_records, sources)
                     kept = manifest["tokens"] - fresh  # before packs leave long documents out
                     manifest |= _join(parts, {i: token for token, i in opened.vocab.items()}, packing)
@@ -201,57 +188,6 @@ def _plan(files: list[Path], parts_dir: Path, tok: TokenizerFacts, schema: Schem
         Part(str(parts_dir / f"{i:06d}"), group, key, tok, schema, dtype, chat)
         for i, (group, key) in enumerate(zip(groups, keys, strict=True))
     ]
-
-
-def _make_parts(parts: list[Part], num_workers: int | None, max_bad: int, progress: bool) -> tuple[list[dict], int]:
-    """Make the missing parts. Return every part's manifest in order, and the number of tokens made now."""
-    done = {part.prefix: read_part(part) for part in parts}
-    todo = [part for part in parts if done[part.prefix] is None]
-    workers = min(num_workers or len(os.sched_getaffinity(0)), len(todo))
-    old = sum(manifest["tokens"] for manifest in done.values() if manifest)
-    with reporter(sum(part.num_bytes for part in todo), progress) as report, _mapper(workers) as run:
-        for part, manifest in run(todo):
-            done[part.prefix] = manifest
-            report(part.num_bytes, manifest["documents"], manifest["tokens"])
-            if sum(m["bad_records"] for m in done.values() if m) > max_bad:
-                break  # `_total` refuses it
-    made = [manifest for manifest in done.values() if manifest]
-    return made, sum(manifest["tokens"] for manifest in made) - old
-
-
-@contextmanager
-def _mapper(workers: int) -> Iterator[Callable[[list[Part]], Iterator[tuple[Part, dict]]]]:
-    """Yield a function that makes parts and yields each with its manifest as soon as it is done."""
-    if workers <= 1:
-        yield lambda parts: ((part, make_part(part)) for part in parts)
-        return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
-
-    def run(parts: list[Part]) -> Iterator[tuple[Part, dict]]:
-        with _without_main_module():
-            futures = {pool.submit(make_part, part): part for part in parts}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-
-    try:
-        yield run
-    except BrokenProcessPool:
-        raise RuntimeError(
-            "a tokenising process died (killed, perhaps for memory: lower num_workers); run the same command again to "
-            "make the missing parts"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _without_main_module() -> Iterator[None]:
-    """Hide `__main__` from processes that start: each would import the program again, and with it all of NeMo-Run."""
-    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
 
 
 def _total(made: list[dict], max_bad: int, sources: list[str]) -> dict[str, Any]:
