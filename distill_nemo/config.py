@@ -76,7 +76,9 @@ class DistillationConfig:
     top_k: int | None = setting(
         None, "forward_kl only: the teacher's k most likely tokens, and one bucket for all others", at_least=1
     )
-    temperature: float = setting(1.0, "fp32 rounding would hide the loss at more", above=0, at_most=100)
+    temperature: float = setting(
+        1.0, "divides both models' logits; beyond 100, fp32 rounding would hide the loss", above=0, at_most=100
+    )
     scale_by_temperature_squared: bool = True
     hidden_loss: Literal["cosine", "mse"] | None = None
     hidden_layers: list[str] = setting([], '"student_layer:teacher_layer", e.g. "decoder.layers.3:..."')
@@ -311,7 +313,7 @@ class CutConfig:
     mamba_num_heads: int | None = setting(None, "heads stay in their group, so each group keeps equally many")
     target_params: float | None = setting(None, "largest number of parameters, such as 6e9", above=0)
     target_memory: float | None = setting(
-        None, "in place of it, the share of a GPU's memory that the weights may take", above=0, at_most=1
+        None, "instead of target_params: the share of a GPU's memory that the weights may take", above=0, at_most=1
     )
     target_gpu: str | None = setting(None, "the GPU of target_memory: a100-80gb, h100, h200 or b200")
     target_dtype: Literal["bf16", "fp8", "fp4"] = setting("bf16", "the weights' type in target_memory")
@@ -354,10 +356,15 @@ class StoreConfig:
     )
     draws: int = setting(50, "codec=sampled: draws for each token", at_least=1, at_most=1023)
     top_k: int = setting(50, "codec=top_k: most likely ids of each token", at_least=1, at_most=1024)
-    temperature: float = setting(1.0, "that distillation.temperature will have", above=0, at_most=100)
+    temperature: float = setting(
+        1.0, "divides the teacher's logits; runs need the same distillation.temperature", above=0, at_most=100
+    )
     windows: int | None = setting(None, "samples to write; None: one pass over data.train", at_least=1)
     shard_windows: int | None = setting(
-        None, "samples of a file, which a replica writes at a time; None: 262,144 tokens, at most 256 MiB", at_least=1
+        None,
+        "samples of a file, which a replica writes at a time; None: 262,144 tokens, and more in stores of over 10^9 "
+        "tokens, up to 256 MiB",
+        at_least=1,
     )
     micro_batch_size: int = setting(1, at_least=1)
     seed: int = setting(1234, "order of the samples, and draws", at_least=0, below=2**31)
