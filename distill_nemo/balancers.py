@@ -24,9 +24,9 @@ class LogitsAndIntermediatesLossBalancer(DistillationLossBalancer):
     `total = student + kd * scale(student / kd) * kd_loss_scale`, or `kd` alone if the student loss is missing or
     skipped. Scaled to a skipped student loss, `kd` could never shrink.
 
-    Scales are constants for autograd, and at most `max_amplification`. This is also the scale of a loss that is not
-    positive, the limit of small ones: a loss of zero stays zero with a finite gradient, and one that was estimated from
-    draws may be negative by chance. The host reads no value.
+    Scales are constants for autograd, and at most `max_amplification`, which is also the scale where the denominator is
+    not positive: a loss of zero stays zero with a finite gradient, and a loss estimated from draws may be negative by
+    chance. The host reads no value.
 
     Scales come from the losses of the call, as ModelOpt's do, or after `observe` from the observed losses. Training
     observes the global means of the previous step. All ranks and pipeline stages then use the same scales, and within

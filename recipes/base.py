@@ -29,9 +29,9 @@ def of_checkpoints(name: str, teacher: str | None, student: str | None) -> run.P
 def pruned(name: str, teacher: str | None, **cut: float) -> run.Partial:
     """Return a recipe of `compress` for a local Hugging Face directory; `cut` has fields of `CutConfig`.
 
-    It is distilled as NVIDIA's Mistral-NeMo-Minitron-8B (arXiv:2408.11796): a learning rate of 1e-4, along a cosine
-    down to 4.5e-7, after 60 steps of warm-up. The loss is the forward KL of the logits alone at temperature 1, the best
-    of those compared where most layers stay (arXiv:2407.14679). 2.6 billion tokens; theirs had 380.
+    It is distilled as NVIDIA's Mistral-NeMo-Minitron-8B (arXiv:2408.11796): 60 steps of warm-up to a learning rate of
+    1e-4, then a cosine down to 4.5e-7. The loss is the forward KL of the logits alone at temperature 1, the best of
+    those compared where most layers stay (arXiv:2407.14679). 2.6 billion tokens; NVIDIA's run took 380 billion.
     """
     parts: dict[str, Any] = {section: run.Config(cls) for section, cls in sections(CompressConfig).items()}
     recipe = run.Partial(compress, teacher=teacher, output=f"runs/{name}", **cut, **parts)

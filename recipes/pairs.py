@@ -157,4 +157,5 @@ def _docstring(name: str, pair: Pair, planned: dict[str, Any]) -> str:
     return "\n\n".join(fill(part, 116) if "\n" not in part else part for part in parts)
 
 
-RECIPES = {name: recipe_of(name, pair) for name, pair in PAIRS.items() if name in PLANNED}  # a new row is not yet
+# A new row has no recipe until `make recipes` has planned it.
+RECIPES = {name: recipe_of(name, pair) for name, pair in PAIRS.items() if name in PLANNED}

@@ -1,7 +1,4 @@
-"""Show windows of a teacher store: their text, the tokens that are taught, and what the teacher says of them.
-
-Legend: L sequence_length, M tokens of a window that are taught.
-"""
+"""Show windows of a teacher store: their text, the tokens that have targets, and what the teacher says of them."""
 
 import json
 import math
