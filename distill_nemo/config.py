@@ -362,8 +362,7 @@ class StoreConfig:
     windows: int | None = setting(None, "samples to write; None: one pass over data.train", at_least=1)
     shard_windows: int | None = setting(
         None,
-        "samples of a file, which a replica writes at a time; None: 262,144 tokens, and more in stores of over 10^9 "
-        "tokens, up to 256 MiB",
+        "samples of a file, which a replica writes at a time; None: 262,144 tokens, more beyond 10^9, to some 256 MiB",
         at_least=1,
     )
     micro_batch_size: int = setting(1, at_least=1)

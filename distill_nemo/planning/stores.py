@@ -28,7 +28,7 @@ from distill_nemo.planning.parameters import rank_layers, total_parameters
 from distill_nemo.planning.planned import PlannedRun
 from distill_nemo.planning.report import GB, GFLOP, fit_text, heading
 from distill_nemo.teacher_store.manifest import Manifest
-from distill_nemo.teacher_store.shards import columns_of
+from distill_nemo.teacher_store.shards import shared_row_bytes
 from distill_nemo.teacher_store_jobs.manifest import sized_manifest
 from distill_nemo.teacher_store_jobs.teacher_run import encoded_tokens
 from distill_nemo.training.entry import fitted
@@ -56,19 +56,20 @@ class PlannedStore:
     @property
     def token_bytes(self) -> float:
         """Bytes of a token that counts, on usual text."""
-        return self._row_bytes("tokens") + self.manifest.coding.usual_bytes
+        return shared_row_bytes(self.manifest, "tokens") + self.manifest.coding.usual_bytes
 
     @property
     def most_token_bytes(self) -> float:
         """Bytes of a token that counts, of which all draws are different."""
         coding = self.manifest.coding
         rows = {"tokens": 1, "pairs": min(coding.num, coding.vocab_size)}
-        return self._row_bytes("tokens") + sum(c.row_bytes * rows[c.axis] for c in coding.columns.values())
+        own = sum(column.row_bytes * rows[column.axis] for column in coding.columns.values())
+        return shared_row_bytes(self.manifest, "tokens") + own
 
     @property
     def num_bytes(self) -> float:
         """Bytes of the complete store, on usual text."""
-        per_window = self._row_bytes("windows") + self._row_bytes("bounds")
+        per_window = shared_row_bytes(self.manifest, "windows") + shared_row_bytes(self.manifest, "bounds")
         per_window += self.counted * self.manifest.sequence_length * self.token_bytes
         output_layer = self.teacher.vocab_size * self.teacher.hidden_size * self.run.item
         return self.manifest.num_windows * per_window + (output_layer if self.manifest.codec == "hidden" else 0)
@@ -80,12 +81,6 @@ class PlannedStore:
         windows = len(self.manifest.windows_of(0))
         filling = self.run.config.parallelism.pipeline_model_parallel_size - 1
         return rounds * (-(-windows // self.run.config.training.micro_batch_size) + filling)
-
-    def _row_bytes(self, axis: str) -> int:
-        """Return the bytes of a row of the columns that every codec has."""
-        own = self.manifest.coding.columns
-        shared = [column for name, column in columns_of(self.manifest).items() if name not in own]
-        return sum(column.row_bytes for column in shared if column.axis == axis)
 
 
 def print_store_plan(

@@ -44,6 +44,13 @@ def columns_of(manifest: Manifest) -> dict[str, Column]:
     return dict(sorted(columns.items(), key=lambda item: (-DTYPES[item[1].dtype].itemsize, item[0])))
 
 
+def shared_row_bytes(manifest: Manifest, axis: Axis) -> int:
+    """Return the bytes of a row of the columns that every codec has."""
+    own = manifest.coding.columns
+    shared = [column for name, column in columns_of(manifest).items() if name not in own]
+    return sum(column.row_bytes for column in shared if column.axis == axis)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Places in a shard's file.

@@ -19,6 +19,7 @@ from distill_nemo.data.tokenizer import load_tokenizer
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.export_files import tokenizer_files
 from distill_nemo.teacher_store.manifest import SHARD_BYTES, Manifest
+from distill_nemo.teacher_store.shards import shared_row_bytes
 
 SHARD_TOKENS = 2**18  # at least: some 20 MB of draws, and seconds of a teacher
 NUM_SHARDS = 4096  # aimed at beyond 10**9 tokens, until shards have `SHARD_BYTES`
@@ -92,9 +93,10 @@ def architecture_hash(model: Architecture) -> str:
 def windows_per_shard(manifest: Manifest) -> int:
     """Return as many windows as keep both small: the number of files, and what an interruption costs each writer.
 
-    10**11 tokens are 20,000 shards of 54 bytes a token, each minutes of a teacher.
+    10**11 tokens are 25,000 shards of 68 bytes a token, each minutes of a teacher.
     """
-    window_bytes = manifest.coding.usual_bytes * manifest.sequence_length
+    token_bytes = shared_row_bytes(manifest, "tokens") + manifest.coding.usual_bytes
+    window_bytes = shared_row_bytes(manifest, "windows") + token_bytes * manifest.sequence_length
     tokens = max(SHARD_TOKENS, manifest.num_windows * manifest.sequence_length // NUM_SHARDS)
     return max(min(tokens // manifest.sequence_length, int(SHARD_BYTES / window_bytes)), 1)
 

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from distill_nemo.teacher_store.manifest import SHARD_BYTES
+from distill_nemo.teacher_store import shards
+from distill_nemo.teacher_store.manifest import SHARD_BYTES, ShardFacts
 from distill_nemo.teacher_store_jobs.manifest import windows_per_shard
 from tests.stores import manifest_of
 
@@ -16,7 +17,10 @@ def test_shards_are_few_and_small(codec, tokens, at_most):
     manifest = manifest_of(codec, num=num, vocab_size=151_936, sequence_length=4096, num_windows=tokens // 4096)
     manifest = replace(manifest, windows_per_shard=windows_per_shard(manifest))
     assert manifest.num_shards <= at_most
-    assert manifest.windows_per_shard * 4096 * manifest.coding.usual_bytes <= SHARD_BYTES
+    windows = manifest.windows_per_shard
+    pairs = round(windows * 4096 * 2.5 * 50**0.5)  # as usual text has
+    size = shards.shard_size(manifest, 0, ShardFacts("", windows * 4096, pairs))
+    assert size <= 1.001 * SHARD_BYTES and (tokens < 10**11 or size > 0.95 * SHARD_BYTES)
 
 
 def test_a_window_that_is_larger_than_a_shard_should_be_has_one_of_its_own():
