@@ -117,7 +117,7 @@ class StoreCorpus(Corpus):
         return manifest.num_windows * manifest.sequence_length
 
     def check(self, field: str, data: DataConfig) -> None:
-        """Compare sizes and headers of all shards with the manifest, and the manifest with `data`."""
+        """Compare the sizes of all files with the manifest, and the manifest with `data`."""
         try:
             store = TeacherStore(self.path)
             store.check()

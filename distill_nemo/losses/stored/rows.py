@@ -1,4 +1,4 @@
-"""Stored targets of some tokens, as the fused loop of `losses/fused_linear` takes them. Legend: `stored_loss.py`."""
+"""Stored targets of some tokens, as the fused loop of `losses/fused_linear` takes them. Legend: `loss.py`."""
 
 from dataclasses import dataclass, replace
 
