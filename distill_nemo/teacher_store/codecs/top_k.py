@@ -48,6 +48,7 @@ class TopK(Codec):
         steps = np.rint(window["logprobs"] * -STEPS)
         if not (steps >= 0).all():
             raise ValueError("holds a log-probability that is above 0, or not a number")
+        _check_tail(window["tail"])
         return {
             "top_ids": pack_numbers(window["ids"].astype(np.int64), self.id_bytes),
             "top_logprobs": pack_numbers(steps.clip(max=256**LOGPROB_BYTES - 1).astype(np.int64), LOGPROB_BYTES),
@@ -58,9 +59,16 @@ class TopK(Codec):
         """Return ids as int32, and log-probabilities as float32, which holds all steps."""
         ids = unpack_numbers(columns["top_ids"]).astype(np.int32, copy=False)
         check_ids(ids, self.vocab_size)
+        _check_tail(columns["tail"])
         logprobs = unpack_numbers(columns["top_logprobs"]) / np.float32(-STEPS)
         return {"ids": ids, "logprobs": logprobs.astype(np.float32, copy=False), "tail": columns["tail"]}
 
     def unfit(self, losses: DistillationConfig, temperature: float) -> dict[str, object]:
         """Forward KL with as many ids, at the store's temperature."""
         return differing(losses, divergence="forward_kl", top_k=self.num, temperature=temperature)
+
+
+def _check_tail(tail: np.ndarray) -> None:
+    """Refuse the log of a probability above 1, but for rounding; it is -inf where nothing is left."""
+    if not (tail <= 1e-3).all():
+        raise ValueError("holds a tail that is above 0, or not a number")

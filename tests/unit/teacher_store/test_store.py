@@ -130,6 +130,24 @@ def test_windows_that_cannot_be_are_not_written(name, value, message, tmp_path):
         writer.append(window)
 
 
+@pytest.mark.parametrize("value", [np.nan, 0.5, 1e4])
+def test_a_tail_that_is_no_probability_is_neither_written_nor_read(value, tmp_path):
+    """`inspect` computes its exponential, which overflows from 710 on."""
+    manifest, store = manifest_of("top_k"), tmp_path / "store"
+    windows = write_store(store, manifest)
+    spoilt = random_window(manifest, 0)
+    spoilt["tail"][0] = value
+    create_store(tmp_path / "other", manifest)
+    writer = claim_shard(tmp_path / "other", manifest, 0)
+    assert writer is not None
+    with writer, pytest.raises(ValueError, match=r"window 0 of .*other holds a tail that is above 0, or not a number"):
+        writer.append(spoilt)
+    shard = store / shard_name(0)
+    shard.write_bytes(shard.read_bytes().replace(windows[0]["tail"].tobytes(), spoilt["tail"].tobytes(), 1))
+    with pytest.raises(ValueError, match=r"000000\.safetensors is damaged: window 0 holds a tail that is above 0"):
+        TeacherStore(store).window(0)
+
+
 def test_writing_goes_on_at_the_missing_shards_with_the_same_bytes(store, tmp_path):
     manifest, other = manifest_of(), tmp_path / "other"
     windows = [random_window(manifest, number) for number in range(10)]
