@@ -21,6 +21,11 @@ def run_from(*stores, teacher=None, valid=(), **losses):
         ("sampled", {"temperature": 2.0}, r"distillation\.temperature=1\.0 would fit"),
         ("sampled", {"divergence": "reverse_kl"}, r"distillation\.divergence=forward_kl would fit"),
         ("sampled", {"top_k": 5}, r"distillation\.top_k=None would fit"),
+        (
+            "sampled",
+            {"schedules": {"temperature": "constant 0:1", "lm_weight": "linear 0:1 9:0"}},
+            r"distillation\.schedules=\{'lm_weight': 'linear 0:1 9:0'\} would fit",
+        ),
         ("top_k", {}, r"distillation\.top_k=5 would fit"),
         ("top_k", {"top_k": 5, "temperature": 0.5}, r"distillation\.temperature=1\.0 would fit"),
         ("hidden", {"fused_linear": False}, r"distillation\.fused_linear=None would fit"),
@@ -45,6 +50,8 @@ def test_losses_that_a_codec_cannot_serve_are_refused(codec, losses, message, tm
         ("top_k", {"top_k": 5, "balancer": "dynamic"}),
         ("hidden", {"divergence": "jensen_shannon", "temperature": 3.0}),
         ("hidden", {"top_k": 2}),
+        ("hidden", {"schedules": {"temperature": "linear 0:4 9:1"}}),
+        ("sampled", {"schedules": {"lm_weight": "linear 0:1 9:0"}}),
     ],
 )
 def test_losses_that_a_codec_serves_are_accepted(codec, losses, tmp_path):
