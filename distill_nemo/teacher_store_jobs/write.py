@@ -114,9 +114,7 @@ def _write(config: StoreConfig, model: Architecture, stop: StopSignal) -> int | 
     encoder = partial(encode_chunk, manifest)
     run = TeacherRun(model, config.parallelism, dtype, config.micro_batch_size, encoder)
     if manifest.codec == "hidden" and not everyone.on_rank_0((store / OUTPUT_LAYER).is_file):
-        weight_VH = run.output_weight()
-        if weight_VH is not None:
-            write_output_layer(store, manifest, weight_VH, None)
+        everyone.raise_errors(_output_layer_error(store, manifest, run))
     cache, training = Path(config.data.cache or store / INDEX_CACHE), TrainingConfig(seed=config.seed)
     samples, _ = build_datasets(config.data, training, cache, manifest.num_windows, 0, model.vocab_size)
     with Background() as background, Rounds(store, manifest, run, samples, background, everyone) as rounds:
@@ -125,6 +123,17 @@ def _write(config: StoreConfig, model: Architecture, stop: StopSignal) -> int | 
     if stopped is None:
         everyone.on_rank_0(partial(_finish, store))
     return stopped
+
+
+def _output_layer_error(store: Path, manifest: Manifest, run: TeacherRun) -> Exception | None:
+    """Write the output layer on the rank that has it. Return the reason if it could not. Every rank calls it."""
+    weight_VH = run.output_weight()
+    try:
+        if weight_VH is not None:
+            write_output_layer(store, manifest, weight_VH, None)
+    except OSError as error:
+        return OSError(f"{store / OUTPUT_LAYER} could not be written: {error}; free space, then run the same command")
+    return None
 
 
 def _check_data(config: StoreConfig, model: Architecture) -> None:

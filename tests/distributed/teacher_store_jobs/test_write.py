@@ -252,6 +252,21 @@ def test_one_writer_without_room_stops_all_and_nothing_whole_is_lost(corpus, two
     assert contents(tmp_path / "store") == contents(written)
 
 
+def _write_without_room_for_the_output_layer(config):
+    with file_size_limit(1000 if os.environ["RANK"] == "1" else None):
+        try:
+            write(config)
+        except RuntimeError as error:
+            return str(error)
+
+
+def test_a_rank_that_cannot_write_the_output_layer_stops_all(corpus, two, tmp_path):
+    config = at(tiny_store(corpus, tmp_path / "store", codec="hidden", draws=50), pipeline_model=2)
+    first, second = two.run(_write_without_room_for_the_output_layer, config)
+    assert first == second
+    assert first.startswith(f"rank 1: {tmp_path}/store/output_layer.safetensors could not be written")
+
+
 def refusal(config):
     """Return the reason for which a store is not written."""
     try:
