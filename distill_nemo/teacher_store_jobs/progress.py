@@ -1,5 +1,6 @@
 """Progress of a store that is written: shards of all jobs, the rate since this job began, and what is left."""
 
+import contextlib
 import sys
 import time
 
@@ -23,7 +24,8 @@ class StoreProgress:
         if moment - self._printed < SECONDS:
             return
         self._printed = moment
-        self.written.missing()
+        with contextlib.suppress(OSError, ValueError):  # or rank 0 would end alone; all learn it when they look next
+            self.written.missing()
         windows, num_bytes = self.written.num_windows, self.written.num_bytes
         total, rate = self.manifest.num_windows, (windows - self._before) / (moment - self._began)
         left = f", ETA {_clock((total - windows) / rate)}" if rate and windows < total else ""
