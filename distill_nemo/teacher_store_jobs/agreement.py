@@ -12,6 +12,7 @@ from torch import Tensor
 from distill_nemo.data.samplers import TARGET
 from distill_nemo.losses.collectives import Gather
 from distill_nemo.teacher_store.codecs.codec import Arrays
+from distill_nemo.teacher_store.codecs.top_k import LEAST
 from distill_nemo.teacher_store.manifest import Manifest
 from distill_nemo.teacher_store_jobs.targets import encode_chunk
 from distill_nemo.teacher_store_jobs.teacher_run import Chunk, Rows
@@ -23,26 +24,47 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # nats, or of the hidden states
 
 
 def encode_and_count(manifest: Manifest, chunk: Chunk) -> Rows:
-    """Return the store's numbers of each token; with draws, those stored and expected in each class: [n, classes]."""
+    """Return the store's numbers of each token, and what the teacher says of the stored ids.
+
+    With draws, those stored and expected in each class, [n, classes]; with `top_k`, log-probabilities, [n, K].
+    """
     found = encode_chunk(manifest, chunk)
-    if manifest.codec != "sampled":
-        return found
-    stored, expected = _draws_by_class(manifest, chunk)
-    return found | {"stored_draws": stored, "expected_draws": expected}
+    if manifest.codec == "sampled":
+        stored, expected = _draws_by_class(manifest, chunk)
+        return found | {"stored_draws": stored, "expected_draws": expected}
+    if manifest.codec == "top_k":
+        return found | {"logprobs_of_stored": _logprobs_of_stored(manifest, chunk)}
+    return found
 
 
 def _draws_by_class(manifest: Manifest, chunk: Chunk) -> tuple[Tensor, Tensor]:
-    gather, z_nv = Gather(chunk.group), chunk.logits_nv / manifest.temperature
-    lse_n = gather(z_nv.logsumexp(-1)).logsumexp(0)
-    p_nv = (z_nv - lse_n[:, None]).exp()
+    gather = Gather(chunk.group)
+    p_nv = _logprobs(manifest, chunk, gather).exp()
     class_nv = torch.bucketize(p_nv, torch.tensor(EDGES, device=p_nv.device))
     expected = p_nv.new_zeros(len(p_nv), len(EDGES) + 1).scatter_add_(-1, class_nv, p_nv * manifest.num)
-    ids_nK, counts_nK = chunk.rows[TARGET + "ids"], chunk.rows[TARGET + "counts"]
-    column_nK = ids_nK.long() - chunk.vocab_start
-    own_nK = (ids_nK >= 0) & (column_nK >= 0) & (column_nK < p_nv.shape[-1])
-    class_nK = class_nv.gather(-1, column_nK.where(own_nK, 0))
+    (column_nK, own_nK), counts_nK = _columns_of_stored(chunk), chunk.rows[TARGET + "counts"]
+    class_nK = class_nv.gather(-1, column_nK)
     stored = torch.zeros_like(expected).scatter_add_(-1, class_nK, counts_nK.where(own_nK, 0).to(p_nv.dtype))
     return gather(stored).sum(0), gather(expected).sum(0)
+
+
+def _logprobs_of_stored(manifest: Manifest, chunk: Chunk) -> Tensor:
+    gather, (column_nK, own_nK) = Gather(chunk.group), _columns_of_stored(chunk)
+    return gather(_logprobs(manifest, chunk, gather).gather(-1, column_nK).where(own_nK, 0)).sum(0)
+
+
+def _logprobs(manifest: Manifest, chunk: Chunk, gather: Gather) -> Tensor:
+    """Return the teacher's log-probabilities at the store's temperature, [n, v]."""
+    z_nv = chunk.logits_nv / manifest.temperature
+    return z_nv - gather(z_nv.logsumexp(-1)).logsumexp(0)[:, None]
+
+
+def _columns_of_stored(chunk: Chunk) -> tuple[Tensor, Tensor]:
+    """Return this shard's columns of the stored ids, and True where it has them, [n, K] each; elsewhere column 0."""
+    ids_nK = chunk.rows[TARGET + "ids"]
+    column_nK = ids_nK.long() - chunk.vocab_start
+    own_nK = (ids_nK >= 0) & (column_nK >= 0) & (column_nK < chunk.logits_nv.shape[-1])
+    return column_nK.where(own_nK, 0), own_nK
 
 
 @dataclass
@@ -64,10 +86,10 @@ class Agreement:
             same = (now["ids"] == stored["ids"]).all(-1) & (now["counts"] == stored["counts"]).all(-1)
             self.draws += np.stack([now["stored_draws"].sum(0), now["expected_draws"].sum(0)])
         elif self.manifest.codec == "top_k":
-            same = now["ids"] == stored["ids"]
-            differences["logprobs"] = np.where(same, np.abs(now["logprobs"] - stored["logprobs"]), 0).mean(-1)
+            same = (now["ids"] == stored["ids"]).mean(-1)
+            logprobs = np.maximum(now["logprobs_of_stored"], LEAST)
+            differences["logprobs"] = np.abs(logprobs - stored["logprobs"]).mean(-1)
             differences["tail"] = np.abs(np.exp(now["tail"]) - np.exp(stored["tail"]))
-            same = same.mean(-1)
         else:
             a, b = (_as_float(each["hidden"]) for each in (now, stored))
             same = (now["hidden"] == stored["hidden"]).mean(-1)

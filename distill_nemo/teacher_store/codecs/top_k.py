@@ -12,6 +12,8 @@ from distill_nemo.teacher_store.packing import pack_numbers, unpack_numbers
 
 STEPS = 2**11  # of a nat
 LOGPROB_BYTES = 2
+MOST_STEPS = 256**LOGPROB_BYTES - 1
+LEAST = -MOST_STEPS / STEPS  # log-probability
 
 
 class TopK(Codec):
@@ -51,7 +53,7 @@ class TopK(Codec):
         _check_tail(window["tail"])
         return {
             "top_ids": pack_numbers(window["ids"].astype(np.int64), self.id_bytes),
-            "top_logprobs": pack_numbers(steps.clip(max=256**LOGPROB_BYTES - 1).astype(np.int64), LOGPROB_BYTES),
+            "top_logprobs": pack_numbers(steps.clip(max=MOST_STEPS).astype(np.int64), LOGPROB_BYTES),
             "tail": window["tail"],
         }
 
