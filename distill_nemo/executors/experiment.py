@@ -46,17 +46,25 @@ class WatchedExperiment(run.Experiment):
         """Run as NeMo-Run does.
 
         Raises:
-            ValueError: if a cluster refuses a job, with the cluster's message.
+            ValueError: if a cluster refuses a job, with the cluster's message. Jobs before it are cancelled.
         """
         try:
             super().run(**options)
         except UnexpectedExit as error:
-            shutil.rmtree(self._exp_dir)
+            self._withdraw()
             output = (error.result.stderr or error.result.stdout).strip().splitlines()
             raise ValueError(f"`{error.result.command.split()[0]}` failed: {'; '.join(output[-2:])}") from None
         except Refused:
-            shutil.rmtree(self._exp_dir)
+            self._withdraw()
             raise
+
+    def _withdraw(self) -> None:
+        """Cancel the jobs that were submitted before one was refused, and remove their files."""
+        for job in filter(None, map(cluster_job, self.jobs)):
+            with contextlib.suppress(RuntimeError):  # the cluster's refusal is what the user must see
+                if not job.state().ended:
+                    job.cancel()
+        shutil.rmtree(self._exp_dir)
 
     def _prepare(self, exist_ok: bool = False) -> None:
         CONSOLE.quiet, before = True, CONSOLE.quiet  # NeMo-Run reports which launcher it sets

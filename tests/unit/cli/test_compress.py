@@ -1,6 +1,7 @@
 """`nemo distill compress`: stages, refusals and the plan. Nothing is started; tests/cli/test_compress.py runs one."""
 
 import json
+import os
 import re
 
 import pytest
@@ -55,6 +56,24 @@ def test_slurm_gets_a_job_for_each_stage_that_waits_for_the_one_before(inputs, h
     assert re.findall(r"^# (\w+), after (\w+)$", shown.out, re.M) == [
         *(("distil", "prune"), ("evaluate", "distil"), ("report", "evaluate"))
     ]
+
+
+def test_jobs_before_one_that_slurm_refuses_are_cancelled(inputs, here, tmp_path, monkeypatch):
+    commands = {
+        "sbatch": "echo >> submitted; [ $(wc -l < submitted) = 1 ] && echo 7 || { echo no such nodes >&2; exit 1; }",
+        "scontrol": "echo JobId=$5 JobState=PENDING",
+        "scancel": "echo $1 >> cancelled",
+    }
+    for name, script in commands.items():
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\ncd {tmp_path}\n{script}\n")
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{path.parent}:{os.environ['PATH']}")
+    refused = here(*small(inputs), *SLURM)
+    assert refused.code == 1 and "`sbatch` failed: no such nodes" in refused.err
+    assert (tmp_path / "cancelled").read_text() == "7\n"
+    assert not list((tmp_path / "home/nemo/experiments").glob("*/*"))
 
 
 def test_kubernetes_gets_a_trainjob_for_each_stage(inputs, here):
