@@ -1,5 +1,6 @@
 """Last stages of `nemo distill compress`: evaluation of the students, and the page. Light at import."""
 
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -58,7 +59,9 @@ def _means(student: StudentConfig, config: RunConfig) -> dict[str, float]:
     samples = config.training.eval_batches * config.training.global_batch_size
     cache = str(config.data.cache or Path(config.output_dir) / "index_cache")
     layout = config.parallelism.without_training()
-    return evaluate_on(config.data, student, config.teacher, samples, layout, cache=cache)
+    means = evaluate_on(config.data, student, config.teacher, samples, layout, cache=cache)
+    gc.collect()  # a distillation model refers to itself, and would stay in memory beside the next one
+    return means
 
 
 def row(name: str, means: dict[str, float]) -> dict[str, Any]:

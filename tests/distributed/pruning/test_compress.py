@@ -1,14 +1,17 @@
 """Stages of `nemo distill compress`, killed and run again: the same student."""
 
+import gc
 import json
 import os
 import pkgutil
 import signal
+import weakref
 from unittest import mock
 
 import fiddle as fdl
 import pytest
 
+from distill_nemo.config import DataConfig, RunConfig, StudentConfig, TeacherConfig
 from distill_nemo.pruning.stages import CompressConfig
 from tests.spawn import Gloo, ProcessEndedError
 from tests.tiny_models import write_hf
@@ -86,3 +89,33 @@ def test_in_two_rounds_the_second_one_cuts_the_first_ones_student(inputs, tmp_pa
     assert first["result"]["num_parameters"] == second["model"]["num_parameters"]
     assert first["result"]["num_parameters"] > second["result"]["num_parameters"] <= 800_000
     assert (tmp_path / "out/student/model.safetensors").is_file()
+
+
+def models_left(inputs, output):
+    """Evaluate two students as the stage does. Return the models of before that are in memory when one is built."""
+    from distill_nemo.runtime.device import setup_device
+
+    setup_device()
+    from distill_nemo.reports import compressed
+    from distill_nemo.training import evaluate
+
+    built, left, build = [], [], evaluate._model
+
+    def watched(*args):
+        left.append(sum(each() is not None for each in built))
+        built.append(weakref.ref(model := build(*args)))
+        return model
+
+    data = DataConfig(train=[f"{inputs}/train"], valid=[f"{inputs}/valid"], sequence_length=32)
+    config = RunConfig(str(output), StudentConfig(), TeacherConfig(f"{inputs}/teacher"), data=data)
+    config.training.eval_batches, config.training.global_batch_size = 1, 2
+    gc.disable()
+    with mock.patch.object(evaluate, "_model", watched):
+        for _ in range(2):
+            compressed._means(StudentConfig(f"{inputs}/student"), config)
+    gc.enable()
+    return left
+
+
+def test_one_student_is_in_memory_at_a_time(inputs, tmp_path, one):
+    assert one.run(models_left, inputs, tmp_path) == [[0, 0]]
