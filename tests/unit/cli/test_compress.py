@@ -148,3 +148,11 @@ def test_the_largest_part_of_a_blend_is_scored_with():
     config.rounds = 2
     assert [config.cut(number).model for number in (1, 2)] == ["a", "b/round_1/student"]
     assert [config.run(number).output_dir for number in (1, 2)] == ["b/round_1", "b"]
+
+
+def test_packs_are_scored_whole(tmp_path):
+    config = CompressConfig(teacher="a", output="b")
+    config.data.train = [f"{tmp_path}/x"]
+    assert config.cut(1).sequence_length == 1024
+    (tmp_path / "x.json").write_text('{"pack": 4096}')
+    assert config.cut(1).sequence_length == 4096
