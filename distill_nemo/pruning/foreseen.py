@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from distill_nemo.checkpoint.directory import checkpoint_root
 from distill_nemo.config import ParallelismConfig, PruneConfig, RunConfig, StudentConfig
@@ -14,7 +15,7 @@ from distill_nemo.models.sources import saved_steps
 from distill_nemo.pruning.possible import possible_sizes
 from distill_nemo.pruning.prune import check_data
 from distill_nemo.pruning.record import RECORD
-from distill_nemo.pruning.search import target_parameters
+from distill_nemo.pruning.search import LEAST_SHARE, target_parameters
 from distill_nemo.pruning.sizes import Sizes, check_prunable, evenly_spaced, given_sizes, predicted
 from distill_nemo.pruning.stages import CompressConfig
 from distill_nemo.runtime.files import read_object_if_any
@@ -45,7 +46,7 @@ def foresee(config: CompressConfig, has_data: bool = True) -> list[Round]:
 
     Args:
         config: the compression.
-        has_data: False leaves its token files unread.
+        has_data: False leaves its token files and its output unread.
 
     Raises:
         ValueError: for sizes, targets or a layout that a round would refuse, and an output of another run.
@@ -60,7 +61,9 @@ def foresee(config: CompressConfig, has_data: bool = True) -> list[Round]:
         target = None if most is None else most ** (number / config.rounds) * total ** (1 - number / config.rounds)
         cut = config.cut(number, target if config.rounds > 1 else None)
         possible = possible_sizes(model, cut, cut.parallelism or ParallelismConfig(), partial(evenly_spaced, model))
-        _check_earlier(cut, config.directory(number))
+        if has_data:
+            known = number == 1 and (most is None or len(set(model.layers)) == 1)
+            _check_earlier(cut, config.directory(number), possible if known else None)
         students = [predicted(model, sizes) for sizes in possible]
         runs = [_run(config, number, student) for student in students]
         for each in runs:
@@ -76,8 +79,8 @@ def _run(config: CompressConfig, number: int, student: Architecture) -> RunConfi
     return run
 
 
-def _check_earlier(cut: PruneConfig, directory: str) -> None:
-    """Refuse a directory with the run of another student.
+def _check_earlier(cut: PruneConfig, directory: str, possible: list[Sizes] | None) -> None:
+    """Refuse a directory with the run of another student. `possible` are all that the cut may have, if they are known.
 
     Raises:
         ValueError: with the way out.
@@ -87,12 +90,21 @@ def _check_earlier(cut: PruneConfig, directory: str) -> None:
     record = read_object_if_any(Path(cut.output) / RECORD)
     result, calibration = record.get("result"), record.get("calibration")
     scored_by = [vars(cut)[name] for name in SCORED_BY]
-    sizes = result.get("sizes") if isinstance(result, dict) else None
     require(
-        isinstance(sizes, dict)
-        and given_sizes(cut).items() <= sizes.items()
+        isinstance(result, dict)
+        and _is_possible(result, cut, possible)
         and isinstance(calibration, dict)
         and [calibration.get(name) for name in SCORED_BY] == scored_by,
         f"output: {directory} holds the run of another student{f' (see {cut.output})' if record else ''}; restore the "
         "fields of its cut to go on with it, or choose another output",
     )
+
+
+def _is_possible(result: dict[str, Any], cut: PruneConfig, possible: list[Sizes] | None) -> bool:
+    """Return True if a cut may have had a result."""
+    sizes, count, most = result.get("sizes"), result.get("num_parameters"), target_parameters(cut)
+    if possible is not None:
+        return sizes in possible
+    assert most is not None, "sizes that are stated are known"
+    given = isinstance(sizes, dict) and given_sizes(cut).items() <= sizes.items()
+    return given and isinstance(count, int) and LEAST_SHARE * most <= count <= most

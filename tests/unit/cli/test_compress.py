@@ -132,6 +132,25 @@ def test_an_output_with_the_run_of_another_student_is_refused(inputs, tmp_path, 
     assert other.code == 1 and "out holds the run of another student (see out/pruned); restore" in other.err
 
 
+def test_an_output_with_the_run_of_another_target_is_refused(inputs, tmp_path):
+    from distill_nemo.cli.compress import foreseen
+
+    teacher = write_hf(tmp_path / "teacher", "llama", width=256, heads=8, groups=4)
+    config = CompressConfig(teacher=str(teacher), output=f"{tmp_path}/out", samples=8, held_out_samples=4)
+    config.num_query_groups, config.target_params = 2, 800_000
+    config.data.train, config.data.sequence_length = [f"{inputs}/train"], 32
+    (cut,) = foreseen(config)
+    (tmp_path / "out/checkpoints/step_00000004").mkdir(parents=True)
+    (tmp_path / "out/pruned").mkdir()
+    calibration = {"samples": 8, "held_out_samples": 4, "sequence_length": 32, "layer_importance": "cosine"}
+    record = {"result": {"sizes": cut.possible[-1], "num_parameters": 790_000}, "calibration": calibration}
+    (tmp_path / "out/pruned/pruning.json").write_text(json.dumps(record))
+    assert foreseen(config)[0].possible == cut.possible
+    config.target_params = 600_000
+    with pytest.raises(ValueError, match="holds the run of another student"):
+        foreseen(config)
+
+
 def test_stages_that_only_run_models_take_the_fewest_nodes_that_hold_one():
     config = CompressConfig(teacher="a", output="b")
     for sizes, nodes in (((1, 1, 1, 1), 1), ((8, 2, 1, 1), 2), ((4, 1, 4, 1), 1), ((8, 1, 1, 4), 4)):
