@@ -1,6 +1,6 @@
 """Rounds of a compression before the first one has begun: the models that each is about to cut and distil."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from distill_nemo.pruning.search import LEAST_SHARE, target_parameters
 from distill_nemo.pruning.sizes import Sizes, check_prunable, evenly_spaced, given_sizes, predicted
 from distill_nemo.pruning.stages import CompressConfig
 from distill_nemo.runtime.files import read_object_if_any
+from distill_nemo.training.data import check_run_data
 from distill_nemo.training.entry import resolve_models
 
 SCORED_BY = ("samples", "held_out_samples", "sequence_length", "layer_importance")
@@ -54,6 +55,7 @@ def foresee(config: CompressConfig, has_data: bool = True) -> list[Round]:
     model = resolve(StudentConfig(checkpoint=config.teacher))
     check_prunable(model)
     if has_data:
+        check_run_data(replace(config.run(1), student=StudentConfig(checkpoint=config.teacher)), model)
         check_data(config.cut(1), model)
     total, most = num_parameters(model), target_parameters(config.cut(1))
     rounds = []

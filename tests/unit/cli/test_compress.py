@@ -8,6 +8,7 @@ import pytest
 
 from distill_nemo.pruning.stages import CompressConfig, fewest_nodes
 from tests.cli.command import nemo_here, nemo_home
+from tests.stores import manifest_of, write_store
 from tests.tiny_models import write_hf
 
 SLURM = ["run.executor=slurm", "run.executor.account=nlp", "run.executor.nodes=2", "run.executor.devices=2"]
@@ -118,6 +119,17 @@ def test_what_cannot_run_is_refused_before_the_first_stage(inputs, tmp_path, her
     assert refused.code == 1 and refused.out == ""
     assert refused.err.startswith("error: ") and message in refused.err
     assert {path.name for path in tmp_path.iterdir()} <= {"home"}
+
+
+def test_all_data_of_the_distillation_is_checked_before_the_first_stage(inputs, tmp_path, here):
+    for suffix in (".idx", ".bin"):
+        (tmp_path / f"bad{suffix}").touch()
+    refused = here(*small(inputs, data__valid='["bad"]'))
+    assert refused.code == 1 and refused.err.startswith("error: data.valid: bad.idx is empty")
+    store = tmp_path / "store"
+    write_store(store, manifest_of(sequence_length=32))
+    refused = here(*small(inputs, data__train=f'["{store}"]'))
+    assert refused.code == 1 and "a run has a store or a teacher" in refused.err, refused.err
 
 
 def test_an_output_with_the_run_of_another_student_is_refused(inputs, tmp_path, here):
