@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distill_nemo.config import PruneConfig
 from distill_nemo.data.corpora import corpus_at
+from distill_nemo.data.token_files import sample_sha256
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.pruning.choice import Kept, Scores
 from distill_nemo.pruning.sizes import Sizes
@@ -20,11 +21,16 @@ NOT_THE_RESULT = ("model", "output", "data", "parallelism")  # fields that do no
 
 
 def identity_of(config: PruneConfig, model: Architecture, possible: list[Sizes]) -> str:
-    """Return a hash of all that the choice depends on. Of files of model and data, size and time of change count."""
+    """Return a hash of all that the choice depends on.
+
+    Of the data's files, size and time of change count; of the model's, size and blocks of the content, since a run
+    that is done writes its student again whenever its command is repeated.
+    """
     assert model.source is not None
-    files = sorted({tensor.file for tensor in model.source.tensors.values()})
-    files += corpus_at(config.data).files.values()
-    stats = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    files = corpus_at(config.data).files.values()
+    stats: list[list[Any]] = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    for file in sorted({tensor.file for tensor in model.source.tensors.values()}):
+        stats.append([file.name, file.stat().st_size, sample_sha256(file)])
     fields = {name: value for name, value in asdict(config).items() if name not in NOT_THE_RESULT}
     content = [fields, stats, model.source.config, possible]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

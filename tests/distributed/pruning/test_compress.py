@@ -77,7 +77,7 @@ def test_killed_in_each_stage_and_run_again_it_gives_the_same_student(inputs, tm
     assert "distilled student" in (found / "report/report.html").read_text()
 
 
-def test_in_two_rounds_the_second_one_cuts_the_first_ones_student(inputs, tmp_path, one):
+def test_in_two_rounds_the_second_one_cuts_the_first_ones_student_once(inputs, tmp_path, one):
     teacher = write_hf(tmp_path / "teacher", "llama", width=256, heads=8, groups=4)
     sizes = {"teacher": teacher, "num_query_groups": 2, "target_params": 800_000, "rounds": 2}
     (stages,) = one.run(compressed, inputs, tmp_path / "out", sizes)
@@ -89,6 +89,10 @@ def test_in_two_rounds_the_second_one_cuts_the_first_ones_student(inputs, tmp_pa
     assert first["result"]["num_parameters"] == second["model"]["num_parameters"]
     assert first["result"]["num_parameters"] > second["result"]["num_parameters"] <= 800_000
     assert (tmp_path / "out/student/model.safetensors").is_file()
+    record = tmp_path / "out/pruned/pruning.json"
+    cut = record.stat().st_mtime_ns
+    one.run(compressed, inputs, tmp_path / "out", sizes)
+    assert record.stat().st_mtime_ns == cut, "the first round's student was written again, the same"
 
 
 def models_left(inputs, output):
