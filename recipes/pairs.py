@@ -143,7 +143,7 @@ def _docstring(name: str, pair: Pair, planned: dict[str, Any]) -> str:
     teacher, student = _directory(pair.teacher), _directory(pair.student)
     large, small = (f"{size / 1e9:.3g}B" if size >= 1e9 else f"{size / 1e6:.0f}M" for size in planned["parameters"])
     nodes = pair.gpus // NODE
-    where = f"run.executor=slurm run.executor.nodes={nodes} run.executor.devices={NODE}"
+    where = f"run.executor=slurm run.executor.nodes={nodes} run.executor.devices={NODE} run.executor.time=24:00:00"
     parts = [
         f"{teacher} ({large} parameters) into {student} ({small}).",
         f"nemo distill train {name} data.train='[\"corpus\"]' \\\n"

@@ -66,7 +66,7 @@ def compress(**values: Any) -> None:
 
     Example:
         nemo distill compress teacher=/models/Qwen3-8B output=runs/q6b target_params=6e9 data.train='["corpus"]' \
-            gpus=32 gpu=h100 run.executor=slurm run.executor.nodes=4 run.executor.devices=8
+            gpus=32 gpu=h100 run.executor=slurm run.executor.nodes=4 run.executor.devices=8 run.executor.time=12:00:00
         nemo distill compress teacher=/models/Qwen3-8B output=runs/q4b target_params=4e9 rounds=2 \
             data.train='["corpus"]' gpus=8
 
@@ -87,7 +87,7 @@ def launch(
     detach: bool = False,
     plugins: list[Any] | None = None,
 ) -> None:
-    """Check every stage, and run them one after the other; of complete ones only the checks.
+    """Check every stage, and run them one after the other. A complete cut stays, and a complete run is exported again.
 
     Args:
         config: a config, or a recipe.
