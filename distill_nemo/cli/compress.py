@@ -296,16 +296,23 @@ def plan_compress(
         gpu: a100-80gb, h100, h200 or b200; one per rank.
         utilisation: share of the GPU's peak that a pass is assumed to reach.
         transformer_engine: use Transformer Engine's layers; false means Megatron's own, without its fused kernels.
+
+    Raises:
+        ValueError: for stages that cannot run; after printing, for one that does not fit, with changes that would.
     """
     found = find_gpu(gpu)
     assert isinstance(ctx, CompressContext), "which calls it"
     config, place = ctx.planned
     check_compress(config)
+    few = fewest_nodes(config.parallelism, place.nodes, place.devices)
+    check_fits_nodes(config.cut(1), place.make(few, place.devices))
     rounds = foreseen(config, has_data=False)
+    for each in rounds:
+        check_fits_nodes(each.run, place.make(place.nodes, place.devices))
     from distill_nemo.pruning.plan import print_compress_plan
 
-    few = fewest_nodes(config.parallelism, place.nodes, place.devices) * place.devices
-    print_compress_plan(config, rounds, few, place.nodes * place.devices, found, utilisation, transformer_engine)
+    ranks = place.nodes * place.devices
+    print_compress_plan(config, rounds, few * place.devices, ranks, found, utilisation, transformer_engine)
 
 
 class CompressCommand(Command):

@@ -102,6 +102,20 @@ def test_every_stage_is_planned_before_the_first(inputs, tmp_path, here):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"training__global_batch_size": 6}, "training.global_batch_size 6 is not divisible"),
+        ({"samples": 9}, "samples = 9 is not divisible by the 2 data-parallel ranks"),
+        ({"parallelism__tensor_model_parallel_size": 3}, "world size 4 is not divisible by"),
+    ],
+)
+def test_a_plan_refuses_what_the_stages_would(inputs, here, changes, message):
+    refused = here("plan", *small(inputs, **changes), *SLURM)
+    assert refused.code == 1 and refused.out == ""
+    assert message in refused.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         ({"num_layers": None}, "nothing says how small the model becomes"),
         ({"num_layers": 9}, "num_layers = 9 is not possible"),
         ({"num_layers": None, "target_params": 1e9}, "target_params=1000000000 cuts nothing"),
