@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import fiddle as fdl
 import nemo_run as run
 
-from distill_nemo.cli.arguments import called_recipe, check_complete, override, parse_arguments
+from distill_nemo.cli.arguments import check_complete, override, parse_arguments
 from distill_nemo.cli.entrypoint import Command
 from distill_nemo.cli.help import COMPRESS, COMPRESS_PLAN, command_help, config_help, summary
-from distill_nemo.cli.launch import TrainContext, parse_executor, registered_recipes
+from distill_nemo.cli.launch import TrainContext, made_recipe, parse_executor, registered_recipes
 from distill_nemo.cli.layout import SECTIONS, check_one_node, executor_of, split_layout_arguments
 from distill_nemo.cli.plan import ANY_DATA
 from distill_nemo.config import StudentConfig
@@ -130,7 +130,7 @@ def launch(
         _conclude(config)
 
 
-def config_of(recipe: run.Partial) -> CompressConfig:
+def config_of(recipe: fdl.Partial) -> CompressConfig:
     """Return the config of a recipe, with every type checked."""
     return job_config_of(recipe, CompressConfig)
 
@@ -232,7 +232,7 @@ class CompressContext(TrainContext):
     def _config(self, arguments: list[str], data: list[str]) -> tuple[CompressConfig, Place]:
         """Return the config that a command line describes, and its executors. `data` stands for `data.train`."""
         arguments = self.without_recipe(arguments)
-        recipe = called_recipe(self.factory or DEFAULT_RECIPE, registered_recipes(compress))
+        recipe = made_recipe(self.factory or DEFAULT_RECIPE, compress)
         layout, arguments = split_layout_arguments(arguments)
         values = parse_arguments(compress, arguments, "compress")
         override(recipe, values)

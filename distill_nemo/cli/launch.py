@@ -86,9 +86,7 @@ class TrainContext(run.cli.RunContext):
         args = self.without_recipe(args)
         if self.factory is None:
             raise ValueError("name a recipe, as the first argument or by --factory; `nemo distill recipes` lists them")
-        recipe = called_recipe(self.factory, registered_recipes())
-        if not isinstance(recipe, fdl.Partial) or recipe.__fn_or_cls__ is not distill:
-            raise ValueError(f"recipe {self.factory}: must return run.Partial(distill, ...), got {recipe!r:.80}")
+        recipe = made_recipe(self.factory, distill)
         layout, args = split_layout_arguments(args)
         values = parse_arguments(fn, args, "train")
         override(recipe, values)
@@ -138,6 +136,18 @@ class TrainContext(run.cli.RunContext):
         """Launch as NeMo-Run does, but always in separate processes, even without `run.executor=`."""
         self.executor = self.executor or run.LocalExecutor()
         super().launch(experiment, sequential)
+
+
+def made_recipe(call: str, target: Callable[..., Any]) -> fdl.Partial:
+    """Return what a recipe of a target makes.
+
+    Raises:
+        ValueError: from `called_recipe`, and for a recipe of something else.
+    """
+    recipe = called_recipe(call, registered_recipes(target))
+    if not isinstance(recipe, fdl.Partial) or recipe.__fn_or_cls__ is not target:
+        raise ValueError(f"recipe {call}: must return run.Partial({target.__name__}, ...), got {recipe!r:.80}")
+    return recipe
 
 
 def registered_recipes(target: Callable[..., Any] = distill) -> dict[str, Callable[..., Any]]:

@@ -135,6 +135,11 @@ def test_what_cannot_run_is_refused_before_the_first_stage(inputs, tmp_path, her
     assert {path.name for path in tmp_path.iterdir()} <= {"home"}
 
 
+def test_a_recipe_of_another_command_is_refused(inputs, here):
+    refused = here("recipes.quickstart.quickstart", *small(inputs))
+    assert refused.code == 1 and "must return run.Partial(compress, ...), got" in refused.err
+
+
 def test_all_data_of_the_distillation_is_checked_before_the_first_stage(inputs, tmp_path, here):
     for suffix in (".idx", ".bin"):
         (tmp_path / f"bad{suffix}").touch()
