@@ -232,7 +232,7 @@ def in_memory_at_export(inputs, output):
             held.extend(map(weakref.ref, [train_state.optimizer, *gradients]))
             super().__init__(config, train_state, *others)
 
-    def export(*_):
+    def export(*_, **__):
         alive.extend(each() is not None for each in held)
 
     with mock.patch.object(loop, "Loop", Observed), mock.patch.object(huggingface, "export_hf", export):
