@@ -23,6 +23,7 @@ from distill_nemo.fields import first_few
 from distill_nemo.models.sources import MODELOPT_STATE, find_checkpoint
 from distill_nemo.runtime.file_hashes import FilePart, hash_part, join_hashes, parts, whole_file
 from distill_nemo.runtime.files import write_atomically
+from distill_nemo.runtime.process_groups import of_all_ranks
 from distill_nemo.teacher_store.shards import WRITE_AGAIN
 
 DISTRIBUTED = (".metadata", "*.distcp", "common.pt")
@@ -98,8 +99,7 @@ def hash_files(paths: list[Path], cache: Path, sums: dict[Path, str] | None = No
     if isinstance(plan[0], str):
         raise ValueError(plan[0])
     known, stats, todo = plan[0]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, _hash_share(todo))
+    found = of_all_ranks(_hash_share(todo))
     for share in found:
         if isinstance(share, str):
             raise ValueError(share)

@@ -11,6 +11,7 @@ from distill_nemo.models.sources import MODELOPT_STATE
 from distill_nemo.runtime.checksums import SUMS, read_sums, sha256
 from distill_nemo.runtime.files import read_object
 from distill_nemo.runtime.pickles import read_contents
+from distill_nemo.runtime.process_groups import of_all_ranks
 
 
 def damages(directory: Path) -> list[str]:
@@ -24,9 +25,7 @@ def damages(directory: Path) -> list[str]:
         return [agreed[0]]
     mine = list(agreed[0].items())[dist.get_rank() :: dist.get_world_size()]
     own = [damage for name, expected in mine if (damage := _damage(directory, name, expected))]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own)
-    return sorted(damage for of_rank in found for damage in of_rank)
+    return sorted(damage for of_rank in of_all_ranks(own) for damage in of_rank)
 
 
 def _sums(directory: Path) -> dict[str, str] | str:

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -111,6 +112,13 @@ def is_joined() -> bool:
 def rank() -> int:
     """Return this process's rank; outside a process group as torchrun sets it, else 0."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def of_all_ranks[T](own: T) -> list[T]:
+    """Return every rank's value, in the order of the ranks. Collective: every rank must call it."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return found
 
 
 def world_size() -> int:

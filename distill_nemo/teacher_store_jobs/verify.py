@@ -5,7 +5,6 @@ The windows are evenly spread over the store, in the micro batches in which they
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -22,7 +21,14 @@ from distill_nemo.models.source_check import refusal_of_sources
 from distill_nemo.runtime.checksums import sha256
 from distill_nemo.runtime.device import resolve_dtype, setup_device
 from distill_nemo.runtime.orphans import end_with_torchrun
-from distill_nemo.runtime.process_groups import is_joined, process_groups, raise_everywhere, rank, world_size
+from distill_nemo.runtime.process_groups import (
+    is_joined,
+    of_all_ranks,
+    process_groups,
+    raise_everywhere,
+    rank,
+    world_size,
+)
 from distill_nemo.runtime.seed import seed_everything
 from distill_nemo.runtime.watchdog import Watchdog, heartbeat
 from distill_nemo.teacher_store.manifest import Manifest, shard_name
@@ -84,9 +90,7 @@ def _damages(store: TeacherStore) -> list[tuple[Path, str]]:
 
 def _raise_together(problems: list[str], store: TeacherStore) -> None:
     """Raise on every rank if any has a problem. One all-gather."""
-    of_all: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(of_all, problems)
-    found = sorted(problem for problems in of_all for problem in problems)
+    found = sorted(problem for each in of_all_ranks(problems) for problem in each)
     if found:
         raise ValueError(f"{store.path}: {'; '.join(first_few(found))}")
 
@@ -114,9 +118,8 @@ def _ask_again(store: TeacherStore, run: TeacherRun, samples: int) -> None:
                 agreement.add(answer, store.window(window))
     wrong = {shard_name(shard): each.problem() for shard, each in found.items()}
     _raise_together([f"{name} is not the teacher's: {why}" for name, why in wrong.items() if why], store)
-    of_all: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(of_all, list(found.values()))
-    _print(sum((each for part in of_all for each in part), Agreement(manifest)).summary())
+    agreements = of_all_ranks(list(found.values()))
+    _print(sum((each for part in agreements for each in part), Agreement(manifest)).summary())
 
 
 def _micro_batches(manifest: Manifest, size: int, samples: int) -> list[range]:

@@ -18,7 +18,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.utils.data import Dataset
 
@@ -37,7 +36,14 @@ from distill_nemo.models.source_check import refusal_of_sources
 from distill_nemo.runtime.device import resolve_dtype, setup_device
 from distill_nemo.runtime.everyone import AgreedError, Everyone
 from distill_nemo.runtime.orphans import end_with_torchrun
-from distill_nemo.runtime.process_groups import is_joined, process_groups, raise_everywhere, rank, world_size
+from distill_nemo.runtime.process_groups import (
+    is_joined,
+    of_all_ranks,
+    process_groups,
+    raise_everywhere,
+    rank,
+    world_size,
+)
 from distill_nemo.runtime.seed import seed_everything
 from distill_nemo.runtime.signals import StopSignal, keep_early_sigurg
 from distill_nemo.runtime.watchdog import Watchdog, heartbeat
@@ -265,7 +271,7 @@ class Rounds:
             with self._keeping_errors():
                 self._writer = self._claim()
         shard = None if self._writer is None else self._writer.shard
-        return _of_all(Report(self.replica, shard, self._error, stop.received))
+        return of_all_ranks(Report(self.replica, shard, self._error, stop.received))
 
     @contextlib.contextmanager
     def _keeping_errors(self) -> Iterator[None]:
@@ -322,7 +328,7 @@ class Rounds:
             samples = [with_uniforms(self.samples[number], self.manifest.seed, number) for number in numbers]
         except (OSError, ValueError) as failure:
             error = str(failure)
-        _raise_first(_of_all(error))
+        _raise_first(of_all_ranks(error))
         return samples
 
     def _beside(self, step: Callable[..., None], *arguments: Any) -> None:
@@ -338,13 +344,6 @@ class Rounds:
     def _commit(self, writer: ShardWriter) -> None:
         with writer:
             writer.commit()
-
-
-def _of_all[T](own: T) -> list[T]:
-    """Return every rank's value. One all-gather."""
-    found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, own)
-    return found
 
 
 def _raise_first(errors: list[str | None]) -> None:

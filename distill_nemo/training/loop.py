@@ -20,7 +20,7 @@ from distill_nemo.config import RunConfig
 from distill_nemo.data.samplers import batches
 from distill_nemo.evaluation import Report, StepFunc, evaluate, reduce_reports
 from distill_nemo.models.distillation.objective import objective_of
-from distill_nemo.runtime.process_groups import rank
+from distill_nemo.runtime.process_groups import of_all_ranks, rank
 from distill_nemo.runtime.signals import StopSignal
 from distill_nemo.runtime.watchdog import Watchdog, heartbeat
 from distill_nemo.training.forward_step import forward_step
@@ -37,9 +37,7 @@ class NotFiniteError(RuntimeError):
 def _ranks_not_finite(reports: list[Report]) -> str:
     """Name the ranks whose own losses are not finite. Collective: every rank must call it."""
     mine = all(bool(value.isfinite().all()) for report in reports for value in report.values())
-    finite: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(finite, mine)
-    ranks = [str(rank) for rank, ok in enumerate(finite) if not ok]
+    ranks = [str(rank) for rank, ok in enumerate(of_all_ranks(mine)) if not ok]
     return f", losses of rank {', '.join(ranks)}" if ranks else ", losses of every rank finite"
 
 
