@@ -13,10 +13,14 @@ STEP = re.compile(r"step_\d{8,}")
 
 
 class Scales(NamedTuple):
-    """Scales of a quantised tensor: their file, and the rows and columns that share one."""
+    """Scales of a quantised tensor: their file, and the rows and columns that share one.
+
+    `of_tensor` is the file of a further one, by which all are multiplied.
+    """
 
     file: Path
     block: tuple[int, int]
+    of_tensor: Path | None = None
 
 
 class StoredTensor(NamedTuple):

@@ -1,7 +1,8 @@
 """Check and read quantised tensors: values of few bits, and scales that blocks of them share.
 
 A slice is dequantised from its own values, and from the scales of the blocks that it touches. Products are in fp32:
-rounded to the dtype of a parameter, they are what transformers computes.
+rounded to the dtype of a parameter, they are what transformers computes. Scales of activations and of the key-value
+cache are left out: a model that is read computes with plain ones.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,16 +11,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distill_nemo.models.checkpoints.modelopt_format import (
+    CACHE_SCALES,
+    INPUT_SCALE,
+    NVFP4_BLOCK,
+    PER_BYTE,
+    SCALE,
+    SCALE_2,
+    Layout,
+    e2m1_values,
+    unpack,
+)
 from distill_nemo.models.quantisation import FIELD, Quantisation
 from distill_nemo.models.sources import Scales, StoredTensor
 
 FP8, MXFP4 = "F8_E4M3", "MXFP4"  # dtype of a quantised tensor
 FP8_SCALE = "_scale_inv"  # after the name of the values
 BLOCKS, SCALES = "_blocks", "_scales"  # after the name of the tensor
-FP8_SCALE_DTYPES = ("F32", "BF16")
+SCALE_DTYPES = ("F32", "BF16")
+ONE = ((), (1,))  # shapes of a single number
 MXFP4_GROUP = 32  # values that share a scale, along the input
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 E8M0_BIAS = 127
+MODELOPT: dict[str, Layout] = {f"MODELOPT_{name.upper()}": name for name in PER_BYTE}  # dtype of a quantised tensor
 
 Slice = Callable[[Path, str, tuple[slice, ...]], Tensor]  # of a tensor in a file, in the dtype of the file
 
@@ -36,7 +49,7 @@ def merge_scales(path: Path, stored: Mapping[str, StoredTensor], quantisation: Q
         ValueError: for values without scales or with scales of another shape or dtype, and for a quantised tensor in a
             module that `config.json` lists as not quantised, by name.
     """
-    merge = _merged_fp8 if quantisation.method == "fp8" else _merged_mxfp4
+    merge = {"fp8": _merged_fp8, "mxfp4": _merged_mxfp4, "modelopt": _merged_modelopt}[quantisation.method]
     found = dict(stored)
     try:
         for name in stored:
@@ -52,7 +65,7 @@ def _merged_fp8(name: str, found: dict[str, StoredTensor], quantisation: Quantis
     values, block = found[name], quantisation.block
     *leading, rows, columns = values.shape if len(values.shape) > 1 else (1, *values.shape)
     shape = *leading, -(-rows // block[0]), -(-columns // block[1])
-    scales = _take(found, name + FP8_SCALE, name, FP8_SCALE_DTYPES, shape)
+    scales = _take(found, name + FP8_SCALE, name, SCALE_DTYPES, shape)
     found[name] = values._replace(scales=Scales(scales.file, block))
     _check_listed(name, quantisation)
 
@@ -71,21 +84,66 @@ def _merged_mxfp4(name: str, found: dict[str, StoredTensor], quantisation: Quant
     _check_listed(whole, quantisation)
 
 
+def _merged_modelopt(name: str, found: dict[str, StoredTensor], quantisation: Quantisation) -> None:
+    module, _, end = name.rpartition(".")
+    if name.endswith(CACHE_SCALES) and found[name].shape in ONE:
+        del found[name]
+    if end != "weight" or name not in found or found[name].dtype not in ("F8_E4M3", "I8", "U8"):
+        return
+    stored, of_scale = found[name], found.get(f"{module}.{SCALE}")
+    if len(stored.shape) != 2:
+        raise ValueError(f"{name:.120} is {stored.dtype} {stored.shape}: a quantised weight must have 2 dimensions")
+    layout = _layout(stored.dtype, of_scale.dtype if of_scale is not None else "")
+    (rows, columns), (in_rows, in_columns) = stored.shape, PER_BYTE[layout]
+    shape = rows, columns = rows * in_rows, columns * in_columns
+    scales, block = _modelopt_scales(name, layout, shape, found)
+    of_tensor = _take(found, f"{module}.{SCALE_2}", name, ("F32",), *ONE).file if layout == "nvfp4" else None
+    if f"{module}.{INPUT_SCALE}" in found:
+        _take(found, f"{module}.{INPUT_SCALE}", name, ("F32",), *ONE)
+    found[name] = StoredTensor(stored.file, f"MODELOPT_{layout.upper()}", shape, Scales(scales.file, block, of_tensor))
+    _check_listed(name, quantisation)
+
+
+def _layout(dtype: str, of_scale: str) -> Layout:
+    if dtype != "U8":
+        return "int8" if dtype == "I8" else "fp8"
+    return "nvfp4" if of_scale == "F8_E4M3" else "int4"
+
+
+def _modelopt_scales(
+    name: str, layout: Layout, shape: tuple[int, int], found: dict[str, StoredTensor]
+) -> tuple[StoredTensor, tuple[int, int]]:
+    """Remove a weight's scales. Return them, and the rows and columns that share one."""
+    (rows, columns), of_scale = shape, f"{name.removesuffix('weight')}{SCALE}"
+    if layout == "nvfp4":
+        blocks = (rows, -(-columns // NVFP4_BLOCK))
+        return _take(found, of_scale, name, ("F8_E4M3",), blocks), (1, NVFP4_BLOCK)
+    if layout == "int4":
+        groups = found[of_scale].shape[-1] if of_scale in found and len(found[of_scale].shape) == 2 else 1
+        if groups < 1 or columns % groups:
+            raise ValueError(f"{of_scale:.120} has {groups} groups, which do not divide {columns} columns")
+        return _take(found, of_scale, name, SCALE_DTYPES, (rows, groups)), (1, columns // groups)
+    taken = _take(found, of_scale, name, SCALE_DTYPES, (rows,), *(ONE if layout == "fp8" else ()))
+    return taken, ((1, columns) if taken.shape == (rows,) else shape)
+
+
 def _take(
-    found: dict[str, StoredTensor], name: str, of: str, dtypes: tuple[str, ...], shape: tuple[int, ...]
+    found: dict[str, StoredTensor], name: str, of: str, dtypes: tuple[str, ...], *shapes: tuple[int, ...]
 ) -> StoredTensor:
     """Remove and return an entry, checked."""
     if name not in found:
         raise ValueError(f"{of:.120} is quantised, but {name:.120} is missing")
     taken = found.pop(name)
-    if taken.dtype not in dtypes or taken.shape != shape:
-        raise ValueError(f"{name:.120} is {taken.dtype} {taken.shape}, must be {' or '.join(dtypes)} {shape}")
+    if taken.dtype not in dtypes or taken.shape not in shapes:
+        allowed = f"{' or '.join(dtypes)} {' or '.join(map(str, shapes))}"
+        raise ValueError(f"{name:.120} is {taken.dtype} {taken.shape}, must be {allowed}")
     return taken
 
 
 def _check_listed(name: str, quantisation: Quantisation) -> None:
     if quantisation.leaves_plain(name.rpartition(".")[0]):
-        raise ValueError(f"{name:.120} is quantised, but modules_to_not_convert lists its module")
+        field = "ignore" if quantisation.method == "modelopt" else "modules_to_not_convert"
+        raise ValueError(f"{name:.120} is quantised, but {field} lists its module")
 
 
 def read_quantised(read: Slice, name: str, tensor: StoredTensor, index: tuple[slice, ...]) -> Tensor:
@@ -101,13 +159,52 @@ def read_quantised(read: Slice, name: str, tensor: StoredTensor, index: tuple[sl
     if tensor.dtype == MXFP4:
         return _read_mxfp4(read, name, tensor, tensor.scales, index)
     assert all(part.step is None for part in index), "blocks are of consecutive rows and columns"
-    *leading, rows, columns = index
-    sides = list(zip((-2, -1), (rows, columns), tensor.scales.block, strict=True))
-    touched = (slice(part.start // size, -(-part.stop // size)) for _, part, size in sides)
-    scales = read(tensor.scales.file, name + FP8_SCALE, (*leading, *touched)).float()
-    for dim, part, size in sides:
-        scales = scales.repeat_interleave(size, dim).narrow(dim, part.start % size, part.stop - part.start)
-    return read(tensor.file, name, index).float().mul_(scales)
+    if tensor.dtype in MODELOPT:
+        return _read_modelopt(read, name, tensor, tensor.scales, (index[0], index[1]))
+    touched = _touched(index, tensor.scales.block)
+    scales = read(tensor.scales.file, name + FP8_SCALE, (*index[:-2], *touched)).float()
+    return read(tensor.file, name, index).float().mul_(_expanded(scales, index, tensor.scales.block))
+
+
+def _touched(index: tuple[slice, ...], block: tuple[int, int]) -> tuple[slice, slice]:
+    """Return the blocks that hold the rows and columns of a slice."""
+    rows, columns = (
+        slice(part.start // size, -(-part.stop // size)) for part, size in zip(index[-2:], block, strict=True)
+    )
+    return rows, columns
+
+
+def _expanded(scales: Tensor, index: tuple[slice, ...], block: tuple[int, int]) -> Tensor:
+    """Repeat the scales of the touched blocks for each value of a slice."""
+    for dim, part, size in zip((-2, -1), index[-2:], block, strict=True):
+        first, last = part.start % size, part.start % size + part.stop - part.start
+        scales = scales.repeat_interleave(size, dim).narrow(dim, first, last - first)
+    return scales
+
+
+def _read_modelopt(read: Slice, name: str, tensor: StoredTensor, scales: Scales, index: tuple[slice, slice]) -> Tensor:
+    layout, module = MODELOPT[tensor.dtype], name.removesuffix("weight")
+    touched = _touched(index, scales.block)
+    of_tensor, of_row = scales.block == tensor.shape, scales.block[1] == tensor.shape[1]
+    stored = () if of_tensor else touched[:1] if of_row else touched
+    found = read(scales.file, module + SCALE, stored).float().reshape([part.stop - part.start for part in touched])
+    _check_scales(name, found, zero=layout == "nvfp4")  # of a block of values that round to 0
+    if scales.of_tensor is not None:
+        of_all = read(scales.of_tensor, module + SCALE_2, ()).reshape(())
+        _check_scales(name, of_all)
+        found *= of_all
+    packed = tuple(slice(p.start // n, -(-p.stop // n)) for p, n in zip(index, PER_BYTE[layout], strict=True))
+    values = unpack(read(tensor.file, name, packed), layout)
+    for dim, (part, size) in enumerate(zip(index, PER_BYTE[layout], strict=True)):
+        values = values.narrow(dim, part.start % size, part.stop - part.start)
+    return values * _expanded(found, index, scales.block)
+
+
+def _check_scales(name: str, scales: Tensor, zero: bool = False) -> None:
+    if not (scales.isfinite() & ((scales > 0) | (zero & (scales == 0)))).all():
+        raise ValueError(
+            f"{name:.120} has scales that are not positive numbers: the checkpoint is damaged; get it again"
+        )
 
 
 def _read_mxfp4(read: Slice, name: str, tensor: StoredTensor, scales: Scales, index: tuple[slice, ...]) -> Tensor:
@@ -116,6 +213,6 @@ def _read_mxfp4(read: Slice, name: str, tensor: StoredTensor, scales: Scales, in
     codes = read(tensor.file, name + BLOCKS, (experts, outputs, touched, slice(0, MXFP4_GROUP // 2)))
     exponents = read(scales.file, name + SCALES, (experts, outputs, touched)).int() - E8M0_BIAS
     pairs = torch.stack([codes & 0xF, codes >> 4], dim=-1)  # the lower half of a byte comes first
-    values = torch.tensor(E2M1)[pairs.flatten(-2).int()].ldexp(exponents[..., None])
+    values = e2m1_values(pairs.flatten(-2)).ldexp(exponents[..., None])
     first = inputs.start % MXFP4_GROUP
     return values.flatten(-2).narrow(-1, first, inputs.stop - inputs.start).transpose(-1, -2)

@@ -21,7 +21,7 @@ from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.families.family import Wrapper
 from distill_nemo.models.families.pieces import Piece
 from distill_nemo.models.families.tensors import hf_shapes
-from distill_nemo.models.quantisation import read_quantisation
+from distill_nemo.models.quantisation import read_quantisation, with_modelopt
 from distill_nemo.models.sources import StoredTensor
 from distill_nemo.runtime.files import read_object
 
@@ -54,7 +54,8 @@ def untouched_tensors(path: Path | None, model: Architecture) -> Untouched:
     """
     if path is None:
         raise ValueError("copy_untouched: the student came from no Hugging Face directory that still exists")
-    stored, wanted, config = stored_tensors(path), hf_shapes(model), read_object(path / "config.json")
+    stored, wanted = stored_tensors(path), hf_shapes(model)
+    config = with_modelopt(read_object(path / "config.json"), path)
     quantisation = read_quantisation(config, str(path / "config.json"))
     if quantisation is not None:
         stored = merge_scales(path, stored, quantisation)

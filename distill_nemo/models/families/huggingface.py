@@ -9,7 +9,7 @@ from distill_nemo.models.config_fields import MAX_HEADS, MAX_LAYERS, MAX_POSITIO
 from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.families.family import Family, Wrapper, resolve_own_fields
 from distill_nemo.models.families.rope import read_rope, write_rope
-from distill_nemo.models.quantisation import FIELD, read_quantisation
+from distill_nemo.models.quantisation import FIELD, read_quantisation, with_modelopt
 from distill_nemo.runtime.files import read_object
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def read_config(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: if the file cannot be read, or does not describe a text model.
     """
-    config = read_object(file)
+    config = with_modelopt(read_object(file), file.parent)
     for family in FAMILIES.values():
         if family.wrapper is not None and config.get("model_type") == family.wrapper.model_type:
             return _text_config(Fields(config, str(file)), family, family.wrapper)
