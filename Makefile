@@ -34,7 +34,7 @@ parity: .venv/installed ## every layout, model and loss against fp64; writes doc
 models: .venv/installed ## import and export of every model family against transformers; writes docs/models.md in two minutes
 	@$(BIN)/python -W ignore -m tests.families $(ARGS)
 
-recipes: .venv/installed ## layouts, memory and cost of the recipes in recipes/pairs.py; writes recipes/planned.json
+recipes: .venv/installed ## layouts, memory and cost of the recipes for released models; writes recipes/planned.json
 	@$(BIN)/python -W ignore -m tests.recipes
 
 bench: .venv/installed ## cost of losses and steps beside other implementations, on this machine; writes docs/performance.md

@@ -8,18 +8,19 @@ import nemo_run as run
 from distill_nemo.cli.commands import register_commands
 from distill_nemo.cli.entrypoint import register
 from distill_nemo.cli.launch import TrainContext
+from recipes import cuts, pairs
 from recipes.compress import minitron
 from recipes.distil import distil
-from recipes.pairs import RECIPES
 from recipes.quickstart import quickstart, quickstart_alone, quickstart_teacher, run_quickstart
 
 __all__ = ["distil", "minitron", "quickstart", "quickstart_alone", "quickstart_teacher"]
+RECIPES = pairs.RECIPES | cuts.RECIPES
 globals().update(RECIPES)
 
 if TYPE_CHECKING:  # for checkers, which cannot know the names in a table
 
     def __getattr__(name: str) -> Callable[..., run.Partial]:
-        """Return the recipe of a pair of released models."""
+        """Return a recipe for released models."""
         ...
 
 

@@ -1,28 +1,22 @@
 """Recipes for pairs of released models that share a tokenizer: a row of data each, made into a function by `recipe_of`.
 
-Layouts and figures in planned.json are the planner's, for each kind of GPU at the layout chosen for it. `make recipes`
-writes them from the rows below, and a test holds them to the planner. Of families without a recipe (DeepSeek-V3,
-GLM-4.7-Flash, OLMoE, SmolLM3, Seed-OSS, Ministral) we know no smaller release with the tokenizer: prune one.
+Of families without a recipe (DeepSeek-V3, GLM-4.7-Flash, OLMoE, SmolLM3, Seed-OSS, Ministral) we know no smaller
+release with the tokenizer: prune one.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from textwrap import fill
-from typing import Any
 
 import nemo_run as run
 
-from distill_nemo.planning.gpus import NODE
 from distill_nemo.training.entry import distill
 from recipes.base import of_checkpoints
+from recipes.planned import PLANNED, directory, docstring, with_layout
 
 EXPECT = (
     "the KL to the teacher falls on text like the corpus; benchmarks move little, as the student has been trained on "
     "far more tokens than the run has"
 )
-PLANNED: dict[str, Any] = json.loads((Path(__file__).parent / "planned.json").read_text(encoding="utf-8"))
 MODEL_CARD = "github.com/meta-llama/llama-models/blob/main/models/llama3_2/MODEL_CARD.md"
 NANO = "github.com/NVIDIA/Model-Optimizer, examples/pruning/minitron/NVIDIA-Nemotron-Nano-9B-v2"
 
@@ -121,40 +115,22 @@ PAIRS = {
 
 def recipe_of(name: str, pair: Pair) -> Callable[..., run.Partial]:
     """Return the recipe of a pair, at the layout for H100s, and register it with NeMo-Run."""
-    planned = PLANNED[name]
+    large, small = directory(pair.teacher), directory(pair.student)
 
-    def recipe(teacher: str = _directory(pair.teacher), student: str = _directory(pair.student)) -> run.Partial:
-        made = of_checkpoints(name, teacher, student)
-        for section in ("parallelism", "training"):
-            for field, value in planned[section].items():
-                setattr(getattr(made, section), field, value)
-        return made
+    def recipe(teacher: str = large, student: str = small) -> run.Partial:
+        return with_layout(of_checkpoints(name, teacher, student), name)
 
     recipe.__name__ = recipe.__qualname__ = name
-    recipe.__doc__ = _docstring(name, pair, planned)
-    return run.cli.factory(target=distill)(recipe)
-
-
-def _directory(model: str) -> str:
-    return model.rpartition("/")[2]
-
-
-def _docstring(name: str, pair: Pair, planned: dict[str, Any]) -> str:
-    teacher, student = _directory(pair.teacher), _directory(pair.student)
-    large, small = (f"{size / 1e9:.3g}B" if size >= 1e9 else f"{size / 1e6:.0f}M" for size in planned["parameters"])
-    nodes = pair.gpus // NODE
-    where = f"run.executor=slurm run.executor.nodes={nodes} run.executor.devices={NODE} run.executor.time=24:00:00"
-    parts = [
-        f"{teacher} ({large} parameters) into {student} ({small}).",
+    recipe.__doc__ = docstring(
+        f"{large} ({{}} parameters) into {small} ({{}}).",
         f"nemo distill train {name} data.train='[\"corpus\"]' \\\n"
-        f"    teacher.checkpoint=/models/{teacher} student.checkpoint=/models/{student} \\\n"
-        f"    {where if nodes > 1 else f'run.executor=local run.executor.processes={pair.gpus}'}",
-        "Planned, for 2.6 billion tokens:\n" + "\n".join(f"    {line}" for line in planned["gpus"]),
-        f"The recipe has the layout for H100s; for others add gpus={pair.gpus} gpu=h200, and the planner chooses it.",
-        f"Published: {pair.published or 'no figure is known for this pair'}.",
-        f"Expect: {pair.expect or EXPECT}.",
-    ]
-    return "\n\n".join(fill(part, 116) if "\n" not in part else part for part in parts)
+        f"    teacher.checkpoint=/models/{large} student.checkpoint=/models/{small}",
+        name,
+        pair.gpus,
+        pair.published or "no figure is known for this pair",
+        pair.expect or EXPECT,
+    )
+    return run.cli.factory(target=distill)(recipe)
 
 
 # A new row has no recipe until `make recipes` has planned it.

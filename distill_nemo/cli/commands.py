@@ -260,13 +260,18 @@ def recipes(names: list[str] | None = None) -> None:
         print(f"{name}: {getdoc(find_recipe(name, known | cuts))}\n")
     for name, recipe in {} if names else known.items():
         config = run_config_of(recipe())
-        planned = re.search(r"^ *(\d+ x H100: .*)$", recipe.__doc__ or "", re.M)
-        layout = planned[1] if planned else layout_text(config.parallelism)
-        _show(name, recipe, layout, config.distillation.divergence if config.teacher else "LM loss")
+        loss = config.distillation.divergence if config.teacher else "LM loss"
+        _show(name, recipe, _planned(recipe) or layout_text(config.parallelism), loss)
     for name, recipe in {} if names else cuts.items():
         values = recipe().__arguments__
         sizes = [f"{each.name} {values[each.name]:g}" for each in fields(CutConfig) if each.name in values]
-        _show(name, recipe, "compress", *sizes, values["distillation"].divergence)
+        _show(name, recipe, " ".join(["compress", *sizes]), _planned(recipe), values["distillation"].divergence)
+
+
+def _planned(recipe: Callable[..., Any]) -> str:
+    """Return the line of a recipe's docstring that says its layout and cost on H100s; empty if there is none."""
+    planned = re.search(r"^ *(\d+ x H100: .*)$", recipe.__doc__ or "", re.M)
+    return planned[1] if planned else ""
 
 
 def _show(name: str, recipe: Callable[..., Any], *about: str) -> None:

@@ -6,14 +6,13 @@ import math
 import re
 from dataclasses import replace
 
-import fiddle as fdl
 import pytest
 import torch
 
-from distill_nemo.config import RunConfig, StudentConfig, TeacherConfig
+from distill_nemo.config import StudentConfig, TeacherConfig
 from tests.cli.command import the_recipes
-from tests.recipes import FILE, planned_recipe, real_names
-from tests.tiny_models import known
+from tests.recipes import FILE, config_of, planned_recipe, real_names, rows
+from tests.tiny_models import known, random_model
 from tests.unit.models.test_real_models import REAL, scaled, write
 
 
@@ -24,38 +23,47 @@ def pairs():
     return PAIRS
 
 
-def config_of(name):
-    return RunConfig(**fdl.build(getattr(the_recipes(), name)()).keywords)
+def cuts():
+    the_recipes()
+    from recipes.cuts import CUTS
+
+    return CUTS
 
 
-@pytest.mark.parametrize("name", pairs())
+def the_config(name):
+    return config_of(getattr(the_recipes(), name)())
+
+
+@pytest.mark.parametrize("name", [*pairs(), *cuts()])
 def test_a_recipes_layout_and_figures_are_the_planners(tmp_path, name):
-    config, doc, pair = config_of(name), getattr(the_recipes(), name).__doc__, pairs()[name]
-    planned = planned_recipe(pair, config, tmp_path)
+    config, doc, (row, _) = the_config(name), getattr(the_recipes(), name).__doc__, rows()[name]
+    planned = planned_recipe(row, config, tmp_path)
     assert planned == json.loads(FILE.read_text())[name], "make recipes"
     for section in ("parallelism", "training"):
         assert vars(getattr(config, section)).items() >= planned[section].items()
     assert all(f"\n    {line}\n" in doc for line in planned["gpus"])
     assert [line.partition(":")[0] for line in planned["gpus"]] == [
-        f"{pair.gpus} x {g}" for g in ("H100", "H200", "B200")
+        f"{row.gpus} x {g}" for g in ("H100", "H200", "B200")
     ]
 
 
-@pytest.mark.parametrize("name", pairs())
+@pytest.mark.parametrize("name", [*pairs(), *cuts()])
 def test_a_recipes_text_is_whole(name):
-    doc, pair = getattr(the_recipes(), name).__doc__, pairs()[name]
-    command = re.search(r"^nemo distill train (.+?[^\\])$", doc, re.M | re.S)[1].replace("\\\n", " ").split()
+    doc, (row, _) = getattr(the_recipes(), name).__doc__, rows()[name]
+    called = re.search(r"^nemo distill (train|compress) (.+?[^\\])$", doc, re.M | re.S)
+    assert called[1] == ("compress" if name in cuts() else "train")
+    command = called[2].replace("\\\n", " ").split()
     assert command[0] == name
     ranks = [
         int(word.partition("=")[2]) for word in command if re.match(r"run\.executor\.(nodes|devices|processes)=", word)
     ]
-    assert torch.tensor(ranks).prod() == pair.gpus
+    assert torch.tensor(ranks).prod() == row.gpus
     assert re.search(r"^Published: (no figure is known for this pair|.*(arXiv:|github\.com)).*", doc, re.M | re.S)
     assert re.search(r"^Expect: .+\.$", doc, re.M | re.S)
 
 
 def test_planned_figures_are_of_these_recipes():
-    assert json.loads(FILE.read_text()).keys() == pairs().keys()
+    assert json.loads(FILE.read_text()).keys() == {*pairs(), *cuts()}
 
 
 def trained(runs):
@@ -86,7 +94,7 @@ def test_scaled_down_models_of_every_recipe_take_a_step(two, tmp_path):
     """At the recipe's layout, as far as two ranks go, with its losses, optimizer and recomputation."""
     by_layout = {}
     for name, pair in pairs().items():
-        config, models = config_of(name), [REAL[model]["config"] for model in real_names(pair)]
+        config, models = the_config(name), [REAL[model]["config"] for model in real_names(pair)]
         directories = [tmp_path / name / role for role in ("teacher", "student")]
         for directory, model in zip(directories, models, strict=True):
             directory.mkdir(parents=True)
@@ -102,3 +110,34 @@ def test_scaled_down_models_of_every_recipe_take_a_step(two, tmp_path):
             assert means.keys() == runs.keys()
             for name, found in means.items():
                 assert math.isfinite(found["kd_loss"]) and found["grad_norm"] > 0, (name, found)
+
+
+def cut_first(config):
+    """Cut the student of a compression."""
+    from distill_nemo.pruning.entry import prune
+
+    prune(**vars(config.cut(1)))
+
+
+def test_scaled_down_teachers_of_every_cut_are_cut_and_take_a_step(inputs, one, tmp_path):
+    """By the same fractions of every size."""
+    from transformers import AutoConfig
+
+    for name, cut in cuts().items():
+        config, real = the_config(name), REAL[cut.teacher]["config"]
+        small, config.teacher, config.output = scaled(real), str(tmp_path / name), str(tmp_path / "output" / name)
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, small)
+        random_model(AutoConfig.from_pretrained(config.teacher)).save_pretrained(config.teacher)
+        write(tmp_path / name, small)  # as the Hub spells it
+        for field, size in cut.sizes.items():
+            theirs = {"num_layers": "num_hidden_layers", "ffn_hidden_size": "intermediate_size"}.get(field, field)
+            setattr(config, field, small[theirs] * size // real[theirs] // 4 * 4)
+        config.parallelism, config.data.sequence_length = config.parallelism.on(1), 16
+        config.data.train, config.samples, config.held_out_samples = [str(inputs / "train")], 4, 2
+        config.training.micro_batch_size, config.training.global_batch_size = 1, 4
+        one.run(cut_first, config)
+        record = json.loads((tmp_path / "output" / name / "pruned/pruning.json").read_text())
+        assert record["result"]["sizes"].items() >= {field: vars(config)[field] for field in cut.sizes}.items()
+        for means in one.run(trained, {name: config.run(1)}):
+            assert math.isfinite(means[name]["kd_loss"]) and means[name]["grad_norm"] > 0, name
