@@ -12,6 +12,7 @@ from distill_nemo.checkpoint.directory import read_record
 from distill_nemo.checks import check_layout_without_training
 from distill_nemo.config import ExportConfig, ParallelismConfig, RunConfig, StudentConfig
 from distill_nemo.config_files import from_dict
+from distill_nemo.data.token_files import named_corpora
 from distill_nemo.runtime.process_groups import is_joined, process_groups, raise_everywhere, rank, world_size
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def prepare_export(config: RunConfig, student: "Architecture", dtype: torch.dtyp
     from distill_nemo.models.checkpoints.untouched import untouched_tensors
 
     check_exportable(student)
-    check_target(_target(config))
+    check_target(_target(config), *_read_by(config))
     source = _source(config.student.checkpoint)
     tokenizer = exported_tokenizer(source, Path(config.data.tokenizer) if config.data.tokenizer else None)
     copies = untouched_tensors(source, student) if config.checkpoint.copy_untouched else None
@@ -75,6 +76,12 @@ def prepare_export(config: RunConfig, student: "Architecture", dtype: torch.dtyp
 
 def _target(config: RunConfig) -> Path:
     return Path(config.output_dir) / "student"
+
+
+def _read_by(config: RunConfig) -> list[str | None]:
+    """Return the paths that a run reads, and reads again when it is resumed."""
+    models = [config.student.checkpoint, config.teacher.checkpoint if config.teacher else None]
+    return [*models, config.data.tokenizer, *(prefix for _, prefix in named_corpora(config.data))]
 
 
 def export(config: ExportConfig) -> None:
@@ -103,7 +110,7 @@ def export(config: ExportConfig) -> None:
     record = read_record(found.weights) if is_ours else None
     parallelism = config.parallelism or _layout_of_run(record).on(world_size())
     check_layout_without_training(parallelism, world_size())
-    check_target(Path(config.output))
+    check_target(Path(config.output), config.checkpoint, config.tokenizer)
     # A run's step is named, since the run may save others meanwhile. Other checkpoints describe themselves.
     student = resolve(StudentConfig(checkpoint=str(found.weights) if is_ours else config.checkpoint))
     check_exportable(student)

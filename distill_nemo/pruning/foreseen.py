@@ -5,14 +5,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from distill_nemo.checkpoint.directory import checkpoint_root
+import torch
+
+from distill_nemo.checkpoint.directory import check_output_dir, checkpoint_root
+from distill_nemo.checkpoint.export import prepare_export
 from distill_nemo.config import ParallelismConfig, PruneConfig, RunConfig, StudentConfig
 from distill_nemo.fields import require
 from distill_nemo.models.architecture import Architecture
+from distill_nemo.models.checkpoints.huggingface import check_target
 from distill_nemo.models.families.tensors import num_parameters
 from distill_nemo.models.resolve import resolve
 from distill_nemo.models.sources import saved_steps
-from distill_nemo.pruning.possible import possible_sizes
+from distill_nemo.pruning.possible import files_of, possible_sizes
 from distill_nemo.pruning.prune import check_data
 from distill_nemo.pruning.record import RECORD
 from distill_nemo.pruning.search import LEAST_SHARE, target_parameters
@@ -57,7 +61,8 @@ def foresee(config: CompressConfig, has_data: bool = True) -> list[Round]:
     if has_data:
         check_run_data(replace(config.run(1), student=StudentConfig(checkpoint=config.teacher)), model)
         check_data(config.cut(1), model)
-    total, most = num_parameters(model), target_parameters(config.cut(1))
+        files_of(model, torch.float32).check()
+    teacher, total, most = model, num_parameters(model), target_parameters(config.cut(1))
     rounds = []
     for number in range(1, config.rounds + 1):
         target = None if most is None else most ** (number / config.rounds) * total ** (1 - number / config.rounds)
@@ -66,6 +71,7 @@ def foresee(config: CompressConfig, has_data: bool = True) -> list[Round]:
         if has_data:
             known = number == 1 and (most is None or len(set(model.layers)) == 1)
             _check_earlier(cut, config.directory(number), possible if known else None)
+            _check_outputs(cut, config.run(number), teacher)
         students = [predicted(model, sizes) for sizes in possible]
         runs = [_run(config, number, student) for student in students]
         for each in runs:
@@ -100,6 +106,17 @@ def _check_earlier(cut: PruneConfig, directory: str, possible: list[Sizes] | Non
         f"output: {directory} holds the run of another student{f' (see {cut.output})' if record else ''}; restore the "
         "fields of its cut to go on with it, or choose another output",
     )
+
+
+def _check_outputs(cut: PruneConfig, run: RunConfig, teacher: Architecture) -> None:
+    """Refuse directories that a round may not write, and a student that could not be exported, by its teacher's files.
+
+    Raises:
+        ValueError: naming the directory or the file.
+    """
+    check_output_dir(run.output_dir)
+    check_target(Path(cut.output), cut.model, cut.data, teacher.name)
+    prepare_export(replace(run, student=StudentConfig(checkpoint=teacher.name)), teacher, torch.float32)
 
 
 def _is_possible(result: dict[str, Any], cut: PruneConfig, possible: list[Sizes] | None) -> bool:

@@ -60,7 +60,7 @@ def prune(config: PruneConfig) -> None:
         RuntimeError: if transformers' logits of the result differ from ours.
     """
     check_prune(config, world_size())
-    check_target(Path(config.output))
+    check_target(Path(config.output), config.model, config.data)
     model = resolve(StudentConfig(checkpoint=config.model))
     check_prunable(model)
     parallelism = config.parallelism or ParallelismConfig()

@@ -147,12 +147,19 @@ def writing_export(path: Path, kept: str = "") -> Iterator[Path]:
             ) from error
 
 
-def check_target(target: Path) -> None:
+def check_target(target: Path, *read: str | None) -> None:
     """Refuse a target for an export, which replaces only an empty directory or an earlier export.
 
+    Args:
+        target: directory to write.
+        *read: paths that are read for it, of which none may be lost with an earlier export.
+
     Raises:
-        ValueError: if anything else is there, or the target cannot be written.
+        ValueError: if anything else is there, the target cannot be written, or it holds one of `read`.
     """
+    lost = next((path for path in read if path and Path(path).resolve().is_relative_to(target.resolve())), None)
+    if lost is not None:
+        raise ValueError(f"{target} would be replaced, and {lost} is read from it: name another directory to write")
     there = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"{target} cannot be written: {there} is not a writable directory; choose another")

@@ -3,9 +3,13 @@
 import json
 import os
 import re
+import shutil
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from distill_nemo.models.checkpoints.write_safetensors import METADATA
 from distill_nemo.pruning.stages import CompressConfig, fewest_nodes
 from tests.cli.command import nemo_here, nemo_home
 from tests.stores import manifest_of, write_store
@@ -151,6 +155,39 @@ def test_all_data_of_the_distillation_is_checked_before_the_first_stage(inputs, 
     assert refused.code == 1 and "a run has a store or a teacher" in refused.err, refused.err
 
 
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ("out/pruned/thesis", "out/pruned exists and is not a distill-nemo export"),
+        ("out/student/thesis", "out/student exists and is not a distill-nemo export"),
+        ("out/checkpoints/iter_0000100", "output_dir = out holds a checkpoint that no run of distill-nemo wrote"),
+    ],
+)
+def test_directories_that_a_stage_may_not_write_are_refused_before_the_first(inputs, tmp_path, here, made, message):
+    (tmp_path / made).mkdir(parents=True)
+    refused = here(*small(inputs))
+    assert refused.code == 1 and refused.err.startswith(f"error: {message}"), refused.err
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("generation_config.json", "{", "transformers refuses its config.json or generation_config.json"),
+        ("tokenizer.json", "{", "transformers cannot open the tokenizer in"),
+        ("tokenizer_config.json", '{"eos_token": "<none>"}', "eos_token"),
+    ],
+)
+def test_files_of_the_teacher_that_no_export_may_have_are_refused_before_the_first_stage(
+    inputs, tmp_path, here, file, content, message
+):
+    teacher = tmp_path / "teacher"
+    for source in (inputs / "teacher", inputs / "tokenizer"):
+        shutil.copytree(source, teacher, dirs_exist_ok=True)
+    (teacher / file).write_text(content)
+    refused = here(*small(inputs, teacher=teacher, data__tokenizer=None))
+    assert refused.code == 1 and message in refused.err and "Traceback" not in refused.err, refused.err
+
+
 def test_an_output_with_the_run_of_another_student_is_refused(inputs, tmp_path, here):
     (tmp_path / "out/checkpoints/step_00000004").mkdir(parents=True)
     alien = here(*small(inputs))
@@ -176,6 +213,7 @@ def test_an_output_with_the_run_of_another_target_is_refused(inputs, tmp_path):
     calibration = {"samples": 8, "held_out_samples": 4, "sequence_length": 32, "layer_importance": "cosine"}
     record = {"result": {"sizes": cut.possible[-1], "num_parameters": 790_000}, "calibration": calibration}
     (tmp_path / "out/pruned/pruning.json").write_text(json.dumps(record))
+    save_file({"x": torch.ones(1)}, tmp_path / "out/pruned/model.safetensors", METADATA)
     assert foreseen(config)[0].possible == cut.possible
     config.target_params = 600_000
     with pytest.raises(ValueError, match="holds the run of another student"):

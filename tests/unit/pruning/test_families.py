@@ -272,3 +272,16 @@ def test_a_tokenizer_that_cannot_be_opened_is_refused_before_anything_is_scored(
     with pytest.raises(ValueError, match=r"cannot open the tokenizer in .*source: .*; repair it$"):
         prune(PruneConfig(path, str(tmp_path / "out"), data, num_layers=3, sequence_length=8, samples=1))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("output", ["source", "link", "."])
+def test_an_output_that_holds_its_model_is_refused_before_the_model_is_lost(tmp_path, monkeypatch, output):
+    """An export of ours may otherwise be replaced, and a result of `prune` is one."""
+    setup_device()
+    from distill_nemo.pruning.prune import prune
+
+    path = write_hf(tmp_path / "source", "llama")
+    (tmp_path / "link").symlink_to(path)
+    monkeypatch.setattr("distill_nemo.pruning.prune.process_groups", pytest.fail)
+    with pytest.raises(ValueError, match=r"would be replaced, and .*source is read from it: name another directory"):
+        prune(PruneConfig(path, str(tmp_path / output), str(tmp_path / "data"), num_layers=3))

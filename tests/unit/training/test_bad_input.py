@@ -296,6 +296,13 @@ def test_a_directory_in_the_place_of_the_export_is_refused_before_training(input
     assert f"{tmp_path}/out/student exists and is not a distill-nemo export" in error
 
 
+def test_a_teacher_in_the_place_of_the_export_is_refused_before_it_is_lost(inputs, one, tmp_path):
+    shutil.copytree(inputs / "teacher", tmp_path / "out" / "student")
+    changes = {"checkpoint.export": True, "teacher.checkpoint": str(tmp_path / "out" / "student")}
+    error = refused(one, inputs, tmp_path / "out", changes)
+    assert f"{tmp_path}/out/student would be replaced, and {tmp_path}/out/student is read from it" in error
+
+
 def test_an_output_directory_that_holds_other_checkpoints(inputs, one, tmp_path):
     hugging_face, megatron, plain = tmp_path / "hf", tmp_path / "megatron", tmp_path / "plain"
     shutil.copytree(inputs / "student", hugging_face)
