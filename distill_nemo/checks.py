@@ -35,7 +35,6 @@ def check(config: RunConfig, world_size: int) -> None:
     Raises:
         ValueError: naming the field, what came, what is allowed.
     """
-    require(bool(config.output_dir), "output_dir is empty, and must name a directory")
     num_microbatches = _check_sizes(config, world_size)
     _check_parallelism(config, num_microbatches)
     _check_training(config)
@@ -66,7 +65,6 @@ def check_job(config: JobConfig, world_size: int) -> None:
 
 def _check_store(config: StoreConfig, world_size: int) -> None:
     par, data = config.parallelism, config.data
-    require(bool(config.output), "output is empty, and must name a directory")
     check_layout_without_training(par, world_size)
     _check_has_experts(par, [config.teacher])
     _check_length(par, data.sequence_length)
@@ -125,6 +123,10 @@ def check_prune(config: PruneConfig, world_size: int) -> None:
     require(
         ("target_gpu" in stated) == ("target_memory" in stated),
         "target_memory, the share of a GPU's memory that the weights may take, and target_gpu need each other",
+    )
+    require(
+        "target_memory" in stated or config.target_dtype == PruneConfig.target_dtype,
+        f"target_dtype = {config.target_dtype} is the weights' type in target_memory, which is not set; leave it out",
     )
     context, ranks = par.context_parallel_size, world_size // par.model_parallel_size
     require(context == 1, f"parallelism.context_parallel_size = {context}: samples are scored whole; set it to 1")

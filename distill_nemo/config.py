@@ -336,6 +336,10 @@ class PruneConfig(CutConfig):
     sequence_length: int = setting(1024, "tokens of a sequence", at_least=2)
     parallelism: ParallelismConfig | None = None  # None: data parallel, on the ranks that there are
 
+    def __post_init__(self) -> None:
+        """Take the name of either file for their common prefix."""
+        (self.data,) = _prefixes([self.data])
+
 
 @dataclass
 class CorpusConfig(DataConfig):
@@ -359,11 +363,12 @@ class StoreConfig:
     temperature: float = setting(
         1.0, "divides the teacher's logits; runs need the same distillation.temperature", above=0, at_most=100
     )
-    windows: int | None = setting(None, "samples to write; None: one pass over data.train", at_least=1)
+    windows: int | None = setting(None, "samples to write; None: one pass over data.train", at_least=1, at_most=2**40)
     shard_windows: int | None = setting(
         None,
         "samples of a file, which a replica writes at a time; None: 262,144 tokens, more beyond 10^9, to some 256 MiB",
         at_least=1,
+        at_most=2**32,
     )
     micro_batch_size: int = setting(1, at_least=1)
     seed: int = setting(1234, "order of the samples, and draws", at_least=0, below=2**31)

@@ -26,7 +26,7 @@ def from_dict(values: object, cls: type = RunConfig, where: str = "") -> Any:
     """Build a config from nested plain values.
 
     Raises:
-        ValueError: naming a field that is unknown or missing, or whose value has the wrong type or range.
+        ValueError: naming a field that is unknown, missing or empty, or whose value has the wrong type or range.
     """
     section = where.rstrip(".") or "config"
     if not isinstance(values, dict):
@@ -47,6 +47,8 @@ def from_dict(values: object, cls: type = RunConfig, where: str = "") -> Any:
             built[name] = from_dict(value, parts[name], f"{where}{name}.")
     missing = [name for name in required_fields(cls) if name not in values]
     require(not missing, f"{section} leaves out {', '.join(missing)}, which must be set")
+    empty = [name for name in required_fields(cls) if built[name] == ""]
+    require(not empty, f"{where}{', '.join(empty)} is empty, and must name a directory or files")
     return cls(**built)
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from distill_nemo.config import DataConfig
+from distill_nemo.data.corpora import check_corpora
 from distill_nemo.data.packing import best_fit
 from distill_nemo.data.packs import Packs
-from distill_nemo.data.token_files import check_token_files
 from tests.distillation import VOCAB, Case
 from tests.token_files import write_packs
 
@@ -68,7 +68,7 @@ class Packed(Case):
         return DataConfig(train=[self.prefix], sequence_length=self.sequence)
 
     def batch(self) -> dict[str, torch.Tensor]:
-        check_token_files(self.data)
+        check_corpora(self.data)
         packs = Packs(self.prefix, self.sequence, None)
         samples = [packs[i] for i in range(len(packs))]
         return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}

@@ -28,8 +28,11 @@ from distill_nemo.data.token_files import (
     to_number,
 )
 from distill_nemo.data.windows import Windows
+from distill_nemo.fields import require
+from distill_nemo.runtime.host_memory import available_memory
 from distill_nemo.teacher_store.codecs.codec import Field
 
+ORDER_BYTES = 24  # of a sample's place and of its number, while the order is built
 ORDER = "pass by pass"  # order of the samples, part of the cache's key
 OpenWindows = dict[str, Windows | None]  # by prefix; None for documents to be spliced
 
@@ -81,6 +84,24 @@ def build_datasets(
     train, valid = built[Split.train.value], built[Split.valid.value]
     assert train is not None and (valid is not None or not num_valid_samples), "Megatron built no dataset"
     return train, valid
+
+
+def check_number_of_samples(stated: str, number: int) -> None:
+    """Refuse more samples than this host's memory holds the order of. Call it on rank 0, which builds the order.
+
+    Args:
+        stated: fields and values that the number follows from.
+        number: of samples.
+
+    Raises:
+        ValueError: with the bytes that are needed, and those that there are.
+    """
+    needed, free = number * ORDER_BYTES, available_memory()
+    require(
+        needed <= free,
+        f"{stated}: the order of {number:,} samples takes {needed / 2**30:,.0f} GiB of memory, and this host has "
+        f"{free / 2**30:,.0f} GiB left; state fewer",
+    )
 
 
 def samples_of_a_pass(data: DataConfig) -> int:

@@ -85,5 +85,5 @@ def vocabulary(manifest: dict[str, Any], name: str = "vocabulary") -> dict[int, 
     try:
         text = zlib.decompressobj().decompress(base64.b64decode(packed), MAX_VOCABULARY_BYTES)
         return {int(i): str(token) for i, token in json.loads(text).items()}
-    except (ValueError, AttributeError, zlib.error):
+    except (ValueError, AttributeError, RecursionError, zlib.error):
         return None

@@ -26,7 +26,7 @@ class Packs(Windows):
         """Open the files.
 
         Args:
-            prefix: of the token files; `check_token_files` has accepted them.
+            prefix: of the token files; `check_files` has accepted them.
             length: tokens of a sample.
             loss_on: see `DataConfig`.
         """

@@ -61,12 +61,6 @@ def to_number(value: str) -> float | None:
         return None
 
 
-def check_token_files(data: DataConfig) -> None:
-    """Call `check_files` for data that is all in token files."""
-    for field, prefix in named_corpora(data):
-        check_files(field, prefix, data)
-
-
 def check_files(field: str, prefix: str, data: DataConfig) -> None:
     """Refuse token files that are missing, empty, truncated or inconsistent.
 
@@ -93,7 +87,7 @@ class IndexLayout(NamedTuple):
 
 
 def index_layout(prefix: str) -> IndexLayout:
-    """Return the layout of `<prefix>.idx`, of files that `check_token_files` accepts."""
+    """Return the layout of `<prefix>.idx`, of files that `check_files` accepts."""
     with open(f"{prefix}.idx", "rb") as file:
         _, _, code, documents, bounds = INDEX_HEADER.unpack(file.read(INDEX_HEADER.size))
     lengths_at = INDEX_HEADER.size
@@ -102,7 +96,7 @@ def index_layout(prefix: str) -> IndexLayout:
 
 
 def document_lengths(prefix: str) -> np.ndarray:
-    """Return the number of tokens of every document, int32 [documents], of files that `check_token_files` accepts."""
+    """Return the number of tokens of every document, int32 [documents], of files that `check_files` accepts."""
     layout = index_layout(prefix)
     return np.memmap(f"{prefix}.idx", np.int32, "r", layout.lengths_at, (layout.documents,))
 

@@ -20,7 +20,7 @@ class TokenMask:
         """Open the file.
 
         Args:
-            prefix: of the token files; `check_token_files` has compared the sizes.
+            prefix: of the token files; `check_files` has compared the sizes.
             only_last: of a document, only the last run of tokens that count does.
         """
         self._file = WatchedFile(f"{prefix}.mask")

@@ -53,11 +53,11 @@ def check_utilisation(utilisation: float) -> None:
     require(0 < utilisation <= 1, f"utilisation must be above 0 and at most 1, got {utilisation:g}")
 
 
-def find_gpu(name: str) -> Gpu:
+def find_gpu(name: str, field: str = "gpu") -> Gpu:
     """Return the GPU of this name.
 
     Raises:
         ValueError: for an unknown name, with close matches.
     """
-    require(name.lower() in GPUS, f'gpu = "{name}" is not known.{suggest(name.lower(), GPUS)}')
+    require(name.lower() in GPUS, f'{field} = "{name}" is not known.{suggest(name.lower(), GPUS)}')
     return GPUS[name.lower()]

@@ -14,8 +14,9 @@ from megatron.core.models.gpt import GPTModel
 
 from distill_nemo.checks import check_prune
 from distill_nemo.config import ParallelismConfig, PruneConfig, StudentConfig
+from distill_nemo.data.corpora import corpus_at
 from distill_nemo.data.datasets import samples_of_a_pass
-from distill_nemo.data.token_files import check_token_files, check_vocabulary, documents_apart
+from distill_nemo.data.token_files import check_vocabulary, documents_apart
 from distill_nemo.fields import require
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.huggingface import check_export, check_target, writing_export
@@ -98,7 +99,7 @@ def check_data(config: PruneConfig, model: Architecture) -> None:
     """
     data = data_config(config)
     check_length(config.sequence_length, "model", model, "sequence_length")
-    check_token_files(data)
+    corpus_at(config.data).check("data", data)
     check_vocabulary(data, model.vocab_size)
     check_tokenizers(data, {"student": config.model}, model)
     if documents_apart(data):

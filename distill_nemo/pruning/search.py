@@ -36,7 +36,7 @@ def target_parameters(config: PruneConfig) -> int | None:
 
 def _parameters_in_memory(config: PruneConfig) -> float:
     assert config.target_gpu is not None
-    return find_gpu(config.target_gpu).memory_gb * 1e9 / BYTES[config.target_dtype]
+    return find_gpu(config.target_gpu, "target_gpu").memory_gb * 1e9 / BYTES[config.target_dtype]
 
 
 def as_target(config: PruneConfig, count: int, up: bool) -> str:

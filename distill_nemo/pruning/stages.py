@@ -81,7 +81,6 @@ def check_compress(config: CompressConfig) -> None:
     Raises:
         ValueError: naming the field, what came, what is allowed.
     """
-    require(bool(config.output), "output is empty, and must name a directory")
     require(bool(config.data.train), "data.train is empty: name the token files made by `nemo distill prepare`")
     require(config.checkpoint.export, "checkpoint.export = False: the student would not be written; leave it out")
     require(

@@ -16,6 +16,7 @@ from distill_nemo.data.datasets import samples_of_a_pass
 from distill_nemo.data.manifest import max_token_id, pack_vocabulary, read_manifest, vocabulary
 from distill_nemo.data.token_files import documents_apart, named_corpora
 from distill_nemo.data.tokenizer import load_tokenizer
+from distill_nemo.fields import require
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.export_files import tokenizer_files
 from distill_nemo.teacher_store.manifest import SHARD_BYTES, Manifest
@@ -30,8 +31,12 @@ def sized_manifest(config: StoreConfig, model: Architecture, dtype: torch.dtype)
     """Return the manifest without hashes and vocabularies. Reads token files only if `windows` is not set.
 
     Raises:
-        ValueError: if the data has no whole window.
+        ValueError: if the data has no whole window, or the teacher has fewer ids than `top_k`.
     """
+    require(
+        config.codec != "top_k" or config.top_k <= model.vocab_size,
+        f"top_k = {config.top_k} is more than teacher.vocab_size = {model.vocab_size}; set it to at most that",
+    )
     nums = {"sampled": config.draws, "top_k": config.top_k, "hidden": model.hidden_size}
     manifest = Manifest(
         codec=config.codec,

@@ -27,7 +27,7 @@ from distill_nemo.checks import check_job
 from distill_nemo.config import StoreConfig, TrainingConfig
 from distill_nemo.config_files import from_dict, to_dict
 from distill_nemo.data.corpora import check_corpora
-from distill_nemo.data.datasets import build_datasets
+from distill_nemo.data.datasets import build_datasets, check_number_of_samples
 from distill_nemo.data.token_files import check_vocabulary, documents_apart
 from distill_nemo.fields import require
 from distill_nemo.models.architecture import Architecture
@@ -144,6 +144,7 @@ def _output_layer_error(store: Path, manifest: Manifest, run: TeacherRun) -> Exc
 
 def _check_data(config: StoreConfig, model: Architecture) -> None:
     check_corpora(config.data)
+    check_number_of_samples(f"windows = {config.windows}", config.windows or 0)
     check_vocabulary(config.data, model.vocab_size)
     check_tokenizers(config.data, {"teacher": config.teacher.checkpoint}, model)
 

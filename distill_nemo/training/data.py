@@ -6,7 +6,7 @@ from typing import Any
 
 from distill_nemo.config import DataConfig, RunConfig
 from distill_nemo.data.corpora import check_corpora
-from distill_nemo.data.datasets import build_datasets
+from distill_nemo.data.datasets import build_datasets, check_number_of_samples
 from distill_nemo.data.manifest import name_of, read_manifest, vocabulary
 from distill_nemo.data.token_files import OWN_TOKENIZER, check_vocabulary, named_corpora
 from distill_nemo.data.tokenizer import Tokenizer, load_tokenizer
@@ -27,6 +27,11 @@ def check_run_data(config: RunConfig, student: Architecture) -> None:
             `check_stores` and `check_tokenizers`.
     """
     check_corpora(config.data)
+    train = config.training
+    for name in ("steps", "eval_batches"):
+        count = getattr(train, name)
+        stated = f"training.{name} = {count} of training.global_batch_size = {train.global_batch_size}"
+        check_number_of_samples(stated, count * train.global_batch_size)
     check_vocabulary(config.data, student.vocab_size)
     check_stores(config, student.vocab_size)
     check_tokenizers(config.data, checkpoints_of(config), student)

@@ -11,8 +11,8 @@ from megatron.core import parallel_state
 from distill_nemo.checkpoint.load import check_whole
 from distill_nemo.checks import check_layout_without_training
 from distill_nemo.config import DataConfig, ParallelismConfig, RunConfig, StudentConfig, TeacherConfig, TrainingConfig
-from distill_nemo.data.corpora import check_corpora
-from distill_nemo.data.datasets import build_datasets
+from distill_nemo.data.corpora import check_corpora, corpus_at
+from distill_nemo.data.datasets import build_datasets, check_number_of_samples
 from distill_nemo.data.samplers import batches
 from distill_nemo.data.token_files import check_vocabulary
 from distill_nemo.evaluation import evaluate
@@ -54,6 +54,8 @@ def evaluate_student(
     if world_size() != 1:
         raise ValueError(f"evaluate runs in one process, not {world_size()}; start it without torchrun")
     whole = DataConfig(train=[data], valid=[data], sequence_length=sequence_length)
+    corpus_at(whole.train[0]).check("data", whole)
+    check_number_of_samples(f"samples = {samples}", samples)
     return evaluate_on(whole, student, teacher, samples, ParallelismConfig(), seed, cache)
 
 

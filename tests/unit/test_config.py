@@ -9,7 +9,16 @@ import pytest
 
 from distill_nemo.checks import check
 from distill_nemo.cli.arguments import parse_arguments
-from distill_nemo.config import DataConfig, ParallelismConfig, RunConfig, StudentConfig, TeacherConfig, TrainingConfig
+from distill_nemo.config import (
+    DataConfig,
+    ParallelismConfig,
+    PruneConfig,
+    RunConfig,
+    StoreConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainingConfig,
+)
 from distill_nemo.config_files import from_dict, load_yaml, save_yaml, to_dict
 from distill_nemo.executors import run_config_of
 from distill_nemo.fields import plain_type
@@ -248,9 +257,15 @@ def test_what_cannot_run_is_refused_by_name(changes, world_size, message):
         check(from_dict(to_dict(config(**changes))), world_size)
 
 
-def test_an_output_directory_must_be_named():
-    with pytest.raises(ValueError, match="output_dir is empty, and must name a directory"):
-        check(RunConfig("", StudentConfig()), 1)
+def test_what_must_be_named_is_not_empty():
+    for made in (RunConfig("", StudentConfig()), StoreConfig(""), PruneConfig(model="", output="o", data="d")):
+        name = next(name for name, value in vars(made).items() if value == "")
+        with pytest.raises(ValueError, match=f"{name} is empty, and must name a directory or files"):
+            from_dict(to_dict(made), type(made))
+
+
+def test_either_token_file_names_both():
+    assert PruneConfig(model="m", output="o", data="a/b.bin").data == "a/b"
 
 
 def test_a_weight_that_is_zero_before_the_first_step_only_is_let_through():

@@ -340,6 +340,8 @@ def test_the_same_command_on_a_complete_store_says_so_and_does_nothing(corpus, o
         ({"codec": "top_k", "draws": 12}, "draws = 12 needs codec=sampled, not top_k"),
         ({"codec": "hidden", "draws": 50, "temperature": 2.0}, "codec=hidden serves every temperature"),
         ({"dtype": "bfloat16"}, 'dtype = "bfloat16" needs a GPU'),
+        ({"codec": "top_k", "draws": 50, "top_k": 600}, "top_k = 600 is more than teacher.vocab_size = 507"),
+        ({"windows": 10**12}, "windows = 1000000000000: the order of 1,000,000,000,000 samples takes 22,352 GiB"),
         ({"tokenizer": True}, "data.tokenizer"),
     ],
 )

@@ -14,10 +14,10 @@ from rich.console import Console
 
 import distill_nemo.data.prepare as module
 from distill_nemo.config import DataConfig, TrainingConfig
+from distill_nemo.data.corpora import check_corpora
 from distill_nemo.data.datasets import build_datasets
 from distill_nemo.data.inspect import inspect_documents, shown_documents
 from distill_nemo.data.prepare import prepare
-from distill_nemo.data.token_files import check_token_files
 from distill_nemo.data.token_masks import TokenMask
 from tests.unit.data.chat_templates import (
     BRACKETS,
@@ -420,7 +420,7 @@ def test_files_without_their_mask_are_not_left_behind(tmp_path: Path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         prepared(tmp_path, [CHAT])
     with pytest.raises(ValueError, match=r"no file .*out\.idx"):
-        check_token_files(DataConfig(train=[str(tmp_path / "out")]))
+        check_corpora(DataConfig(train=[str(tmp_path / "out")]))
     monkeypatch.undo()
     assert documents(prepared(tmp_path, [CHAT]))[0][1] == TEMPLATES["chatml"][1]
 
@@ -485,15 +485,15 @@ def test_a_label_counts_if_its_token_does(tmp_path: Path, loss_on: str | None):
 def test_a_mask_of_another_length_or_none_is_refused(tmp_path: Path):
     prefix = prepared(tmp_path, [CHAT])
     data, mask = DataConfig(train=[prefix]), Path(f"{prefix}.mask")
-    check_token_files(data)
+    check_corpora(data)
     whole = mask.read_bytes()
     for content, problem in ((whole[:-1], "truncated"), (whole + b"\0", "too long")):
         mask.write_bytes(content)
         with pytest.raises(ValueError, match=rf"out\.mask is {problem}"):
-            check_token_files(data)
+            check_corpora(data)
     mask.unlink()
     with pytest.raises(ValueError, match=r"data\.train: no file .*out\.mask, which says which tokens count"):
-        check_token_files(data)
+        check_corpora(data)
 
 
 def test_another_mask_of_the_same_size_is_refused(tmp_path: Path):
@@ -501,7 +501,7 @@ def test_another_mask_of_the_same_size_is_refused(tmp_path: Path):
     mask = Path(f"{prefix}.mask")
     mask.write_bytes(bytes(255 - byte for byte in mask.read_bytes()))
     with pytest.raises(ValueError, match=r"out\.mask is another one than was prepared"):
-        check_token_files(DataConfig(train=[prefix]))
+        check_corpora(DataConfig(train=[prefix]))
 
 
 UNMARKED_END = (
@@ -521,15 +521,15 @@ ADJOINING = {
 def test_the_last_answer_is_not_read_from_a_mask_that_does_not_show_it(tmp_path: Path, name: str):
     messages, template = ADJOINING[name]
     prefix = prepared(tmp_path, [CHAT, {"messages": messages}], template)
-    check_token_files(DataConfig(train=[prefix], loss_on="assistant"))
+    check_corpora(DataConfig(train=[prefix], loss_on="assistant"))
     with pytest.raises(ValueError, match=r"does not show where the last answer .* prepare with loss_on=last"):
-        check_token_files(DataConfig(train=[prefix], loss_on="last"))
+        check_corpora(DataConfig(train=[prefix], loss_on="last"))
 
 
 def test_the_last_answer_after_a_tool_is_its_own(tmp_path: Path):
     chat, template = {"messages": TOOL_CHAT, "tools": TOOLS}, "{{ tools | tojson }}" + CHATML
     prefix = prepared(tmp_path, [chat], template)
-    check_token_files(DataConfig(train=[prefix], loss_on="last"))
+    check_corpora(DataConfig(train=[prefix], loss_on="last"))
     assert documents(prefix, only_last=True)[0][1] == [" The answer is four. <|im_end|>"]
 
 
@@ -559,9 +559,9 @@ def test_a_field_that_is_null_is_read_from_its_other_name(tmp_path: Path):
 
 def test_tokens_that_were_left_out_when_prepared_cannot_be_asked_for(tmp_path: Path):
     prefix = prepared(tmp_path, [CHAT], loss_on="last")
-    check_token_files(DataConfig(train=[prefix], loss_on="last"))
+    check_corpora(DataConfig(train=[prefix], loss_on="last"))
     with pytest.raises(ValueError, match=r"data\.loss_on = assistant, but .* was prepared with loss_on=last"):
-        check_token_files(DataConfig(train=[prefix], loss_on="assistant"))
+        check_corpora(DataConfig(train=[prefix], loss_on="assistant"))
 
 
 def test_documents_apart_have_positions_of_their_own_and_no_label_of_the_next(tmp_path: Path):

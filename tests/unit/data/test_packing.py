@@ -15,10 +15,10 @@ from rich.console import Console
 
 import distill_nemo.data.prepare as module
 from distill_nemo.config import DataConfig
+from distill_nemo.data.corpora import check_corpora
 from distill_nemo.data.inspect import inspect_documents
 from distill_nemo.data.packing import best_fit
 from distill_nemo.data.prepare import prepare
-from distill_nemo.data.token_files import check_token_files
 from distill_nemo.data.token_masks import TokenMask
 from tests.unit.data.chat_templates import CHATML, write_tokenizer
 
@@ -79,10 +79,10 @@ def test_the_last_answer_is_not_read_from_pieces_of_a_conversation(tmp_path: Pat
         prefix = made(tmp_path, f"cut_{loss_on}", [{"messages": turns}], pack=64, too_long="cut", loss_on=loss_on)
         data = DataConfig(train=[prefix], sequence_length=64, loss_on="last")
         if loss_on == "last":
-            check_token_files(data)
+            check_corpora(data)
         else:
             with pytest.raises(ValueError, match=r"does not show where the last answer .* prepare with loss_on=last"):
-                check_token_files(data)
+                check_corpora(data)
 
 
 @pytest.mark.parametrize("chats", [False, True])

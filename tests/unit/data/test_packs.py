@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from distill_nemo.config import DataConfig, RunConfig, StudentConfig, TrainingConfig
+from distill_nemo.data.corpora import check_corpora
 from distill_nemo.data.datasets import build_datasets
-from distill_nemo.data.token_files import check_token_files
 from distill_nemo.training.entry import resolve_models
 from tests.tiny_models import write_hf
 from tests.token_files import write_packs, write_tokens
@@ -105,7 +105,7 @@ def test_packs_that_do_not_fit_are_refused(tmp_path: Path, pack: Any, bounds: li
         index = Path(f"{prefix}.idx")
         index.write_bytes(index.read_bytes()[: -8 * len(bounds)] + np.array(bounds, np.int64).tobytes())
     with pytest.raises(ValueError, match=message):
-        check_token_files(DataConfig(train=[prefix], sequence_length=LENGTH))
+        check_corpora(DataConfig(train=[prefix], sequence_length=LENGTH))
 
 
 @pytest.mark.parametrize("manifest", [None, b"", b"{", b'{"pack": 8', b"[8]", b"\xff", b"{}"])
@@ -116,7 +116,7 @@ def test_packs_without_their_manifest_are_not_read_as_plain_documents(tmp_path: 
     if manifest is not None:
         path.write_bytes(manifest)
     with pytest.raises(ValueError, match=r"a\.idx puts documents together, .*a\.json, which .* is missing or does not"):
-        check_token_files(DataConfig(train=[prefix], sequence_length=LENGTH))
+        check_corpora(DataConfig(train=[prefix], sequence_length=LENGTH))
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import pytest
 
 from distill_nemo.config import DataConfig
 from distill_nemo.data import prepare as module
+from distill_nemo.data.corpora import check_corpora
 from distill_nemo.data.prepare import prepare
 from distill_nemo.data.stdlib_corpus import train_tokenizer, write_stdlib_corpus
-from distill_nemo.data.token_files import check_token_files
 from distill_nemo.runtime.output_lock import OutputLock
 
 LINES = "".join(f'{{"text": "document {i} of a few words"}}\n' for i in range(300))
@@ -160,10 +160,10 @@ def test_a_run_that_ends_while_it_publishes_leaves_nothing_that_can_be_read(
     monkeypatch.undo()
     data = DataConfig(train=[str(output)], sequence_length=64)
     with pytest.raises(ValueError, match=r"no file .*out\.idx"):
-        check_token_files(data)
+        check_corpora(data)
     monkeypatch.setattr(module, "MIN_PART_BYTES", 2000)
     prepare(source, str(output), tokenizer, num_workers=1, pack=64)
-    check_token_files(data)
+    check_corpora(data)
     assert made(output) == before
 
 

@@ -11,9 +11,10 @@ import pytest
 from megatron.core.datasets.indexed_dataset import DType
 
 from distill_nemo.config import DataConfig
+from distill_nemo.data.corpora import check_corpora
 from distill_nemo.data.prepare import prepare
 from distill_nemo.data.stdlib_corpus import train_tokenizer
-from distill_nemo.data.token_files import INDEX_HEADER, INTEGER_TYPES, check_token_files, check_vocabulary, parse_blend
+from distill_nemo.data.token_files import INDEX_HEADER, INTEGER_TYPES, check_vocabulary, parse_blend
 from tests.token_files import write_documents, write_tokens
 
 SIZES = [0, 1, 39, 41, 2**31 - 1, 2**32, 2**62, 2**63, 2**64 - 1]  # in the place of 40 documents
@@ -33,12 +34,12 @@ def test_types_of_ids_are_megatrons(tmp_path: Path):
         code: np.dtype(kind) for code, kind in INTEGER_TYPES.items()
     }
     for kind in INTEGER_TYPES.values():
-        check_token_files(DataConfig([write_documents(tmp_path / "a", [[1, 2], [], [3]], kind)]))
+        check_corpora(DataConfig([write_documents(tmp_path / "a", [[1, 2], [], [3]], kind)]))
 
 
 def test_token_files_whose_sizes_contradict_are_refused(tmp_path: Path):
     data = DataConfig(train=[write_tokens(tmp_path / "a", 0)])
-    check_token_files(data)
+    check_corpora(data)
     bin_, idx = tmp_path / "a.bin", tmp_path / "a.idx"
     whole_bin, whole_idx = bin_.read_bytes(), idx.read_bytes()
     damage = [
@@ -54,12 +55,12 @@ def test_token_files_whose_sizes_contradict_are_refused(tmp_path: Path):
         bin_.write_bytes(new_bin)
         idx.write_bytes(new_idx)
         with pytest.raises(ValueError, match=message) as error:
-            check_token_files(data)
+            check_corpora(data)
         assert "nemo distill prepare" in str(error.value)
     bin_.unlink()
     idx.write_bytes(whole_idx)
     with pytest.raises(ValueError, match=r"data\.train: no file .*a\.bin"):
-        check_token_files(data)
+        check_corpora(data)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_every_wrong_field_of_an_index_header_is_refused(tmp_path: Path, field: 
         head[field] = value
         idx.write_bytes(INDEX_HEADER.pack(*head) + whole[INDEX_HEADER.size :])
         with pytest.raises(ValueError, match=r"data\.train: .*a\.(idx|bin) .*nemo distill prepare"):
-            check_token_files(data)
+            check_corpora(data)
 
 
 @pytest.mark.parametrize("value", [-(2**31), -1, 0, 49, 51, 2**31 - 1])
@@ -98,12 +99,12 @@ def test_a_wrong_length_or_start_of_a_document_is_refused(tmp_path: Path, docume
         idx.write_bytes(changed)
         if changed != whole:
             with pytest.raises(ValueError, match=r"a\.idx is damaged at document|a\.bin is t"):
-                check_token_files(data)
+                check_corpora(data)
     changed = bytearray(whole)
     struct.pack_into("<q", changed, len(whole) - 8, value)  # Megatron asserts it
     idx.write_bytes(changed)
     with pytest.raises(ValueError, match=rf"a\.idx is damaged: it ends at document {value} of 40"):
-        check_token_files(data)
+        check_corpora(data)
 
 
 def test_an_index_of_many_empty_documents_is_refused_before_it_is_read(tmp_path: Path):
@@ -113,7 +114,7 @@ def test_an_index_of_many_empty_documents_is_refused_before_it_is_read(tmp_path:
         idx.truncate(INDEX_HEADER.size + documents * 12 + 8)  # a hole, which takes no room on the disk
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match=r"a\.idx holds 200000000 documents, more than the 2000 tokens of .*a\.bin"):
-        check_token_files(DataConfig(train=[prefix]))
+        check_corpora(DataConfig(train=[prefix]))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000, "KiB"
     os.unlink(f"{prefix}.idx")
 
@@ -152,4 +153,4 @@ def test_either_file_names_the_pair(tmp_path: Path, suffix: str):
     prefix = write_tokens(tmp_path / "a", 0)
     data = DataConfig(train=["30", prefix + suffix, "70", prefix], valid=[prefix + suffix])
     assert data == DataConfig(train=["30", prefix, "70", prefix], valid=[prefix])
-    check_token_files(data)
+    check_corpora(data)

@@ -170,6 +170,7 @@ def test_a_share_of_a_gpus_memory_is_a_number_of_parameters():
         ({"target_params": 1e9, "target_memory": 0.5, "target_gpu": "h100"}, 1, "state one of them"),
         ({"target_memory": 0.5}, 1, "need each other"),
         ({"num_layers": 2, "target_gpu": "h100"}, 1, "need each other"),
+        ({"num_layers": 2, "target_dtype": "fp8"}, 1, "target_dtype = fp8 .* leave it out"),
         ({"num_layers": 2, "samples": 5}, 2, "samples = 5 is not divisible by the 2 data-parallel ranks"),
         ({"num_layers": 2, "parallelism": ParallelismConfig(context_parallel_size=2)}, 2, "scored whole"),
         ({"num_layers": 2, "parallelism": ParallelismConfig(tensor_model_parallel_size=4)}, 2, "world size 2"),

@@ -68,6 +68,7 @@ def refused(group, inputs, output, changes=(), world_size=1):
         ({"teacher.checkpoint": "/no/such"}, 1, "checkpoint directory not found: /no/such"),
         ({"student.num_layers": 3}, 1, "num_layers = 3 contradicts"),
         ({"data.train": ["no/such"]}, 1, "data.train: no file no/such.idx"),
+        ({"training.steps": 10**12}, 1, "training.steps = 1000000000000 of training.global_batch_size = 4: the"),
         ({"data.tokenizer": "no/such"}, 1, "no such tokenizer directory: no/such"),
     ],
 )  # fmt: skip
@@ -84,6 +85,8 @@ def test_a_teacher_of_random_weights(inputs, one, tmp_path):
 def test_an_evaluation_beyond_the_positions_of_a_model(inputs, one):
     with pytest.raises(ValueError, match="longer than the student's max_position_embeddings"):
         one.run(evaluated, inputs, 10**6)
+    with pytest.raises(ValueError, match=r"^data: no file no/such\.idx"):
+        one.run(evaluated, inputs, 32, None, "no/such")
 
 
 def evaluated(inputs, length, student=None, data=None):

@@ -1,9 +1,12 @@
 """Stores that do not fit a run are refused, with what would fit."""
 
+import base64
+import zlib
+
 import pytest
 
 from distill_nemo.config import DataConfig, DistillationConfig, RunConfig, StudentConfig, TeacherConfig
-from distill_nemo.data.manifest import pack_vocabulary
+from distill_nemo.data.manifest import pack_vocabulary, vocabulary
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.training.data import check_tokenizers
 from distill_nemo.training.stores import check_stores
@@ -116,3 +119,8 @@ def test_a_teacher_with_another_tokenizer_is_refused(tmp_path):
     check_tokenizers(run_from(tmp_path / "a", tmp_path / "few").data, {"student": None}, student)
     with pytest.raises(ValueError, match=r"a \(its teacher\) and data\.train = .*many \(its teacher\) have"):
         check_tokenizers(run_from(tmp_path / "a", tmp_path / "many").data, {"student": None}, student)
+
+
+@pytest.mark.parametrize("content", [b"[" * 10**6, b"[]", b'{"x": "a"}', b"\xff"])
+def test_a_vocabulary_that_is_none_is_not_compared(content):
+    assert vocabulary({"vocabulary": base64.b64encode(zlib.compress(content)).decode()}) is None
