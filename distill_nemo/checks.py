@@ -7,6 +7,7 @@ from dataclasses import fields
 
 from distill_nemo.config import (
     DistillationConfig,
+    ExportConfig,
     JobConfig,
     ModelConfig,
     ParallelismConfig,
@@ -41,6 +42,8 @@ def check(config: RunConfig, world_size: int) -> None:
     _check_distillation(config.distillation)
     saved = config.checkpoint
     require(saved.export or not saved.copy_untouched, "checkpoint.copy_untouched needs checkpoint.export; set both")
+    pushed = saved.destination() is not None
+    require(saved.export or not pushed, "checkpoint.push_to needs checkpoint.export; set both")
     require(bool(config.data.train), "data.train is empty: name the token files made by `nemo distill prepare`")
     _check_model("student", config.student, config.parallelism)
     if config.teacher is not None:
@@ -61,6 +64,8 @@ def check_job(config: JobConfig, world_size: int) -> None:
         _check_store(config, world_size)
     elif config.parallelism is not None:
         check_layout_without_training(config.parallelism, world_size)
+    if isinstance(config, ExportConfig):
+        config.destination()
 
 
 def _check_store(config: StoreConfig, world_size: int) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distill_nemo.fields import setting
+from distill_nemo.push_config import PushConfig
 from distill_nemo.schedules import Schedule, parse_schedule
 
 if typing.TYPE_CHECKING:
@@ -243,7 +244,7 @@ class TrainingConfig:
 
 
 @dataclass
-class CheckpointConfig:
+class CheckpointConfig(PushConfig):
     """Checkpoints under `<output_dir>/checkpoints/step_XXXXXXXX`; `latest` names the newest whole one."""
 
     save_interval: int = setting(1000, at_least=1)
@@ -287,7 +288,7 @@ class RunConfig:
 
 
 @dataclass
-class ExportConfig:
+class ExportConfig(PushConfig):
     """An export of a checkpoint by ranks of its own, as `nemo distill export` launches it."""
 
     checkpoint: str

@@ -3,6 +3,7 @@
 import gc
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from distill_nemo.checks import check_layout_without_training
 from distill_nemo.config import ExportConfig, ParallelismConfig, RunConfig, StudentConfig
 from distill_nemo.config_files import from_dict
 from distill_nemo.data.token_files import named_corpora
+from distill_nemo.publishing.push import check_push, push_directory
+from distill_nemo.runtime.everyone import Everyone
 from distill_nemo.runtime.process_groups import is_joined, process_groups, raise_everywhere, rank, world_size
 
 if TYPE_CHECKING:
@@ -23,10 +26,13 @@ if TYPE_CHECKING:
 
 
 def export_from_run(config: RunConfig, student: "Architecture", chunks: "list[GPTModel]") -> None:
-    """Export the trained student from the ranks that hold it. Every rank calls it, when the optimizer is gone.
+    """Export the trained student from the ranks that hold it, and push it if asked. Every rank calls it.
+
+    The optimizer is gone by then.
 
     Raises:
         RuntimeError: when the export failed; the checkpoint is whole, and the message says how to try again.
+        PushError: when the push failed; the export is whole.
     """
     from distill_nemo.models.checkpoints.huggingface import export_hf
 
@@ -42,6 +48,8 @@ def export_from_run(config: RunConfig, student: "Architecture", chunks: "list[GP
             f"ranks: nemo distill export checkpoint={config.output_dir} output={_target(config)} run.executor=..."
         ) from error
     _report(f"step_{config.training.steps:08d}", str(_target(config)))
+    if config.checkpoint.push_to is not None:
+        Everyone().on_rank_0(partial(push_directory, config.checkpoint, _target(config)))
 
 
 def _report(exported: str, output: str) -> None:
@@ -50,11 +58,13 @@ def _report(exported: str, output: str) -> None:
 
 
 def prepare_export(config: RunConfig, student: "Architecture", dtype: torch.dtype) -> None:
-    """Refuse a run whose export would fail, before its first step. Writes nothing.
+    """Refuse a run whose export or push would fail, before its first step. Collective. Writes nothing on this machine.
 
     Raises:
+        PushError: if the hub cannot be asked.
         ValueError: if transformers has no class for the student, refuses its sizes, or cannot open its tokenizer; or
-            if the export's directory must not be replaced, or there is nothing to copy as `copy_untouched` asks.
+            if the export's directory must not be replaced, or there is nothing to copy as `copy_untouched` asks; or if
+            the hub would refuse the push.
     """
     from distill_nemo.data.tokenizer import load_tokenizer
     from distill_nemo.models.checkpoints.export_files import NO_EXPORT, export_files, exported_tokenizer
@@ -72,6 +82,8 @@ def prepare_export(config: RunConfig, student: "Architecture", dtype: torch.dtyp
         export_files(student, dtype, source, tokenizer, copies).check()
     except ValueError as error:
         raise ValueError(f"{error}; or name another directory as data.tokenizer, or {NO_EXPORT}") from None
+    if config.checkpoint.push_to is not None:
+        Everyone().on_rank_0(partial(check_push, config.checkpoint, _target(config)))
 
 
 def _target(config: RunConfig) -> Path:
@@ -89,11 +101,12 @@ def export(config: ExportConfig) -> None:
 
     Args:
         config: checkpoint (a run's output directory, or one `step_*` directory), output and layout. The output appears
-            only when whole and checked.
+            only when whole and checked, and is then pushed if asked.
 
     Raises:
         ValueError: if there is no checkpoint, the layout does not fit, or transformers reads its source differently.
         RuntimeError: if the reloaded model's logits differ.
+        PushError: if the push failed; the output is whole.
     """
     from distill_nemo.runtime.device import setup_device
     from distill_nemo.runtime.orphans import end_with_torchrun
@@ -117,12 +130,15 @@ def export(config: ExportConfig) -> None:
     refusal = _refusal(student, record) if rank() == 0 or is_joined() else None
     with process_groups(parallelism):
         raise_everywhere(refusal)
+        everyone = Everyone()
+        everyone.on_rank_0(partial(check_push, config, Path(config.output)))
         check_whole(student.name)
         tokenizer = config.tokenizer or (_tokenizer_of_run(record) if record else None)
         source = _source(config.checkpoint) if rank() == 0 else None
         chunks, copy_untouched = [_stage(student, parallelism, found)], config.copy_untouched
         export_hf(chunks, config.output, student, tokenizer, source, copy_untouched=copy_untouched)
-    _report(found.weights.name, config.output)
+        _report(found.weights.name, config.output)
+        everyone.on_rank_0(partial(push_directory, config, Path(config.output)))
 
 
 def _layout_of_run(record: dict[str, Any] | None) -> ParallelismConfig:

@@ -160,9 +160,12 @@ def export(
     output: str,
     tokenizer: str | None = None,
     copy_untouched: bool = False,
+    push_to: str | None = None,
+    push_private: bool = False,
+    push_overwrite: bool = False,
     parallelism: ParallelismConfig | None = None,
 ) -> None:
-    """Write a saved step as a Hugging Face directory, and check that it gives the same logits.
+    """Write a saved step as a Hugging Face directory, and check that it gives the same logits; push it if asked.
 
     A completed run has already exported its last step (`checkpoint.export`). This is for other steps and runs.
 
@@ -170,6 +173,7 @@ def export(
         nemo distill export checkpoint=runs/quickstart/distilled output=student
         nemo distill export checkpoint=runs/big/checkpoints/step_00004000 output=student_4000 tokenizer=/models/tok
         nemo distill export checkpoint=runs/big output=student run.executor=local run.executor.processes=8
+        nemo distill export checkpoint=runs/big output=student push_to=ORG/NAME push_private=true
 
     Args:
         checkpoint: a run's output directory, its checkpoints directory, or one step_* directory.
@@ -177,12 +181,16 @@ def export(
         tokenizer: tokenizer directory to copy beside the weights.
         copy_untouched: copy tensors that the student's source has and the student lacks: layers that predict further
             tokens, a vision tower. They are as they were before the training.
+        push_to: ORG/NAME[@BRANCH] on the Hugging Face Hub to push the output to, with the token in HF_TOKEN.
+        push_private: if the repository has to be made, a private one.
+        push_overwrite: replace weights, config.json and card there that were not pushed from this output.
         parallelism: layout; without these fields, that of the run, reduced to the ranks that there are.
     """
     from distill_nemo.checkpoint.export import export as export_checkpoint
 
+    push = {"push_to": push_to, "push_private": push_private, "push_overwrite": push_overwrite}
     with errors_of_a_rank():
-        export_checkpoint(ExportConfig(checkpoint, output, tokenizer, copy_untouched, parallelism))
+        export_checkpoint(ExportConfig(checkpoint, output, tokenizer, copy_untouched, parallelism, **push))
 
 
 def convert(checkpoint: str, output: str, allow_pickle: bool = False) -> None:

@@ -40,6 +40,8 @@ class ExecutorDescriptor:
     check: Callable[[Any], None] = _nothing
     # Returns the working directory of the ranks.
     work_dir: Callable[[Any], WorkDir] = lambda executor: IN_A_CONTAINER
+    # Returns True if the ranks get an environment variable, or that cannot be seen from here.
+    has_variable: Callable[[Any, str], bool] = lambda executor, name: True
     # Runs last, on (config, executor, dryrun): checks that need the machine or the cluster.
     preflight: Callable[[JobConfig, Any, bool], None] = _nothing
     # Wraps a job that NeMo-Run has submitted so that it can be watched. None: NeMo-Run waits for it itself.

@@ -75,5 +75,6 @@ LOCAL = ExecutorDescriptor(
     local_config,
     check=_check,
     work_dir=lambda executor: WorkDir(here=Path(".")),
+    has_variable=lambda executor, name: name in os.environ,
     size=lambda nodes, devices: [f"processes={devices}"],
 )

@@ -1,16 +1,20 @@
 """Checks before any process starts: refuse what the workers would refuse, as far as Megatron is not needed for it."""
 
+import os
+import sys
 from pathlib import Path
 
 import nemo_run as run
 
 from distill_nemo.checks import check_job
-from distill_nemo.config import JobConfig, ParallelismConfig
+from distill_nemo.config import ExportConfig, JobConfig, ParallelismConfig, RunConfig
 from distill_nemo.data.corpora import corpus_at
 from distill_nemo.executors.descriptor import WorkDir
 from distill_nemo.executors.known import descriptor_of
 from distill_nemo.executors.worker_config import paths_of
+from distill_nemo.fields import require
 from distill_nemo.models.sources import find_checkpoint
+from distill_nemo.publishing.push import TOKEN, PushError, check_push
 
 
 def check_launch(config: JobConfig, executor: run.Executor, dryrun: bool = False) -> None:
@@ -18,8 +22,8 @@ def check_launch(config: JobConfig, executor: run.Executor, dryrun: bool = False
 
     Raises:
         ValueError: from `checks`, with the node counts that would fit; for secrets in plain text; for missing
-            checkpoints and token files; for paths that would mean another place in the job; for a missing `sbatch` or
-            a kubeconfig without a cluster.
+            checkpoints and token files; for paths that would mean another place in the job; for a push without a
+            token, or that the hub would refuse; for a missing `sbatch` or a kubeconfig without a cluster.
     """
     descriptor = descriptor_of(executor)
     descriptor.check(executor)
@@ -33,6 +37,7 @@ def check_launch(config: JobConfig, executor: run.Executor, dryrun: bool = False
     elif work_dir.here is not None:
         _check_files(config, work_dir.here)
     check_fits_nodes(config, executor)
+    _check_push(config, executor, dryrun)
     descriptor.preflight(config, executor, dryrun)
 
 
@@ -76,6 +81,32 @@ def _check_absolute(config: JobConfig, work_dir: WorkDir) -> None:
                 f'{name} = "{path}" is relative, and the job runs {work_dir.fresh}, in a directory that is new each '
                 f"time: write the absolute path that it has there{work_dir.advice}"
             )
+
+
+def _check_push(config: JobConfig, executor: run.Executor, dryrun: bool) -> None:
+    """Refuse a push without a token; ask the hub, if this command has the job's token. Rank 0 will ask it again."""
+    match config:
+        case RunConfig():
+            push, output = config.checkpoint, f"{config.output_dir}/student"
+        case ExportConfig():
+            push, output = config, config.output
+        case _:
+            return
+    if push.push_to is None:
+        return
+    descriptor = descriptor_of(executor)
+    require(
+        descriptor.has_variable(executor, TOKEN),
+        f"push_to = {push.push_to} needs a token where the job runs: export {TOKEN} before this command; on Kubernetes "
+        f"""put it into a Secret: run.executor.secrets='{{"{TOKEN}": "SECRET/KEY"}}'""",
+    )
+    here = descriptor.work_dir(executor).here
+    if dryrun or here is None or TOKEN not in os.environ:
+        return
+    try:
+        check_push(push, here / output)
+    except PushError as error:  # a login node may have no network where the others have one
+        print(f"warning: {error}", file=sys.stderr, flush=True)
 
 
 def _check_files(config: JobConfig, work_dir: Path) -> None:

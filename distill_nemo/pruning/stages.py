@@ -1,6 +1,6 @@
 """Stages of `nemo distill compress`: in each round a cut and a distillation, then evaluation and report. No torch."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from distill_nemo.config import (
     CheckpointConfig,
@@ -19,6 +19,7 @@ from distill_nemo.config import (
 from distill_nemo.data.manifest import pack_length
 from distill_nemo.data.token_files import parse_blend
 from distill_nemo.fields import require, setting
+from distill_nemo.push_config import PushConfig
 
 SAMPLE_TOKENS = 1024  # of a sample to score with, unless `data.sequence_length` is shorter or the data is packed
 
@@ -68,10 +69,12 @@ class CompressConfig(CutConfig):
         )
 
     def run(self, number: int) -> RunConfig:
-        """Return the distillation of a round."""
+        """Return the distillation of a round. The last one's student is pushed, if any is."""
         sections = {each.name: vars(self)[each.name] for each in fields(RunConfig) if each.name in vars(self)}
         student = StudentConfig(checkpoint=f"{self.directory(number)}/pruned")
         sections |= {"student": student, "teacher": TeacherConfig(checkpoint=self.teacher)}
+        if number < self.rounds:
+            sections["checkpoint"] = replace(self.checkpoint, **vars(PushConfig()))
         return RunConfig(output_dir=self.directory(number), **sections)
 
 

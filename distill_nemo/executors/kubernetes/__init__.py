@@ -10,6 +10,7 @@ KUBERNETES = ExecutorDescriptor(
     KubernetesExecutor,
     kubernetes_config,
     check=KubernetesExecutor.check,
+    has_variable=lambda executor, name: any(each["name"] == name for each in executor.env_list),
     preflight=check_cluster,
     job=KubernetesJob.of,
     manifest=manifests_text,

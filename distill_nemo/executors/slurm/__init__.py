@@ -1,5 +1,7 @@
 """SLURM. NeMo-Run writes the batch script and submits it, here or over SSH; we check the script and watch the job."""
 
+import os
+
 import nemo_run as run
 
 from distill_nemo.executors.descriptor import ExecutorDescriptor
@@ -25,6 +27,7 @@ SLURM = ExecutorDescriptor(
     ),
     check=check_script,
     work_dir=work_dir,
+    has_variable=lambda executor, name: name in os.environ or not isinstance(executor.tunnel, run.LocalTunnel),
     preflight=check_sbatch,
     job=SlurmJob.of,
     chain=cancelled_with_the_one_before,

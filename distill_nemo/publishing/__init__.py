@@ -1,0 +1,1 @@
+"""Publishing of an export: its model card, and the push to the Hugging Face Hub."""
