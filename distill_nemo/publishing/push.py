@@ -116,8 +116,14 @@ class Remote:
         for operation, file in zip(added, files.values(), strict=True):
             operation.upload_info.sha256 = bytes.fromhex(file.sha256)  # or each attempt would read the file again
         operations = [*added, *(CommitOperationDelete(name) for name in deleted)]
-        about = {"commit_message": "Upload a distilled student", "revision": self.branch, "parent_commit": parent}
-        return self.api.create_commit(self.repository, operations, **about).oid
+        made = self.api.create_commit(
+            self.repository,
+            operations,
+            commit_message="Upload a distilled student",
+            revision=self.branch,
+            parent_commit=parent,
+        )
+        return made.oid
 
     def explained(self, error: BaseException) -> str:
         """Return an error in a line, with advice, and without the token."""
