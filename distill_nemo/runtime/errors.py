@@ -13,21 +13,22 @@ RANK_0_SECONDS = 10.0  # that other ranks wait for rank 0 to print an error
 def errors_in_one_screen() -> Iterator[None]:
     """Print errors that this package raises as `error: ...` and exit with 1. Others keep their traceback.
 
-    Under torchrun all ranks usually raise the same error, and the first rank to end has the others killed. So rank 0
-    prints it and the others wait. A rank that is still alive afterwards had an error of its own and prints that.
+    Under torchrun all ranks usually raise the same error, or lose their connection to one that did, and the first rank
+    to end has the others killed. So rank 0 prints its error and the others wait. A rank that is still alive afterwards
+    had an error of its own and prints that.
     """
     try:
         yield
     except (ValueError, RuntimeError, ArithmeticError, OSError) as error:
+        rank = int(os.environ.get("RANK", "0"))
+        if rank:
+            time.sleep(RANK_0_SECONDS)
         last = error.__traceback__
         while last is not None and last.tb_next is not None:
             last = last.tb_next
         module = last.tb_frame.f_globals.get("__name__", "") if last else ""
         if not isinstance(error, OSError) and module.split(".")[0] not in ("distill_nemo", "recipes"):
             raise
-        rank = int(os.environ.get("RANK", "0"))
-        if rank:
-            time.sleep(RANK_0_SECONDS)
         print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
 

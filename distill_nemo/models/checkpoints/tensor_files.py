@@ -1,7 +1,9 @@
 """Write safetensors files in any order, from any rank: each writes its rows of a tensor in their place."""
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -87,8 +89,9 @@ class TensorFiles:
             OSError: if it cannot be written.
         """
         path = self.directory / file
-        path.write_bytes(self._headers[file])
-        os.truncate(path, self._sizes[file])
+        with _naming(path):
+            path.write_bytes(self._headers[file])
+            os.truncate(path, self._sizes[file])
 
     def write(self, name: str, rows: Tensor, first_row: int = 0) -> None:
         """Write rows of a tensor, from `first_row` on.
@@ -101,9 +104,10 @@ class TensorFiles:
         content = memoryview(values.reshape(-1).view(torch.uint8).numpy())
         offset += first_row * (len(content) // len(values) if values.dim() else 0)
         descriptor = self._descriptor(file)
-        while content:
-            written = os.pwrite(descriptor, content, offset)
-            content, offset = content[written:], offset + written
+        with _naming(self.directory / file):
+            while content:
+                written = os.pwrite(descriptor, content, offset)
+                content, offset = content[written:], offset + written
 
     def _descriptor(self, file: str) -> int:
         if self._open is None or self._open[0] != file:
@@ -115,6 +119,16 @@ class TensorFiles:
         if self._open is not None:
             os.close(self._open[1])
             self._open = None
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Add the path to an error of an open file, which has none. A full disk's is one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _header(entries: Entries, metadata: dict[str, str]) -> bytes:

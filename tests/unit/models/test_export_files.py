@@ -204,6 +204,21 @@ def test_a_full_disk_leaves_the_earlier_export(tmp_path):
         assert (out / "model.safetensors").read_bytes() == before
 
 
+def test_a_disk_that_fills_up_is_told_with_the_file(tmp_path):
+    setup_device()
+    from distill_nemo.models.checkpoints.tensor_files import Entry, TensorFiles
+
+    with TensorFiles(tmp_path, {"a.safetensors": {"x": Entry("F32", (4096,))}}, {}) as writing:
+        writing.create("a.safetensors")
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+        try:
+            with pytest.raises(OSError, match=r"too large: '.*/a\.safetensors'"):
+                writing.write("x", torch.ones(4096))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def test_rows_written_in_any_order_are_read_by_safetensors(tmp_path):
     setup_device()
     from safetensors.torch import load_file
