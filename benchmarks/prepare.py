@@ -1,14 +1,16 @@
-"""Tokenisation of JSON lines: `python -m benchmarks.prepare [MEGABYTES]` writes results/prepare_*.json.
+"""Tokenisation of JSON lines: `python -m benchmarks.prepare [MEGABYTES [ROUNDS]]` writes results/prepare_*.json.
 
-The corpus is the Python source on this machine. `prepare` is compared, with equal workers, with the tokenizers
-library's own batch call on as many threads, which writes nothing, and with a pool of processes that works as
-Megatron-LM's tools/preprocess_data.py does: one document at a time, whose ids the main process writes. Where `datasets`
-is installed, its `map(batched=True)` is measured too.
+The corpus is the Python source on this machine, as texts, and as conversations of four messages with a template without
+generation markers. `prepare` is compared, with equal workers, with the tokenizers library's own batch call on as many
+threads, which writes nothing, and with a pool of processes that works as Megatron-LM's tools/preprocess_data.py does:
+one document at a time, whose ids the main process writes. Where `datasets` is installed, its `map(batched=True)` is
+measured too. None of the others finds out which tokens of a conversation count. The batch call renders it by hand.
 
 Every way is a program of its own. Its seconds include imports and the start of workers.
 """
 
 import importlib.util
+import itertools
 import json
 import os
 import resource
@@ -21,23 +23,35 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerFast
+
 from benchmarks.measure import write_result
 from distill_nemo.data.stdlib_corpus import stdlib_modules, train_tokenizer
 
 MEGABYTES, ROUNDS = 200, 3
-VOCABULARIES = (2048, 150_000)
+CASES = (("texts", 2048), ("texts", 150_000), ("chats", 150_000))
+MESSAGE_CHARACTERS = 1000
+CHATML = """\
+{%- for m in messages -%}
+{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
 OURS = """
 import sys
 from distill_nemo.data.prepare import prepare
-prepare([sys.argv[1]], sys.argv[3], sys.argv[2], num_workers=int(sys.argv[4]), progress=False)
+prepare([sys.argv[1]], sys.argv[3], sys.argv[2], num_workers=int(sys.argv[4]), progress=False, max_bad_records=1000)
 """
 BATCH_CALL = """
 import itertools, json, sys
 from tokenizers import Tokenizer
 tokenizer = Tokenizer.from_file(sys.argv[2] + "/tokenizer.json")
+def text_of(record):
+    if "text" in record:
+        return record["text"]
+    return "".join(f"<|im_start|>{m['role']}\\n{m['content']}<|im_end|>\\n" for m in record["messages"])
 with open(sys.argv[1], "rb") as file:
     for lines in itertools.batched(file, 1000):
-        tokenizer.encode_batch_fast([json.loads(line)["text"] for line in lines], add_special_tokens=False)
+        tokenizer.encode_batch_fast([text_of(json.loads(line)) for line in lines], add_special_tokens=False)
 """
 MEGATRON = """
 import json, multiprocessing, sys
@@ -46,7 +60,10 @@ def start():
     from transformers import PreTrainedTokenizerFast
     tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[2])
 def encode(line):
-    return tokenizer(json.loads(line)["text"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    record = json.loads(line)
+    if "text" in record:
+        return tokenizer(record["text"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    return tokenizer(tokenizer.apply_chat_template(record["messages"], tokenize=False)).input_ids
 if __name__ == "__main__":
     import numpy, torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -62,7 +79,10 @@ import datasets
 from transformers import PreTrainedTokenizerFast
 tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[2])
 lines = datasets.load_dataset("json", data_files=sys.argv[1], split="train", cache_dir=sys.argv[3])
-lines.map(lambda rows: {"ids": tokenizer(rows["text"]).input_ids}, batched=True, num_proc=int(sys.argv[4]))
+def encode(rows):
+    texts = rows["text"] if "text" in rows else tokenizer.apply_chat_template(rows["messages"], tokenize=False)
+    return {"ids": tokenizer(texts).input_ids}
+lines.map(encode, batched=True, num_proc=int(sys.argv[4]))
 """
 WAYS = {"distill-nemo": OURS, "batch call of tokenizers": BATCH_CALL, "pool as in Megatron-LM": MEGATRON}
 if importlib.util.find_spec("datasets"):
@@ -76,15 +96,34 @@ def texts() -> Iterator[str]:
         yield path.read_text(encoding="utf-8", errors="replace")
 
 
-def write_corpus(path: Path, megabytes: int) -> int:
+def chats(text: str) -> Iterator[dict]:
+    """Yield conversations of two questions and their answers, which are pieces of a text."""
+    pieces = [text[at : at + MESSAGE_CHARACTERS] for at in range(0, len(text), MESSAGE_CHARACTERS)]
+    for four in itertools.batched(pieces, 4):
+        if len(four) == 4:
+            roles = itertools.cycle(("user", "assistant"))
+            yield {"messages": [{"role": next(roles), "content": piece} for piece in four]}
+
+
+def write_corpus(path: Path, kind: str, megabytes: int) -> int:
     """Write about so many megabytes of JSON lines, or all there are. Return the bytes."""
     size = 0
     with path.open("w") as file:
-        for text in texts():
-            size += file.write(json.dumps({"text": text}) + "\n") if text.strip() else 0
+        for text in filter(str.strip, texts()):
+            for record in [{"text": text}] if kind == "texts" else chats(text):
+                size += file.write(json.dumps(record) + "\n")
             if size > megabytes * 1e6:
                 break
     return size
+
+
+def write_tokenizer(directory: Path, vocabulary: int) -> None:
+    """Write a tokenizer with a chat template."""
+    train_tokenizer(stdlib_modules(), directory, vocabulary)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(directory)
 
 
 def seconds_of(program: str, corpus: Path, tokenizer: Path, workers: int) -> dict[str, float]:
@@ -102,22 +141,26 @@ def seconds_of(program: str, corpus: Path, tokenizer: Path, workers: int) -> dic
     return {"seconds": time.perf_counter() - wall, "processor_seconds": processor}
 
 
-def main(megabytes: int) -> None:
+def main(megabytes: int = MEGABYTES, repeats: int = ROUNDS) -> None:
     """Measure all ways in turns."""
     workers, rows = len(os.sched_getaffinity(0)), []
     with tempfile.TemporaryDirectory() as directory:
-        corpus = Path(directory) / "corpus.jsonl"
-        size = write_corpus(corpus, megabytes)
-        for vocabulary in VOCABULARIES:
+        corpora = {kind: Path(directory) / f"{kind}.jsonl" for kind, _ in CASES}
+        sizes = {kind: write_corpus(corpus, kind, megabytes) for kind, corpus in corpora.items()}
+        for kind, vocabulary in CASES:
             tokenizer = Path(directory) / f"tokenizer_{vocabulary}"
-            train_tokenizer(stdlib_modules(), tokenizer, vocabulary)
-            rounds = [{way: seconds_of(WAYS[way], corpus, tokenizer, workers) for way in WAYS} for _ in range(ROUNDS)]
+            if not tokenizer.exists():
+                write_tokenizer(tokenizer, vocabulary)
+            case = {"kind": kind, "bytes": sizes[kind], "vocabulary": vocabulary}
+            rounds = [
+                {way: seconds_of(WAYS[way], corpora[kind], tokenizer, workers) for way in WAYS} for _ in range(repeats)
+            ]
             for way in WAYS:
                 medians = {name: statistics.median(one[way][name] for one in rounds) for name in rounds[0][way]}
-                rows.append({"vocabulary": vocabulary, "way": way, **medians})
+                rows.append({**case, "way": way, **medians})
                 print(rows[-1], flush=True)
-    write_result("prepare", {"bytes": size, "workers": workers, "repeats": ROUNDS, "rows": rows})
+    write_result("prepare", {"workers": workers, "repeats": repeats, "rows": rows})
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if sys.argv[1:] else MEGABYTES)
+    main(*map(int, sys.argv[1:]))

@@ -2,26 +2,27 @@
 
 A template with `{% generation %}` markers says which they are. For another, they are the difference of two renderings:
 up to the assistant's turn with the prompt for an answer, and up to its end. The difference is used only if each
-rendering is the beginning of the next one. Some templates drop the reasoning of earlier turns, so it is not.
+rendering is the beginning of the next one. Some templates drop the reasoning of earlier turns, so it is not. There, two
+stand-ins in place of the answer show what the whole conversation's rendering has around it.
 """
 
+import contextlib
 import functools
+import itertools
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from distill_nemo.data.conversations import HAS_ZEROS, ZEROS, Conversation, Message, RecordError, called
-from distill_nemo.runtime.files import read_object_if_any
 
 LossOn = Literal["assistant", "last", "all"]
 Range = tuple[int, int]
 MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 THOUGHT = re.compile(r"</?think>")
-FOR_TOOLS = "tool_use"  # name of a second template, which `apply_chat_template` takes for conversations with tools
-MAX_TEMPLATE_BYTES = 1 << 20
+PROMPTS = ({"enable_thinking": False}, {})  # for an answer: without reasoning, and as the template has it
+STAND_INS = ("qxzj", "7531908642")  # repeated until new to a conversation; no template has a rule for these words
 WITH_MARKERS = "pass a chat_template with {% generation %} markers"
 
 
@@ -71,7 +72,7 @@ class ChatTemplate:
         learnt = [i for i in (turns[-1:] if loss_on == "last" else turns) if messages[i].get("train", True)]
         by_turn = learnt[-1:] == turns[-1:]
         if not _has_markers(self._source(conversation)):
-            ranges = [self._difference(conversation, i, text) for i in learnt]
+            ranges = [self._answer(conversation, i, text) for i in learnt]
         else:
             ranges = self._marked(conversation, text)
             if len(ranges) == len(turns):
@@ -83,7 +84,7 @@ class ChatTemplate:
                 )
             by_turn &= len(ranges) == len(learnt)
         if ranges:
-            _check_answers([(i, messages[i]) for i in learnt], [text[start:stop] for start, stop in ranges])
+            self._check_answers(conversation, learnt, [text[start:stop] for start, stop in ranges])
         return Rendered(text, ranges, by_turn)
 
     def check(self, path: str) -> None:
@@ -120,10 +121,29 @@ class ChatTemplate:
                 at += len(piece)
         return list(zip(places[::2], places[1::2], strict=True))
 
-    def _difference(self, conversation: Conversation, turn: int, whole: str) -> Range:
+    def _answer(self, conversation: Conversation, turn: int, whole: str) -> Range:
+        """Return where a turn of the assistant is in the text of the whole conversation."""
+        found = self._difference(conversation, turn, whole)
+        if found is None:
+            with contextlib.suppress(RecordError):  # the template refuses a stand-in
+                found = self._between(conversation, turn, whole)
+        if found is None:
+            is_last = turn == len(conversation.messages) - 1
+            raise RecordError(
+                f"is rendered by the chat template so that the text of message {turn} (from 0) depends on what "
+                f"{'is answered' if is_last else 'follows'}, so the assistant's part is not certain; "
+                f"{'' if is_last else 'set loss_on=last, or '}{WITH_MARKERS}"
+            )
+        return found
+
+    def _difference(self, conversation: Conversation, turn: int, whole: str) -> Range | None:
+        """Return the difference of two renderings, up to a turn and up to its end; None if they differ before it."""
         is_last = turn == len(conversation.messages) - 1
         through = whole if is_last else self._render(conversation, turn + 1)
-        start = len(self._before(conversation, turn, through))
+        before = self._before(conversation, turn, through)
+        if before is None:
+            return None
+        start = len(before)
         ends = [start + end for end in self._special_ends(through[start:])]
         content = conversation.messages[turn]["content"].strip()
         spoken = through.find(content, start) + len(content)  # special tokens of the content do not end the turn
@@ -131,16 +151,50 @@ class ChatTemplate:
         texts = [whole]
         if is_last and len(ends) > 1:  # such as Phi-3's, which ends a conversation with one more token than a turn
             texts = [self._continued(conversation), whole]
-        for text in texts:
-            for end in ends:
-                if text.startswith(through[:end]):
-                    return start, end
-        raise _uncertain(turn, "is answered" if is_last else "follows")
+        matching = (end for text in texts for end in ends if text.startswith(through[:end]))
+        return next(((start, end) for end in matching), None)
 
-    def _before(self, conversation: Conversation, turn: int, through: str) -> str:
-        """Return the text up to a turn, with the prompt for an answer; for one without reasoning, if there is one."""
+    def _between(self, conversation: Conversation, turn: int, whole: str) -> Range | None:
+        """Return the text between what is around two stand-ins for an answer; None if it is not certain.
+
+        It begins where the text no longer follows the prompt for an answer, or the beginning of that prompt, and ends
+        with the special token that also ends the turn where nothing follows.
+        """
+        stand_ins = [_new_to(whole, word) for word in STAND_INS]
+        around = {self._around(conversation, turn, stand_in) for stand_in in stand_ins}
+        until = Conversation(conversation.messages[: turn + 1], conversation.tools)
+        _, rest = self._around(until, turn, stand_ins[0])
+        head, tail = around.pop()
+        end = self._first_special(tail.lstrip())
+        if around or not end or not whole.endswith(tail) or not rest.lstrip().startswith(end):
+            return None
+        before = self._render(conversation, turn)
+        words = min(_num_shared(whole, head), len(whole) - len(tail))
+        for options in PROMPTS:
+            prompt = self._render(conversation, turn, add_generation_prompt=True, **options)
+            asked = prompt.removeprefix(before)
+            opening = self._first_special(asked)
+            begin = len(before) if whole.startswith(before) else whole.rfind(opening, 0, words) if opening else -1
+            start = begin + _num_shared(whole[begin:words], asked)
+            if prompt.startswith(before) and begin >= 0 and (start == words or start == begin + len(asked)):
+                return start, len(whole) - len(tail.lstrip()) + len(end)
+        return None
+
+    def _around(self, conversation: Conversation, turn: int, stand_in: str) -> tuple[str, str]:
+        """Return the text before and after a turn of which a stand-in is the content."""
+        messages = list(conversation.messages)
+        messages[turn] = {"role": "assistant", "content": stand_in}
+        text = self._render(Conversation(messages, conversation.tools), len(messages))
+        head, _, tail = text.partition(stand_in)
+        return head, tail
+
+    def _before(self, conversation: Conversation, turn: int, through: str) -> str | None:
+        """Return the text up to a turn with the prompt for an answer; None if no prompt is the beginning of the turn.
+
+        For an answer without reasoning, the prompt for one is taken, if there is one.
+        """
         has_reasoning = "reasoning_content" in conversation.messages[turn]
-        for options in ({},) if has_reasoning else ({"enable_thinking": False}, {}):
+        for options in PROMPTS[has_reasoning:]:
             try:
                 before = self._render(conversation, turn, add_generation_prompt=True, **options)
             except RecordError:
@@ -152,7 +206,11 @@ class ChatTemplate:
                 ) from None
             if through.startswith(before):
                 return before
-        raise _uncertain(turn, "is answered")
+        return None
+
+    def _first_special(self, text: str) -> str:
+        """Return the special token that a text begins with; "" if there is none."""
+        return max(filter(text.startswith, self.special), key=len, default="")
 
     def _special_ends(self, answer: str) -> list[int]:
         """Return where the special tokens at the end of an answer end, the last one first; blanks are left out."""
@@ -180,6 +238,24 @@ class ChatTemplate:
             if message["role"] != "assistant" and not _shows(text, message["content"]):
                 raise RecordError(f"has a message {i} (from 0, {message['role']}) that the chat template leaves out")
 
+    def _check_answers(self, conversation: Conversation, learnt: list[int], texts: list[str]) -> None:
+        """Refuse a rendering that leaves out a part of an answer: a template may have no place for calls or reasoning.
+
+        Reasoning may be missing, with no empty thought in its place, if the template writes it where nothing follows.
+        """
+        if len(texts) != len(learnt):
+            texts = ["".join(texts)] * len(learnt)
+        for i, text in zip(learnt, texts, strict=True):
+            left_out = _left_out(conversation.messages[i], text)
+            if left_out == ["reasoning"] and i < len(conversation.messages) - 1 and not THOUGHT.search(text):
+                alone = self._render(conversation, i + 1).removeprefix(self._render(conversation, i))
+                left_out = _left_out(conversation.messages[i], alone)
+            if left_out:
+                raise RecordError(
+                    f"has {left_out[0]} in message {i} (from 0) that the chat template leaves out: drop it, or pass a "
+                    "chat_template that writes it"
+                )
+
     def _source(self, conversation: Conversation) -> str:
         return self.source if conversation.tools is None else self.with_tools or self.source
 
@@ -206,23 +282,29 @@ class ChatTemplate:
         return text
 
 
-def _check_answers(learnt: list[tuple[int, Message]], texts: list[str]) -> None:
-    """Refuse a rendering that leaves out a part of an answer: a template may have no place for calls or reasoning."""
-    if len(texts) != len(learnt):
-        texts = ["".join(texts)] * len(learnt)
-    for (i, message), text in zip(learnt, texts, strict=True):
-        names = [str(called(call).get("name")) for call in message.get("tool_calls", [])]
-        shown = {
-            "content": all(_shows(text, piece) for piece in THOUGHT.split(message["content"])),
-            "reasoning": _shows(text, message.get("reasoning_content", "")),
-            "tool_calls": all(text.count(name) >= names.count(name) for name in names),
-        }
-        for part, is_shown in shown.items():
-            if not is_shown:
-                raise RecordError(
-                    f"has {part} in message {i} (from 0) that the chat template leaves out: drop it, or pass a "
-                    "chat_template that writes it"
-                )
+def _left_out(message: Message, text: str) -> list[str]:
+    """Return the parts of an answer that a text does not have."""
+    *thoughts, words = THOUGHT.split(message["content"])
+    names = [str(called(call).get("name")) for call in message.get("tool_calls", [])]
+    shown = {
+        "content": _shows(text, words),
+        "reasoning": all(_shows(text, thought) for thought in [*thoughts, message.get("reasoning_content", "")]),
+        "tool_calls": all(text.count(name) >= names.count(name) for name in names),
+    }
+    return [part for part, is_shown in shown.items() if not is_shown]
+
+
+def _num_shared(text: str, other: str) -> int:
+    """Return the number of characters at the beginning of two texts that are the same."""
+    if text.startswith(other):
+        return len(other)
+    pairs = enumerate(zip(text, other, strict=False))
+    return next((at for at, (one, two) in pairs if one != two), len(text))
+
+
+def _new_to(text: str, word: str) -> str:
+    """Return repetitions of a word that a text does not have."""
+    return next(word * count for count in itertools.count(2) if word * count not in text)
 
 
 def _shows(text: str, part: str) -> bool:
@@ -246,50 +328,6 @@ def _with_text_arguments(message: Message) -> Message:
     return message | {"tool_calls": calls}
 
 
-def _uncertain(turn: int, cause: str) -> RecordError:
-    return RecordError(
-        f"is rendered by the chat template so that the text of message {turn} (from 0) depends on what {cause}, so the "
-        f"assistant's part is not certain; {'set loss_on=last, or ' if cause == 'follows' else ''}{WITH_MARKERS}"
-    )
-
-
 @functools.cache
 def _has_markers(source: str) -> bool:
     return bool(MARKER.search(COMMENT.sub("", source)))
-
-
-def read_templates(directory: str, file: str | None) -> tuple[str, str | None]:
-    """Return the chat template in a file, or else beside a tokenizer, and the one for tools, if that is another.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    if file is not None:
-        return _read(Path(file).expanduser()), None
-    path = Path(directory)
-    if (beside := path / "chat_template.jinja").is_file():
-        tools = path / "additional_chat_templates" / f"{FOR_TOOLS}.jinja"
-        return _read(beside), _read(tools) if tools.is_file() else None
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        found = read_object_if_any(path / name).get("chat_template")
-        tools = None
-        if isinstance(found, list):  # several, by name
-            named = {str(entry.get("name")): entry.get("template") for entry in found if isinstance(entry, dict)}
-            found, tools = named.get("default"), named.get(FOR_TOOLS)
-        if isinstance(found, str):
-            return found, tools
-    raise ValueError(
-        f"the tokenizer {directory} has no chat template, so conversations cannot be rendered: use the tokenizer of an "
-        "instruct model, or pass chat_template=FILE with a Jinja template"
-    )
-
-
-def _read(path: Path) -> str:
-    if not path.is_file():
-        raise ValueError(f"no such chat template: {path}")
-    if path.stat().st_size > MAX_TEMPLATE_BYTES:
-        raise ValueError(f"the chat template {path} has more than {MAX_TEMPLATE_BYTES:,} bytes")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the chat template {path} is not UTF-8: {error}") from None

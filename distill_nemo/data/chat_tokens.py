@@ -5,8 +5,9 @@ import unicodedata
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from distill_nemo.data.chat_template import ChatTemplate, LossOn, Range, Rendered, read_templates
+from distill_nemo.data.chat_template import ChatTemplate, LossOn, Range, Rendered
 from distill_nemo.data.conversations import Conversation, RecordError
+from distill_nemo.data.template_files import read_templates
 from distill_nemo.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

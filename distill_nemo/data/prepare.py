@@ -35,7 +35,7 @@ from distill_nemo.runtime.output_lock import OutputLock
 
 COUNTS = ("documents", "tokens", "counted_tokens", "bad_records")
 MIN_PART_BYTES = 1 << 20  # of input: less than a second of work for one process
-RENDERING = 3  # changes with the tokens or masks that a conversation becomes, so that older parts are made again
+RENDERING = 4  # changes with the tokens or masks that a conversation becomes, so that older parts are made again
 MAX_PARTS = 10_000  # approximate; parts of huge inputs are larger
 
 

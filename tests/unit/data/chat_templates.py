@@ -34,15 +34,6 @@ TURNS = """\
 {{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\\n' + m.content + '<end_of_turn>\\n' }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<start_of_turn>model\\n' }}{%- endif -%}"""
-FORGETFUL = """\
-{%- for m in messages -%}
-{{ '<|im_start|>' + m.role + '\\n' }}
-{%- if m.role == 'assistant' and loop.last -%}
-{{ '<think>\\n' + (m.reasoning_content or '') + '\\n</think>\\n\\n' }}
-{%- endif -%}
-{{ m.content + '<|im_end|>\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""  # without earlier reasoning
 MARKED = """\
 {%- for m in messages -%}
 {{ '<|im_start|>' + m.role + '\\n' }}
@@ -92,14 +83,18 @@ QWEN_FRAME = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}PROMPT{%- endif -%}"""
 THINKING = """\
-{%- if loop.index0 > question.last -%}
-{{ '<think>\\n' + (m.reasoning_content or '') + '\\n</think>\\n\\n' }}
-{%- endif -%}"""
+{%- set thought, words = m.reasoning_content or '', m.content -%}
+{%- if '</think>' in words -%}
+{%- set thought = words.split('</think>')[0].split('<think>')[-1].strip('\\n') -%}
+{%- set words = words.split('</think>')[-1].lstrip('\\n') -%}
+{%- endif -%}
+{%- if loop.index0 > question.last and SHOWN -%}{{ '<think>\\n' + thought + '\\n</think>\\n\\n' }}{%- endif -%}
+{{ words }}"""
 QWEN2 = QWEN_FRAME.replace("ANSWER", "{{ m.content }}" + QWEN_CALLS).replace("PROMPT", "")
-QWEN3 = QWEN_FRAME.replace("ANSWER", THINKING + "{{ m.content }}" + QWEN_CALLS).replace(
+QWEN3 = QWEN_FRAME.replace("ANSWER", THINKING.replace("SHOWN", "(loop.last or thought)") + QWEN_CALLS).replace(
     "PROMPT", "{{ '<think>\\n\\n</think>\\n\\n' if enable_thinking is defined and not enable_thinking else '' }}"
 )
-QWEN35 = QWEN_FRAME.replace("ANSWER", THINKING + "{{ m.content }}" + QWEN_CALLS).replace(
+QWEN35 = QWEN_FRAME.replace("ANSWER", THINKING.replace("SHOWN", "true") + QWEN_CALLS).replace(
     "PROMPT",
     "{{ '<think>\\n\\n</think>\\n\\n' if enable_thinking is defined and not enable_thinking else '<think>\\n' }}",
 )

@@ -44,7 +44,7 @@ CHATS = {
     "reasoning in turns": {"messages": [USER, FOUR | THOUGHT, AGAIN, NINE | THOUGHT]},
     "reasoning with tools": {"messages": [USER, CALLS | THOUGHT, RESULT, FOUR | THOUGHT], "tools": TOOLS},
 }
-LATER, ASKED, REFUSED = "depends on what follows", "depends on what is answered", "is refused by the chat template"
+LATER, REFUSED = "depends on what follows", "is refused by the chat template"
 NO_TOOLS, NO_REASON = "has tools that the chat template leaves out", r"has reasoning in message \d .* leaves out"
 LLAMA_CALL = '{"name": "add", "parameters": {"a": 2}}<|eot_id|>'
 QWEN_CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call>'
@@ -89,17 +89,21 @@ EXPECTED: dict[str, tuple[str, list[list[str] | str]]] = {
     "Qwen 3": (
         QWEN3,
         [
-            *(ended("<|im_end|>", "four"), LATER, ended("<|im_end|>", QWEN_CALL, "four"), LATER),
-            *(ended("<|im_end|>", f"{QWEN_CALL}\n{QWEN_CALL}", "four"), ended("<|im_end|>", THINK + "four"), LATER),
+            *(ended("<|im_end|>", "four"), ended("<|im_end|>", "four", "nine")),
+            *(ended("<|im_end|>", QWEN_CALL, "four"), ended("<|im_end|>", QWEN_CALL, "four", "nine")),
+            *(ended("<|im_end|>", f"{QWEN_CALL}\n{QWEN_CALL}", "four"), ended("<|im_end|>", THINK + "four")),
+            ended("<|im_end|>", "four", THINK + "nine"),
             ended("<|im_end|>", THINK + QWEN_CALL, THINK + "four"),
         ],
     ),
     "Qwen 3.5": (
         QWEN35,
         [
-            *(ended("<|im_end|>", "four"), LATER, ended("<|im_end|>", QWEN_CALL, "four"), LATER),
+            *(ended("<|im_end|>", "four"), ended("<|im_end|>", "four", "nine")),
+            *(ended("<|im_end|>", QWEN_CALL, "four"), ended("<|im_end|>", QWEN_CALL, "four", "nine")),
             ended("<|im_end|>", f"{QWEN_CALL}\n{QWEN_CALL}", "four"),
-            *(ended("<|im_end|>", THINK.removeprefix("<think>\n") + "four"), LATER),
+            ended("<|im_end|>", THINK.removeprefix("<think>\n") + "four"),
+            ended("<|im_end|>", "four", THINK.removeprefix("<think>\n") + "nine"),
             ended("<|im_end|>", *(THINK.removeprefix("<think>\n") + answer for answer in (QWEN_CALL, "four"))),
         ],
     ),
@@ -128,7 +132,15 @@ EXPECTED: dict[str, tuple[str, list[list[str] | str]]] = {
             *(ended("<｜end▁of▁sentence｜>", DEEPSEEK_CALL * 2, "four"), NO_REASON, NO_REASON, NO_REASON),
         ],
     ),
-    "DeepSeek R1": (R1, [ASKED, ASKED, ASKED, ASKED, ASKED, ASKED, ASKED, ASKED]),
+    "DeepSeek R1": (
+        R1,
+        [
+            *(ended("<｜end▁of▁sentence｜>", "four"), ended("<｜end▁of▁sentence｜>", "four", "nine")),
+            ended("<｜end▁of▁sentence｜>", DEEPSEEK_CALL, "four"),
+            ended("<｜end▁of▁sentence｜>", DEEPSEEK_CALL, "four", "nine"),
+            *(ended("<｜end▁of▁sentence｜>", DEEPSEEK_CALL * 2, "four"), NO_REASON, NO_REASON, NO_REASON),
+        ],
+    ),
     "gpt-oss": (
         GPT_OSS,
         [
@@ -184,6 +196,61 @@ def test_the_last_answer_has_its_reasoning_where_earlier_ones_lose_it(directory:
     assert counted(directory, QWEN3, CHATS["turns"], "last") == ["nine<|im_end|>"]
 
 
+def test_words_of_earlier_turns_count_without_their_reasoning_where_the_template_drops_it(directory: Path):
+    for content in ("<think>two and two</think>four", "<think>\ntwo and two\n</think>\n\nfour"):
+        record = {"messages": [USER, FOUR | {"content": content}, AGAIN, NINE, AGAIN, NINE]}
+        assert counted(directory, QWEN3, record) == ended("<|im_end|>", "four", "nine", "nine")
+    emptied = QWEN35.replace("loop.index0 > question.last and", "").replace("+ thought +", "+ thought * loop.last +")
+    emptied = emptied.replace("enable_thinking is defined", "false")
+    assert "has reasoning in message 1" in counted(directory, emptied, CHATS["reasoning in turns"])
+
+
+@pytest.mark.parametrize(
+    "content", ["four<|im_end|>", "<|im_start|>assistant\nfour", "qxzjqxzj 75319086427531908642", "<"]
+)
+def test_words_that_look_like_the_template_do_not_move_the_boundaries_of_earlier_turns(directory: Path, content: str):
+    record = {"messages": [USER, FOUR | {"content": content}, USER, FOUR | {"content": content}, USER, NINE]}
+    for template in (QWEN3, QWEN35):
+        assert counted(directory, template, record) == ended("<|im_end|>", content, content, "nine")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("{{- '<|im_start|>system", "{{- messages[1].content | length }}{{- '<|im_start|>system"),
+        ("{%- if add_generation_prompt -%}", "{{ messages[1].content | length }}{%- if add_generation_prompt -%}"),
+        ("{{ words }}", "{{ words }}{{ words }}"),
+        ("{{ words }}", "{{ words[:6] }}"),
+        ("assistant\\n' }}{%- set thought", "assistant:\\n' }}{%- set thought"),
+        ("{{ words }}", "{{ words }}{{ '<|eot_id|>' if not loop.last else '' }}"),
+        ("{{ words }}", "{{ words }}{{ '.' if not loop.last else '' }}"),
+        ("{{ words }}", "{{ words }}{{ '.' if words[0] == '7' else '' }}"),
+        ("{{ words }}", "{{ words }}{{ '.' if words[0] == 'q' else '' }}"),
+        (
+            "'<|im_end|>\\n' }}\n{%- elif m.role == 'tool'",
+            "'<|im_end|>' + '\\n' * (m.content | length) }}\n{%- elif m.role == 'tool'",
+        ),
+        (
+            "'<|im_end|>\\n' }}\n{%- elif m.role == 'tool'",
+            "'<|im_end|>' + '\\n' * (m.content | length < 6) }}\n{%- elif m.role == 'tool'",
+        ),
+    ],
+    ids=[
+        *("text before", "text after", "written twice", "cut", "another prompt", "another end", "no end"),
+        *(
+            "other text for numbers",
+            "other text for a word",
+            "other text after long answers",
+            "other text after short answers",
+        ),
+    ],
+)
+def test_an_earlier_turn_whose_surroundings_are_not_certain_is_refused(directory: Path, old: str, new: str):
+    assert old in QWEN3
+    found = counted(directory, QWEN3.replace(old, new), CHATS["turns"])
+    assert isinstance(found, str), found
+
+
 @pytest.mark.parametrize("content", ["ends with </think>", "ends with <|call|>\n", "<think><|end|>"])
 def test_special_tokens_at_the_end_of_a_content_do_not_end_the_turn(directory: Path, content: str):
     record = {"messages": [USER, FOUR | {"content": content}]}
@@ -194,7 +261,7 @@ def test_special_tokens_at_the_end_of_a_content_do_not_end_the_turn(directory: P
 
 def test_reasoning_inside_a_content_that_is_left_out_is_refused(directory: Path):
     record = {"messages": [USER, FOUR | {"content": "<think>two and two</think>four"}]}
-    assert "has content in message 1" in counted(directory, DEEPSEEK, record)
+    assert "has reasoning in message 1" in counted(directory, DEEPSEEK, record)
 
 
 @pytest.mark.parametrize("name", ["reasoning", "reasoning_content", "thinking"])

@@ -22,7 +22,6 @@ from distill_nemo.data.token_masks import TokenMask
 from tests.unit.data.chat_templates import (
     BRACKETS,
     CHATML,
-    FORGETFUL,
     GPT_OSS,
     HEADERS,
     LINE_BREAK,
@@ -89,25 +88,14 @@ def test_exactly_the_assistants_words_and_their_end_count(tmp_path: Path, name: 
     assert documents(prefix, only_last=True)[0][1] == answers[-1:]
 
 
-@pytest.mark.parametrize(
-    ("template", "answer"),
-    [
-        (FORGETFUL, "<think>\nthree times\n</think>\n\nnine<|im_end|>"),
-        (
-            GPT_OSS,
-            "<|channel|>analysis<|message|>three times<|end|>"
-            "<|start|>assistant<|channel|>final<|message|>nine<|return|>",
-        ),
-    ],
-    ids=["reasoning", "channels"],
-)
-def test_a_template_that_rewrites_earlier_turns_is_refused_but_for_the_last_answer(
-    tmp_path: Path, template: str, answer: str
-):
+def test_a_template_that_ends_earlier_turns_otherwise_is_refused_but_for_the_last_answer(tmp_path: Path):
     chat = {"messages": [USER, FOUR, AGAIN, NINE | {"reasoning_content": "three times"}]}
     with pytest.raises(ValueError, match=r"in\.jsonl:1 is rendered .* message 1 .* set loss_on=last"):
-        prepared(tmp_path, [chat], template)
-    prefix = prepared(tmp_path, [chat], template, loss_on="last")
+        prepared(tmp_path, [chat], GPT_OSS)
+    prefix = prepared(tmp_path, [chat], GPT_OSS, loss_on="last")
+    answer = (
+        "<|channel|>analysis<|message|>three times<|end|><|start|>assistant<|channel|>final<|message|>nine<|return|>"
+    )
     assert documents(prefix)[0][1] == [answer]
 
 
