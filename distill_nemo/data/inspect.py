@@ -12,9 +12,10 @@ from rich.text import Text
 from tokenizers.decoders import DecodeStream
 
 from distill_nemo.config import DataConfig
+from distill_nemo.data.chat_template import LossOn
 from distill_nemo.data.manifest import name_of, pack_length, read_manifest, vocabulary
 from distill_nemo.data.token_files import check_files, document_lengths, index_layout
-from distill_nemo.data.token_masks import TokenMask
+from distill_nemo.data.token_masks import mask_of
 from distill_nemo.data.tokenizer import load_tokenizer
 from distill_nemo.fields import require
 from distill_nemo.teacher_store.manifest import MANIFEST
@@ -81,9 +82,20 @@ def print_tokens(console: Console, tokens: list[tuple[str, bool]], has_mask: boo
 
 
 def shown_documents(
-    prefix: str, samples: int, tokenizer: str | None = None, max_tokens: int = MAX_TOKENS
+    prefix: str,
+    samples: int,
+    tokenizer: str | None = None,
+    max_tokens: int = MAX_TOKENS,
+    loss_on: LossOn | None = None,
 ) -> Iterator[ShownDocument]:
     """Yield documents, or all documents of packs, that are spread over token files.
+
+    Args:
+        prefix: of the token files.
+        samples: number of documents or packs.
+        tokenizer: a Hugging Face tokenizer directory; None for the one in the manifest.
+        max_tokens: shown of a document.
+        loss_on: tokens that count, as in `data.loss_on` of a run.
 
     Raises:
         ValueError: if the files are damaged, or the tokenizer is missing, is not a fast one, or did not make the files.
@@ -102,7 +114,7 @@ def shown_documents(
     bounds = np.arange(len(lengths) + 1)
     if pack is not None:
         bounds = np.fromfile(f"{prefix}.idx", np.int64, layout.groups + 1, offset=layout.bounds_at)
-    mask = TokenMask(prefix) if Path(f"{prefix}.mask").exists() else None
+    mask = mask_of(prefix, loss_on)
     ids = np.memmap(f"{prefix}.bin", layout.dtype, "r")
     groups = len(bounds) - 1
     for group in np.linspace(0, groups - 1, min(samples, groups)).round().astype(int):

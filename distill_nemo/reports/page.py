@@ -19,6 +19,7 @@ from distill_nemo.reports.comparison import (
     four_digits,
     render_table,
 )
+from distill_nemo.reports.data import data_of
 from distill_nemo.reports.runs import RecordedRun, settings
 from distill_nemo.runtime.files import writing_directory
 from distill_nemo.runtime.output_lock import OutputLock
@@ -106,6 +107,7 @@ def _html(page: Page, images: dict[str, str]) -> str:
         plan_columns=list(dict.fromkeys(column for cells in page.plans.values() for column in cells)),
         plans=page.plans,
         utilisation=UTILISATION,
+        data=data_of(page.runs),
         samples=[{**s, "text": s["text"].removeprefix(s["prompt"])} for s in page.samples],
         images=images,
     )

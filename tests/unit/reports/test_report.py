@@ -2,9 +2,12 @@
 
 import base64
 import io
+import json
 import math
+import re
 import subprocess
 import sys
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,13 +16,15 @@ from rich.console import Console
 
 from distill_nemo.config import OptimizerConfig, RunConfig, StudentConfig
 from distill_nemo.config_files import save_yaml
+from distill_nemo.data.prepare import prepare
+from distill_nemo.reports import data, plots
 from distill_nemo.reports import page as pages
-from distill_nemo.reports import plots
 from distill_nemo.reports.comparison import COLUMNS, best, count, finding, four_digits, percent
 from distill_nemo.reports.page import render_table, write_page
 from distill_nemo.reports.report import last_evaluations, report
 from distill_nemo.reports.runs import RecordedRun, is_going_on, read_run
 from distill_nemo.training import metrics_file
+from tests.unit.data.chat_templates import CHATML, write_tokenizer
 
 NAN = float("nan")
 
@@ -315,6 +320,28 @@ def test_what_others_wrote_is_escaped_everywhere(tmp_path, runs):
     assert not {"onerror"} & {name for name, _ in page.attributes}
 
 
+def test_the_runs_data_is_shown_as_tokens_and_which_of_them_count(tmp_path, runs):
+    evil = "<script>alert(1)</script>\x1b[31m"
+    turns = [{"role": "user", "content": f"q{evil}"}, {"role": "assistant", "content": f"a{evil}"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": turns * 2}) + "\n")
+    tokenizer, prefix = write_tokenizer(tmp_path, CHATML), str(tmp_path / "chat")
+    prepare([str(tmp_path / "chats.jsonl")], prefix, tokenizer, pack=256, progress=False)
+    answer = f"a{evil}<|im_end|>".replace("\x1b", "\u241b")
+    for run, loss_on, answers in (("alone", None, answer * 2), ("distilled", "last", answer)):
+        config = RunConfig(str(runs[run]), StudentConfig())
+        config.data.train, config.data.loss_on = ["2", prefix, "1", str(tmp_path / "gone")], loss_on
+        save_yaml(config, runs[run] / "config.yaml")
+        path = write_report(tmp_path / f"{run}_report", {run: runs[run]}, [])
+        html, page = path.read_text(encoding="utf-8"), Page(path)
+        assert f"{prefix}{', loss_on=last' if loss_on else ''} pack 1 of 1" in " ".join(page.text.split())
+        tokens = html[html.index('<pre class="tokens"') :]
+        assert "".join(map(unescape, re.findall("<b>(.*?)</b>", tokens))) == answers
+        assert "script" not in page.tags and "gone" not in page.text[page.text.index("The data") :]
+    Path(f"{prefix}.mask").unlink()
+    data.shown.cache_clear()
+    assert "chat.mask" in Page(write_report(tmp_path / "damaged", {"alone": runs["alone"]}, [])).text
+
+
 def test_nothing_at_all_still_makes_a_page(tmp_path):
     page = Page(write_report(tmp_path / "deep" / "report", {}, []))
     assert "No student has a finite held-out LM loss." in page.text
@@ -354,6 +381,7 @@ import sys, time
 from pathlib import Path
 from distill_nemo.runtime.output_lock import OutputLock
 from distill_nemo.training import metrics_file
+from tests.unit.data.chat_templates import CHATML, write_tokenizer
 run, page = Path(sys.argv[1]), Path(sys.argv[2]) / "report.html"
 with OutputLock(run / "run.lock", "output_dir"):
     print("held", flush=True)
