@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from distill_nemo.data.samplers import TARGET
+from distill_nemo.data.samplers import TARGET, batches
 from distill_nemo.models.distillation.objective import Targets, objective_of
 from distill_nemo.models.layers.context_parallel import split_batch
 from distill_nemo.runtime.watchdog import heartbeat
@@ -24,6 +24,7 @@ Report = dict[str, Tensor]
 Batches = Iterator[dict[str, Tensor]]
 LossFunc = Callable[[Tensor], tuple[Tensor, Tensor, Report]]
 StepFunc = Callable[[Batches, nn.Module], tuple[Tensor, LossFunc]]
+MICRO_BATCH_SIZE = 8  # of an evaluation outside training
 HOST_FIELD = "document_starts"  # of a batch with `data.reset_at_documents`, read by the attention on the host
 
 
@@ -61,6 +62,35 @@ def evaluate(
         return reduce_reports(reports, chunks)
 
 
+def evaluate_samples(model: nn.Module, samples: Any, first: int, count: int, sequence_length: int) -> dict[str, float]:
+    """Return the global token means of `count` samples of a data set, which data-parallel ranks share, from `first` on.
+
+    Args:
+        model: this rank's pipeline stage.
+        samples: data set of `build_datasets`.
+        first: number of the first sample.
+        count: number of samples, a multiple of the data-parallel ranks.
+        sequence_length: tokens of a sample.
+    """
+    ranks = parallel_state.get_data_parallel_world_size()
+    micro_batch_size = math.gcd(count // ranks, MICRO_BATCH_SIZE)
+    stream = batches(
+        samples,
+        consumed_samples=first,
+        global_batch_size=micro_batch_size * ranks,
+        micro_batch_size=micro_batch_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=ranks,
+    )
+    return evaluate(
+        [model],
+        [stream],
+        num_microbatches=count // ranks // micro_batch_size,
+        sequence_length=sequence_length,
+        micro_batch_size=micro_batch_size,
+    )
+
+
 def eval_forward_step(batches: Batches, model: nn.Module) -> tuple[Tensor, LossFunc]:
     """Run the model on the next micro batch, for metrics only."""
     targets, output = run_model(batches, model)
@@ -91,12 +121,12 @@ def eval_loss_func(targets: Targets, model: nn.Module, output_tensor: Tensor) ->
 
 def with_token_counts(report: dict[str, Tensor], num_valid: Tensor, targets: Targets) -> Report:
     """Pair every sum with its number of tokens: all valid ones, or against stored targets those that have them."""
-    num_taught = num_valid
+    num_with_targets = num_valid
     if targets.stored is not None:
-        num_taught = (targets.loss_mask_BS * targets.stored["has_targets"]).sum()
+        num_with_targets = (targets.loss_mask_BS * targets.stored["has_targets"]).sum()
     of_all = ("lm_loss", "kd_loss")
     return {
-        name: torch.stack([value.detach(), num_valid if name in of_all else num_taught])
+        name: torch.stack([value.detach(), num_valid if name in of_all else num_with_targets])
         for name, value in report.items()
     }
 

@@ -40,7 +40,7 @@ class Corpus(ABC):
 
     @property
     @abstractmethod
-    def counted(self) -> float | None:
+    def valid_share(self) -> float | None:
         """Share of tokens that count in the losses; None if it does not say."""
 
     @abstractmethod
@@ -68,7 +68,7 @@ class TokenFiles(Corpus):
         return {suffix + packs: path for suffix, path in named.items() if path.is_file()}
 
     @property
-    def counted(self) -> float | None:
+    def valid_share(self) -> float | None:
         """Share by the manifest. Padding does not count."""
         counted = read_manifest(self.path).get("counted_tokens")
         return counted / max(self.pass_tokens(), 1) if type(counted) is int else None
@@ -107,7 +107,7 @@ class StoreCorpus(Corpus):
         return f"{store.manifest.codec} targets, {size / 1e9:,.2f} GB, {each:,.1f} bytes a token that counts"
 
     @property
-    def counted(self) -> float:
+    def valid_share(self) -> float:
         """Share of the windows."""
         return TeacherStore(self.path).num_tokens / self.pass_tokens()
 

@@ -36,8 +36,10 @@ def inspect_windows(path: str, samples: int, tokenizer: str | None, console: Con
     what = f"{WHAT[manifest.codec].format(manifest.num)} at temperature {manifest.temperature:g}"
     for number in np.linspace(0, len(store) - 1, min(samples, len(store))).round().astype(int).tolist():
         window = store.window(number)
-        length, taught = len(window["loss_mask"]), int(window["loss_mask"].sum())
-        console.rule(f"window {number + 1:,} of {len(store):,}: {length:,} tokens, {taught:,} taught by {what}")
+        length, num_targets = len(window["loss_mask"]), int(window["loss_mask"].sum())
+        console.rule(
+            f"window {number + 1:,} of {len(store):,}: {length:,} tokens, {num_targets:,} with targets: {what}"
+        )
         counts = np.append(0, window["loss_mask"])  # a mask is of labels, and the first token is none
         shown = texts(fast, window["tokens"][:MAX_TOKENS].tolist(), counts)
         print_tokens(console, shown, True, max(length + 1 - MAX_TOKENS, 0))
@@ -46,10 +48,10 @@ def inspect_windows(path: str, samples: int, tokenizer: str | None, console: Con
 
 
 def _targets(manifest: Manifest, window: Arrays, fast: tokenizers.Tokenizer) -> Iterator[str]:
-    """Yield a line about each of some taught tokens: the token, its log-probability, the entropy, the likely ids."""
+    """Yield a line about each of some tokens with targets: token, its log-probability, entropy, likely ids."""
     positions = np.flatnonzero(window["loss_mask"])
     if not len(positions):
-        yield "no token is taught"
+        yield "no token has targets"
         return
     yield f"{'position':>8}  {'token':20}  {'its log p':>9}  {'entropy':>7}  the teacher's"
     for row in np.linspace(0, len(positions) - 1, min(SHOWN_TARGETS, len(positions))).round().astype(int).tolist():

@@ -21,7 +21,7 @@ from distill_nemo.data.chat_template import Range
 from distill_nemo.data.chat_tokens import Chat, Tokens, chat_tokens
 from distill_nemo.data.conversations import Conversation, RecordError
 from distill_nemo.data.manifest import read_json
-from distill_nemo.data.readers import Piece, Record, Schema, read
+from distill_nemo.data.readers import FilePiece, Record, Schema, read
 from distill_nemo.data.tokenizer import TokenizerFacts, encoder
 from distill_nemo.runtime.files import write_atomically
 
@@ -34,7 +34,7 @@ class Part:
     """Description of one part, sent to a worker. `key` identifies everything that its result depends on."""
 
     prefix: str
-    pieces: list[Piece]
+    pieces: list[FilePiece]
     key: str
     tokenizer: TokenizerFacts
     schema: Schema

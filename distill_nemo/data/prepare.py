@@ -25,7 +25,7 @@ from distill_nemo.data.inputs import find_files
 from distill_nemo.data.manifest import pack_vocabulary, read_json, read_manifest
 from distill_nemo.data.packing import Packing, TooLong, described, packing_of, write_packs
 from distill_nemo.data.parts import MAX_NAMED_RECORDS, Part, digest, file_size
-from distill_nemo.data.readers import Piece, Schema, cut, schema_of
+from distill_nemo.data.readers import FilePiece, Schema, cut, schema_of
 from distill_nemo.data.token_files import iter_blocks, sample_sha256, write_index
 from distill_nemo.data.token_masks import write_mask
 from distill_nemo.data.tokenizer import Tokenizer, TokenizerFacts, facts_of, load_tokenizer, save_fast
@@ -169,7 +169,7 @@ def _chat(tokenizer: Tokenizer, schema: Schema, loss_on: LossOn | None, file: st
 
 def _plan(files: list[Path], parts_dir: Path, tok: TokenizerFacts, schema: Schema, chat: Chat | None) -> list[Part]:
     """Return parts of consecutive pieces, of about `MIN_PART_BYTES` or more; depends only on inputs and options."""
-    groups: list[list[Piece]] = []
+    groups: list[list[FilePiece]] = []
     size = 0
     part_bytes = max(MIN_PART_BYTES, sum(file.stat().st_size for file in files) // MAX_PARTS)
     for piece in itertools.chain.from_iterable(cut(file, schema, part_bytes) for file in files):

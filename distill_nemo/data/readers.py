@@ -43,7 +43,7 @@ _COUNTED: dict[tuple[Path, int, int], tuple[int, int]] = {}  # bytes and their l
 
 
 @dataclass(frozen=True)
-class Piece:
+class FilePiece:
     """A piece of a file: bytes [start, stop) of JSON lines, row groups [start, stop) of parquet, or a whole file."""
 
     path: str
@@ -109,7 +109,7 @@ def _value_if_any(line: str) -> object:
         return None
 
 
-def cut(path: Path, schema: Schema, max_bytes: int) -> list[Piece]:
+def cut(path: Path, schema: Schema, max_bytes: int) -> list[FilePiece]:
     """Cut JSON lines and parquet into pieces of about `max_bytes`. Compressed lines and other files stay whole.
 
     Raises:
@@ -127,7 +127,7 @@ def cut(path: Path, schema: Schema, max_bytes: int) -> list[Piece]:
         groups = [
             (start, min(start + max_bytes, stat.st_size), min(max_bytes, stat.st_size - start)) for start in starts
         ]
-    return [Piece(str(path), kind, *group, stat.st_mtime_ns) for group in groups]
+    return [FilePiece(str(path), kind, *group, stat.st_mtime_ns) for group in groups]
 
 
 def _check_columns(path: Path, names: list[str], schema: Schema) -> None:
@@ -149,7 +149,7 @@ def _columns(path: Path, kind: str) -> list[str]:
     return parquet_columns(path) if kind == "parquet" else arrow_columns(path) if kind == "arrow" else []
 
 
-def read(piece: Piece, schema: Schema) -> Iterator[Record]:
+def read(piece: FilePiece, schema: Schema) -> Iterator[Record]:
     """Yield the documents of a piece in the file's order. Blank lines are skipped; other records without text are bad.
 
     Raises:
@@ -159,7 +159,7 @@ def read(piece: Piece, schema: Schema) -> Iterator[Record]:
         yield from READERS[piece.kind](piece, schema)
 
 
-def _read_text(piece: Piece, schema: Schema) -> Iterator[Record]:
+def _read_text(piece: FilePiece, schema: Schema) -> Iterator[Record]:
     if schema.kind != "text":
         yield Record("", f"is a text, and the records are of format {schema.kind}", lambda: piece.path)
         return
@@ -175,7 +175,7 @@ def _read_text(piece: Piece, schema: Schema) -> Iterator[Record]:
         yield Record("", HAS_ZEROS, lambda: f"{piece.path}:{line}") if ZEROS in text else Record(text)
 
 
-def _read_lines(piece: Piece, schema: Schema) -> Iterator[Record]:
+def _read_lines(piece: FilePiece, schema: Schema) -> Iterator[Record]:
     """Yield the records of lines that begin inside the piece."""
     path = Path(piece.path)
     stop = sys.maxsize if is_compressed(path) else piece.stop
@@ -193,13 +193,13 @@ def _read_lines(piece: Piece, schema: Schema) -> Iterator[Record]:
             yield _of_line(raw.removeprefix(b"\xef\xbb\xbf"), schema, partial(_place_of_line, path, first, line))
 
 
-def _read_json(piece: Piece, schema: Schema) -> Iterator[Record]:
+def _read_json(piece: FilePiece, schema: Schema) -> Iterator[Record]:
     with _open_text(Path(piece.path)) as file:
         for number, value in enumerate(json_values(file), start=1):
             yield _of_object(value, schema, partial("{}, record {}".format, piece.path, number))
 
 
-def _read_csv(piece: Piece, schema: Schema) -> Iterator[Record]:
+def _read_csv(piece: FilePiece, schema: Schema) -> Iterator[Record]:
     with _open_text(Path(piece.path)) as file:
         rows = csv_rows(file, piece.kind)
         names = next(rows, (0, []))[1]
@@ -211,13 +211,13 @@ def _read_csv(piece: Piece, schema: Schema) -> Iterator[Record]:
                 yield Record("", f"has {len(row)} fields, and the header {len(names)}", where)
 
 
-def _read_parquet(piece: Piece, schema: Schema) -> Iterator[Record]:
+def _read_parquet(piece: FilePiece, schema: Schema) -> Iterator[Record]:
     path = Path(piece.path)
     columns = columns_of(schema.kind, parquet_columns(path), schema.text_key)
     return _of_rows(parquet_rows(path, columns, piece.start, piece.stop), piece, schema)
 
 
-def _read_arrow(piece: Piece, schema: Schema) -> Iterator[Record]:
+def _read_arrow(piece: FilePiece, schema: Schema) -> Iterator[Record]:
     path = Path(piece.path)
     return _of_rows(arrow_rows(path, columns_of(schema.kind, arrow_columns(path), schema.text_key)), piece, schema)
 
@@ -282,7 +282,9 @@ def _of_text(text: object, text_key: str, where: Callable[[], str]) -> Record:
     return Record(text, "", where)
 
 
-def _of_rows(rows: "Iterator[tuple[int, dict[str, pyarrow.Scalar]]]", piece: Piece, schema: Schema) -> Iterator[Record]:
+def _of_rows(
+    rows: "Iterator[tuple[int, dict[str, pyarrow.Scalar]]]", piece: FilePiece, schema: Schema
+) -> Iterator[Record]:
     for number, row in rows:
         where = partial("{}:{}".format, piece.path, number)
         try:

@@ -11,7 +11,7 @@ from distill_nemo.models.architecture import Architecture, Layer, padded_vocab_s
 from distill_nemo.planning.delta_nets import delta_net_flops
 from distill_nemo.planning.latent_attention import latent_attention_flops
 from distill_nemo.planning.mamba import mamba_flops
-from distill_nemo.planning.parameters import layers_of, stages_of, total_parameters
+from distill_nemo.planning.parameters import layers_of_stage, stages_of, total_parameters
 from distill_nemo.planning.planned import PlannedRun
 
 
@@ -45,7 +45,7 @@ def stage_flops(planned: PlannedRun, model: Architecture, stage: int, output: bo
     """Return forward operations per token on a stage: of the layers, of their core attention, of the output layer."""
     par, length = planned.config.parallelism, planned.config.data.sequence_length
     total = core = 0.0
-    for layer, number in Counter(layers_of(model, par, stage)).items():
+    for layer, number in Counter(layers_of_stage(model, par, stage)).items():
         of_layer, of_core = layer_flops(model, layer, length)
         total, core = total + number * of_layer, core + number * of_core
     last = output and stage == par.num_stages - 1

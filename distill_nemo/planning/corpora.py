@@ -18,7 +18,7 @@ class PartOfBlend:
         share: of the run's tokens that come from them.
         passes: times that the run reads each of their tokens.
         tokens: number of tokens in the files' training split.
-        counted: share of tokens that count in the losses, by the manifest; None if it does not say.
+        valid_share: share of tokens that count in the losses, by the manifest; None if it does not say.
         note: what else is to be said.
     """
 
@@ -26,7 +26,7 @@ class PartOfBlend:
     share: float
     passes: float
     tokens: int
-    counted: float | None
+    valid_share: float | None
     note: str = ""
 
 
@@ -46,10 +46,10 @@ def parts_of_blend(config: RunConfig) -> list[PartOfBlend]:
     tokens = [max(round(number * (1 - part)), 1) for number, part in zip(whole, held, strict=True)]
     shares = [weight / sum(weights or whole) for weight in weights or whole]
     read = config.training.steps * config.training.global_batch_size * data.sequence_length
-    counted = [None if data.loss_on == "all" else corpus.counted for corpus in corpora]
+    valid_share = [None if data.loss_on == "all" else corpus.valid_share for corpus in corpora]
     return [
         PartOfBlend(corpus.path, share, share * read / number, number, part, corpus.note)
-        for corpus, share, number, part in zip(corpora, shares, tokens, counted, strict=True)
+        for corpus, share, number, part in zip(corpora, shares, tokens, valid_share, strict=True)
     ]
 
 

@@ -48,7 +48,7 @@ def stages_of(parallelism: ParallelismConfig, rank: int) -> range:
     return range(rank, parallelism.num_stages, parallelism.pipeline_model_parallel_size)
 
 
-def layers_of(model: Architecture, parallelism: ParallelismConfig, stage: int) -> tuple[Layer, ...]:
+def layers_of_stage(model: Architecture, parallelism: ParallelismConfig, stage: int) -> tuple[Layer, ...]:
     """Return the layers of a stage."""
     sizes = parallelism.stage_sizes(model.num_layers)
     start = sum(sizes[:stage])
@@ -57,7 +57,7 @@ def layers_of(model: Architecture, parallelism: ParallelismConfig, stage: int) -
 
 def rank_layers(model: Architecture, parallelism: ParallelismConfig, rank: int) -> list[Layer]:
     """Return the layers of all stages on a pipeline rank."""
-    return [layer for stage in stages_of(parallelism, rank) for layer in layers_of(model, parallelism, stage)]
+    return [layer for stage in stages_of(parallelism, rank) for layer in layers_of_stage(model, parallelism, stage)]
 
 
 def stage_parameters(model: Architecture, parallelism: ParallelismConfig, stage: int, output: bool = True) -> Count:
@@ -65,7 +65,7 @@ def stage_parameters(model: Architecture, parallelism: ParallelismConfig, stage:
     last = stage == parallelism.num_stages - 1
     table = padded_vocab_size(model.vocab_size) // parallelism.tensor_model_parallel_size * model.hidden_size
     count = Count()
-    for layer, number in Counter(layers_of(model, parallelism, stage)).items():
+    for layer, number in Counter(layers_of_stage(model, parallelism, stage)).items():
         count = count.plus(layer_parameters(model, layer, parallelism).times(number))
     if stage == 0:
         count = count.plus(Count(table))

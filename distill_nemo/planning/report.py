@@ -136,7 +136,7 @@ def _data(planned: PlannedRun) -> list[str]:
     lines = []
     for part in parts_of_blend(planned.config):
         about = f"{part.share:.0%} of the run, from {part.tokens:,} tokens"
-        about += "" if part.counted in (None, 1.0) else f", of which {part.counted:.0%} count"
+        about += "" if part.valid_share in (None, 1.0) else f", of which {part.valid_share:.0%} count"
         about += f"; {part.note}" if part.note else ""
         about += f"; more than {MANY_PASSES}: add data" if part.passes > MANY_PASSES else ""
         lines.append(f"  {part.prefix[-26:]:26}{part.passes:10,.2f}   {about}")

@@ -41,12 +41,12 @@ class PlannedStore:
     Args:
         run: the teacher and its layout.
         manifest: of the store, without hashes.
-        counted: share of the tokens that count.
+        valid_share: share of the tokens that count.
     """
 
     run: PlannedRun
     manifest: Manifest
-    counted: float
+    valid_share: float
 
     @property
     def teacher(self) -> Architecture:
@@ -70,7 +70,7 @@ class PlannedStore:
     def num_bytes(self) -> float:
         """Bytes of the complete store, on usual text."""
         per_window = shared_row_bytes(self.manifest, "windows") + shared_row_bytes(self.manifest, "bounds")
-        per_window += self.counted * self.manifest.sequence_length * self.token_bytes
+        per_window += self.valid_share * self.manifest.sequence_length * self.token_bytes
         output_layer = self.teacher.vocab_size * self.teacher.hidden_size * self.run.item
         return self.manifest.num_windows * per_window + (output_layer if self.manifest.codec == "hidden" else 0)
 
@@ -103,7 +103,7 @@ def print_store_plan(
     store, memory_bytes = planned_store(config, world_size, transformer_engine=transformer_engine), gpu.memory_gb * GB
     free = _free_bytes(Path(config.output))
     print(_report(config, store, gpu, utilisation, free))
-    too_much = fullest(store).total - memory_bytes
+    too_much = largest_memory(store).total - memory_bytes
     if too_much > 0:
         fitting = next(_fitting(config, store, memory_bytes), None)
         advice = f"what would fit: {fitting}" if fitting else "take more ranks or GPUs with more memory"
@@ -144,17 +144,19 @@ def planned_store(
     dtype = torch.bfloat16 if planned.item == 2 else torch.float32
     transformer_config(model, config.parallelism, dtype)
     parts = parts_of_blend(run)
-    counted = sum(part.share * (1.0 if part.counted is None else part.counted) for part in parts) if parts else 1.0
-    return PlannedStore(planned, sized_manifest(config, model, dtype), counted)
+    valid_share = (
+        sum(part.share * (1.0 if part.valid_share is None else part.valid_share) for part in parts) if parts else 1.0
+    )
+    return PlannedStore(planned, sized_manifest(config, model, dtype), valid_share)
 
 
-def fullest(store: PlannedStore) -> Memory:
+def largest_memory(store: PlannedStore) -> Memory:
     """Return the memory of the pipeline rank that needs most."""
     ranks = range(store.run.config.parallelism.pipeline_model_parallel_size)
-    return max((memory_of(store, rank) for rank in ranks), key=lambda memory: memory.total)
+    return max((rank_memory(store, rank) for rank in ranks), key=lambda memory: memory.total)
 
 
-def memory_of(store: PlannedStore, rank: int) -> Memory:
+def rank_memory(store: PlannedStore, rank: int) -> Memory:
     """Return the memory of a pipeline rank: weights, and one layer's forward pass or a chunk's targets."""
     run, par = store.run, store.run.config.parallelism
     layers = set(rank_layers(store.teacher, par, rank))
@@ -216,7 +218,7 @@ def _fitting(config: StoreConfig, store: PlannedStore, memory_bytes: float) -> I
             planned = planned_store(changed, run.world_size, run.on_gpu, run.transformer_engine)
         except ValueError:
             continue
-        if fullest(planned).total <= memory_bytes:
+        if largest_memory(planned).total <= memory_bytes:
             names = [name for name, value in vars(par).items() if value != vars(config.parallelism)[name]]
             smaller = ["micro_batch_size=1"] if config.micro_batch_size > 1 else []
             yield " ".join([*(f"parallelism.{name}={vars(par)[name]}" for name in names), *smaller])
@@ -247,7 +249,7 @@ def _store_rows(config: StoreConfig, store: PlannedStore, free: int) -> list[str
     length = manifest.sequence_length
     return [
         f"store of {manifest.codec} targets, {what}",
-        f"  {'windows':26}{manifest.num_windows:14,}   of {length:,} tokens, of which {store.counted:.0%} count",
+        f"  {'windows':26}{manifest.num_windows:14,}   of {length:,} tokens, of which {store.valid_share:.0%} count",
         f"  {'shards':26}{manifest.num_shards:14,}   of {len(manifest.windows_of(0)):,} windows{few}",
         f"  {'bytes a token that counts':26}{store.token_bytes:14,.1f}   "
         + (usual if manifest.codec == "sampled" else always),
@@ -256,7 +258,7 @@ def _store_rows(config: StoreConfig, store: PlannedStore, free: int) -> list[str
 
 
 def _memory_rows(store: PlannedStore, gpu: Gpu) -> list[str]:
-    memory, stages = fullest(store), store.run.config.parallelism.pipeline_model_parallel_size
+    memory, stages = largest_memory(store), store.run.config.parallelism.pipeline_model_parallel_size
     where = f" (pipeline rank {memory.rank} of {stages})" if stages > 1 else ""
     about = {
         "weights": f"of {total_parameters(store.teacher):,} parameters, {store.run.student(memory.rank).total:,} here",

@@ -1,24 +1,19 @@
 """Calibration and held-out samples, and the passes of a model over them."""
 
 import hashlib
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from distill_nemo.config import DataConfig, PruneConfig, TrainingConfig
 from distill_nemo.data.datasets import build_datasets
-from distill_nemo.data.samplers import batches
-from distill_nemo.evaluation import evaluate
+from distill_nemo.evaluation import evaluate_samples
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.pruning.choice import Scores
 from distill_nemo.pruning.importance import watching, without_layer
 from distill_nemo.runtime.process_groups import rank
-
-MICRO_BATCH_SIZE = 8
 
 
 def data_config(config: PruneConfig) -> DataConfig:
@@ -70,21 +65,4 @@ class Calibration:
         return losses
 
     def _lm_loss(self, chunk: GPTModel, first: int, count: int) -> float:
-        ranks = parallel_state.get_data_parallel_world_size()
-        micro_batch_size = math.gcd(count // ranks, MICRO_BATCH_SIZE)
-        stream = batches(
-            self.samples,
-            consumed_samples=first,
-            global_batch_size=micro_batch_size * ranks,
-            micro_batch_size=micro_batch_size,
-            data_parallel_rank=parallel_state.get_data_parallel_rank(),
-            data_parallel_size=ranks,
-        )
-        means = evaluate(
-            [chunk],
-            [stream],
-            num_microbatches=count // ranks // micro_batch_size,
-            sequence_length=self.sequence_length,
-            micro_batch_size=micro_batch_size,
-        )
-        return means["lm_loss"]
+        return evaluate_samples(chunk, self.samples, first, count, self.sequence_length)["lm_loss"]

@@ -119,13 +119,13 @@ def watching(chunk: GPTModel, model: Architecture) -> Iterator[Sums]:
     """Sum up the activations of this rank's layers in every forward pass of the block."""
     sums = Sums(model, chunk.config.sequence_parallel)
     with contextlib.ExitStack() as hooks:
-        for layer in layers_of(chunk):
+        for layer in decoder_layers(chunk):
             for handle in _watch(layer, sums):
                 hooks.callback(handle.remove)
         yield sums
 
 
-def layers_of(chunk: GPTModel) -> list[TransformerLayer]:
+def decoder_layers(chunk: GPTModel) -> list[TransformerLayer]:
     """Return the layers of this rank."""
     layers = list(chunk.decoder.layers)
     assert all(isinstance(layer, TransformerLayer) for layer in layers)
@@ -190,7 +190,7 @@ def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 def without_layer(chunk: GPTModel, number: int) -> Iterator[None]:
     """Leave out layer `number`, if this rank has it: it returns its input."""
     with contextlib.ExitStack() as hooks:
-        for layer in layers_of(chunk):
+        for layer in decoder_layers(chunk):
             if layer.layer_number - 1 == number:
                 handle = layer.register_forward_hook(
                     lambda _, args, kwargs, output: (input_of(args, kwargs), *output[1:]), with_kwargs=True

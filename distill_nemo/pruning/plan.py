@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from distill_nemo.config import ParallelismConfig, RunConfig, StudentConfig, TrainingConfig
+from distill_nemo.evaluation import MICRO_BATCH_SIZE
 from distill_nemo.fields import require
 from distill_nemo.models.architecture import Architecture, Models
 from distill_nemo.models.families.tensors import num_parameters
@@ -15,7 +16,6 @@ from distill_nemo.planning.parameters import rank_layers
 from distill_nemo.planning.plan import planned_run, print_plan
 from distill_nemo.planning.planned import PlannedRun
 from distill_nemo.planning.report import GB, layout_text
-from distill_nemo.pruning.calibration import MICRO_BATCH_SIZE
 from distill_nemo.pruning.foreseen import Round
 from distill_nemo.pruning.sizes import predicted
 from distill_nemo.pruning.stages import CompressConfig
@@ -105,9 +105,9 @@ def _prune(name: str, each: Round, ranks: int, tflops: float) -> StagePlan:
     run = _forward(each.model, parallelism, cut.sequence_length, ranks)
     again = each.model.num_layers if cut.layer_importance == "loss" else 0
     of_model = cut.samples + cut.held_out_samples * (1 + again)
-    work = of_model * token_flops(run)
+    work = of_model * model_flops(run)
     for sizes in each.possible:
-        work += cut.held_out_samples * token_flops(replace(run, models=Models(predicted(each.model, sizes), None)))
+        work += cut.held_out_samples * model_flops(replace(run, models=Models(predicted(each.model, sizes), None)))
     pipeline = parallelism.pipeline_model_parallel_size
     num_bytes = max(_rank_bytes(run, rank) for rank in range(pipeline))
     seconds = work * cut.sequence_length / (tflops * 1e12 * ranks)
@@ -124,7 +124,7 @@ def _forward(model: Architecture, parallelism: ParallelismConfig, length: int, r
     return PlannedRun(config, Models(model, None), ranks)
 
 
-def token_flops(run: PlannedRun) -> float:
+def model_flops(run: PlannedRun) -> float:
     """Return the operations of a token's forward pass through the student, on all pipeline ranks together."""
     stages = range(run.config.parallelism.num_stages)
     return sum(sum(stage_flops(run, run.models.student, stage, True)[::2]) for stage in stages)
@@ -144,9 +144,9 @@ def _evaluate(planned: PlannedRun, ranks: int, tflops: float) -> StagePlan:
     samples = train.eval_batches * train.global_batch_size
     config = replace(planned.config, parallelism=planned.config.parallelism.without_training())
     run = replace(planned, config=config, world_size=ranks)
-    work = token_flops(run)
+    work = model_flops(run)
     if planned.models.teacher is not None:
-        work += token_flops(replace(run, models=Models(planned.models.teacher, None)))
+        work += model_flops(replace(run, models=Models(planned.models.teacher, None)))
     pipeline = config.parallelism.pipeline_model_parallel_size
     weights = max(run.student(rank).total + run.teacher(rank).total for rank in range(pipeline))
     seconds = 2 * work * samples * length / (tflops * 1e12 * ranks)

@@ -128,7 +128,7 @@ def is_store(path: str | Path) -> bool:
     return Path(path, MANIFEST).is_file()
 
 
-def read_manifest(store: Path) -> tuple[Manifest, Contents | None]:
+def read_store_manifest(store: Path) -> tuple[Manifest, Contents | None]:
     """Return the manifest of a store, and its files; None if it is not complete.
 
     Raises:

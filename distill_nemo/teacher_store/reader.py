@@ -4,7 +4,7 @@ import functools
 from pathlib import Path
 
 from distill_nemo.teacher_store.codecs.codec import Arrays
-from distill_nemo.teacher_store.manifest import OUTPUT_LAYER, Contents, read_manifest, shard_name
+from distill_nemo.teacher_store.manifest import OUTPUT_LAYER, Contents, read_store_manifest, shard_name
 from distill_nemo.teacher_store.output_layer import OutputLayer
 from distill_nemo.teacher_store.shards import Shard, check_size, shard_size
 
@@ -20,7 +20,7 @@ class TeacherStore:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.manifest, contents = read_manifest(self.path)
+        self.manifest, contents = read_store_manifest(self.path)
         if contents is None:
             raise ValueError(
                 f"{self.path} is not complete; run the command that wrote it again, which writes the missing shards"

@@ -32,7 +32,7 @@ from distill_nemo.teacher_store.manifest import (
     differences,
     is_store,
     manifest_text,
-    read_manifest,
+    read_store_manifest,
     shard_name,
 )
 from distill_nemo.teacher_store.packing import pack_bits, pack_numbers
@@ -60,7 +60,7 @@ def create_store(store: Path, manifest: Manifest) -> None:
                 strange = [path.name for path in store.iterdir() if path.suffix not in (".partial", ".lock")]
                 require(not strange, f"{store} holds other files, such as {strange[:1]}: choose another output")
                 write_atomically(store / MANIFEST, manifest_text(manifest))
-    apart = differences(manifest, read_manifest(store)[0])
+    apart = differences(manifest, read_store_manifest(store)[0])
     lines = "\n  ".join([f"{store} is another store:", *apart])
     require(not apart, f"{lines}\nRestore these, or choose another output")
 
@@ -71,7 +71,7 @@ def is_complete(store: Path) -> bool:
     Raises:
         ValueError: if the manifest is damaged.
     """
-    return is_store(store) and read_manifest(store)[1] is not None
+    return is_store(store) and read_store_manifest(store)[1] is not None
 
 
 class WrittenShards:
@@ -119,7 +119,7 @@ def finish_store(store: Path) -> bool:
         OSError: if it cannot be written.
     """
     with one_job_at_a_time(store / MANIFEST):
-        manifest, contents = read_manifest(store)
+        manifest, contents = read_store_manifest(store)
         if contents is None:
             found = [_written(store, manifest, shard) for shard in range(manifest.num_shards)]
             shards = [facts for facts in found if facts is not None]

@@ -173,7 +173,7 @@ def _summary(store: Path) -> str:
 
 
 @dataclass
-class Report:
+class ReplicaState:
     """One rank's part of the agreement before a round."""
 
     replica: int
@@ -182,15 +182,15 @@ class Report:
     signal: int | None
 
 
-def assign(reports: list[Report], before: Collection[int]) -> dict[int, int]:
+def assign(states: list[ReplicaState], before: Collection[int]) -> dict[int, int]:
     """Return the shard of each replica that has one: one that no lower rank has, and not of the round before.
 
     Locks see to it already, but some file systems have none.
     """
     shards: dict[int, int] = {}
-    for report in reports:
-        if report.shard is not None and report.shard not in (*shards.values(), *before):
-            shards[report.replica] = report.shard
+    for state in states:
+        if state.shard is not None and state.shard not in (*shards.values(), *before):
+            shards[state.replica] = state.shard
     return shards
 
 
@@ -238,10 +238,10 @@ class Rounds:
             return None
         progress = StoreProgress(self.manifest, self._written) if rank() == 0 else None
         while True:
-            reports = self._agree(stop)
-            _raise_first([report.error for report in reports])
-            stopped = max(report.signal or 0 for report in reports)
-            shards = assign(reports, shards.values())
+            states = self._agree(stop)
+            _raise_first([state.error for state in states])
+            stopped = max(state.signal or 0 for state in states)
+            shards = assign(states, shards.values())
             if self._writer is not None and self.replica not in shards:
                 self._leave()
             if stopped:
@@ -265,14 +265,14 @@ class Rounds:
         self._left = deque(missing[self.replica :: self.num_replicas])
         return bool(missing)
 
-    def _agree(self, stop: StopSignal) -> list[Report]:
-        """Claim a shard for this replica, and return the reports of all ranks. One all-gather."""
+    def _agree(self, stop: StopSignal) -> list[ReplicaState]:
+        """Claim a shard for this replica, and return the states of all ranks. One all-gather."""
         heartbeat("agreeing on shards", watched=False)
         if self.run.is_writer and not stop.received and self._error is None:
             with self._keeping_errors():
                 self._writer = self._claim()
         shard = None if self._writer is None else self._writer.shard
-        return of_all_ranks(Report(self.replica, shard, self._error, stop.received))
+        return of_all_ranks(ReplicaState(self.replica, shard, self._error, stop.received))
 
     @contextlib.contextmanager
     def _keeping_errors(self) -> Iterator[None]:

@@ -1,9 +1,7 @@
 """Metrics of one model on held-out tokens, by the code of training's evaluations."""
 
-import math
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -13,9 +11,8 @@ from distill_nemo.checks import check_layout_without_training
 from distill_nemo.config import DataConfig, ParallelismConfig, RunConfig, StudentConfig, TeacherConfig, TrainingConfig
 from distill_nemo.data.corpora import check_corpora, corpus_at
 from distill_nemo.data.datasets import build_datasets, check_number_of_samples
-from distill_nemo.data.samplers import batches
 from distill_nemo.data.token_files import check_vocabulary
-from distill_nemo.evaluation import evaluate
+from distill_nemo.evaluation import evaluate_samples
 from distill_nemo.models.architecture import Models
 from distill_nemo.models.provider import model_provider
 from distill_nemo.models.source_check import refusal_of_sources
@@ -24,8 +21,6 @@ from distill_nemo.runtime.process_groups import is_joined, process_groups, raise
 from distill_nemo.runtime.seed import seed_everything
 from distill_nemo.training.data import check_tokenizers, checkpoints_of
 from distill_nemo.training.entry import resolve_models
-
-MICRO_BATCH_SIZE = 8
 
 
 def evaluate_student(
@@ -89,32 +84,16 @@ def evaluate_on(
     check_tokenizers(config.data, checkpoints_of(config), models.student)
     refusal = refusal_of_sources(*models) if rank() == 0 or is_joined() else None
     copies = world_size() // parallelism.model_parallel_size
-    each = -(-samples // copies)
-    micro_batch_size = math.gcd(each, MICRO_BATCH_SIZE)
+    count = -(-samples // copies) * copies
     setup_device()
     with tempfile.TemporaryDirectory() as temporary, process_groups(parallelism):
         raise_everywhere(refusal)
         check_whole(student.checkpoint, teacher.checkpoint if teacher else None)
         seed_everything(seed)
         model = _model(models, parallelism)
-        valid: Any
         directory, vocab_size = Path(cache or temporary), models.student.vocab_size
-        _, valid = build_datasets(config.data, TrainingConfig(), directory, samples, each * copies, vocab_size)
-        stream = batches(
-            valid,
-            consumed_samples=0,
-            global_batch_size=micro_batch_size * copies,
-            micro_batch_size=micro_batch_size,
-            data_parallel_rank=parallel_state.get_data_parallel_rank(),
-            data_parallel_size=copies,
-        )
-        means = evaluate(
-            [model],
-            [stream],
-            num_microbatches=each // micro_batch_size,
-            sequence_length=data.sequence_length,
-            micro_batch_size=micro_batch_size,
-        )
+        _, valid = build_datasets(config.data, TrainingConfig(), directory, samples, count, vocab_size)
+        means = evaluate_samples(model, valid, 0, count, data.sequence_length)
     means["tokens"] = means.pop("valid_tokens")
     return means
 

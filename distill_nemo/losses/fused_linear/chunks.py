@@ -138,11 +138,11 @@ class ValidTokens[Teacher](NamedTuple):
         labels_N: Tensor,
         loss_mask_N: Tensor,
         num_valid: int | None,
-        taught_N: Tensor | None = None,
+        has_targets_N: Tensor | None = None,
     ) -> "ValidTokens[Teacher]":
-        """Select the tokens that are not masked. The teacher knows those of `taught` (1, else 0); None: all."""
+        """Select the tokens that are not masked. The teacher knows those of `has_targets` (1, else 0); None: all."""
         loss_mask_N = loss_mask_N.float()
-        kd_weight_N = loss_mask_N if taught_N is None else loss_mask_N * taught_N
+        kd_weight_N = loss_mask_N if has_targets_N is None else loss_mask_N * has_targets_N
         valid_N = loss_mask_N > 0
         num_valid = int(valid_N.sum()) if num_valid is None else num_valid
         if num_valid == len(loss_mask_N):
@@ -177,7 +177,7 @@ class Gradients(NamedTuple):
             self.bias.sum.add_(grad_nv.sum(0, dtype=torch.float32))
 
 
-class Part[Teacher](NamedTuple):
+class TokenLogits[Teacher](NamedTuple):
     """Some tokens, while their logits exist."""
 
     rows: slice
@@ -188,7 +188,7 @@ class Part[Teacher](NamedTuple):
 
 def chunk_logits[Teacher](
     valid: ValidTokens[Teacher], loss: FusedLoss[Teacher], num_buffers: int = 1
-) -> Iterator[Part[Teacher]]:
+) -> Iterator[TokenLogits[Teacher]]:
     """Yield successive tokens with their logits, which are valid until `num_buffers` more have been taken."""
     num_tokens, width = len(valid.labels_M), valid.student.weight_vH.shape[0]
     if num_tokens == 0:
@@ -202,4 +202,4 @@ def chunk_logits[Teacher](
         rows = slice(start, min(start + size, num_tokens))
         outs = buffers[number % len(buffers)][:, : rows.stop - start]
         student_nv = valid.student.part(rows, num_true, outs[0])
-        yield Part(rows, student_nv, valid.teacher.part(rows, num_true, *outs[1:]), outs[-1])
+        yield TokenLogits(rows, student_nv, valid.teacher.part(rows, num_true, *outs[1:]), outs[-1])

@@ -30,7 +30,15 @@ from distill_nemo.losses.collectives import Gather, merge
 from distill_nemo.losses.cross_entropy import cross_entropy, label_logits, lm_gradient, local_lse
 from distill_nemo.losses.divergence import Statistics
 from distill_nemo.losses.fused_linear import gemm
-from distill_nemo.losses.fused_linear.chunks import FusedLoss, Gradients, Head, Part, Side, ValidTokens, chunk_logits
+from distill_nemo.losses.fused_linear.chunks import (
+    FusedLoss,
+    Gradients,
+    Head,
+    Side,
+    TokenLogits,
+    ValidTokens,
+    chunk_logits,
+)
 
 
 class Losses(NamedTuple):
@@ -47,7 +55,7 @@ def fused_linear_losses[Teacher](
     labels_N: Tensor,
     loss_mask_N: Tensor,
     loss: FusedLoss[Teacher],
-    taught_N: Tensor | None = None,
+    has_targets_N: Tensor | None = None,
 ) -> Losses:
     """Compute the losses of tokens with a positive mask, each times its mask. No product includes masked tokens.
 
@@ -60,7 +68,7 @@ def fused_linear_losses[Teacher](
         labels_N: ids of the tokens that follow.
         loss_mask_N: weight of each token.
         loss: the losses, of the teacher's kind.
-        taught_N: 0 where a token has no logits loss, for want of a teacher, else 1; None: every token has one.
+        has_targets_N: 0 where a token has no logits loss, for want of a teacher, else 1; None: every token has one.
 
     Raises:
         ValueError: if the shards' widths differ.
@@ -68,7 +76,7 @@ def fused_linear_losses[Teacher](
     """
     teacher = teacher.frozen(student.weight_vH.shape[0])
     differentiate = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in student[:3])
-    tokens = labels_N, loss_mask_N, taught_N
+    tokens = labels_N, loss_mask_N, has_targets_N
     return Losses(*_FusedLinear.apply(*student, teacher, *tokens, loss, differentiate))  # pyright: ignore
 
 
@@ -84,12 +92,12 @@ class _FusedLinear(torch.autograd.Function):
         teacher: Side[Any],
         labels_N: Tensor,
         loss_mask_N: Tensor,
-        taught_N: Tensor | None,
+        has_targets_N: Tensor | None,
         loss: FusedLoss[Any],
         differentiate: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         student = Head(hidden_NH, weight_vH, bias_v, scale, softcap)
-        valid = ValidTokens.of(student, teacher, labels_N, loss_mask_N, loss.num_valid, taught_N)
+        valid = ValidTokens.of(student, teacher, labels_N, loss_mask_N, loss.num_valid, has_targets_N)
         sums = Gradients.of(student, ctx.needs_input_grad[:3], valid) if differentiate else None
         lm_M, kd_M = _all_chunks(valid, loss, sums)
         lm, kd = (lm_M * valid.weight_M).sum(), (kd_M * valid.kd_weight_M).sum()
@@ -115,7 +123,7 @@ class _FusedLinear(torch.autograd.Function):
 class _Chunk[Teacher](NamedTuple):
     """Some tokens, while the statistics of their logits are gathered."""
 
-    part: Part[Teacher]
+    part: TokenLogits[Teacher]
     own: tuple[Tensor, ...]  # of the logits loss's statistics
     wait: Callable[[], list[Tensor]]
 
@@ -135,7 +143,7 @@ def _all_chunks[T](valid: ValidTokens[T], loss: FusedLoss[T], sums: Gradients | 
     return lm_M, kd_M
 
 
-def _begin[T](valid: ValidTokens[T], loss: FusedLoss[T], part: Part[T]) -> _Chunk[T]:
+def _begin[T](valid: ValidTokens[T], loss: FusedLoss[T], part: TokenLogits[T]) -> _Chunk[T]:
     """Compute this rank's statistics and start to gather them."""
     stats = loss.divergence.begin(part.student_nv, part.teacher)
     parts = [stats.shard, label_logits(part.student_nv, valid.labels_M[part.rows], loss.vocab_start)]
@@ -157,7 +165,7 @@ def _finish[T](
 
 
 def _logits_gradient[T](
-    valid: ValidTokens[T], loss: FusedLoss[T], part: Part[T], saved: tuple[Tensor, ...], lse_2n: Tensor
+    valid: ValidTokens[T], loss: FusedLoss[T], part: TokenLogits[T], saved: tuple[Tensor, ...], lse_2n: Tensor
 ) -> Tensor:
     """Return the gradient of the student's `hidden @ weight.T + bias`, in the spare memory if dtypes agree.
 

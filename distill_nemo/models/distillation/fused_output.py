@@ -26,7 +26,7 @@ from distill_nemo.balancers import LOGITS_PREFIX, STUDENT_LOSS
 from distill_nemo.config import DistillationConfig
 from distill_nemo.losses.divergence import Divergence, LogitsLoss
 from distill_nemo.losses.divergences import choose_divergence
-from distill_nemo.losses.fused_linear.chunks import FusedLoss, Head, Part, Side, ValidTokens, chunk_logits
+from distill_nemo.losses.fused_linear.chunks import FusedLoss, Head, Side, TokenLogits, ValidTokens, chunk_logits
 from distill_nemo.losses.fused_linear.loss import Losses, fused_linear_losses
 from distill_nemo.losses.metrics import METRICS, metrics_against_teacher
 from distill_nemo.models.architecture import Architecture, Models, Multipliers
@@ -64,7 +64,7 @@ class Sides[Teacher](NamedTuple):
 
     student: Head
     teacher: Side[Teacher]
-    taught_N: Tensor | None = None  # 0 for tokens of which the teacher is not known, else 1; None: it always is
+    has_targets_N: Tensor | None = None  # 0 for tokens of which the teacher is not known, else 1; None: it always is
 
 
 class FusedOutput[Teacher](Objective):
@@ -110,7 +110,7 @@ class FusedOutput[Teacher](Objective):
         """Return the student's head and what is known of the teacher."""
 
     @abstractmethod
-    def compare(self, part: Part[Teacher], labels_n: Tensor) -> dict[str, Tensor]:
+    def compare(self, part: TokenLogits[Teacher], labels_n: Tensor) -> dict[str, Tensor]:
         """Return held-out metrics of some tokens, [n] each."""
 
     def loss(self, output: Tensor, targets: Targets) -> tuple[Tensor, dict[str, Tensor]]:
@@ -133,8 +133,8 @@ class FusedOutput[Teacher](Objective):
     @torch.no_grad()
     def metrics(self, output: Tensor, targets: Targets) -> dict[str, Tensor]:
         """Return the sums of `losses.metrics.METRICS`."""
-        student, teacher, taught_N = self.sides(output, targets)
-        valid = ValidTokens.of(student, teacher, *_flat(targets), targets.num_valid, taught_N)
+        student, teacher, has_targets_N = self.sides(output, targets)
+        valid = ValidTokens.of(student, teacher, *_flat(targets), targets.num_valid, has_targets_N)
         sums = {name: valid.weight_M.new_zeros(()) for name in METRICS}
         for part in chunk_logits(valid, self.fused_loss):
             for name, value_n in self.compare(part, valid.labels_M[part.rows]).items():
@@ -152,8 +152,8 @@ class FusedOutput[Teacher](Objective):
         weights = {"lm_weight": lm_weight, "logits_weight": logits_weight}
         given = {name: 0.0 if weight is None else weight for name, weight in weights.items()}  # None: left out
         loss = replace(self.fused_loss, **given, num_valid=targets.num_valid)
-        student, teacher, taught_N = self.sides(output, targets)
-        return fused_linear_losses(student, teacher, *_flat(targets), loss, taught_N)
+        student, teacher, has_targets_N = self.sides(output, targets)
+        return fused_linear_losses(student, teacher, *_flat(targets), loss, has_targets_N)
 
     def student_head(self, hidden_sBH: Tensor) -> Head:
         """Return the student's last hidden states, of the whole sequence, with its output layer."""
@@ -169,7 +169,7 @@ class AgainstLogits(FusedOutput[Tensor]):
         divergence = replace(self.fused_loss.divergence, temperature=distill_cfg.temperature)
         self.fused_loss = replace(self.fused_loss, divergence=divergence, factor=_factor(divergence, distill_cfg))
 
-    def compare(self, part: Part[Tensor], labels_n: Tensor) -> dict[str, Tensor]:
+    def compare(self, part: TokenLogits[Tensor], labels_n: Tensor) -> dict[str, Tensor]:
         """Return `losses.metrics.METRICS`."""
         group, vocab_start = self.fused_loss.group, self.fused_loss.vocab_start
         return metrics_against_teacher(part.student_nv, part.teacher, labels_n, group, vocab_start)

@@ -14,7 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from distill_nemo.config import DistillationConfig
-from distill_nemo.losses.fused_linear.chunks import Head, Part
+from distill_nemo.losses.fused_linear.chunks import Head, TokenLogits
 from distill_nemo.losses.stored import STORED_LOSSES, Codec
 from distill_nemo.losses.stored.metrics import metrics_against_stored
 from distill_nemo.losses.stored.rows import StoredRows
@@ -121,10 +121,10 @@ class AgainstStoredTargets(FusedOutput[StoredRows]):
     def sides(self, output: Tensor, targets: Targets) -> Sides[StoredRows]:
         """Return the student's head and the stored targets."""
         head, fields = self.student_head(output), _flat_fields(targets)
-        taught_N = fields.pop("has_targets")
-        return Sides(head, StoredRows(fields, self.fused_loss.vocab_start, head.weight_vH.shape[0]), taught_N)
+        has_targets_N = fields.pop("has_targets")
+        return Sides(head, StoredRows(fields, self.fused_loss.vocab_start, head.weight_vH.shape[0]), has_targets_N)
 
-    def compare(self, part: Part[StoredRows], labels_n: Tensor) -> dict[str, Tensor]:
+    def compare(self, part: TokenLogits[StoredRows], labels_n: Tensor) -> dict[str, Tensor]:
         """Return the metrics that the stored numbers give."""
         loss = self.fused_loss
         return metrics_against_stored(part.student_nv, part.teacher, labels_n, loss.divergence, loss.group)

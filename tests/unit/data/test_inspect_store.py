@@ -41,12 +41,12 @@ def test_the_text_of_taught_tokens_is_marked_and_their_targets_are_listed(codec,
     write_windows(tmp_path / "store", manifest, windows)
     assert finish_store(tmp_path / "store")
     page, window = shown(tmp_path / "store"), windows[0]
-    taught = np.flatnonzero(window["loss_mask"])
-    assert f"window 1 of 3: {L} tokens, {len(taught)} taught by" in page and "\x9b" not in page
-    assert page.count("⟦") == 1 + np.count_nonzero(np.diff(taught) > 1)
+    places = np.flatnonzero(window["loss_mask"])
+    assert f"window 1 of 3: {L} tokens, {len(places)} with targets" in page and "\x9b" not in page
+    assert page.count("⟦") == 1 + np.count_nonzero(np.diff(places) > 1)
     _, *rows = [line for line in page.splitlines() if line[:8].strip().isdigit() or line.startswith("position")]
-    assert len(rows) == min(len(taught), 12)
-    row, first = rows[0], taught[0]
+    assert len(rows) == min(len(places), 12)
+    row, first = rows[0], places[0]
     word = WORDS[window["tokens"][first + 1]].replace("\x9b", "\ufffd")
     numbers = [f'"{word}"', f"{window['label_logprob'][0]:.3f}", f"{window['entropy'][0]:.3f}"]
     assert row.split()[:4] == [str(first + 1), *numbers]

@@ -194,7 +194,7 @@ def test_a_plan_counts_passes_over_windows(tmp_path):
     training = TrainingConfig(steps=10, global_batch_size=4)
     (part,) = parts_of_blend(RunConfig("out", StudentConfig(), data=data, training=training))
     counted = sum(int(window["loss_mask"].sum()) for window in windows)
-    assert (part.tokens, part.passes, part.counted) == (10 * L, 4.0, counted / (10 * L))
+    assert (part.tokens, part.passes, part.valid_share) == (10 * L, 4.0, counted / (10 * L))
 
 
 def test_a_store_states_the_sum_of_every_file(tmp_path):

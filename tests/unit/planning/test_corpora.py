@@ -28,8 +28,8 @@ def config(**data) -> RunConfig:
 def test_passes_follow_from_weights_or_from_sizes(tmp_path: Path):
     a, b = corpus(tmp_path, "a", [60, 40], counted=25), corpus(tmp_path, "b", [400])
     one, two = parts_of_blend(config(train=["3", a, "1", b], valid=[b]))
-    assert (one.share, one.passes, one.tokens, one.counted) == (0.75, 7.5, 100, 0.25)
-    assert (two.share, two.passes, two.tokens, two.counted) == (0.25, 0.625, 400, None)
+    assert (one.share, one.passes, one.tokens, one.valid_share) == (0.75, 7.5, 100, 0.25)
+    assert (two.share, two.passes, two.tokens, two.valid_share) == (0.25, 0.625, 400, None)
     assert [part.passes for part in parts_of_blend(config(train=[a, b], valid=[b]))] == [2.0, 2.0]
 
 
@@ -48,7 +48,7 @@ def test_held_out_documents_are_not_read(tmp_path: Path):
 
 def test_all_tokens_count_if_asked_for(tmp_path: Path):
     (part,) = parts_of_blend(config(train=[corpus(tmp_path, "a", [50, 50], counted=10)], loss_on="all"))
-    assert part.counted is None
+    assert part.valid_share is None
 
 
 @pytest.mark.parametrize("missing", ["any", "nothing/there"])

@@ -45,7 +45,7 @@ def test_the_bytes_are_those_of_the_store_that_is_written(one, corpus, tmp_path,
         usual = (store.manifest.coding.usual_bytes - 1) / 2  # pairs of a token: 9 bits and 4
         pairs = 2 * (sum(shard.pairs for shard in written.contents.shards) - usual * written.num_tokens)
         assert written.num_tokens * (store.most_token_bytes - store.token_bytes) > pairs > 0  # random: more than usual
-    store = replace(store, counted=written.num_tokens / (64 * 16))
+    store = replace(store, valid_share=written.num_tokens / (64 * 16))
     assert abs(size - pairs - store.num_bytes) < 2 * 8 * 2 + 1  # bounds: one more than windows, in each shard
 
 
@@ -80,11 +80,11 @@ def peak(config, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_memory_is_within_5_percent_of_what_a_micro_batch_takes(one, corpus, tmp_path, temperature):
     setup_device()
-    from distill_nemo.planning.stores import fullest
+    from distill_nemo.planning.stores import largest_memory
 
     config = tiny_store(corpus, tmp_path, teacher="wide", temperature=temperature)
     config.data.sequence_length, config.data.reset_at_documents = 128, False
-    ours = fullest(planned(config, on_gpu=False, transformer_engine=False)).total
+    ours = largest_memory(planned(config, on_gpu=False, transformer_engine=False)).total
     (theirs,) = one.run(peak, config, temperature)
     assert abs(ours / theirs - 1) < 0.05, (ours, theirs)
 

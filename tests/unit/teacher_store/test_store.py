@@ -399,8 +399,8 @@ def test_a_shard_that_becomes_shorter_is_refused(store):
 def test_the_manifest_is_read_once_however_many_shards_are_missing(tmp_path, monkeypatch):
     """It holds the vocabularies: 11 ms each time with 150,000 tokens, for tens of thousands of shards."""
     create_store(tmp_path / "store", manifest_of(windows_per_shard=1))
-    reads, read = [], writing.read_manifest
-    monkeypatch.setattr(writing, "read_manifest", lambda store: reads.append(store) or read(store))
+    reads, read = [], writing.read_store_manifest
+    monkeypatch.setattr(writing, "read_store_manifest", lambda store: reads.append(store) or read(store))
     assert WrittenShards(tmp_path / "store", manifest_of(windows_per_shard=1)).missing() == list(range(10))
     assert len(reads) == 1
 
