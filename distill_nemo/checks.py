@@ -16,6 +16,7 @@ from distill_nemo.config import (
     StoreConfig,
 )
 from distill_nemo.fields import checked, require, suggest
+from distill_nemo.quantization import check_quantization
 
 FIELDS_OF_BALANCERS = {
     "static": ("lm_weight", "logits_weight", "hidden_weight"),
@@ -40,6 +41,7 @@ def check(config: RunConfig, world_size: int) -> None:
     _check_parallelism(config, num_microbatches)
     _check_training(config)
     _check_distillation(config.distillation)
+    check_quantization(config.quantization)
     saved = config.checkpoint
     require(saved.export or not saved.copy_untouched, "checkpoint.copy_untouched needs checkpoint.export; set both")
     pushed = saved.destination() is not None

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from distill_nemo.fields import setting
 from distill_nemo.push_config import PushConfig
+from distill_nemo.quantization import QuantizationConfig
 from distill_nemo.schedules import Schedule, parse_schedule
 
 if typing.TYPE_CHECKING:
@@ -275,6 +276,7 @@ class RunConfig:
     student: StudentConfig
     teacher: TeacherConfig | None = None  # None: plain training, without distillation
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -1,9 +1,10 @@
 """Formats of quantised students: one row each. No torch: the launcher imports this file and must start quickly."""
 
+import fnmatch
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from distill_nemo.fields import setting
+from distill_nemo.fields import require, setting
 
 FormatName = Literal["none", "fp8", "nvfp4", "nvfp4_weights", "int8", "int4_weights"]
 CacheFormatName = Literal["none", "fp8", "nvfp4"]
@@ -82,3 +83,26 @@ def format_of(config: QuantizationConfig) -> Format | None:
     if found is None or config.block_size is None:
         return found
     return replace(found, weights=replace(found.weights, block=config.block_size))
+
+
+def check_quantization(config: QuantizationConfig) -> None:
+    """Refuse fields that the format does not have.
+
+    Raises:
+        ValueError: naming the field, what came, what is allowed.
+    """
+    require(
+        config.block_size is None or config.format == "int4_weights",
+        f'quantization.block_size = {config.block_size} needs quantization.format = "int4_weights", got '
+        f'"{config.format}"; leave it unset',
+    )
+
+
+def is_excluded(config: QuantizationConfig, layer: str) -> bool:
+    """Return True if a linear layer stays plain.
+
+    Args:
+        config: patterns in `exclude`.
+        layer: Megatron's name of it, such as `decoder.layers.3.mlp.linear_fc1`, with its number in the model.
+    """
+    return any(fnmatch.fnmatchcase(layer, pattern) for pattern in config.exclude)

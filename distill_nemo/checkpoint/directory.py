@@ -12,6 +12,7 @@ from typing import Any
 
 from distill_nemo.config import DataConfig, DistillationConfig, StudentConfig, TeacherConfig
 from distill_nemo.models.sources import saved_steps
+from distill_nemo.quantization import QuantizationConfig
 from distill_nemo.runtime.files import read_object, write_atomically
 
 MAY_CHANGE = ("num_workers", "cache", "fused_linear", "offload_teacher")
@@ -19,6 +20,7 @@ SECTIONS: dict[str, Any] = {
     "student": StudentConfig,
     "teacher": TeacherConfig,
     "distillation": DistillationConfig,
+    "quantization": QuantizationConfig,
     "data": DataConfig,
 }
 FIXED = (
@@ -48,6 +50,7 @@ def read_record(directory: Path) -> dict[str, Any]:
         ValueError: if it is not a record of our runs.
     """
     record = read_object(directory / "run.json")
+    record.setdefault("quantization", asdict(QuantizationConfig()))  # an older version had none
     for section in (*SECTIONS, "optimizer", "training"):
         if not isinstance(record.get(section), dict) and (section != "teacher" or record.get(section, 0) is not None):
             raise ValueError(f'{directory / "run.json"} is damaged: it has no section "{section}"')

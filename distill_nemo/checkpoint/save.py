@@ -19,7 +19,8 @@ from distill_nemo.checkpoint.state import RANDOM_STATE, random_state, rng_layout
 from distill_nemo.checkpoint.write_results import WriteResults
 from distill_nemo.config import RunConfig
 from distill_nemo.models.checkpoints.modelopt_state import save_modelopt_state
-from distill_nemo.models.sources import candidates
+from distill_nemo.models.sources import QUANTIZATION, candidates
+from distill_nemo.quantization import is_quantized
 from distill_nemo.runtime.checksums import join_sums, sum_own_files, then_sum_own_files
 from distill_nemo.runtime.files import fsync
 
@@ -31,6 +32,7 @@ class CheckpointWriter:
         self.root, self.record = root, run_record(config, remember=True)
         self.keep_last, self.async_save = config.checkpoint.keep_last, config.checkpoint.async_save
         self._queue: Any = AsyncCallsQueue() if self.async_save else None
+        self.quantization = self.record["quantization"] if is_quantized(config.quantization) else None
         self._partial = root  # directory being written
         if filesystem_async._results_queue is None:
             filesystem_async._results_queue = WriteResults()  # in place of Megatron's helper process
@@ -90,6 +92,8 @@ class CheckpointWriter:
     def _publish(self, partial: Path, target: Path) -> None:
         if dist.get_rank() == 0:
             architecture = {**self.record["student"], "checkpoint": None}
+            if self.quantization is not None:
+                architecture[QUANTIZATION] = self.quantization
             (partial / "architecture.json").write_text(json.dumps(architecture, indent=2))
             (partial / "run.json").write_text(json.dumps(self.record, indent=2))
             join_sums(partial)

@@ -13,6 +13,7 @@ from torch import nn
 
 from distill_nemo.models.checkpoints.megatron import is_extra
 from distill_nemo.models.checkpoints.modelopt_state import is_modified
+from distill_nemo.models.quantizers.state import with_amaxes
 
 PREFIX = "model."
 RANDOM_STATE = "random_state"  # the first release's `rng` is a pickle
@@ -102,6 +103,8 @@ def model_state(model: Any) -> dict[str, Any]:
     """Return the student's sharded tensors and projections. Of the extra states only quantizers' are not empty."""
     state = model.sharded_state_dict(prefix=PREFIX, metadata=_metadata())
     keep = is_modified(model)
+    if not keep:
+        state = with_amaxes(model, state, PREFIX)
     return {name: value for name, value in state.items() if keep or not is_extra(name)}
 
 

@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 from distill_nemo.config import ModelConfig
 from distill_nemo.models.sources import Source
+from distill_nemo.quantization import QuantizationConfig
 
 COMPARED = 64  # tokens; at least as many as imports and exports are compared with transformers on
 VOCAB_MULTIPLE = 128  # at every tensor parallel size, so that checkpoints reshard
@@ -257,6 +258,7 @@ class Architecture:
         multipliers: constants for embeddings, residual branches and logits.
         family_fields: all fields of config.json that only this family has (`Family.own_fields`).
         init_std: standard deviation of random weights.
+        quantization: numbers that it computes with; None: those of its dtype.
         documents_apart: in training and evaluation, attention and positions stay inside a document.
     """
 
@@ -294,6 +296,7 @@ class Architecture:
     multipliers: Multipliers
     family_fields: dict[str, Any]
     init_std: float
+    quantization: QuantizationConfig | None = field(default=None, compare=False)
     documents_apart: bool = field(default=False, compare=False)
 
     @property

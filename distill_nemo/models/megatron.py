@@ -21,7 +21,7 @@ from distill_nemo.models.layers.mamba import fused_kernel
 from distill_nemo.models.layers.multipliers import FinishLogits, ScaleEmbeddings
 from distill_nemo.models.layers.residual import NormedAdd, replace_add, scaled_add
 from distill_nemo.models.layers.rotary import give_rotary_embeddings
-from distill_nemo.models.layers.specs import block_spec, drop_pre_norms, transformer_engine_usable
+from distill_nemo.models.layers.specs import block_spec, drop_pre_norms, uses_transformer_engine
 from distill_nemo.models.layers.wide_norms import give_wide_norms
 from distill_nemo.models.layouts import check_layout, check_transformer_engine
 
@@ -50,7 +50,7 @@ def transformer_config(
         ValueError: if the layout does not divide heads, experts or vocabulary. The message has both numbers.
     """
     check_layout(model, parallelism)
-    if transformer_engine_usable(dtype):
+    if uses_transformer_engine(model, dtype):
         check_transformer_engine(model, parallelism)
     on_cpu = not torch.cuda.is_available()
     if any(layer.mixer == "mamba" for layer in model.layers) and not on_cpu:
@@ -183,7 +183,7 @@ def gpt_model(
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
     block, multipliers = block_spec(model, config, vp_stage), model.multipliers
     if not model.pre_norms:
-        drop_pre_norms(block, transformer_engine_usable(config.params_dtype))
+        drop_pre_norms(block, uses_transformer_engine(model, config.params_dtype))
     if model.post_norms:
         replace_add(block, ModuleSpec(NormedAdd, params={"config": config, "norm": block.layer_norm}))
     elif multipliers.residual != 1:

@@ -20,6 +20,8 @@ from distill_nemo.models.distillation.offload import HostWeights
 from distill_nemo.models.distillation.stored_targets import StoredTeacher, learn_from_store
 from distill_nemo.models.layers.experts import initialise_experts, keep_expert_bias, keep_experts_apart
 from distill_nemo.models.megatron import Recompute, gpt_model, transformer_config
+from distill_nemo.models.quantizers.calibrate import calibrate_weights
+from distill_nemo.models.quantizers.convert import quantize
 from distill_nemo.models.resolve import resolve, resolve_pair, with_headers
 from distill_nemo.models.sources import CheckpointKind
 from distill_nemo.runtime.device import setup_device
@@ -124,15 +126,26 @@ def _build(
         built = gpt_model(model, config, **kwargs)
     keep_experts_apart(built)
     keep_expert_bias(built)
+    if model.quantization is not None:
+        quantize(built, model.quantization)
     if source is None:
         initialise_experts(built)
-        return built
-    restore_modelopt_state(built, source.weights)  # a resumed run needs the same modules for its own weights
-    if load_weights and source.kind is CheckpointKind.HUGGING_FACE:
-        load_hf_weights(built, model)
-    elif load_weights:
-        load_megatron_weights(source.weights, built)
+    else:
+        restore_modelopt_state(built, source.weights)  # a resumed run needs the same modules for its own weights
+    if load_weights:
+        _load(built, model)
     return built
+
+
+def _load(built: GPTModel, model: Architecture) -> None:
+    """Fill weights from the source, if there is one, and set amaxes of weights, unless the source has them."""
+    source = model.source
+    if source is not None and source.kind is CheckpointKind.HUGGING_FACE:
+        load_hf_weights(built, model)
+    elif source is not None:
+        load_megatron_weights(source.weights, built, source.quantization is not None)
+    if model.quantization is not None and (source is None or source.quantization is None):
+        calibrate_weights(built, model.quantization)
 
 
 def _with_checked_weights(model: Architecture) -> Architecture:

@@ -26,7 +26,8 @@ from distill_nemo.models.families.huggingface import from_huggingface, read_conf
 from distill_nemo.models.families.rope import resolve_ropes
 from distill_nemo.models.layers.block_configs import read_block_configs
 from distill_nemo.models.layers.rotary import frequencies
-from distill_nemo.models.sources import CheckpointKind, Source, find_checkpoint
+from distill_nemo.models.sources import QUANTIZATION, CheckpointKind, Source, find_checkpoint
+from distill_nemo.quantization import QuantizationConfig, is_quantized
 from distill_nemo.runtime.files import read_object
 from distill_nemo.runtime.process_groups import rank
 
@@ -136,6 +137,7 @@ def _architecture(name: str, source: Source | None, values: dict[str, Any]) -> A
     return Architecture(
         name=name,
         source=source,
+        quantization=source.quantization if source else None,
         ropes=_ropes(name, values, family),
         layers=layers,
         experts=family.experts(values) if family.experts and _has_experts(values) else None,
@@ -257,18 +259,40 @@ def read_source(checkpoint: str) -> tuple[Source, dict[str, Any]]:
     found = find_checkpoint(Path(checkpoint))
     config: dict[str, Any] = {}
     described: dict[str, Any] = {}
+    quantization: QuantizationConfig | None = None
     if found.description is None:
         pass
     elif found.kind is CheckpointKind.OURS:
-        stated = from_dict(read_object(found.description), StudentConfig, f"{found.description}: ")
-        own = dataclasses.asdict(stated)
+        stated, where = read_object(found.description), f"{found.description}: "
+        if QUANTIZATION in stated:
+            quantization = from_dict(stated.pop(QUANTIZATION), QuantizationConfig, where + f"{QUANTIZATION}.")
+        own = dataclasses.asdict(from_dict(stated, StudentConfig, where))
         described = {k: v for k, v in own.items() if k != "checkpoint" and (v is not None or k in WITHOUT_DEFAULT)}
     elif found.kind is CheckpointKind.HUGGING_FACE:
         config = read_config(found.description)
         described = from_huggingface(config, found.weights)
     else:
         described = read_nemo_config(found.description)
-    return Source(checkpoint, found.kind, found.weights, config, described.get("vocab_size")), described
+    return Source(checkpoint, found.kind, found.weights, config, described.get("vocab_size"), quantization), described
+
+
+def quantized_as(model: Architecture, config: QuantizationConfig) -> Architecture:
+    """Return a student as a run quantises it. One that an earlier run has quantised stays as it is.
+
+    Raises:
+        ValueError: if it was quantised otherwise.
+    """
+    stored = model.quantization
+    if not is_quantized(config) or config == stored:
+        return model
+    if stored is not None:
+        raise ValueError(
+            f"{model.name} was quantised by its run with {stored}, this one states {config}: leave quantization unset "
+            "to go on with that, or take the model that it was made from"
+        )
+    if model.source is not None and model.source.modified_by_modelopt:
+        raise ValueError(f"{model.name} was quantised by ModelOpt already: leave quantization unset")
+    return dataclasses.replace(model, quantization=config)
 
 
 def resolve_pair(student: StudentConfig | Architecture, teacher: TeacherConfig | Architecture | None) -> Models:

@@ -79,7 +79,8 @@ def check_source(model: Architecture) -> None:
         return
     with _small(source, model) as (directory, small), process_group_of_one():
         seed_everything(0)
-        built = model_provider(student=small, parallelism=ParallelismConfig())
+        plain = dataclasses.replace(small, quantization=None)
+        built = model_provider(student=plain, parallelism=ParallelismConfig())
         assert isinstance(built, GPTModel)
         changes = {"pad_token_id": None, **FAMILIES[model.family].reference}  # it may have no row for that token
         open_reference = functools.partial(open_with_transformers, directory, torch.float32, **changes)

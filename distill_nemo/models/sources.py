@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from distill_nemo.quantization import QuantizationConfig
+
 OWN_FILES = ("architecture.json", "run.json", "SHA256SUMS")  # any one suffices: the others may be lost
+QUANTIZATION = "quantization"  # key of a quantised student's format in architecture.json
 MODELOPT_STATE = "modelopt_state"  # directory of ModelOpt's changes to a model; its quantizers have tensors too
 STEP = re.compile(r"step_\d{8,}")
 
@@ -64,6 +67,7 @@ class Source:
         weights: directory of its tensors.
         config: content of a Hugging Face `config.json`; empty for other kinds.
         vocab_size: number of rows that its description states, if any.
+        quantization: how our run has quantised it; None: it has not.
         tensors: headers of its safetensors, once `check_hf_tensors` has compared them; empty for other kinds.
     """
 
@@ -72,6 +76,7 @@ class Source:
     weights: Path
     config: dict[str, Any]
     vocab_size: int | None
+    quantization: QuantizationConfig | None = None
     tensors: Mapping[str, StoredTensor] = field(default_factory=dict, repr=False)
 
     @property

@@ -77,16 +77,18 @@ def resolve_models(config: RunConfig) -> "tuple[RunConfig, Models]":
     """Return the architectures of both models, and the config with their unset fields filled in from them.
 
     Raises:
-        ValueError: from `resolve_pair` and `check_layout`, and if a sequence is longer than a model's positions.
+        ValueError: from `resolve_pair`, `quantized_as` and `check_layout`, and if a sequence is longer than a model's positions.
     """
     from distill_nemo.data.token_files import documents_apart
-    from distill_nemo.models.resolve import resolve_pair
+    from distill_nemo.models.resolve import quantized_as, resolve_pair
 
     models = resolve_pair(config.student, config.teacher)
+    models = models._replace(student=quantized_as(models.student, config.quantization))
     setting = config.data.sequence_length, documents_apart(config.data), config.parallelism
     roles = zip(models._fields, models, strict=True)
     student, teacher = (model and fitted(role, model, *setting) for role, model in roles)
-    config = replace(config, student=models.student.filled(config.student))
+    quantization = models.student.quantization or config.quantization
+    config = replace(config, student=models.student.filled(config.student), quantization=quantization)
     if config.teacher is not None and models.teacher is not None:
         config.teacher = models.teacher.filled(config.teacher)
     return config, models._replace(student=student, teacher=teacher)
@@ -153,6 +155,7 @@ def _train_alone(config: RunConfig, models: "Models") -> "tuple[int | None, list
     from distill_nemo.runtime.everyone import Everyone
     from distill_nemo.runtime.process_groups import rank
     from distill_nemo.runtime.seed import seed_everything
+    from distill_nemo.training.calibration import calibrate
     from distill_nemo.training.data import build_run_datasets, check_run_data
     from distill_nemo.training.loop import Loop
     from distill_nemo.training.setup import build_train_state, release_gradients
@@ -183,6 +186,8 @@ def _train_alone(config: RunConfig, models: "Models") -> "tuple[int | None, list
         loop.state.update(state)
         if rank() == 0:
             print(f"resumed from {newest} at step {state['step']} of {config.training.steps}{changed}", flush=True)
+    else:
+        calibrate(loop)
     if rank() == 0:
         save_yaml(config, Path(config.output_dir) / "config.yaml")
     torch.distributed.barrier()

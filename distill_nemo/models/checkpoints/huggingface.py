@@ -64,6 +64,8 @@ def check_exportable(model: Architecture) -> None:
         raise ValueError(
             f"{model.name} was modified by ModelOpt (quantised, say): that cannot be exported yet; {NO_EXPORT}"
         )
+    if model.quantization is not None:
+        raise ValueError(f"{model.name} is quantised: that cannot be exported yet; {NO_EXPORT}")
 
 
 def export_hf(

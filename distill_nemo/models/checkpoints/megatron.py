@@ -20,6 +20,7 @@ from distill_nemo.fields import first_few
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.families.pieces import EMBEDDING, EXPERT, OUTPUT, OUTSIDE, Piece
 from distill_nemo.models.families.tensors import FUSED_NAMES, LOCAL_NAMES, Shapes, parameters
+from distill_nemo.models.quantizers.state import is_amax, with_amaxes
 from distill_nemo.models.sources import MODELOPT_STATE
 from distill_nemo.runtime.pickles import read_contents, weights_only
 
@@ -36,7 +37,7 @@ LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 MAX_VOCAB_PADDING = 128 * 64  # Megatron pads to a multiple of 128 times the tensor parallel size
 
 
-def load_megatron_weights(directory: Path, built: GPTModel) -> None:
+def load_megatron_weights(directory: Path, built: GPTModel, quantized: bool = False) -> None:
     """Fill this tensor- and pipeline-parallel part of `built`, resharding as needed.
 
     Layers may be stored stacked (`decoder.layers.mlp...` with a leading dimension) or one by one, layer norms under
@@ -45,20 +46,21 @@ def load_megatron_weights(directory: Path, built: GPTModel) -> None:
     Args:
         directory: holds `.metadata`, which `check_megatron_tensors` has compared with the model.
         built: model to fill.
+        quantized: the checkpoint has the amaxes of the model's quantizers, as our runs store them.
 
     Raises:
-        ValueError: if a file is missing or corrupt, by name.
+        ValueError: if a file is missing or corrupt, by name, or if amaxes are missing, or are none.
     """
-    stored = stored_tensors(directory)
+    stored = stored_tensors(directory, quantized)
     prefix = key_prefix(stored)
     names = {name.removeprefix(prefix): shape for name, shape in stored.items() if name.startswith(prefix)}
     metadata = {"non_homogeneous_layers": not _is_stacked(names)}
-    part = built.sharded_state_dict(prefix=prefix, metadata=metadata)
-    wanted = {name: value for name, value in part.items() if not is_extra(name)}
+    part = with_amaxes(built, built.sharded_state_dict(prefix=prefix, metadata=metadata), prefix)
+    wanted = {name: value for name, value in part.items() if not is_extra(name) and (quantized or not is_amax(name))}
     for value in nested_values(wanted):
         value.key = prefix + _stored_name(value.key.removeprefix(prefix), names)
     missing, _ = built.load_state_dict(_read(directory, wanted, prefix), strict=False)
-    missing = [name for name in missing if not is_extra(name)]
+    missing = [name for name in missing if not is_extra(name) and (quantized or not is_amax(name))]
     assert not missing, f"the sharded state of the model leaves out {missing[:3]}"
 
 
@@ -72,8 +74,10 @@ def key_prefix(stored: Shapes) -> str:
     return next((p for p in PREFIXES if any(name.startswith(p + "decoder.") for name in stored)), "")
 
 
-def stored_tensors(directory: Path) -> Shapes:
-    """Return the global shape of every tensor of the checkpoint's model, by name, without quantizers.
+def stored_tensors(directory: Path, quantized: bool = False) -> Shapes:
+    """Return the global shape of every tensor of the checkpoint's model, by name, without those of quantizers.
+
+    Only a checkpoint that one of our runs has quantised (`quantized`), or ModelOpt, may have quantizers.
 
     Raises:
         ValueError: if the table of contents cannot be read, could run code, or names files that are missing or too
@@ -95,7 +99,8 @@ def stored_tensors(directory: Path) -> Shapes:
         size = (directory / name).stat().st_size
         if size < end:
             raise ValueError(f"{directory / name} is truncated: {size:,} bytes, needs {end:,}")
-    quantizer = re.compile(r"_quantizer\b" if (directory / MODELOPT_STATE).is_dir() else r"(?!)")
+    may_have_quantizers = quantized or (directory / MODELOPT_STATE).is_dir()
+    quantizer = re.compile(r"_quantizer\b" if may_have_quantizers else r"(?!)")
     shapes = {k: tuple(t.size) for k, t in tensors.items() if not IGNORED.search(k) and not quantizer.search(k)}
     for tensor, (axis, parts) in STORED_IN_PARTS.items():
         for name in [name.removesuffix(parts[0]) for name in shapes if name.endswith(tensor + parts[0])]:
@@ -170,7 +175,7 @@ def check_megatron_tensors(directory: Path, model: Architecture) -> None:
     Raises:
         ValueError: if tensors are missing, extra or of another shape, or a file is missing or short, by name.
     """
-    stored = stored_tensors(directory)
+    stored = stored_tensors(directory, model.source is not None and model.source.quantization is not None)
     prefix = key_prefix(stored)
     names = {name.removeprefix(prefix): shape for name, shape in stored.items() if name.startswith(prefix)}
     stray = [name for name in stored if not name.startswith(prefix)]

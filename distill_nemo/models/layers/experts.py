@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 
 from distill_nemo.config import ParallelismConfig
 from distill_nemo.models.architecture import Architecture
-from distill_nemo.models.layers.specs import transformer_engine_usable
+from distill_nemo.models.layers.specs import uses_transformer_engine
 from distill_nemo.runtime.seed import seed_apart
 
 
@@ -52,7 +52,7 @@ def expert_settings(model: Architecture, parallelism: ParallelismConfig, dtype: 
         "moe_aux_loss_coeff": 0.0,
         # gloo's all_to_all_single takes no tensors as split sizes; both dispatchers compute the same.
         "moe_token_dispatcher_type": "alltoall" if on_cuda else "allgather",
-        "moe_grouped_gemm": transformer_engine_usable(dtype),
+        "moe_grouped_gemm": uses_transformer_engine(model, dtype),
         "expert_model_parallel_size": parallelism.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallelism.tensor_model_parallel_size,
     }

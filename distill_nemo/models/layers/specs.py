@@ -46,6 +46,11 @@ def transformer_engine_usable(dtype: torch.dtype) -> bool:
     return True
 
 
+def uses_transformer_engine(model: Architecture, dtype: torch.dtype) -> bool:
+    """Return True if a model's layers are Transformer Engine's. ModelOpt quantises Megatron's own layers here."""
+    return model.quantization is None and transformer_engine_usable(dtype)
+
+
 def block_spec(
     model: Architecture, config: TransformerConfig, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
@@ -57,11 +62,11 @@ def block_spec(
         ModuleSpec(module=TransformerLayer, submodules=_layer_parts(model, config, layer))
         for layer in model.layers[first : first + count]
     ]
-    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=_norm(config.params_dtype))
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=_norm(model, config.params_dtype))
 
 
-def _norm(dtype: torch.dtype) -> Any:
-    if not transformer_engine_usable(dtype):
+def _norm(model: Architecture, dtype: torch.dtype) -> Any:
+    if not uses_transformer_engine(model, dtype):
         return RMSNorm
     from megatron.core.extensions.transformer_engine import TENorm
 
@@ -70,13 +75,13 @@ def _norm(dtype: torch.dtype) -> Any:
 
 def uses_own_attention(model: Architecture, dtype: torch.dtype) -> bool:
     """Return True if core attention is ours, not Transformer Engine's."""
-    return model.needs_own_attention or not transformer_engine_usable(dtype)
+    return model.needs_own_attention or not uses_transformer_engine(model, dtype)
 
 
 def _layer_parts(model: Architecture, config: TransformerConfig, layer: Layer) -> TransformerLayerSubmodules:
     """Return the parts of one layer, with a part that it lacks left out."""
     num_experts = config.num_moe_experts if layer.has_experts else None
-    use_te = transformer_engine_usable(config.params_dtype)
+    use_te = uses_transformer_engine(model, config.params_dtype)
     if use_te:
         parts = get_gpt_layer_with_transformer_engine_submodules(
             num_experts=num_experts, moe_grouped_gemm=config.moe_grouped_gemm, qk_layernorm=config.qk_layernorm
@@ -95,7 +100,7 @@ def _layer_parts(model: Architecture, config: TransformerConfig, layer: Layer) -
     elif layer.mixer == "gated_delta_net":
         from distill_nemo.models.layers.gated_delta_net import use_delta_net
 
-        use_delta_net(parts, _norm(config.params_dtype), use_te)
+        use_delta_net(parts, _norm(model, config.params_dtype), use_te)
     elif layer.num_query_groups is None:
         parts.input_layernorm = parts.self_attention = IdentityOp
         parts.self_attn_bda = IdentityFuncOp
@@ -107,7 +112,7 @@ def _layer_parts(model: Architecture, config: TransformerConfig, layer: Layer) -
 
 def _mix_by_mamba(parts: TransformerLayerSubmodules, model: Architecture, config: TransformerConfig) -> None:
     linear: MambaSubmodules
-    if transformer_engine_usable(config.params_dtype):
+    if uses_transformer_engine(model, config.params_dtype):
         from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm, TERowParallelLinear
 
         linear, parts.input_layernorm = MambaSubmodules(TEColumnParallelLinear, TERowParallelLinear), TENorm
@@ -156,7 +161,7 @@ def _heterogeneous_spec(
 
     Documents apart need our attention beside Transformer Engine's other parts, too.
     """
-    use_te = transformer_engine_usable(config.params_dtype)
+    use_te = uses_transformer_engine(model, config.params_dtype)
     block = get_gpt_heterogeneous_layer_spec(config, use_te=use_te, vp_stage=vp_stage)
     assert block.layer_specs is not None
     for layer in block.layer_specs:

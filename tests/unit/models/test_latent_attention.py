@@ -158,6 +158,6 @@ def test_context_parallelism_with_transformer_engine_is_refused(models, monkeypa
     model = resolved(models["deepseek_v3"])
     parallelism = ParallelismConfig(context_parallel_size=2)
     megatron.transformer_config(model, parallelism, torch.float32)
-    monkeypatch.setattr(megatron, "transformer_engine_usable", lambda dtype: True)
+    monkeypatch.setattr(megatron, "uses_transformer_engine", lambda model, dtype: True)
     with pytest.raises(ValueError, match="latent attention is not supported with Transformer Engine under"):
         megatron.transformer_config(model, parallelism, torch.float32)

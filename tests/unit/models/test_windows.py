@@ -174,7 +174,7 @@ def test_transformer_engine_with_windows_under_context_parallelism_is_refused(tm
     model, two = resolve_json(tmp_path, "mistral", sliding_window=64), ParallelismConfig(context_parallel_size=2)
     config = megatron.transformer_config(model, two, torch.float32)
     assert (config.window_size, config.window_attn_skip_freq) == ((63, 0), [1] * 4)
-    monkeypatch.setattr(megatron, "transformer_engine_usable", lambda dtype: True)
+    monkeypatch.setattr(megatron, "uses_transformer_engine", lambda model, dtype: True)
     with pytest.raises(
         ValueError, match=r"windows of 64 tokens .*context_parallel_size = 2.*sequence_length to at most"
     ):

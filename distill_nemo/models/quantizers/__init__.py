@@ -1,0 +1,1 @@
+"""Quantizers of a student's layers: their conversion, ranges and state."""

@@ -1,0 +1,83 @@
+"""Keep amaxes in Megatron's checkpoints: each is split as its weight is, so that it reshards with it.
+
+The amaxes of a weight's blocks have the weight's rows, and one column for each block. An amax of a row is equal on all
+ranks that hold parts of it, and an amax of a tensor on all that hold parts of the tensor.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch import Tensor, nn
+
+from distill_nemo.models.quantizers.convert import Quantizer, quantizers_of
+
+AMAX = "._amax"
+
+
+def is_amax(name: str) -> bool:
+    """Return True for the name of a quantizer's amax in a state."""
+    return name.endswith(f"_quantizer{AMAX}")
+
+
+def with_amaxes(model: nn.Module, state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Return a sharded state with the amaxes of the student's quantizers, in place of those that ModelOpt adds.
+
+    Args:
+        model: a model, or a distillation model.
+        state: its sharded state.
+        prefix: of the state's names.
+    """
+    plain = {name: value for name, value in state.items() if "_quantizer." not in name}
+    return plain | {prefix + each.name + AMAX: _sharded(each, plain, prefix) for each in quantizers_of(model)}
+
+
+def _sharded(quantizer: Quantizer, state: Mapping[str, Any], prefix: str) -> ShardedTensor | ShardedTensorFactory:
+    weight = state[f"{prefix}{quantizer.layer_name}.weight"]
+    key = f"{weight.key.removesuffix('weight')}{quantizer.name.rpartition('.')[2]}{AMAX}"
+    amax = quantizer.module.amax
+    assert amax is not None
+    if amax.ndim == 0:
+        first = weight.build()[0] if isinstance(weight, ShardedTensorFactory) else weight
+        return _collapsed(first, key, amax.reshape(1), first.prepend_axis_num)
+    amax = amax.reshape(len(quantizer.layer.get_parameter("weight")), -1)
+    if isinstance(weight, ShardedTensorFactory):  # of rows
+        return replace(weight, key=key, data=amax)
+    if not quantizer.module.is_static_block_quant:
+        return _collapsed(weight, key, amax, weight.prepend_axis_num + 1)
+    numbers = weight.local_shape[1] // amax.shape[1]  # that share an amax
+    *shape, columns = weight.global_shape
+    *offset, column = weight.global_offset
+    return replace(
+        weight,
+        key=key,
+        data=amax,
+        dtype=amax.dtype,
+        local_shape=tuple(amax.shape),
+        global_shape=(*shape, columns // numbers),
+        global_offset=(*offset, column // numbers),
+    )
+
+
+def _collapsed(weight: ShardedTensor, key: str, amax: Tensor, axis: int) -> ShardedTensor:
+    """Return an amax in the place of its weight, with the weight's axes from `axis` on replaced by one of size 1.
+
+    Ranks that hold other parts along these axes hold copies.
+    """
+    stage, copy, replica = weight.replica_id
+    fragments = weight.axis_fragmentations
+    assert fragments is not None
+    for i in range(axis, len(weight.global_shape)):
+        copy += weight.global_offset[i] * fragments[i] // weight.global_shape[i]
+    return replace(
+        weight,
+        key=key,
+        data=amax,
+        dtype=amax.dtype,
+        local_shape=tuple(amax.shape),
+        global_shape=(*weight.global_shape[:axis], 1),
+        global_offset=(*weight.global_offset[:axis], 0),
+        axis_fragmentations=(*fragments[:axis], 1),
+        replica_id=(stage, copy, replica),
+    )
