@@ -11,9 +11,20 @@ from distill_nemo.cli.launch import TrainContext
 from recipes import cuts, pairs
 from recipes.compress import minitron
 from recipes.distil import distil
+from recipes.quantised import qad_fp8, qad_int4, qad_int8, qad_nvfp4
 from recipes.quickstart import quickstart, quickstart_alone, quickstart_teacher, run_quickstart
 
-__all__ = ["distil", "minitron", "quickstart", "quickstart_alone", "quickstart_teacher"]
+__all__ = [
+    "distil",
+    "minitron",
+    "qad_fp8",
+    "qad_int4",
+    "qad_int8",
+    "qad_nvfp4",
+    "quickstart",
+    "quickstart_alone",
+    "quickstart_teacher",
+]
 RECIPES = pairs.RECIPES | cuts.RECIPES
 globals().update(RECIPES)
 

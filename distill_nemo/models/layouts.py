@@ -105,11 +105,11 @@ def _check_quantization(model: Architecture, config: QuantizationConfig, tensor:
     if cache is not None and cache.block and model.kv_channels % cache.block:
         raise ValueError(
             f'{model.name}: quantization.kv_cache = "{config.kv_cache}" needs heads of a multiple of {cache.block} '
-            f"channels, it has {model.kv_channels}; set it to \"none\" or \"fp8\""
+            f'channels, it has {model.kv_channels}; set it to "none" or "fp8"'
         )
     if linear and model.tie_word_embeddings and not is_excluded(config, "output_layer"):
         raise ValueError(
-            f"{model.name}: its output layer is its embedding, which is not quantised: add \"output_layer\" to "
+            f'{model.name}: its output layer is its embedding, which is not quantised: add "output_layer" to '
             "quantization.exclude"
         )
 

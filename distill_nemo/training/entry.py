@@ -77,7 +77,8 @@ def resolve_models(config: RunConfig) -> "tuple[RunConfig, Models]":
     """Return the architectures of both models, and the config with their unset fields filled in from them.
 
     Raises:
-        ValueError: from `resolve_pair`, `quantized_as` and `check_layout`, and if a sequence is longer than a model's positions.
+        ValueError: from `resolve_pair`, `quantized_as` and `check_layout`, and if a sequence is longer than a model's
+            positions.
     """
     from distill_nemo.data.token_files import documents_apart
     from distill_nemo.models.resolve import quantized_as, resolve_pair

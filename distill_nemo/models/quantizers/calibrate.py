@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import RowParallelLinear
+from modelopt.torch.quantization.calib import MaxCalibrator
 from torch import Tensor, nn
 
 from distill_nemo.models.quantizers.convert import Quantizer, amax_of, name_in_model, quantizers_of
 from distill_nemo.quantization import QuantizationConfig, format_of
+
 
 @torch.no_grad()
 def calibrate_weights(built: nn.Module, config: QuantizationConfig) -> None:
@@ -56,7 +58,9 @@ def _shared_amaxes(chunks: Sequence[nn.Module]) -> dict[str, float]:
     measured: dict[str, Tensor] = {}
     device = next(chunks[0].parameters()).device
     for name, quantizer in _of_activations(chunks):
-        amax = quantizer.module._calibrator.compute_amax()  # None: no token came to this expert
+        calibrator = vars(quantizer.module)["_calibrator"]
+        assert isinstance(calibrator, MaxCalibrator)
+        amax = calibrator.compute_amax()  # None: no token came to this expert
         before = measured.setdefault(name, torch.zeros((), device=device))
         if amax is not None:
             before.copy_(torch.maximum(before, amax.float().reshape(())))
@@ -72,7 +76,7 @@ def set_amaxes(chunks: Sequence[nn.Module], amaxes: dict[str, float]) -> None:
 
 def amaxes_of(chunks: Sequence[nn.Module]) -> dict[str, float]:
     """Return the amaxes of activations on this rank, by name in the model. They are NaN before calibration."""
-    return {name: float(quantizer.module.amax) for name, quantizer in _of_activations(chunks)}
+    return {name: float(quantizer.amax) for name, quantizer in _of_activations(chunks)}
 
 
 def is_calibrated(chunks: Sequence[nn.Module]) -> bool:

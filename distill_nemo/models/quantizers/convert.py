@@ -44,6 +44,13 @@ class Quantizer(NamedTuple):
     layer_name: str
 
     @property
+    def amax(self) -> Tensor:
+        """Largest absolute values, beyond which numbers are clipped."""
+        amax = self.module.amax
+        assert isinstance(amax, Tensor)
+        return amax
+
+    @property
     def of_weight(self) -> bool:
         """True if it rounds a weight."""
         return self.name.endswith(".weight_quantizer")
@@ -77,7 +84,7 @@ def name_in_model(built: nn.Module, name: str) -> str:
 
 
 def amax_of(weight: Tensor, numbers: Numbers) -> Tensor:
-    """Return the amaxes of this rank's part of a weight, in fp32 and in ModelOpt's shapes: [], [rows, 1], [blocks, 1]."""
+    """Return the fp32 amaxes of this rank's part of a weight, in ModelOpt's shapes: [], [rows, 1] or [blocks, 1]."""
     magnitudes = weight.detach().float().abs()
     if numbers.scope == "tensor":
         return magnitudes.amax()

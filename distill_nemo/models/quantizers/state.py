@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor, nn
 
@@ -36,10 +37,9 @@ def with_amaxes(model: nn.Module, state: Mapping[str, Any], prefix: str) -> dict
 def _sharded(quantizer: Quantizer, state: Mapping[str, Any], prefix: str) -> ShardedTensor | ShardedTensorFactory:
     weight = state[f"{prefix}{quantizer.layer_name}.weight"]
     key = f"{weight.key.removesuffix('weight')}{quantizer.name.rpartition('.')[2]}{AMAX}"
-    amax = quantizer.module.amax
-    assert amax is not None
+    amax = quantizer.amax
     if amax.ndim == 0:
-        first = weight.build()[0] if isinstance(weight, ShardedTensorFactory) else weight
+        first = next(iter(nested_values(weight.build()))) if isinstance(weight, ShardedTensorFactory) else weight
         return _collapsed(first, key, amax.reshape(1), first.prepend_axis_num)
     amax = amax.reshape(len(quantizer.layer.get_parameter("weight")), -1)
     if isinstance(weight, ShardedTensorFactory):  # of rows
@@ -65,9 +65,9 @@ def _collapsed(weight: ShardedTensor, key: str, amax: Tensor, axis: int) -> Shar
 
     Ranks that hold other parts along these axes hold copies.
     """
-    stage, copy, replica = weight.replica_id
     fragments = weight.axis_fragmentations
-    assert fragments is not None
+    assert fragments is not None and isinstance(weight.replica_id, tuple)
+    stage, copy, replica = weight.replica_id
     for i in range(axis, len(weight.global_shape)):
         copy += weight.global_offset[i] * fragments[i] // weight.global_shape[i]
     return replace(

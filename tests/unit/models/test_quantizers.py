@@ -1,0 +1,131 @@
+"""Quantised layers compute what their formats say, values and gradients, and refuse what is not exact."""
+
+import numpy as np
+import pytest
+import torch
+
+from distill_nemo.config import ParallelismConfig, StudentConfig
+from distill_nemo.models.layouts import check_layout
+from distill_nemo.models.quantizers.nvfp4 import _rounded
+from distill_nemo.models.resolve import quantized_as, resolve
+from distill_nemo.quantization import QuantizationConfig
+from tests import reference_quantizers as reference
+from tests.tiny_models import write_hf
+from tests.unit.models.test_model_provider import in_one_process, logits
+
+FORMATS = {
+    "fp8": QuantizationConfig("fp8"),
+    "nvfp4": QuantizationConfig("nvfp4"),
+    "nvfp4_weights": QuantizationConfig("nvfp4_weights"),
+    "int8": QuantizationConfig("int8"),
+    "int4_weights": QuantizationConfig("int4_weights", block_size=16),
+}
+PLAIN = lambda x, amax: np.asarray(x, np.float64)  # noqa: E731
+ROUNDED = {  # weights, activations
+    "fp8": (reference.fp8, reference.fp8),
+    "nvfp4": (reference.nvfp4, reference.nvfp4),
+    "nvfp4_weights": (reference.nvfp4, PLAIN),
+    "int8": (reference.int8, reference.int8),
+    "int4_weights": (lambda x, amax: reference.int4(x, amax, 16), PLAIN),
+}
+
+
+@pytest.fixture(scope="module")
+def students(tmp_path_factory):
+    root = tmp_path_factory.mktemp("students")
+    return {family: write_hf(root / family, family, layers=2) for family in ("llama", "llama_tied", "deepseek_v3")}
+
+
+def layers_of(student):
+    """Return, by format: input, weight, amaxes, output, and the gradients of a layer of rows split into gate and up."""
+    from distill_nemo.models.provider import model_provider
+    from distill_nemo.models.quantizers.calibrate import measuring
+
+    found = {}
+    for name, config in FORMATS.items():
+        architecture = quantized_as(resolve(StudentConfig(student)), config)
+        model = model_provider(student=architecture, parallelism=ParallelismConfig())
+        with measuring([model]):
+            logits(model)
+        assert logits(model).isfinite().all() and type(model.output_layer).__name__ == "ColumnParallelLinear"
+        layer = model.decoder.layers[0].mlp.linear_fc1
+        x = torch.randn(5, 2, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()  # some are clipped
+        y = layer(x)[0]
+        slope = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+        (y * slope).sum().backward()
+        amaxes = [q.amax if q.is_enabled else None for q in (layer.weight_quantizer, layer.input_quantizer)]
+        found[name] = (x, layer.weight, *amaxes, y, slope, x.grad, layer.weight.grad)
+    return [{name: [t if t is None else t.detach().clone() for t in row] for name, row in found.items()}]
+
+
+@pytest.fixture(scope="module")
+def layers(students, one):
+    return one.run(in_one_process, layers_of, students["llama"])[0][0]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_layers_values_and_gradients_are_those_of_an_oracle(layers, name):
+    x, weight, weight_amax, input_amax, y, slope, grad, weight_grad = layers[name]
+    of_weights, of_inputs = ROUNDED[name]
+    x64, weight64 = of_inputs(x, input_amax), of_weights(weight, weight_amax)
+    assert np.abs(weight64 - weight.double().numpy()).max() > 1e-4, "rounding changes nothing"
+    np.testing.assert_allclose(y.double().numpy(), x64 @ weight64.T, rtol=1e-5, atol=1e-5)
+    slope64 = slope.double().numpy()
+    np.testing.assert_allclose(grad.double().numpy(), slope64 @ weight64, rtol=1e-5, atol=1e-5)
+    expected = np.einsum("sbo,sbi->oi", slope64, x64)
+    np.testing.assert_allclose(weight_grad.double().numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_amaxes_of_weights_are_those_of_the_tensor_its_rows_or_blocks(layers, name):
+    _, weight, amax, *_ = layers[name]
+    magnitudes = weight.abs()
+    if name == "int8":
+        assert torch.equal(amax, magnitudes.amax(1, keepdim=True))
+    elif name == "int4_weights":
+        assert torch.equal(amax.view(len(weight), -1), magnitudes.unflatten(1, (-1, 16)).amax(-1))
+    else:
+        assert torch.equal(amax, magnitudes.amax())
+
+
+@pytest.mark.parametrize("amax", [6.0, 3.0, 1e4])
+def test_nvfp4_rounds_ties_and_clips_as_the_oracle(amax):
+    """An amax below the block's clips it; one far above leaves the block's scale few bits."""
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0])
+    x = torch.cat([ties, -ties]).repeat(2, 2) * torch.tensor([[1.0], [0.5]])
+    x[1, :16] = 0
+    np.testing.assert_allclose(_rounded(x, torch.tensor(amax)), reference.nvfp4(x, amax), rtol=1e-6)
+
+
+def test_nvfp4_rounds_noise_of_every_size_as_the_oracle_and_bf16_by_fp32():
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).exp2_() * 10.0 ** torch.arange(-6, 2).repeat(8)
+    x[::2] *= -1
+    amax = x.abs().amax()
+    np.testing.assert_allclose(_rounded(x, amax), reference.nvfp4(x, amax), rtol=1e-6)
+    half = x.bfloat16()
+    assert torch.equal(_rounded(half, amax), _rounded(half.float(), amax).bfloat16())
+    assert not _rounded(torch.zeros(1, 16), torch.tensor(0.0)).any()
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "tensor", "refusal"),
+    [
+        (
+            "llama",
+            QuantizationConfig("int4_weights", block_size=32),
+            2,
+            "blocks of 32 weights, which do not divide the 48 of a row of decoder.layers.0.mlp.linear_fc2 on each of "
+            "parallelism.tensor_model_parallel_size = 2 ranks: choose another tensor parallel size, set quantization",
+        ),
+        ("llama", QuantizationConfig("int4_weights"), 1, "blocks of 128 weights, .* the 64 of a row of .*linear_qkv: "),
+        ("llama_tied", QuantizationConfig("fp8", exclude=[]), 1, 'add "output_layer" to quantization.exclude'),
+        ("deepseek_v3", QuantizationConfig(kv_cache="fp8"), 1, "latent attention, .* caches the latents"),
+        ("deepseek_v3", QuantizationConfig("nvfp4"), 1, "do not divide the 24 of a row of .*linear_q_up_proj"),
+    ],
+)
+def test_what_is_not_exact_is_refused_by_name(students, family, config, tensor, refusal):
+    model = quantized_as(resolve(StudentConfig(students[family])), config)
+    with pytest.raises(ValueError, match=refusal):
+        check_layout(model, ParallelismConfig(tensor_model_parallel_size=tensor))
+    excluded = QuantizationConfig(config.format, block_size=config.block_size, exclude=["*"])
+    check_layout(quantized_as(resolve(StudentConfig(students[family])), excluded), ParallelismConfig())
