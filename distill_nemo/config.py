@@ -29,7 +29,8 @@ class ModelConfig:
     """One decoder-only transformer. Fields left at None are read from `config.json` in `checkpoint`.
 
     `checkpoint` is a Hugging Face directory, a Megatron distributed checkpoint, a NeMo directory
-    (`model_weights/` and `model_config.yaml`) or a checkpoint of an earlier run; None means random weights.
+    (`model_weights/` and `model_config.yaml`), a checkpoint of an earlier run or a name on the Hugging Face Hub
+    (`ORG/NAME`, `ORG/NAME@REVISION`); None means random weights.
     """
 
     checkpoint: str | None = None
@@ -263,6 +264,7 @@ class LoggingConfig:
     log_interval: int = setting(10, at_least=1)
     tensorboard: bool = True
     wandb_project: str | None = None
+    mlflow_experiment: str | None = setting(None, "on the server of MLFLOW_TRACKING_URI; needs distill-nemo[mlflow]")
 
 
 @dataclass

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from distill_nemo.checkpoint.directory import read_record
+from distill_nemo.checkpoint.hub_models import on_this_machine
 from distill_nemo.checks import check_layout_without_training
 from distill_nemo.config import ExportConfig, ParallelismConfig, RunConfig, StudentConfig
 from distill_nemo.config_files import from_dict
 from distill_nemo.data.token_files import named_corpora
+from distill_nemo.hub import cached
 from distill_nemo.publishing.push import check_push, push_directory
 from distill_nemo.runtime.everyone import Everyone
 from distill_nemo.runtime.process_groups import is_joined, process_groups, raise_everywhere, rank, world_size
@@ -118,6 +120,7 @@ def export(config: ExportConfig) -> None:
     from distill_nemo.models.resolve import resolve
     from distill_nemo.models.sources import CheckpointKind, find_checkpoint
 
+    config = on_this_machine(config)
     found = find_checkpoint(Path(config.checkpoint))
     is_ours = found.kind is CheckpointKind.OURS
     record = read_record(found.weights) if is_ours else None
@@ -192,8 +195,8 @@ def _check_source_of_run(record: dict[str, Any], student: "Architecture") -> Non
     from distill_nemo.models.source_check import check_source
     from distill_nemo.models.sources import CheckpointKind
 
-    checkpoint = record["student"]["checkpoint"]
-    if checkpoint is None or not Path(checkpoint).is_dir():
+    checkpoint = cached(record["student"]["checkpoint"] or "")
+    if not checkpoint or not Path(checkpoint).is_dir():
         return
     try:
         source, _ = read_source(checkpoint)
@@ -211,11 +214,11 @@ def _check_source_of_run(record: dict[str, Any], student: "Architecture") -> Non
 
 def _tokenizer_of_run(record: dict[str, Any]) -> str | None:
     """Return the tokenizer directory that the run names, if it still exists."""
-    named = record["data"]["tokenizer"]
+    named = cached(record["data"]["tokenizer"] or "")
     if named and not Path(named).is_dir():
         print(f"warning: data.tokenizer = {named} does not exist any more", file=sys.stderr, flush=True)
         return None
-    return named
+    return named or None
 
 
 def _source(checkpoint: str | None) -> Path | None:
@@ -238,5 +241,5 @@ def _source(checkpoint: str | None) -> Path | None:
         if found.kind is not CheckpointKind.OURS or found.weights in passed:
             return None
         passed.add(found.weights)
-        checkpoint = read_record(found.weights)["student"]["checkpoint"]
+        checkpoint = cached(read_record(found.weights)["student"]["checkpoint"] or "")
     return None

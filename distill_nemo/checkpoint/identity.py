@@ -15,6 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from distill_nemo.checkpoint.hub_models import named
 from distill_nemo.config import RunConfig
 from distill_nemo.config_files import to_dict
 from distill_nemo.data.corpora import corpus_at
@@ -54,7 +55,7 @@ def run_record(config: RunConfig, remember: bool = False) -> dict[str, Any]:
         remember_hashes(files, Path(config.output_dir), joined)
     tokenizer = config.data.tokenizer
     contents["data.tokenizer"] = load_tokenizer(tokenizer).vocabulary_sha256 if tokenizer else None
-    return to_dict(config) | {"contents": contents}
+    return to_dict(named(config)) | {"contents": contents}
 
 
 def content_hashes(files: dict[str, NamedFiles], output: Path, sums: dict[Path, str]) -> dict[str, str | None]:

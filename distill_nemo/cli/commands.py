@@ -101,7 +101,7 @@ def prepare(
         inputs: files, directories or globs, separated by commas: text, JSON lines or arrays, CSV, TSV, parquet, Arrow;
             all but the last two also compressed.
         output: prefix of the files to write.
-        tokenizer: a Hugging Face tokenizer directory.
+        tokenizer: a Hugging Face tokenizer directory, or a name on the Hub.
         text_key: JSON key or column that holds the text.
         format: chat (messages, conversations), instruction (prompt/completion, instruction/output, question/answer),
             preference (chosen) or text; by default as the keys of the first record say.
@@ -224,7 +224,7 @@ def evaluate(
             teacher=runs/quickstart/teacher/student sequence_length=128
 
     Args:
-        student: checkpoint directory of any kind that `train` reads.
+        student: checkpoint directory of any kind that `train` reads, or a name on the Hub.
         data: prefix of the held-out .bin/.idx files.
         teacher: checkpoint directory; empty for none.
         sequence_length: tokens per sample.
@@ -238,11 +238,12 @@ def evaluate(
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     setup_device()  # before Megatron is imported
+    from distill_nemo.hub import directory_of
     from distill_nemo.training.evaluate import evaluate_student
 
     rows = vocab_size or None
-    reference = TeacherConfig(checkpoint=teacher, vocab_size=rows) if teacher else None
-    model = StudentConfig(checkpoint=student, vocab_size=rows)
+    reference = TeacherConfig(checkpoint=directory_of(teacher), vocab_size=rows) if teacher else None
+    model = StudentConfig(checkpoint=directory_of(student), vocab_size=rows)
     means = evaluate_student(model, data, reference, sequence_length, samples)
     for name, value in means.items():
         print(f"{name:18} {value:,.0f}" if name == "tokens" else f"{name:18} {value:.4f}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import fiddle as fdl
 import nemo_run as run
 
+from distill_nemo.checkpoint.hub_models import downloaded, pinned
 from distill_nemo.cli.arguments import check_complete, override, parse_arguments
 from distill_nemo.cli.entrypoint import Command
 from distill_nemo.cli.help import COMPRESS, COMPRESS_PLAN, command_help, config_help, summary
@@ -102,6 +103,9 @@ def launch(
     """
     place = place or Place()
     config = config_of(config) if isinstance(config, run.Partial) else config
+    executor = place.make(place.nodes, place.devices)
+    pins = not dryrun and descriptor_of(executor).work_dir(executor).here is not None
+    config = with_commits(config) if pins else config
     stages = checked_stages(config, place, dryrun)
     chain = descriptor_of(stages[0].executor).chain
     if dryrun and descriptor_of(stages[0].executor).manifest is None:
@@ -113,6 +117,8 @@ def launch(
         "--detach: this scheduler does not start a stage after another one, so this command submits each in its turn: "
         "leave it running",
     )
+    if pins:
+        downloaded(config)
     with WatchedExperiment.titled(name) as experiment:
         before: list[str] = []
         for stage in stages:
@@ -133,6 +139,13 @@ def launch(
 def config_of(recipe: fdl.Partial) -> CompressConfig:
     """Return the config of a recipe, with every type checked."""
     return job_config_of(recipe, CompressConfig)
+
+
+def with_commits(config: CompressConfig) -> CompressConfig:
+    """Return a config whose names on the hub have commits: those of the first round's run, if it has begun."""
+    run = pinned(replace(config.run(1), student=StudentConfig()))
+    assert run.teacher is not None and run.teacher.checkpoint is not None, "a compression has a teacher"
+    return replace(config, teacher=run.teacher.checkpoint, data=run.data)
 
 
 def checked_stages(config: CompressConfig, place: Place, dryrun: bool = False) -> list[Stage]:

@@ -47,6 +47,7 @@ Recipe:
 
 Models:
   Any recipe takes any two checkpoints with one vocabulary: teacher.checkpoint=DIRECTORY student.checkpoint=DIRECTORY.
+  ORG/NAME or ORG/NAME@REVISION in place of a directory is a model on the Hugging Face Hub; docs/launching.md.
   Families, by model_type of config.json:
 {families}
 

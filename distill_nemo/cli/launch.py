@@ -11,6 +11,7 @@ import nemo_run as run
 from nemo_run.cli.api import list_factories
 from nemo_run.config import get_type_namespace
 
+from distill_nemo.checkpoint.hub_models import downloaded, models_of, pinned
 from distill_nemo.cli.arguments import (
     RECIPE,
     RunArguments,
@@ -116,6 +117,8 @@ class TrainContext(run.cli.RunContext):
         """Check `config`, which describes the task, and run the task on the executor."""
         executor = self.built_executor()
         check_launch(config, executor, self.dryrun)
+        if not self.dryrun:
+            pin_models(task, config, executor)
         if self.dryrun and descriptor_of(executor).manifest is None:
             run.dryrun_fn(task, executor=executor)
             return
@@ -136,6 +139,19 @@ class TrainContext(run.cli.RunContext):
         """Launch as NeMo-Run does, but always in separate processes, even without `run.executor=`."""
         self.executor = self.executor or run.LocalExecutor()
         super().launch(experiment, sequential)
+
+
+def pin_models(task: run.Partial, config: JobConfig, executor: run.Executor) -> None:
+    """Pin the hub names of a task and download them, if its ranks will see this machine's directories.
+
+    Raises:
+        ValueError: as `hub.directory_of`.
+    """
+    if descriptor_of(executor).work_dir(executor).here is None:
+        return
+    config = pinned(config)
+    downloaded(config)
+    override(task, models_of(config))
 
 
 def made_recipe(call: str, target: Callable[..., Any]) -> fdl.Partial:

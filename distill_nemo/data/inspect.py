@@ -18,6 +18,7 @@ from distill_nemo.data.token_files import check_files, document_lengths, index_l
 from distill_nemo.data.token_masks import mask_of
 from distill_nemo.data.tokenizer import load_tokenizer
 from distill_nemo.fields import require
+from distill_nemo.hub import directory_of
 from distill_nemo.teacher_store.manifest import MANIFEST
 
 COUNTS, MASKED = "bold green", "dim"
@@ -153,7 +154,7 @@ def tokenizer_of(prefix: str, given: str | None) -> tokenizers.Tokenizer:
     path = given or manifest.get("tokenizer")
     if not isinstance(path, str):
         raise ValueError(f"the manifest of {name_of(prefix)} names no tokenizer: pass tokenizer=DIRECTORY")
-    fast = load_tokenizer(path).fast
+    fast = load_tokenizer(directory_of(path, weights=False)).fast
     if fast is None:
         raise ValueError(f"{path} has no fast tokenizer, which shows special tokens as they are")
     made_with = vocabulary(manifest) or {}

@@ -30,6 +30,7 @@ from distill_nemo.data.token_files import iter_blocks, sample_sha256, write_inde
 from distill_nemo.data.token_masks import write_mask
 from distill_nemo.data.tokenizer import Tokenizer, TokenizerFacts, facts_of, load_tokenizer, save_fast
 from distill_nemo.data.workers import make_parts
+from distill_nemo.hub import directory_of, recorded_name
 from distill_nemo.runtime.files import fsync, write_atomically
 from distill_nemo.runtime.output_lock import OutputLock
 
@@ -102,7 +103,7 @@ def prepare(
     output = _check_output(output)
     found = find_files(inputs)
     print("".join(f"{line}\n" for line in found.lines()), end="")
-    files, opened = list(found.files.values()), load_tokenizer(tokenizer)
+    files, opened = list(found.files.values()), load_tokenizer(directory_of(tokenizer, weights=False))
     schema = schema_of(files, text_key) if format is None else Schema(format, text_key)
     if schema.kind != "text" and format is None:
         print(f'format: {schema.kind}, as in the first record; format=text would read its key "{text_key}"')
@@ -144,7 +145,7 @@ def _provenance(
     return {
         "key": digest([*(part.key for part in parts), *([] if packing is None else [asdict(packing)])]),
         "inputs": sources,
-        "tokenizer": tok.path,
+        "tokenizer": recorded_name(tok.path),
         "tokenizer_sha256": tok.sha256,
         "vocabulary_sha256": vocabulary_sha256,
         "vocab_size": tok.vocab_size,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import nemo_run as run
 
+from distill_nemo.checkpoint.hub_models import FIELDS
 from distill_nemo.checks import check_job
 from distill_nemo.config import ExportConfig, JobConfig, ParallelismConfig, RunConfig
 from distill_nemo.data.corpora import corpus_at
@@ -13,6 +14,7 @@ from distill_nemo.executors.descriptor import WorkDir
 from distill_nemo.executors.known import descriptor_of
 from distill_nemo.executors.worker_config import paths_of
 from distill_nemo.fields import require
+from distill_nemo.hub import hub_name
 from distill_nemo.models.sources import find_checkpoint
 from distill_nemo.publishing.push import TOKEN, PushError, check_push
 
@@ -76,7 +78,7 @@ def _fitting_nodes(config: JobConfig, executor: run.Executor) -> str:
 
 def _check_absolute(config: JobConfig, work_dir: WorkDir) -> None:
     for name, path in paths_of(config):
-        if not Path(path).is_absolute():
+        if not Path(path).is_absolute() and not (name in FIELDS and hub_name(path)):
             raise ValueError(
                 f'{name} = "{path}" is relative, and the job runs {work_dir.fresh}, in a directory that is new each '
                 f"time: write the absolute path that it has there{work_dir.advice}"
@@ -111,6 +113,8 @@ def _check_push(config: JobConfig, executor: run.Executor, dryrun: bool) -> None
 
 def _check_files(config: JobConfig, work_dir: Path) -> None:
     for name, path in paths_of(config):
+        if name in FIELDS and hub_name(path, work_dir):
+            continue
         if name.split(".")[-1] in ("checkpoint", "model"):
             try:
                 find_checkpoint(work_dir / path)

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from dataclasses import replace
 
+from distill_nemo.checkpoint.hub_models import described
 from distill_nemo.config import ParallelismConfig, RunConfig
 from distill_nemo.models.architecture import Models
 from distill_nemo.planning.advice import check_setting, what_would_fit
@@ -70,7 +71,7 @@ def with_layout(config: RunConfig, gpus: int, gpu: Gpu, fixed: Collection[str] =
 
 def _resolved(config: RunConfig) -> tuple[RunConfig, Models]:
     try:
-        return resolve_models(config)
+        return resolve_models(described(config))
     except ValueError as error:
         if "not found" not in str(error):
             raise

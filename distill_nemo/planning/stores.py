@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from distill_nemo.checkpoint.hub_models import described
 from distill_nemo.checks import check_job
 from distill_nemo.config import ParallelismConfig, RunConfig, StoreConfig, StudentConfig, TrainingConfig
 from distill_nemo.data.corpora import check_corpora
@@ -132,7 +133,7 @@ def planned_store(
         except ValueError as error:
             raise ValueError(f"{error}. To plan without the data, set windows, the number of samples") from None
     try:
-        model = resolve(config.teacher)
+        model = resolve(described(config).teacher)
     except ValueError as error:
         hint = ". A plan reads its config.json only: copy that" if "not found" in str(error) else ""
         raise ValueError(f"{error}{hint}") from None

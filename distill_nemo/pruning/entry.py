@@ -37,7 +37,8 @@ def prune(**fields: Any) -> None:
 
     end_with_torchrun()
     setup_device()  # before Megatron is imported
+    from distill_nemo.checkpoint.hub_models import on_this_machine
     from distill_nemo.pruning.prune import prune as prune_model
 
     with errors_of_a_rank():
-        prune_model(from_dict(to_dict(config), PruneConfig))
+        prune_model(on_this_machine(from_dict(to_dict(config), PruneConfig)))

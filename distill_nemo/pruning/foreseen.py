@@ -9,6 +9,7 @@ import torch
 
 from distill_nemo.checkpoint.directory import check_output_dir, checkpoint_root
 from distill_nemo.checkpoint.export import prepare_export
+from distill_nemo.checkpoint.hub_models import described
 from distill_nemo.config import ParallelismConfig, PruneConfig, RunConfig, StudentConfig
 from distill_nemo.fields import require
 from distill_nemo.models.architecture import Architecture
@@ -56,11 +57,12 @@ def foresee(config: CompressConfig, has_data: bool = True) -> list[Round]:
     Raises:
         ValueError: for sizes, targets or a layout that a round would refuse, and an output of another run.
     """
-    model = resolve(StudentConfig(checkpoint=config.teacher))
+    local = described(config)
+    model = resolve(StudentConfig(checkpoint=local.teacher))
     check_prunable(model)
     if has_data:
-        check_run_data(replace(config.run(1), student=StudentConfig(checkpoint=config.teacher)), model)
-        check_data(config.cut(1), model)
+        check_run_data(replace(local.run(1), student=StudentConfig(checkpoint=local.teacher)), model)
+        check_data(local.cut(1), model)
         files_of(model, torch.float32).check()
     teacher, total, most = model, num_parameters(model), target_parameters(config.cut(1))
     rounds = []
@@ -71,11 +73,11 @@ def foresee(config: CompressConfig, has_data: bool = True) -> list[Round]:
         if has_data:
             known = number == 1 and (most is None or len(set(model.layers)) == 1)
             _check_earlier(cut, config.directory(number), possible if known else None)
-            _check_outputs(cut, config.run(number), teacher)
+            _check_outputs(cut, local.run(number), teacher)
         students = [predicted(model, sizes) for sizes in possible]
         runs = [_run(config, number, student) for student in students]
         for each in runs:
-            resolve_models(each)
+            resolve_models(described(each))
         rounds.append(Round(cut, model, possible, runs[0]))
         model = students[0]
     return rounds

@@ -18,6 +18,7 @@ from distill_nemo.data.corpora import corpus_at
 from distill_nemo.data.datasets import samples_of_a_pass
 from distill_nemo.data.token_files import check_vocabulary, documents_apart
 from distill_nemo.fields import require
+from distill_nemo.hub import recorded_name
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.huggingface import check_export, check_target, writing_export
 from distill_nemo.models.checkpoints.local_parameters import local_parameters
@@ -245,7 +246,7 @@ class _Pruning:
         cut = smaller(self.model, sizes, kept.layers)
         described = {"family": self.model.family, "num_parameters": num_parameters(self.model)}
         return {
-            "model": {"path": self.config.model, **described, "sizes": sizes_of(self.model)},
+            "model": {"path": recorded_name(self.config.model), **described, "sizes": sizes_of(self.model)},
             "result": {"num_parameters": num_parameters(cut), "sizes": sizes},
         }
 

@@ -30,13 +30,14 @@ def evaluate_run(output: str) -> None:
 
     end_with_torchrun()
     setup_device()  # before Megatron is imported
+    from distill_nemo.checkpoint.hub_models import on_this_machine
     from distill_nemo.models.sources import find_checkpoint
     from distill_nemo.reports.runs import exported_parameters
     from distill_nemo.runtime.files import write_atomically
     from distill_nemo.runtime.process_groups import rank
 
     with errors_of_a_rank():
-        config = load_yaml(Path(output) / "config.yaml")
+        config = on_this_machine(load_yaml(Path(output) / "config.yaml"))
         assert config.teacher is not None, "a compression distils"
         student = f"{output}/student"
         find_checkpoint(Path(student))

@@ -34,6 +34,7 @@ def plan_against_truth(run: RecordedRun) -> dict[str, str]:
     from distill_nemo.runtime.device import setup_device
 
     setup_device()  # before Megatron is imported
+    from distill_nemo.checkpoint.hub_models import described
     from distill_nemo.planning.compute import all_work, time_of
     from distill_nemo.planning.memory import fullest
     from distill_nemo.planning.planned import PlannedRun
@@ -47,7 +48,7 @@ def plan_against_truth(run: RecordedRun) -> dict[str, str]:
     config = replace(run.config, data=data, student=_from_fields(run.config.student))
     if config.teacher is not None:
         config.teacher = _from_fields(config.teacher)
-    config, models = resolve_models(config)
+    config, models = resolve_models(described(config))
     check(config, int(world))
     on_gpu = device != "cpu"
     planned = PlannedRun(config, models, int(world), on_gpu=on_gpu, transformer_engine=on_gpu)

@@ -17,6 +17,7 @@ from distill_nemo.data.manifest import max_token_id, pack_vocabulary, read_manif
 from distill_nemo.data.token_files import documents_apart, named_corpora
 from distill_nemo.data.tokenizer import load_tokenizer
 from distill_nemo.fields import require
+from distill_nemo.hub import recorded_name
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.export_files import tokenizer_files
 from distill_nemo.teacher_store.manifest import SHARD_BYTES, Manifest
@@ -73,8 +74,8 @@ def manifest_of(config: StoreConfig, model: Architecture, dtype: torch.dtype) ->
         sized_manifest(config, model, dtype),
         teacher={"weights": hashes["weights"], "architecture": architecture_hash(model)},
         sources={"train": hashes["train"], "split": data.split},
-        checkpoint=config.teacher.checkpoint,
-        tokenizer=tokenizer,
+        checkpoint=recorded_name(config.teacher.checkpoint) if config.teacher.checkpoint else None,
+        tokenizer=recorded_name(tokenizer) if tokenizer else None,
         teacher_vocabulary=pack_vocabulary(tokens) if tokens else None,
         vocabulary=_joined(occurring),
         max_token_id=None if None in largest else max(each for each in largest if each is not None),

@@ -10,6 +10,7 @@ import numpy as np
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from distill_nemo.checkpoint.hub_models import on_this_machine
 from distill_nemo.checkpoint.load import check_whole
 from distill_nemo.checks import check_job
 from distill_nemo.config import VerifyConfig
@@ -53,6 +54,7 @@ def run_verify(config: VerifyConfig) -> None:
     store = TeacherStore(config.store)
     manifest = store.manifest
     config.teacher.checkpoint = config.teacher.checkpoint or manifest.checkpoint
+    config = on_this_machine(config) if config.samples else config
     model = refusal = None
     if config.samples:
         setting = manifest.sequence_length, manifest.documents_apart, config.parallelism

@@ -21,6 +21,7 @@ import torch
 from megatron.core import parallel_state
 from torch.utils.data import Dataset
 
+from distill_nemo.checkpoint.hub_models import on_this_machine
 from distill_nemo.checkpoint.identity import remember_hashes
 from distill_nemo.checkpoint.load import check_whole
 from distill_nemo.checks import check_job
@@ -84,6 +85,7 @@ def run_store(config: StoreConfig) -> int | None:
     config = from_dict(to_dict(config), StoreConfig)  # a copy, with checked types
     check_job(config, world_size())
     setup_device()
+    config = on_this_machine(config)
     setting = config.data.sequence_length, documents_apart(config.data), config.parallelism
     model = fitted("teacher", resolve(config.teacher), *setting)
     config = replace(config, teacher=model.filled(config.teacher))

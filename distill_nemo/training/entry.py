@@ -52,7 +52,10 @@ def run_config(config: RunConfig) -> None:
 
     config = from_dict(to_dict(config))  # a copy, with checked types
     check(config, world_size())
+    from distill_nemo.checkpoint.hub_models import on_this_machine
     from distill_nemo.runtime.device import setup_device
+
+    config = on_this_machine(config)
 
     setup_device()
     config, models = resolve_models(config)
@@ -149,6 +152,7 @@ def _train_alone(config: RunConfig, models: "Models") -> "tuple[int | None, list
 
     from distill_nemo.checkpoint.directory import changes, check_resumable, checkpoint_root, read_record
     from distill_nemo.checkpoint.export import prepare_export
+    from distill_nemo.checkpoint.hub_models import named
     from distill_nemo.checkpoint.identity import run_record
     from distill_nemo.checkpoint.load import check_whole, load_checkpoint, newest_whole
     from distill_nemo.models.provider import finalise
@@ -190,7 +194,7 @@ def _train_alone(config: RunConfig, models: "Models") -> "tuple[int | None, list
     else:
         calibrate(loop)
     if rank() == 0:
-        save_yaml(config, Path(config.output_dir) / "config.yaml")
+        save_yaml(named(config), Path(config.output_dir) / "config.yaml")
     torch.distributed.barrier()
     stopped = loop.run()
     release_gradients(train_state.unwrapped)

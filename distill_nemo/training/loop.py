@@ -15,8 +15,10 @@ from torch import Tensor
 
 from distill_nemo.balancers import LogitsAndIntermediatesLossBalancer
 from distill_nemo.checkpoint.directory import checkpoint_root
+from distill_nemo.checkpoint.hub_models import named
 from distill_nemo.checkpoint.save import CheckpointWriter
 from distill_nemo.config import RunConfig
+from distill_nemo.config_files import to_dict
 from distill_nemo.data.samplers import batches
 from distill_nemo.evaluation import Report, StepFunc, evaluate, reduce_reports
 from distill_nemo.models.distillation.objective import objective_of
@@ -98,7 +100,8 @@ class Loop:
     def run(self) -> int | None:
         """Train from `state` to the last step. Collective: every rank must call it."""
         resumed, steps = self.state["step"], self.config.training.steps
-        log = MetricsLog(Path(self.config.output_dir), self.config.logging, steps, resumed, rank() == 0)
+        where, parameters = Path(self.config.output_dir), to_dict(named(self.config))
+        log = MetricsLog(where, self.config.logging, steps, resumed, rank() == 0, parameters)
         log.start({"step": resumed, "world_size": torch.distributed.get_world_size(), "device": _device_name()})
         gc.collect()
         gc.freeze()  # or each collection, such as a save's, would take 0.3 s over imports and models

@@ -1,26 +1,38 @@
-"""Outputs for metrics: `metrics.jsonl`, TensorBoard, W&B, and one line on the screen."""
+"""Outputs for metrics: `metrics.jsonl`, TensorBoard, W&B, MLflow, and one line on the screen."""
 
 import hashlib
 import math
 import sys
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from distill_nemo.config import LoggingConfig
 from distill_nemo.training import metrics_file
+from distill_nemo.training.mlflow_run import MlflowRun
 
 
 class MetricsLog:
     """Writer of metrics, on rank 0 only. A resumed run first drops the lines beyond its step, so none comes twice."""
 
-    def __init__(self, output_dir: Path, config: LoggingConfig, steps: int, resumed_step: int, enabled: bool) -> None:
+    def __init__(
+        self,
+        output_dir: Path,
+        config: LoggingConfig,
+        steps: int,
+        resumed_step: int,
+        enabled: bool,
+        parameters: Mapping[str, Any] = MappingProxyType({}),  # of the run, for MLflow
+    ) -> None:
         self.path, self.steps, self.enabled = output_dir / "metrics.jsonl", steps, enabled
         self.writers: list[Any] = []
         self._first_step, self._start = resumed_step, time.monotonic()
         self._progress: Any = None
         self._begun: dict[str, Any] = {}
+        self._mlflow: MlflowRun | None = None
         if not enabled:
             return
         metrics_file.truncate_after(self.path, resumed_step)
@@ -29,6 +41,9 @@ class MetricsLog:
 
             self.writers.append(SummaryWriter(str(output_dir / "tensorboard"), purge_step=resumed_step + 1))
         self._wandb = _start_wandb(config.wandb_project, output_dir) if config.wandb_project else None
+        if config.mlflow_experiment:
+            names = config.mlflow_experiment, output_dir.resolve().name, _identifier(output_dir)
+            self._mlflow = MlflowRun(*names, parameters)
         self._progress = _progress_bar(steps, resumed_step) if sys.stdout.isatty() else None
 
     def start(self, values: dict[str, Any]) -> None:
@@ -63,6 +78,8 @@ class MetricsLog:
                 writer.add_scalar(f"{line['kind']}/{name}", value, line["step"])
         if self._wandb:
             self._wandb.log({f"{line['kind']}/{k}": v for k, v in numbers.items()}, step=line["step"])
+        if self._mlflow:
+            self._mlflow.log(line["kind"], numbers, line["step"])
         self._show(line, show)
 
     def _show(self, line: dict[str, Any], show: bool) -> None:
@@ -100,6 +117,8 @@ class MetricsLog:
             writer.close()
         if self.enabled and self._wandb:
             self._wandb.finish()
+        if self._mlflow:
+            self._mlflow.close()
 
 
 def _print(text: str) -> None:
@@ -123,12 +142,12 @@ def _start_wandb(project: str, output_dir: Path) -> Any:
         raise ValueError(
             "logging.wandb_project is set, but wandb is missing: pip install distill-nemo[wandb]"
         ) from None
-    return wandb.init(project=project, dir=str(output_dir), id=_wandb_id(output_dir), resume="allow")
+    return wandb.init(project=project, dir=str(output_dir), id=_identifier(output_dir), resume="allow")
 
 
-def _wandb_id(output_dir: Path) -> str:
+def _identifier(output_dir: Path) -> str:
     """Return an id that every attempt at a run shares, and that changes if `output_dir` is deleted or copied."""
-    kept = output_dir / "wandb_id"
+    kept = output_dir / "tracker_id"
     if not kept.is_file():
         kept.write_text(uuid.uuid4().hex)
     return hashlib.sha256(f"{kept.read_text()} {output_dir.resolve()}".encode()).hexdigest()[:16]

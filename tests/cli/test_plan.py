@@ -5,6 +5,7 @@ import re
 import pytest
 
 from tests.cli.command import nemo_here
+from tests.hub_downloads import Hub, asked
 
 PLAN = ("plan", "--factory", "llama32_3b_to_1b")
 TWO = ("parallelism.tensor_model_parallel_size=2", "parallelism.sequence_parallel=true")
@@ -82,3 +83,16 @@ def test_what_is_refused_is_one_error(capfd, arguments, message):
     plan = nemo_here(capfd, *PLAN, *PAIR, *TWO, *executor, *arguments)
     assert (plan.code, plan.out) == (1, "")
     assert plan.err.startswith("error: ") and message in plan.err and len(plan.err.splitlines()) == 1, plan.err
+
+
+def test_a_plan_of_models_on_the_hub_downloads_no_weights(capfd, inputs, tmp_path):
+    distil, roles = ("plan", "distil", "data.sequence_length=64"), ("teacher", "student")
+    local = nemo_here(capfd, *distil, *(f"{role}.checkpoint={inputs / role}" for role in roles))
+    with Hub() as hub, asked(hub.url, tmp_path):
+        commits = [hub.commit(f"org/{role}", inputs / role) for role in roles]
+        named = (f"teacher.checkpoint=org/teacher@{commits[0]}", "student.checkpoint=org/student")
+        chosen = nemo_here(capfd, *distil, *named, "gpus=8")
+        assert (nemo_here(capfd, *distil, *named), local.code, chosen.code) == (local, 0, 0)
+        assert hub.served.keys() == {"config.json", "generation_config.json"} and hub.strange == []
+        unknown = nemo_here(capfd, *distil, named[0], "student.checkpoint=org/studnet")
+        assert unknown.err.startswith("error: student.checkpoint: org/studnet: there is no such directory here, and")

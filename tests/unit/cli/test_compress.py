@@ -124,7 +124,7 @@ def test_a_plan_refuses_what_the_stages_would(inputs, here, changes, message):
         ({"num_layers": 9}, "num_layers = 9 is not possible"),
         ({"num_layers": None, "target_params": 1e9}, "target_params=1000000000 cuts nothing"),
         ({"rounds": 2}, "rounds = 2 needs target_params or target_memory"),
-        ({"teacher": "no/such"}, "model: checkpoint directory not found: no/such"),
+        ({"teacher": "/no/such"}, "model: checkpoint directory not found: /no/such"),
         ({"data__train": '["no/such"]'}, "no file no/such.idx"),
         ({"samples": None, "parallelism__tensor_model_parallel_size": 2}, "world size 1 is not divisible"),
         ({"checkpoint__export": "false"}, "checkpoint.export = False"),

@@ -69,7 +69,7 @@ def refused(group, inputs, output, changes=(), world_size=1):
         ({"student.num_layers": 3}, 1, "num_layers = 3 contradicts"),
         ({"data.train": ["no/such"]}, 1, "data.train: no file no/such.idx"),
         ({"training.steps": 10**12}, 1, "training.steps = 1000000000000 of training.global_batch_size = 4: the"),
-        ({"data.tokenizer": "no/such"}, 1, "no such tokenizer directory: no/such"),
+        ({"data.tokenizer": "/no/such"}, 1, "no such tokenizer directory: /no/such"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_before_anything_is_written(inputs, one, tmp_path, changes, world_size, message):
