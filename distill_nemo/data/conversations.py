@@ -20,8 +20,11 @@ ROLES: dict[str, str] = {role: role for role in get_args(Role)} | {  # as ShareG
     "observation": "tool",
 }
 CONVERSATION_KEYS = ("messages", "conversations", "conversation")
-PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("question", "answer"))
-FURTHER = ("tools", "input", "system")  # read beside the keys of a format
+PAIRS = (
+    *(("prompt", "completion"), ("prompt", "response"), ("question", "answer")),
+    *(("instruction", "output"), ("instruction", "response")),
+)
+FURTHER = ("tools", "input", "context", "system")  # read beside the keys of a format
 TEXTS = (None, "text", "input_text", "output_text")  # types of a content's parts
 KEPT = ("name", "tool_call_id")  # fields of a message besides those that are checked
 REASONING = ("reasoning_content", "reasoning", "thinking")  # names of one field
@@ -40,6 +43,12 @@ class Conversation:
 
 class RecordError(ValueError):
     """A record that is not what its format says. Its message continues a sentence that begins with the place."""
+
+
+def record_of(value: object) -> object:
+    """Return a JSON value as a record: messages without a key around them become `{"messages": ...}`."""
+    is_list = isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value)
+    return {"messages": value} if is_list else value
 
 
 def format_of(names: Collection[str], text_key: str) -> Format | None:
@@ -100,6 +109,8 @@ def _instruction(record: Mapping[str, Any]) -> list[Message]:
         if isinstance(asked, list) or isinstance(answered, list):
             return [*_turn(asked, question, "user"), *_turn(answered, answer, "assistant")]
         further = _string_if_any(record, "input")
+        if not further and question == "instruction":  # Dolly's; beside a question, it is often what answers it
+            further = _string_if_any(record, "context")
         asked = f"{asked}\n\n{further}" if further else asked
         return [*_turn(asked, question, "user"), *_turn(answered, answer, "assistant")]
     pairs = " or ".join("/".join(pair) for pair in PAIRS)

@@ -28,6 +28,7 @@ KNOWN = (
     f"Known are {' '.join(SUFFIXES)}, and all but {' '.join(KINDS['parquet'] + KINDS['arrow'])} also compressed, with "
     f"{' '.join(CODECS)} behind"
 )
+MESSAGES = re.compile(rb'\[\s*\{\s*"(role|from)"\s*:')  # a line that is a conversation, not an array of records
 HEAD_BYTES = 1 << 16  # read to find out what a file holds
 BLOCK_BYTES = 1 << 16  # read at a time
 OTHER_CONTENT = {
@@ -135,9 +136,11 @@ def layout(path: Path) -> str:
 
 
 def _json_layout(head: bytes) -> str:
-    """Return "jsonl", unless the file begins with an array or with an object of several lines."""
+    """Return "jsonl", unless the file is an array, or begins with an object of several lines."""
     begins = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if begins.startswith(b"[") or begins.partition(b"\n")[0].strip() == b"{":
+    line, _, following = (piece.strip() for piece in begins.partition(b"\n"))
+    are_lists = line.endswith(b"]") and (following.startswith(b"[") or MESSAGES.match(line))
+    if line == b"{" or (begins.startswith(b"[") and not are_lists):
         return "json"
     if b"\r" in begins.rstrip() and b"\n" not in head:
         raise ValueError("its lines end in CR alone")

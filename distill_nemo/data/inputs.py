@@ -98,7 +98,11 @@ def _matches(root: Path, parts: tuple[str, ...], found: Found) -> list[Path]:
 
 
 def _walk(top: Path, found: Found) -> Iterator[tuple[Path, list[str]]]:
-    """Yield each directory from `top` down once, with the names of its files. Links are followed."""
+    """Yield each directory from `top` down once, with the names of its files. Links are followed.
+
+    Raises:
+        ValueError: for a directory with several splits of a Hugging Face data set, such as train and test.
+    """
     seen = set()
     for name, directories, files in os.walk(top, onerror=_refuse, followlinks=True):
         directory, status = Path(name), os.stat(name)
@@ -107,6 +111,12 @@ def _walk(top: Path, found: Found) -> Iterator[tuple[Path, list[str]]]:
             directories.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
+        splits = [name for name in sorted(directories) if (directory / name / "state.json").is_file()]
+        if "dataset_dict.json" in files and len(splits) > 1:
+            raise ValueError(
+                f"{directory} holds a Hugging Face DatasetDict of {', '.join(splits)}: name the splits to read, such "
+                f"as {directory / splits[-1]}"
+            )
         for hidden in sorted(name for name in directories + files if name.startswith(".")):
             found.skip(directory / hidden, "hidden")
         directories[:] = sorted(name for name in directories if not name.startswith("."))

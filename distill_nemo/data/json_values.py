@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TextIO
 
 CHUNK_CHARACTERS = 1 << 20
+MAX_WORD = 16  # characters that mean nothing until they are whole, such as -Infinity and \\ud83d\\ude00
 BLANK = re.compile(r"[ \t\r\n]*")
 
 
@@ -64,14 +65,14 @@ class _Scanner:
         return there
 
     def value(self) -> object:
-        """Decode the next value, doubling the text until it holds the value's end."""
+        """Decode the next value, doubling the text until it holds the value's end, or an error before the text's."""
         self.peek()
         while True:
             try:
                 value, end = json.JSONDecoder().raw_decode(self.text, self.at)
-            except json.JSONDecodeError:
-                value, end = None, -1
-                if not self._grow():
+            except json.JSONDecodeError as error:
+                may_go_on = error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - MAX_WORD
+                if not (may_go_on and self._grow()):
                     raise
             else:
                 if end < len(self.text) or not self._grow():  # a number at the end of the text may continue

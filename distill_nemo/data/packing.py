@@ -177,11 +177,11 @@ class _Writer:
             self.lengths += [document.size for document in pack]
             self.bounds.append(len(self.lengths))
             if mask is None:
-                self.counted += len(ids)
+                self.counted += len(ids) - len(pack)  # nothing predicts a document's first token, nor a piece's
                 continue
-            counts = np.concatenate([document.counts for document in pack])
-            mask.write(counts)
-            self.counted += int(counts.sum())
+            counts = [document.counts for document in pack]
+            mask.write(np.concatenate(counts))
+            self.counted += sum(int(each[1:].sum()) for each in counts)
 
     def manifest(self) -> dict[str, Any]:
         tokens, packs = sum(self.lengths), len(self.bounds) - 1

@@ -36,7 +36,7 @@ from distill_nemo.runtime.output_lock import OutputLock
 
 COUNTS = ("documents", "tokens", "counted_tokens", "bad_records")
 MIN_PART_BYTES = 1 << 20  # of input: less than a second of work for one process
-RENDERING = 4  # changes with the tokens or masks that a conversation becomes, so that older parts are made again
+RENDERING = 5  # changes with the tokens or masks that a conversation becomes, so that older parts are made again
 MAX_PARTS = 10_000  # approximate; parts of huge inputs are larger
 
 
@@ -105,8 +105,9 @@ def prepare(
     print("".join(f"{line}\n" for line in found.lines()), end="")
     files, opened = list(found.files.values()), load_tokenizer(directory_of(tokenizer, weights=False))
     schema = schema_of(files, text_key) if format is None else Schema(format, text_key)
-    if schema.kind != "text" and format is None:
-        print(f'format: {schema.kind}, as in the first record; format=text would read its key "{text_key}"')
+    if format is None:
+        about = "whole text files, or the key" if schema.kind == "text" else "as in the first record; format=text reads"
+        print(f'format: {schema.kind}, {about} "{text_key}"')
     chat = _chat(opened, schema, loss_on, chat_template)
     append_eod = append_eod and chat is None
     packing = packing_of(pack, too_long, chat is not None)

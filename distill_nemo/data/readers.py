@@ -22,6 +22,7 @@ from distill_nemo.data.conversations import (
     columns_of,
     conversation_of,
     format_of,
+    record_of,
 )
 from distill_nemo.data.formats import BLOCK_BYTES, errors_named, is_compressed, layout, open_input
 from distill_nemo.data.json_values import json_values
@@ -94,12 +95,13 @@ def schema_of(paths: list[Path], text_key: str) -> Schema:
 
 
 def _keys(path: Path, kind: str) -> Iterator[list[str]]:
-    """Yield the keys of a JSON file's first records that are objects."""
+    """Yield the keys of a JSON file's first records."""
     if kind not in ("json", "jsonl"):
         return
     with _open_text(path) as file:
         values = json_values(file) if kind == "json" else map(_value_if_any, filter(str.strip, file))
-        yield from (list(value) for value in itertools.islice(values, FIRST_RECORDS) if isinstance(value, dict))
+        records = map(record_of, itertools.islice(values, FIRST_RECORDS))
+        yield from (list(record) for record in records if isinstance(record, dict))
 
 
 def _value_if_any(line: str) -> object:
@@ -249,6 +251,7 @@ def _of_line(raw: bytes, schema: Schema, where: Callable[[], str]) -> Record:
 
 
 def _of_object(value: object, schema: Schema, where: Callable[[], str]) -> Record:
+    value = value if schema.kind == "text" else record_of(value)
     if not isinstance(value, dict):
         return Record("", f"is a {type(value).__name__}, not an object", where)
     if schema.kind != "text":

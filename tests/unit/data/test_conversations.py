@@ -131,6 +131,8 @@ SHAPES = {
     "prompt and completion": ("instruction", {"prompt": USER["content"], "completion": FOUR["content"]}),
     "messages in a pair": ("instruction", {"prompt": [USER], "completion": [FOUR]}),
     "instruction": ("instruction", {"instruction": USER["content"], "input": "", "output": FOUR["content"]}),
+    "Dolly": ("instruction", {"instruction": USER["content"], "context": "", "response": FOUR["content"]}),
+    "messages alone": ("chat", [USER, FOUR]),
     "question": ("instruction", {"question": USER["content"], "answer": FOUR["content"]}),
     "preference": ("preference", {"prompt": USER["content"], "chosen": FOUR["content"], "rejected": "five"}),
     "preference of messages": ("preference", {"chosen": [USER, FOUR], "rejected": [USER, NINE]}),
@@ -148,9 +150,20 @@ def test_every_shape_gives_the_same_tokens(tmp_path: Path, capsys, shape: str):
 
 
 def test_the_input_of_an_instruction_follows_it(tmp_path: Path):
-    record = {"instruction": "Add.", "input": "2, 2", "output": "4", "system": "Be brief."}
-    text, _ = documents(prepared(tmp_path, [record]))[0]
-    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nAdd.\n\n2, 2<|im_end|>")
+    alpaca = {"instruction": "Add.", "input": "2, 2", "output": "4", "system": "Be brief."}
+    dolly = {"instruction": "Add.", "context": "2, 2", "response": "4", "system": "Be brief."}
+    for text, _ in documents(prepared(tmp_path, [alpaca, dolly])):
+        assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nAdd.\n\n2, 2<|im_end|>")
+
+
+def test_lines_and_elements_may_be_lists_of_messages(tmp_path: Path):
+    chats = [[USER, FOUR], [USER, FOUR, AGAIN, NINE]]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    (tmp_path / "b.json").write_text(json.dumps(chats))
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", CHATML)
+    for name in ("a.jsonl", "b.json"):
+        prepare([str(tmp_path / name)], str(tmp_path / f"{name}_out"), tokenizer, progress=False)
+        assert [len(counted) for _, counted in documents(str(tmp_path / f"{name}_out"))] == [1, 2]
 
 
 def test_tool_calls_are_the_assistants_words(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import os
@@ -262,6 +263,28 @@ def test_json_values_do_not_depend_on_how_much_is_read_at_once(tmp_path, monkeyp
     monkeypatch.setattr(json_values, "CHUNK_CHARACTERS", chunk)
     with write(tmp_path / "a.json", text.encode()).open(encoding="utf-8") as file:
         assert list(json_values.json_values(file)) == expected
+
+
+@pytest.mark.parametrize("broken", ['"b" 1', '"b": 1, "c": \n}', '"b": "\\x"', '"b": "\n"', '"b": tru'])
+def test_broken_json_does_not_pull_the_rest_of_the_file_into_memory(monkeypatch, broken):
+    monkeypatch.setattr(json_values, "CHUNK_CHARACTERS", 100)
+    file = io.StringIO('[{"a": "' + "long " * 100 + '"}, {' + broken + "}, " + '{"a": 2}, ' * 10_000 + "]")
+    with pytest.raises(ValueError, match="broken or cut short after record 1"):
+        list(json_values.json_values(file))
+    assert file.tell() < 2000
+
+
+def test_splits_of_a_data_set_are_not_read_together(tmp_path):
+    for split in ("test", "train"):
+        write(tmp_path / "set" / split / "state.json", b"{}")
+        table(tmp_path / "set" / split / "data-00000-of-00001.arrow", "arrow")
+    write(tmp_path / "set" / "dataset_dict.json", b'{"splits": ["train", "test"]}')
+    for entry in (tmp_path / "set", tmp_path, tmp_path / "s*"):
+        with pytest.raises(
+            ValueError, match=rf"set holds a .* DatasetDict of test, train: .* such as {tmp_path}/set/train"
+        ):
+            find_files([str(entry)])
+    assert documents(tmp_path / "set" / "train") == DOCS
 
 
 def test_inputs_are_files_directories_and_globs_in_order(tmp_path):
