@@ -353,10 +353,10 @@ class Architecture:
         """Return the same model with attention and positions that stay inside a document.
 
         Raises:
-            ValueError: for a model with other mixers than attention, whose state would reach over the boundary.
+            ValueError: for a model with Mamba or gated delta net mixers, whose state would reach over the boundary.
         """
         for i, layer in enumerate(self.layers):
-            if layer.mixer is not None:
+            if layer.mixer not in (None, "latent_attention"):
                 raise ValueError(
                     f"{self.name} has a {layer.mixer} in layer {i}, whose state cannot be reset at a document: set "
                     "data.reset_at_documents=false, and prepare the text without pack"

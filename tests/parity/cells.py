@@ -198,9 +198,10 @@ OFFSET = [  # models and losses
     (("llama + 100", "teacher + 30"), "top-8 and tail, T=2"),
 ]
 DOCUMENTS = (3, 9, 4)
-APART = [  # models with windows and softcaps, whose attention stays inside documents
+APART = [  # models with windows, softcaps and latents, whose attention stays inside documents
     ("mistral (windows)", "ministral (windows by layer)"),
     ("gemma2 (capped scores)", "gemma2 teacher"),
+    ("deepseek_v3 (latent attention)", "glm4_moe_lite"),
 ]
 PACKED = ["one process", "DP=2", "TP=2, SP", "PP=2", "CP=2"]  # layouts
 RECOMPUTED = (("micro_batch", 2), ("recompute", "full"))
@@ -249,7 +250,10 @@ def _of_layout(layout: str) -> Iterator[Cell]:
             yield _with_experts(layout, models, HIDDEN)
             if models[0] in CHANGED_LOGITS:
                 yield Cell(layout, models, HIDDEN, "whole logits", changes=(("fused_linear", False),))
-    yield from (Cell(layout, models, HIDDEN, "documents apart", documents=DOCUMENTS) for models in APART)
+    for models in APART:
+        if _allows(layout, models):
+            cell = _with_experts(layout, models, HIDDEN)
+            yield replace(cell, way=", ".join(filter(None, (cell.way, "documents apart"))), documents=DOCUMENTS)
     yield from (Cell(layout, models, loss) for models, loss in OFFSET)
     if LAYOUTS[layout][1].tensor == 4:  # two ranks share a query group
         yield Cell(layout, ("two query groups", "teacher"), HIDDEN)

@@ -175,8 +175,15 @@ def _padded(x: Tensor, width: int) -> Tensor:
     return x if x.shape[-1] == width else functional.pad(x, (0, width - x.shape[-1]))
 
 
-def latent_attention_spec(sizes: Latent, value_channels: int, use_te: bool) -> tuple[ModuleSpec, Build]:
-    """Return the spec of a layer's attention, and the norm before it, which is not fused into a projection."""
+def latent_attention_spec(sizes: Latent, value_channels: int, use_te: bool, own_core: bool) -> tuple[ModuleSpec, Build]:
+    """Return the spec of a layer's attention, and the norm before it, which is not fused into a projection.
+
+    Args:
+        sizes: of the latents and the heads.
+        value_channels: of a head.
+        use_te: take Transformer Engine's modules.
+        own_core: take our core attention beside them, too.
+    """
     submodules = LatentAttentionSubmodules(ColumnParallelLinear, RowParallelLinear, PaddedCausalAttention, RMSNorm)
     if use_te:
         from megatron.core.extensions.transformer_engine import (
@@ -187,5 +194,6 @@ def latent_attention_spec(sizes: Latent, value_channels: int, use_te: bool) -> t
         )
 
         core = partial(TEDotProductAttention, k_channels=sizes.qk_head_dim, v_channels=value_channels)
+        core = PaddedCausalAttention if own_core else core
         submodules = LatentAttentionSubmodules(TEColumnParallelLinear, TERowParallelLinear, core, TENorm)
     return ModuleSpec(LatentAttention, params={"sizes": sizes}, submodules=submodules), submodules.norm

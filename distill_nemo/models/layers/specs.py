@@ -95,7 +95,9 @@ def _layer_parts(model: Architecture, config: TransformerConfig, layer: Layer) -
         _mix_by_mamba(parts, model, config)
     elif layer.mixer == "latent_attention":
         assert model.latent is not None
-        parts.self_attention, parts.input_layernorm = latent_attention_spec(model.latent, model.kv_channels, use_te)
+        own_core = uses_own_attention(model, config.params_dtype)
+        spec = latent_attention_spec(model.latent, model.kv_channels, use_te, own_core)
+        parts.self_attention, parts.input_layernorm = spec
         parts.sharded_state_dict_keys_map.pop("input_layernorm.", None)  # it is not fused with Transformer Engine
     elif layer.mixer == "gated_delta_net":
         from distill_nemo.models.layers.gated_delta_net import use_delta_net
