@@ -142,7 +142,7 @@ def seconds_of(program: str, corpus: Path, tokenizer: Path, workers: int) -> dic
 
 
 def main(megabytes: int = MEGABYTES, repeats: int = ROUNDS) -> None:
-    """Measure all ways in turns."""
+    """Measure all ways in turns. The results of a case are written when it is done."""
     workers, rows = len(os.sched_getaffinity(0)), []
     with tempfile.TemporaryDirectory() as directory:
         corpora = {kind: Path(directory) / f"{kind}.jsonl" for kind, _ in CASES}
@@ -158,8 +158,7 @@ def main(megabytes: int = MEGABYTES, repeats: int = ROUNDS) -> None:
             for way in WAYS:
                 medians = {name: statistics.median(one[way][name] for one in rounds) for name in rounds[0][way]}
                 rows.append({**case, "way": way, **medians})
-                print(rows[-1], flush=True)
-    write_result("prepare", {"workers": workers, "repeats": repeats, "rows": rows})
+            write_result("prepare", {"workers": workers, "repeats": repeats, "rows": rows})
 
 
 if __name__ == "__main__":
