@@ -299,6 +299,7 @@ class ExportConfig(PushConfig):
     output: str
     tokenizer: str | None = None
     copy_untouched: bool = False
+    quantized: bool = True
     parallelism: ParallelismConfig | None = None  # None: that of the run, on the ranks that there are
 
 

@@ -17,7 +17,7 @@ PRESETS = {
     "int8": "INT8_DEFAULT_CFG",
     "int4_weights": "INT4_BLOCKWISE_WEIGHT_ONLY_CFG",
 }
-GROUP = 32  # columns of an INT4 scale; ModelOpt's 128 are more than tiny models have
+GROUP = 16  # columns of an INT4 scale; ModelOpt's 128 are more than tiny models have
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 

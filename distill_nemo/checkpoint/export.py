@@ -73,7 +73,7 @@ def prepare_export(config: RunConfig, student: "Architecture", dtype: torch.dtyp
     from distill_nemo.models.checkpoints.huggingface import check_exportable, check_target
     from distill_nemo.models.checkpoints.untouched import untouched_tensors
 
-    check_exportable(student)
+    check_exportable(student, parallelism=config.parallelism)
     check_target(_target(config), *_read_by(config))
     source = _source(config.student.checkpoint)
     tokenizer = exported_tokenizer(source, Path(config.data.tokenizer) if config.data.tokenizer else None)
@@ -129,7 +129,7 @@ def export(config: ExportConfig) -> None:
     check_target(Path(config.output), config.checkpoint, config.tokenizer)
     # A run's step is named, since the run may save others meanwhile. Other checkpoints describe themselves.
     student = resolve(StudentConfig(checkpoint=str(found.weights) if is_ours else config.checkpoint))
-    check_exportable(student)
+    check_exportable(student, config.quantized, parallelism)
     refusal = _refusal(student, record) if rank() == 0 or is_joined() else None
     with process_groups(parallelism):
         raise_everywhere(refusal)
@@ -138,8 +138,9 @@ def export(config: ExportConfig) -> None:
         check_whole(student.name)
         tokenizer = config.tokenizer or (_tokenizer_of_run(record) if record else None)
         source = _source(config.checkpoint) if rank() == 0 else None
-        chunks, copy_untouched = [_stage(student, parallelism, found)], config.copy_untouched
-        export_hf(chunks, config.output, student, tokenizer, source, copy_untouched=copy_untouched)
+        chunks = [_stage(student, parallelism, found)]
+        options = {"copy_untouched": config.copy_untouched, "quantized": config.quantized}
+        export_hf(chunks, config.output, student, tokenizer, source, **options)
         _report(found.weights.name, config.output)
         everyone.on_rank_0(partial(push_directory, config, Path(config.output)))
 

@@ -160,6 +160,7 @@ def export(
     output: str,
     tokenizer: str | None = None,
     copy_untouched: bool = False,
+    quantized: bool = True,
     push_to: str | None = None,
     push_private: bool = False,
     push_overwrite: bool = False,
@@ -181,6 +182,8 @@ def export(
         tokenizer: tokenizer directory to copy beside the weights.
         copy_untouched: copy tensors that the student's source has and the student lacks: layers that predict further
             tokens, a vision tower. They are as they were before the training.
+        quantized: of a quantised student, write codes and scales in ModelOpt's format, which vLLM, SGLang and
+            TensorRT-LLM read; false: its rounded weights in the dtype of the training, which everything reads.
         push_to: ORG/NAME[@BRANCH] on the Hugging Face Hub to push the output to, with the token in HF_TOKEN.
         push_private: if the repository has to be made, a private one.
         push_overwrite: replace weights, config.json and card there that were not pushed from this output.
@@ -190,7 +193,7 @@ def export(
 
     push = {"push_to": push_to, "push_private": push_private, "push_overwrite": push_overwrite}
     with errors_of_a_rank():
-        export_checkpoint(ExportConfig(checkpoint, output, tokenizer, copy_untouched, parallelism, **push))
+        export_checkpoint(ExportConfig(checkpoint, output, tokenizer, copy_untouched, quantized, parallelism, **push))
 
 
 def convert(checkpoint: str, output: str, allow_pickle: bool = False) -> None:

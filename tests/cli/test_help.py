@@ -42,7 +42,8 @@ FIELDS = {
         *("store", "samples", "micro_batch_size"),
     ],
     "export": [
-        *("checkpoint", "output", "tokenizer", "copy_untouched", "push_to", "push_private", "push_overwrite"),
+        *("checkpoint", "output", "tokenizer", "copy_untouched", "quantized", "push_to", "push_private"),
+        "push_overwrite",
         *(f"parallelism.{f.name}" for f in fields(ParallelismConfig)),
     ],
     "prune": [

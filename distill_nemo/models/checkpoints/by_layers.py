@@ -13,9 +13,12 @@ from transformers import AutoConfig, PreTrainedModel
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.hf_tensors import PieceReader, of_text_model, stored_tensors
 from distill_nemo.models.checkpoints.pretrained import new_model, open_pretrained
+from distill_nemo.models.checkpoints.quantised import merge_scales
 from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.families.pieces import EXPERT, Piece, Place, experts
 from distill_nemo.models.families.tensors import table_of
+from distill_nemo.models.quantisation import read_quantisation
+from distill_nemo.runtime.files import read_object
 
 IN_LAYER = re.compile(r".+\.layers\.(\d+)\.\w+\.(.+)")
 JOINED = {  # what transformers 5 makes of several stored tensors, or names differently -> Megatron's parameter
@@ -39,7 +42,7 @@ def open_by_layers(path: Path, dtype: torch.dtype, architecture: Architecture, *
     """Return the model in a directory. A layer's weights are read when it is called, and dropped when it returns.
 
     Args:
-        path: a directory that safetensors describe.
+        path: a directory that safetensors describe. Quantised weights are dequantised.
         dtype: dtype of the weights.
         architecture: of the model.
         changes: values that override fields of its config.json.
@@ -66,7 +69,11 @@ class _Weights:
     """Weights of a directory, by their names in transformers' model."""
 
     def __init__(self, path: Path, dtype: torch.dtype, model: Architecture) -> None:
-        self._stored = of_text_model(stored_tensors(path), FAMILIES[model.family])
+        stored, config = stored_tensors(path), path / "config.json"
+        quantisation = read_quantisation(read_object(config), str(config))
+        if quantisation is not None:
+            stored = merge_scales(path, stored, quantisation)
+        self._stored = of_text_model(stored, FAMILIES[model.family])
         self._dtype, self._model = dtype, model
         self._prefix = next(name.partition("layers.")[0] for name in self._stored if "layers." in name)
 

@@ -10,12 +10,14 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from transformers import PreTrainedModel
 
+from distill_nemo.config import ParallelismConfig
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.agreement import logits_apart, open_with_transformers
 from distill_nemo.models.checkpoints.by_layers import open_by_layers
 from distill_nemo.models.checkpoints.export_files import NO_EXPORT, export_files
 from distill_nemo.models.checkpoints.hf_tensors import PieceReader, check_tied_weights
 from distill_nemo.models.checkpoints.local_parameters import local_parameters
+from distill_nemo.models.checkpoints.modelopt_files import check_storable
 from distill_nemo.models.checkpoints.untouched import untouched_tensors
 from distill_nemo.models.checkpoints.write_safetensors import (
     MAX_FILE_BYTES,
@@ -25,6 +27,8 @@ from distill_nemo.models.checkpoints.write_safetensors import (
 )
 from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.families.tensors import num_parameters
+from distill_nemo.models.quantisation import MODELOPT_FILE
+from distill_nemo.models.quantizers.convert import quantizers_of
 from distill_nemo.runtime.everyone import AgreedError, Everyone
 from distill_nemo.runtime.files import partial_of, restore_replaced, resuming_directory
 from distill_nemo.runtime.host_memory import available_memory
@@ -52,8 +56,13 @@ def load_hf_weights(built: GPTModel, model: Architecture) -> None:
             parameter.fill(reader.read)
 
 
-def check_exportable(model: Architecture) -> None:
-    """Refuse a model that no class of transformers can hold.
+def check_exportable(model: Architecture, quantized: bool = True, parallelism: ParallelismConfig | None = None) -> None:
+    """Refuse a model that no class of transformers can hold, or a quantised one that its format cannot.
+
+    Args:
+        model: the architecture.
+        quantized: export a quantised model's codes; otherwise its rounded weights.
+        parallelism: layout of the export; None: one process.
 
     Raises:
         ValueError: with the reason, and advice.
@@ -64,8 +73,8 @@ def check_exportable(model: Architecture) -> None:
         raise ValueError(
             f"{model.name} was modified by ModelOpt (quantised, say): that cannot be exported yet; {NO_EXPORT}"
         )
-    if model.quantization is not None:
-        raise ValueError(f"{model.name} is quantised: that cannot be exported yet; {NO_EXPORT}")
+    if quantized and model.quantization is not None:
+        check_storable(model, model.quantization, parallelism or ParallelismConfig())
 
 
 def export_hf(
@@ -76,11 +85,13 @@ def export_hf(
     source: Path | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
     copy_untouched: bool = False,
+    quantized: bool = True,
 ) -> None:
     """Write a model as a Hugging Face directory that `AutoModelForCausalLM.from_pretrained` opens.
 
     Collective, at any layout; all ranks share the file system of `path`. The directory appears only after two checks:
-    its tensors, read back, equal every rank's weights bit for bit, and transformers' logits agree with ours.
+    its tensors, read back, equal every rank's weights bit for bit, and transformers' logits agree with ours. Quantised
+    weights are dequantised for both, and inputs of layers are not rounded on either side.
 
     Args:
         chunks: this rank's pipeline stages.
@@ -90,6 +101,7 @@ def export_hf(
         source: the Hugging Face directory that the model came from, whose configuration and files are kept.
         max_file_bytes: limit on the bytes of tensors in one file.
         copy_untouched: copy the tensors of `source` that the model does not have.
+        quantized: write a quantised model in ModelOpt's format; otherwise its rounded weights, as plain ones.
 
     Raises:
         ValueError: if `path` holds anything but an earlier export, another process writes there, `tokenizer` holds no
@@ -98,7 +110,7 @@ def export_hf(
         RuntimeError: if the tensors or the reloaded model's logits differ, or another rank could not write.
     """
     dtype = next(chunks[0].parameters()).dtype
-    everyone = Everyone()
+    everyone, quantization = Everyone(), model.quantization if quantized else None
     with contextlib.ExitStack() as aside:  # used on rank 0 only
 
         def begin() -> tuple[str, str | None]:
@@ -111,10 +123,21 @@ def export_hf(
 
         partial, copied = everyone.on_rank_0(begin)
         partial, untouched = Path(partial), untouched_tensors(Path(copied), model) if copied else None
-        write_weights(chunks, model, partial, max_file_bytes, everyone, untouched)
-        check_written(chunks, model, partial, everyone, untouched)
+        write_weights(chunks, model, partial, max_file_bytes, everyone, untouched, quantization)
+        check_written(chunks, model, partial, everyone, untouched, quantization)
         check_export(chunks, model, partial, everyone=everyone)
         everyone.on_rank_0(aside.close)
+
+
+@contextlib.contextmanager
+def plain_activations(chunks: list[GPTModel]) -> Iterator[None]:
+    """Leave activations and the cache of quantised students unrounded meanwhile."""
+    quantizers = [each.module for chunk in chunks for each in quantizers_of(chunk) if not each.of_weight]
+    for quantizer in quantizers:
+        quantizer.disable()
+    yield
+    for quantizer in quantizers:
+        quantizer.enable()
 
 
 @contextlib.contextmanager
@@ -179,7 +202,8 @@ def check_export(
 ) -> None:
     """Reload `path` with transformers and compare its logits with Megatron's on random tokens. Every rank calls it.
 
-    If the model does not fit the memory of rank 0's host, transformers reads one layer at a time.
+    Inputs of quantised layers and the cache are not rounded meanwhile: transformers does not round them. If weights are
+    quantised or do not fit the memory of rank 0's host, transformers is given one layer at a time.
 
     Raises:
         RuntimeError: if the norm of the difference exceeds `tolerance` of the norm of the logits; 0.1 below fp32,
@@ -189,12 +213,15 @@ def check_export(
     needed, changes = MEMORY_TO_OPEN * num_parameters(model) * dtype.itemsize, FAMILIES[model.family].reference
 
     def reference() -> PreTrainedModel:
-        if needed < available_memory():
+        is_quantised = (path / MODELOPT_FILE).is_file()
+        if needed < available_memory() and not is_quantised:
             return open_with_transformers(path, dtype, **changes)
-        print(f"{path} does not fit this host's memory: transformers reads it a layer at a time", flush=True)
+        if not is_quantised:
+            print(f"{path} does not fit this host's memory: transformers reads it a layer at a time", flush=True)
         return open_by_layers(path, dtype, model, **changes)
 
-    apart = logits_apart(chunks, reference, model.vocab_size, everyone)
+    with plain_activations(chunks):
+        apart = logits_apart(chunks, reference, model.vocab_size, everyone)
     allowed = tolerance if dtype == torch.float32 else 0.1
     if not apart <= allowed:
         raise AgreedError(f"{path}: the exported model's logits differ by {apart:.2e}, allowed {allowed:.2e}")

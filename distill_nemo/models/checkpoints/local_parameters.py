@@ -6,6 +6,7 @@ from collections.abc import Callable, Container, Iterator
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -52,6 +53,13 @@ class LocalParameter(NamedTuple):
         return f".{EXPERT}" in self.name
 
     @property
+    def is_first_copy(self) -> bool:
+        """True on the first of the ranks that hold the same part."""
+        if self.of_expert:
+            return parallel_state.get_expert_data_parallel_rank() == 0
+        return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+
+    @property
     def is_split(self) -> bool:
         """True if the ranks of the group hold different parts."""
         return self.place.size > 1 and self.pieces_of(0) != self.pieces_of(1)
@@ -73,7 +81,7 @@ class LocalParameter(NamedTuple):
     def differing(self, names: Container[str], read: Callable[[Piece], Tensor]) -> Iterator[str]:
         """Yield those of `names` whose pieces are not, bit for bit, as `read` returns them."""
         for piece, rows in rows_of(self.pieces, self.tensor.detach()):
-            if piece.name in names and not torch.equal(_bytes(read(piece)), _bytes(rows.cpu())):
+            if piece.name in names and not torch.equal(bytes_of(read(piece)), bytes_of(rows.cpu())):
                 yield piece.name
 
     def whole_shapes(self) -> Shapes:
@@ -130,7 +138,23 @@ class WholeRows(NamedTuple):
     rows: Tensor
 
 
-def own_rows(parameter: LocalParameter) -> list[WholeRows] | None:
+def rows_to_write(parameter: LocalParameter) -> list[WholeRows]:
+    """Return what this rank writes of a parameter. Collective over its group."""
+    if not parameter.is_first_copy:
+        return []
+    rows, is_first = _own_rows(parameter), parameter.group.rank() == 0
+    if rows is not None:
+        return rows if is_first or parameter.is_split else []
+    tensor = parameter.tensor.detach().contiguous()
+    parts = [torch.empty_like(tensor) for _ in range(parameter.place.size)] if is_first else None
+    if parameter.place.size > 1:
+        dist.gather(tensor, parts, group=parameter.group, group_dst=0)
+    else:
+        parts = [tensor]
+    return _joined_rows(parts, parameter) if parts is not None else []
+
+
+def _own_rows(parameter: LocalParameter) -> list[WholeRows] | None:
     """Return this rank's part as views, or None if it is made of parts of rows. The ranks of a group agree."""
     shapes = parameter.whole_shapes()
     pairs = [pair for pair in rows_of(parameter.pieces, parameter.tensor.detach()) if pair[0].name]
@@ -139,7 +163,7 @@ def own_rows(parameter: LocalParameter) -> list[WholeRows] | None:
     return [WholeRows(piece.name, piece.index[0].start, rows) for piece, rows in pairs]
 
 
-def joined_rows(parts: list[Tensor], parameter: LocalParameter) -> list[WholeRows]:
+def _joined_rows(parts: list[Tensor], parameter: LocalParameter) -> list[WholeRows]:
     """Assemble rows from a parameter's parts, one of each rank of its group."""
     found: dict[str, list[tuple[Piece, Tensor]]] = {}
     for rank, part in enumerate(parts):
@@ -173,5 +197,6 @@ def rows_of(pieces: list[Piece], tensor: Tensor) -> Iterator[tuple[Piece, Tensor
     yield from zip(pieces, tensor.split(sizes), strict=True)
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8)
+def bytes_of(tensor: Tensor) -> Tensor:
+    """Return the bytes of a tensor's values."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

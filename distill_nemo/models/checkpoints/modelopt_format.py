@@ -23,6 +23,7 @@ Layout = Literal["fp8", "nvfp4", "int8", "int4"]
 WEIGHT, SCALE, SCALE_2, INPUT_SCALE = "weight", "weight_scale", "weight_scale_2", "input_scale"  # within a module
 CACHE_SCALES = ("k_proj.k_scale", "v_proj.v_scale")  # within an attention layer
 NVFP4_BLOCK = 16  # columns that share a scale
+SMALLEST_BLOCK_SCALE = 2.0**-9  # of E4M3; a block of zeros has it, too
 PER_BYTE: dict[Layout, tuple[int, int]] = {"fp8": (1, 1), "nvfp4": (1, 2), "int8": (1, 1), "int4": (2, 1)}  # [out, in]
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 

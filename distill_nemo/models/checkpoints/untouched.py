@@ -14,6 +14,7 @@ from torch import Tensor
 from distill_nemo.fields import first_few
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.hf_tensors import FLOATS, OLD_BUFFER, PieceReader, own_name, stored_tensors
+from distill_nemo.models.checkpoints.local_parameters import bytes_of
 from distill_nemo.models.checkpoints.quantised import merge_scales
 from distill_nemo.models.checkpoints.stacked_experts import unstacked
 from distill_nemo.models.checkpoints.tensor_files import DTYPES, Entries, Entry, TensorFiles
@@ -99,7 +100,7 @@ class Copies:
         """Yield those of `names` that `directory` does not hold bit for bit."""
         with PieceReader(directory) as reader:
             for name, tensor in self._read():
-                if name in names and not torch.equal(_bytes(reader.read(_whole(name, tensor))), _bytes(tensor)):
+                if name in names and not torch.equal(bytes_of(reader.read(_whole(name, tensor))), bytes_of(tensor)):
                     yield name
 
     def _read(self) -> Iterator[tuple[str, Tensor]]:
@@ -111,7 +112,3 @@ class Copies:
 
 def _whole(name: str, tensor: StoredTensor | Tensor) -> Piece:
     return Piece(name, tuple(slice(0, size) for size in tensor.shape))
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)

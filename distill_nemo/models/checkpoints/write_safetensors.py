@@ -5,12 +5,11 @@ them gather a parameter. So besides its own weights no rank has more than one pa
 """
 
 import json
+from collections import ChainMap
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from safetensors import SafetensorError, safe_open
 
@@ -23,19 +22,18 @@ from distill_nemo.models.checkpoints.hf_tensors import (
     read_header,
     stored_tensors,
 )
-from distill_nemo.models.checkpoints.local_parameters import (
-    LocalParameter,
-    WholeRows,
-    joined_rows,
-    local_parameters,
-    own_rows,
-)
-from distill_nemo.models.checkpoints.tensor_files import LABELS, Entries, Entry, TensorFiles, as_in_file
+from distill_nemo.models.checkpoints.local_parameters import WholeRows
+from distill_nemo.models.checkpoints.modelopt_files import state_quantisation
+from distill_nemo.models.checkpoints.quantised import merge_scales
+from distill_nemo.models.checkpoints.stored_parameters import StoredParameter, stored_parameters
+from distill_nemo.models.checkpoints.tensor_files import DTYPES, Entries, Entry, TensorFiles, as_in_file
 from distill_nemo.models.checkpoints.untouched import Copies, Untouched
 from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.families.pieces import OUTPUT
 from distill_nemo.models.families.tensors import Shapes, hf_shapes
+from distill_nemo.models.quantisation import read_quantisation
 from distill_nemo.models.sources import StoredTensor
+from distill_nemo.quantization import QuantizationConfig
 from distill_nemo.runtime.everyone import AgreedError, Everyone
 from distill_nemo.runtime.files import read_object_if_any
 
@@ -50,6 +48,7 @@ def write_weights(
     max_file_bytes: int = MAX_FILE_BYTES,
     everyone: Everyone | None = None,
     untouched: Untouched | None = None,
+    quantization: QuantizationConfig | None = None,
 ) -> None:
     """Write `model.safetensors`, or numbered files and their index. Collective; all ranks share the file system.
 
@@ -62,13 +61,20 @@ def write_weights(
         max_file_bytes: limit on the bytes of tensors in one file. A larger tensor has a file of its own.
         everyone: all ranks; None: make a new `Everyone`.
         untouched: tensors of other files to copy, the same on every rank.
+        quantization: format of quantised parameters, which ModelOpt's files beside the weights state, too; None: in
+            their dtype, rounded.
 
     Raises:
         OSError: if a file cannot be written.
     """
     everyone, untouched = everyone or Everyone(), untouched or Untouched({})
-    parameters = [p for chunk in chunks for p in local_parameters(chunk, model) if _is_stored(p, model)]
-    by_rank = _plan(parameters, untouched, hf_shapes(model), max_file_bytes)
+    parameters = [
+        stored
+        for stored in stored_parameters(chunks, model, quantization)
+        if not (model.tie_word_embeddings and stored.parameter.name == OUTPUT)  # on the last stage a copy
+    ]
+    shapes = hf_shapes(model)
+    by_rank = _plan(parameters, untouched, shapes, max_file_bytes)
     copies = Copies(untouched)
     files = {file: entries for own in by_rank for file, entries in own.items()}
     missing = files.keys() - _whole_files(parameters, copies, files, directory)
@@ -77,15 +83,18 @@ def write_weights(
     with TensorFiles(directory, {file: files[file] for file in files if file in missing}, METADATA) as writing:
         try:
             prepare_directory(files, directory)
+            if quantization is not None and dist.get_rank() == 0:
+                stored = (as_in_file(entries) for entries in files.values())
+                state_quantisation(directory, quantization, ChainMap(*stored))
             for file in by_rank[dist.get_rank()].keys() & missing:
                 writing.create(file)
         except OSError as error:
             failure = error
         everyone.raise_errors(failure)
         for parameter in parameters:
-            if not any(name in writing for name in parameter.whole_shapes()):
+            if not any(name in writing for name in parameter.entries(shapes)):
                 continue
-            rows = _rows_to_write(parameter)
+            rows = parameter.rows()
             try:
                 if failure is None:
                     _write(rows, writing)
@@ -100,13 +109,14 @@ def write_weights(
 
 
 def _plan(
-    parameters: Iterable[LocalParameter], untouched: Untouched, shapes: Shapes, limit: int
+    parameters: Iterable[StoredParameter], untouched: Untouched, shapes: Shapes, limit: int
 ) -> list[dict[str, Entries]]:
     """Return the files that each rank creates, and their tensors. The first rank that has rows of a tensor counts."""
     own = {
-        name: Entry(LABELS[parameter.tensor.dtype], shapes[name], untouched.name_beside(name))
-        for parameter in filter(_writes, parameters)
-        for name in parameter.whole_shapes()
+        name: entry._replace(name=untouched.name_beside(name))
+        for stored in parameters
+        if stored.parameter.is_first_copy and stored.parameter.group.rank() == 0
+        for name, entry in stored.entries(shapes).items()
     }
     planned: list[list[Entries]] = []
     seen: set[str] = set()
@@ -114,18 +124,24 @@ def _plan(
         entries = {name: entry for name, entry in of_rank.items() if name not in seen}
         seen |= entries.keys()
         names = plan_files({name: entry.nbytes for name, entry in entries.items()}, limit)
-        planned.append([{name: entries[name] for name in of_file} for of_file in names])
+        planned.append([_aligned({name: entries[name] for name in of_file}) for of_file in names])
     total = sum(map(len, planned))
     numbers = iter(range(total))
     return [{file_name(next(numbers), total): entries for entries in of_rank} for of_rank in planned]
 
 
+def _aligned(entries: Entries) -> Entries:
+    """Return the entries in an order in which each begins at a multiple of its values' size."""
+    return dict(sorted(entries.items(), key=lambda item: -DTYPES[item[1].dtype].itemsize))
+
+
 def _whole_files(
-    parameters: list[LocalParameter], copies: Copies, files: dict[str, Entries], directory: Path
+    parameters: list[StoredParameter], copies: Copies, files: dict[str, Entries], directory: Path
 ) -> set[str]:
     """Return the files in `directory` that hold what the ranks hold. Collective."""
     stored = {file: _stored(directory / file) for file in files}
-    whole = {file for file, entries in files.items() if stored[file] == as_in_file(entries)}
+    own = {file for file, entries in files.items() if stored[file] == as_in_file(entries)}
+    whole = set.intersection(*_from_every_rank(own))
     place = {name: file for file in whole for name in files[file]}
     there = {
         name: StoredTensor(directory / file, entry.dtype, entry.shape, name=entry.name)
@@ -133,7 +149,7 @@ def _whole_files(
         for name, entry in files[file].items()
     }
     with PieceReader(there) as reader:
-        for parameter in filter(_is_first_copy, parameters):
+        for parameter in parameters:
             whole -= {place[name] for name in parameter.differing(place, reader.read)}
     whole -= {place[name] for name in copies.differing(there, there)}
     return set.intersection(*_from_every_rank(whole))
@@ -182,21 +198,28 @@ def check_written(
     directory: Path,
     everyone: Everyone,
     untouched: Untouched | None = None,
+    quantization: QuantizationConfig | None = None,
 ) -> None:
     """Read an export back, each rank what it holds or copied, and compare it with the weights. Collective.
 
+    Quantised ones are dequantised, and compared with those that the student computes with.
+
     Raises:
-        RuntimeError: if a bit differs, or a file cannot be read.
+        RuntimeError: if a bit of a plain one differs, a quantised one differs by more than fp32's rounding, or a file
+            cannot be read.
     """
     failure = None
     try:
         stored = stored_tensors(directory)
-        with PieceReader(own := of_text_model(stored, FAMILIES[model.family])) as reader:
-            for parameter in (p for chunk in chunks for p in local_parameters(chunk, model)):
-                names = parameter.whole_shapes() if _is_first_copy(parameter) else ()
-                for name in (each for each in names if each not in own):
+        config = read_quantisation(read_object_if_any(directory / "config.json"), str(directory / "config.json"))
+        own = stored | merge_scales(directory, stored, config) if config is not None else stored
+        with PieceReader(own := of_text_model(own, FAMILIES[model.family])) as reader:
+            for parameter in stored_parameters(chunks, model, quantization):
+                if not parameter.parameter.is_first_copy:
+                    continue
+                for name in (each for each in parameter.names if each not in own):
                     raise AgreedError(f"{directory}: {name} was not written")
-                for name in parameter.differing(names, reader.read):
+                for name in parameter.wrong(reader.read):
                     raise AgreedError(f"{directory}: {name} is not what was written")
         copies = Copies(untouched or Untouched({}))
         for name in copies.differing(stored, copies.stored):
@@ -234,43 +257,11 @@ def is_export_of_ours(directory: Path) -> bool:
         return False
 
 
-def _is_stored(parameter: LocalParameter, model: Architecture) -> bool:
-    """Return False for a tied output layer, which on the last stage is a copy of the embedding."""
-    return not (model.tie_word_embeddings and parameter.name == OUTPUT)
-
-
-def _writes(parameter: LocalParameter) -> bool:
-    """Return True if this rank writes the parameter: it is the first of the ranks that share or replicate it."""
-    return _is_first_copy(parameter) and parameter.group.rank() == 0
-
-
-def _is_first_copy(parameter: LocalParameter) -> bool:
-    if parameter.of_expert:
-        return parallel_state.get_expert_data_parallel_rank() == 0
-    return parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-
-
 def _from_every_rank[T](own: T) -> list[T]:
     found = [own] * dist.get_world_size()
     if len(found) > 1:
         dist.all_gather_object(found, own)
     return found
-
-
-def _rows_to_write(parameter: LocalParameter) -> list[WholeRows]:
-    """Return what this rank writes of a parameter. Collective over its group."""
-    if not _is_first_copy(parameter):
-        return []
-    rows, is_first = own_rows(parameter), parameter.group.rank() == 0
-    if rows is not None:
-        return rows if is_first or parameter.is_split else []
-    tensor = parameter.tensor.detach().contiguous()
-    parts = [torch.empty_like(tensor) for _ in range(parameter.place.size)] if is_first else None
-    if parameter.place.size > 1:
-        dist.gather(tensor, parts, group=parameter.group, group_dst=0)
-    else:
-        parts = [tensor]
-    return joined_rows(parts, parameter) if parts is not None else []
 
 
 def file_name(number: int, total: int) -> str:

@@ -1,0 +1,331 @@
+"""Quantised students in ModelOpt's format, against ModelOpt's exporter, numpy, compressed-tensors and transformers."""
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from distill_nemo.config import ExportConfig, ParallelismConfig, StudentConfig
+from distill_nemo.quantization import QuantizationConfig
+from distill_nemo.runtime.device import setup_device
+from distill_nemo.runtime.process_groups import process_groups
+from tests.distillation import Layout
+from tests.modelopt_files import GROUP, PRESETS, dequantised, stored, write_modelopt
+from tests.tiny_models import write_hf
+from tests.training import tiny_run
+
+FORMATS = list(PRESETS)
+FUSED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # here one tensor has the amax; ModelOpt has several
+
+
+def tokens():
+    return torch.randint(507, (2, 32), generator=torch.Generator().manual_seed(0))
+
+
+def quantization(preset, **changes):
+    block = GROUP if preset == "int4_weights" else None
+    return QuantizationConfig(format=preset, block_size=block, **changes)
+
+
+def quantised(path, layout, config):
+    """Return the architecture and this rank's stage, with the same amaxes of activations at every layout."""
+    from megatron.core import parallel_state as ps
+
+    from distill_nemo.models.provider import model_provider
+    from distill_nemo.models.quantizers.calibrate import amaxes_of, set_amaxes
+    from distill_nemo.models.resolve import resolve
+
+    student = dataclasses.replace(resolve(StudentConfig(checkpoint=str(path))), quantization=config)
+    first, last = ps.is_pipeline_first_stage(), ps.is_pipeline_last_stage()
+    model = model_provider(first, last, student=student, parallelism=layout.config())
+    set_amaxes([model], {name: 1 + sum(map(ord, name)) % 97 / 97 for name in amaxes_of([model])})
+    return student, model
+
+
+def export(path, output, layout, config, is_quantised=True, limit=10**9, whole=True):
+    """Export at a layout. Return the logits of one process, its activations rounded."""
+    setup_device()
+    with process_groups(layout.config()):
+        from distill_nemo.models.checkpoints.agreement import _logits
+        from distill_nemo.models.checkpoints.huggingface import check_exportable, export_hf
+        from distill_nemo.models.checkpoints.write_safetensors import write_weights
+
+        student, model = quantised(path, layout, config)
+        check_exportable(student, is_quantised, layout.config())
+        if whole:
+            export_hf([model], str(output), student, source=Path(path), max_file_bytes=limit, quantized=is_quantised)
+        else:
+            Path(output).mkdir(exist_ok=True)
+            write_weights([model], student, Path(output), limit, quantization=config)
+        return _logits([model], tokens()) if layout == Layout() else None
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return write_hf(tmp_path_factory.mktemp("export") / "plain", layers=2)
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def exported(request, plain, one):
+    """Return (format, directory, logits of the student that was exported)."""
+    output = Path(plain).with_name(request.param)
+    return request.param, output, one.run(export, plain, output, Layout(), quantization(request.param))[0]
+
+
+def test_it_is_what_modelopts_own_exporter_writes(exported, plain, tmp_path):
+    name, ours, _ = exported
+    theirs = write_modelopt(plain, tmp_path / "modelopt", name)
+    ours_stored, expected = stored(ours), stored(theirs)
+    assert ours_stored.keys() == expected.keys()
+    for tensor, (dtype, array) in expected.items():
+        of_ours, found = ours_stored[tensor]
+        assert (of_ours, found.shape) == (dtype, array.shape), tensor
+        other_amax = name == "fp8" and tensor.split(".")[-2] in FUSED
+        if not tensor.endswith("input_scale") and not other_amax:
+            assert (found == array).all(), tensor
+    stated, expected = (json.loads(Path(each, "hf_quant_config.json").read_text()) for each in (ours, theirs))
+    if name == "int4_weights":
+        expected["quantization"]["pre_quant_scale"] = False  # ModelOpt states some, and stores none
+    assert stated == expected
+    configs = [json.loads(Path(each, "config.json").read_text())["quantization_config"] for each in (ours, theirs)]
+    assert configs[0] == configs[1]
+
+
+def test_dequantised_by_numpy_it_is_the_student_whose_weights_are_rounded(exported, plain, one, tmp_path):
+    name, path, _ = exported
+    one.run(export, plain, tmp_path / "rounded", Layout(), quantization(name), False)
+    rounded, weights = load_file(tmp_path / "rounded/model.safetensors"), dequantised(path)[0]
+    original = load_file(f"{plain}/model.safetensors")
+    assert rounded.keys() == weights.keys() == original.keys()
+    for tensor, array in weights.items():
+        expected = rounded[tensor].numpy()
+        assert np.array_equal(array, expected) if "nvfp4" in name else np.allclose(array, expected, 2**-21, 0), tensor
+        assert torch.equal(rounded[tensor], original[tensor]) == ("_proj" not in tensor)
+    assert "quantization_config" not in json.loads((tmp_path / "rounded/config.json").read_text())
+
+
+def rounded_input(preset, scale, x):
+    """Round to multiples of a scale: independent of the package and of ModelOpt."""
+    if preset == "int8":
+        return (x / scale).round().clamp(-128, 127) * scale
+    if preset == "fp8":
+        return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+    blocks = x.unflatten(-1, (-1, 16))
+    of_block = (blocks.abs().amax(-1, keepdim=True) / 6 / scale).clamp(max=448).to(torch.float8_e4m3fn).float() * scale
+    grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    nearest = ((blocks / of_block.clamp_min(1e-30)).abs()[..., None] - grid).abs().argmin(-1)
+    return (grid[nearest].copysign(blocks) * of_block).flatten(-2)
+
+
+def test_transformers_with_these_weights_and_scales_gives_the_students_logits(exported, plain):
+    from transformers import AutoModelForCausalLM
+
+    name, path, expected = exported
+    weights, scales = dequantised(path)
+    model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
+    model.load_state_dict({tensor: torch.from_numpy(array.copy()) for tensor, array in weights.items()})
+    assert bool(scales) == (name not in ("nvfp4_weights", "int4_weights"))
+    with torch.no_grad():
+        plain_inputs = model(tokens()).logits
+    for module, scale in scales.items():
+        hook = lambda _, args, scale=scale: rounded_input(name, scale, args[0])  # noqa: E731
+        model.get_submodule(module).register_forward_pre_hook(hook)
+    with torch.no_grad():
+        found = model(tokens()).logits
+    assert (found - expected[..., :507]).norm() < 3e-3 * found.norm()
+    if scales:
+        assert (found - plain_inputs).norm() > 1e-2 * found.norm(), "rounding of inputs shows"
+
+
+def test_it_is_read_back_as_the_same_model(exported, one, tmp_path):
+    from tests.unit.models.test_quantised_sources import exported as plain_export
+
+    _, path, _ = exported
+    weights = one.run(plain_export, str(path), str(tmp_path / "again"), Layout())  # and compares with transformers
+    assert weights
+    again, expected = load_file(tmp_path / "again/model.safetensors"), dequantised(path)[0]
+    assert all(np.array_equal(again[tensor].numpy(), array) for tensor, array in expected.items())
+
+
+LAYOUTS = {"TP=2": Layout(tensor=2), "PP=2": Layout(pipeline=2), "DP=2": Layout()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("preset", ["nvfp4", "int4_weights", "int8"])
+def test_every_layout_writes_the_same_bytes(plain, one, two, tmp_path, preset, layout):
+    config = quantization(preset, kv_cache="fp8")
+    one.run(export, plain, tmp_path / "one", Layout(), config)
+    two.run(export, plain, tmp_path / "two", LAYOUTS[layout], config, True, 60_000)
+    found, expected = stored(tmp_path / "two"), stored(tmp_path / "one")
+    assert found.keys() == expected.keys()
+    assert all((found[name][1] == array).all() and found[name][0] == dtype for name, (dtype, array) in expected.items())
+    assert float(found["model.layers.1.self_attn.v_proj.v_scale"][1]) > 0
+    assert len(list((tmp_path / "two").glob("*.safetensors"))) > 2
+    stated = [json.loads((tmp_path / each / "hf_quant_config.json").read_text()) for each in ("one", "two")]
+    assert stated[0] == stated[1] and stated[0]["quantization"]["kv_cache_quant_algo"] == "FP8"
+
+
+def test_experts_are_written_one_by_one_at_every_layout(one, two, tmp_path):
+    path = write_hf(tmp_path / "plain", "qwen3_moe", layers=2)
+    config = quantization("nvfp4")
+    one.run(export, path, tmp_path / "one", Layout(), config)
+    two.run(export, path, tmp_path / "two", Layout(expert=2), config)
+    found, expected = stored(tmp_path / "two"), stored(tmp_path / "one")
+    assert found.keys() == expected.keys() and "model.layers.0.mlp.experts.3.up_proj.weight_scale_2" in found
+    assert all((found[name][1] == array).all() for name, (_, array) in expected.items())
+    ignored = json.loads((tmp_path / "one/hf_quant_config.json").read_text())["quantization"]["exclude_modules"]
+    assert "model.layers.1.mlp.gate" in ignored and "lm_head" in ignored
+
+
+def test_an_export_goes_on_with_the_files_that_are_whole(plain, two, tmp_path):
+    def write(output):
+        two.run(export, plain, output, Layout(tensor=2), quantization("nvfp4"), True, 20_000, False)
+        return {file.name: (file.stat().st_ino, file.read_bytes()) for file in output.glob("*.safetensors")}
+
+    first = write(tmp_path / "out")
+    damaged = next(name for name in first if b"down_proj.weight_scale" in first[name][1])
+    with (tmp_path / "out" / damaged).open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(bytes([first[damaged][1][-1] ^ 1]))
+    before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("*.safetensors")}
+    again = write(tmp_path / "out")
+    rewritten = {name for name in again if (tmp_path / "out" / name).stat().st_mtime_ns != before[name]}
+    assert rewritten == {damaged} and {n: x for n, (_, x) in again.items()} == {n: x for n, (_, x) in first.items()}
+
+
+def train(inputs, output):
+    from distill_nemo.training.entry import run_config
+
+    run = tiny_run(inputs, output, steps=3)
+    run.quantization = QuantizationConfig(format="nvfp4", kv_cache="fp8", calibration_samples=4)
+    run.parallelism.pipeline_model_parallel_size = 2
+    run.checkpoint.save_interval, run.checkpoint.export = 3, True
+    run_config(run)
+
+
+def export_run(output, target, is_quantised):
+    from distill_nemo.checkpoint.export import export
+
+    export(ExportConfig(str(output), str(target), quantized=is_quantised))
+
+
+def test_a_run_and_a_later_export_at_another_layout_hold_the_same_student(inputs, one, two, tmp_path):
+    two.run(train, inputs, tmp_path / "run")
+    for name, is_quantised in {"again": True, "rounded": False}.items():
+        one.run(export_run, tmp_path / "run", tmp_path / name, is_quantised)
+    of_run, again = stored(tmp_path / "run/student"), stored(tmp_path / "again")
+    assert of_run.keys() == again.keys() and "model.layers.1.self_attn.k_proj.k_scale" in of_run
+    assert all((again[name][1] == array).all() for name, (_, array) in of_run.items())
+    rounded = load_file(tmp_path / "rounded/model.safetensors")
+    weights, inputs_scales = dequantised(tmp_path / "run/student")
+    assert all(np.array_equal(rounded[name].numpy(), array) for name, array in weights.items())
+    assert len(inputs_scales) == 14 and (tmp_path / "run/student/tokenizer.json").is_file()
+
+
+def damage(path, output):
+    """Export, and change one bit of a scale before the check."""
+    setup_device()
+    with process_groups(ParallelismConfig()):
+        from distill_nemo.models.checkpoints.write_safetensors import check_written, write_weights
+        from distill_nemo.runtime.everyone import Everyone
+
+        student, model = quantised(path, Layout(), config := quantization("nvfp4"))
+        Path(output).mkdir()
+        shutil.copy(Path(path, "config.json"), output)
+        write_weights([model], student, Path(output), quantization=config)
+        check_written([model], student, Path(output), Everyone(), None, config)
+        refusals = []
+        for name, change in {
+            "mlp.down_proj.weight": lambda x: x ^ (torch.arange(x.numel()) == 5).view_as(x).to(torch.uint8),
+            "mlp.up_proj.weight_scale_2": lambda x: x * (1 + 2**-20),
+            "mlp.up_proj.input_scale": lambda x: x * (1 + 2**-20),
+        }.items():
+            tensors = load_file(f"{output}/model.safetensors")
+            changed = {f"model.layers.1.{name}": change(tensors[f"model.layers.1.{name}"])}
+            save_file(tensors | changed, f"{output}/model.safetensors")
+            with pytest.raises(RuntimeError) as raised:
+                check_written([model], student, Path(output), Everyone(), None, config)
+            refusals.append(str(raised.value))
+            save_file(tensors, f"{output}/model.safetensors")
+        return refusals
+
+
+def test_a_wrong_code_or_scale_is_found_before_publishing(plain, one, tmp_path):
+    found = one.run(damage, plain, str(tmp_path / "out"))[0]
+    assert all("is not what was written" in refusal for refusal in found)
+    assert [re.search(r"layers\.1\.mlp\.(\S+) is", refusal)[1] for refusal in found] == [
+        "down_proj.weight", "up_proj.weight", "up_proj.input_scale",
+    ]  # fmt: skip
+
+
+def test_compressed_tensors_opens_its_codes_and_scales(plain, one, tmp_path):
+    """No reader of ModelOpt's format runs on a CPU. This one has the same codes, under other names."""
+    pytest.importorskip("compressed_tensors")
+    from transformers import AutoModelForCausalLM
+
+    one.run(export, plain, tmp_path / "nvfp4", Layout(), quantization("nvfp4_weights"))
+    tensors = load_file(tmp_path / "nvfp4/model.safetensors")
+    renamed = {}
+    for name, tensor in tensors.items():
+        if name.endswith("weight_scale_2"):
+            renamed[name.replace("weight_scale_2", "weight_global_scale")] = 1 / tensor.reshape(1)
+        else:
+            renamed[name + "_packed" if tensor.dtype == torch.uint8 else name] = tensor
+    weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}
+    stated = {
+        "quant_method": "compressed-tensors",
+        "format": "nvfp4-pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights | {"dynamic": False}}},
+        "ignore": ["lm_head"],
+    }
+    shutil.copytree(tmp_path / "nvfp4", tmp_path / "renamed")
+    save_file(renamed, tmp_path / "renamed/model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "renamed/config.json").read_text()) | {"quantization_config": stated}
+    (tmp_path / "renamed/config.json").write_text(json.dumps(config))
+
+    def logits(path):
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()(tokens()).logits
+
+    with torch.no_grad():
+        found, unrounded = logits(tmp_path / "renamed"), logits(plain)
+        save = {name: torch.from_numpy(array.copy()) for name, array in dequantised(tmp_path / "nvfp4")[0].items()}
+        copy = shutil.copytree(plain, tmp_path / "copy")
+        save_file(save, copy / "model.safetensors", {"format": "pt"})
+        expected = logits(copy)
+    assert (found - expected).norm() < 0.02 * expected.norm() < (unrounded - expected).norm() / 3
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "tensor", "message"),
+    [
+        ("llama", QuantizationConfig(kv_cache="fp8"), 1, "kv_cache without quantization.format is not read by vLLM"),
+        (
+            "llama_tied",
+            QuantizationConfig(format="fp8", exclude=[]),
+            1,
+            "output_layer is quantised, but its weights are",
+        ),
+        ("gpt_oss", QuantizationConfig(format="nvfp4"), 1, "mlp.experts.gate_up_proj holds several matrices"),
+        ("glm4_moe_lite", QuantizationConfig(format="fp8", kv_cache="fp8"), 1, "has no k_proj and v_proj to name its"),
+        ("odd", quantization("int4_weights"), 2, "a tensor-parallel rank has its rows"),
+    ],
+)
+def test_what_the_format_cannot_hold_is_refused_by_name(tmp_path, family, config, tensor, message):
+    from distill_nemo.models.checkpoints.huggingface import check_exportable
+    from distill_nemo.models.resolve import resolve
+
+    odd = {"width": 20, "heads": 2} if family == "odd" else {}
+    path = write_hf(tmp_path / "plain", "llama" if odd else family, layers=2, **odd)
+    student = dataclasses.replace(resolve(StudentConfig(checkpoint=path)), quantization=config)
+    layout = ParallelismConfig(tensor_model_parallel_size=tensor)
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        check_exportable(student, True, layout)
+    assert "quantized=false" in str(raised.value)
+    check_exportable(student, False, layout)
