@@ -141,7 +141,7 @@ class ParallelismConfig:
     context_parallel_size: int = setting(1, at_least=1)
     expert_model_parallel_size: int = setting(1, at_least=1)
     sequence_parallel: bool = False
-    timeout_minutes: float = setting(10.0, "longest time that a rank waits for the others", above=0)
+    timeout_minutes: float = setting(10.0, "longest time that a rank waits for the others", above=0, at_most=10**6)
 
     @property
     def model_parallel_size(self) -> int:
@@ -215,7 +215,7 @@ class OptimizerConfig:
     lr: float = setting(1e-4, above=0)
     min_lr: float = setting(1e-5, at_least=0)
     warmup_steps: int = setting(0, at_least=0)
-    decay_steps: int | None = setting(None, "None: to the last step", at_least=0)
+    decay_steps: int | None = setting(None, "None: to the last step", at_least=1)
     decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = "cosine"
     weight_decay: float = setting(0.1, at_least=0)
     adam_beta1: float = setting(0.9, at_least=0, below=1)

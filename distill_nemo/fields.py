@@ -56,6 +56,8 @@ def checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any] = NO_M
         value = _converted(value, hint)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(_wrong_type(name, value, hint)) from None
+    if value == "" and type(None) in typing.get_args(hint):
+        raise ValueError(f"{name} is empty; give it a value, or None")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value}")
     limits = metadata.get("limits", {})
@@ -92,8 +94,8 @@ def _wrong_type(name: str, value: Any, hint: Any) -> str:
     plain = plain_type(hint)
     if typing.get_origin(plain) is typing.Literal and isinstance(value, str):
         return f'{name} = "{value}" is not known.{suggest(value, typing.get_args(plain))}'
-    example = """, such as '["a", "b"]'""" if plain == list[str] else ""
-    return f"{name} must be {type_name(hint)}{example}, got {_SHOWN.repr(value)}"
+    examples = {list[str]: """, such as '["a", "b"]'""", dict[str, str]: """, such as '{"a": "b"}'"""}
+    return f"{name} must be {type_name(hint)}{examples.get(plain, '')}, got {_SHOWN.repr(value)}"
 
 
 def _range_of(metadata: Mapping[str, Any]) -> str:

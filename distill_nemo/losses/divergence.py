@@ -31,7 +31,7 @@ class Statistics(NamedTuple):
 
 @dataclass(frozen=True)
 class LogitsLoss[Teacher](ABC):
-    """Loss of every token between a student's logits and a teacher. The caller multiplies by T^2.
+    """Loss of every token between a student's logits and a teacher. The caller multiplies by `factor`.
 
     `begin`, one all-gather, `finish` give the loss; `gradient` is that of the student's logits.
 
@@ -47,6 +47,10 @@ class LogitsLoss[Teacher](ABC):
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
+
+    def factor(self, by_temperature_squared: bool) -> float:
+        """Return T^2, which keeps the size of gradients, or 1."""
+        return self.temperature**2 if by_temperature_squared else 1.0
 
     @abstractmethod
     def begin(self, student_SBv: Tensor, teacher: Teacher) -> Statistics:

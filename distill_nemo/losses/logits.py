@@ -51,11 +51,6 @@ class LogitsKLLoss(_Loss):
         self.group = group
         self.vocab_start = vocab_start
 
-    @property
-    def factor(self) -> float:
-        """Factor of the divergence."""
-        return self.divergence.temperature**2 if self.scale_by_temperature_squared else 1.0
-
     def set_temperature(self, temperature: float) -> None:
         """Divide the logits of both sides by another temperature from now on."""
         self.divergence = replace(self.divergence, temperature=temperature)
@@ -68,7 +63,7 @@ class LogitsKLLoss(_Loss):
         """
         pair = self.prepare(student_logits_SBv, teacher_logits_SBv)
         loss_SB = self.divergence(*pair, self.group)
-        return (loss_SB * self.factor).transpose(0, 1).contiguous()
+        return (loss_SB * self.divergence.factor(self.scale_by_temperature_squared)).transpose(0, 1).contiguous()
 
     def prepare(self, student_logits_SBv: Output, teacher_logits_SBv: Output) -> tuple[Tensor, Tensor]:
         """Return both logits on the same columns, with no probability for padding. The teacher's are detached.

@@ -58,7 +58,7 @@ ODD = [
     "line\nbreak",
     " space ",
     "~",
-    "",
+    "{}",
     "0x1F",
     "\u2028",
 ]
@@ -292,6 +292,13 @@ def test_what_can_run_is_let_through():
         ({"data": {"train": [1]}}, """data.train must be list[str], such as '["a", "b"]', got [1]"""),
         ({"data": {"train": "corpus"}}, "data.train must be list[str]"),
         ({"optimizer": {"lr": "fast"}}, "optimizer.lr must be float, got 'fast'"),
+        ({"optimizer": {"decay_steps": 0}}, "optimizer.decay_steps must be at least 1, got 0"),
+        (
+            {"parallelism": {"timeout_minutes": 1e300}},
+            "timeout_minutes must be above 0 and at most 1000000, got 1e+300",
+        ),
+        ({"student": {"checkpoint": ""}}, "student.checkpoint is empty; give it a value, or None"),
+        ({"distillation": {"schedules": "x"}}, """must be dict[str, str], such as '{"a": "b"}', got 'x'"""),
         ({"training": {"recompute": 5}}, "training.recompute must be full | selective | None, got 5"),
         ({"training": None}, "training must be a mapping of fields, got NoneType"),
         ({"student": None}, "student must be a mapping of fields, got NoneType"),

@@ -99,7 +99,7 @@ class FusedOutput[Teacher](Objective):
         start = parallel_state.get_tensor_model_parallel_rank() * width
         self.fused_loss = FusedLoss(
             logits_loss,
-            factor=_factor(logits_loss, distill_cfg),
+            factor=logits_loss.factor(distill_cfg.scale_by_temperature_squared),
             group=tensor_parallel_group(student),
             vocab_start=start,
             num_true=min(max(architecture.vocab_size - start, 0), width),
@@ -167,7 +167,8 @@ class AgainstLogits(FusedOutput[Tensor]):
         """Take weights and temperature."""
         super().set_losses(distill_cfg)
         divergence = replace(self.fused_loss.divergence, temperature=distill_cfg.temperature)
-        self.fused_loss = replace(self.fused_loss, divergence=divergence, factor=_factor(divergence, distill_cfg))
+        factor = divergence.factor(distill_cfg.scale_by_temperature_squared)
+        self.fused_loss = replace(self.fused_loss, divergence=divergence, factor=factor)
 
     def compare(self, part: TokenLogits[Tensor], labels_n: Tensor) -> dict[str, Tensor]:
         """Return `losses.metrics.METRICS`."""
@@ -208,10 +209,6 @@ class FusedLogits(AgainstLogits):
         teacher_SBH = whole(teacher_sBH.detach(), self.student.config.sequence_parallel)
         teacher = head_of(self.teacher, teacher_SBH, self.teachers_multipliers)
         return Sides(self.student_head(student_sBH), teacher)
-
-
-def _factor(logits_loss: LogitsLoss[Any], distill_cfg: DistillationConfig) -> float:
-    return logits_loss.temperature**2 if distill_cfg.scale_by_temperature_squared else 1.0
 
 
 def _flat(targets: Targets) -> tuple[Tensor, Tensor]:

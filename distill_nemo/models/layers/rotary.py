@@ -33,7 +33,10 @@ def frequencies(rope: Rope, kv_channels: int, max_position_embeddings: int) -> t
     channels = int(kv_channels * share)
     if channels < 2 or channels % 2:
         product = "" if share == 1.0 else f" x partial_rotary_factor = {share:g} = {channels}"
-        raise ValueError(f"kv_channels = {kv_channels}{product} is not even: rotary embeddings turn pairs of channels")
+        raise ValueError(
+            f"kv_channels = {kv_channels}{product} is not even, and rotary embeddings turn pairs "
+            "of channels; it is hidden_size / num_attention_heads if it is not stated"
+        )
     for name, factors in (("short_factor", rope.short_factor), ("long_factor", rope.long_factor)):
         if factors is not None and len(factors) != channels // 2:
             raise ValueError(f"rope_scaling.{name} must hold {channels // 2} numbers, got {len(factors)}")
