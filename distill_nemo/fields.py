@@ -52,12 +52,12 @@ def checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any] = NO_M
     Raises:
         ValueError: naming the field, what came and what is allowed.
     """
+    if value == "" and type(None) in typing.get_args(hint):
+        raise ValueError(f"{name} is empty; give it a value, or None")
     try:
         value = _converted(value, hint)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(_wrong_type(name, value, hint)) from None
-    if value == "" and type(None) in typing.get_args(hint):
-        raise ValueError(f"{name} is empty; give it a value, or None")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value}")
     limits = metadata.get("limits", {})
