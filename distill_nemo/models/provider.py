@@ -20,7 +20,7 @@ from distill_nemo.models.distillation.offload import HostWeights
 from distill_nemo.models.distillation.stored_targets import StoredTeacher, learn_from_store
 from distill_nemo.models.layers.experts import initialise_experts, keep_expert_bias, keep_experts_apart
 from distill_nemo.models.megatron import Recompute, gpt_model, transformer_config
-from distill_nemo.models.quantizers.calibrate import calibrate_weights
+from distill_nemo.models.quantizers.calibrate import calibrate_weights, check_calibrated
 from distill_nemo.models.quantizers.convert import quantize
 from distill_nemo.models.resolve import resolve, resolve_pair, with_headers
 from distill_nemo.models.sources import CheckpointKind
@@ -144,7 +144,9 @@ def _load(built: GPTModel, model: Architecture) -> None:
         load_hf_weights(built, model)
     elif source is not None:
         load_megatron_weights(source.weights, built, source.quantization is not None)
-    if model.quantization is not None and (source is None or source.quantization is None):
+    if source is not None and source.quantization is not None:
+        check_calibrated(built, source.weights)
+    elif model.quantization is not None:
         calibrate_weights(built, model.quantization)
 
 

@@ -16,6 +16,7 @@ from distill_nemo.planning.latent_attention import (
     saved_by_latent_attention,
 )
 from distill_nemo.planning.mamba import backward_workspace_of_mamba, forward_workspace_of_mamba, saved_by_mamba
+from distill_nemo.planning.parameters import layer_parameters
 from distill_nemo.planning.planned import PlannedRun
 
 
@@ -23,7 +24,10 @@ def saved(planned: PlannedRun, model: Architecture, layer: Layer, recompute: str
     """Return the bytes that a layer saves for backward in one micro batch; with full recomputation, its input only."""
     if recompute == "full":
         return planned.item * planned.split_tokens * model.hidden_size
-    return _saved_by_mixer(planned, model, layer, recompute) + saved_by_mlp(planned, model, layer)
+    bytes_ = _saved_by_mixer(planned, model, layer, recompute) + saved_by_mlp(planned, model, layer)
+    if model.quantization is not None and model.quantization.format != "none":  # rounded weights, of every micro batch
+        bytes_ += planned.item * layer_parameters(model, layer, planned.config.parallelism).total
+    return bytes_
 
 
 def _saved_by_mixer(planned: PlannedRun, model: Architecture, layer: Layer, recompute: str | None) -> int:

@@ -50,7 +50,8 @@ def planned_run(config: RunConfig, world_size: int, transformer_engine: bool = T
     """
     config, models = _resolved(config)
     stored = check_stores(config, models.student.vocab_size)
-    planned = PlannedRun(config, models, world_size, transformer_engine=transformer_engine, stored=stored)
+    local = not transformer_engine or models.student.quantization is not None
+    planned = PlannedRun(config, models, world_size, transformer_engine=not local, stored=stored)
     check_setting(planned)
     return planned
 
@@ -64,7 +65,8 @@ def with_layout(config: RunConfig, gpus: int, gpu: Gpu, fixed: Collection[str] =
     resolved, models = _resolved(replace(config, parallelism=ParallelismConfig()))
     resolved = replace(resolved, parallelism=config.parallelism)
     stored = check_stores(resolved, models.student.vocab_size)
-    choice = choose_layout(PlannedRun(resolved, models, gpus, stored=stored), gpu, fixed)
+    planned = PlannedRun(resolved, models, gpus, transformer_engine=models.student.quantization is None, stored=stored)
+    choice = choose_layout(planned, gpu, fixed)
     chosen = choice.planned.config
     return replace(config, parallelism=chosen.parallelism, training=chosen.training), choice.why
 

@@ -31,7 +31,17 @@ def heading(name: str, planned: PlannedRun, gpu: Gpu) -> list[str]:
     head = f"{name} on {planned.world_size} x {gpu.name} ({gpu.memory_gb:g} GB, {gpu.bf16_tflops:,g} TFLOPS)"
     kind = "bf16" if planned.item == 2 else "fp32"
     layers = "Transformer Engine" if planned.transformer_engine else "local layers"
-    return [head, f"  {layout_text(planned.config.parallelism, planned.data_parallel_size)}, {kind}, {layers}"]
+    layout = layout_text(planned.config.parallelism, planned.data_parallel_size)
+    return [head, f"  {layout}, {kind}, {layers}{_quantised(planned)}"]
+
+
+def _quantised(planned: PlannedRun) -> str:
+    numbers = planned.models.student.quantization
+    if numbers is None:
+        return ""
+    parts = {"": numbers.format, "cache in ": numbers.kv_cache}
+    named = " and ".join(part + name for part, name in parts.items() if name != "none")
+    return f"; student quantised: {named}"
 
 
 def layout_text(par: ParallelismConfig, data_parallel_size: int | None = None) -> str:

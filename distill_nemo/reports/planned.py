@@ -51,7 +51,8 @@ def plan_against_truth(run: RecordedRun) -> dict[str, str]:
     config, models = resolve_models(described(config))
     check(config, int(world))
     on_gpu = device != "cpu"
-    planned = PlannedRun(config, models, int(world), on_gpu=on_gpu, transformer_engine=on_gpu)
+    fused_layers = on_gpu and models.student.quantization is None
+    planned = PlannedRun(config, models, int(world), on_gpu=on_gpu, transformer_engine=fused_layers)
     gpu = _gpu(device)
     seconds, tokens = _seconds(run), config.training.global_batch_size * config.data.sequence_length
     reached = all_work(planned).total * tokens / seconds / world / 1e12 if seconds else None

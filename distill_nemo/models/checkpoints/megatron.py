@@ -20,7 +20,7 @@ from distill_nemo.fields import first_few
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.families.pieces import EMBEDDING, EXPERT, OUTPUT, OUTSIDE, Piece
 from distill_nemo.models.families.tensors import FUSED_NAMES, LOCAL_NAMES, Shapes, parameters
-from distill_nemo.models.quantizers.state import is_amax, with_amaxes
+from distill_nemo.models.quantizers.state import check_amaxes, is_amax, with_amaxes
 from distill_nemo.models.sources import MODELOPT_STATE
 from distill_nemo.runtime.pickles import read_contents, weights_only
 
@@ -49,7 +49,7 @@ def load_megatron_weights(directory: Path, built: GPTModel, quantized: bool = Fa
         quantized: the checkpoint has the amaxes of the model's quantizers, as our runs store them.
 
     Raises:
-        ValueError: if a file is missing or corrupt, by name, or if amaxes are missing, or are none.
+        ValueError: if a file is missing or corrupt, or amaxes are missing or of another shape, by name.
     """
     stored = stored_tensors(directory, quantized)
     prefix = key_prefix(stored)
@@ -57,6 +57,7 @@ def load_megatron_weights(directory: Path, built: GPTModel, quantized: bool = Fa
     metadata = {"non_homogeneous_layers": not _is_stacked(names)}
     part = with_amaxes(built, built.sharded_state_dict(prefix=prefix, metadata=metadata), prefix)
     wanted = {name: value for name, value in part.items() if not is_extra(name) and (quantized or not is_amax(name))}
+    check_amaxes(directory, wanted)
     for value in nested_values(wanted):
         value.key = prefix + _stored_name(value.key.removeprefix(prefix), names)
     missing, _ = built.load_state_dict(_read(directory, wanted, prefix), strict=False)

@@ -84,6 +84,18 @@ def is_calibrated(chunks: Sequence[nn.Module]) -> bool:
     return not any(math.isnan(amax) for amax in amaxes_of(chunks).values())
 
 
+def check_calibrated(built: nn.Module, where: object) -> None:
+    """Refuse amaxes that a checkpoint `where` cannot have had from a run.
+
+    Raises:
+        ValueError: naming the quantizer.
+    """
+    for quantizer in quantizers_of(built):
+        amax = quantizer.amax
+        if not bool((amax.isfinite() & (amax >= 0)).all()):
+            raise ValueError(f"{where}: {quantizer.name} has amaxes that are negative or not finite: name another step")
+
+
 def _of_activations(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, Quantizer]]:
     """Yield the name in the model and the quantizer. Experts of a layer share an amax, as with ModelOpt."""
     for chunk in chunks:

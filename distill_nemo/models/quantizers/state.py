@@ -6,13 +6,16 @@ ranks that hold parts of it, and an amax of a tensor on all that hold parts of t
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from distill_nemo.models.quantizers.convert import Quantizer, quantizers_of
+from distill_nemo.runtime.pickles import read_contents
 
 AMAX = "._amax"
 
@@ -32,6 +35,25 @@ def with_amaxes(model: nn.Module, state: Mapping[str, Any], prefix: str) -> dict
     """
     plain = {name: value for name, value in state.items() if "_quantizer." not in name}
     return plain | {prefix + each.name + AMAX: _sharded(each, plain, prefix) for each in quantizers_of(model)}
+
+
+def check_amaxes(directory: Path, state: Mapping[str, Any]) -> None:
+    """Compare the amaxes in a sharded state with a checkpoint's table of contents.
+
+    Raises:
+        ValueError: if one is missing or has another shape, by name.
+    """
+    wanted = [value for name, value in state.items() if is_amax(name)]
+    parts = [value.build() if isinstance(value, ShardedTensorFactory) else value for value in wanted]
+    contents = read_contents(directory).state_dict_metadata if parts else {}
+    for part in nested_values(parts):
+        stored = contents.get(part.key)
+        found = tuple(stored.size) if isinstance(stored, TensorStorageMetadata) else None
+        if found != part.global_shape:
+            raise ValueError(
+                f"{directory} does not fit its quantization: {part.key} "
+                + (f"has shape {found}, needs {part.global_shape}" if found else "is missing")
+            )
 
 
 def _sharded(quantizer: Quantizer, state: Mapping[str, Any], prefix: str) -> ShardedTensor | ShardedTensorFactory:

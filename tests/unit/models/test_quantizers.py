@@ -1,13 +1,22 @@
 """Quantised layers compute what their formats say, values and gradients, and refuse what is not exact."""
 
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from distill_nemo.config import ParallelismConfig, StudentConfig
+from distill_nemo.config import DataConfig, ParallelismConfig, RunConfig, StudentConfig
 from distill_nemo.models.layouts import check_layout
 from distill_nemo.models.quantizers.nvfp4 import _rounded
 from distill_nemo.models.resolve import quantized_as, resolve
+from distill_nemo.planning.activations import saved
+from distill_nemo.planning.gpus import GPUS
+from distill_nemo.planning.parameters import layer_parameters
+from distill_nemo.planning.plan import planned_run
+from distill_nemo.planning.report import heading
 from distill_nemo.quantization import QuantizationConfig
 from tests import reference_quantizers as reference
 from tests.tiny_models import write_hf
@@ -107,6 +116,24 @@ def test_nvfp4_rounds_noise_of_every_size_as_the_oracle_and_bf16_by_fp32():
     assert not _rounded(torch.zeros(1, 16), torch.tensor(0.0)).any()
 
 
+def test_nvfp4_equals_modelopts_kernel_bit_for_bit():
+    """Triton's interpreter truncates where a GPU rounds to E4M3, so scales are E4M3 numbers here."""
+    import triton.language as tl
+    from modelopt.torch.kernels.quantization.gemm.fp4_kernel_hopper import fp4_fake_quant_kernel
+
+    generator = torch.Generator().manual_seed(0)
+    tensor_scale = torch.tensor(2.0**-9)
+    scales = torch.from_numpy(reference.E4M3[64:][torch.randint(63, (32, 4), generator=generator).numpy()]).float()
+    x = torch.rand(32, 4, 16, generator=generator) * 2 - 1
+    x[:, :, 0] = 1
+    x = (x * 6 * scales[..., None] * tensor_scale).view(32, 64)
+    x[0, :16] = 0
+    found, tile = torch.empty_like(x), {"BLOCK_SIZE": 16, "TILE_M": 16, "TILE_N": 64, "NUM_FP4_BLOCKS": 4}
+    strides = (*x.stride(), *found.stride())
+    fp4_fake_quant_kernel[(2, 1)](x, found, 32, 64, tensor_scale, *strides, **tile, OUT_DTYPE=tl.float32)
+    assert torch.equal(found, _rounded(x, tensor_scale * 6 * 448))
+
+
 @pytest.mark.parametrize(
     ("family", "config", "tensor", "refusal"),
     [
@@ -129,3 +156,57 @@ def test_what_is_not_exact_is_refused_by_name(students, family, config, tensor, 
         check_layout(model, ParallelismConfig(tensor_model_parallel_size=tensor))
     excluded = QuantizationConfig(config.format, block_size=config.block_size, exclude=["*"])
     check_layout(quantized_as(resolve(StudentConfig(students[family])), excluded), ParallelismConfig())
+
+
+def save_without_calibration(student, output):
+    """Write a checkpoint whose amaxes of activations are NaN."""
+    from megatron.core import dist_checkpointing
+
+    from distill_nemo.checkpoint.state import model_state
+    from distill_nemo.models.provider import model_provider
+
+    architecture = quantized_as(resolve(StudentConfig(student)), FORMATS["fp8"])
+    model = model_provider(student=architecture, parallelism=ParallelismConfig())
+    Path(output).mkdir()
+    dist_checkpointing.save(model_state(model), output)
+    own = asdict(architecture.filled(StudentConfig())) | {"quantization": asdict(FORMATS["fp8"])}
+    Path(output, "architecture.json").write_text(json.dumps(own))
+
+
+def test_amaxes_that_no_run_has_saved_are_refused(students, one, tmp_path):
+    path = tmp_path / "m"
+    one.run(in_one_process, save_without_calibration, students["llama"], str(path))
+    with pytest.raises(ValueError, match=r"layers\.0\..*input_quantizer has amaxes that are negative or not finite"):
+        one.run(in_one_process, load, str(path))
+    description = path / "architecture.json"
+    for config, problem in (
+        (FORMATS["int8"], r"weight_quantizer\._amax has shape \(2, 1\), needs \(2, \d+, 1\)"),
+        (QuantizationConfig("fp8", kv_cache="fp8"), r"k_bmm_quantizer\._amax is missing"),
+    ):
+        own = json.loads(description.read_text()) | {"quantization": asdict(config)}
+        description.write_text(json.dumps(own))
+        with pytest.raises(ValueError, match=f"does not fit its quantization: .*{problem}"):
+            one.run(in_one_process, load, str(path))
+    plain = json.loads(description.read_text())
+    del plain["quantization"]
+    description.write_text(json.dumps(plain))
+    with pytest.raises(ValueError, match=r"extra: .*_quantizer\._amax"):
+        one.run(in_one_process, load, str(path))
+
+
+def load(path):
+    from distill_nemo.models.provider import model_provider
+
+    model_provider(student=StudentConfig(path), parallelism=ParallelismConfig())
+
+
+def test_a_plan_says_that_the_student_is_quantised_and_counts_the_rounded_weights(students):
+    run = RunConfig("out", StudentConfig(students["llama"]), data=DataConfig(["any"], sequence_length=32))
+    run.quantization = QuantizationConfig("nvfp4", kv_cache="fp8")
+    planned = planned_run(run, 1)
+    assert heading("r", planned, GPUS["h100"])[1].endswith("local layers; student quantised: nvfp4 and cache in fp8")
+    plain = planned_run(replace(run, quantization=QuantizationConfig()), 1, transformer_engine=False)
+    student = plain.models.student
+    layer = student.layers[0]
+    more = saved(planned, planned.models.student, layer, None) - saved(plain, student, layer, None)
+    assert more == 2 * layer_parameters(student, layer, ParallelismConfig()).total
