@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from distill_nemo.training.metrics_file import read
+from distill_nemo.runtime.metrics_file import read
 from tests.spawn import Gloo, ProcessEndedError
 from tests.training import changed, metrics, tiny_run, write_inputs
 

@@ -2,7 +2,7 @@
 
 import gc
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,11 @@ from distill_nemo.checks import check_layout_without_training
 from distill_nemo.config import ExportConfig, ParallelismConfig, RunConfig, StudentConfig
 from distill_nemo.config_files import from_dict
 from distill_nemo.data.token_files import named_corpora
+from distill_nemo.fields import require
 from distill_nemo.hub import cached
+from distill_nemo.models.sources import STEP
+from distill_nemo.publishing.card import Distilled, model_card
+from distill_nemo.publishing.facts import name_of
 from distill_nemo.publishing.push import check_push, push_directory
 from distill_nemo.runtime.everyone import Everyone
 from distill_nemo.runtime.process_groups import is_joined, process_groups, raise_everywhere, rank, world_size
@@ -43,7 +47,10 @@ def export_from_run(config: RunConfig, student: "Architecture", chunks: "list[GP
     source = _source(config.student.checkpoint) if rank() == 0 else None
     try:
         copy_untouched = config.checkpoint.copy_untouched
-        export_hf(chunks, str(_target(config)), student, config.data.tokenizer, source, copy_untouched=copy_untouched)
+        of_run = config, Path(config.output_dir), config.training.steps, config.checkpoint.push_to
+        card = partial(_card, student, *of_run)
+        tokenizer = config.data.tokenizer
+        export_hf(chunks, str(_target(config)), student, tokenizer, source, copy_untouched=copy_untouched, card=card)
     except (ValueError, OSError, RuntimeError) as error:
         raise RuntimeError(
             f"export failed; the checkpoint is whole: {error}. Run the same command again to export it, or on other "
@@ -52,6 +59,13 @@ def export_from_run(config: RunConfig, student: "Architecture", chunks: "list[GP
     _report(f"step_{config.training.steps:08d}", str(_target(config)))
     if config.checkpoint.push_to is not None:
         Everyone().on_rank_0(partial(push_directory, config.checkpoint, _target(config)))
+
+
+def _card(student: "Architecture", config: RunConfig, directory: Path, step: int | None, push_to: str | None) -> str:
+    from distill_nemo.models.families.tensors import num_parameters
+
+    title = push_to.partition("@")[0] if push_to else name_of(config.output_dir)[0]
+    return model_card(Distilled(config, directory, step, num_parameters(student), title))
 
 
 def _report(exported: str, output: str) -> None:
@@ -130,6 +144,8 @@ def export(config: ExportConfig) -> None:
     # A run's step is named, since the run may save others meanwhile. Other checkpoints describe themselves.
     student = resolve(StudentConfig(checkpoint=str(found.weights) if is_ours else config.checkpoint))
     check_exportable(student, config.quantized, parallelism)
+    card = partial(_card, student, _run_of(record), *_place(found.weights), config.push_to) if record else None
+    require(card is not None or config.push_to is None, f"push_to needs a run, and {config.checkpoint} is none")
     refusal = _refusal(student, record) if rank() == 0 or is_joined() else None
     with process_groups(parallelism):
         raise_everywhere(refusal)
@@ -139,14 +155,33 @@ def export(config: ExportConfig) -> None:
         tokenizer = config.tokenizer or (_tokenizer_of_run(record) if record else None)
         source = _source(config.checkpoint) if rank() == 0 else None
         chunks = [_stage(student, parallelism, found)]
-        options = {"copy_untouched": config.copy_untouched, "quantized": config.quantized}
-        export_hf(chunks, config.output, student, tokenizer, source, **options)
+        copy_untouched, quantized = config.copy_untouched, config.quantized
+        export_hf(
+            chunks,
+            config.output,
+            student,
+            tokenizer,
+            source,
+            copy_untouched=copy_untouched,
+            quantized=quantized,
+            card=card,
+        )
         _report(found.weights.name, config.output)
         everyone.on_rank_0(partial(push_directory, config, Path(config.output)))
 
 
 def _layout_of_run(record: dict[str, Any] | None) -> ParallelismConfig:
     return from_dict((record or {}).get("parallelism", {}), ParallelismConfig, "run.json: parallelism.")
+
+
+def _place(weights: Path) -> tuple[Path, int | None]:
+    """Return the directory of the run and the step of a checkpoint; None for one that was moved out of its run."""
+    return (weights.parents[1], int(weights.name[5:])) if STEP.fullmatch(weights.name) else (weights, None)
+
+
+def _run_of(record: dict[str, Any]) -> RunConfig:
+    """Return the config in `run.json`; fields that this version does not know are refused."""
+    return from_dict({each.name: record[each.name] for each in fields(RunConfig) if each.name in record})
 
 
 def _stage(student: "Architecture", parallelism: ParallelismConfig, found: "FoundCheckpoint") -> "GPTModel":

@@ -6,7 +6,6 @@ A row is `{"model": name, "parameters": n, "lm_loss": nats, "perplexity": x, "fo
 """
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 from rich.text import Text
+
+from distill_nemo.runtime.metrics_file import finite
 
 Row = dict[str, Any]
 ROLES = ("distilled", "alone", "initial", "teacher")
@@ -25,12 +26,6 @@ ZERO = 1e-5  # nats; smaller values are rounding errors of a model compared with
 def role(name: str) -> str:
     """Return the first of `ROLES` that occurs in `name`, or "": "distilled student" is distilled."""
     return next((r for r in ROLES if r in name.lower()), "")
-
-
-def finite(value: Any) -> float:
-    """Return `value` as a float; NaN if it is no finite number."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-    return float(value) if number else math.nan
 
 
 def perplexity(lm_loss: float) -> float:

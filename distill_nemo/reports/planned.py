@@ -7,8 +7,9 @@ from typing import Any
 from distill_nemo.checks import check
 from distill_nemo.config import ModelConfig
 from distill_nemo.planning.gpus import GPUS, UTILISATION, Gpu
-from distill_nemo.reports.comparison import MISSING, finite, percent
+from distill_nemo.reports.comparison import MISSING, percent
 from distill_nemo.reports.runs import SHOWN, RecordedRun
+from distill_nemo.runtime.metrics_file import finite
 
 SKIPPED = 5  # first steps, which compile and allocate
 

@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from distill_nemo.reports.comparison import COLUMNS, Row, best, finite, four_digits, role
+from distill_nemo.reports.comparison import COLUMNS, Row, best, four_digits, role
+from distill_nemo.runtime.metrics_file import finite
 
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType

@@ -5,11 +5,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from distill_nemo.reports.comparison import Row, finite, perplexity
+from distill_nemo.reports.comparison import Row, perplexity
 from distill_nemo.reports.page import Page, lock_of, write_page
 from distill_nemo.reports.planned import plans_of
 from distill_nemo.reports.runs import RecordedRun, exported_parameters, is_going_on, read_runs
 from distill_nemo.reports.samples import generate
+from distill_nemo.runtime.metrics_file import finite
 
 MAX_RUNS, MAX_PROMPTS = 20, 20
 SECONDS = 2.0  # between two looks at the metrics

@@ -10,8 +10,8 @@ from typing import Any
 
 from distill_nemo.config import RunConfig
 from distill_nemo.config_files import from_dict
-from distill_nemo.reports.comparison import MISSING, finite
-from distill_nemo.training import metrics_file
+from distill_nemo.reports.comparison import MISSING
+from distill_nemo.runtime import metrics_file
 
 MAX_METRICS_BYTES, MAX_CONFIG_BYTES = 512 * 2**20, 2**20
 MAX_DEPTH = 20
@@ -48,16 +48,8 @@ class RecordedRun:
 
     @property
     def gpu_hours(self) -> float | None:
-        """Seconds of the steps, each on the ranks of its process; None if a process has not recorded its ranks."""
-        ranks, total = 0.0, 0.0
-        for line in self.lines:
-            if line.get("kind") == "start":
-                ranks = max(finite(line.get("world_size")), 0.0)
-            elif line.get("kind") == "train":
-                total += ranks * max(finite(line.get("seconds")), 0.0)
-                if not ranks > 0:
-                    return None
-        return total / 3600 if total > 0 else None
+        """Time of the steps on their ranks; None if a process has not recorded its ranks."""
+        return metrics_file.gpu_hours(self.lines)
 
 
 def read_runs(directories: list[str]) -> list[RecordedRun]:

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from distill_nemo.config import LoggingConfig
-from distill_nemo.training import metrics_file
+from distill_nemo.runtime import metrics_file
 from distill_nemo.training.mlflow_run import MlflowRun
 
 

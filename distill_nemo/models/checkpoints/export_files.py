@@ -38,6 +38,7 @@ TOKENIZER_FILES = (
 CHAT_TEMPLATES = ("*.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
 GENERATION = "generation_config.json"  # may name several tokens at which an answer ends
 PROCESSORS = ("*processor_config.json",)  # of images and videos
+LICENCES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")  # they hold for what is made of the source
 FURTHER_LAYERS = {"num_nextn_predict_layers", "mtp_num_hidden_layers"}  # that predict further tokens; exports have none
 DROPPED = ("auto_map", FIELD)  # names code, which is not copied; and quantised weights, which are written plain
 NO_EXPORT = "train with checkpoint.export=false, and keep the Megatron checkpoint"
@@ -122,6 +123,8 @@ def export_files(
         files |= ({} if _states_template(tokenizer) else templates) | tokenizer_files(tokenizer)
     if generation is not None:
         files[GENERATION] = generation
+    if source is not None:
+        files |= _matching(source, LICENCES)
     config = _config(model, dtype, source, tokenizer)
     if untouched is None:
         config |= dict.fromkeys(FURTHER_LAYERS & config.keys(), 0)

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -86,6 +86,7 @@ def export_hf(
     max_file_bytes: int = MAX_FILE_BYTES,
     copy_untouched: bool = False,
     quantized: bool = True,
+    card: Callable[[], str] | None = None,
 ) -> None:
     """Write a model as a Hugging Face directory that `AutoModelForCausalLM.from_pretrained` opens.
 
@@ -102,6 +103,7 @@ def export_hf(
         max_file_bytes: limit on the bytes of tensors in one file.
         copy_untouched: copy the tensors of `source` that the model does not have.
         quantized: write a quantised model in ModelOpt's format; otherwise its rounded weights, as plain ones.
+        card: returns README.md. It is called on rank 0.
 
     Raises:
         ValueError: if `path` holds anything but an earlier export, another process writes there, `tokenizer` holds no
@@ -119,6 +121,8 @@ def export_hf(
             files.check()
             partial = aside.enter_context(writing_export(Path(path)))
             files.write(partial)
+            if card is not None:
+                (partial / "README.md").write_text(card(), encoding="utf-8")
             return str(partial), str(source) if copies else None
 
         partial, copied = everyone.on_rank_0(begin)

@@ -49,6 +49,18 @@ def collected(source, tokenizer=None, dtype=torch.bfloat16, **fields):
     return export_files(resolve(StudentConfig(checkpoint=str(source), **fields)), dtype, Path(source), tokenizer)
 
 
+def test_licences_are_copied_and_the_card_of_the_source_is_not(tmp_path):
+    source = write_hf(tmp_path / "m", "llama", layers=2)
+    for name in ("LICENSE", "NOTICE.txt", "README.md", "LICENSE.py"):
+        (Path(source) / name).write_text(name)
+    assert {"LICENSE", "NOTICE.txt"} == collected(source).files.keys() & {
+        "LICENSE",
+        "NOTICE.txt",
+        "README.md",
+        "LICENSE.py",
+    }
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_field_of_the_source_is_kept(tmp_path, family):
     source = write_hf(tmp_path / "m", family, layers=2)

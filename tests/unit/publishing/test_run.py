@@ -60,6 +60,15 @@ def test_an_export_pushes_and_sends_no_weights_that_the_hub_has(pushed):
     assert hub.files("ORG/student", "again").keys() - {".gitattributes"} == files(output / "again").keys()
 
 
+def test_the_card_of_a_run_is_pushed_with_it_and_names_no_place(inputs, pushed):
+    hub, output, _ = pushed
+    card = hub.files("ORG/student")["README.md"].decode()
+    assert "# ORG/student\n" in card and "distilled from `teacher`" in card and "- 1 steps of 4 sequences" in card
+    assert "| forward KL to the teacher" in card
+    for place in (inputs, output):
+        assert not [part for part in (str(place), str(place.parent), place.parent.name) if part in card]
+
+
 def test_the_token_is_in_no_file_of_the_run(pushed):
     _, output, _ = pushed
     everything = [path for path in output.rglob("*") if path.is_file()]

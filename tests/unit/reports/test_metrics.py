@@ -13,7 +13,7 @@ import pytest
 from distill_nemo.config import LoggingConfig
 from distill_nemo.reports.page import Page, write_page
 from distill_nemo.reports.runs import read_run
-from distill_nemo.training import metrics_file
+from distill_nemo.runtime import metrics_file
 from distill_nemo.training.metrics import MetricsLog
 
 

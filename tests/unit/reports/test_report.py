@@ -23,7 +23,7 @@ from distill_nemo.reports.comparison import COLUMNS, best, count, finding, four_
 from distill_nemo.reports.page import render_table, write_page
 from distill_nemo.reports.report import last_evaluations, report
 from distill_nemo.reports.runs import RecordedRun, is_going_on, read_run
-from distill_nemo.training import metrics_file
+from distill_nemo.runtime import metrics_file
 from tests.unit.data.chat_templates import CHATML, write_tokenizer
 
 NAN = float("nan")
@@ -380,7 +380,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from distill_nemo.runtime.output_lock import OutputLock
-from distill_nemo.training import metrics_file
+from distill_nemo.runtime import metrics_file
 from tests.unit.data.chat_templates import CHATML, write_tokenizer
 run, page = Path(sys.argv[1]), Path(sys.argv[2]) / "report.html"
 with OutputLock(run / "run.lock", "output_dir"):

@@ -4,6 +4,8 @@ No torch.
 """
 
 import json
+import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,25 @@ def read_counted(path: Path) -> tuple[list[dict[str, Any]], int]:
 def read(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a run, without those that are no JSON object with a step, such as one cut by a kill."""
     return read_counted(path)[0]
+
+
+def finite(value: Any) -> float:
+    """Return `value` as a float; NaN if it is no finite number."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return float(value) if number else math.nan
+
+
+def gpu_hours(lines: list[dict[str, Any]]) -> float | None:
+    """Return the time of the steps, each on the ranks of its process; None if a process has not recorded its ranks."""
+    ranks, total = 0.0, 0.0
+    for line in lines:
+        if line.get("kind") == "start":
+            ranks = max(finite(line.get("world_size")), 0.0)
+        elif line.get("kind") == "train":
+            total += ranks * max(finite(line.get("seconds")), 0.0)
+            if not ranks > 0:
+                return None
+    return total / 3600 if total > 0 else None
 
 
 def truncate_after(path: Path, step: int) -> None:
