@@ -110,10 +110,12 @@ def _metadata(of: Distilled, evaluation: dict[str, Any]) -> dict[str, Any]:
         found["license"] = student.licence
         if student.licence == "other":
             found |= {"license_name": student.licence_name or "other", "license_link": "LICENSE"}
+    quantised = of.config.quantization.format != "none"
     origin = student.cut.model if student and student.cut else student
     if origin is not None and origin.on_hub:
-        found |= {"base_model": origin.name, "base_model_relation": "finetune"}
+        found |= {"base_model": origin.name, "base_model_relation": "quantized" if quantised else "finetune"}
     traits = {"distill-nemo": True, "distillation": of.distilled, "pruned": student is not None and student.cut}
+    traits["quantized"] = quantised
     tags = [name for name, holds in traits.items() if holds]
     found |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     values = [{"type": name, "name": METRICS[name], "value": value} for name, value in _shown(evaluation).items()]
@@ -146,6 +148,9 @@ def _models(of: Distilled) -> list[str]:
             f"cut from {code(cut.model.name)}, {cut.parameters[0]:,} to {cut.parameters[1]:,} parameters: {sizes}; "
             + losses.format(cut.lm_loss[1], cut.lm_loss[0])
         )
+    numbers = config.quantization
+    if numbers.format != "none":
+        lines.append(f"trained as {code(numbers.format)} computes; keys and values: {code(numbers.kv_cache)}")
     return [*lines, *(f"teacher: {code(each.name)}" for each in of.teachers)]
 
 

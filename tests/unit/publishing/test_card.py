@@ -20,6 +20,7 @@ from distill_nemo.config_files import from_dict, save_yaml
 from distill_nemo.publishing.card import Distilled, model_card
 from distill_nemo.publishing.facts import front_matter, model_facts, name_of
 from distill_nemo.publishing.repetition import changed_fields
+from distill_nemo.quantization import QuantizationConfig
 
 APACHE = "\n                                 Apache License\n                           Version 2.0, January 2004\n"
 EVALUATION = {"lm_loss": 2.0, "forward_kl": 0.12345, "top1_agreement": 0.75, "teacher_lm_loss": 1.9}
@@ -53,11 +54,11 @@ def of(tmp_path):
         str(run),
         StudentConfig(str(run / "pruned"), "qwen3", num_layers=30, hidden_size=4096, vocab_size=507),
         TeacherConfig(str(teacher), num_layers=36),
-        DistillationConfig(temperature=2.0, lm_weight=0.5),
-        ParallelismConfig(tensor_model_parallel_size=2),
-        DataConfig(["33.25", f"{home}/data/web", "66.75", f"{home}/data/code"], tokenizer=str(teacher)),
-        OptimizerConfig(lr=3e-4),
-        TrainingConfig(steps=2, global_batch_size=64),
+        distillation=DistillationConfig(temperature=2.0, lm_weight=0.5),
+        parallelism=ParallelismConfig(tensor_model_parallel_size=2),
+        data=DataConfig(["33.25", f"{home}/data/web", "66.75", f"{home}/data/code"], tokenizer=str(teacher)),
+        optimizer=OptimizerConfig(lr=3e-4),
+        training=TrainingConfig(steps=2, global_batch_size=64),
     )
     save_yaml(config, run / "config.yaml")
     return Distilled(config, run, 2, 6_000_000_000, "ORG/six")
@@ -131,6 +132,14 @@ def test_a_run_without_teacher_is_not_called_distilled(of):
     card = model_card(replace(of, config=config))
     assert "trained on text, without a teacher," in card and "it began as random weights" in card
     assert "distillation" not in yaml.safe_load(card.split("---")[1])["tags"]
+
+
+def test_a_quantised_student_is_called_so(of):
+    config = replace(of.config, quantization=QuantizationConfig(format="nvfp4", kv_cache="fp8"))
+    card = model_card(replace(of, config=config))
+    assert "- trained as `nvfp4` computes; keys and values: `fp8`" in card.splitlines()
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert "quantized" in metadata["tags"] and metadata["base_model_relation"] == "quantized"
 
 
 def test_nothing_in_names_is_markup(of, tmp_path):
