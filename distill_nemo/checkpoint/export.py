@@ -64,7 +64,7 @@ def export_from_run(config: RunConfig, student: "Architecture", chunks: "list[GP
 def _card(student: "Architecture", config: RunConfig, directory: Path, step: int | None, push_to: str | None) -> str:
     from distill_nemo.models.families.tensors import num_parameters
 
-    title = push_to.partition("@")[0] if push_to else name_of(config.output_dir)[0]
+    title = push_to.partition("@")[0] if push_to else name_of(config.output_dir)
     return model_card(Distilled(config, directory, step, num_parameters(student), title))
 
 

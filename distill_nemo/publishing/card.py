@@ -112,8 +112,8 @@ def _metadata(of: Distilled, evaluation: dict[str, Any]) -> dict[str, Any]:
             found |= {"license_name": student.licence_name or "other", "license_link": "LICENSE"}
     quantised = of.config.quantization.format != "none"
     origin = student.cut.model if student and student.cut else student
-    if origin is not None and origin.on_hub:
-        found |= {"base_model": origin.name, "base_model_relation": "quantized" if quantised else "finetune"}
+    if origin is not None and origin.repository:
+        found |= {"base_model": origin.repository, "base_model_relation": "quantized" if quantised else "finetune"}
     traits = {"distill-nemo": True, "distillation": of.distilled, "pruned": student is not None and student.cut}
     traits["quantized"] = quantised
     tags = [name for name, holds in traits.items() if holds]
@@ -167,12 +167,12 @@ def _data(data: DataConfig) -> list[str]:
             about += ["a teacher's stored targets"] if is_store(path) else []
         except (ValueError, OSError):
             about.append("no longer there when this card was written")
-        lines.append(f"{code(name_of(path)[0])}: {', '.join(about)}")
-    held_out = ", ".join(code(name_of(path)[0]) for path, _ in blend_of(data, "valid"))
+        lines.append(f"{code(name_of(path))}: {', '.join(about)}")
+    held_out = ", ".join(code(name_of(path)) for path, _ in blend_of(data, "valid"))
     lines.append(f"held out: {held_out or f'documents of the same data, {code(data.split)} (train, valid, test)'}")
     if data.loss_on:
         lines.append(f"tokens of conversations that count: {data.loss_on}")
-    return [*lines, f"tokenizer: {code(name_of(data.tokenizer)[0])}"] if data.tokenizer else lines
+    return [*lines, f"tokenizer: {code(name_of(data.tokenizer))}"] if data.tokenizer else lines
 
 
 def _training(of: Distilled) -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill_nemo.hub import COMMIT, HubName, cached, hub_name, recorded_name
 from distill_nemo.models.sources import STEP
 from distill_nemo.runtime.files import read_object, read_object_if_any
 
@@ -13,7 +14,6 @@ MAX_FRONT_MATTER, MAX_LICENCE = 2**16, 2**12  # bytes that are read
 MAX_CHAIN = 8  # models that one was made from, each from the next
 _FRONT_MATTER = re.compile(r"---\r?\n(.*?\r?\n)---\r?\n", re.S)
 _ID = re.compile(r"[a-z0-9][a-z0-9.+-]{0,39}")
-_IN_CACHE = re.compile(r"models--([A-Za-z0-9][\w.-]*?)--([\w.-]+)", re.ASCII)  # of huggingface_hub
 _TEXTS = {"apache-2.0": ("apache license", "version 2.0"), "mit": ("mit license", "permission is hereby granted")}
 
 
@@ -39,15 +39,15 @@ class ModelFacts:
     """A model, as far as its directory tells.
 
     Args:
-        name: of its directory, without where that lies; ORG/NAME of a model of the hub.
-        on_hub: the name is one of the hub.
+        name: by `name_of`.
+        repository: ORG/NAME of a model of the hub; "" for others.
         licence: as the hub names it, "other", or "" if nothing says.
         licence_name: of another one.
         cut: if it was cut from a larger model.
     """
 
     name: str
-    on_hub: bool = False
+    repository: str = ""
     licence: str = ""
     licence_name: str = ""
     cut: Cut | None = None
@@ -55,28 +55,32 @@ class ModelFacts:
 
 def model_facts(checkpoint: str, chain: int = 0) -> ModelFacts:
     """Return the facts about a checkpoint of any kind. A licence may come from the model that it was made from."""
-    path = Path(checkpoint)
-    name, on_hub = name_of(checkpoint)
+    path, on_hub = Path(cached(checkpoint)), _hub_name(checkpoint)
     cut = _cut(path, chain) if chain < MAX_CHAIN else None
     licence, licence_name = _licence(path)
     if not licence and chain < MAX_CHAIN:
         before = cut.model if cut else _before(path, chain)
         licence, licence_name = (before.licence, before.licence_name) if before else ("", "")
-    return ModelFacts(name, on_hub, licence, licence_name, cut)
+    repository = on_hub.repository if on_hub else ""
+    return ModelFacts(name_of(checkpoint), repository, licence, licence_name, cut)
 
 
-def name_of(path: str) -> tuple[str, bool]:
-    """Return a name without the place, and True if it is one of the hub. Parts of a run have the run's name."""
-    parts = Path(path).parts
-    for part in parts:
-        if match := _IN_CACHE.fullmatch(part):
-            return f"{match[1]}/{match[2]}", True
+def name_of(path: str) -> str:
+    """Return a name without the place: ORG/NAME@COMMIT of the hub, of parts of a run the run's, else the last part."""
+    if name := _hub_name(path):
+        return str(name)
     here = Path(path)
     if STEP.fullmatch(here.name):
         here = here.parent
     if here.name in ("student", "pruned", "checkpoints") and (here.parent / "config.yaml").is_file():
         here = here.parent
-    return here.name or "model", False
+    return here.name or "model"
+
+
+def _hub_name(path: str) -> HubName | None:
+    """Return the name on the hub, if `path` is one with a commit, as runs record it, or a directory in the cache."""
+    name = hub_name(recorded_name(path))
+    return name if name is not None and COMMIT.fullmatch(name.revision or "") else None
 
 
 def front_matter(readme: Path) -> dict[str, Any]:

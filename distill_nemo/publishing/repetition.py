@@ -35,12 +35,12 @@ def changed_fields(config: RunConfig) -> dict[str, Any]:
     defaults = to_dict(RunConfig("", type(config.student)()))
     for name in ("train", "valid"):
         paths = {path for path, _ in blend_of(data, name)}
-        values["data"][name] = [name_of(each)[0] if each in paths else each for each in vars(data)[name]]
-    values["data"] |= {"tokenizer": data.tokenizer and name_of(data.tokenizer)[0], "cache": None}
+        values["data"][name] = [name_of(each) if each in paths else each for each in vars(data)[name]]
+    values["data"] |= {"tokenizer": data.tokenizer and name_of(data.tokenizer), "cache": None}
     for role in ("student", "teacher"):
         if values[role] and (checkpoint := values[role]["checkpoint"]):
-            values[role] = {"checkpoint": name_of(checkpoint)[0], "vocab_size": values[role]["vocab_size"]}
-    found: dict[str, Any] = {"output_dir": name_of(config.output_dir)[0]}
+            values[role] = {"checkpoint": name_of(checkpoint), "vocab_size": values[role]["vocab_size"]}
+    found: dict[str, Any] = {"output_dir": name_of(config.output_dir)}
     for section, fields in values.items():
         if section in NOT_THE_RESULT or fields is None:
             continue

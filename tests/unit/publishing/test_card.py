@@ -22,6 +22,8 @@ from distill_nemo.publishing.facts import front_matter, model_facts, name_of
 from distill_nemo.publishing.repetition import changed_fields
 from distill_nemo.quantization import QuantizationConfig
 
+COMMIT = "0123abcd" * 5
+TEACHER = f"Org/Teacher-8B@{COMMIT}"
 APACHE = "\n                                 Apache License\n                           Version 2.0, January 2004\n"
 EVALUATION = {"lm_loss": 2.0, "forward_kl": 0.12345, "top1_agreement": 0.75, "teacher_lm_loss": 1.9}
 
@@ -36,7 +38,7 @@ def write(path: Path, text: str) -> Path:
 def of(tmp_path):
     """Return a run on the models in a home with a user's name: a pruned student, a teacher from the hub's cache."""
     home = tmp_path / "alice"
-    teacher = home / "hub" / "models--Org--Teacher-8B" / "snapshots" / "0123abcd"
+    teacher = home / "hub" / "models--Org--Teacher-8B" / "snapshots" / COMMIT
     write(teacher / "README.md", "---\nlicense: mit\n---\n# Teacher\n")
     run = home / "runs" / "six"
     sizes = {"num_layers": 36, "hidden_size": 4096}, {"num_layers": 30, "hidden_size": 4096}
@@ -70,10 +72,10 @@ def test_a_card_says_what_was_distilled_from_what_and_how_well(of):
     assert [section.splitlines()[0] for section in sections] == [
         *("Models", "Data", "Training", "Held-out metrics", "To repeat it", "Licences", "Limits")
     ]
-    assert "# ORG/six" in head and "6,000,000,000 parameters, distilled from `Org/Teacher-8B`" in head
+    assert "# ORG/six" in head and f"6,000,000,000 parameters, distilled from `{TEACHER}`" in head
     for line in (
         "- student: `qwen3`, 30 layers, hidden size 4096; it began as `six`",
-        "- cut from `Org/Teacher-8B`, 8,000,000,000 to 6,000,000,000 parameters: `num_layers` 36 to 30; held-out LM "
+        f"- cut from `{TEACHER}`, 8,000,000,000 to 6,000,000,000 parameters: `num_layers` 36 to 30; held-out LM "
         "loss before the distillation: 2.7000, of the model that was cut 1.9000",
         "- `web`: weight 33.25, no longer there when this card was written",
         "- held out: documents of the same data, `969,30,1` (train, valid, test)",
@@ -82,7 +84,7 @@ def test_a_card_says_what_was_distilled_from_what_and_how_well(of):
         "- 4 ranks on `NVIDIA H100`; 4.00 rank-hours in steps",
         "| forward KL to the teacher (nats per token) | 0.1235 |",
         "| perplexity | 7.3891 |",
-        "- teacher, `Org/Teacher-8B`: `mit`",
+        f"- teacher, `{TEACHER}`: `mit`",
         "torchrun --rdzv-backend loopback --nproc-per-node 4 -m distill_nemo config.yaml",
     ):
         assert line in card.splitlines()
@@ -108,15 +110,15 @@ def test_the_metadata_of_a_card_is_that_of_the_hub(of, tmp_path):
 
 def test_a_card_names_no_place(of, tmp_path):
     card = model_card(of)
-    assert not re.search(r"alice|tmp|0123abcd|/runs|wandb", card)
+    assert not re.search(r"alice|tmp|snapshots|/runs|wandb", card)
 
 
 def test_the_config_in_a_card_repeats_the_run(of):
     (text,) = re.findall(r"^````yaml\n(.*?)^````$", model_card(of), re.M | re.S)
     again = from_dict(yaml.safe_load(text))
-    expected = replace(of.config, output_dir="six", teacher=TeacherConfig("Org/Teacher-8B"))
+    expected = replace(of.config, output_dir="six", teacher=TeacherConfig(TEACHER))
     expected.student = StudentConfig("six", vocab_size=507)
-    expected.data = replace(of.config.data, train=["33.25", "web", "66.75", "code"], tokenizer="Org/Teacher-8B")
+    expected.data = replace(of.config.data, train=["33.25", "web", "66.75", "code"], tokenizer=TEACHER)
     assert asdict(again) == asdict(expected)
     assert changed_fields(RunConfig("out", StudentConfig())) == {"output_dir": "out"}
 
@@ -200,6 +202,7 @@ def test_a_damaged_record_of_a_cut_is_none(tmp_path, text):
 def test_names_leave_out_where_a_model_lies(tmp_path):
     for part in ("student", "pruned", "checkpoints/step_00000012"):
         write(tmp_path / "six" / "config.yaml", "")
-        assert name_of(str(tmp_path / "six" / part)) == ("six", False)
-    assert name_of("/home/alice/student") == ("student", False)
-    assert name_of("/cache/models--Qwen--Qwen3-8B/snapshots/0a") == ("Qwen/Qwen3-8B", True)
+        assert name_of(str(tmp_path / "six" / part)) == "six"
+    assert name_of("/home/alice/student") == name_of("alice/student") == "student"
+    assert name_of(f"/cache/models--Qwen--Qwen3-8B/snapshots/{COMMIT}") == f"Qwen/Qwen3-8B@{COMMIT}"
+    assert name_of(f"Qwen/Qwen3-8B@{COMMIT}") == f"Qwen/Qwen3-8B@{COMMIT}"
