@@ -161,7 +161,7 @@ def _data(data: DataConfig) -> list[str]:
         try:
             corpus = corpus_at(path)
             about += [f"{corpus.pass_tokens():,} tokens"]
-            about += [f"{corpus.counted:.0%} of them count"] if corpus.counted is not None else []
+            about += [f"{corpus.valid_share:.0%} of them valid"] if corpus.valid_share is not None else []
             length = None if is_store(path) else pack_length(path)
             about += [f"packs of {length:,}"] if length else []
             about += ["a teacher's stored targets"] if is_store(path) else []
@@ -179,9 +179,9 @@ def _training(of: Distilled) -> list[str]:
     training, optimizer, length = of.config.training, of.config.optimizer, of.config.data.sequence_length
     tokens = next((line.get("tokens") for line in reversed(of.lines) if line.get("kind") == "train"), None)
     taken = "" if of.step is None else f"{of.step:,} "
-    counted = "" if math.isnan(finite(tokens)) else f"; {finite(tokens):,.0f} tokens counted"
+    valid = "" if math.isnan(finite(tokens)) else f"; {finite(tokens):,.0f} valid tokens"
     lines = [
-        f"{taken}steps of {training.global_batch_size:,} sequences of {length:,} tokens{counted}",
+        f"{taken}steps of {training.global_batch_size:,} sequences of {length:,} tokens{valid}",
         f"loss: {_loss(of.config.distillation) if of.distilled else 'LM loss'}",
         f"learning rate {optimizer.lr:g} to {optimizer.min_lr:g}, {optimizer.decay_style}, "
         f"{optimizer.warmup_steps:,} steps of warm-up; weight decay {optimizer.weight_decay:g}",

@@ -79,7 +79,7 @@ def test_a_card_says_what_was_distilled_from_what_and_how_well(of):
         "loss before the distillation: 2.7000, of the model that was cut 1.9000",
         "- `web`: weight 33.25, no longer there when this card was written",
         "- held out: documents of the same data, `969,30,1` (train, valid, test)",
-        "- 2 steps of 64 sequences of 4,096 tokens; 2,000 tokens counted",
+        "- 2 steps of 64 sequences of 4,096 tokens; 2,000 valid tokens",
         "- loss: forward kl at temperature 2, LM loss (static weights)",
         "- 4 ranks on `NVIDIA H100`; 4.00 rank-hours in steps",
         "| forward KL to the teacher (nats per token) | 0.1235 |",
@@ -125,7 +125,7 @@ def test_the_config_in_a_card_repeats_the_run(of):
 
 def test_an_earlier_step_has_its_own_metrics(of):
     card = model_card(replace(of, step=1))
-    assert "- 1 steps of 64" in card and "1,000 tokens counted" in card and "Held-out" not in card
+    assert "- 1 steps of 64" in card and "1,000 valid tokens" in card and "Held-out" not in card
     assert "model-index" not in card
 
 
