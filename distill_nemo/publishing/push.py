@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from huggingface_hub import RepoFile
 
 TOKEN = "HF_TOKEN"
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*")  # that transformers would open
+# What transformers would open, or how it reads it.
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "hf_quant_config.json")
 OF_EVERY_EXPORT = ("config.json", "README.md")
 WAITS = (5.0, 15.0, 60.0, 180.0, 300.0, 300.0, 300.0)  # seconds before each further attempt
 MAX_REGULAR_BYTES = 10 * 2**20  # the hub keeps larger files by their SHA-256
