@@ -339,7 +339,8 @@ class PruneConfig(CutConfig):
     model: str = field(metadata={"help": "Hugging Face directory to cut"})
     output: str = field(metadata={"help": "directory to write"})
     data: str = field(metadata={"help": "prefix of .bin/.idx files of the text to score with"})
-    sequence_length: int = setting(1024, "tokens of a sequence", at_least=2)
+    split: str = setting("1", "weights of train, valid, test: only the first share of the documents is read")
+    sequence_length: int = setting(1024, "tokens of a sequence; packs keep their own length", at_least=2)
     parallelism: ParallelismConfig | None = None  # None: data parallel, on the ranks that there are
 
     def __post_init__(self) -> None:

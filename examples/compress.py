@@ -1,6 +1,6 @@
 """Cut a student out of a teacher and distil it: prune, distil, evaluate, report, in one experiment.
 
-The teacher is the quickstart's, smaller and trained for a moment here. Takes about two minutes and no GPU.
+The teacher is the quickstart's, smaller and trained for a moment here. Takes about a minute and a half and no GPU.
 """
 
 from pathlib import Path
@@ -18,6 +18,7 @@ if __name__ == "__main__":
     write_stdlib_corpus(f"{ROOT}/data", vocab_size=2048)
     teacher = quickstart_teacher(20, ROOT)
     teacher.student.num_layers = 2
+    teacher.training.eval_interval, teacher.training.eval_batches = 10, 2
     run.run(teacher, executor=local(), name="teacher")
 
     recipe = minitron(teacher=f"{ROOT}/teacher/student")

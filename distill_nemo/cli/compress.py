@@ -1,6 +1,8 @@
 """`nemo distill compress`: prune, distil, evaluate and report, as one experiment of stages on any executor."""
 
-from collections.abc import Callable
+import contextlib
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from distill_nemo.pruning.foreseen import Round
 
 DEFAULT_RECIPE = "minitron"
+# Fields of the stages' configs, and those of a compression that they come from.
+TYPED = {"model": "teacher", "output_dir": "output", "data": "data.train"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def launch(
     detach: bool = False,
     plugins: list[Any] | None = None,
 ) -> None:
-    """Check every stage, and run them one after the other. A complete cut stays, and a complete run is exported again.
+    """Check every stage, and run those that are left one after the other.
 
     Args:
         config: a config, or a recipe.
@@ -136,6 +140,16 @@ def launch(
         _conclude(config)
 
 
+@contextlib.contextmanager
+def _fields_as_typed() -> Iterator[None]:
+    """Name the fields of a compression in errors of its stages, at whose beginning they stand."""
+    try:
+        yield
+    except ValueError as error:
+        field = re.match(r"\w+(?=:| = )", str(error))
+        raise ValueError(f"{TYPED.get(field[0], field[0])}{str(error)[field.end() :]}" if field else error) from None
+
+
 def config_of(recipe: fdl.Partial) -> CompressConfig:
     """Return the config of a recipe, with every type checked."""
     return job_config_of(recipe, CompressConfig)
@@ -148,8 +162,9 @@ def with_commits(config: CompressConfig) -> CompressConfig:
     return replace(config, teacher=run.teacher.checkpoint, data=run.data)
 
 
+@_fields_as_typed()
 def checked_stages(config: CompressConfig, place: Place, dryrun: bool = False) -> list[Stage]:
-    """Return all stages.
+    """Return the stages that are left: those before the first one without its results are finished.
 
     Raises:
         ValueError: for a stage that cannot run, as far as its inputs can be seen from here.
@@ -179,9 +194,18 @@ def checked_stages(config: CompressConfig, place: Place, dryrun: bool = False) -
     directories = [config.directory(number) for number in range(1, config.rounds + 1)]
     stages.append(Stage("evaluate", run.Partial(evaluate_run, output=config.output), smaller))
     page = run.Partial(report_rounds, directories=directories, prompts=config.prompts)
-    return [*stages, Stage("report", page, place.make(1, 1))]
+    stages.append(Stage("report", page, place.make(1, 1)))
+    if not rounds:
+        return stages
+    from distill_nemo.pruning.finished import finished_stages
+
+    count = finished_stages(config, rounds)
+    if count:
+        print(f"finished before: {', '.join(stage.name for stage in stages[:count])}")
+    return stages[count:]
 
 
+@_fields_as_typed()
 def foreseen(config: CompressConfig, has_data: bool = True) -> "list[Round]":
     """Return the rounds with their models, from the teacher's config.json.
 
@@ -286,7 +310,13 @@ def with_layout(config: CompressConfig, gpus: int, gpu: str, fixed: list[str]) -
 
     chosen, why = plan.with_layout(first.run, gpus, found, [name for name in fixed if name in CHOSEN])
     print(f"layout for {gpus} x {found.name}: {why}")
-    return replace(config, parallelism=chosen.parallelism, training=chosen.training)
+    config = replace(config, parallelism=chosen.parallelism, training=chosen.training)
+    try:
+        foreseen(config, has_data=False)
+    except ValueError as error:
+        advice = "parallelism.tensor_model_parallel_size=1 leaves more sizes"
+        raise ValueError(f"{error}. This layout leaves no student: {advice}") from None
+    return config
 
 
 def plan_compress(

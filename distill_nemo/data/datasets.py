@@ -124,6 +124,21 @@ def samples_of_a_pass(data: DataConfig) -> int:
     return found
 
 
+def check_held_out(data: DataConfig) -> None:
+    """Refuse data without validation text, of files that `check_corpora` accepts.
+
+    Raises:
+        ValueError: with the ways to have some.
+    """
+    if data.valid:
+        return
+    _check_split(data.split)
+    shares = [*map(float, data.split.split(",")), 0.0]
+    bounds = shares[0] / sum(shares), (shares[0] + shares[1]) / sum(shares)
+    windows = {prefix: open_windows(prefix, data.loss_on) for _, prefix in named_corpora(data)}
+    _check_not_empty(data, windows, "validation", bounds)
+
+
 def _dataset_config(
     data: DataConfig, blends: list[Blend | None], windows: OpenWindows, num_valid_samples: int, **common: Any
 ) -> DatasetConfig:

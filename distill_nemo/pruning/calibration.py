@@ -1,7 +1,7 @@
 """Calibration and held-out samples, and the passes of a model over them."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from megatron.core.models.gpt import GPTModel
 
 from distill_nemo.config import DataConfig, PruneConfig, TrainingConfig
 from distill_nemo.data.datasets import build_datasets
+from distill_nemo.data.manifest import pack_length
 from distill_nemo.evaluation import evaluate_samples
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.pruning.choice import Scores
@@ -18,7 +19,12 @@ from distill_nemo.runtime.process_groups import rank
 
 def data_config(config: PruneConfig) -> DataConfig:
     """Return the token files as a run states them."""
-    return DataConfig(train=[config.data], valid=[config.data], split="1", sequence_length=config.sequence_length)
+    return DataConfig(train=[config.data], split=config.split, sequence_length=config.sequence_length)
+
+
+def with_sample_length(config: PruneConfig) -> PruneConfig:
+    """Return the config with the length of its packs, if the data is packed: no other samples can be cut from it."""
+    return replace(config, sequence_length=pack_length(config.data) or config.sequence_length)
 
 
 @dataclass(frozen=True)

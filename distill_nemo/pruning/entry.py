@@ -34,7 +34,9 @@ def prune(**fields: Any) -> None:
     config = PruneConfig(**{name: value for name, value in fields.items() if value is not None})
     from distill_nemo.runtime.device import setup_device
     from distill_nemo.runtime.orphans import end_with_torchrun
+    from distill_nemo.runtime.signals import end_at_sigurg
 
+    end_at_sigurg()
     end_with_torchrun()
     setup_device()  # before Megatron is imported
     from distill_nemo.checkpoint.hub_models import on_this_machine

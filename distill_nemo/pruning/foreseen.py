@@ -11,21 +11,24 @@ from distill_nemo.checkpoint.directory import check_output_dir, checkpoint_root
 from distill_nemo.checkpoint.export import prepare_export
 from distill_nemo.checkpoint.hub_models import described
 from distill_nemo.config import ParallelismConfig, PruneConfig, RunConfig, StudentConfig
+from distill_nemo.data.datasets import check_held_out
 from distill_nemo.fields import require
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.huggingface import check_target
 from distill_nemo.models.families.tensors import num_parameters
 from distill_nemo.models.resolve import resolve
 from distill_nemo.models.sources import saved_steps
+from distill_nemo.pruning.calibration import with_sample_length
 from distill_nemo.pruning.possible import files_of, possible_sizes
 from distill_nemo.pruning.prune import check_data
 from distill_nemo.pruning.record import RECORD
-from distill_nemo.pruning.search import LEAST_SHARE, target_parameters
+from distill_nemo.pruning.search import LEAST_SHARE, candidates, target_parameters
 from distill_nemo.pruning.sizes import Sizes, check_prunable, evenly_spaced, given_sizes, predicted
 from distill_nemo.pruning.stages import CompressConfig
+from distill_nemo.reports.page import check_directory
 from distill_nemo.runtime.files import read_object_if_any
 from distill_nemo.training.data import check_run_data
-from distill_nemo.training.entry import resolve_models
+from distill_nemo.training.entry import check_length, resolve_models
 
 SCORED_BY = ("samples", "held_out_samples", "sequence_length", "layer_importance")
 
@@ -55,21 +58,29 @@ def foresee(config: CompressConfig, has_data: bool = True) -> list[Round]:
         has_data: False leaves its token files and its output unread.
 
     Raises:
-        ValueError: for sizes, targets or a layout that a round would refuse, and an output of another run.
+        ValueError: for sizes, targets, data, a tokenizer or a layout that a stage would refuse, and an output that
+            holds anything else.
     """
     local = described(config)
     model = resolve(StudentConfig(checkpoint=local.teacher))
     check_prunable(model)
+    check_length(config.data.sequence_length, "teacher", model, "data.sequence_length")
     if has_data:
         check_run_data(replace(local.run(1), student=StudentConfig(checkpoint=local.teacher)), model)
-        check_data(local.cut(1), model)
+        check_held_out(local.data)
+        check_data(with_sample_length(local.cut(1)), model)
+        check_directory(Path(config.output, "report"))
         files_of(model, torch.float32).check()
     teacher, total, most = model, num_parameters(model), target_parameters(config.cut(1))
-    rounds = []
+    rounds: list[Round] = []
+    students = [model]
     for number in range(1, config.rounds + 1):
         target = None if most is None else most ** (number / config.rounds) * total ** (1 - number / config.rounds)
-        cut = config.cut(number, target if config.rounds > 1 else None)
-        possible = possible_sizes(model, cut, cut.parallelism or ParallelismConfig(), partial(evenly_spaced, model))
+        cut = with_sample_length(config.cut(number, target if config.rounds > 1 else None))
+        parallelism = cut.parallelism or ParallelismConfig()
+        possible = possible_sizes(model, cut, parallelism, partial(evenly_spaced, model))
+        for other in students[1:]:  # any of which the round before may cut
+            candidates(other, cut, parallelism, partial(evenly_spaced, other))
         if has_data:
             known = number == 1 and (most is None or len(set(model.layers)) == 1)
             _check_earlier(cut, config.directory(number), possible if known else None)

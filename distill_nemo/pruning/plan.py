@@ -148,7 +148,10 @@ def _evaluate(planned: PlannedRun, ranks: int, tflops: float) -> StagePlan:
     if planned.models.teacher is not None:
         work += model_flops(replace(run, models=Models(planned.models.teacher, None)))
     pipeline = config.parallelism.pipeline_model_parallel_size
-    weights = max(run.student(rank).total + run.teacher(rank).total for rank in range(pipeline))
+    weights = max(
+        run.student(rank).total + run.teacher(rank).total - run.in_host_memory(rank) + 2 * run.staged_layer(rank)
+        for rank in range(pipeline)
+    )
     seconds = 2 * work * samples * length / (tflops * 1e12 * ranks)
     about = f"{samples:,} samples; memory of the weights alone"
     return StagePlan("evaluate", ranks, run.item * weights, seconds, about)

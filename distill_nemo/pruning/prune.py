@@ -27,7 +27,7 @@ from distill_nemo.models.families.tensors import num_parameters
 from distill_nemo.models.provider import model_provider
 from distill_nemo.models.resolve import resolve
 from distill_nemo.models.source_check import refusal_of_sources
-from distill_nemo.pruning.calibration import Calibration, data_config
+from distill_nemo.pruning.calibration import Calibration, data_config, with_sample_length
 from distill_nemo.pruning.choice import Kept, Scores, choose, highest, kept_layers
 from distill_nemo.pruning.possible import files_of, possible_sizes
 from distill_nemo.pruning.progress import PROGRESS, earlier_losses, earlier_scores, write_progress
@@ -63,6 +63,7 @@ def prune(config: PruneConfig) -> None:
     """
     check_prune(config, world_size())
     check_target(Path(config.output), config.model, config.data)
+    config = with_sample_length(config)
     model = resolve(StudentConfig(checkpoint=config.model))
     check_prunable(model)
     parallelism = config.parallelism or ParallelismConfig()

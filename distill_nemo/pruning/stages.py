@@ -16,12 +16,11 @@ from distill_nemo.config import (
     TeacherConfig,
     TrainingConfig,
 )
-from distill_nemo.data.manifest import pack_length
 from distill_nemo.data.token_files import parse_blend
 from distill_nemo.fields import require, setting
 from distill_nemo.push_config import PushConfig
 
-SAMPLE_TOKENS = 1024  # of a sample to score with, unless `data.sequence_length` is shorter or the data is packed
+SAMPLE_TOKENS = 1024  # of a sample to score with, unless `data.sequence_length` is shorter
 
 
 @dataclass
@@ -58,13 +57,13 @@ class CompressConfig(CutConfig):
         stated = {each.name: vars(self)[each.name] for each in fields(CutConfig)}
         if target is not None:
             stated |= {"target_params": target, "target_memory": None, "target_gpu": None}
-        data, length = _largest_part(self.data.train), self.data.sequence_length
         return PruneConfig(
             **stated,
             model=self.teacher if number == 1 else f"{self.directory(number - 1)}/student",
             output=f"{self.directory(number)}/pruned",
-            data=data,
-            sequence_length=length if pack_length(data) else min(length, SAMPLE_TOKENS),
+            data=_largest_part(self.data.train),
+            split="1" if self.data.valid else self.data.split,  # else held-out text would be scored with
+            sequence_length=min(self.data.sequence_length, SAMPLE_TOKENS),
             parallelism=self.parallelism.without_training(),
         )
 

@@ -27,7 +27,9 @@ def evaluate_run(output: str) -> None:
     """
     from distill_nemo.runtime.device import setup_device
     from distill_nemo.runtime.orphans import end_with_torchrun
+    from distill_nemo.runtime.signals import end_at_sigurg
 
+    end_at_sigurg()
     end_with_torchrun()
     setup_device()  # before Megatron is imported
     from distill_nemo.checkpoint.hub_models import on_this_machine
@@ -60,7 +62,8 @@ def _means(student: StudentConfig, config: RunConfig) -> dict[str, float]:
     samples = config.training.eval_batches * config.training.global_batch_size
     cache = str(config.data.cache or Path(config.output_dir) / "index_cache")
     layout = config.parallelism.without_training()
-    means = evaluate_on(config.data, student, config.teacher, samples, layout, cache=cache)
+    offload = config.distillation.offload_teacher
+    means = evaluate_on(config.data, student, config.teacher, samples, layout, cache=cache, offload_teacher=offload)
     gc.collect()  # a distillation model refers to itself, and would stay in memory beside the next one
     return means
 

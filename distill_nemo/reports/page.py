@@ -57,18 +57,26 @@ def lock_of(directory: Path) -> OutputLock:
     return OutputLock(target.with_name(f".{target.name}.lock"), f"output = {directory}")
 
 
-def write_page(directory: Path, page: Page) -> Path:
-    """Write `report.html` and its plots into `directory`, replacing an earlier report. Return the path of the page.
+def check_directory(directory: Path) -> None:
+    """Refuse a directory that a report must not replace.
 
     Raises:
-        ValueError: if `directory` is no directory, is the current one, or holds anything but a report; nothing is
-            changed then.
+        ValueError: if it is no directory, is the current one, or holds anything but a report.
     """
     if (directory.exists() and not directory.is_dir()) or directory.absolute() == Path.cwd():
         raise ValueError(f"output = {directory} would be replaced by a directory: name a new one")
     strange = sorted(path.name for path in directory.iterdir() if path.name not in FILES) if directory.is_dir() else []
     if strange:
         raise ValueError(f"{directory} holds {strange[0]}, which is not part of a report: name an empty directory")
+
+
+def write_page(directory: Path, page: Page) -> Path:
+    """Write `report.html` and its plots into `directory`, replacing an earlier report. Return the path of the page.
+
+    Raises:
+        ValueError: from `check_directory`; nothing is changed then.
+    """
+    check_directory(directory)
     with writing_directory(directory) as partial:
         lines = {run.name: run.lines for run in page.runs}
         colour = plots.colours([row["model"] for row in page.table], lines)

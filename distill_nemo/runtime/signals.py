@@ -1,5 +1,6 @@
 """Stop at the end of a step on SIGTERM, SIGINT or SIGURG; all ranks agree on it."""
 
+import os
 import signal
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
@@ -13,6 +14,20 @@ _early: list[int] = []
 def keep_early_sigurg() -> None:
     """Keep a SIGURG that arrives while models load, so that `StopSignal` starts with it."""
     signal.signal(signal.SIGURG, lambda number, frame: _early.append(number))
+
+
+def end_at_sigurg() -> None:
+    """End this process at SIGURG, which SLURM sends before a time limit, so that the job is queued again.
+
+    For work that a killed process can leave at any moment, and that the next one goes on with.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"stopped by signal {number}; the same command resumes", flush=True)
+        os._exit(128 + number)  # no cleaning up, which would wait for the other ranks
+
+    signal.signal(signal.SIGURG, end)
 
 
 class StopSignal:

@@ -8,7 +8,15 @@ from megatron.core import parallel_state
 
 from distill_nemo.checkpoint.load import check_whole
 from distill_nemo.checks import check_layout_without_training
-from distill_nemo.config import DataConfig, ParallelismConfig, RunConfig, StudentConfig, TeacherConfig, TrainingConfig
+from distill_nemo.config import (
+    DataConfig,
+    DistillationConfig,
+    ParallelismConfig,
+    RunConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainingConfig,
+)
 from distill_nemo.data.corpora import check_corpora, corpus_at
 from distill_nemo.data.datasets import build_datasets, check_number_of_samples
 from distill_nemo.data.token_files import check_vocabulary
@@ -62,6 +70,7 @@ def evaluate_on(
     parallelism: ParallelismConfig,
     seed: int = 0,
     cache: str | None = None,
+    offload_teacher: bool = False,
 ) -> dict[str, float]:
     """Return token means over the held-out text of `data`, in nats, the same on every rank. Every rank calls it.
 
@@ -73,6 +82,7 @@ def evaluate_on(
         parallelism: layout of both models.
         seed: as `evaluate_student`.
         cache: directory for Megatron's sample index, which all ranks see; None for a temporary one, of one process.
+        offload_teacher: keep the weights of the teacher's layers in host memory, as `distillation.offload_teacher`.
 
     Raises:
         ValueError: for bad token files or checkpoints, or a layout that does not fit the models or ranks.
@@ -90,7 +100,7 @@ def evaluate_on(
         raise_everywhere(refusal)
         check_whole(student.checkpoint, teacher.checkpoint if teacher else None)
         seed_everything(seed)
-        model = _model(models, parallelism)
+        model = _model(models, parallelism, DistillationConfig(offload_teacher=offload_teacher))
         directory, vocab_size = Path(cache or temporary), models.student.vocab_size
         _, valid = build_datasets(config.data, TrainingConfig(), directory, samples, count, vocab_size)
         means = evaluate_samples(model, valid, 0, count, data.sequence_length)
@@ -98,12 +108,13 @@ def evaluate_on(
     return means
 
 
-def _model(models: Models, parallelism: ParallelismConfig) -> torch.nn.Module:
+def _model(models: Models, parallelism: ParallelismConfig, distillation: DistillationConfig) -> torch.nn.Module:
     return model_provider(
         parallel_state.is_pipeline_first_stage(),
         parallel_state.is_pipeline_last_stage(),
         student=models.student,
         teacher=models.teacher,
         parallelism=parallelism,
+        distillation=distillation,
         dtype=resolve_dtype("auto"),
     ).cuda()

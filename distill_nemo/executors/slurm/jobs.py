@@ -180,7 +180,7 @@ class SlurmJob(ClusterJob):
 
 
 def _stopped_on_request(log: str) -> bool:
-    return "checkpoint written; the same command resumes" in log
+    return "; the same command resumes" in log
 
 
 def _reason(log: str) -> str:

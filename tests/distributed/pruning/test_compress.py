@@ -16,26 +16,36 @@ from distill_nemo.pruning.stages import CompressConfig
 from tests.spawn import Gloo, ProcessEndedError
 from tests.tiny_models import write_hf
 
-KILLED_AT = {  # of each stage, what it calls halfway, and how often before it is killed
-    "prune": ("distill_nemo.pruning.tensors.fsync", 0),
-    "distil": ("distill_nemo.training.loop.Loop._held_out", 1),
-    "evaluate": ("distill_nemo.runtime.files.write_atomically", 0),
-    "report": ("distill_nemo.reports.page.write_page", 0),
+KILLED_AT = {  # of each stage, what it calls halfway, how often before it is killed, and by which signal
+    "prune": ("distill_nemo.pruning.tensors.fsync", 0, signal.SIGURG),  # as before a time limit
+    "distil": ("distill_nemo.training.loop.Loop._held_out", 1, signal.SIGKILL),
+    "evaluate": ("distill_nemo.runtime.files.write_atomically", 0, signal.SIGURG),
+    "report": ("distill_nemo.reports.page.write_page", 0, signal.SIGKILL),
 }
 
 
-def compressed(inputs, output, changes, killed=""):
-    """Run all stages in this process, as their jobs do. End by SIGKILL in the stage `killed`. Return their names."""
+def stages_left(inputs, output, changes, steps=4):
+    """Return the stages of a compression that an earlier call has not finished."""
     from distill_nemo.cli.compress import Place, checked_stages
 
     fields = {"teacher": str(inputs / "teacher"), "samples": 8, "held_out_samples": 4} | changes
     config = CompressConfig(output=str(output), **fields)
     config.data.train, config.data.valid = [f"{inputs}/train"], [f"{inputs}/valid"]
     config.data.tokenizer, config.data.sequence_length = f"{inputs}/tokenizer", 32
-    config.training.steps, config.training.global_batch_size = 4, 2
+    config.training.steps, config.training.global_batch_size = steps, 2
     config.training.eval_interval, config.training.eval_batches = 2, 1
     config.checkpoint.save_interval = 1
-    stages = checked_stages(config, Place())
+    return checked_stages(config, Place())
+
+
+def names_left(*args):
+    """Return the names of `stages_left`."""
+    return [stage.name for stage in stages_left(*args)]
+
+
+def compressed(inputs, output, changes, killed=""):
+    """Run what is left in this process, as the jobs do. End by a signal in the stage `killed`. Return the names."""
+    stages = stages_left(inputs, output, changes)
     for stage in stages:
         if stage.name == killed:
             kill_at(*KILLED_AT[killed])
@@ -43,13 +53,13 @@ def compressed(inputs, output, changes, killed=""):
     return [stage.name for stage in stages]
 
 
-def kill_at(name, calls):
-    """End this process by SIGKILL at the call of a function after so many."""
+def kill_at(name, calls, number):
+    """Send this process a signal at the call of a function after so many."""
     original, left = pkgutil.resolve_name(name), iter(range(calls))
 
     def call(*args, **kwargs):
         if next(left, None) is None:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         return original(*args, **kwargs)
 
     mock.patch(name, call).start()
@@ -66,7 +76,7 @@ def test_killed_in_each_stage_and_run_again_it_gives_the_same_student(inputs, tm
     for stage in KILLED_AT:
         with Gloo(1, init=False, timeout=200) as group, pytest.raises((ProcessEndedError, RuntimeError)):
             group.run(compressed, inputs, found, sizes, stage)
-    assert one.run(compressed, inputs, found, sizes) == [list(KILLED_AT)]
+    assert one.run(compressed, inputs, found, sizes) == [["report"]]
     assert one.run(compressed, inputs, expected, sizes) == [list(KILLED_AT)]
     assert content(found / "student") == content(expected / "student")
     assert content(found / "pruned") == content(expected / "pruned")
@@ -89,25 +99,33 @@ def test_in_two_rounds_the_second_one_cuts_the_first_ones_student_once(inputs, t
     assert first["result"]["num_parameters"] == second["model"]["num_parameters"]
     assert first["result"]["num_parameters"] > second["result"]["num_parameters"] <= 800_000
     assert (tmp_path / "out/student/model.safetensors").is_file()
-    record = tmp_path / "out/pruned/pruning.json"
-    cut = record.stat().st_mtime_ns
-    one.run(compressed, inputs, tmp_path / "out", sizes)
-    assert record.stat().st_mtime_ns == cut, "the first round's student was written again, the same"
+    assert one.run(names_left, inputs, tmp_path / "out", sizes) == [["report"]]
+    later = one.run(names_left, inputs, tmp_path / "out", sizes, 6)
+    assert later == [stages[1:]], "each round has more steps; its cut stays"
+    again = tmp_path / "out/round_1/student/model.safetensors"
+    again.write_bytes(again.read_bytes())
+    assert one.run(names_left, inputs, tmp_path / "out", sizes) == [["report"]], "it is the same student"
+    (tmp_path / "out/student/config.json").touch()
+    assert one.run(names_left, inputs, tmp_path / "out", sizes) == [stages[-2:]], "and may be another"
 
 
 def models_left(inputs, output):
-    """Evaluate two students as the stage does. Return the models of before that are in memory when one is built."""
+    """Evaluate a student twice as the stage does, the second time with an offloaded teacher.
+
+    Return the models of before that are in memory when one is built, the elements of its teacher's layers, and means.
+    """
     from distill_nemo.runtime.device import setup_device
 
     setup_device()
     from distill_nemo.reports import compressed
     from distill_nemo.training import evaluate
 
-    built, left, build = [], [], evaluate._model
+    built, left, elements, means, build = [], [], [], [], evaluate._model
 
     def watched(*args):
         left.append(sum(each() is not None for each in built))
         built.append(weakref.ref(model := build(*args)))
+        elements.append(sum(each.numel() for each in model.teacher_model.decoder.layers.parameters()))
         return model
 
     data = DataConfig(train=[f"{inputs}/train"], valid=[f"{inputs}/valid"], sequence_length=32)
@@ -115,11 +133,14 @@ def models_left(inputs, output):
     config.training.eval_batches, config.training.global_batch_size = 1, 2
     gc.disable()
     with mock.patch.object(evaluate, "_model", watched):
-        for _ in range(2):
-            compressed._means(StudentConfig(f"{inputs}/student"), config)
+        for offload in (False, True):
+            config.distillation.offload_teacher = offload
+            means.append(compressed._means(StudentConfig(f"{inputs}/student"), config))
     gc.enable()
-    return left
+    return left, elements, means
 
 
-def test_one_student_is_in_memory_at_a_time(inputs, tmp_path, one):
-    assert one.run(models_left, inputs, tmp_path) == [[0, 0]]
+def test_one_student_is_in_memory_at_a_time_and_no_offloaded_teacher(inputs, tmp_path, one):
+    ((left, elements, means),) = one.run(models_left, inputs, tmp_path)
+    assert left == [0, 0] and elements[0] > elements[1] == 0
+    assert means[0] == means[1]

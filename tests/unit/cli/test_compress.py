@@ -124,11 +124,12 @@ def test_a_plan_refuses_what_the_stages_would(inputs, here, changes, message):
         ({"num_layers": 9}, "num_layers = 9 is not possible"),
         ({"num_layers": None, "target_params": 1e9}, "target_params=1000000000 cuts nothing"),
         ({"rounds": 2}, "rounds = 2 needs target_params or target_memory"),
-        ({"teacher": "/no/such"}, "model: checkpoint directory not found: /no/such"),
+        ({"teacher": "/no/such"}, "error: teacher: checkpoint directory not found: /no/such"),
         ({"data__train": '["no/such"]'}, "no file no/such.idx"),
         ({"samples": None, "parallelism__tensor_model_parallel_size": 2}, "world size 1 is not divisible"),
         ({"checkpoint__export": "false"}, "checkpoint.export = False"),
-        ({"data__sequence_length": 4096}, "max_position_embeddings"),
+        ({"data__sequence_length": 4096}, "error: data.sequence_length = 4096 is longer than"),
+        ({"data__valid": None, "data__split": '"1,0"'}, 'data.split = "1,0" leaves nothing of the 10 documents'),
         ({"teacher": None}, "missing: teacher=; see `nemo distill compress --help`"),
     ],
 )
@@ -160,7 +161,8 @@ def test_all_data_of_the_distillation_is_checked_before_the_first_stage(inputs, 
     [
         ("out/pruned/thesis", "out/pruned exists and is not a distill-nemo export"),
         ("out/student/thesis", "out/student exists and is not a distill-nemo export"),
-        ("out/checkpoints/iter_0000100", "output_dir = out holds a checkpoint that no run of distill-nemo wrote"),
+        ("out/report/thesis", "out/report holds thesis, which is not part of a report"),
+        ("out/checkpoints/iter_0000100", "output = out holds a checkpoint that no run of distill-nemo wrote"),
     ],
 )
 def test_directories_that_a_stage_may_not_write_are_refused_before_the_first(inputs, tmp_path, here, made, message):
@@ -206,7 +208,8 @@ def test_an_output_with_the_run_of_another_target_is_refused(inputs, tmp_path):
     teacher = write_hf(tmp_path / "teacher", "llama", width=256, heads=8, groups=4)
     config = CompressConfig(teacher=str(teacher), output=f"{tmp_path}/out", samples=8, held_out_samples=4)
     config.num_query_groups, config.target_params = 2, 800_000
-    config.data.train, config.data.sequence_length = [f"{inputs}/train"], 32
+    config.data.train, config.data.valid = [f"{inputs}/train"], [f"{inputs}/valid"]
+    config.data.sequence_length = 32
     (cut,) = foreseen(config)
     (tmp_path / "out/checkpoints/step_00000004").mkdir(parents=True)
     (tmp_path / "out/pruned").mkdir()
@@ -239,8 +242,33 @@ def test_the_largest_part_of_a_blend_is_scored_with():
 
 
 def test_packs_are_scored_whole(tmp_path):
+    from distill_nemo.pruning.calibration import with_sample_length
+
     config = CompressConfig(teacher="a", output="b")
     config.data.train = [f"{tmp_path}/x"]
-    assert config.cut(1).sequence_length == 1024
+    assert with_sample_length(config.cut(1)).sequence_length == 1024
     (tmp_path / "x.json").write_text('{"pack": 4096}')
-    assert config.cut(1).sequence_length == 4096
+    assert config.cut(1).sequence_length == 1024, "a launcher may not see the data"
+    assert with_sample_length(config.cut(1)).sequence_length == 4096
+
+
+def test_held_out_text_is_not_scored_with():
+    config = CompressConfig(teacher="a", output="b")
+    config.data.train = ["x"]
+    assert config.cut(1).split == config.data.split
+    config.data.valid = ["y"]
+    assert config.cut(1).split == "1"
+
+
+def test_every_candidate_of_a_round_can_be_cut_in_the_next(inputs, tmp_path, monkeypatch):
+    """The first candidate could be, so without the others it would be refused after a round."""
+    from distill_nemo.pruning import foreseen
+
+    teacher = write_hf(tmp_path / "teacher", "llama", width=256, heads=8, groups=4)
+    config = CompressConfig(teacher=str(teacher), output=f"{tmp_path}/out", rounds=2)
+    config.num_query_groups, config.target_params = 2, 800_000
+    config.data.train, config.data.sequence_length = ["any"], 32
+    asked, candidates = [], foreseen.candidates
+    monkeypatch.setattr(foreseen, "candidates", lambda *args: asked.append(args[0]) or candidates(*args))
+    rounds = foreseen.foresee(config, has_data=False)
+    assert len(asked) == len(rounds[0].possible) - 1 > 0
