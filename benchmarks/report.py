@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from benchmarks.prepare import CASES
 from benchmarks.report_stores import costs, plot_quality, quality
 
 ROOT = Path(__file__).parents[1]
@@ -183,7 +184,7 @@ def _convert(found: dict[str, Any]) -> str:
 
 
 def _prepare(found: dict[str, Any]) -> str:
-    """Return every way's rows, by corpus and size of the vocabulary. Our row is the first of each."""
+    """Return every way's rows, by corpus and size of the vocabulary, ours first, and the cases that are missing."""
     lines = [
         f"JSON lines; {found['workers']} workers.\n",
         "| corpus | vocabulary | | wall time, s | processor time, s | ours / this, wall | ours / this, processor |",
@@ -197,7 +198,9 @@ def _prepare(found: dict[str, Any]) -> str:
             f"| {row['kind']}, {row['bytes'] / 1e6:.0f} MB | {row['vocabulary']:,} | {row['way']} "
             f"| {row['seconds']:.1f} | {row['processor_seconds']:.1f} | {ratios} |"
         )
-    return "\n".join(lines) + "\n"
+    done = {(row["kind"], row["vocabulary"]) for row in found["rows"]}
+    missing = [f"{kind} with {vocabulary:,} ids" for kind, vocabulary in CASES if (kind, vocabulary) not in done]
+    return "\n".join(lines) + (f"\n\nNot measured: {', '.join(missing)}.\n" if missing else "\n")
 
 
 def _plot() -> None:

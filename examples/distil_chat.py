@@ -64,6 +64,7 @@ def adapt(recipe: run.Partial, data: str, vocab_size: int, layers: int, width: i
     recipe.data.train, recipe.data.valid = [str(ROOT / data)], [str(ROOT / "held_out")]
     recipe.data.tokenizer = str(TOKENIZER)
     recipe.data.loss_on = "assistant"  # the default of the token files' masks
+    recipe.training.eval_interval = recipe.checkpoint.save_interval = recipe.training.steps  # at the end only
     return recipe
 
 
@@ -80,8 +81,11 @@ if __name__ == "__main__":
         "alone": adapt(quickstart_alone(80, str(ROOT)), "student", vocab_size, layers=2, width=64),
         "distilled": adapt(quickstart(80, str(ROOT)), "student", vocab_size, layers=2, width=64),
     }
-    for name, recipe in recipes.items():
-        run.run(recipe, executor=local(processes=1), name=name)
+    run.run(recipes["teacher"], executor=local(processes=1), name="teacher")
+    with run.Experiment("students") as students:  # both at once
+        for name in ("alone", "distilled"):
+            students.add(recipes[name], executor=local(processes=1), name=name)
+        students.run(tail_logs=True)
     losses = {name: held_out_loss(name) for name in recipes}
     print("held-out loss on answers, nats a token")
     for name, loss in losses.items():
