@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -24,10 +25,21 @@ def run(url, home, inputs, output, steps, teacher="org/teacher"):
     config.optimizer.warmup_steps, config.optimizer.decay_steps = 0, 4
     config.student.checkpoint, config.teacher.checkpoint = "org/student", teacher
     config.data.tokenizer = "org/teacher"
+    config.logging.mlflow_experiment = "kd"
+    os.environ |= {"MLFLOW_TRACKING_URI": f"file:{home}/mlruns", "MLFLOW_ALLOW_FILE_STORE": "true"}
     printed = io.StringIO()
     with asked(url, home), contextlib.redirect_stdout(printed):
         run_config(config)
     return printed.getvalue()
+
+
+def in_mlflow():
+    """Return the teacher of the only run in MLflow, and its steps."""
+    from mlflow.tracking import MlflowClient
+
+    (found,) = MlflowClient().search_runs([MlflowClient().get_experiment_by_name("kd").experiment_id])
+    steps = [each.step for each in MlflowClient().get_metric_history(found.info.run_id, "train/lm_loss")]
+    return found.data.params["teacher.checkpoint"], steps
 
 
 def run_by_directories(inputs, output):
@@ -64,6 +76,8 @@ def test_a_resumed_run_keeps_the_commits_of_its_models(inputs, one, tmp_path):
         told = f"teacher.checkpoint: org/teacher is at {moved} now; the job goes on with {teacher}, as it began\n"
         assert told in printed
         assert hub.strange == []
+    (of_mlflow,) = one.run(in_mlflow)
+    assert of_mlflow == (f"org/teacher@{teacher}", [1, 2, 3, 4])
     one.run(run_by_directories, inputs, tmp_path / "plain")
     trained = [[line for line in metrics(each) if line["kind"] == "train"] for each in (output, tmp_path / "plain")]
     assert trained[0] == trained[1] and len(trained[0]) == 4
