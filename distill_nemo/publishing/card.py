@@ -15,8 +15,8 @@ from distill_nemo import __version__
 from distill_nemo.config import DataConfig, DistillationConfig, RunConfig
 from distill_nemo.data.corpora import corpus_at
 from distill_nemo.data.manifest import pack_length
-from distill_nemo.publishing.facts import ModelFacts, model_facts, name_of
-from distill_nemo.publishing.markdown import code, title
+from distill_nemo.publishing.facts import Benchmark, ModelFacts, benchmarks_of_step, model_facts, name_of
+from distill_nemo.publishing.markdown import code, plain, title
 from distill_nemo.publishing.repetition import blend_of, repetition
 from distill_nemo.runtime import metrics_file
 from distill_nemo.runtime.metrics_file import finite
@@ -72,6 +72,11 @@ class Distilled:
         return [model_facts(each) for each in dict.fromkeys(filter(None, map(_teacher_of, stores)))]
 
     @cached_property
+    def benchmarks(self) -> list[Benchmark]:
+        """Those of the step, if they were measured."""
+        return [] if self.step is None else benchmarks_of_step(self.directory, self.step)
+
+    @cached_property
     def distilled(self) -> bool:
         """True if the student had a teacher."""
         return bool(self.teachers) or any("kd_loss" in line for line in self.lines)
@@ -97,9 +102,10 @@ def model_card(of: Distilled) -> str:
         "## Data\n" + _bullets(_data(of.config.data)),
         "## Training\n" + _bullets(_training(of)),
         _metrics(evaluation),
+        _benchmarks(of.benchmarks),
         repetition(of.config, _last_start(of.lines)[0]),
         "## Licences\n" + _bullets(_licences(of)),
-        "## Limits\n" + _bullets(_limits(of.config)),
+        "## Limits\n" + _bullets(_limits(of)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -119,14 +125,17 @@ def _metadata(of: Distilled, evaluation: dict[str, Any]) -> dict[str, Any]:
     tags = [name for name, holds in traits.items() if holds]
     found |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     values = [{"type": name, "name": METRICS[name], "value": value} for name, value in _shown(evaluation).items()]
-    if values:
-        result = {
-            "task": {"type": "text-generation"},
-            "dataset": {"type": "held-out", "name": "held-out text of the training data"},
-            "metrics": values,
-        }
-        found["model-index"] = [{"name": title(of.title).rpartition("/")[2], "results": [result]}]
+    results = [_result("held-out", "held-out text of the training data", values)] if values else []
+    for each in of.benchmarks:
+        value = {"type": plain(each.metric), "name": plain(each.metric), "value": round(each.value, 4)}
+        results.append(_result(plain(each.task), plain(each.task), [value]))
+    if results:
+        found["model-index"] = [{"name": title(of.title).rpartition("/")[2], "results": results}]
     return found
+
+
+def _result(dataset: str, name: str, metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"task": {"type": "text-generation"}, "dataset": {"type": dataset, "name": name}, "metrics": metrics}
 
 
 def _summary(of: Distilled) -> str:
@@ -226,6 +235,14 @@ def _metrics(evaluation: dict[str, Any]) -> str:
     return head + rows if rows else ""
 
 
+def _benchmarks(benchmarks: list[Benchmark]) -> str:
+    lines = []
+    for each in benchmarks:
+        error = "" if math.isnan(each.error) else f" ± {each.error:.4f}"
+        lines.append(f"{code(each.task)}, {code(each.metric)}: {each.value:.4f}{error}")
+    return "## Benchmarks\nBy lm-evaluation-harness; ± standard error.\n\n" + _bullets(lines) if lines else ""
+
+
 def _licences(of: Distilled) -> list[str]:
     models = {"student": [of.student] if of.student else [], "teacher": of.teachers}
     lines = []
@@ -235,10 +252,11 @@ def _licences(of: Distilled) -> list[str]:
     return [*lines, "the terms of the teacher may bind students that learn from it, too: read both"]
 
 
-def _limits(config: RunConfig) -> list[str]:
+def _limits(of: Distilled) -> list[str]:
+    measured = "" if of.benchmarks else "; no benchmark was run for this card"
     return [
-        "the metrics are those of held-out text like that of the training; no benchmark was run for this card",
-        f"sequences longer than {config.data.sequence_length:,} tokens were not trained on",
+        f"the held-out metrics are those of text like that of the training{measured}",
+        f"sequences longer than {of.config.data.sequence_length:,} tokens were not trained on",
         "a student takes over errors and biases of its teacher and of the text; nothing was done against them here",
     ]
 

@@ -4,11 +4,12 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from distill_nemo.hub import COMMIT, HubName, cached, hub_name, recorded_name
 from distill_nemo.models.sources import STEP
 from distill_nemo.runtime.files import read_object, read_object_if_any
+from distill_nemo.runtime.metrics_file import finite
 
 MAX_FRONT_MATTER, MAX_LICENCE = 2**16, 2**12  # bytes that are read
 MAX_CHAIN = 8  # models that one was made from, each from the next
@@ -63,6 +64,30 @@ def model_facts(checkpoint: str, chain: int = 0) -> ModelFacts:
         licence, licence_name = (before.licence, before.licence_name) if before else ("", "")
     repository = on_hub.repository if on_hub else ""
     return ModelFacts(name_of(checkpoint), repository, licence, licence_name, cut)
+
+
+class Benchmark(NamedTuple):
+    """A metric of a task, with its standard error; NaN if that is not known."""
+
+    task: str
+    metric: str
+    value: float
+    error: float
+
+
+def benchmarks_of_step(run: Path, step: int) -> list[Benchmark]:
+    """Return the benchmarks that `nemo distill evaluate steps_of=RUN` has measured of a step; none if it has not."""
+    found = []
+    try:
+        scores = read_object_if_any(run / "benchmarks" / f"step_{step:08d}.json").get("scores", [])
+        for each in scores:
+            (model, value), *others = each["values"].items()
+            if not others:
+                error = finite(each["errors"].get(model))
+                found.append(Benchmark(str(each["task"]), str(each["metric"]), _finite(value), error))
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return []
+    return found
 
 
 def name_of(path: str) -> str:

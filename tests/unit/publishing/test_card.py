@@ -129,6 +129,25 @@ def test_an_earlier_step_has_its_own_metrics(of):
     assert "model-index" not in card
 
 
+def test_benchmarks_of_the_step_are_told_with_their_errors(of):
+    scores = [
+        {"task": "mmlu", "metric": "acc", "values": {"six": 0.71234}, "errors": {"six": 0.0041}},
+        {"task": "evil`|\n# x", "metric": "exact_match, strict", "values": {"six": 0.5}, "errors": {}},
+    ]
+    write(of.directory / "benchmarks" / "step_00000002.json", json.dumps({"models": {"six": "x"}, "scores": scores}))
+    card = model_card(of)
+    assert "- `mmlu`, `acc`: 0.7123 ± 0.0041" in card and "- `evil?|?# x`, `exact_match, strict`: 0.5000\n" in card
+    assert "no benchmark" not in card and "no benchmark was run for this card" in model_card(replace(of, step=1))
+    _, result, _ = yaml.safe_load(card.split("\n---\n")[0])["model-index"][0]["results"]
+    assert (result["dataset"]["type"], result["metrics"][0]["value"]) == ("mmlu", 0.7123)
+
+
+@pytest.mark.parametrize("text", ["[]", '{"scores": 3}', '{"scores": [{}]}', '{"scores": [{"values": {"a": NaN}}]}'])
+def test_damaged_benchmarks_are_none(of, text):
+    write(of.directory / "benchmarks" / "step_00000002.json", text)
+    assert "## Benchmarks" not in model_card(of)
+
+
 def test_a_run_without_teacher_is_not_called_distilled(of):
     config = replace(of.config, teacher=None, student=StudentConfig(family="llama"))
     card = model_card(replace(of, config=config))

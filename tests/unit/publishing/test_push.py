@@ -172,25 +172,37 @@ def test_a_lasting_fault_ends_the_push_and_says_that_the_export_is_whole(hub, di
     assert (pushed(hub), hub.sent.total()) == (content(directory), before)
 
 
-def test_a_commit_in_between_is_kept(hub, directory):
+def pushed_while(hub, directory, files):
+    """Push, while another commit adds `files` between the push's first look at the branch and its commit."""
     check_push(TO, directory)
-    repository, taken = hub.repositories["ORG/student"], threading.Event()
     (path,) = directory.glob("*-00001-*")
-    hub.blocked[sha256(path)] = taken
+    hub.blocked[sha256(path)] = taken = threading.Event()
 
     def by_hand():
         while not hub.sent[sha256(path)]:
             time.sleep(0.01)
         with hub.lock:
-            repository.commit("main", "by hand", hub.files("ORG/student") | {"figure.png": b"png"})
+            hub.repositories["ORG/student"].commit("main", "by hand", hub.files("ORG/student") | files)
         taken.set()
 
     other = threading.Thread(target=by_hand)
     other.start()
-    push_directory(TO, directory)
-    other.join()
+    try:
+        push_directory(TO, directory)
+    finally:
+        other.join()
+
+
+def test_a_commit_in_between_is_kept(hub, directory):
+    pushed_while(hub, directory, {"figure.png": b"png"})
     assert pushed(hub) == content(directory) | {"figure.png": b"png"}
     assert hub.titles("ORG/student") == ["initial commit", "by hand", COMMIT]
+
+
+def test_weights_that_come_in_between_are_not_joined(hub, directory):
+    with pytest.raises(PushError, match=r"holds files that this output has not pushed: model\.safetensors"):
+        pushed_while(hub, directory, {"model.safetensors": b"other"})
+    assert pushed(hub) == {"model.safetensors": b"other"}
 
 
 def test_a_killed_push_goes_on_and_sends_nothing_twice(hub, directory, tmp_path):
