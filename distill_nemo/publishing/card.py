@@ -4,10 +4,12 @@ The same run always has the same card. It names no place: of a path only the las
 checkpoint or a path is shown as code, in which nothing is markup.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,7 @@ class Distilled:
 
     @cached_property
     def benchmarks(self) -> list[Benchmark]:
-        """Those of the step, if they were measured."""
+        """Benchmarks of the step, if they were measured."""
         return [] if self.step is None else benchmarks_of_step(self.directory, self.step)
 
     @cached_property
@@ -199,7 +201,13 @@ def _training(of: Distilled) -> list[str]:
     hours = metrics_file.gpu_hours(of.lines)
     spent = "" if hours is None else f"; {hours:,.2f} rank-hours in steps"
     lines += [f"{ranks} ranks on {code(device)}{spent}"] if device else []
-    return [*lines, "written with " + ", ".join(f"{name} {version(name)}" for name in PACKAGES)]
+    return [*lines, f"written with {', '.join(_versions())}"]
+
+
+def _versions() -> Iterator[str]:
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):  # a container may have it without metadata
+            yield f"{name} {version(name)}"
 
 
 def _last_start(lines: list[dict[str, Any]]) -> tuple[int, str]:
