@@ -55,13 +55,21 @@ def load_megatron_weights(directory: Path, built: GPTModel, quantized: bool = Fa
     prefix = key_prefix(stored)
     names = {name.removeprefix(prefix): shape for name, shape in stored.items() if name.startswith(prefix)}
     metadata = {"non_homogeneous_layers": not _is_stacked(names)}
-    part = with_amaxes(built, built.sharded_state_dict(prefix=prefix, metadata=metadata), prefix)
-    wanted = {name: value for name, value in part.items() if not is_extra(name) and (quantized or not is_amax(name))}
-    check_amaxes(directory, wanted)
+    by_modelopt = (directory / MODELOPT_STATE).is_dir()
+    part = built.sharded_state_dict(prefix=prefix, metadata=metadata)
+    if not by_modelopt:
+        part = with_amaxes(built, part, prefix)
+
+    def is_stored(name: str) -> bool:
+        return not is_extra(name) and (quantized or by_modelopt or not is_amax(name))
+
+    wanted = {name: value for name, value in part.items() if is_stored(name)}
+    if quantized:
+        check_amaxes(directory, wanted)
     for value in nested_values(wanted):
         value.key = prefix + _stored_name(value.key.removeprefix(prefix), names)
     missing, _ = built.load_state_dict(_read(directory, wanted, prefix), strict=False)
-    missing = [name for name in missing if not is_extra(name) and (quantized or not is_amax(name))]
+    missing = [name for name in missing if is_stored(name)]
     assert not missing, f"the sharded state of the model leaves out {missing[:3]}"
 
 

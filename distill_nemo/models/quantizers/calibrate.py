@@ -108,7 +108,7 @@ def _reduce(tensors: list[Tensor], group: Any) -> None:
     """Replace every value by the largest of the group's ranks, in one all-reduce."""
     if not tensors or dist.get_world_size(group) == 1:
         return
-    joined = torch.cat([tensor.flatten() for tensor in tensors])
+    joined = torch.cat([tensor.flatten() for tensor in tensors]).cuda()  # a model is built on the CPU
     dist.all_reduce(joined, dist.ReduceOp.MAX, group=group)
     for tensor, part in zip(tensors, joined.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))

@@ -123,7 +123,7 @@ def _quantize_cache(attention: nn.Module, numbers: Numbers) -> None:
     for name, quantizer in zip(CACHE, quantizers, strict=True):
         _configure(quantizer, numbers)
         attention.add_module(name, quantizer)
-    attention.register_forward_pre_hook(partial(_round_cache, quantizers), with_kwargs=False)
+    attention.register_forward_pre_hook(partial(_round_cache, quantizers))
 
 
 def _round_cache(quantizers: list[TensorQuantizer], attention: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

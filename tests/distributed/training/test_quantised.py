@@ -21,6 +21,7 @@ FORMATS = {
     "nvfp4_weights": QuantizationConfig("nvfp4_weights"),
     "fp8": QuantizationConfig("fp8", calibration_samples=8),
     "int8": QuantizationConfig("int8", calibration_samples=8),
+    "as the student": QuantizationConfig(),
 }
 LAYOUTS = {
     "TP=2": {"parallelism.tensor_model_parallel_size": 2},
@@ -74,7 +75,7 @@ def expected(inputs, students, one, tmp_path_factory):
         pytest.param(name, layout, marks=[] if (name, layout) in ALWAYS else pytest.mark.layouts)
         for name in FORMATS
         for layout in LAYOUTS
-        if layout != "EP=2"
+        if layout != "EP=2" and name != "as the student"
     ],
 )
 def test_four_steps_at_any_layout_are_those_of_one_process(inputs, students, two, expected, tmp_path, name, layout):
@@ -82,13 +83,35 @@ def test_four_steps_at_any_layout_are_those_of_one_process(inputs, students, two
     found, alone = metrics(tmp_path / "run"), metrics(expected("llama", name))
     if (name, layout) in WITH_TIES:
         assert_the_same(found[:2], alone[:2])
-        assert max(differences(found, alone).values()) <= AFTER_A_TIE
+        later = {name: apart for name, apart in differences(found, alone).items() if name != "top1_agreement"}
+        assert max(later.values()) <= AFTER_A_TIE
         return
     assert_the_same(found, alone)
 
 
-def test_blocks_scales_reshard_from_tensor_to_pipeline_parallel_to_one(
-    inputs, students, one, two, expected, tmp_path, capfd
+DYNAMIC = {
+    "distillation.balancer": "dynamic",
+    "distillation.skip_lm_loss": False,
+    "distillation.hidden_loss": "mse",
+    "distillation.hidden_layers": ["decoder.layers.0:decoder.layers.0"],
+}
+
+
+def test_whole_logits_and_recomputation_change_nothing(inputs, students, one, expected, tmp_path):
+    changes = {"distillation.fused_linear": False, "training.recompute": "full"}
+    one.run(train, inputs, tmp_path / "run", students / "llama", "nvfp4", None, 4, changes)
+    assert_the_same(metrics(tmp_path / "run"), metrics(expected("llama", "nvfp4")))
+
+
+@pytest.mark.layouts
+def test_hidden_losses_and_the_dynamic_balancer_work_with_a_quantised_student(inputs, students, one, two, tmp_path):
+    for group, layout in ((one, None), (two, "TP=2, SP")):
+        group.run(train, inputs, tmp_path / str(layout), students / "llama", "nvfp4", layout, 4, DYNAMIC)
+    assert_the_same(metrics(tmp_path / "TP=2, SP"), metrics(tmp_path / "None"))
+
+
+def test_scales_of_blocks_reshard_from_tensor_to_pipeline_parallel_to_one(
+    inputs, students, one, two, expected, tmp_path
 ):
     """Blocks of gate and up follow their rows, blocks of split rows their columns."""
     output, student = tmp_path / "run", students / "llama"
@@ -115,10 +138,13 @@ def evaluate(inputs, output, tensor):
     return evaluate_on(data, StudentConfig(str(output)), None, 4, layout, cache=cache)
 
 
-def test_a_run_is_evaluated_as_it_was_trained(inputs, one, two, expected):
-    """The student is quantised again, with the amaxes of its checkpoint."""
+def test_a_run_is_evaluated_as_it_was_trained(inputs, one, two, expected, tmp_path):
+    """The student is quantised again, with the amaxes of its checkpoint; so is one that another run goes on with."""
     output = expected("llama", "nvfp4")
     last = metrics(output)[-1]
+    one.run(train, inputs, tmp_path / "next", output, "as the student", None, 1)
+    assert not (tmp_path / "next" / "calibration.json").exists()
+    assert metrics(tmp_path / "next")[0]["lm_loss"] == pytest.approx(last["lm_loss"], rel=1e-6)
     for group, tensor in ((one, 1), (two, 2)):
         assert group.run(evaluate, inputs, output, tensor)[0]["lm_loss"] == pytest.approx(last["lm_loss"], rel=1e-6)
 
