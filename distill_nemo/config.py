@@ -39,7 +39,7 @@ class ModelConfig:
     hidden_size: int | None = None
     ffn_hidden_size: int | None = None
     num_attention_heads: int | None = None
-    num_query_groups: int | None = None
+    num_query_groups: int | None = setting(None, at_least=1)
     kv_channels: int | None = None
     vocab_size: int | None = setting(None, "fewer than the checkpoint has leaves its last rows out")
     max_position_embeddings: int | None = None

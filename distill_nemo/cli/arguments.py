@@ -6,7 +6,7 @@ import importlib
 import inspect
 import re
 import typing
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -57,14 +57,14 @@ def override(recipe: Any, values: dict[str, Any]) -> None:
         setattr(getattr(recipe, section) if section else recipe, field, value)
 
 
-def check_complete(function: Callable[..., Any], given: Container[str], command: str) -> None:
-    """Refuse a command that lacks required fields.
+def check_complete(function: Callable[..., Any], given: Mapping[str, Any], command: str) -> None:
+    """Refuse a command whose required fields are missing or empty.
 
     Raises:
         ValueError: naming the missing ones.
     """
     parameters = inspect.signature(function).parameters.values()
-    missing = [p.name for p in parameters if p.default is p.empty and p.name not in given]
+    missing = [p.name for p in parameters if p.default is p.empty and given.get(p.name) in (None, "")]
     if missing:
         raise ValueError(f"missing: {', '.join(f'{name}=' for name in missing)}; see `nemo distill {command} --help`")
 

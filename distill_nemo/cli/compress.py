@@ -273,9 +273,7 @@ class CompressContext(TrainContext):
         layout, arguments = split_layout_arguments(arguments)
         values = parse_arguments(compress, arguments, "compress")
         override(recipe, values)
-        check_complete(
-            compress, [name for name, value in recipe.__arguments__.items() if value is not None], "compress"
-        )
+        check_complete(compress, recipe.__arguments__, "compress")
         config = config_of(recipe)
         config.data.train = config.data.train or data
         place = self._place(layout.gpus)

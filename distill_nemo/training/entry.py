@@ -80,10 +80,11 @@ def resolve_models(config: RunConfig) -> "tuple[RunConfig, Models]":
     """Return the architectures of both models, and the config with their unset fields filled in from them.
 
     Raises:
-        ValueError: from `resolve_pair`, `quantized_as` and `check_layout`, and if a sequence is longer than a model's
-            positions.
+        ValueError: from `resolve_pair`, `quantized_as`, `check_layout` and `locate_pairs`, and if a sequence is longer
+            than a model's positions.
     """
     from distill_nemo.data.token_files import documents_apart
+    from distill_nemo.models.hidden_layers import locate_pairs
     from distill_nemo.models.resolve import quantized_as, resolve_pair
 
     models = resolve_pair(config.student, config.teacher)
@@ -91,6 +92,9 @@ def resolve_models(config: RunConfig) -> "tuple[RunConfig, Models]":
     setting = config.data.sequence_length, documents_apart(config.data), config.parallelism
     roles = zip(models._fields, models, strict=True)
     student, teacher = (model and fitted(role, model, *setting) for role, model in roles)
+    if models.teacher is not None:
+        sizes = (config.parallelism.stage_sizes(model.num_layers) for model in (models.student, models.teacher))
+        locate_pairs(config.distillation.hidden_layers, *sizes)
     quantization = models.student.quantization or config.quantization
     config = replace(config, student=models.student.filled(config.student), quantization=quantization)
     if config.teacher is not None and models.teacher is not None:

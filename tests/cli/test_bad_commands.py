@@ -117,6 +117,7 @@ def test_more_of_them_in_this_process(capfd, arguments, message):
     [
         (["prepare", "inputs=text"], "missing: output=, tokenizer=; see `nemo distill prepare --help`"),
         (["export", "output=student"], "missing: checkpoint=; see `nemo distill export --help`"),
+        (["convert", "checkpoint=x", "output="], "missing: output=; see `nemo distill convert --help`"),
         (["prune", "model=x", "output=y"], "missing: data=; see `nemo distill prune --help`"),
         (["prune", "model=x", "output=y", "data=z", "samples=0"], "samples must be at least 1, got 0"),
         (["prune", "model=x", "output=y", "data=z"], "nothing says how small the model becomes: state some of num_la"),

@@ -5,7 +5,6 @@ ModelOpt's own plugin lacks or gets wrong; each function below describes its par
 """
 
 import copy
-import re
 import sys
 from types import MethodType
 from typing import Any
@@ -32,11 +31,10 @@ from distill_nemo.models.distillation.fused_output import (
 )
 from distill_nemo.models.distillation.hidden_losses import HiddenLosses
 from distill_nemo.models.distillation.objective import Balancer, WholeLogits, objective_of
+from distill_nemo.models.hidden_layers import locate_pairs
 
 HIDDEN = {"cosine": HiddenStateCosineLoss, "mse": HiddenStateMSELoss}
 ATTACHED = "_attached_by_distillation"  # attribute with the names that `attach` has set on an instance
-FINAL_NORM = "decoder.final_layernorm"
-LAYER = re.compile(r"^decoder\.layers\.(\d+)(|\.self_attention|\.mlp)$")  # outputs that are whole on every rank
 
 
 def convert_to_distillation_model(
@@ -150,20 +148,12 @@ def hidden_pairs(
     """Return (student layer, teacher layer, loss module) of this stage's hidden losses, by number in the config.
 
     Raises:
-        ValueError: on every stage alike, for a layer that does not exist or a pair on two stages.
+        ValueError: from `locate_pairs`, on every stage alike.
     """
     own, pairs = own_stage(getattr(student, "vp_stage", None)), {}
     sequence_group = tensor_parallel_group(student) if student.config.sequence_parallel else None
-    for number, names in enumerate(pair.split(":") for pair in distill_cfg.hidden_layers):
-        (stage, local), (teachers_stage, teachers_local) = (
-            locate_layer(name, model) for name, model in zip(names, (student, teacher), strict=True)
-        )
-        if stage != teachers_stage:
-            raise ValueError(
-                f'distillation.hidden_layers: "{names[0]}" of the student is on pipeline stage {stage}, "{names[1]}" '
-                f"of the teacher on stage {teachers_stage} at this layout: pair layers of the same stage, or change "
-                "parallelism.*"
-            )
+    located = locate_pairs(distill_cfg.hidden_layers, _stage_sizes(student), _stage_sizes(teacher))
+    for number, (stage, local, teachers_local) in enumerate(located):
         if stage != own:
             continue
         assert distill_cfg.hidden_loss is not None, "the checks let hidden layers through only with a hidden loss"
@@ -185,32 +175,6 @@ def own_stage(vp_stage: int | None) -> int:
     """Return this chunk's place in the order of the model's stages."""
     size = parallel_state.get_pipeline_model_parallel_world_size()
     return (vp_stage or 0) * size + parallel_state.get_pipeline_model_parallel_rank()
-
-
-def locate_layer(name: str, model: GPTModel) -> tuple[int, str]:
-    """Return (stage, name there) of `decoder.layers.<global index>`, a part of it, or `decoder.final_layernorm`.
-
-    The result is the same on every stage, so that all ranks refuse a name together.
-    """
-    sizes = _stage_sizes(model)
-    if name == FINAL_NORM:
-        return len(sizes) - 1, name
-    match = LAYER.match(name)
-    if not match:
-        raise ValueError(
-            f'distillation.hidden_layers: "{name}" is not a layer of the model; known: "decoder.layers.<n>", '
-            f'"decoder.layers.<n>.self_attention", "decoder.layers.<n>.mlp", "{FINAL_NORM}"'
-        )
-    index = int(match.group(1))
-    if index >= sum(sizes):
-        raise ValueError(
-            f'distillation.hidden_layers: "{name}" does not exist; the model has layers 0 to {sum(sizes) - 1}'
-        )
-    stage = 0
-    while index >= sizes[stage]:
-        index -= sizes[stage]
-        stage += 1
-    return stage, f"decoder.layers.{index}{match.group(2)}"
 
 
 def _stage_sizes(model: GPTModel) -> list[int]:

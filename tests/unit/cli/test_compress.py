@@ -18,6 +18,9 @@ from tests.tiny_models import write_hf
 SLURM = ["run.executor=slurm", "run.executor.account=nlp", "run.executor.nodes=2", "run.executor.devices=2"]
 KUBERNETES = ["run.executor=kubernetes", "run.executor.image=x", "run.executor.pvc=work", "run.executor.devices=2"]
 
+HIDDEN = {"distillation__hidden_loss": "mse", "distillation__hidden_weight": 1.0}
+HIDDEN["distillation__hidden_layers"] = '["decoder.layers.3:decoder.layers.3"]'
+
 
 @pytest.fixture
 def here(capfd, empty_stdin, tmp_path, monkeypatch):
@@ -130,6 +133,7 @@ def test_a_plan_refuses_what_the_stages_would(inputs, here, changes, message):
         ({"checkpoint__export": "false"}, "checkpoint.export = False"),
         ({"data__sequence_length": 4096}, "error: data.sequence_length = 4096 is longer than"),
         ({"data__valid": None, "data__split": '"1,0"'}, 'data.split = "1,0" leaves nothing of the 10 documents'),
+        (HIDDEN, '"decoder.layers.3" does not exist; the model has layers 0 to 0'),
         ({"teacher": None}, "missing: teacher=; see `nemo distill compress --help`"),
     ],
 )
