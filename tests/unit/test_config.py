@@ -74,7 +74,7 @@ def all_different(cls, odd):
         if typing.get_origin(hint) is typing.Literal:
             values[name] = next(choice for choice in typing.get_args(hint) if choice != default)
             continue
-        makers = {int: lambda n=number: n + 7, float: lambda n=number: n / 3 + 1e-9, bool: lambda n=number: not n}
+        makers = {int: lambda n=number: n + 8, float: lambda n=number: n / 3 + 1e-9, bool: lambda n=number: not n}
         makers |= {str: lambda: next(odd), list[str]: lambda: [next(odd), next(odd)]}
         makers |= {dict[str, str]: lambda: {next(odd): next(odd)}}
         makers |= {dict[str, typing.Any]: lambda: {next(odd): [1.5, None, True], "nested": {"x": next(odd)}}}
