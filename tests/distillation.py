@@ -135,7 +135,7 @@ class Case:
         teacher = TeacherConfig(checkpoint=self.teacher) if self.teacher and not self.codec else None
         kd, parallelism = DistillationConfig(**self.distillation), layout.config()
         kd.fused_linear = layout.fused_linear
-        run = RunConfig(output, StudentConfig(checkpoint=self.student), teacher, kd, parallelism)
+        run = RunConfig(output, StudentConfig(checkpoint=self.student), teacher, kd, parallelism=parallelism)
         run.data = self.data
         run.training.micro_batch_size, run.training.global_batch_size = layout.micro_batch, self.global_batch
         run.training.recompute = layout.recompute
