@@ -273,7 +273,7 @@ class CompressContext(TrainContext):
         layout, arguments = split_layout_arguments(arguments)
         values = parse_arguments(compress, arguments, "compress")
         override(recipe, values)
-        check_complete(compress, recipe.__arguments__, "compress")
+        check_complete(compress, {str(name): value for name, value in recipe.__arguments__.items()}, "compress")
         config = config_of(recipe)
         config.data.train = config.data.train or data
         place = self._place(layout.gpus)
