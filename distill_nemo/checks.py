@@ -8,7 +8,6 @@ from dataclasses import fields
 from distill_nemo.config import (
     DistillationConfig,
     ExportConfig,
-    JobConfig,
     ModelConfig,
     ParallelismConfig,
     PruneConfig,
@@ -16,6 +15,7 @@ from distill_nemo.config import (
     StoreConfig,
 )
 from distill_nemo.fields import checked, require, suggest
+from distill_nemo.job_config import EvaluateConfig, JobConfig, words_of
 from distill_nemo.quantization import check_quantization
 
 FIELDS_OF_BALANCERS = {
@@ -64,6 +64,8 @@ def check_job(config: JobConfig, world_size: int) -> None:
         check_prune(config, world_size)
     elif isinstance(config, StoreConfig):
         _check_store(config, world_size)
+    elif isinstance(config, EvaluateConfig):
+        check_evaluate(config, world_size)
     elif config.parallelism is not None:
         check_layout_without_training(config.parallelism, world_size)
     if isinstance(config, ExportConfig):
@@ -94,6 +96,38 @@ def _check_store(config: StoreConfig, world_size: int) -> None:
         f"temperature = {config.temperature}: codec=hidden serves every temperature; leave it out",
     )
     _check_model("teacher", config.teacher, par)
+
+
+def check_evaluate(config: EvaluateConfig, world_size: int) -> None:
+    """Refuse an evaluation that measures nothing, has no place for its results, or does not fit the ranks.
+
+    Raises:
+        ValueError: naming the field, what came, what is allowed.
+    """
+    has_tasks = bool(words_of(config.tasks))
+    require(
+        has_tasks or bool(config.domains),
+        "nothing says what to measure: name held-out token files with data=, benchmarks with tasks=, or both",
+    )
+    require(
+        (config.model is None) != (config.steps_of is None),
+        "name one of these: a model with model=, or with steps_of= the output_dir of a run",
+    )
+    if config.steps_of is not None:
+        for name in ("data", "output"):
+            require(
+                not vars(config)[name],
+                f"steps_of measures by tasks, in {config.steps_of}/benchmarks; leave {name}= out",
+            )
+    require(
+        not has_tasks or bool(config.output or config.steps_of),
+        "tasks needs output=, a directory for the results, from which the same command goes on after an interruption",
+    )
+    require(
+        not config.domains or bool(config.output) or world_size == 1,
+        "data on several ranks needs output=, a directory for an index that all ranks see",
+    )
+    check_layout_without_training(config.parallelism or ParallelismConfig(), world_size)
 
 
 def check_layout_without_training(parallelism: ParallelismConfig, world_size: int) -> None:

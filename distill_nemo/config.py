@@ -234,6 +234,12 @@ class TrainingConfig:
     global_batch_size: int = setting(128, at_least=1)
     eval_interval: int = setting(100, at_least=1)
     eval_batches: int = setting(10, "global batches per evaluation", at_least=1)
+    benchmark_interval: int | None = setting(
+        None,
+        "steps to save for benchmarks; each stays until `nemo distill evaluate steps_of=`, a job beside the run, has "
+        "measured it",
+        at_least=1,
+    )
     seed: int = setting(1234, at_least=0, below=2**31)
     data_seed: int | None = setting(None, "None: seed", at_least=0, below=2**31)
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: bfloat16 on CUDA, float32 on CPU")
@@ -392,6 +398,3 @@ class VerifyConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     micro_batch_size: int = setting(1, at_least=1)
     parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
-
-
-JobConfig = RunConfig | ExportConfig | PruneConfig | StoreConfig | VerifyConfig  # of the jobs that executors launch

@@ -29,6 +29,7 @@ FIXED = (
     ("training", "data_seed"),
     ("optimizer", "use_distributed_optimizer"),  # it changes how Megatron saves groups of parameters
 )
+BENCHMARKS = "benchmarks"  # directory of a run, with the scores of its steps
 OUR_PATTERNS = ("step_*", "latest", "latest.partial", "latest.old")
 FOREIGN = ("*.safetensors", ".metadata", "latest_checkpointed_iteration.txt", "iter_*", "model_weights", "latest")
 
@@ -41,6 +42,11 @@ def checkpoint_root(output_dir: str) -> Path:
 def step_directory(root: Path, step: int) -> Path:
     """Return the directory of a step."""
     return root / f"step_{step:08d}"
+
+
+def benchmarks_of(run: Path, step: int) -> Path:
+    """Return the file with the scores of a step."""
+    return run / BENCHMARKS / f"step_{step:08d}.json"
 
 
 def read_record(directory: Path) -> dict[str, Any]:
@@ -71,14 +77,17 @@ def point_latest_at(directory: Path) -> None:
     write_atomically(tracker, directory.name)
 
 
-def prune(newest: Path, keep_last: int) -> None:
+def prune(newest: Path, keep_last: int, benchmark_interval: int | None = None) -> None:
     """Keep `keep_last` steps up to `newest`. Delete older ones and the remains of interrupted saves.
 
-    Later steps stay. They are left from before the run was resumed at an earlier step, and it will replace them.
+    Later steps stay. They are left from before the run was resumed at an earlier step, and it will replace them. So do
+    multiples of `benchmark_interval` until they are measured.
     """
-    steps = saved_steps(newest.parent)
+    root, steps = newest.parent, saved_steps(newest.parent)
     for old in steps[steps.index(newest) + max(keep_last, 1) :]:
-        shutil.rmtree(old, ignore_errors=True)
+        step = int(old.name[5:])
+        if benchmark_interval is None or step % benchmark_interval or benchmarks_of(root.parent, step).is_file():
+            shutil.rmtree(old, ignore_errors=True)
     for partial in newest.parent.glob("step_*.partial"):
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -19,7 +19,14 @@ from distill_nemo.models.sources import candidates
 from distill_nemo.runtime.files import read_object_if_any
 
 TOKENIZERS = ("data.tokenizer", "tokenizer")
-FIELDS = ("student.checkpoint", "teacher.checkpoint", "model", "teacher", *TOKENIZERS)  # of any job's config
+FIELDS = (
+    "student.checkpoint",
+    "teacher.checkpoint",
+    "model",
+    "baseline",
+    "teacher",
+    *TOKENIZERS,
+)  # of any job's config
 
 
 def pinned[C](config: C, show: Callable[[str], None] = print) -> C:

@@ -31,6 +31,7 @@ class CheckpointWriter:
     def __init__(self, root: Path, config: RunConfig) -> None:
         self.root, self.record = root, run_record(config, remember=True)
         self.keep_last, self.async_save = config.checkpoint.keep_last, config.checkpoint.async_save
+        self.benchmark_interval = config.training.benchmark_interval
         self._queue: Any = AsyncCallsQueue() if self.async_save else None
         self.quantization = self.record["quantization"] if is_quantized(config.quantization) else None
         self._partial = root  # directory being written
@@ -102,7 +103,7 @@ class CheckpointWriter:
             fsync(self.root.parent)
             fsync(self.root)
             point_latest_at(target)
-            prune(target, self.keep_last)
+            prune(target, self.keep_last, self.benchmark_interval)
         dist.barrier()
 
     @contextlib.contextmanager

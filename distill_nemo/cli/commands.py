@@ -11,11 +11,14 @@ from dataclasses import fields
 from inspect import getdoc
 from typing import Any, Literal
 
+from distill_nemo.benchmarks.entry import evaluate
 from distill_nemo.cli.arguments import find_recipe
 from distill_nemo.cli.compress import CompressCommand, CompressContext, compress
 from distill_nemo.cli.entrypoint import Command, register
 from distill_nemo.cli.help import summary, train_help
 from distill_nemo.cli.jobs import (
+    EvaluateCommand,
+    EvaluateContext,
     ExportCommand,
     ExportContext,
     PruneCommand,
@@ -64,8 +67,8 @@ def register_commands() -> None:
     register(export, context=ExportContext, command=ExportCommand)
     register(prune, context=PruneContext, command=PruneCommand)
     register(compress, context=CompressContext, command=CompressCommand)
-    for function in (convert, evaluate):
-        register(function)
+    register(convert)
+    register(evaluate, context=EvaluateContext, command=EvaluateCommand)
     register(recipes, command=RecipesCommand)
     register(report, command=ReportCommand)
     for function in (status, logs, cancel):
@@ -215,43 +218,6 @@ def convert(checkpoint: str, output: str, allow_pickle: bool = False) -> None:
     convert_weights(checkpoint, output, allow_pickle)
 
 
-def evaluate(
-    student: str, data: str, teacher: str = "", sequence_length: int = 1024, samples: int = 64, vocab_size: int = 0
-) -> None:
-    r"""Print held-out LM loss and, with a teacher, forward KL, top-1 agreement and teacher entropy.
-
-    Values are token means in nats. Runs in one process, on the GPU if there is one.
-
-    Example:
-        nemo distill evaluate student=runs/quickstart/student data=runs/quickstart/data/valid \
-            teacher=runs/quickstart/teacher/student sequence_length=128
-
-    Args:
-        student: checkpoint directory of any kind that `train` reads, or a name on the Hub.
-        data: prefix of the held-out .bin/.idx files.
-        teacher: checkpoint directory; empty for none.
-        sequence_length: tokens per sample.
-        samples: number of samples; more than the data holds repeats it.
-        vocab_size: ids that both models keep if the checkpoints have more; 0 means all of the student's.
-    """
-    from distill_nemo.config import StudentConfig, TeacherConfig
-    from distill_nemo.runtime.device import setup_device
-
-    for name, value in (("sequence_length", sequence_length), ("samples", samples)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    setup_device()  # before Megatron is imported
-    from distill_nemo.hub import directory_of
-    from distill_nemo.training.evaluate import evaluate_student
-
-    rows = vocab_size or None
-    reference = TeacherConfig(checkpoint=directory_of(teacher), vocab_size=rows) if teacher else None
-    model = StudentConfig(checkpoint=directory_of(student), vocab_size=rows)
-    means = evaluate_student(model, data, reference, sequence_length, samples)
-    for name, value in means.items():
-        print(f"{name:18} {value:,.0f}" if name == "tokens" else f"{name:18} {value:.4f}")
-
-
 def recipes(names: list[str] | None = None) -> None:
     """List the recipes: models and sizes; layout, memory and cost on the GPUs that each is planned for; loss.
 
@@ -290,25 +256,32 @@ def _show(name: str, recipe: Callable[..., Any], *about: str) -> None:
     print(f"{name:30} {summary(recipe)}\n{'':30} {'; '.join(part for part in about if part)}")
 
 
-def report(runs: list[str], output: str, prompts: list[str] | None = None, follow: bool = False) -> None:
-    r"""Write a page of any runs: curves, metrics, settings, cost as planned and measured, generated text.
+def report(
+    runs: list[str],
+    output: str,
+    prompts: list[str] | None = None,
+    scores: list[str] | None = None,
+    follow: bool = False,
+) -> None:
+    r"""Write a page of any runs: curves, metrics, settings, cost, benchmarks, generated text.
 
     Runs are output directories: words without "=", as many as you like, or runs='["runs/a", "runs/b"]'.
 
     Example:
         nemo distill report runs/quickstart/alone runs/quickstart/distilled output=report \
             prompts='["def __init__(self", "import "]'
-        nemo distill report runs/llama32_3b_to_1b output=report follow=true
+        nemo distill report runs/llama32_3b_to_1b output=report scores='["scores"]' follow=true
 
     Args:
         runs: output directories of runs.
         output: directory for report.html and its plots.
         prompts: beginnings of text that the exported students go on with.
+        scores: output directories of `nemo distill evaluate`.
         follow: rewrite the page while a run goes on; ends with the last run, or at Ctrl-C.
     """
     from distill_nemo.reports.report import report as write_report
 
-    write_report(runs, output, prompts or [], follow)
+    write_report(runs, output, prompts or [], scores or [], follow)
 
 
 def status(experiment: str) -> None:

@@ -37,7 +37,7 @@ With your own checkpoints and text:
       data.train='["data/corpus"]' run.executor=local run.executor.processes=8
   nemo distill plan ...          memory and hours of a run, and whether it fits; takes the arguments of `train`
   nemo distill report runs/a runs/b output=report            a page of any runs: curves, metrics, settings, cost
-  nemo distill evaluate student=runs/llama32_3b_to_1b/student data=data/held_out teacher=/models/Llama-3.2-3B
+  nemo distill evaluate model=runs/llama32_3b_to_1b/student data=data/held_out teacher=/models/Llama-3.2-3B
 """
 
 TRAIN = """\
@@ -90,6 +90,27 @@ Executor:
 
 Options:
   --dryrun, --detach, --name, --yes as for `nemo distill train`"""
+
+EVALUATE = f"""\
+Held-out data:
+  Token means in nats, by the code of training's evaluations. With several prefixes, each is a domain with a row of its
+  own.
+
+Benchmarks:
+  lm-evaluation-harness itself (pip install 'distill-nemo[eval]') opens each model as a Hugging Face directory; other
+  checkpoints are exported to OUTPUT/exported first. `lm_eval ls tasks` lists its tasks. They fetch their data from the
+  Hugging Face hub, and with HF_HUB_OFFLINE=1 take it from the cache. Tasks in include_path can name files instead
+  (docs/benchmarks.md).
+  No code of models or data sets is run, and none of include_path unless allow_code=true.
+  Each task of each model is a file in OUTPUT/results, written when it is complete. The table is OUTPUT/scores.json, and
+  `nemo distill report RUN scores='["OUTPUT"]' output=report` shows it.
+
+Steps of a run:
+  With steps_of=RUN, each step that the run saves is measured by all tasks, in a job of its own: training never waits.
+  Start it beside the run; it ends with the run. training.benchmark_interval says which steps. Scores are in
+  RUN/benchmarks.jsonl, and in the run's report.
+
+{ON_RANKS}"""
 
 STORE = f"""\
 Codecs:

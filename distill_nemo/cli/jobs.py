@@ -9,13 +9,14 @@ import nemo_run as run
 
 from distill_nemo.cli.arguments import check_complete, override, parse_arguments
 from distill_nemo.cli.entrypoint import Command
-from distill_nemo.cli.help import ON_RANKS, STORE, STORE_PLAN, VERIFY, command_help, config_help
+from distill_nemo.cli.help import EVALUATE, ON_RANKS, STORE, STORE_PLAN, VERIFY, command_help, config_help
 from distill_nemo.cli.launch import TrainContext
 from distill_nemo.cli.layout import executor_of
 from distill_nemo.cli.plan import ANY_DATA
-from distill_nemo.config import ExportConfig, JobConfig, PruneConfig, StoreConfig, VerifyConfig
+from distill_nemo.config import ExportConfig, PruneConfig, StoreConfig, VerifyConfig
 from distill_nemo.executors.preflight import check_fits_nodes
 from distill_nemo.executors.worker_config import job_config_of
+from distill_nemo.job_config import EvaluateConfig, JobConfig
 from distill_nemo.planning.gpus import UTILISATION, find_gpu
 from distill_nemo.teacher_store_jobs.entry import verify
 
@@ -140,3 +141,17 @@ class ExportCommand(Command):
     def page(self) -> str:
         """Return the text of `--help`."""
         return command_help(self.name, self.fn, ON_RANKS)
+
+
+class EvaluateContext(JobContext):
+    """Context of `evaluate`."""
+
+    config = EvaluateConfig
+
+
+class EvaluateCommand(Command):
+    """`evaluate`."""
+
+    def page(self) -> str:
+        """Return the text of `--help`."""
+        return config_help(self.name, self.fn, EvaluateConfig, EVALUATE)

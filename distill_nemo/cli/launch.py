@@ -22,7 +22,6 @@ from distill_nemo.cli.arguments import (
 )
 from distill_nemo.cli.layout import check_one_node, choose_layout, executor_of, split_layout_arguments
 from distill_nemo.cli.values import parse
-from distill_nemo.config import JobConfig
 from distill_nemo.executors import (
     EXECUTORS,
     WatchedExperiment,
@@ -34,6 +33,7 @@ from distill_nemo.executors import (
 )
 from distill_nemo.executors.known import descriptor_of
 from distill_nemo.fields import suggest
+from distill_nemo.job_config import JobConfig
 from distill_nemo.training.entry import distill, errors_in_one_screen
 
 EXPERIMENT_NAME = re.compile(r"\w[\w.-]{,63}", re.ASCII)  # NeMo-Run uses it in paths and in an address

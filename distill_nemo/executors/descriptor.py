@@ -7,8 +7,8 @@ from typing import Any
 
 import nemo_run as run
 
-from distill_nemo.config import JobConfig
 from distill_nemo.executors.watch.jobs import ClusterJob
+from distill_nemo.job_config import JobConfig
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ import nemo_run as run
 
 from distill_nemo.checkpoint.hub_models import FIELDS
 from distill_nemo.checks import check_job
-from distill_nemo.config import ExportConfig, JobConfig, ParallelismConfig, RunConfig
+from distill_nemo.config import ExportConfig, ParallelismConfig, RunConfig
 from distill_nemo.data.corpora import corpus_at
 from distill_nemo.executors.descriptor import WorkDir
 from distill_nemo.executors.known import descriptor_of
 from distill_nemo.executors.worker_config import paths_of
 from distill_nemo.fields import require
 from distill_nemo.hub import hub_name
+from distill_nemo.job_config import JobConfig
 from distill_nemo.models.sources import find_checkpoint
 from distill_nemo.publishing.push import TOKEN, PushError, check_push
 
@@ -115,7 +116,7 @@ def _check_files(config: JobConfig, work_dir: Path) -> None:
     for name, path in paths_of(config):
         if name in FIELDS and hub_name(path, work_dir):
             continue
-        if name.split(".")[-1] in ("checkpoint", "model"):
+        if name.split(".")[-1] in ("checkpoint", "model", "baseline", "teacher"):
             try:
                 find_checkpoint(work_dir / path)
             except ValueError as error:

@@ -21,6 +21,7 @@ from distill_nemo.reports.comparison import (
 )
 from distill_nemo.reports.data import data_of
 from distill_nemo.reports.runs import RecordedRun, settings
+from distill_nemo.reports.scores import Scores
 from distill_nemo.runtime.files import writing_directory
 from distill_nemo.runtime.output_lock import OutputLock
 
@@ -41,6 +42,7 @@ class Page:
         plans: by name of a run, cells of the table of plans by column.
         samples: `model`, `prompt` and generated `text` (which may begin with the prompt).
         notes: by name of a run, what else is to be known of it.
+        scores: of benchmarks, by directory.
     """
 
     runs: list[RecordedRun]
@@ -49,6 +51,7 @@ class Page:
     plans: dict[str, dict[str, str]] = field(default_factory=dict)
     samples: list[dict[str, str]] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=dict)
+    scores: dict[str, Scores] = field(default_factory=dict)
 
 
 def lock_of(directory: Path) -> OutputLock:
@@ -117,8 +120,18 @@ def _html(page: Page, images: dict[str, str]) -> str:
         utilisation=UTILISATION,
         data=data_of(page.runs),
         samples=[{**s, "text": s["text"].removeprefix(s["prompt"])} for s in page.samples],
+        scores=[(name, _scores(each)) for name, each in page.scores.items()],
         images=images,
     )
+
+
+def _scores(scores: Scores) -> dict[str, Any]:
+    """Return the columns and rows of a table of benchmarks, and of one of the held-out data beside them."""
+    held_out = [
+        (each.get("model", ""), [column.form(each.get(column.key)) for column in COLUMNS]) for each in scores.held_out
+    ]
+    rows = [(each.title, [each.cell(model) for model in scores.models]) for each in scores.scores]
+    return {"models": scores.models, "rows": rows, "held_out": held_out}
 
 
 def _cost(run: RecordedRun) -> list[str]:

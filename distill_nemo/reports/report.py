@@ -5,11 +5,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from distill_nemo.checkpoint.directory import BENCHMARKS
 from distill_nemo.reports.comparison import Row, perplexity
 from distill_nemo.reports.page import Page, lock_of, write_page
 from distill_nemo.reports.planned import plans_of
-from distill_nemo.reports.runs import RecordedRun, exported_parameters, is_going_on, read_runs
+from distill_nemo.reports.runs import SHOWN, RecordedRun, exported_parameters, is_going_on, read_runs
 from distill_nemo.reports.samples import generate
+from distill_nemo.reports.scores import SCORES, read_scores
 from distill_nemo.runtime.metrics_file import finite
 
 MAX_RUNS, MAX_PROMPTS = 20, 20
@@ -17,25 +19,26 @@ SECONDS = 2.0  # between two looks at the metrics
 HELD_OUT = ("train", "valid", "split", "sequence_length")  # fields of `data` that decide what a run is evaluated on
 
 
-def report(directories: list[str], output: str, prompts: list[str], follow: bool) -> None:
+def report(directories: list[str], output: str, prompts: list[str], scores: list[str], follow: bool) -> None:
     """Write the page of the runs in `directories` to `output`; with `follow`, again whenever their metrics grow.
 
     Text is generated at the end. A report that follows ends with the last run, or at Ctrl-C.
 
     Raises:
-        ValueError: for too many runs or prompts, a directory that is missing or named twice, or none; or if another
-            process writes to `output`.
+        ValueError: for too many runs or prompts, a directory that is missing or named twice, or none; for scores that
+            cannot be read; or if another process writes to `output`.
     """
     _check(directories, prompts)
+    for directory in scores:
+        read_scores(Path(directory) / SCORES)
     with lock_of(Path(output)):
-        _report(directories, output, prompts, follow)
+        _report(_Pages(directories, Path(output), scores), prompts, follow)
 
 
-def _report(directories: list[str], output: str, prompts: list[str], follow: bool) -> None:
-    pages = _Pages(directories, Path(output))
+def _report(pages: "_Pages", prompts: list[str], follow: bool) -> None:
     try:
         pages.write()
-        while follow and any(is_going_on(Path(directory)) for directory in directories):
+        while follow and any(is_going_on(Path(directory)) for directory in pages.directories):
             time.sleep(SECONDS)
             pages.write_if_changed()
     except KeyboardInterrupt:
@@ -61,33 +64,43 @@ def _check(directories: list[str], prompts: list[str]) -> None:
 
 
 class _Pages:
-    """The page of some runs, written again and again."""
+    """The page of some runs and scores, written again and again."""
 
-    def __init__(self, directories: list[str], output: Path) -> None:
-        self.directories, self.output = directories, output
+    def __init__(self, directories: list[str], output: Path, scores: list[str]) -> None:
+        self.directories, self.output, self.scores = directories, output, scores
         self.path = output / "report.html"
         self.sizes: list[int] = []
 
     def write(self, prompts: list[str] | None = None) -> None:
         """Write the page, with text for the prompts."""
         self.sizes = self._sizes()
-        self.path = write_page(self.output, page_of(read_runs(self.directories), prompts or []))
+        page = page_of(read_runs(self.directories), prompts or [])
+        page.scores.update({directory: read_scores(Path(directory) / SCORES) for directory in self.scores})
+        self.path = write_page(self.output, page)
 
     def write_if_changed(self) -> None:
-        """Write the page if any metrics have grown."""
+        """Write the page if any metrics or scores have grown."""
         if self._sizes() != self.sizes:
             self.write()
 
     def _sizes(self) -> list[int]:
         files = [Path(directory) / "metrics.jsonl" for directory in self.directories]
+        files += [Path(directory) / BENCHMARKS / SCORES for directory in self.directories]
+        files += [Path(directory) / SCORES for directory in self.scores]
         return [file.stat().st_size if file.is_file() else 0 for file in files]
 
 
 def page_of(runs: list[RecordedRun], prompts: list[str]) -> Page:
-    """Return the page of recorded runs: their last evaluations, plans, and text of their exported students."""
+    """Return the page of recorded runs: their last evaluations, plans, benchmarks, and text of exported students."""
     plans, notes = plans_of(runs)
     held_out = "The last evaluation of each run, on its own held-out data"
     page = Page(runs, last_evaluations(runs), held_out, plans, notes=notes)
+    for run in runs:
+        try:
+            if (path := run.directory / BENCHMARKS / SCORES).is_file():
+                page.scores[run.name] = read_scores(path)
+        except ValueError as error:
+            notes[run.name].append(f"no benchmarks: {error}"[:SHOWN])
     for run in runs if prompts else []:
         try:
             texts = generate(str(run.directory / "student"), prompts)

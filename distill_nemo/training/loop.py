@@ -138,7 +138,8 @@ class Loop:
             if self.valid_data is not None and (step % train.eval_interval == 0 or step == train.steps):
                 log.evaluation(self._held_out())
             stopped = stop.requested(self.device)
-            if step % save.save_interval == 0 or step == train.steps or stopped:
+            is_measured = train.benchmark_interval is not None and step % train.benchmark_interval == 0
+            if step % save.save_interval == 0 or is_measured or step == train.steps or stopped:
                 log.flush()  # a resumed run will not write these lines again
                 self.save()
             with self.save_clock:

@@ -11,6 +11,7 @@ import pytest
 from distill_nemo.config import CutConfig, ParallelismConfig, StoreConfig
 from distill_nemo.config_files import sections
 from distill_nemo.fields import sections_of
+from distill_nemo.job_config import EvaluateConfig
 from distill_nemo.models.families import FAMILIES
 from distill_nemo.pruning.stages import CompressConfig
 from tests.cli.command import BIN, Command, nemo_here, the_recipes, together
@@ -60,9 +61,12 @@ FIELDS = {
         *("gpus", "gpu", "utilisation", "transformer_engine"),
     ],
     "convert": ["checkpoint", "output", "allow_pickle"],
-    "evaluate": ["student", "data", "teacher", "sequence_length", "samples", "vocab_size"],
+    "evaluate": [
+        *(f.name for f in fields(EvaluateConfig) if f.name != "parallelism"),
+        *(f"parallelism.{f.name}" for f in fields(ParallelismConfig)),
+    ],
     "recipes": ["names"],
-    "report": ["runs", "output", "prompts", "follow"],
+    "report": ["runs", "output", "prompts", "scores", "follow"],
     "status": ["experiment"],
     "logs": ["experiment", "follow"],
     "cancel": ["experiment"],

@@ -42,9 +42,10 @@ def tools(inputs, finished, one, tmp_path_factory):
         "export": [*export, "output=exported"],
         "three": [*export, "output=three", *THREE, *TWO_RANKS],
         "prepare again": prepare,
-        "of ours": [*held_out, f"student={run}", teacher],
-        "of Hugging Face's": [*held_out, f"student={run}/student", teacher],
-        "with more rows": [*held_out, f"student={run}", *more_rows],
+        "of ours": [*held_out, f"model={run}", teacher],
+        "of Hugging Face's": [*held_out, f"model={run}/student", teacher],
+        "with more rows": [*held_out, f"model={run}", *more_rows],
+        "of domains": [*held_out, f"model={run}/student", f"data={inputs}/valid,{inputs}/train", "output=scores"],
     }
     return cwd, ended | {name: nemo_forked(one, *arguments, cwd=cwd) for name, arguments in quick.items()}
 
@@ -92,6 +93,17 @@ def test_evaluate_gives_the_same_figures_for_a_run_and_for_its_export(inputs, to
     assert metrics["tokens"] == "256"
     assert 0.2 < float(metrics["forward_kl"]) < 0.8, "0.47 at the start"
     assert abs(float(metrics["lm_loss"]) - np.log(507)) < 0.5, "about uniform"
+
+
+def test_each_domain_is_measured_apart(tools):
+    cwd, ended = tools
+    result = ended["of domains"]
+    assert (result.code, result.err) == (0, "")
+    rows = json.loads((cwd / "scores" / "scores.json").read_text())["held_out"]
+    assert [row["model"] for row in rows] == ["model, valid", "model, train"]
+    assert all(re.search(rf"^ *{row['model']} .* {row['lm_loss']:.3f} ", result.out, re.M) for row in rows)
+    alone = dict(line.split() for line in ended["of Hugging Face's"].out.splitlines())
+    assert f"{rows[0]['lm_loss']:.4f}" == alone["lm_loss"] != f"{rows[1]['lm_loss']:.4f}"
 
 
 def test_prepare_tells_documents_tokens_and_bad_records(inputs, tools):

@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from distill_nemo.config import JobConfig
 from distill_nemo.executors.kubernetes.trainjob import KubernetesExecutor
 from distill_nemo.executors.worker_config import paths_of
+from distill_nemo.job_config import JobConfig
 
 
 def check_cluster(config: JobConfig, executor: KubernetesExecutor, dryrun: bool) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import nemo_run as run
 from nemo_run.config import get_nemorun_home
 
-from distill_nemo.config import JobConfig
 from distill_nemo.executors.descriptor import IN_A_CONTAINER, WorkDir
 from distill_nemo.executors.secrets import refuse_secrets
 from distill_nemo.executors.slurm.arguments import ADVICE_ON_SECRETS, SHIPPED
+from distill_nemo.job_config import JobConfig
 
 UNQUOTED = ("container_mounts", "container_env", "srun_args")  # lists of arguments that reach srun unquoted
 ELSEWHERE = WorkDir(

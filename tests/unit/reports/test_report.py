@@ -23,6 +23,7 @@ from distill_nemo.reports.comparison import COLUMNS, best, count, finding, four_
 from distill_nemo.reports.page import render_table, write_page
 from distill_nemo.reports.report import last_evaluations, report
 from distill_nemo.reports.runs import RecordedRun, is_going_on, read_run
+from distill_nemo.reports.scores import Score, Scores
 from distill_nemo.runtime import metrics_file
 from tests.unit.data.chat_templates import CHATML, write_tokenizer
 
@@ -313,8 +314,10 @@ def test_what_others_wrote_is_escaped_everywhere(tmp_path, runs):
     metrics_file.append(runs["alone"] / "metrics.jsonl", {"kind": "start", "step": 4, "device": f"d{evil}"})
     evil_runs = {f"r{evil}": runs["alone"], f"e{evil}": runs["distilled"], f"gone{evil}": tmp_path / "gone"}
     more = {"plans": {f"r{evil}": {f"c{evil}": f"l{evil}"}}, "notes": {f"r{evil}": [f"n{evil}"]}}
+    score = Score(f"b{evil}", f"q{evil}", True, {f"a{evil}": 0.5}, {f"a{evil}": 0.1})
+    more["scores"] = {f"o{evil}": Scores({f"a{evil}": f"k{evil}"}, [score], [{"model": f"h{evil}"}])}
     page = Page(write_report(tmp_path / "evil", evil_runs, rows, samples, **more))
-    for mark in ("m", "r", "e", "f", "s", "p", "t", "gone", "c", "l", "n"):
+    for mark in ("m", "r", "e", "f", "s", "p", "t", "gone", "c", "l", "n", *"boakh"):
         assert mark + evil in page.text, mark
     assert set(page.tags) - set(clean.tags) <= {"b", "pre", "h3", "details", "summary", "dl", "dt", "dd"}
     assert not {"onerror"} & {name for name, _ in page.attributes}
@@ -370,7 +373,7 @@ def test_a_page_follows_a_run_until_its_process_ends(tmp_path, runs, capsys):
     assert not is_going_on(directory)
     holder = subprocess.Popen([sys.executable, "-c", HOLD, directory, output], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n" and is_going_on(directory)
-    report([str(directory)], str(output), [], follow=True)
+    report([str(directory)], str(output), [], [], follow=True)
     assert holder.wait() == 0, "the page showed the step before the run ended"
     assert "alone 5 " in " ".join(Page(output / "report.html").text.split())
     assert capsys.readouterr().out.endswith(f"report: {output}/report.html\n")
@@ -402,7 +405,7 @@ with OutputLock(run / "run.lock", "output_dir"):
 def test_what_cannot_be_reported_is_refused(tmp_path, monkeypatch, directories, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=message):
-        report(directories, "report", [], follow=False)
+        report(directories, "report", [], [], follow=False)
 
 
 def test_a_report_replaces_the_last_one_whole_or_not_at_all(tmp_path, runs):
@@ -437,10 +440,10 @@ def test_one_process_at_a_time_writes_a_report(tmp_path, runs):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(ValueError, match=rf"output = .*report: another process writes .*process {holder.pid} "):
-            report([str(runs["alone"])], str(output), [], follow=False)
+            report([str(runs["alone"])], str(output), [], [], follow=False)
         assert not output.exists()
         holder.kill()
-    report([str(runs["alone"])], str(output), [], follow=False)
+    report([str(runs["alone"])], str(output), [], [], follow=False)
     assert output.is_dir()
 
 

@@ -1,0 +1,52 @@
+"""`evaluate`, which an executor runs on every rank. Light at import, as `training.entry` is."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from distill_nemo.checks import check_evaluate
+from distill_nemo.config_files import from_dict, to_dict
+from distill_nemo.fields import takes_fields_of
+from distill_nemo.job_config import EvaluateConfig
+from distill_nemo.runtime.errors import errors_of_a_rank
+
+
+@takes_fields_of(EvaluateConfig)
+def evaluate(**fields: Any) -> None:
+    r"""Measure models: held-out LM loss, forward KL and agreement; benchmarks with standard errors.
+
+    A baseline and the teacher are measured beside the model.
+
+    Example:
+        nemo distill evaluate model=runs/quickstart/student data=runs/quickstart/data/valid \
+            teacher=runs/quickstart/teacher/student sequence_length=128
+        nemo distill evaluate model=runs/q6b/student tasks=mmlu,gsm8k,ifeval output=scores \
+            baseline=/models/Qwen3-4B teacher=/models/Qwen3-8B run.executor=local run.executor.processes=8
+        nemo distill evaluate model=runs/q6b/student tasks=ours include_path=tasks output=scores data=code,prose
+
+        nemo distill evaluate steps_of=runs/q6b tasks=gsm8k
+
+    Args:
+        **fields: those of `EvaluateConfig`; None stands for a field's default.
+
+    Raises:
+        ValueError: for models, data or tasks that cannot be measured.
+    """
+    given = EvaluateConfig(**{name: value for name, value in fields.items() if value is not None})
+    with errors_of_a_rank():
+        config = from_dict(to_dict(given), EvaluateConfig)
+        check_evaluate(config, int(os.environ.get("WORLD_SIZE", "1")))
+        from distill_nemo.runtime.device import setup_device
+        from distill_nemo.runtime.orphans import end_with_torchrun
+
+        end_with_torchrun()
+        setup_device()  # before Megatron is imported
+        from distill_nemo.benchmarks.evaluate import evaluate_models
+        from distill_nemo.benchmarks.follow import follow
+        from distill_nemo.checkpoint.hub_models import on_this_machine
+
+        ready = on_this_machine(config)
+        if ready.steps_of is None:
+            evaluate_models(ready)
+        else:
+            follow(ready, Path(ready.steps_of))

@@ -1,0 +1,123 @@
+"""Benchmarks of a run's saved steps, in a job beside it, for which training never waits. Run by every rank."""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from distill_nemo.benchmarks.evaluate import (
+    A_DAY,
+    Model,
+    as_huggingface,
+    benchmark,
+    check_tasks,
+    locked,
+    ready_models,
+    result_file,
+)
+from distill_nemo.checkpoint.directory import BENCHMARKS, benchmarks_of
+from distill_nemo.config import TrainingConfig
+from distill_nemo.config_files import load_yaml
+from distill_nemo.job_config import EvaluateConfig, words_of
+from distill_nemo.models.sources import saved_steps
+from distill_nemo.reports.runs import is_going_on
+from distill_nemo.reports.scores import SCORES, Score, Scores, read_scores, scores_table, write_scores
+from distill_nemo.runtime.files import write_atomically
+from distill_nemo.runtime.process_groups import of_all_ranks, process_groups, rank
+
+LINES = "benchmarks.jsonl"  # beside the run's metrics.jsonl
+POLL_SECONDS = 2.0
+START_SECONDS, END_SECONDS = 600.0, 30.0  # to wait for a run that has not begun, and for one whose process has ended
+
+
+def follow(config: EvaluateConfig, run: Path) -> None:
+    """Measure the steps of a run as they are saved, until it ends. What was measured before is not measured again.
+
+    Args:
+        config: names the tasks, and further models to measure once.
+        run: output_dir of the run, which need not have begun.
+
+    Raises:
+        ValueError: as `check_tasks` and `benchmark`.
+    """
+    tasks, output = words_of(config.tasks), run / BENCHMARKS
+    check_tasks(config)
+    with locked(output):
+        scores = Scores(config.models)
+        if config.models:
+            scores.scores = benchmark(ready_models(config.models, config, output), tasks, config, output)
+        while (step := _next(run, tasks, config)) is not None:
+            model = _model(run, step, config)
+            found = benchmark([model], tasks, config, output)
+            if rank() == 0:
+                shutil.rmtree(model.directory, ignore_errors=True)
+                checkpoint = str(run / "checkpoints" / f"step_{step:08d}")
+                write_scores(benchmarks_of(run, step), Scores({model.name: checkpoint}, found))
+                _write_all(run, scores)
+        if rank() == 0 and (output / SCORES).is_file():
+            Console().print(scores_table(read_scores(output / SCORES)))
+            print(f"scores: {output / SCORES}", flush=True)
+
+
+def _model(run: Path, step: int, config: EvaluateConfig) -> Model:
+    """Export a step below the run's benchmarks."""
+    target = run / BENCHMARKS / "exported" / f"step_{step:08d}"
+    checkpoint = str(run / "checkpoints" / target.name)
+    return Model(f"step {step}", as_huggingface(checkpoint, target, config), target.name)
+
+
+def _next(run: Path, tasks: list[str], config: EvaluateConfig) -> int | None:
+    """Return a step that is saved and not measured, once there is one; None when the run has ended. Collective."""
+    with process_groups(A_DAY):
+        return of_all_ranks(_wait(run, tasks, config) if rank() == 0 else None)[0]
+
+
+def _wait(run: Path, tasks: list[str], config: EvaluateConfig) -> int | None:
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        goes_on = is_going_on(run)  # asked before looking for its last step
+        saved = [int(path.name[5:]) for path in reversed(saved_steps(run / "checkpoints"))]
+        training = load_yaml(run / "config.yaml").training if saved else TrainingConfig()
+        for step in saved:
+            is_due = step == training.steps or step % (training.benchmark_interval or 1) == 0
+            if is_due and not _is_measured(run, step, tasks, config):
+                return step
+        if goes_on:
+            deadline = time.monotonic() + END_SECONDS
+        elif training.steps in saved or time.monotonic() > deadline:
+            return None
+        time.sleep(POLL_SECONDS)
+
+
+def _is_measured(run: Path, step: int, tasks: list[str], config: EvaluateConfig) -> bool:
+    name, output = f"step_{step:08d}", run / BENCHMARKS
+    files = [benchmarks_of(run, step), *(result_file(name, task, config, output) for task in tasks)]
+    return all(file.is_file() for file in files)
+
+
+def _write_all(run: Path, scores: Scores) -> None:
+    """Write the scores of all steps beside the others, and as lines beside the run's metrics."""
+    steps = [read_scores(path) for path in sorted((run / BENCHMARKS).glob("step_*.json"))]
+    joined: dict[tuple[str, str], Score] = {(each.task, each.metric): replace(each) for each in scores.scores}
+    models = dict(scores.models)
+    for step in steps:
+        models |= step.models
+        for each in step.scores:
+            known = joined.setdefault((each.task, each.metric), replace(each, values={}, errors={}))
+            joined[each.task, each.metric] = replace(
+                known, values=known.values | each.values, errors=known.errors | each.errors
+            )
+    write_scores(run / BENCHMARKS / SCORES, Scores(models, list(joined.values())))
+    write_atomically(run / LINES, "".join(f"{json.dumps(line)}\n" for step in steps for line in _lines(step)))
+
+
+def _lines(scores: Scores) -> Iterator[dict[str, object]]:
+    """Yield a line for each metric of a step."""
+    for each in scores.scores:
+        for name, value in each.values.items():
+            about = {"kind": "benchmark", "step": int(name.removeprefix("step ")), "task": each.task}
+            yield {**about, "metric": each.metric, "value": value, "standard_error": each.errors.get(name)}
