@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TextIO
 
 CHUNK_CHARACTERS = 1 << 20
-MAX_WORD = 16  # characters that mean nothing until they are whole, such as -Infinity and \\ud83d\\ude00
+MAX_WORD = 16  # characters that mean nothing until they are whole, such as -Infinity and \ud83d\ude00
 BLANK = re.compile(r"[ \t\r\n]*")
 
 
