@@ -50,7 +50,7 @@ FIELDS = {
     "prune": [
         *("model", "output", "data"),
         *(f.name for f in fields(CutConfig)),
-        "sequence_length",
+        *("split", "sequence_length"),
         *(f"parallelism.{f.name}" for f in fields(ParallelismConfig)),
     ],
     "compress": [
