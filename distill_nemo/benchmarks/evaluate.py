@@ -19,6 +19,7 @@ from distill_nemo.checkpoint.identity import NamedFiles, content_hashes, remembe
 from distill_nemo.config import DataConfig, ExportConfig, ParallelismConfig, StudentConfig, TeacherConfig
 from distill_nemo.fields import require
 from distill_nemo.job_config import EvaluateConfig, words_of
+from distill_nemo.models.quantisation import is_modelopt
 from distill_nemo.models.sources import CheckpointKind, find_checkpoint
 from distill_nemo.reports.comparison import Row, render_table
 from distill_nemo.reports.compressed import row
@@ -160,17 +161,19 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def as_huggingface(checkpoint: str, target: Path, config: EvaluateConfig) -> Path:
-    """Return a checkpoint in Hugging Face format; of another format, its export, unless that exists. Collective.
+    """Return a checkpoint that transformers opens; of another, its export, unless that exists. Collective.
+
+    Quantised students and directories are exported with their rounded weights; inputs of layers are not rounded.
 
     Raises:
         ValueError: as `export`.
     """
     found = find_checkpoint(Path(checkpoint))
-    if found.kind is CheckpointKind.HUGGING_FACE:
+    if found.kind is CheckpointKind.HUGGING_FACE and not is_modelopt(found.weights):
         return found.weights
     if not target.is_dir():
         source = str(found.weights) if found.kind is CheckpointKind.OURS else checkpoint
-        export(ExportConfig(source, str(target), config.tokenizer, parallelism=config.parallelism))
+        export(ExportConfig(source, str(target), config.tokenizer, quantized=False, parallelism=config.parallelism))
     return target
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distill_nemo.models.config_fields import MAX_EXPERTS_IN_ALL_LAYERS, MAX_SIZE, Fields, shown
-from distill_nemo.runtime.files import read_object_if_any
+from distill_nemo.runtime.files import read_object, read_object_if_any
 
 FIELD, MODELOPT_FILE = "quantization_config", "hf_quant_config.json"
 MAX_MODULES = 10 * MAX_EXPERTS_IN_ALL_LAYERS
@@ -73,6 +73,17 @@ def with_modelopt(config: dict[str, Any], directory: Path) -> dict[str, Any]:
         return config
     ignored = stated.values.get("exclude_modules")
     return config | {FIELD: {"quant_method": "modelopt", "quant_algo": stated.text("quant_algo"), "ignore": ignored}}
+
+
+def is_modelopt(directory: Path) -> bool:
+    """Return True if the weights of a Hugging Face directory are in a format of ModelOpt's, which transformers lacks.
+
+    Raises:
+        ValueError: as `read_quantisation`.
+    """
+    file = directory / "config.json"
+    found = read_quantisation(with_modelopt(read_object(file), directory), str(file))
+    return found is not None and found.method == "modelopt"
 
 
 def read_quantisation(config: dict[str, Any], where: str) -> Quantisation | None:

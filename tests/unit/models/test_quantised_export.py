@@ -153,6 +153,20 @@ def test_it_is_read_back_as_the_same_model(exported, one, tmp_path):
     assert all(np.array_equal(again[tensor].numpy(), array) for tensor, array in expected.items())
 
 
+def for_benchmarks(path, target):
+    from distill_nemo.benchmarks.evaluate import as_huggingface
+    from distill_nemo.job_config import EvaluateConfig
+
+    return as_huggingface(str(path), Path(target), EvaluateConfig())
+
+
+def test_benchmarks_are_given_its_rounded_weights(exported, plain, one, tmp_path):
+    assert one.run(for_benchmarks, plain, tmp_path / "none") == [Path(plain)]
+    [opened] = one.run(for_benchmarks, exported[1], tmp_path / "opened")
+    found, expected = load_file(opened / "model.safetensors"), dequantised(exported[1])[0]
+    assert all(np.array_equal(found[tensor].numpy(), array) for tensor, array in expected.items())
+
+
 LAYOUTS = {"TP=2": Layout(tensor=2), "PP=2": Layout(pipeline=2), "DP=2": Layout()}
 
 
