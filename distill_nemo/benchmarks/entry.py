@@ -23,7 +23,6 @@ def evaluate(**fields: Any) -> None:
         nemo distill evaluate model=runs/q6b/student tasks=mmlu,gsm8k,ifeval output=scores \
             baseline=/models/Qwen3-4B teacher=/models/Qwen3-8B run.executor=local run.executor.processes=8
         nemo distill evaluate model=runs/q6b/student tasks=ours include_path=tasks output=scores data=code,prose
-
         nemo distill evaluate steps_of=runs/q6b tasks=gsm8k
 
     Args:
