@@ -108,7 +108,7 @@ def launch(
     place = place or Place()
     config = config_of(config) if isinstance(config, run.Partial) else config
     executor = place.make(place.nodes, place.devices)
-    pins = not dryrun and descriptor_of(executor).work_dir(executor).here is not None
+    pins = not dryrun and descriptor_of(executor).work_dir(executor).is_current
     config = with_commits(config) if pins else config
     stages = checked_stages(config, place, dryrun)
     chain = descriptor_of(stages[0].executor).chain
@@ -175,8 +175,7 @@ def checked_stages(config: CompressConfig, place: Place, dryrun: bool = False) -
     check_launch(config.cut(1), smaller, dryrun)
     check_launch(replace(config.run(config.rounds), student=StudentConfig()), executor, dryrun)
     rounds: list[Round] = []
-    here = descriptor_of(executor).work_dir(executor).here
-    if here is not None and here.resolve() == Path.cwd():
+    if descriptor_of(executor).work_dir(executor).is_current:
         rounds = foreseen(config)
         for each in rounds:
             check_fits_nodes(each.run, executor)

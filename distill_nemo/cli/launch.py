@@ -142,12 +142,12 @@ class TrainContext(run.cli.RunContext):
 
 
 def pin_models(task: run.Partial, config: JobConfig, executor: run.Executor) -> None:
-    """Pin the hub names of a task and download them, if its ranks will see this machine's directories.
+    """Pin the hub names of a task and download them, if its ranks will see the same directories.
 
     Raises:
         ValueError: as `hub.directory_of`.
     """
-    if descriptor_of(executor).work_dir(executor).here is None:
+    if not descriptor_of(executor).work_dir(executor).is_current:
         return
     config = pinned(config)
     downloaded(config)

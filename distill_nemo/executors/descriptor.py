@@ -19,6 +19,11 @@ class WorkDir:
     fresh: str = ""  # set if each job gets a new directory: says where. Relative paths are then refused
     advice: str = ""  # what to set instead
 
+    @property
+    def is_current(self) -> bool:
+        """True if it is this process's own, so that relative paths mean the same."""
+        return self.here is not None and self.here.resolve() == Path.cwd()
+
 
 IN_A_CONTAINER = WorkDir(fresh="in a container")
 

@@ -85,3 +85,9 @@ def test_a_new_executor_refuses_before_anything_starts(capfd, arguments, message
     ended = nemo_here(capfd, *TRAIN, *arguments)
     assert (ended.code, ended.out) == (1, "")
     assert ended.err.startswith("error: ") and message in ended.err
+
+
+def test_relative_paths_mean_the_same_only_in_this_processs_directory(tmp_path, monkeypatch):
+    assert not WorkDir(here=tmp_path).is_current and not WorkDir().is_current and WorkDir(here=Path()).is_current
+    monkeypatch.chdir(tmp_path)
+    assert WorkDir(here=tmp_path).is_current
