@@ -83,7 +83,11 @@ class CutTensors:
         return as_parameter(self._open[piece.name][piece.index], piece)
 
     def tensor(self, name: str) -> Tensor:
-        """Cut a whole tensor out of the source's."""
+        """Cut a whole tensor out of the source's. A quantised one has the values that are written, those of bf16."""
+        whole = self._tensor(name)
+        return whole.bfloat16() if self._dtype(self._cuts[name].source) == LABELS[torch.bfloat16] else whole
+
+    def _tensor(self, name: str) -> Tensor:
         source, place, dimensions = self._cuts[name]
         whole = self._reader.read(Piece(source, tuple(slice(0, sum(s(place) for s in sizes)) for sizes in dimensions)))
         stacked = _names(dimensions[0]) == ["experts"] and any(BY_CHANNEL.get(s.__name__) for s in sum(dimensions, ()))
@@ -197,7 +201,7 @@ def _write_file(cut: CutTensors, directory: Path, file: str, entries: Entries) -
         for name, entry in entries.items():
             tensor = cut.tensor(name)
             assert tuple(tensor.shape) == entry.shape, (name, tensor.shape, entry)
-            writing.write(name, tensor.bfloat16() if entry.dtype == "BF16" else tensor)
+            writing.write(name, tensor)
     fsync(directory / unfinished)
     os.replace(directory / unfinished, directory / file)
     print(f"wrote {file}, {sum(entry.nbytes for entry in entries.values()) / 1e9:.2f} GB", flush=True)

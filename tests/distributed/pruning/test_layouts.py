@@ -8,11 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from distill_nemo.config import PruneConfig, StudentConfig
 from distill_nemo.models.resolve import resolve
 from distill_nemo.pruning.sizes import sizes_of
 from tests.distillation import Layout
+from tests.modelopt_files import dequantised, write_modelopt
 from tests.spawn import Gloo, ProcessEndedError
 from tests.tiny_models import has_experts, refuses, write_hf
 
@@ -85,6 +88,17 @@ def test_every_layout_cuts_the_same(inputs, tmp_path, one, two, family):
 
 def cut(path, data, output, layout, changes):
     return pruned(path, data, output, layout, **changes)
+
+
+def test_a_quantised_source_is_cut_as_its_values_in_bf16(inputs, tmp_path, one):
+    path, data = write_hf(tmp_path / "plain", "llama", layers=2), f"{inputs}/train"
+    path = write_modelopt(path, tmp_path / "source", "nvfp4")
+    assert one.run(cut, path, data, str(tmp_path / "out"), Layout(), {"num_layers": 1}) == [None]
+    (kept,) = json.loads((tmp_path / "out/pruning.json").read_text())["kept"]["layers"]
+    end = "self_attn.q_proj.weight"
+    found = load_file(tmp_path / "out/model.safetensors")[f"model.layers.0.{end}"]
+    values, _ = dequantised(path)
+    assert torch.equal(found, torch.from_numpy(values[f"model.layers.{kept}.{end}"]).bfloat16())
 
 
 def killed_before_its_file_is_whole(path, data, output):
