@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,8 @@ def check_storable(model: Architecture, quantization: QuantizationConfig, parall
         raise ValueError(
             f"output_layer is quantised, but its weights are those of the embedding; exclude it, or {ADVICE}"
         )
-    size = parallelism.tensor_model_parallel_size
-    for parameter in filter(_is_quantised(quantization), parameters(model)):
+    size, is_quantised = parallelism.tensor_model_parallel_size, _is_quantised(quantization)
+    for parameter in filter(is_quantised, parameters(model)):
         for piece in parameter.rule(parameter.place._replace(size=size, rank=size - 1)):
             _check_piece(piece, 2 if linear.weights.num_bits == 4 else 1)
     names = {piece.name for parameter in parameters(model) for piece in parameter.pieces}
@@ -56,6 +56,19 @@ def check_storable(model: Architecture, quantization: QuantizationConfig, parall
         raise ValueError(
             f"quantization.kv_cache: {model.family} has no {' and '.join(layers)} to name its scales; {ADVICE}"
         )
+    if quantization.kv_cache != "none":
+        _check_cache_layers(parameter for parameter in parameters(model) if not is_quantised(parameter))
+
+
+def _check_cache_layers(plain: Iterable[Parameter]) -> None:
+    """Refuse keys and values that plain layers compute: scales of the cache are stored beside quantised ones."""
+    for parameter in plain:
+        if parameter.name.endswith("linear_qkv.weight"):
+            name = f"decoder.layers.{parameter.place.number}.{parameter.name.removesuffix('.weight')}"
+            raise ValueError(
+                f"quantization.kv_cache: {name} is in quantization.exclude, so scales of its keys and values have no "
+                f"place; take it out, or {ADVICE}"
+            )
 
 
 def _is_quantised(quantization: QuantizationConfig) -> Callable[[Parameter], bool]:

@@ -327,6 +327,12 @@ def test_compressed_tensors_opens_its_codes_and_scales(plain, one, tmp_path):
             "output_layer is quantised, but its weights are",
         ),
         ("gpt_oss", QuantizationConfig(format="nvfp4"), 1, "mlp.experts.gate_up_proj holds several matrices"),
+        (
+            "llama",
+            QuantizationConfig(format="fp8", kv_cache="fp8", exclude=["output_layer", "*.1.*.linear_qkv"]),
+            1,
+            "decoder.layers.1.self_attention.linear_qkv is in quantization.exclude, so scales of its keys and values",
+        ),
         ("glm4_moe_lite", QuantizationConfig(format="fp8", kv_cache="fp8"), 1, "has no k_proj and v_proj to name its"),
         ("odd", quantization("int4_weights"), 2, "a tensor-parallel rank has its rows"),
     ],
