@@ -98,6 +98,24 @@ def check_quantization(config: QuantizationConfig) -> None:
     )
 
 
+def check_exclude(config: QuantizationConfig, layers: list[str]) -> None:
+    """Refuse patterns that keep no layer plain, such as Hugging Face's names.
+
+    Args:
+        config: patterns in `exclude`.
+        layers: Megatron's names of the model's linear layers.
+
+    Raises:
+        ValueError: naming the pattern, and layers.
+    """
+    for pattern in config.exclude:
+        require(
+            bool(fnmatch.filter(layers, pattern)),
+            f'quantization.exclude: "{pattern}" matches no linear layer that the format quantises; allowed are names '
+            f"such as {', '.join((*layers[:2], layers[-1]))}, and patterns of them",
+        )
+
+
 def is_excluded(config: QuantizationConfig, layer: str) -> bool:
     """Return True if a linear layer stays plain.
 

@@ -87,7 +87,7 @@ def _check_quantization(model: Architecture, config: QuantizationConfig, tensor:
     """Refuse rows that blocks of the format do not divide, and parts that are not quantised."""
     linear, cache = format_of(config), CACHE_FORMATS.get(config.kv_cache)
     block = linear.weights.block if linear else None
-    for name, length, is_split in _rows(model):
+    for name, length, is_split in linear_layers(model):
         own = length // tensor if is_split else length
         if block and own % block and not is_excluded(config, name):
             where = f" on each of parallelism.tensor_model_parallel_size = {tensor} ranks" if is_split else ""
@@ -114,7 +114,7 @@ def _check_quantization(model: Architecture, config: QuantizationConfig, tensor:
         )
 
 
-def _rows(model: Architecture) -> Iterator[tuple[str, int, bool]]:
+def linear_layers(model: Architecture) -> Iterator[tuple[str, int, bool]]:
     """Yield the linear layers that are quantised: name, length of a row, and True if TP splits rows."""
     for i, layer in enumerate(model.layers):
         attention, mlp = f"decoder.layers.{i}.self_attention", f"decoder.layers.{i}.mlp"

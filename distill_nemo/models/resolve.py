@@ -26,8 +26,9 @@ from distill_nemo.models.families.huggingface import from_huggingface, read_conf
 from distill_nemo.models.families.rope import resolve_ropes
 from distill_nemo.models.layers.block_configs import read_block_configs
 from distill_nemo.models.layers.rotary import frequencies
+from distill_nemo.models.layouts import linear_layers
 from distill_nemo.models.sources import QUANTIZATION, CheckpointKind, Source, find_checkpoint
-from distill_nemo.quantization import QuantizationConfig, is_quantized
+from distill_nemo.quantization import QuantizationConfig, check_exclude, is_quantized
 from distill_nemo.runtime.files import read_object
 from distill_nemo.runtime.process_groups import rank
 
@@ -280,7 +281,7 @@ def quantized_as(model: Architecture, config: QuantizationConfig) -> Architectur
     """Return a student as a run quantises it. One that an earlier run has quantised stays as it is.
 
     Raises:
-        ValueError: if it was quantised otherwise.
+        ValueError: if it was quantised otherwise, or a pattern of `exclude` matches none of its layers.
     """
     stored = model.quantization
     if not is_quantized(config) or config == stored:
@@ -292,6 +293,7 @@ def quantized_as(model: Architecture, config: QuantizationConfig) -> Architectur
         )
     if model.source is not None and model.source.modified_by_modelopt:
         raise ValueError(f"{model.name} was quantised by ModelOpt already: leave quantization unset")
+    check_exclude(config, [name for name, *_ in linear_layers(model)])
     return dataclasses.replace(model, quantization=config)
 
 

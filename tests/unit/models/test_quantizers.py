@@ -158,6 +158,13 @@ def test_what_is_not_exact_is_refused_by_name(students, family, config, tensor, 
     check_layout(quantized_as(resolve(StudentConfig(students[family])), excluded), ParallelismConfig())
 
 
+@pytest.mark.parametrize("pattern", ["model.layers.0.mlp.down_proj", "lm_head", "decoder.layers.7.*", "linear_fc1"])
+def test_a_pattern_that_excludes_nothing_is_refused_with_names_that_would(students, pattern):
+    config = QuantizationConfig("fp8", exclude=["output_layer", pattern])
+    with pytest.raises(ValueError, match=r"exclude: .* matches no linear layer .*decoder\.layers\.0\..*output_layer"):
+        quantized_as(resolve(StudentConfig(students["llama"])), config)
+
+
 def save_without_calibration(student, output):
     """Write a checkpoint whose amaxes of activations are NaN."""
     from megatron.core import dist_checkpointing
