@@ -4,6 +4,7 @@ A tag imports Python, an unknown metric is downloaded and run, and some data for
 of `shared_model.sandboxed_templates`. No torch.
 """
 
+import glob
 import hashlib
 from collections.abc import Container, Iterator
 from pathlib import Path
@@ -75,13 +76,21 @@ def digest(directory: Path, with_code: bool) -> str:
     """
     files = task_files(directory)
     sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
-    values = [value for path in files for _, value in _fields(_read(path))]
-    named = [text for value in values for text in (value if isinstance(value, list) else [value])]
-    others = {Path(text) for text in named if isinstance(text, str) and len(text) < 1000 and Path(text).is_file()}
+    others = {data for path in files for name, value in _fields(_read(path)) for data in _data_files(name, value)}
     others |= set(directory.glob("**/*.py")) if with_code else set()
     stats = [(str(path.resolve()), path.stat()) for path in sorted(others)]
     sums += [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
     return hashlib.sha256("\n".join(sums).encode()).hexdigest()
+
+
+def _data_files(name: str, value: Any) -> Iterator[Path]:
+    """Yield the data files that a field names: by themselves, by a pattern, or by a directory."""
+    if name == "data_files" and isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _data_files(name, each)
+    elif name in ("data_files", "data_dir", "dataset_path") and isinstance(value, str) and value:
+        for path in map(Path, glob.iglob(value, recursive=True)):
+            yield from (file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file())
 
 
 class _Loader(yaml.SafeLoader):

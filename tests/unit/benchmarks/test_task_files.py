@@ -100,3 +100,23 @@ def test_results_are_of_these_tasks_and_data(tmp_path):
     write(tmp_path, other=FINE)
     found.append(digest(tmp_path, False))
     assert len(set(found)) == 4
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        "dataset_path: {data}",
+        "dataset_path: json\ndataset_kwargs: {{data_dir: {data}}}",
+        "dataset_path: json\ndataset_kwargs: {{data_files: '{data}/**/*.jsonl'}}",
+        "dataset_path: json\ndataset_kwargs: {{data_files: {{test: [{data}/part/questions.jsonl]}}}}",
+    ],
+)
+def test_results_are_of_the_data_in_a_directory_or_of_a_pattern(tmp_path, fields):
+    data = tmp_path / "data" / "part" / "questions.jsonl"
+    data.parent.mkdir(parents=True)
+    data.write_text("{}\n")
+    write(tmp_path / "tasks", fine="task: fine\n" + fields.format(data=tmp_path / "data"))
+    before = digest(tmp_path / "tasks", False)
+    assert digest(tmp_path / "tasks", False) == before
+    data.write_text("{}\n{}\n")
+    assert digest(tmp_path / "tasks", False) != before
