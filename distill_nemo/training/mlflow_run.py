@@ -107,22 +107,24 @@ class _SentRun:
         run = found[0] if found else self.client.create_run(place, run_name=name, tags={TAG: identifier})
         self.id = run.info.run_id
         self.client.update_run(self.id, status="RUNNING")
-        self.steps = {kind: self._last_step(kind, run.data.metrics) for kind in ("train", "eval", "end")}
+        self._steps: dict[str, int | None] = dict.fromkeys(run.data.metrics)  # last ones of metrics, once asked for
         if not run.data.params:
             self._log_parameters(parameters)
 
     def send(self, metrics: list["Metric"], last: bool) -> None:
         """Send the metrics that no earlier attempt has sent; after the last ones, mark the run as finished."""
-        new = [metric for metric in metrics if metric.step > self.steps[metric.key.partition("/")[0]]]
+        new = [metric for metric in metrics if metric.step > self._last_step(metric.key)]
         if new:
             self.client.log_batch(self.id, new)
         if last:
             self.client.set_terminated(self.id)
 
-    def _last_step(self, kind: str, known: Mapping[str, float]) -> int:
-        """Return the last step of a kind of lines, by the first metric of theirs; -1 without any."""
-        key = next((key for key in sorted(known) if key.startswith(f"{kind}/")), None)
-        return max(each.step for each in self.client.get_metric_history(self.id, key)) if key else -1
+    def _last_step(self, key: str) -> int:
+        """Return the last step that earlier attempts have sent of a metric, since a kill may split a step; or -1."""
+        step = self._steps.setdefault(key, -1)
+        if step is None:
+            step = self._steps[key] = max(each.step for each in self.client.get_metric_history(self.id, key))
+        return step
 
     def _log_parameters(self, parameters: Mapping[str, Any]) -> None:
         from mlflow.entities import Param

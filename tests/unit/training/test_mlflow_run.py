@@ -9,7 +9,8 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from distill_nemo.config import LoggingConfig
-from distill_nemo.training import metrics_file, mlflow_run
+from distill_nemo.runtime import metrics_file
+from distill_nemo.training import mlflow_run
 from distill_nemo.training.metrics import MetricsLog
 
 CONFIG = {"distillation": {"temperature": 2.0, "top_k": None}, "data": {"train": ["a", "b"]}, "output_dir": "x" * 900}
@@ -54,6 +55,16 @@ def test_mlflow_has_the_lines_of_every_attempt_and_no_step_twice(client, tmp_pat
     assert run.data.params == expected
     assert history(client, run, "train/lm_loss") == [(1, 4.0), (2, 3.0), (3, 2.0), (4, 1.02)]
     assert [step for step, _ in history(client, run, "eval/tokens")] == [3, 4]
+
+
+def test_a_step_of_which_half_was_sent_is_completed(client, tmp_path):
+    attempt(tmp_path / "run", 0, [1, 2])
+    (run,) = runs(client)
+    client.log_metric(run.info.run_id, "train/lm_loss", 9.0, step=3)  # killed between two requests
+    client.log_metric(run.info.run_id, "train/a", 1.0, step=1)  # not in every line
+    attempt(tmp_path / "run", 2, [3, 4])
+    assert history(client, run, "train/lm_loss") == [(1, 4.0), (2, 3.0), (3, 9.0), (4, 1.02)]
+    assert [step for step, _ in history(client, run, "train/tokens_per_second")] == [1, 2, 3, 4]
 
 
 def test_a_directory_that_is_new_or_a_copy_is_another_run(client, tmp_path):
