@@ -17,6 +17,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from distill_nemo.config import StudentConfig
+from distill_nemo.fields import require
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.pretrained import empty_model, open_pretrained
 from distill_nemo.models.checkpoints.untouched import Untouched
@@ -164,8 +165,21 @@ def write_files(files: Files | dict[str, Path], directory: Path) -> None:
 
 
 def _matching(directory: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
+    """Return the files that match, by their path in the directory.
+
+    Raises:
+        ValueError: for a link to a file of another name elsewhere, which a push would publish.
+    """
     found = [file for pattern in patterns for file in sorted(directory.glob(pattern))]
-    return {str(file.relative_to(directory)): file for file in found if file.is_file() and file.suffix != ".py"}
+    found = [file for file in found if file.is_file() and file.suffix != ".py"]
+    for file in found:
+        target = file.resolve()
+        inside = target.is_relative_to(directory.resolve()) or target.parent.name == "blobs"  # of the hub's cache
+        require(
+            inside or target.name == file.name,
+            f"{file} is a link to {target}, which the export would hold, and a push publish; put a copy in its place",
+        )
+    return {str(file.relative_to(directory)): file for file in found}
 
 
 def _states_template(directory: Path) -> bool:

@@ -61,6 +61,19 @@ def test_licences_are_copied_and_the_card_of_the_source_is_not(tmp_path):
     }
 
 
+def test_a_link_out_of_the_source_is_followed_only_to_a_file_of_its_name_or_a_blob_of_the_hub(tmp_path):
+    """`LICENSE -> /proc/self/environ` would publish the token of a push."""
+    source = Path(write_hf(tmp_path / "m", "llama", layers=2))
+    for name, target in (("LICENSE", "shared/LICENSE"), ("NOTICE", "blobs/0123"), ("COPYING", "m/USE_POLICY.md")):
+        (tmp_path / target).parent.mkdir(exist_ok=True)
+        (tmp_path / target).write_text(name)
+        (source / name).symlink_to(tmp_path / target)
+    assert {"LICENSE", "NOTICE", "COPYING", "USE_POLICY.md"} <= collected(source).files.keys()
+    (source / "LICENSE.txt").symlink_to("/proc/self/environ")
+    with pytest.raises(ValueError, match=r"LICENSE.txt is a link to /proc/.*/environ, .* put a copy in its place"):
+        collected(source)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_field_of_the_source_is_kept(tmp_path, family):
     source = write_hf(tmp_path / "m", family, layers=2)
