@@ -56,7 +56,8 @@ def follow(config: EvaluateConfig, run: Path) -> None:
             if rank() == 0:
                 shutil.rmtree(model.directory, ignore_errors=True)
                 checkpoint = str(run / "checkpoints" / f"step_{step:08d}")
-                write_scores(benchmarks_of(run, step), Scores({model.name: checkpoint}, found))
+                known = _scores_of_other_tasks(benchmarks_of(run, step), found)
+                write_scores(benchmarks_of(run, step), Scores({model.name: checkpoint}, [*known, *found]))
                 _write_all(run, scores)
         if rank() == 0 and (output / SCORES).is_file():
             Console().print(scores_table(read_scores(output / SCORES)))
@@ -97,6 +98,12 @@ def _is_measured(run: Path, step: int, tasks: list[str], config: EvaluateConfig)
     name, output = f"step_{step:08d}", run / BENCHMARKS
     files = [benchmarks_of(run, step), *(result_file(name, task, config, output) for task in tasks)]
     return all(file.is_file() for file in files)
+
+
+def _scores_of_other_tasks(path: Path, found: list[Score]) -> list[Score]:
+    """Return the scores in a step's file that an earlier command has measured, by tasks that were not measured now."""
+    measured = {each.task for each in found}
+    return [each for each in read_scores(path).scores if each.task not in measured] if path.is_file() else []
 
 
 def _write_all(run: Path, scores: Scores) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import lm_eval.api.metrics  # noqa: F401  registers them
 import torch
 from datasets.exceptions import DatasetsError
-from jinja2.exceptions import SecurityError
+from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 from lm_eval import utils
 from lm_eval.api.registry import METRIC_REGISTRY
@@ -122,7 +122,8 @@ def results_of(model: SharedModel, task: str, tasks: TaskManager, config: Evalua
     """Return the harness's results of a task or group on rank 0, else nothing. Collective: every rank must call it.
 
     Raises:
-        ValueError: for a data set that cannot be had, or a template that reaches beyond its data.
+        ValueError: for a data set or package that cannot be had, a template that reaches beyond its data, or a task
+            that the harness cannot use.
     """
     try:
         with contextlib.nullcontext() if config.allow_code else sandboxed_templates():
@@ -143,9 +144,19 @@ def results_of(model: SharedModel, task: str, tasks: TaskManager, config: Evalua
             f"tasks: a template of {task} reaches beyond its data: {error}; allow_code=true, if you trust it"
         ) from None
     except (OSError, DatasetsError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise ValueError(
-            f"tasks: the data of {task} cannot be had: {' '.join(str(error).split())[:300]}. Without a network, fill "
-            "the cache of the Hugging Face hub (HF_HOME) on a machine that has one, or name files in a task of "
-            "include_path"
+            f"tasks: the data of {task} cannot be had: {reason}. Without a network, fill the cache of the Hugging Face "
+            "hub (HF_HOME) on a machine that has one, or name files in a task of include_path"
+        ) from error
+    except ImportError as error:
+        raise ValueError(
+            f"tasks: {task} needs a package: {error}. lm-evaluation-harness has extras for its tasks, such as "
+            "pip install 'lm-eval[ifeval]'"
+        ) from error
+    except (TemplateError, LookupError, TypeError, ValueError) as error:  # the harness does not check its YAML files
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ValueError(
+            f"tasks: lm-evaluation-harness cannot measure {task}: {reason}. Correct its YAML file, or num_fewshot"
         ) from error
     return {name: value for name, value in (found or {}).items() if name in KEPT}

@@ -235,20 +235,24 @@ def test_the_table_shows_models_side_by_side_with_standard_errors(measured):
 def test_other_formats_are_exported_and_code_templates_and_missing_data_are_refused(inputs, here, pair, measured):
     on_two_ranks = measured.scores["held_out"][0]["means"]
     fields = settings(here, **held_out(inputs), tokenizer=str(inputs / "tokenizer"), baseline=str(here / "nemo"))
-    exported, code, template, missing = pair.run(several, here, fields)[0]
+    exported, code, package, template, mistaken, missing = pair.run(several, here, fields)[0]
     assert "model: " not in exported and exported.count("baseline: ") == len(TASKS)
     found = read_scores(here / "scores" / "scores.json")
     assert len(found.scores) == 5 and all(each.values["model"] == each.values["baseline"] for each in found.scores)
     assert [each["model"] for each in found.held_out] == ["model", "baseline"]
     assert all(each["means"] == pytest.approx(on_two_ranks, rel=1e-6) for each in found.held_out)
-    assert re.search(r"include_path: .*/code.yaml line 1: !function utils.f runs Python code; allow_code=true", code)
+    assert re.search(
+        r"include_path: .*/code.yaml line 1: !function no_module.f runs Python code; allow_code=true", code
+    )
+    assert "tasks: code needs a package: Cannot import module 'no_module'" in package
+    assert "cannot measure mistaken: UndefinedError: 'nothing' is undefined. Correct its YAML file" in mistaken
     assert "a template of escaping reaches beyond its data" in template and "allow_code=true" in template
     assert "the data of fetched cannot be had" in missing and "name files in a task of include_path" in missing
     assert not (here / "ran").exists()
 
 
 def several(here, fields):
-    """Return what rank 0 says of another baseline, code beside tasks, a template that runs code, and missing data."""
+    """Return what rank 0 says of another baseline, code, templates that run code or are wrong, and missing data."""
     if os.environ["RANK"] == "1":
         return None
     with process_group_of_one():
@@ -256,10 +260,14 @@ def several(here, fields):
     texts = [on_a_rank(here, fields, of_one=True)]
     single = fields | {"baseline": None, "data": None}
     (here / "code").mkdir()
-    (here / "code" / "code.yaml").write_text("process_docs: !function utils.f\ntask: code\n")
-    texts.append(refused(here, single | {"include_path": str(here / "code"), "tasks": "code"}))
+    (here / "code" / "code.yaml").write_text("process_docs: !function no_module.f\ntask: code\n")
+    for allow_code in (False, True):
+        of_code = {"include_path": str(here / "code"), "tasks": "code", "allow_code": allow_code}
+        texts.append(refused(here, single | of_code))
     template = "{% set _ = cycler.__init__.__globals__.os.system('touch " + str(here / "ran") + "') %}Question:"
-    for name, changes in (("escaping", {"doc_to_text": template}), ("fetched", {"dataset_path": "no-such/data"})):
+    texts_of = {"escaping": template, "mistaken": "{{nothing}}"}
+    changed = {name: {"doc_to_text": text} for name, text in texts_of.items()}
+    for name, changes in (changed | {"fetched": {"dataset_path": "no-such/data"}}).items():
         task = yaml.safe_load((here / "tasks" / "tiny_choice.yaml").read_text())
         (here / name).mkdir()
         (here / name / "task.yaml").write_text(yaml.safe_dump(task | {"task": name} | changes))
@@ -300,6 +308,16 @@ def test_saved_steps_are_measured_beside_the_run_once(inputs, here, pair, measur
     page = page_of(read_runs([str(here / "run")]), [])
     assert page.scores == {"run": scores}
     assert not list((here / "run" / "benchmarks" / "exported").iterdir())
+    pair.run(followed_by_other_tasks, here, run, settings(here))
+    scores = read_scores(here / "run" / "benchmarks" / "scores.json")
+    measured_steps = {each.task: list(each.values) for each in scores.scores}
+    assert measured_steps == {"tiny_choice": ["step 4", "step 8"], "tiny_perplexity": ["step 8"]}
+
+
+def followed_by_other_tasks(here, run, fields):
+    if os.environ["RANK"] == "0":
+        others = {"model": None, "baseline": None, "steps_of": run.output_dir, "output": None}
+        on_a_rank(here, fields | others | {"tasks": "tiny_perplexity"}, of_one=True)
 
 
 def trained_and_followed(here, run, fields):
