@@ -18,6 +18,8 @@ READ = {
     "tokenizer.json": b"{}",
     "additional_chat_templates/tools.jinja": b"{{ messages }}",
     "LICENSE": b"Apache",
+    "NOTICE.txt": b"by us",
+    "USE_POLICY.md": b"no harm",
 }
 UNREAD = {
     "modeling_own.py": b"raise SystemExit",
