@@ -24,7 +24,7 @@ class PushConfig:
     push_to: str | None = setting(
         None, "ORG/NAME[@BRANCH] on the Hugging Face Hub: push the export there, with the token in HF_TOKEN"
     )
-    push_private: bool = setting(False, "if the repository has to be made: a private one")
+    push_private: bool = setting(False, "make a private repository, and refuse one that is public")
     push_overwrite: bool = setting(False, "replace weights, config.json and card that were not pushed from this output")
 
     def destination(self) -> Destination | None:
@@ -38,7 +38,7 @@ class PushConfig:
                 require(not vars(self)[name], f"{name} = True needs push_to")
             return None
         match = _DESTINATION.fullmatch(self.push_to)
-        if match is None or "--" in match[1] or ".." in self.push_to:
+        if match is None or "--" in match[1] or ".." in self.push_to or match[1].endswith(".git"):
             shown = _TOKEN.sub("hf_***", self.push_to)
             raise ValueError(
                 f'push_to = "{shown}" is not ORG/NAME or ORG/NAME@BRANCH, a repository on the Hugging Face Hub; the '

@@ -292,7 +292,8 @@ class _Handler(BaseHTTPRequestHandler):
     @route("GET", f"/api/models/{REPOSITORY}/revision/(?P<revision>[^/]+)")
     def revision(self, repo, revision):
         self.no_query()
-        return {"id": repo, "sha": self.repository(repo).at(revision)[0], "siblings": []}
+        found = self.repository(repo)
+        return {"id": repo, "sha": found.at(revision)[0], "private": found.private, "siblings": []}
 
     @route("GET", f"/api/models/{REPOSITORY}/tree/(?P<revision>[^/]+)")
     def tree(self, repo, revision):

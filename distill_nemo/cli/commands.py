@@ -188,7 +188,7 @@ def export(
         quantized: of a quantised student, write codes and scales in ModelOpt's format, which vLLM, SGLang and
             TensorRT-LLM read; false: its rounded weights in the dtype of the training, which everything reads.
         push_to: ORG/NAME[@BRANCH] on the Hugging Face Hub to push the output to, with the token in HF_TOKEN.
-        push_private: if the repository has to be made, a private one.
+        push_private: make a private repository, and refuse one that is public.
         push_overwrite: replace weights, config.json and card there that were not pushed from this output.
         parallelism: layout; without these fields, that of the run, reduced to the ranks that there are.
     """

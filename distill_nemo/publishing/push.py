@@ -73,8 +73,11 @@ class Remote:
 
         token = os.environ.get(TOKEN, "").strip()
         require(bool(token), f"push_to = {destination.repository} needs a token: export {TOKEN}, or leave push_to out")
+        is_one_word = token.isascii() and token.isprintable() and " " not in token
+        require(is_one_word, f"{TOKEN} holds more than a token, such as a second line: export the token alone")
         self.repository, self.branch = destination
         self.private, self.token = private, token
+        self.is_private = False  # until the hub is asked
         self.api = HfApi(token=token)
 
     def create(self) -> None:
@@ -94,9 +97,10 @@ class Remote:
 
     def head(self) -> str:
         """Return the commit that the branch points at."""
-        commit = self.api.repo_info(self.repository, revision=self.branch).sha
-        assert commit is not None, "the hub states it for a revision"
-        return commit
+        found = self.api.repo_info(self.repository, revision=self.branch)
+        assert found.sha is not None, "the hub states it for a revision"
+        self.is_private = bool(found.private)
+        return found.sha
 
     def files(self, revision: str) -> "dict[str, RepoFile]":
         """Return the files of a commit or branch by their path."""
@@ -155,8 +159,8 @@ def check_push(push: PushConfig, directory: Path) -> None:
             f"push_to = {remote.explained(error)}. The hub must answer where the push is made: leave push_to out, and "
             "push later, from a machine with a network: nemo distill export checkpoint=... output=... push_to=..."
         ) from error
-    foreign = _not_ours(there, OF_EVERY_EXPORT, _pushed_before(directory) | kept, push)
-    require(not foreign, f"push_to = {foreign}")
+    refusal = _refusal(remote, there, OF_EVERY_EXPORT, _pushed_before(directory) | kept, push)
+    require(not refusal, f"push_to = {refusal}")
 
 
 def push_directory(push: PushConfig, directory: Path) -> str | None:
@@ -201,8 +205,8 @@ def _attempt(remote: Remote, files: dict[str, LocalFile], push: PushConfig, dire
     parent = remote.head()
     there, known = remote.files(parent), _pushed_before(directory)
     ours = {each for file in files.values() for each in (file.sha256, file.blob) if each}
-    if foreign := _not_ours(there, files, known | ours | remote.kept_elsewhere(), push):
-        raise PushError(foreign)
+    if refusal := _refusal(remote, there, files, known | ours | remote.kept_elsewhere(), push):
+        raise PushError(refusal)
     stale = [name for name in there if _is_weights(name) and name not in files]
     if not stale and not _apart(files, there):
         return parent
@@ -213,8 +217,15 @@ def _attempt(remote: Remote, files: dict[str, LocalFile], push: PushConfig, dire
     return commit
 
 
-def _not_ours(there: "dict[str, RepoFile]", names: Iterable[str], known: set[str], push: PushConfig) -> str:
-    """Return the reason not to replace files of these names, and weights; empty if all were pushed from here."""
+def _refusal(
+    remote: Remote, there: "dict[str, RepoFile]", names: Iterable[str], known: set[str], push: PushConfig
+) -> str:
+    """Return the reason not to push files of these names, and weights; empty if all there were pushed from here."""
+    if push.push_private and not remote.is_private:
+        return (
+            f"{push.push_to} is public, and push_private = True; make it private in its settings, name another "
+            "repository, or leave push_private out"
+        )
     replaced = [file for name, file in there.items() if name in names or _is_weights(name)]
     foreign = [file.path for file in replaced if _content(file) not in known]
     if not foreign or push.push_overwrite:

@@ -72,6 +72,15 @@ def test_a_private_repository_and_a_branch_are_made_if_asked(hub, directory):
     assert hub.titles("ORG/student") == ["initial commit"]
 
 
+def test_nothing_private_goes_to_a_public_repository(hub, directory):
+    check_push(TO, directory)
+    private = PushConfig(push_to="ORG/student", push_private=True, push_overwrite=True)
+    for refusing in (check_push, push_directory):
+        with pytest.raises((ValueError, PushError), match="ORG/student is public, and push_private = True; make it"):
+            refusing(private, directory)
+    assert hub.titles("ORG/student") == ["initial commit"]
+
+
 def test_a_new_branch_may_replace_what_main_keeps(hub, directory, tmp_path):
     push_directory(TO, directory)
     main, other = pushed(hub), tmp_path / "other"
@@ -129,6 +138,14 @@ def test_a_token_is_needed_and_must_be_valid_and_may_write(hub, directory, monke
             with pytest.raises(ValueError, match=message.replace("ORG/student", repo)) as refused:
                 check_push(PushConfig(push_to=repo), directory)
             assert not token or token not in str(refused.value)
+
+
+@pytest.mark.parametrize("token", ["hf_first_000000\nhf_second_00000", "hf_first_000000 # mine", "hf_first_00000\xfc"])
+def test_a_token_with_more_beside_it_is_refused_and_not_shown(hub, directory, monkeypatch, token):
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(ValueError, match=r"^HF_TOKEN holds more than a token") as refused:
+        check_push(TO, directory)
+    assert token[:8] not in str(refused.value)
 
 
 def test_a_hub_that_does_not_answer_is_told_at_the_start(hub, directory, monkeypatch):
@@ -239,7 +256,7 @@ def _entry_of_damaged(self, name, content):
 
 
 @pytest.mark.parametrize(
-    "push_to", ["student", "ORG/student/x", "https://huggingface.co/ORG/x", "ORG/a--b", "ORG/a@", ""]
+    "push_to", ["student", "ORG/student/x", "https://huggingface.co/ORG/x", "ORG/a--b", "ORG/a.git", "ORG/a@", ""]
 )
 def test_a_destination_is_a_repository_and_perhaps_a_branch(push_to):
     with pytest.raises(ValueError, match="is not ORG/NAME or ORG/NAME@BRANCH"):
