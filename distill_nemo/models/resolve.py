@@ -287,9 +287,11 @@ def quantized_as(model: Architecture, config: QuantizationConfig) -> Architectur
     if not is_quantized(config) or config == stored:
         return model
     if stored is not None:
+        before, now = dataclasses.asdict(stored), dataclasses.asdict(config)
+        changed = [f"{name} = {before[name]!r}, not {now[name]!r}" for name in now if now[name] != before[name]]
         raise ValueError(
-            f"{model.name} was quantised by its run with {stored}, this one states {config}: leave quantization unset "
-            "to go on with that, or take the model that it was made from"
+            f"{model.name} was quantised by its run with quantization.{', '.join(changed)}: leave quantization unset "
+            '(format and kv_cache "none") to go on with that, or take the model that it was made from'
         )
     if model.source is not None and model.source.modified_by_modelopt:
         raise ValueError(f"{model.name} was quantised by ModelOpt already: leave quantization unset")
