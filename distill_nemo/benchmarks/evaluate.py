@@ -15,6 +15,7 @@ from rich.console import Console
 
 from distill_nemo.benchmarks.task_files import check_task_files, digest
 from distill_nemo.checkpoint.export import export
+from distill_nemo.checkpoint.hub_models import named
 from distill_nemo.checkpoint.identity import NamedFiles, content_hashes, remember_hashes, weight_files
 from distill_nemo.config import DataConfig, ExportConfig, ParallelismConfig, StudentConfig, TeacherConfig
 from distill_nemo.fields import require
@@ -61,7 +62,7 @@ def evaluate_models(config: EvaluateConfig) -> None:
     if tasks:
         check_tasks(config)
     with locked(output):
-        scores = Scores(config.models, held_out=held_out(config))
+        scores = Scores(named(config).models, held_out=held_out(config))
         if tasks:
             assert output is not None, "of a config that was checked"
             scores.scores = benchmark(ready_models(config.models, config, output), tasks, config, output)

@@ -20,6 +20,7 @@ from distill_nemo.benchmarks.evaluate import (
     result_file,
 )
 from distill_nemo.checkpoint.directory import BENCHMARKS, benchmarks_of
+from distill_nemo.checkpoint.hub_models import named
 from distill_nemo.config import TrainingConfig
 from distill_nemo.config_files import load_yaml
 from distill_nemo.job_config import EvaluateConfig, words_of
@@ -47,7 +48,7 @@ def follow(config: EvaluateConfig, run: Path) -> None:
     tasks, output = words_of(config.tasks), run / BENCHMARKS
     check_tasks(config)
     with locked(output):
-        scores = Scores(config.models)
+        scores = Scores(named(config).models)
         if config.models:
             scores.scores = benchmark(ready_models(config.models, config, output), tasks, config, output)
         while (step := _next(run, tasks, config)) is not None:

@@ -32,6 +32,7 @@ from tests.tiny_models import megatron_tensors, nemo_config, write_hf, write_nem
 from tests.training import tiny_run
 
 TASKS = ["tiny_choice", "tiny_generation", "tiny_perplexity"]
+BASELINE = "models--Org--Baseline/snapshots/" + 40 * "0"  # as in the hub's cache
 TEXTS = [f"def f{n}(x):\n    return x + {n}\n\nimport os  # {n * 'and so on '}" for n in range(5)]
 
 
@@ -46,7 +47,7 @@ def pair():
 def here(inputs, tmp_path_factory):
     """Return a directory with a model and its baseline, and tasks in `tasks`."""
     here = tmp_path_factory.mktemp("benchmarks")
-    for name, seed in (("model", 1), ("baseline", 2)):
+    for name, seed in (("model", 1), (BASELINE, 2)):
         write_hf(here / name, "llama", seed=seed)
         shutil.copytree(inputs / "tokenizer", here / name, dirs_exist_ok=True)
     (here / "tasks").mkdir()
@@ -102,7 +103,7 @@ def continuation(model, prompt):
 def settings(here, **others):
     return {
         "model": str(here / "model"),
-        "baseline": str(here / "baseline"),
+        "baseline": str(here / BASELINE),
         "tasks": ",".join(TASKS),
         "include_path": str(here / "tasks"),
         "output": str(here / "scores"),
@@ -229,6 +230,7 @@ def test_a_killed_command_goes_on_and_measures_nothing_twice(measured):
 
 def test_the_table_shows_models_side_by_side_with_standard_errors(measured):
     assert re.search(r"^ *benchmark +model +baseline", measured.printed, re.M)
+    assert measured.scores["models"]["baseline"] == f"Org/Baseline@{40 * '0'}"
     assert re.search(r"tiny_generation exact_match ↑ +0\.5000 ± 0\.2236 +0 ", measured.printed)
 
 
@@ -301,6 +303,7 @@ def test_saved_steps_are_measured_beside_the_run_once(inputs, here, pair, measur
     assert re.findall(r"^(.+): tiny_choice measured", second, re.M) == ["step 8"]
     scores = read_scores(here / "run" / "benchmarks" / "scores.json")
     assert list(scores.models) == ["baseline", "step 4", "step 8"]
+    assert scores.models["baseline"] == f"Org/Baseline@{40 * '0'}"
     assert all(each.values.keys() == each.errors.keys() == scores.models.keys() for each in scores.scores)
     lines = [json.loads(line) for line in (here / "run" / "benchmarks.jsonl").read_text().splitlines()]
     assert [(line["step"], line["metric"]) for line in lines] == [(s, m) for s in (4, 8) for m in ("acc", "acc_norm")]
