@@ -125,7 +125,8 @@ def _metadata(of: Distilled, evaluation: dict[str, Any]) -> dict[str, Any]:
     traits = {"distill-nemo": True, "distillation": of.distilled, "pruned": student is not None and student.cut}
     traits["quantized"] = quantised
     tags = [name for name, holds in traits.items() if holds]
-    found |= {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+    library = "Model Optimizer" if quantised else "transformers"  # which cannot open ModelOpt's format
+    found |= {"library_name": library, "pipeline_tag": "text-generation", "tags": tags}
     values = [{"type": name, "name": METRICS[name], "value": value} for name, value in _shown(evaluation).items()]
     results = [_result("held-out", "held-out text of the training data", values)] if values else []
     for each in of.benchmarks:
@@ -161,7 +162,8 @@ def _models(of: Distilled) -> list[str]:
         )
     numbers = config.quantization
     if numbers.format != "none":
-        lines.append(f"trained as {code(numbers.format)} computes; keys and values: {code(numbers.kv_cache)}")
+        cache = f"; keys and values: {code(numbers.kv_cache)}" if numbers.kv_cache != "none" else ""
+        lines.append(f"trained as {code(numbers.format)} computes{cache}")
     return [*lines, *(f"teacher: {code(each.name)}" for each in of.teachers)]
 
 

@@ -159,6 +159,7 @@ def test_a_quantised_student_is_called_so(of):
     config = replace(of.config, quantization=QuantizationConfig(format="nvfp4", kv_cache="fp8"))
     card = model_card(replace(of, config=config))
     assert "- trained as `nvfp4` computes; keys and values: `fp8`" in card.splitlines()
+    assert "library_name: Model Optimizer" in card.splitlines()
     metadata = yaml.safe_load(card.split("---")[1])
     assert "quantized" in metadata["tags"] and metadata["base_model_relation"] == "quantized"
 
