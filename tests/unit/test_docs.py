@@ -60,8 +60,9 @@ def test_python_snippets_of_the_docs_run(with_small_models, snippet):
 
 
 @pytest.mark.parametrize("command", found(COMMAND))
-def test_commands_of_the_docs_run(with_small_models, inputs, capfd, command):
+def test_commands_of_the_docs_run(with_small_models, inputs, capfd, monkeypatch, command):
     """Commands run as printed, on small models in one layout; `train` is a dry run."""
+    monkeypatch.setenv("HF_TOKEN", "hf_0")  # no dry run uses it
     arguments = shlex.split(with_small_models(command).replace("\\\n", " ").replace(" ... ", " "), comments=True)[2:]
     if arguments[0] == "prepare":
         arguments.append(f"tokenizer={inputs}/tokenizer")

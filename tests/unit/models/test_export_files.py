@@ -148,7 +148,7 @@ def test_tokenizer_chat_templates_and_generation_config_are_kept(tmp_path, kind,
     (tmp_path / "out").mkdir()
     files.write(tmp_path / "out")
     written = {str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*") if file.is_file()}
-    expected = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    expected = {"LICENSE", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     if elsewhere:  # transformers 4 writes it with every tokenizer
         expected |= {file.name for file in (tmp_path / "tokenizer").glob("special_tokens_map.json")}
     else:

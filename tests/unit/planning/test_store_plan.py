@@ -97,7 +97,7 @@ def large(corpus, tmp_path):
     values |= {"num_hidden_layers": 64, "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
     values |= {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256, "max_position_embeddings": 4096}
     (tmp_path / "large" / "config.json").write_text(json.dumps(values))
-    config = tiny_store(corpus, tmp_path / "store", windows=100_000, shard_windows=64, dtype="auto")
+    config = tiny_store(corpus, tmp_path / "store", windows=10_000, shard_windows=64, dtype="auto")
     config.teacher, config.data.train = TeacherConfig(checkpoint=str(tmp_path / "large")), ["not/there"]
     config.data.sequence_length = 4096
     return config
@@ -118,7 +118,7 @@ def test_a_teacher_that_does_not_fit_gets_a_layout_that_does(large, capsys):
     large.parallelism = replace(ParallelismConfig(), **sizes)
     run(large, 8)
     page = capsys.readouterr().out
-    assert "  windows                          100,000   of 4,096 tokens" in page and "fits, " in page
+    assert "  windows                           10,000   of 4,096 tokens" in page and "fits, " in page
     assert max(map(len, page.splitlines())) <= 120 + len(large.output)
 
 
