@@ -26,8 +26,6 @@ def process_groups(parallelism: ParallelismConfig) -> Iterator[None]:
     setup_device()
     from megatron.core import parallel_state
 
-    for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(key, value)
     if backend() == "gloo" and parallelism.virtual_pipeline_model_parallel_size:
         # With two stages the previous and the next one are the same peer, and gloo mixes up their messages.
         require(
@@ -35,8 +33,32 @@ def process_groups(parallelism: ParallelismConfig) -> Iterator[None]:
             "on CPU a virtual pipeline needs parallelism.pipeline_model_parallel_size of 3 or more, got "
             f"{parallelism.pipeline_model_parallel_size}",
         )
+    with world(parallelism.timeout_minutes):
+        try:
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=parallelism.tensor_model_parallel_size,
+                pipeline_model_parallel_size=parallelism.pipeline_model_parallel_size,
+                virtual_pipeline_model_parallel_size=parallelism.virtual_pipeline_model_parallel_size,
+                context_parallel_size=parallelism.context_parallel_size,
+                expert_model_parallel_size=parallelism.expert_model_parallel_size,
+                distributed_timeout_minutes=math.ceil(parallelism.timeout_minutes),
+            )
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+
+
+@contextlib.contextmanager
+def world(timeout_minutes: float) -> Iterator[None]:
+    """Join the world that torchrun or SLURM describes (else one process), unless this process is in it already.
+
+    A process that leaves a world of several must not join it again: the store still has the addresses of before.
+    """
+    setup_device()
+    for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(key, value)
     mine = not dist.is_initialized()
-    timeout = timedelta(minutes=parallelism.timeout_minutes)
+    timeout = timedelta(minutes=timeout_minutes)
     stay_on_loopback()
     if backend() == "gloo":
         share_gloo_device()
@@ -51,17 +73,8 @@ def process_groups(parallelism: ParallelismConfig) -> Iterator[None]:
             **({"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
         )
     try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallelism.tensor_model_parallel_size,
-            pipeline_model_parallel_size=parallelism.pipeline_model_parallel_size,
-            virtual_pipeline_model_parallel_size=parallelism.virtual_pipeline_model_parallel_size,
-            context_parallel_size=parallelism.context_parallel_size,
-            expert_model_parallel_size=parallelism.expert_model_parallel_size,
-            distributed_timeout_minutes=math.ceil(parallelism.timeout_minutes),
-        )
         yield
     finally:
-        parallel_state.destroy_model_parallel()
         if mine:
             dist.destroy_process_group()
 
