@@ -64,9 +64,11 @@ def quantize(built: GPTModel, config: QuantizationConfig) -> None:
     for name, layer in list(built.named_modules()):
         splits = type(layer) in (ColumnParallelLinear, RowParallelLinear)
         if linear is not None and splits and not is_excluded(config, name_in_model(built, name)):
-            converted: Any = QuantModuleRegistry.convert(layer)
-            _configure(converted.weight_quantizer, linear.weights, amax_of(converted.weight, linear.weights))
-            _configure(converted.input_quantizer, linear.inputs)
+            converted = QuantModuleRegistry.convert(layer)
+            weights, inputs = (converted.get_submodule(f"{of}_quantizer") for of in ("weight", "input"))
+            assert isinstance(weights, TensorQuantizer) and isinstance(inputs, TensorQuantizer)
+            _configure(weights, linear.weights, amax_of(converted.get_parameter("weight"), linear.weights))
+            _configure(inputs, linear.inputs)
     cache = CACHE_FORMATS.get(config.kv_cache)
     for module in list(built.modules()):
         if cache is not None and isinstance(module, Attention):

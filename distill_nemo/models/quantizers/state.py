@@ -71,15 +71,18 @@ def _sharded(quantizer: Quantizer, state: Mapping[str, Any], prefix: str) -> Sha
     numbers = weight.local_shape[1] // amax.shape[1]  # that share an amax
     *shape, columns = weight.global_shape
     *offset, column = weight.global_offset
-    return replace(
+    return _in_place_of(
         weight,
-        key=key,
-        data=amax,
-        dtype=amax.dtype,
-        local_shape=tuple(amax.shape),
+        key,
+        amax,
         global_shape=(*shape, columns // numbers),
         global_offset=(*offset, column // numbers),
     )
+
+
+def _in_place_of(weight: ShardedTensor, key: str, amax: Tensor, **place: Any) -> ShardedTensor:
+    """Return an amax with its weight's entry, but for the fields of `place`."""
+    return replace(weight, key=key, data=amax, dtype=amax.dtype, local_shape=tuple(amax.shape), **place)
 
 
 def _collapsed(weight: ShardedTensor, key: str, amax: Tensor, axis: int) -> ShardedTensor:
@@ -92,12 +95,10 @@ def _collapsed(weight: ShardedTensor, key: str, amax: Tensor, axis: int) -> Shar
     stage, copy, replica = weight.replica_id
     for i in range(axis, len(weight.global_shape)):
         copy += weight.global_offset[i] * fragments[i] // weight.global_shape[i]
-    return replace(
+    return _in_place_of(
         weight,
-        key=key,
-        data=amax,
-        dtype=amax.dtype,
-        local_shape=tuple(amax.shape),
+        key,
+        amax,
         global_shape=(*weight.global_shape[:axis], 1),
         global_offset=(*weight.global_offset[:axis], 0),
         axis_fragmentations=(*fragments[:axis], 1),
