@@ -8,7 +8,7 @@ import pickle
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -64,10 +64,11 @@ class Gloo:
         if not self._processes:
             self._start()
         self._runs += 1
-        message = pickle.dumps((free_port(), function, args))
-        for connection in self._connections:
-            connection.send_bytes(message)
-        return self._collect()
+        with reserved_port() as port:
+            message = pickle.dumps((port, function, args))
+            for connection in self._connections:
+                connection.send_bytes(message)
+            return self._collect()
 
     def close(self) -> None:
         """End the processes, and kill those that do not end by themselves."""
@@ -89,23 +90,24 @@ class Gloo:
         self.close()
 
     def _start(self) -> None:
-        context, port = multiprocessing.get_context("spawn" if self.fresh else "forkserver"), free_port()
+        context = multiprocessing.get_context("spawn" if self.fresh else "forkserver")
         multiprocessing.set_forkserver_preload(["tests.preloaded"])
-        for rank in range(self.world_size):
-            ours, theirs = context.Pipe()
-            args = (theirs, rank, self.world_size, port, self.init, self.timeout)
-            # Not daemonic: asynchronous checkpoint writers are children of these processes.
-            process = context.Process(target=_serve, args=args)
-            process.start()
-            theirs.close()
-            self._processes.append(process)
-            self._connections.append(ours)
         atexit.register(self.close)
-        try:
-            self._collect()
-        except Exception:
-            self.close()
-            raise
+        with reserved_port() as port:
+            for rank in range(self.world_size):
+                ours, theirs = context.Pipe()
+                args = (theirs, rank, self.world_size, port, self.init, self.timeout)
+                # Not daemonic: asynchronous checkpoint writers are children of these processes.
+                process = context.Process(target=_serve, args=args)
+                process.start()
+                theirs.close()
+                self._processes.append(process)
+                self._connections.append(ours)
+            try:
+                self._collect()
+            except Exception:
+                self.close()
+                raise
 
     def _collect(self) -> list[Any]:
         answers: dict[int, tuple[bool, Any]] = {}
@@ -132,11 +134,17 @@ class Gloo:
         return [answers[rank][1] for rank in range(self.world_size)]
 
 
-def free_port() -> int:
-    """Return a port on loopback that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+@contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """Hold a port of loopback that nobody else is given meanwhile, and that a store can listen on.
+
+    A port that was merely free a moment ago goes to the next who asks: two runs with one store hang, or fail to listen.
+    """
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        # After the bind: only those who name the port and say the same (as torch's store does) may share it.
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        yield holder.getsockname()[1]
 
 
 def _receive(connection: Connection) -> tuple[bool, Any]:

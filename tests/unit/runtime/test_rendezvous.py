@@ -13,7 +13,7 @@ from torch.distributed import TCPStore
 from torch.distributed.elastic.rendezvous import RendezvousParameters, RendezvousTimeoutError
 
 from distill_nemo.runtime import rendezvous
-from tests.spawn import free_port
+from tests.spawn import reserved_port
 
 PATIENCE = 240.0
 RANK = """
@@ -27,6 +27,12 @@ while not (place / "end").exists():
     time.sleep(0.05)
 dist.barrier()
 """
+
+
+@pytest.fixture
+def port():
+    with reserved_port() as port:
+        yield port
 
 
 def parameters(port, backend="nodes", nodes=2, least=None, **configuration):
@@ -75,9 +81,8 @@ def marks(place):
 
 
 @pytest.mark.timeout(900)
-def test_a_node_started_again_waits_for_the_next_run(tmp_path):
+def test_a_node_started_again_waits_for_the_next_run(tmp_path, port):
     """The first node's torchrun still runs when the second comes back. torch's static rendezvous would let it join."""
-    port = free_port()
     agents = [Agent(tmp_path, port, node, "first") for node in (0, 1)]
     try:
         until(lambda: marks(tmp_path) == ["0_of_2_first", "1_of_2_first"], "the first two")
@@ -103,8 +108,7 @@ def test_a_node_started_again_waits_for_the_next_run(tmp_path):
                 agent.kill()
 
 
-def test_agents_agree_on_rank_and_store_in_every_round():
-    port = free_port()
+def test_agents_agree_on_rank_and_store_in_every_round(port):
     handlers = [rendezvous.handler()(parameters(port, nodes=3, rank=str(node))) for node in range(3)]
     for round_ in ("a", "b"):
         with ThreadPoolExecutor(3) as pool:
@@ -115,14 +119,14 @@ def test_agents_agree_on_rank_and_store_in_every_round():
         assert {each.bootstrap_store_info.master_port for each in found} == {port}
 
 
-def test_nodes_that_do_not_come_are_named():
-    port = free_port()
+def test_nodes_that_do_not_come_are_named(port):
     first = rendezvous.handler()(parameters(port, nodes=3, rank="0", join_timeout="0.3"))
     with pytest.raises(RendezvousTimeoutError, match=rf"127.0.0.1:{port}: node 1, 2 of 3 did not come"):
         first.next_rendezvous()
-    second = rendezvous.handler()(parameters(free_port(), rank="1", join_timeout="0.3"))
-    with pytest.raises(RendezvousTimeoutError, match="node 1 waited 0 s for the first node at"):
-        second.next_rendezvous()
+    with reserved_port() as silent:
+        second = rendezvous.handler()(parameters(silent, rank="1", join_timeout="0.3"))
+        with pytest.raises(RendezvousTimeoutError, match="node 1 waited 0 s for the first node at"):
+            second.next_rendezvous()
 
 
 @pytest.mark.parametrize(
