@@ -5,7 +5,8 @@ import unicodedata
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from distill_nemo.data.chat_template import ChatTemplate, LossOn, Range, Rendered
+from distill_nemo.data.answers import Range
+from distill_nemo.data.chat_template import ChatTemplate, LossOn, Rendered
 from distill_nemo.data.conversations import Conversation, RecordError
 from distill_nemo.data.template_files import read_templates
 from distill_nemo.data.tokenizer import Tokenizer
@@ -28,11 +29,13 @@ class Tokens(NamedTuple):
         ids: all of them.
         counted: ranges of tokens that count; None if all do.
         last_apart: the last range is the assistant's last turn, and none adjoins it.
+        without_reasoning: number of answers that count without their reasoning, which the template leaves out.
     """
 
     ids: list[int]
     counted: list[Range] | None = None
     last_apart: bool = True
+    without_reasoning: int = 0
 
 
 def chat_of(tokenizer: Tokenizer, loss_on: LossOn, file: str | None) -> Chat:
@@ -84,7 +87,8 @@ def _tokens(encoding: "tokenizers.Encoding", rendered: Rendered, special: tuple[
     if all(start == stop for start, stop in ranges):
         return RecordError("has no token that counts, as the chat template renders it, so there is no answer to learn")
     stops = [stop for _, stop in ranges[:-1]]
-    return Tokens(encoding.ids, ranges, rendered.by_turn and ranges[-1][0] not in stops)
+    last_apart = rendered.by_turn and ranges[-1][0] not in stops
+    return Tokens(encoding.ids, ranges, last_apart, rendered.without_reasoning)
 
 
 def _first_token(encoding: "tokenizers.Encoding", text: str, special: tuple[str, ...], position: int) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from distill_nemo.data.chat_template import Range
+from distill_nemo.data.answers import Range
 from distill_nemo.data.chat_tokens import Chat, Tokens, chat_tokens
 from distill_nemo.data.conversations import Conversation, RecordError
 from distill_nemo.data.manifest import read_json
@@ -63,7 +63,7 @@ def make_part(part: Part) -> dict[str, Any]:
     end = np.array([] if part.tokenizer.eod is None else [part.tokenizer.eod], dtype=part.dtype)
     lengths: list[int] = []
     bad: list[tuple[str, str]] = []
-    num_bad = counted = 0
+    num_bad = counted = without_reasoning = 0
     last_apart = True
     with open(part.prefix + ".bin", "wb") as file, contextlib.ExitStack() as stack:
         mask_file = None if part.chat is None else stack.enter_context(open(part.prefix + ".mask", "wb"))
@@ -72,13 +72,14 @@ def make_part(part: Part) -> dict[str, Any]:
                 num_bad += 1
                 bad.extend([(record.where(), str(tokens))] if len(bad) < MAX_NAMED_RECORDS else [])
                 continue
-            ids, ranges, is_apart = tokens
+            ids, ranges, is_apart, without = tokens
             if not ids:
                 continue
             file.write(np.fromiter(ids, part.dtype, len(ids)))
             file.write(end)
             lengths.append(len(ids) + end.size)
             last_apart &= is_apart
+            without_reasoning += without
             if mask_file is not None:
                 mask = _mask(ranges, lengths[-1])
                 mask_file.write(mask)
@@ -87,6 +88,7 @@ def make_part(part: Part) -> dict[str, Any]:
     tokens = sum(lengths)
     counts: dict[str, int] = {"documents": len(lengths), "tokens": tokens, "bad_records": num_bad}
     counts |= {"counted_tokens": tokens if part.chat is None else counted, "last_apart": last_apart}
+    counts["without_reasoning"] = without_reasoning
     manifest = {"key": part.key, "inputs": [asdict(piece) for piece in part.pieces], **counts, "bad": bad}
     write_atomically(Path(part.prefix + ".json"), json.dumps(manifest))
     return manifest

@@ -36,7 +36,7 @@ from distill_nemo.runtime.output_lock import OutputLock
 
 COUNTS = ("documents", "tokens", "counted_tokens", "bad_records")
 MIN_PART_BYTES = 1 << 20  # of input: less than a second of work for one process
-RENDERING = 5  # changes with the tokens or masks that a conversation becomes, so that older parts are made again
+RENDERING = 6  # changes with the tokens or masks that a conversation becomes, so that older parts are made again
 MAX_PARTS = 10_000  # approximate; parts of huge inputs are larger
 
 
@@ -206,7 +206,11 @@ def _total(made: list[dict], max_bad: int, sources: list[str]) -> dict[str, Any]
         raise ValueError(f"nothing to tokenise: no document in {', '.join(sources[:3])} has any text")
     if num_bad:
         print("\n".join([f"skipped {message} (max_bad_records = {max_bad}):", *lines]))
-    return {**totals, "bad": bad[:MAX_NAMED_RECORDS], "last_apart": all(part.get("last_apart", True) for part in made)}
+    without = sum(part.get("without_reasoning", 0) for part in made)
+    if without:
+        print(f"{without:,} answers of earlier turns count without their reasoning, which the chat template leaves out")
+    last_apart = all(part.get("last_apart", True) for part in made)
+    return {**totals, "bad": bad[:MAX_NAMED_RECORDS], "last_apart": last_apart, "without_reasoning": without}
 
 
 def _join(parts: list[Part], tokens: dict[int, str], packing: Packing | None) -> dict[str, Any]:

@@ -44,7 +44,7 @@ CHATS = {
     "reasoning in turns": {"messages": [USER, FOUR | THOUGHT, AGAIN, NINE | THOUGHT]},
     "reasoning with tools": {"messages": [USER, CALLS | THOUGHT, RESULT, FOUR | THOUGHT], "tools": TOOLS},
 }
-LATER, REFUSED = "depends on what follows", "is refused by the chat template"
+REFUSED = "is refused by the chat template"
 NO_TOOLS, NO_REASON = "has tools that the chat template leaves out", r"has reasoning in message \d .* leaves out"
 LLAMA_CALL = '{"name": "add", "parameters": {"a": 2}}<|eot_id|>'
 QWEN_CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call>'
@@ -111,7 +111,8 @@ EXPECTED: dict[str, tuple[str, list[list[str] | str]]] = {
         MISTRAL,
         [
             *(ended("</s>", "four"), ended("</s>", "four", "nine")),
-            *(ended("</s>", f"[TOOL_CALLS][{MISTRAL_CALL}]", "four"), LATER),
+            ended("</s>", f"[TOOL_CALLS][{MISTRAL_CALL}]", "four"),
+            ended("</s>", f"[TOOL_CALLS][{MISTRAL_CALL}]", "four", "nine"),
             ended("</s>", f"[TOOL_CALLS][{MISTRAL_CALL}{MISTRAL_CALL}]", "four"),
             *(NO_REASON, NO_REASON, NO_REASON),
         ],
@@ -144,9 +145,12 @@ EXPECTED: dict[str, tuple[str, list[list[str] | str]]] = {
     "gpt-oss": (
         GPT_OSS,
         [
-            *([f"{OSS_FINAL}four<|return|>"], LATER, [OSS_CALL, f"{OSS_FINAL}four<|return|>"], LATER),
-            r"has tool_calls in message 1 .* leaves out",
-            *([f"{ANALYSIS}{OSS_FINAL}four<|return|>"], LATER, LATER),
+            *([f"{OSS_FINAL}four<|return|>"], [f"{OSS_FINAL}four", f"{OSS_FINAL}nine<|return|>"]),
+            [OSS_CALL, f"{OSS_FINAL}four<|return|>"],
+            [OSS_CALL, f"{OSS_FINAL}four", f"{OSS_FINAL}nine<|return|>"],
+            *(r"has tool_calls in message 1 .* leaves out", [f"{ANALYSIS}{OSS_FINAL}four<|return|>"]),
+            [f"{OSS_FINAL}four", f"{ANALYSIS}{OSS_FINAL}nine<|return|>"],
+            [OSS_CALL, f"{ANALYSIS}{OSS_FINAL}four<|return|>"],
         ],
     ),
     "Phi-3": (
@@ -214,41 +218,57 @@ def test_words_that_look_like_the_template_do_not_move_the_boundaries_of_earlier
         assert counted(directory, template, record) == ended("<|im_end|>", content, content, "nine")
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("{{- '<|im_start|>system", "{{- messages[1].content | length }}{{- '<|im_start|>system"),
-        ("{%- if add_generation_prompt -%}", "{{ messages[1].content | length }}{%- if add_generation_prompt -%}"),
-        ("{{ words }}", "{{ words }}{{ words }}"),
-        ("{{ words }}", "{{ words[:6] }}"),
-        ("assistant\\n' }}{%- set thought", "assistant:\\n' }}{%- set thought"),
-        ("{{ words }}", "{{ words }}{{ '<|eot_id|>' if not loop.last else '' }}"),
-        ("{{ words }}", "{{ words }}{{ '.' if not loop.last else '' }}"),
-        ("{{ words }}", "{{ words }}{{ '.' if words[0] == '7' else '' }}"),
-        ("{{ words }}", "{{ words }}{{ '.' if words[0] == 'q' else '' }}"),
-        (
-            "'<|im_end|>\\n' }}\n{%- elif m.role == 'tool'",
-            "'<|im_end|>' + '\\n' * (m.content | length) }}\n{%- elif m.role == 'tool'",
-        ),
-        (
-            "'<|im_end|>\\n' }}\n{%- elif m.role == 'tool'",
-            "'<|im_end|>' + '\\n' * (m.content | length < 6) }}\n{%- elif m.role == 'tool'",
-        ),
-    ],
-    ids=[
-        *("text before", "text after", "written twice", "cut", "another prompt", "another end", "no end"),
-        *(
-            "other text for numbers",
-            "other text for a word",
-            "other text after long answers",
-            "other text after short answers",
-        ),
-    ],
-)
-def test_an_earlier_turn_whose_surroundings_are_not_certain_is_refused(directory: Path, old: str, new: str):
-    assert old in QWEN3
-    found = counted(directory, QWEN3.replace(old, new), CHATS["turns"])
+AFTER_WORDS = "'<|im_end|>\\n' }}\n{%- elif m.role == 'tool'"
+UNCERTAIN = {
+    "text before": (QWEN3, "{{- '<|im_start|>system", "{{- messages[1].content | length }}{{- '<|im_start|>system"),
+    "text after": (QWEN3, "{%- if add_gen", "{{ messages[1].content | length }}{%- if add_gen"),
+    "written twice": (QWEN3, "{{ words }}", "{{ words }}{{ words }}"),
+    "cut": (QWEN3, "{{ words }}", "{{ words[:6] }}"),
+    "another prompt": (QWEN3, "assistant\\n' }}{%- set thought", "assistant:\\n' }}{%- set thought"),
+    "no end": (QWEN3, "{{ words }}", "{{ words }}{{ '.' if not loop.last else '' }}"),
+    "other text for numbers": (QWEN3, "{{ words }}", "{{ words }}{{ '.' if words[0] == '7' else '' }}"),
+    "other text for a word": (QWEN3, "{{ words }}", "{{ words }}{{ '.' if words[0] == 'q' else '' }}"),
+    "other text after long answers": (
+        *(QWEN3, AFTER_WORDS),
+        AFTER_WORDS.replace("'<|im_end|>\\n'", "'<|im_end|>' + '\\n' * (m.content | length)"),
+    ),
+    "other text after short answers": (
+        *(QWEN3, AFTER_WORDS),
+        AFTER_WORDS.replace("'<|im_end|>\\n'", "'<|im_end|>' + '\\n' * (m.content | length < 6)"),
+    ),
+    "other text after long questions": (MISTRAL, "'[/INST]'", "'[/INST]' ~ m.content | length"),
+    "a call with another end": (MISTRAL, "']' + eos_token", "']' + eos_token * loop.last"),
+    "a call whose end depends on its name": (
+        MISTRAL,
+        "']' + eos_token",
+        "']' * (call.function.name | length) + eos_token",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNCERTAIN)
+def test_an_earlier_turn_whose_surroundings_are_not_certain_is_refused(directory: Path, name: str):
+    template, old, new = UNCERTAIN[name]
+    assert old in template
+    record = CHATS["tools, then turns" if template is MISTRAL else "turns"]
+    found = counted(directory, template.replace(old, new), record)
     assert isinstance(found, str), found
+
+
+def test_an_end_that_no_last_answer_has_does_not_count(directory: Path):
+    """As gpt-oss ends earlier answers. A model that learnt to write that token would not stop."""
+    template = QWEN3.replace("{{ words }}", "{{ words }}{{ '<|eot_id|>' if not loop.last else '' }}")
+    assert counted(directory, template, CHATS["turns"]) == ["four", "nine<|im_end|>"]
+
+
+def test_tools_that_a_template_moves_to_the_last_question_move_no_boundary(directory: Path):
+    """As Mistral does, which also refuses an answer between a question and a tool's result."""
+    raising = "{%- for m in messages -%}{%- if m.role == 'tool' and messages[loop.index0 - 1].content -%}"
+    raising += "{{ raise_exception('no call') }}{%- endif -%}{%- endfor -%}"
+    record = {"messages": [USER, CALLS, RESULT, CALLS, RESULT, FOUR, AGAIN, CALLS, RESULT, NINE], "tools": TOOLS}
+    call = f"[TOOL_CALLS][{MISTRAL_CALL}]"
+    for template in (MISTRAL, raising + MISTRAL):
+        assert counted(directory, template, record) == ended("</s>", call, call, "four", call, "nine")
 
 
 @pytest.mark.parametrize("content", ["ends with </think>", "ends with <|call|>\n", "<think><|end|>"])

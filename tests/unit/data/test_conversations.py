@@ -88,15 +88,18 @@ def test_exactly_the_assistants_words_and_their_end_count(tmp_path: Path, name: 
     assert documents(prefix, only_last=True)[0][1] == answers[-1:]
 
 
-def test_a_template_that_ends_earlier_turns_otherwise_is_refused_but_for_the_last_answer(tmp_path: Path):
-    chat = {"messages": [USER, FOUR, AGAIN, NINE | {"reasoning_content": "three times"}]}
-    with pytest.raises(ValueError, match=r"in\.jsonl:1 is rendered .* message 1 .* set loss_on=last"):
-        prepared(tmp_path, [chat], GPT_OSS)
-    prefix = prepared(tmp_path, [chat], GPT_OSS, loss_on="last")
-    answer = (
-        "<|channel|>analysis<|message|>three times<|end|><|start|>assistant<|channel|>final<|message|>nine<|return|>"
-    )
-    assert documents(prefix)[0][1] == [answer]
+def test_earlier_answers_lose_their_reasoning_and_end_where_the_template_drops_it_and_the_user_is_told(
+    tmp_path: Path, capsys
+):
+    thinking = {"reasoning_content": "three times"}
+    chat, final = {"messages": [USER, FOUR | thinking, AGAIN, NINE | thinking]}, "<|channel|>final<|message|>"
+    answer = f"<|channel|>analysis<|message|>three times<|end|><|start|>assistant{final}nine<|return|>"
+    assert documents(prepared(tmp_path, [chat], GPT_OSS))[0][1] == [f"{final} The answer is four. ", answer]
+    told = "1 answers of earlier turns count without their reasoning, which the chat template leaves out\n"
+    assert told in capsys.readouterr().out
+    (tmp_path / "last").mkdir()
+    assert documents(prepared(tmp_path / "last", [chat], GPT_OSS, loss_on="last"))[0][1] == [answer]
+    assert "without their reasoning" not in capsys.readouterr().out
 
 
 def test_a_token_over_the_boundary_is_refused(tmp_path: Path):
