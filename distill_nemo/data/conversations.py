@@ -51,6 +51,12 @@ def record_of(value: object) -> object:
     return {"messages": value} if is_list else value
 
 
+def is_message(value: object) -> bool:
+    """Return True if a JSON value is a message, by its keys."""
+    roles, contents = ("role", "from"), ("content", "value", "tool_calls")
+    return isinstance(value, dict) and any(key in value for key in roles) and any(key in value for key in contents)
+
+
 def format_of(names: Collection[str], text_key: str) -> Format | None:
     """Return the format of a record with these keys or columns; None if they fit none."""
     if any(key in names for key in CONVERSATION_KEYS):

@@ -11,7 +11,9 @@ import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
+
+from distill_nemo.data.json_values import json_layout
 
 KINDS = {
     "text": (".txt", ".text", ".md", ".py"),
@@ -28,8 +30,7 @@ KNOWN = (
     f"Known are {' '.join(SUFFIXES)}, and all but {' '.join(KINDS['parquet'] + KINDS['arrow'])} also compressed, with "
     f"{' '.join(CODECS)} behind"
 )
-MESSAGES = re.compile(rb'\[\s*\{\s*"(role|from)"\s*:')  # a line that is a conversation, not an array of records
-HEAD_BYTES = 1 << 16  # read to find out what a file holds
+MAX_MAGIC = 64  # bytes at a file's beginning that tell its content
 BLOCK_BYTES = 1 << 16  # read at a time
 OTHER_CONTENT = {
     "gzip": rb"\x1f\x8b",
@@ -85,6 +86,11 @@ def open_input(path: Path) -> BinaryIO:
     return io.BufferedReader(pyarrow.input_stream(str(path), compression=CODECS[compression]))
 
 
+def open_text(path: Path) -> TextIO:
+    """Open a text file. Bytes that are not UTF-8 become surrogates, which make a record bad."""
+    return io.TextIOWrapper(open_input(path), "utf-8-sig", errors="surrogateescape", newline="")
+
+
 class _Xz(io.RawIOBase):
     """Decompressor of all streams of an .xz file. `lzma.open` silently ends before a stream with a damaged header."""
 
@@ -115,7 +121,7 @@ class _Xz(io.RawIOBase):
 
 
 def layout(path: Path) -> str:
-    """Return a file's format: text, jsonl, json (an array, or a value over several lines), csv, tsv, parquet or arrow.
+    """Return a file's format: text, csv, tsv, parquet, arrow, or what `json_layout` finds.
 
     Raises:
         ValueError: if the content is not what the suffix says.
@@ -128,23 +134,14 @@ def layout(path: Path) -> str:
         if compression and not path.stat().st_size:
             raise ValueError(f"it is empty, which no whole {compression} file is")
         with open_input(path) as file:
-            head = file.read(HEAD_BYTES)
+            head = file.read(MAX_MAGIC)
         for name, pattern in OTHER_CONTENT.items():
             if re.match(pattern, head, re.S):
                 raise ValueError(f"it holds {name}, which its suffix does not say")
-        return _json_layout(head) if kind == "json" else kind
-
-
-def _json_layout(head: bytes) -> str:
-    """Return "jsonl", unless the file is an array, or begins with an object of several lines."""
-    begins = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    line, _, following = (piece.strip() for piece in begins.partition(b"\n"))
-    are_lists = line.endswith(b"]") and (following.startswith(b"[") or MESSAGES.match(line))
-    if line == b"{" or (begins.startswith(b"[") and not are_lists):
-        return "json"
-    if b"\r" in begins.rstrip() and b"\n" not in head:
-        raise ValueError("its lines end in CR alone")
-    return "jsonl"
+        if kind != "json":
+            return kind
+        with open_text(path) as file:
+            return json_layout(file)
 
 
 @contextlib.contextmanager

@@ -1,24 +1,66 @@
-"""Read JSON values from a file that does not hold one per line: an array, or a sequence of values."""
+"""Read JSON values from a file that does not hold one per line: an array, or a sequence of values.
+
+Imports nothing heavy, since every worker process of `prepare` imports this module.
+"""
 
 import json
 import re
 from collections.abc import Iterator
-from typing import TextIO
+from typing import Literal, TextIO
+
+from distill_nemo.data.conversations import is_message
 
 CHUNK_CHARACTERS = 1 << 20
+HEAD_CHARACTERS = 1 << 16  # read to find out what a file holds, and more if its first value is larger
 MAX_WORD = 16  # characters that mean nothing until they are whole, such as -Infinity and \ud83d\ude00
 BLANK = re.compile(r"[ \t\r\n]*")
 
 
-def json_values(file: TextIO) -> Iterator[object]:
+def json_layout(file: TextIO) -> Literal["jsonl", "json", "lists"]:
+    """Return how a file holds its records.
+
+    Its first value tells: one per line (jsonl); as elements of an array, or objects over several lines (json); or as
+    lists of messages over several lines (lists). A value that is broken is a bad record of a line, or ends an array.
+
+    Raises:
+        ValueError: if lines end in CR alone.
+    """
+    scanner = _Scanner(file, HEAD_CHARACTERS)
+    begins_list = scanner.peek() == "["
+    try:
+        if begins_list and not scanner.holds_value():
+            scanner.skip("[")
+            if not is_message(scanner.value()):
+                return "json"
+            file.seek(0)
+            scanner = _Scanner(file, HEAD_CHARACTERS)
+        value, text = scanner.value_and_text()
+    except json.JSONDecodeError:
+        return "json" if begins_list else "jsonl"
+    following = scanner.following(2)
+    more = bool(scanner.peek())
+    if following[:1] == "\r" and following != "\r\n" and more:
+        raise ValueError("its lines end in CR alone")
+    are_messages = isinstance(value, list) and value != [] and all(map(is_message, value))
+    if "\n" in text:
+        return "lists" if are_messages else "json"
+    is_line = are_messages or (more and following[:1] in ("\r", "\n"))
+    return "json" if begins_list and not is_line else "jsonl"
+
+
+def json_values(file: TextIO, of_array: bool = True) -> Iterator[object]:
     """Yield the values in `file`, with only one value and a chunk of text in memory.
+
+    Args:
+        file: an array or a sequence of values.
+        of_array: yield the elements of an array, and not the array.
 
     Raises:
         ValueError: if the JSON is broken or truncated, with the number of the last value before that.
     """
-    scanner, number = _Scanner(file), 0
+    scanner, number = _Scanner(file, CHUNK_CHARACTERS), 0
     try:
-        for value in _elements(scanner) if scanner.skip("[") else _sequence(scanner):
+        for value in _elements(scanner) if of_array and scanner.skip("[") else _sequence(scanner):
             yield value
             number += 1
     except json.JSONDecodeError as error:
@@ -44,8 +86,8 @@ def _elements(scanner: "_Scanner") -> Iterator[object]:
 class _Scanner:
     """Position in a text of which only a part is in memory."""
 
-    def __init__(self, file: TextIO) -> None:
-        self.file, self.text, self.at = file, "", 0
+    def __init__(self, file: TextIO, chunk: int) -> None:
+        self.file, self.chunk, self.text, self.at = file, chunk, "", 0
 
     def peek(self) -> str:
         """Return the next character that is not blank; "" at the end."""
@@ -54,7 +96,7 @@ class _Scanner:
             self.at = blank.end() if blank else self.at
             if self.at < len(self.text):
                 return self.text[self.at]
-            self.text, self.at = self.file.read(CHUNK_CHARACTERS), 0
+            self.text, self.at = self.file.read(self.chunk), 0
             if not self.text:
                 return ""
 
@@ -64,7 +106,25 @@ class _Scanner:
         self.at += there
         return there
 
+    def following(self, count: int) -> str:
+        """Return the next characters, blanks included."""
+        if len(self.text) - self.at < count:
+            self._grow()
+        return self.text[self.at : self.at + count]
+
+    def holds_value(self) -> bool:
+        """Return True if the text in memory holds all of the next value."""
+        try:
+            json.JSONDecoder().raw_decode(self.text, self.at)
+        except json.JSONDecodeError:
+            return False
+        return True
+
     def value(self) -> object:
+        """Decode the next value."""
+        return self.value_and_text()[0]
+
+    def value_and_text(self) -> tuple[object, str]:
         """Decode the next value, doubling the text until it holds the value's end, or an error before the text's."""
         self.peek()
         while True:
@@ -76,11 +136,11 @@ class _Scanner:
                     raise
             else:
                 if end < len(self.text) or not self._grow():  # a number at the end of the text may continue
-                    self.at = end
-                    return value
+                    begin, self.at = self.at, end
+                    return value, self.text[begin:end]
 
     def _grow(self) -> bool:
         kept = self.text[self.at :]
-        more = self.file.read(max(CHUNK_CHARACTERS, len(kept)))
+        more = self.file.read(max(self.chunk, len(kept)))
         self.text, self.at = kept + more, 0
         return bool(more)

@@ -3,7 +3,6 @@
 Imports nothing heavy, since every worker process of `prepare` imports this module.
 """
 
-import io
 import itertools
 import json
 import sys
@@ -11,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from distill_nemo.data.conversations import (
     HAS_ZEROS,
@@ -24,7 +23,7 @@ from distill_nemo.data.conversations import (
     format_of,
     record_of,
 )
-from distill_nemo.data.formats import BLOCK_BYTES, errors_named, is_compressed, layout, open_input
+from distill_nemo.data.formats import BLOCK_BYTES, errors_named, is_compressed, layout, open_input, open_text
 from distill_nemo.data.json_values import json_values
 from distill_nemo.data.tables import (
     DELIMITERS,
@@ -96,10 +95,11 @@ def schema_of(paths: list[Path], text_key: str) -> Schema:
 
 def _keys(path: Path, kind: str) -> Iterator[list[str]]:
     """Yield the keys of a JSON file's first records."""
-    if kind not in ("json", "jsonl"):
+    if kind not in ("json", "jsonl", "lists"):
         return
-    with _open_text(path) as file:
-        values = json_values(file) if kind == "json" else map(_value_if_any, filter(str.strip, file))
+    with open_text(path) as file:
+        lines = map(_value_if_any, filter(str.strip, file))
+        values = lines if kind == "jsonl" else json_values(file, of_array=kind == "json")
         records = map(record_of, itertools.islice(values, FIRST_RECORDS))
         yield from (list(record) for record in records if isinstance(record, dict))
 
@@ -146,7 +146,7 @@ def _check_columns(path: Path, names: list[str], schema: Schema) -> None:
 def _columns(path: Path, kind: str) -> list[str]:
     """Return the names of a table's columns; empty for other files and for an empty table."""
     if kind in DELIMITERS:
-        with _open_text(path) as file:
+        with open_text(path) as file:
             return next(csv_rows(file, kind), (0, []))[1]
     return parquet_columns(path) if kind == "parquet" else arrow_columns(path) if kind == "arrow" else []
 
@@ -196,13 +196,13 @@ def _read_lines(piece: FilePiece, schema: Schema) -> Iterator[Record]:
 
 
 def _read_json(piece: FilePiece, schema: Schema) -> Iterator[Record]:
-    with _open_text(Path(piece.path)) as file:
-        for number, value in enumerate(json_values(file), start=1):
+    with open_text(Path(piece.path)) as file:
+        for number, value in enumerate(json_values(file, of_array=piece.kind == "json"), start=1):
             yield _of_object(value, schema, partial("{}, record {}".format, piece.path, number))
 
 
 def _read_csv(piece: FilePiece, schema: Schema) -> Iterator[Record]:
-    with _open_text(Path(piece.path)) as file:
+    with open_text(Path(piece.path)) as file:
         rows = csv_rows(file, piece.kind)
         names = next(rows, (0, []))[1]
         for line, row in rows:
@@ -228,16 +228,12 @@ READERS = {
     "text": _read_text,
     "jsonl": _read_lines,
     "json": _read_json,
+    "lists": _read_json,
     "csv": _read_csv,
     "tsv": _read_csv,
     "parquet": _read_parquet,
     "arrow": _read_arrow,
 }
-
-
-def _open_text(path: Path) -> TextIO:
-    """Open a text file. Bytes that are not UTF-8 become surrogates, which make a record bad."""
-    return io.TextIOWrapper(open_input(path), "utf-8-sig", errors="surrogateescape", newline="")
 
 
 def _of_line(raw: bytes, schema: Schema, where: Callable[[], str]) -> Record:

@@ -256,13 +256,13 @@ def test_an_earlier_turn_whose_surroundings_are_not_certain_is_refused(directory
 
 
 def test_an_end_that_no_last_answer_has_does_not_count(directory: Path):
-    """As gpt-oss ends earlier answers. A model that learnt to write that token would not stop."""
+    """Ends as gpt-oss writes them. A model that learnt to write such a token would not stop."""
     template = QWEN3.replace("{{ words }}", "{{ words }}{{ '<|eot_id|>' if not loop.last else '' }}")
     assert counted(directory, template, CHATS["turns"]) == ["four", "nine<|im_end|>"]
 
 
 def test_tools_that_a_template_moves_to_the_last_question_move_no_boundary(directory: Path):
-    """As Mistral does, which also refuses an answer between a question and a tool's result."""
+    """Mistral does so, and also refuses an answer between a question and a tool's result."""
     raising = "{%- for m in messages -%}{%- if m.role == 'tool' and messages[loop.index0 - 1].content -%}"
     raising += "{{ raise_exception('no call') }}{%- endif -%}{%- endfor -%}"
     record = {"messages": [USER, CALLS, RESULT, CALLS, RESULT, FOUR, AGAIN, CALLS, RESULT, NINE], "tools": TOOLS}

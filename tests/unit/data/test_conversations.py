@@ -163,8 +163,9 @@ def test_lines_and_elements_may_be_lists_of_messages(tmp_path: Path):
     chats = [[USER, FOUR], [USER, FOUR, AGAIN, NINE]]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     (tmp_path / "b.json").write_text(json.dumps(chats))
+    (tmp_path / "c.json").write_text("\n".join(json.dumps(chat, indent=2) for chat in chats))
     tokenizer = write_tokenizer(tmp_path / "tokenizer", CHATML)
-    for name in ("a.jsonl", "b.json"):
+    for name in ("a.jsonl", "b.json", "c.json"):
         prepare([str(tmp_path / name)], str(tmp_path / f"{name}_out"), tokenizer, progress=False)
         assert [len(counted) for _, counted in documents(str(tmp_path / f"{name}_out"))] == [1, 2]
 

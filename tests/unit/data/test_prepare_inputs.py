@@ -265,6 +265,39 @@ def test_json_values_do_not_depend_on_how_much_is_read_at_once(tmp_path, monkeyp
         assert list(json_values.json_values(file)) == expected
 
 
+ASKED, ANSWERED = {"role": "user", "content": "a"}, {"content": "b", "role": "assistant"}
+LAYOUTS = {
+    "lines": ("jsonl", '{"text": "BIG"}\n{"text": "b"}\n'),
+    "lines of lists": (
+        "jsonl",
+        f"{json.dumps([ASKED, ANSWERED])}\n{json.dumps([ASKED, ANSWERED])}".replace("b", "BIG", 1),
+    ),
+    "a list of messages": ("jsonl", json.dumps([ANSWERED, ASKED]).replace("b", "BIG", 1)),
+    "a list of messages over lines": ("lists", json.dumps([ANSWERED, ASKED], indent=2).replace("b", "BIG", 1)),
+    "an array in a line": ("json", '[{"text": "BIG"}, {"text": "b"}]'),
+    "an array over lines": ("json", json.dumps([{"text": "BIG"}, {"text": "b"}], indent=2)),
+    "an array of lists": ("json", json.dumps([[{"role": "user", "content": "BIG"}], [ASKED]])),
+    "an array of mails": ("json", '[{"from": "a", "text": "BIG"}]'),
+    "objects over lines": ("json", '{ "text": "BIG",\n "id": 1}\n{ "text": "b",\n "id": 2}\n'),
+    "a broken line": ("jsonl", '{"text": "BIG\n{"text": "b"}\n'),
+    "a broken line of a list": ("jsonl", '[1]\n{"text": "BIG"}\n'),
+}
+
+
+@pytest.mark.parametrize("size", [1, 100, 10_000])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_layout_of_a_file_does_not_depend_on_the_size_of_its_first_record(monkeypatch, name, size):
+    expected, text = LAYOUTS[name]
+    monkeypatch.setattr(json_values, "HEAD_CHARACTERS", 200)
+    assert json_values.json_layout(io.StringIO(text.replace("BIG", "x" * size), newline="")) == expected
+
+
+def test_lines_that_end_in_cr_alone_are_refused_whatever_their_length():
+    file = io.StringIO('{"text": "' + "x" * 100_000 + '"}\r{"text": "b"}\r', newline="")
+    with pytest.raises(ValueError, match="its lines end in CR alone"):
+        json_values.json_layout(file)
+
+
 @pytest.mark.parametrize("broken", ['"b" 1', '"b": 1, "c": \n}', '"b": "\\x"', '"b": "\n"', '"b": tru'])
 def test_broken_json_does_not_pull_the_rest_of_the_file_into_memory(monkeypatch, broken):
     monkeypatch.setattr(json_values, "CHUNK_CHARACTERS", 100)
