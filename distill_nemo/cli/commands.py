@@ -105,7 +105,7 @@ def prepare(
             all but the last two also compressed.
         output: prefix of the files to write.
         tokenizer: a Hugging Face tokenizer directory, or a name on the Hub.
-        text_key: JSON key or column that holds the text.
+        text_key: JSON key or column of the text; with format=chat, of messages that stand under no known key.
         format: chat (messages, conversations), instruction (prompt/completion, instruction/output, question/answer),
             preference (chosen) or text; by default as the keys of the first record say.
         loss_on: tokens of conversations that count: assistant (default), last (its last turn) or all.

@@ -6,6 +6,7 @@ Imports nothing heavy, since every worker process of `prepare` imports this modu
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Literal, get_args
 
 Format = Literal["text", "chat", "instruction", "preference"]
@@ -17,14 +18,18 @@ ROLES: dict[str, str] = {role: role for role in get_args(Role)} | {  # as ShareG
     "gpt": "assistant",
     "chatgpt": "assistant",
     "model": "assistant",
+    "bot": "assistant",
+    "function_call": "assistant",
     "observation": "tool",
 }
 CONVERSATION_KEYS = ("messages", "conversations", "conversation")
+TEXT_KEY = "text"  # unless another is stated
 PAIRS = (
-    *(("prompt", "completion"), ("prompt", "response"), ("question", "answer")),
-    *(("instruction", "output"), ("instruction", "response")),
+    *(("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("question", "response")),
+    *(("instruction", "output"), ("instruction", "response"), ("query", "response"), ("problem", "solution")),
 )
-FURTHER = ("tools", "input", "context", "system")  # read beside the keys of a format
+SYSTEM = ("system", "system_prompt")
+FURTHER = ("tools", "input", "context", "label", *SYSTEM)  # read beside the keys of a format
 TEXTS = (None, "text", "input_text", "output_text")  # types of a content's parts
 KEPT = ("name", "tool_call_id")  # fields of a message besides those that are checked
 REASONING = ("reasoning_content", "reasoning", "thinking")  # names of one field
@@ -74,25 +79,29 @@ def columns_of(kind: Format, names: Collection[str], text_key: str) -> list[str]
     """Return the keys or columns that a format reads, of those that are there."""
     wanted = {
         "text": (text_key,),
-        "chat": (*CONVERSATION_KEYS, "tools", "system"),
+        "chat": (*_chat_keys(text_key), "tools", *SYSTEM),
         "instruction": tuple(name for pair in PAIRS for name in pair) + FURTHER,
         "preference": ("prompt", "chosen", *FURTHER),
     }[kind]
     return [name for name in names if name in wanted]
 
 
-def conversation_of(record: Mapping[str, Any], kind: Format) -> Conversation:
+def conversation_of(record: Mapping[str, Any], kind: Format, key: str = TEXT_KEY) -> Conversation:
     """Return the conversation that a record holds.
 
     Args:
         record: the record's keys or columns.
         kind: chat, instruction or preference. Of a preference, the chosen answer is taken.
+        key: key or column of a chat's messages, if it is none of the known ones.
 
     Raises:
         RecordError: if the record is of another format, has an unknown role, or no answer at its end.
     """
-    messages = {"chat": _chat, "instruction": _instruction, "preference": _preference}[kind](record)
-    system = _string_if_any(record, "system")
+    if kind == "chat":
+        messages = _chat(record, _chat_keys(key))
+    else:
+        messages = _instruction(record) if kind == "instruction" else _preference(record)
+    system = next(filter(None, (_string_if_any(record, name) for name in SYSTEM)), "")
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
     if messages[-1]["role"] != "assistant":
@@ -100,14 +109,20 @@ def conversation_of(record: Mapping[str, Any], kind: Format) -> Conversation:
     return Conversation(messages, _tools(record.get("tools")))
 
 
-def _chat(record: Mapping[str, Any]) -> list[Message]:
-    for key in CONVERSATION_KEYS:
+def _chat_keys(key: str) -> tuple[str, ...]:
+    return CONVERSATION_KEYS if key == TEXT_KEY else (key, *CONVERSATION_KEYS)
+
+
+def _chat(record: Mapping[str, Any], keys: tuple[str, ...]) -> list[Message]:
+    for key in keys:
         if record.get(key) is not None:
             return _messages(record[key], key)
-    raise RecordError(f"has none of the keys {', '.join(CONVERSATION_KEYS)}; it has {_names(record)}")
+    raise RecordError(f"has none of the keys {', '.join(keys)}; it has {_names(record)}")
 
 
 def _instruction(record: Mapping[str, Any]) -> list[Message]:
+    if record.get("label") is False:  # of an unpaired preference
+        raise RecordError('has the "label" false, so its answer is not to be learnt')
     for question, answer in PAIRS:
         asked, answered = record.get(question), record.get(answer)
         if asked is None or answered is None:
@@ -147,6 +162,9 @@ def _turn(value: Any, key: str, role: Role) -> list[Message]:
 def _messages(value: Any, key: str) -> list[Message]:
     if isinstance(value, str):  # JSON in a column of text
         value = _decoded(value, key)
+    if isinstance(value, Mapping) and value and all(isinstance(entry, list) for entry in value.values()):
+        columns = zip_longest(*value.values())  # as `datasets` stores a sequence of objects
+        value = [dict(zip(value, row, strict=True)) for row in columns]
     if not isinstance(value, list):
         raise RecordError(f'has a "{key}" of type {type(value).__name__}, not a text or a list of messages')
     if not value:
@@ -158,12 +176,18 @@ def _message(entry: Any, where: str) -> Message:
     if not isinstance(entry, Mapping):
         raise RecordError(f"has a {where} that is not an object")
     named, content = _first(entry, ("role", "from")), _first(entry, ("content", "value"))
-    if not isinstance(named, str) or named not in ROLES:
+    role = ROLES.get(named.lower()) if isinstance(named, str) else None
+    if role is None:
         raise RecordError(f"has in {where} the role {named!r:.40}; known are {', '.join(ROLES)}")
     if entry.get("function_call") is not None:
         raise RecordError(f"has in {where} a function_call, which templates do not read: write it as tool_calls")
     further = {name: entry[name] for name in KEPT if entry.get(name) is not None}
-    if calls := entry.get("tool_calls"):
+    calls = entry.get("tool_calls")
+    if named == "function_call":  # ShareGPT's, of which the text is the call
+        functions = _decoded(content, where) if isinstance(content, str) else content
+        functions = functions if isinstance(functions, list) else [functions]
+        content, calls = None, [{"type": "function", "function": function} for function in functions]
+    if calls:
         further["tool_calls"] = _calls(calls, where)
     if reasoning := _first(entry, REASONING):
         if not isinstance(reasoning, str):
@@ -171,7 +195,7 @@ def _message(entry: Any, where: str) -> Message:
         further |= {"reasoning_content": reasoning, "thinking": reasoning}  # templates read one or the other
     if not _is_learnt(entry, where):
         further["train"] = False
-    return {"role": ROLES[named], "content": _text(content, where, bool(calls or reasoning)), **further}
+    return {"role": role, "content": _text(content, where, bool(calls or reasoning)), **further}
 
 
 def _first(entry: Mapping[str, Any], names: tuple[str, ...]) -> Any:
@@ -220,11 +244,13 @@ def called(call: Mapping[str, Any]) -> Mapping[str, Any]:
 def _call(call: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return a tool call with its arguments as an object, as templates read them; OpenAI writes them as JSON text."""
     function = called(call)
-    if not isinstance(function.get("arguments"), str):
-        return dict(call)
-    arguments = _decoded(function["arguments"], f"{where}.arguments")
+    if not isinstance(function.get("name"), str):
+        raise RecordError(f"has in {where} a tool call without a name")
+    arguments = function.get("arguments") or "{}"  # none are an empty object
+    if isinstance(arguments, str):
+        arguments = _decoded(arguments, f"{where}.arguments")
     if not isinstance(arguments, dict):
-        raise RecordError(f"has in {where}.arguments a text that is not a JSON object")
+        raise RecordError(f"has in {where}.arguments a value of type {type(arguments).__name__}, not an object")
     decoded = {**function, "arguments": arguments}
     return decoded if function is call else {**call, "function": decoded}
 

@@ -79,7 +79,7 @@ def prepare(
             per line, row or element.
         output: path prefix of the token files.
         tokenizer: a Hugging Face tokenizer directory. Code in it is not run.
-        text_key: JSON key or column of the text.
+        text_key: JSON key or column of the text; with format=chat, of messages that stand under no known key.
         append_eod: end every document with the tokenizer's eos token.
         num_workers: processes; None means one per available core.
         max_bad_records: number of records that may be skipped before the job fails.
@@ -203,7 +203,8 @@ def _total(made: list[dict], max_bad: int, sources: list[str]) -> dict[str, Any]
         advice = f"more than max_bad_records = {max_bad}; mend them or raise the limit:"
         raise ValueError("\n".join([f"{message}, {advice}", *lines]))
     if not totals["documents"]:
-        raise ValueError(f"nothing to tokenise: no document in {', '.join(sources[:3])} has any text")
+        others = "\n".join([f"; {message}:", *lines]) if num_bad else ""
+        raise ValueError(f"nothing to tokenise: no document in {', '.join(sources[:3])} has any text{others}")
     if num_bad:
         print("\n".join([f"skipped {message} (max_bad_records = {max_bad}):", *lines]))
     without = sum(part.get("without_reasoning", 0) for part in made)

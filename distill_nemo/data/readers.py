@@ -38,6 +38,7 @@ from distill_nemo.data.tables import (
 if TYPE_CHECKING:
     import pyarrow
 
+MESSAGES_AT = ", or format=chat and text_key to its messages"
 FIRST_RECORDS = 100  # of a file, that are searched for a known format
 _COUNTED: dict[tuple[Path, int, int], tuple[int, int]] = {}  # bytes and their lines, see `_count_lines`
 
@@ -136,8 +137,11 @@ def _check_columns(path: Path, names: list[str], schema: Schema) -> None:
     listed, key = ", ".join(names), schema.text_key
     if schema.kind == "text" and names.count(key) != 1:
         number = "more than one" if key in names else "no"
-        raise ValueError(f'{path} has {number} column "{key}"; it has {listed}. Set text_key to one of them')
-    if schema.kind != "text" and format_of(names, "") != schema.kind:
+        raise ValueError(
+            f'{path} has {number} column "{key}"; it has {listed}. Set text_key to one of them, or{MESSAGES_AT}'
+        )
+    is_chat = schema.kind == "chat" and key in names
+    if schema.kind != "text" and not is_chat and format_of(names, "") != schema.kind:
         raise ValueError(f"{path} has no columns of format {schema.kind}; it has {listed}")
     if len(set(names)) != len(names):
         raise ValueError(f"{path} has more than one column of one name; it has {listed}")
@@ -251,16 +255,18 @@ def _of_object(value: object, schema: Schema, where: Callable[[], str]) -> Recor
     if not isinstance(value, dict):
         return Record("", f"is a {type(value).__name__}, not an object", where)
     if schema.kind != "text":
-        return _of_conversation(value, schema.kind, where)
+        return _of_conversation(value, schema, where)
     key = schema.text_key
     if key not in value:
-        return Record("", f'has no key "{key}" (it has {", ".join(list(value)[:5]) or "none"})', where)
+        listed = ", ".join(list(value)[:5]) or "none"
+        way_out = f"set text_key to its text{MESSAGES_AT}"
+        return Record("", f'has no key "{key}" (it has {listed}): {way_out}', where)
     return _of_text(value[key], key, where)
 
 
-def _of_conversation(value: dict[str, Any], kind: Format, where: Callable[[], str]) -> Record:
+def _of_conversation(value: dict[str, Any], schema: Schema, where: Callable[[], str]) -> Record:
     try:
-        return Record(conversation_of(value, kind), "", where)
+        return Record(conversation_of(value, schema.kind, schema.text_key), "", where)
     except RecordError as error:
         return Record("", str(error), where)
 

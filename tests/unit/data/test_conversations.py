@@ -134,6 +134,15 @@ SHAPES = {
     "prompt and completion": ("instruction", {"prompt": USER["content"], "completion": FOUR["content"]}),
     "messages in a pair": ("instruction", {"prompt": [USER], "completion": [FOUR]}),
     "instruction": ("instruction", {"instruction": USER["content"], "input": "", "output": FOUR["content"]}),
+    "OpenOrca": ("instruction", {"system_prompt": "", "question": USER["content"], "response": FOUR["content"]}),
+    "query": ("instruction", {"query": USER["content"], "response": FOUR["content"]}),
+    "problem": ("instruction", {"problem": USER["content"], "solution": FOUR["content"]}),
+    "desired": ("instruction", {"prompt": USER["content"], "completion": FOUR["content"], "label": True}),
+    "roles in capitals": ("chat", {"messages": [USER | {"role": "User"}, FOUR | {"role": "BOT"}]}),
+    "columns of messages": (
+        "chat",
+        {"messages": {"role": ["user", "assistant"], "content": [USER["content"], FOUR["content"]], "name": []}},
+    ),
     "Dolly": ("instruction", {"instruction": USER["content"], "context": "", "response": FOUR["content"]}),
     "messages alone": ("chat", [USER, FOUR]),
     "question": ("instruction", {"question": USER["content"], "answer": FOUR["content"]}),
@@ -185,6 +194,47 @@ def test_tool_calls_may_be_text_or_without_a_wrapper(tmp_path: Path, calls: list
     assert counted == ['<tool_call>add {"a": 2, "b": 2}</tool_call><|im_end|>']
 
 
+@pytest.mark.parametrize("arguments", [{}, {"arguments": ""}, {"arguments": None}, {"arguments": "{}"}])
+def test_a_call_without_arguments_has_an_empty_object(tmp_path: Path, arguments: dict):
+    call = {"function": {"name": "now"} | arguments}
+    _, counted = documents(prepared(tmp_path, [{"messages": [USER, FOUR | {"content": None, "tool_calls": [call]}]}]))[
+        0
+    ]
+    assert counted == ["<tool_call>now {}</tool_call><|im_end|>"]
+
+
+def test_a_function_call_of_sharegpt_is_a_tool_call(tmp_path: Path):
+    turns = [{"from": "function_call", "value": json.dumps(CALL["function"])}, {"from": "observation", "value": "4"}]
+    chat = {"conversations": [SHAREGPT[0], *turns, SHAREGPT[1]], "tools": json.dumps(TOOLS)}
+    found = documents(prepared(tmp_path, [chat], "{{ tools | tojson }}" + CHATML))
+    (tmp_path / "openai").mkdir()
+    as_openai = {"messages": TOOL_CHAT, "tools": TOOLS}
+    assert found == documents(prepared(tmp_path / "openai", [as_openai], "{{ tools | tojson }}" + CHATML))
+
+
+def test_messages_may_stand_under_a_key_that_is_named(tmp_path: Path):
+    rows = [{"dialog": [USER, FOUR], "text": "x"}]
+    pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
+    source = write(tmp_path / "in.jsonl", rows)
+    with pytest.raises(ValueError, match="or format=chat and text_key to its messages"):
+        prepared(tmp_path, source, text_key="words")
+    for path in (source, str(tmp_path / "in.parquet")):
+        (tmp_path / Path(path).suffix).mkdir()
+        prefix = prepared(tmp_path / Path(path).suffix, path, format="chat", text_key="dialog")
+        assert documents(prefix)[0][1] == [" The answer is four. <|im_end|>"]
+
+
+def test_if_all_records_are_bad_they_are_named(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"no document .*; 2 bad records:\n.*ends with a message of the user"):
+        prepared(tmp_path, [{"messages": [USER]}] * 2, max_bad_records=9)
+
+
+def test_an_answer_that_is_not_desired_is_not_learnt(tmp_path: Path):
+    record = {"prompt": USER["content"], "completion": FOUR["content"]}
+    with pytest.raises(ValueError, match=r'in\.jsonl:2 has the "label" false'):
+        prepared(tmp_path, [record | {"label": True}, record | {"label": False}])
+
+
 def test_a_template_for_tools_is_used_for_conversations_with_tools(tmp_path: Path):
     from transformers import PreTrainedTokenizerFast
 
@@ -223,6 +273,7 @@ def test_keys_of_another_rows_tools_are_left_out(tmp_path: Path):
     assert found[0][1] == [' The answer is four. <tool_call>add {"a": 2}</tool_call><|im_end|>']
 
 
+ADD = {"name": "add"}
 BAD = {
     "ends with a message of the user": [CHAT, {"messages": [USER, FOUR, USER]}],
     r'the role .robot.; known are .*human': [CHAT, {"messages": [USER | {"role": "robot"}, FOUR]}],
@@ -232,11 +283,16 @@ BAD = {
     'has a "messages" of type int, not a text or a list of messages': [CHAT, {"messages": 4}],
     "has none of the keys messages, .* it has id, messages = null": [CHAT, {"id": 4, "messages": None}],
     "a content of type NoneType": [CHAT, {"messages": [USER, FOUR | {"content": None}]}],
-    "that is not JSON": [CHAT, {"messages": [USER, FOUR | {"tool_calls": [{"function": {"arguments": "{"}}]}]}],
+    "that is not JSON": [CHAT, {"messages": [USER, FOUR | {"tool_calls": [ADD | {"arguments": "{"}]}]}],
     r"the role .'user'.; known are": [CHAT, {"messages": [USER | {"role": ["user"]}, FOUR]}],
     "a function_call, which templates do not read": [CHAT, {"messages": [USER, FOUR | {"function_call": {}}]}],
     "tool_calls that are not a list": [CHAT, {"messages": [USER, FOUR | {"tool_calls": CALL}]}],
-    "that is not a JSON object": [CHAT, {"messages": [USER, FOUR | {"tool_calls": [{"arguments": "3"}]}]}],
+    "a value of type int, not an object": [CHAT, {"messages": [USER, FOUR | {"tool_calls": [ADD | {"arguments": "3"}]}]}],
+    "a tool call without a name": [CHAT, {"messages": [USER, FOUR | {"tool_calls": [{"arguments": {}}]}]}],
+    r"conversations.\[1\] a text that is not JSON": [
+        CHAT,
+        {"conversations": [*SHAREGPT[:1], {"from": "function_call", "value": "add"}, *SHAREGPT]},
+    ],
     "with parts other than text": [CHAT, {"messages": [USER | {"content": [{"type": "image", "text": "A"}]}, FOUR]}],
     'under "system" a value of type dict': [CHAT, CHAT | {"system": {}}],
     "a reasoning of type list": [CHAT, {"messages": [USER, FOUR | {"reasoning_content": ["so"]}]}],
