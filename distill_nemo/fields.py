@@ -3,14 +3,16 @@
 No torch: the launcher imports this file and must start quickly.
 """
 
+import contextlib
 import difflib
 import inspect
 import math
 import operator
+import re
 import reprlib
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, field, fields, is_dataclass
 from typing import Any
 
@@ -170,3 +172,18 @@ def suggest(word: str, allowed: Iterable[str]) -> str:
 def first_few(items: list[str], most: int = 5) -> list[str]:
     """Return the first `most` items and, where there are more, how many."""
     return items[:most] + ([f"and {len(items) - most} more"] if len(items) > most else [])
+
+
+@contextlib.contextmanager
+def fields_named(names: Mapping[str, str]) -> Iterator[None]:
+    """Give fields in the text of a `ValueError` the names that they have in the command that was typed.
+
+    Args:
+        names: by the names in another command, whose code the block shares.
+    """
+    try:
+        yield
+    except ValueError as error:
+        known = "|".join(map(re.escape, names))
+        error.args = (re.sub(rf"(?<![\w./-])({known})(?![\w/])", lambda found: names[found[0]], str(error)),)
+        raise

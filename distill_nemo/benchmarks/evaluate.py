@@ -18,7 +18,7 @@ from distill_nemo.checkpoint.export import export
 from distill_nemo.checkpoint.hub_models import named
 from distill_nemo.checkpoint.identity import NamedFiles, content_hashes, remember_hashes, weight_files
 from distill_nemo.config import DataConfig, ExportConfig, ParallelismConfig, StudentConfig, TeacherConfig
-from distill_nemo.fields import require
+from distill_nemo.fields import fields_named, require
 from distill_nemo.job_config import EvaluateConfig, words_of
 from distill_nemo.models.quantisation import is_modelopt
 from distill_nemo.models.sources import CheckpointKind, find_checkpoint
@@ -28,7 +28,7 @@ from distill_nemo.reports.scores import SCORES, Score, Scores, add_results, scor
 from distill_nemo.runtime.files import read_object, write_atomically
 from distill_nemo.runtime.output_lock import OutputLock
 from distill_nemo.runtime.process_groups import of_all_ranks, process_groups, rank
-from distill_nemo.training.evaluate import evaluate_on
+from distill_nemo.training.evaluate import check_evaluation, evaluate_on
 
 A_DAY = ParallelismConfig(timeout_minutes=24 * 60)  # ranks may take long over their share of a task
 ARGUMENTS = ("limit", "num_fewshot", "apply_chat_template", "batch_size", "dtype")
@@ -117,20 +117,45 @@ def held_out(config: EvaluateConfig) -> list[Row]:
     layout = config.parallelism or ParallelismConfig()
     cache = f"{config.output}/index_cache" if config.output else None
     teacher = TeacherConfig(checkpoint=config.teacher, vocab_size=config.vocab_size) if config.teacher else None
+    texts = {
+        domain: DataConfig(train=[prefix], valid=[prefix], sequence_length=config.sequence_length)
+        for domain, prefix in config.domains.items()
+    }
+    students = {
+        name: StudentConfig(checkpoint=path, vocab_size=config.vocab_size)
+        for name, path in config.models.items()
+        if name != "teacher"
+    }
+    for name, student in students.items():  # all, before any is measured
+        for data in texts.values():
+            with fields_named(_as_typed(name)):
+                check_evaluation(data, student, teacher, layout)
     rows: list[Row] = []
-    for domain, prefix in config.domains.items():
-        data = DataConfig(train=[prefix], valid=[prefix], sequence_length=config.sequence_length)
-        ending = f", {domain}" if len(config.domains) > 1 else ""
-        for name, path in config.models.items():
-            if name == "teacher":
-                continue
-            student = StudentConfig(checkpoint=path, vocab_size=config.vocab_size)
+    for domain, data in texts.items():
+        ending = f", {domain}" if len(texts) > 1 else ""
+        for name, student in students.items():
             means = evaluate_on(data, student, teacher, config.samples, layout, cache=cache)
             gc.collect()  # a distillation model refers to itself, and would stay in memory beside the next one
             rows.append(row(f"{name}{ending}", means) | {"means": means})
         if teacher is not None:
             rows.append(row(f"teacher{ending}", {"lm_loss": rows[-1]["means"]["teacher_lm_loss"]}))
     return rows
+
+
+def _as_typed(name: str) -> dict[str, str]:
+    """Return the names of fields by those of a run whose student is the model `name`."""
+    return {
+        "data.train": "data",
+        "data.valid": "data",
+        "data.sequence_length": "sequence_length",
+        "student.checkpoint": name,
+        "teacher.checkpoint": "teacher",
+        "student.vocab_size": f"vocab_size of the {name}",
+        "teacher.vocab_size": "vocab_size of the teacher",
+        "the student's": f"the {name}'s",
+        "student and teacher": f"{name} and teacher",
+        "set both to": "set vocab_size to",
+    }
 
 
 def ready_models(paths: dict[str, str], config: EvaluateConfig, output: Path) -> list[Model]:

@@ -22,7 +22,7 @@ from distill_nemo.executors import EXECUTORS, WatchedExperiment, check_launch, d
 from distill_nemo.executors.known import descriptor_of
 from distill_nemo.executors.preflight import check_fits_nodes
 from distill_nemo.executors.worker_config import job_config_of
-from distill_nemo.fields import require, takes_fields_of
+from distill_nemo.fields import fields_named, require, takes_fields_of
 from distill_nemo.planning.gpus import UTILISATION, find_gpu
 from distill_nemo.pruning.entry import prune
 from distill_nemo.pruning.stages import CompressConfig, check_compress, fewest_nodes
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 DEFAULT_RECIPE = "minitron"
 # Fields of the stages' configs, and those of a compression that they come from.
 TYPED = {"model": "teacher", "output_dir": "output", "data": "data.train"}
+OF_STAGES = {"student.checkpoint": "teacher", "teacher.checkpoint": "teacher"}
 
 
 @dataclass(frozen=True)
@@ -142,9 +143,10 @@ def launch(
 
 @contextlib.contextmanager
 def _fields_as_typed() -> Iterator[None]:
-    """Name the fields of a compression in errors of its stages, at whose beginning they stand."""
+    """Name the fields of a compression in errors of its stages: short ones stand at the beginning alone."""
     try:
-        yield
+        with fields_named(OF_STAGES):
+            yield
     except ValueError as error:
         field = re.match(r"\w+(?=:| = )", str(error))
         raise ValueError(f"{TYPED.get(field[0], field[0])}{str(error)[field.end() :]}" if field else error) from None

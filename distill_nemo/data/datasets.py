@@ -33,6 +33,7 @@ from distill_nemo.runtime.host_memory import available_memory
 from distill_nemo.teacher_store.codecs.codec import Field
 
 ORDER_BYTES = 24  # of a sample's place and of its number, while the order is built
+TOKEN_BYTES = 56  # of a token, its label, position and mask, in a sample and in the batch that it is copied into
 ORDER = "pass by pass"  # order of the samples, part of the cache's key
 OpenWindows = dict[str, Windows | None]  # by prefix; None for documents to be spliced
 
@@ -45,6 +46,7 @@ def build_datasets(
     num_valid_samples: int,
     vocab_size: int,
     targets: dict[str, Field] | None = None,
+    cache_field: str = "data.cache",
 ) -> tuple[Dataset, Dataset | None]:
     """Return the training and validation samples of a run, shuffled by `training.data_seed`, else `training.seed`.
 
@@ -60,6 +62,7 @@ def build_datasets(
         num_valid_samples: the same for validation; with 0 none is built.
         vocab_size: number of ids of the model, without padding.
         targets: a teacher's targets to read from stores, by name; None: this rank needs none.
+        cache_field: field of the command that decides `cache_dir`, for errors.
 
     Returns:
         Two datasets whose items are dicts of tokens, labels, loss_mask and position_ids, each [sequence_length]; with
@@ -79,7 +82,7 @@ def build_datasets(
     common |= {"loss_on": data.loss_on, "reset_at_documents": data.reset_at_documents}
     common |= {"documents_apart": documents_apart(data), "targets": targets}
     config = _dataset_config(data, blends, windows, num_valid_samples, **common)
-    built = _build(sizes, config, path)
+    built = _build(sizes, config, path, cache_field)
     _publish(path, final)
     train, valid = built[Split.train.value], built[Split.valid.value]
     assert train is not None and (valid is not None or not num_valid_samples), "Megatron built no dataset"
@@ -104,6 +107,25 @@ def check_number_of_samples(stated: str, number: int) -> None:
     )
 
 
+def check_micro_batch(field: str, number: int, sequence_length: int) -> None:
+    """Refuse a micro batch that this host's memory cannot hold, before its samples are read.
+
+    Args:
+        field: that states the number.
+        number: of samples.
+        sequence_length: their tokens.
+
+    Raises:
+        ValueError: with the bytes that are needed, and those that there are.
+    """
+    needed, free = number * sequence_length * TOKEN_BYTES, available_memory()
+    require(
+        needed <= free,
+        f"{field} = {number}: so many samples of {sequence_length:,} tokens take {needed / 2**30:,.0f} GiB of memory, "
+        f"and this host has {free / 2**30:,.0f} GiB left; state fewer",
+    )
+
+
 def samples_of_a_pass(data: DataConfig) -> int:
     """Return the number of whole samples in all of `data.train`, of files that `check_corpora` accepts.
 
@@ -120,7 +142,8 @@ def samples_of_a_pass(data: DataConfig) -> int:
         tokens = int(sizes[: round(share * len(sizes))].sum(dtype=np.int64))
         found += max(tokens - (windows is None), 0) // data.sequence_length  # the last token of documents is a label
     if not found:
-        raise ValueError(f"data.train holds no whole sample of {data.sequence_length} tokens: prepare more text")
+        where = f'the first share of data.split = "{data.split}"' if share < 1 else "data.train"
+        raise ValueError(f"{where} holds no whole sample of {data.sequence_length} tokens: prepare more text")
     return found
 
 
@@ -166,7 +189,7 @@ def _dataset_config(
     return config
 
 
-def _build(sizes: list[int], config: DatasetConfig, path: Path) -> list[Any]:
+def _build(sizes: list[int], config: DatasetConfig, path: Path, cache_field: str) -> list[Any]:
     """Run Megatron's builder, which turns a disk error on rank 0 into advice about its own options."""
     try:
         built = BlendedMegatronDatasetBuilder(TokenDataset, sizes, lambda: True, config).build()
@@ -182,7 +205,7 @@ def _build(sizes: list[int], config: DatasetConfig, path: Path) -> list[Any]:
         there = next(parent for parent in path.absolute().parents if parent.exists())
         raise OSError(
             f"the index cache {path.parent} could not be written ({shutil.disk_usage(there).free / 2**30:.2f} GiB "
-            f"free): {cause}. Free space, or name another directory: data.cache"
+            f"free): {cause}. Free space, or name a directory on another disk: {cache_field}"
         ) from error
 
 

@@ -10,6 +10,7 @@ from modelopt.torch.opt.conversion import ModeloptStateManager
 from torch import nn
 
 from distill_nemo.config import DistillationConfig, ParallelismConfig, StudentConfig, TeacherConfig
+from distill_nemo.fields import require
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.huggingface import load_hf_weights
 from distill_nemo.models.checkpoints.megatron import check_megatron_tensors, load_megatron_weights
@@ -18,6 +19,7 @@ from distill_nemo.models.distillation.convert import attach, convert_to_distilla
 from distill_nemo.models.distillation.objective import LanguageModelling
 from distill_nemo.models.distillation.offload import HostWeights
 from distill_nemo.models.distillation.stored_targets import StoredTeacher, learn_from_store
+from distill_nemo.models.families.tensors import num_parameters
 from distill_nemo.models.layers.experts import initialise_experts, keep_expert_bias, keep_experts_apart
 from distill_nemo.models.megatron import Recompute, gpt_model, transformer_config
 from distill_nemo.models.quantizers.calibrate import calibrate_weights, check_calibrated
@@ -25,6 +27,7 @@ from distill_nemo.models.quantizers.convert import quantize
 from distill_nemo.models.resolve import resolve, resolve_pair, with_headers
 from distill_nemo.models.sources import CheckpointKind
 from distill_nemo.runtime.device import setup_device
+from distill_nemo.runtime.host_memory import available_memory
 from distill_nemo.runtime.seed import seed_apart
 
 # Offset between the seeds of stages, which would otherwise draw equal weights. Experts' seeds are closer together.
@@ -120,6 +123,7 @@ def _build(
     if load_weights:
         model = _with_checked_weights(model)  # before memory is taken for them
     source = model.source
+    check_fits_host(model, kwargs["parallelism"], kwargs["dtype"])
     config = transformer_config(model, kwargs.pop("parallelism"), kwargs.pop("dtype"), recompute)
     stage = own_stage(kwargs["vp_stage"])
     with seed_apart(STAGES_APART * stage) if stage else contextlib.nullcontext():
@@ -135,6 +139,22 @@ def _build(
     if load_weights:
         _load(built, model)
     return built
+
+
+def check_fits_host(model: Architecture, parallelism: ParallelismConfig, dtype: torch.dtype) -> None:
+    """Refuse a model whose weights alone exceed this host's memory, before any is taken. GPUs have their own.
+
+    Raises:
+        ValueError: with the bytes that are needed, and those that there are.
+    """
+    ranks = parallelism.tensor_model_parallel_size * parallelism.pipeline_model_parallel_size
+    needed = num_parameters(model) * dtype.itemsize // (ranks * parallelism.expert_model_parallel_size)
+    free = available_memory()
+    require(
+        setup_device().type == "cuda" or needed <= free,
+        f"{model.name}: {num_parameters(model):,} parameters take {needed / 2**30:,.0f} GiB of memory on a rank, and "
+        f"this host has {free / 2**30:,.0f} GiB left: state smaller sizes, or use more ranks",
+    )
 
 
 def _load(built: GPTModel, model: Architecture) -> None:

@@ -57,16 +57,29 @@ def resolve(model: ModelConfig | Architecture) -> Architecture:
     Raises:
         ValueError: if the checkpoint is missing or its architecture unsupported, a field contradicts it, a required
             field has no value, or a Hugging Face checkpoint's tensors do not fit its config. The message names the
-            checkpoint, if there is one.
+            checkpoint or, of random weights, the field as a run states it: student.num_layers.
     """
     if isinstance(model, Architecture):
         return model
     try:
         return _resolve(model)
     except ValueError as error:
-        if model.checkpoint is None or model.checkpoint in str(error):
+        if model.checkpoint is None:
+            raise ValueError(_of_role(_role(model), str(error))) from None
+        if model.checkpoint in str(error):
             raise
         raise ValueError(f"{model.checkpoint}: {error}") from None
+
+
+def _role(model: ModelConfig) -> str:
+    return type(model).__name__.removesuffix("Config").lower()
+
+
+def _of_role(role: str, message: str) -> str:
+    """Return a message about a model without a name, whose field, where it begins with one, has its section."""
+    message = message.removeprefix(f"{role}: ")
+    names_field = message.partition(" ")[0].rstrip(":") in {field.name for field in dataclasses.fields(ModelConfig)}
+    return f"{role}{'.' if names_field else ': '}{message}"
 
 
 def _resolve(model: ModelConfig) -> Architecture:
@@ -81,7 +94,7 @@ def _resolve(model: ModelConfig) -> Architecture:
         if given is None:
             values[name] = value
     _check_complete(model.checkpoint, values, described)
-    name = model.checkpoint or type(model).__name__
+    name = model.checkpoint or _role(model)
     _check_sizes(name, values)
     values |= {field: value for field, value in _defaults(values).items() if values[field] is None}
     _check_values(name, values)

@@ -40,7 +40,7 @@ class Calibration:
     def of(cls, config: PruneConfig, vocab_size: int, cache: Path) -> "Calibration":
         """Build the samples. Collective."""
         count = config.samples + config.held_out_samples
-        samples, _ = build_datasets(data_config(config), TrainingConfig(), cache, count, 0, vocab_size)
+        samples, _ = build_datasets(data_config(config), TrainingConfig(), cache, count, 0, vocab_size, None, "output")
         return cls(samples, config.samples, config.held_out_samples, config.sequence_length)
 
     def tokens_sha256(self) -> str:

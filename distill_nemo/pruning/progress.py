@@ -1,5 +1,6 @@
 """Scores and losses that an interrupted call left in its unfinished directory. Read and written on rank 0."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -20,29 +21,33 @@ def write_progress(directory: Path, identity: str, scores: Scores, losses: list[
     tensors = {name: vars(scores)[name] for name in OF_THE_MODEL}
     for part in OF_LAYERS:
         tensors |= {f"{part}.{layer}": value for layer, value in vars(scores)[part].items()}
+    tensors = {name: each.contiguous() for name, each in tensors.items()}
     metadata = {"identity": identity, "losses": json.dumps(losses)}
     folder = directory / PROGRESS
     folder.mkdir(exist_ok=True)
-    write_atomically(folder / FILE, save({name: each.contiguous() for name, each in tensors.items()}, metadata))
+    write_atomically(folder / FILE, save(tensors, metadata | {"sha256": _sha256(tensors, metadata)}))
 
 
-def earlier_losses(directory: Path, identity: str) -> list[float]:
-    """Return the losses that a call of the same identity wrote; none if there was no such call."""
+def earlier_progress(directory: Path, identity: str) -> tuple[Scores, list[float]] | None:
+    """Return what a call of the same identity wrote; None if there was no such call, or its file is damaged."""
     try:
         with safe_open(directory / PROGRESS / FILE, "pt") as file:
             metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError):
-        return []
-    return json.loads(metadata["losses"]) if metadata.get("identity") == identity else []
-
-
-def earlier_scores(directory: Path) -> Scores:
-    """Return the scores beside `earlier_losses`."""
-    with safe_open(directory / PROGRESS / FILE, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        return None
+    stated = metadata.pop("sha256", None)
+    if metadata.get("identity") != identity or stated != _sha256(tensors, metadata):
+        return None
     by_layer: dict[str, dict[int, Tensor]] = {part: {} for part in OF_LAYERS}
     for name in tensors.keys() - set(OF_THE_MODEL):
         part, layer = name.split(".")
         by_layer[part][int(layer)] = tensors[name]
     in_order = {part: dict(sorted(layers.items())) for part, layers in by_layer.items()}
-    return Scores(hidden=tensors["hidden"], layers=tensors["layers"], **in_order)
+    scores = Scores(hidden=tensors["hidden"], layers=tensors["layers"], **in_order)
+    return scores, json.loads(metadata["losses"])
+
+
+def _sha256(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """Return a hash of all that the file holds beside it."""
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode() + save(tensors)).hexdigest()

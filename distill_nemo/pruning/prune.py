@@ -17,7 +17,7 @@ from distill_nemo.config import ParallelismConfig, PruneConfig, StudentConfig
 from distill_nemo.data.corpora import corpus_at
 from distill_nemo.data.datasets import samples_of_a_pass
 from distill_nemo.data.token_files import check_vocabulary, documents_apart
-from distill_nemo.fields import require
+from distill_nemo.fields import fields_named, require
 from distill_nemo.hub import recorded_name
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.huggingface import check_export, check_target, writing_export
@@ -30,8 +30,16 @@ from distill_nemo.models.source_check import refusal_of_sources
 from distill_nemo.pruning.calibration import Calibration, data_config, with_sample_length
 from distill_nemo.pruning.choice import Kept, Scores, choose, highest, kept_layers
 from distill_nemo.pruning.possible import files_of, possible_sizes
-from distill_nemo.pruning.progress import PROGRESS, earlier_losses, earlier_scores, write_progress
-from distill_nemo.pruning.record import RECORD, earlier_record, identity_of, kept_of, plain_scores, write_record
+from distill_nemo.pruning.progress import PROGRESS, earlier_progress, write_progress
+from distill_nemo.pruning.record import (
+    RECORD,
+    earlier_record,
+    identity_of,
+    kept_of,
+    plain_scores,
+    unfinished_record,
+    write_record,
+)
 from distill_nemo.pruning.search import target_parameters
 from distill_nemo.pruning.sizes import (
     Sizes,
@@ -50,6 +58,12 @@ from distill_nemo.training.data import check_tokenizers
 from distill_nemo.training.entry import check_length
 
 CACHE = "index_cache"
+AS_TYPED = {  # names of fields, by those of a run
+    "data.train": "data",
+    "data.split": "split",
+    "data.sequence_length": "sequence_length",
+    "student.checkpoint": "model",
+}
 
 
 def prune(config: PruneConfig) -> None:
@@ -68,7 +82,8 @@ def prune(config: PruneConfig) -> None:
     check_prunable(model)
     parallelism = config.parallelism or ParallelismConfig()
     possible = possible_sizes(model, config, parallelism, partial(evenly_spaced, model))
-    check_data(config, model)
+    with fields_named(AS_TYPED):
+        check_data(config, model)
     if warning := odd_widths(possible[0], model):
         _say(warning)
     files_of(model, torch.float32).check()  # the tokenizer too, before hours of scoring
@@ -128,7 +143,7 @@ class _Pruning:
 
     def run(self, possible: list[Sizes]) -> None:
         """Write the result into the directory, and compare it with transformers."""
-        earlier = self.everyone.on_rank_0(lambda: earlier_record(self.directory, self.identity))
+        earlier = self.everyone.on_rank_0(lambda: unfinished_record(self.directory, self.identity))
         if earlier is not None:
             _say("the scores of an interrupted call are used again")
         record = earlier or {"identity": self.identity, **self._chosen(possible)}
@@ -165,10 +180,11 @@ class _Pruning:
 
     def _scores(self) -> tuple[Scores | None, list[float]]:
         """Return the scores, on rank 0, and held-out losses: the source's, and those of candidates compared before."""
-        losses = self.everyone.on_rank_0(lambda: earlier_losses(self.directory, self.identity))
+        earlier = earlier_progress(self.directory, self.identity) if rank() == 0 else None
+        losses = self.everyone.on_rank_0(lambda: earlier[1] if earlier is not None else [])
         if losses:
             _say("the scores of an interrupted call are used again")
-            return (earlier_scores(self.directory) if rank() == 0 else None), losses
+            return (earlier[0] if earlier is not None else None), losses
         _say(f"scoring with {self.config.samples} samples of {self.config.sequence_length} tokens")
         chunk = self._stage(self.model)
         scores = self.calibration.scores(chunk, self.model)
@@ -237,7 +253,7 @@ class _Pruning:
 
     def _begin(self, record: dict[str, Any], cut: Architecture, tensors: CutTensors) -> None:
         """Write all but the weights. On rank 0."""
-        if earlier_record(self.directory, record["identity"]) is None:
+        if unfinished_record(self.directory, record["identity"]) is None:
             for file in self.directory.glob("*.safetensors"):
                 file.unlink()  # of another cut
         files_of(cut, DTYPES[next(iter(tensors.entries.values())).dtype]).write(self.directory)

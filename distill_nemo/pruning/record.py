@@ -37,7 +37,7 @@ def identity_of(config: PruneConfig, model: Architecture, possible: list[Sizes])
 
 
 def earlier_record(directory: Path, identity: str) -> dict[str, Any] | None:
-    """Return the record of an interrupted call that cut the same, or None."""
+    """Return the record of a call that cut the same, or None. Its other entries may be damaged."""
     try:
         record = read_object_if_any(directory / RECORD)
     except ValueError:
@@ -45,10 +45,26 @@ def earlier_record(directory: Path, identity: str) -> dict[str, Any] | None:
     return record if record.get("identity") == identity else None
 
 
+def unfinished_record(directory: Path, identity: str) -> dict[str, Any] | None:
+    """Return the record of an interrupted call that cut the same, as it was written, or None."""
+    record = earlier_record(directory, identity)
+    return record if record is not None and record.get("sha256") == _sha256(record) else None
+
+
 def write_record(directory: Path, record: dict[str, Any]) -> None:
-    """Write the record, a line for each of its entries."""
-    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in record.items()]
+    """Write the record, a line for each of its entries, and their hash."""
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in _hashed(record).items()]
     write_atomically(directory / RECORD, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _hashed(record: dict[str, Any]) -> dict[str, Any]:
+    plain = json.loads(json.dumps(record))  # with text in place of numbers of layers
+    return plain | {"sha256": _sha256(plain)}
+
+
+def _sha256(plain: dict[str, Any]) -> str:
+    others = {name: value for name, value in plain.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 def plain_scores(scores: Scores) -> dict[str, Any]:

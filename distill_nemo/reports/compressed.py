@@ -63,7 +63,7 @@ def _means(student: StudentConfig, config: RunConfig) -> dict[str, float]:
     cache = str(config.data.cache or Path(config.output_dir) / "index_cache")
     layout = config.parallelism.without_training()
     offload = config.distillation.offload_teacher
-    means = evaluate_on(config.data, student, config.teacher, samples, layout, cache=cache, offload_teacher=offload)
+    means = evaluate_on(config.data, student, config.teacher, samples, layout, 0, cache, "data.cache", offload)
     gc.collect()  # a distillation model refers to itself, and would stay in memory beside the next one
     return means
 

@@ -15,6 +15,7 @@ from distill_nemo.reports.scores import SCORES, read_scores
 from distill_nemo.runtime.metrics_file import finite
 
 MAX_RUNS, MAX_PROMPTS = 20, 20
+OF_A_RUN = ("config.yaml", "metrics.jsonl")  # a run has at least one of these
 SECONDS = 2.0  # between two looks at the metrics
 HELD_OUT = ("train", "valid", "split", "sequence_length")  # fields of `data` that decide what a run is evaluated on
 
@@ -25,8 +26,8 @@ def report(directories: list[str], output: str, prompts: list[str], scores: list
     Text is generated at the end. A report that follows ends with the last run, or at Ctrl-C.
 
     Raises:
-        ValueError: for too many runs or prompts, a directory that is missing or named twice, or none; for scores that
-            cannot be read; or if another process writes to `output`.
+        ValueError: for too many runs or prompts, a directory that is missing, no run, or named twice, or none; for
+            scores that cannot be read; or if another process writes to `output`.
     """
     _check(directories, prompts)
     for directory in scores:
@@ -59,6 +60,9 @@ def _check(directories: list[str], prompts: list[str]) -> None:
     missing = [directory for directory in directories if not Path(directory).is_dir()]
     if missing:
         raise ValueError(f"no such directory: {missing[0]}; name the output_dir of a run")
+    for directory in directories:
+        if not any((Path(directory) / name).is_file() for name in OF_A_RUN):
+            raise ValueError(f"{directory} holds neither {' nor '.join(OF_A_RUN)}: name the output_dir of a run")
     if len({Path(directory).resolve() for directory in directories}) < len(directories):
         raise ValueError(f"a run is named twice: {', '.join(directories)}; name each once")
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ def errors_in_one_screen() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, RuntimeError, ArithmeticError, OSError) as error:
+    except (ValueError, RuntimeError, ArithmeticError, OSError, MemoryError) as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank:
             time.sleep(RANK_0_SECONDS)
@@ -27,10 +28,23 @@ def errors_in_one_screen() -> Iterator[None]:
         while last is not None and last.tb_next is not None:
             last = last.tb_next
         module = last.tb_frame.f_globals.get("__name__", "") if last else ""
-        if not isinstance(error, OSError) and module.split(".")[0] not in ("distill_nemo", "recipes"):
+        error = _explained(error)
+        if not isinstance(error, OSError | MemoryError) and module.split(".")[0] not in ("distill_nemo", "recipes"):
             raise
         print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
+
+
+def _explained(error: Exception) -> Exception:
+    """Return an error of torch's or Python's allocators as a `MemoryError` that says what to do; others unchanged."""
+    of_torch = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    if not of_torch and not isinstance(error, MemoryError):
+        return error
+    cause = re.sub(r"^\[enforce.*?(?=DefaultCPUAllocator)", "", str(error).partition("\n")[0])
+    return MemoryError(
+        f"this host's memory ran out{f' ({cause})' if cause else ''}: lower the micro batch size, the sequence length, "
+        "the number of samples or the size of the models"
+    )
 
 
 def errors_of_a_rank() -> contextlib.AbstractContextManager[None]:

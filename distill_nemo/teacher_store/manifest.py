@@ -117,6 +117,11 @@ class Manifest:
         first = shard * self.windows_per_shard
         return range(first, min(first + self.windows_per_shard, self.num_windows))
 
+    @property
+    def largest_shard(self) -> int:
+        """Number of windows of the first shard; none has more."""
+        return len(self.windows_of(0))
+
 
 def shard_name(shard: int) -> str:
     """Return the name of a shard's file."""

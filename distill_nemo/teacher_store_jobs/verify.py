@@ -73,7 +73,8 @@ def run_verify(config: VerifyConfig) -> None:
             check_whole(config.teacher.checkpoint)
             seed_everything(0)
             dtype, encoder = resolve_dtype(manifest.dtype), partial(encode_and_count, manifest)
-            run = TeacherRun(model, config.parallelism, dtype, config.micro_batch_size, encoder)
+            size = min(config.micro_batch_size, manifest.largest_shard)
+            run = TeacherRun(model, config.parallelism, dtype, size, encoder)
             _ask_again(store, run, config.samples)
 
 

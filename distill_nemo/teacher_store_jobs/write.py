@@ -28,7 +28,7 @@ from distill_nemo.checks import check_job
 from distill_nemo.config import StoreConfig, TrainingConfig
 from distill_nemo.config_files import from_dict, to_dict
 from distill_nemo.data.corpora import check_corpora
-from distill_nemo.data.datasets import build_datasets, check_number_of_samples
+from distill_nemo.data.datasets import build_datasets, check_micro_batch, check_number_of_samples
 from distill_nemo.data.token_files import check_vocabulary, documents_apart
 from distill_nemo.fields import require
 from distill_nemo.models.architecture import Architecture
@@ -114,13 +114,15 @@ def _write(config: StoreConfig, model: Architecture, stop: StopSignal) -> int | 
     if not complete:
         check_whole(config.teacher.checkpoint)
     manifest = manifest_of(config, model, dtype)
+    size = min(config.micro_batch_size, manifest.largest_shard)
+    everyone.on_rank_0(partial(check_micro_batch, "micro_batch_size", size, manifest.sequence_length))
     everyone.on_rank_0(lambda: _begin(config, manifest))
     if complete:
         everyone.on_rank_0(lambda: print(f"{store} is complete: {_summary(store)}", flush=True))
         return None
     seed_everything(0)
     encoder = partial(encode_chunk, manifest)
-    run = TeacherRun(model, config.parallelism, dtype, config.micro_batch_size, encoder)
+    run = TeacherRun(model, config.parallelism, dtype, size, encoder)
     if manifest.codec == "hidden" and not everyone.on_rank_0((store / OUTPUT_LAYER).is_file):
         everyone.raise_errors(_output_layer_error(store, manifest, run))
     cache, training = Path(config.data.cache or store / INDEX_CACHE), TrainingConfig(seed=config.seed)

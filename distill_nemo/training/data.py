@@ -6,7 +6,7 @@ from typing import Any
 
 from distill_nemo.config import DataConfig, RunConfig
 from distill_nemo.data.corpora import check_corpora
-from distill_nemo.data.datasets import build_datasets, check_number_of_samples
+from distill_nemo.data.datasets import build_datasets, check_micro_batch, check_number_of_samples
 from distill_nemo.data.manifest import name_of, read_manifest, vocabulary
 from distill_nemo.data.token_files import OWN_TOKENIZER, check_vocabulary, named_corpora
 from distill_nemo.data.tokenizer import Tokenizer, load_tokenizer
@@ -23,8 +23,8 @@ def check_run_data(config: RunConfig, student: Architecture) -> None:
     Every file of every store is looked at, so one rank calls it for all.
 
     Raises:
-        ValueError: for files that are missing, empty, truncated, or of a larger vocabulary than the model's; and from
-            `check_stores` and `check_tokenizers`.
+        ValueError: for files that are missing, empty, truncated, or of a larger vocabulary than the model's; for more
+            samples than memory holds; and from `check_stores` and `check_tokenizers`.
     """
     check_corpora(config.data)
     train = config.training
@@ -32,6 +32,7 @@ def check_run_data(config: RunConfig, student: Architecture) -> None:
         count = getattr(train, name)
         stated = f"training.{name} = {count} of training.global_batch_size = {train.global_batch_size}"
         check_number_of_samples(stated, count * train.global_batch_size)
+    check_micro_batch("training.micro_batch_size", train.micro_batch_size, config.data.sequence_length)
     check_vocabulary(config.data, student.vocab_size)
     check_stores(config, student.vocab_size)
     check_tokenizers(config.data, checkpoints_of(config), student)

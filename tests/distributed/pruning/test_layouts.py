@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from distill_nemo.config import PruneConfig, StudentConfig
 from distill_nemo.models.resolve import resolve
+from distill_nemo.pruning.record import write_record
 from distill_nemo.pruning.sizes import sizes_of
 from tests.distillation import Layout
 from tests.modelopt_files import dequantised, write_modelopt
@@ -60,7 +61,7 @@ def content(directory):
     """Return the bytes of every file, and the record without what rounding changes."""
     files = {path.name: path.read_bytes() for path in sorted(Path(directory).iterdir())}
     record = json.loads(files.pop("pruning.json"))
-    scores = record.pop("scores")
+    scores, _ = record.pop("scores"), record.pop("sha256")
     return files, record, scores
 
 
@@ -118,7 +119,7 @@ def test_a_call_ended_by_kill_9_goes_on_with_its_scores(inputs, tmp_path, one):
         group.run(killed_before_its_file_is_whole, path, data, str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     record = tmp_path / ".out.partial/pruning.json"
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"marked": True}))
+    write_record(record.parent, json.loads(record.read_text()) | {"marked": True})
     for name in ("out", "other"):
         assert one.run(cut, path, data, str(tmp_path / name), Layout(), SIZES) == [None]
     resumed, other = content(tmp_path / "out"), content(tmp_path / "other")
@@ -178,6 +179,7 @@ def test_a_target_is_met_by_the_candidate_with_the_lowest_loss_also_after_kill_9
     [
         ({"num_experts": 2}, r"num_experts = 2: .*[^$]*can be cut to:"),
         ({"samples": 10**5}, r"samples = 100000 and held_out_samples = 4: .* holds [\d,]+ samples of 32 tokens"),
+        ({"split": "0,1"}, 'the first share of split = "0,1" holds no whole sample of 32 tokens'),
         ({"sequence_length": 129}, "sequence_length = 129 is longer than the model's max_position_embeddings"),
     ],
 )

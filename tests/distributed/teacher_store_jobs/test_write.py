@@ -201,6 +201,22 @@ def test_windows_are_the_samples_of_the_data_and_only_tokens_that_count_have_tar
     assert (stored["document_starts"].max(1) > 0).any()
 
 
+def test_a_micro_batch_is_no_larger_than_a_shard(corpus, one, tmp_path):
+    store = tmp_path / "store"
+    assert one.run(_largest_batch, tiny_store(corpus, store, shard_windows=5, micro_batch_size=40)) == [5]
+    assert one.run(_largest_batch, VerifyConfig(str(store), samples=13, micro_batch_size=40)) == [5]
+
+
+def _largest_batch(config):
+    from distill_nemo.teacher_store_jobs import teacher_run
+
+    sizes, collate = [], teacher_run.collate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teacher_run, "collate", lambda samples: sizes.append(len(samples)) or collate(samples))
+        (verify if isinstance(config, VerifyConfig) else write)(config)
+    return max(sizes)
+
+
 def _samples(corpus):
     from distill_nemo.config import TrainingConfig
     from distill_nemo.data.datasets import build_datasets

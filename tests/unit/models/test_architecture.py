@@ -412,7 +412,7 @@ def test_sizes_that_no_model_has_are_refused(field, value, message):
 
     with pytest.raises(ValueError) as raised:
         resolve(StudentConfig(**SHAPE | {field: value}))
-    assert f"StudentConfig: {message}" in str(raised.value)
+    assert f"student.{message}" in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -499,11 +499,11 @@ def test_fields_of_experts_go_with_a_family_that_has_them():
 
     random = resolve(StudentConfig(family="qwen3_moe", **(SHAPE | EXPERTS | {"ffn_hidden_size": None})))
     assert (random.ffn_hidden_size, random.experts.norm_topk_prob) == (48, True)
-    with pytest.raises(ValueError, match="the model needs num_experts_per_tok: set them"):
+    with pytest.raises(ValueError, match="student: the model needs num_experts_per_tok: set them"):
         resolve(StudentConfig(family="qwen3_moe", **(SHAPE | EXPERTS | {"num_experts_per_tok": None})))
     with pytest.raises(ValueError, match=r'num_experts = 4: family "qwen3" has no experts; .* or qwen3_moe'):
         resolve(StudentConfig(family="qwen3", num_experts=4, **SHAPE))
-    with pytest.raises(ValueError, match=r"StudentConfig: some of its layers have no experts; set ffn_hidden_size"):
+    with pytest.raises(ValueError, match=r"student: some of its layers have no experts; set ffn_hidden_size"):
         dense = {"ffn_hidden_size": None, "family_fields": {"mlp_only_layers": [1]}}
         resolve(StudentConfig(family="qwen3_moe", **(SHAPE | EXPERTS | dense)))
     blocks = [{"attention": {"num_query_groups": 4}, "mlp": {"ffn_hidden_size": 96}}] * 4

@@ -51,6 +51,20 @@ def logits(model):
         return model.eval()(TOKENS, torch.arange(12).expand(2, -1), None)[..., :507]
 
 
+def test_a_model_that_memory_cannot_hold_is_refused_before_it_is_built(one):
+    student = StudentConfig(
+        num_layers=10_000, hidden_size=2**14, ffn_hidden_size=2**16, num_attention_heads=128, vocab_size=507
+    )
+    with pytest.raises(ValueError, match=r"student: [\d,]+ parameters take [\d,]+ GiB of memory on a rank"):
+        one.run(in_one_process, built, student)
+
+
+def built(student):
+    from distill_nemo.models.provider import model_provider
+
+    model_provider(student=student, parallelism=ParallelismConfig())
+
+
 def provider(student, teacher=None):
     """Bind `model_provider` as a recipe does, and build it with Fiddle."""
     import fiddle as fdl

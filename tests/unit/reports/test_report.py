@@ -400,10 +400,17 @@ with OutputLock(run / "run.lock", "output_dir"):
 
 @pytest.mark.parametrize(
     ("directories", "message"),
-    [([], "name 1 to 20"), (["gone"], "no such directory: gone"), ([".", "./"], "a run is named twice")],
+    [
+        ([], "name 1 to 20"),
+        (["gone"], "no such directory: gone"),
+        (["a", "a/"], "a run is named twice"),
+        (["a", "."], r"\. holds neither config\.yaml nor metrics\.jsonl: name the output_dir of a run"),
+    ],
 )
 def test_what_cannot_be_reported_is_refused(tmp_path, monkeypatch, directories, message):
     monkeypatch.chdir(tmp_path)
+    Path("a").mkdir()
+    Path("a", "metrics.jsonl").touch()
     with pytest.raises(ValueError, match=message):
         report(directories, "report", [], [], follow=False)
 

@@ -69,6 +69,11 @@ def refused(group, inputs, output, changes=(), world_size=1):
         ({"student.num_layers": 3}, 1, "num_layers = 3 contradicts"),
         ({"data.train": ["no/such"]}, 1, "data.train: no file no/such.idx"),
         ({"training.steps": 10**12}, 1, "training.steps = 1000000000000 of training.global_batch_size = 4: the"),
+        (
+            {"training.micro_batch_size": 2**25, "training.global_batch_size": 2**25},
+            1,
+            "training.micro_batch_size = 33554432: so many samples of 32 tokens take 56 GiB of memory",
+        ),
         ({"data.tokenizer": "/no/such"}, 1, "no such tokenizer directory: /no/such"),
     ],
 )  # fmt: skip
