@@ -1,5 +1,6 @@
 """The datasets of a run: token files, blends and splits, built by Megatron with our dataset of each part."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -29,6 +30,8 @@ from distill_nemo.data.token_files import (
 )
 from distill_nemo.data.windows import Windows
 from distill_nemo.fields import require
+from distill_nemo.runtime.checksums import SUMS, sha256
+from distill_nemo.runtime.files import fsync, write_atomically
 from distill_nemo.runtime.host_memory import available_memory
 from distill_nemo.teacher_store.codecs.codec import Field
 
@@ -249,22 +252,47 @@ def _cache_key(options: list, blends: list[Blend | None], windows: OpenWindows) 
 
 
 def _cache_path(cache_dir: Path, key: str) -> tuple[Path, Path]:
-    """Return where to build or read the cache, and its final place. It is built aside, so it is whole or absent."""
+    """Return where to build or read the cache, and its final place. It is built aside, so it is whole or absent.
+
+    One that is not as it was written, as after a power loss, is removed: its order would be another, without a word.
+    """
     final = cache_dir / key
-    path = final if final.is_dir() else cache_dir / f"{key}.{uuid.uuid4().hex}.tmp"
+    chosen = [""]
+    if _is_first():
+        whole = _is_whole(final)
+        if final.is_dir() and not whole:
+            print(f"the index cache {final} is not whole: it is built again", flush=True)
+            shutil.rmtree(final, ignore_errors=True)
+        chosen = [str(final if whole else cache_dir / f"{key}.{uuid.uuid4().hex}.tmp")]
     if torch.distributed.is_initialized():
-        chosen = [str(path)]
         torch.distributed.broadcast_object_list(chosen, src=0)
-        path = Path(chosen[0])
-    return path, final
+    return Path(chosen[0]), final
+
+
+def _is_first() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def _is_whole(cache: Path) -> bool:
+    """Return True if the files of a cache are those that its sums name."""
+    try:
+        return (cache / SUMS).read_text(encoding="utf-8") == _sums(cache)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _sums(cache: Path) -> str:
+    files = sorted(file for file in cache.iterdir() if file.name != SUMS)
+    return "".join(f"{sha256(file)}  {file.name}\n" for file in files)
 
 
 def _publish(path: Path, final: Path) -> None:
     """Move a cache that all ranks have opened to its final place; mapped files stay mapped."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-    if path != final and (not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0):
-        try:
+    if path != final and _is_first():
+        with contextlib.suppress(OSError):  # another run was first, or no room; ours stays mapped where it is
+            write_atomically(path / SUMS, _sums(path))
+            for file in path.iterdir():
+                fsync(file)
             os.rename(path, final)
-        except OSError:  # another run was first; ours stays mapped where it is
-            pass

@@ -16,6 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
+from distill_nemo.fields import require
 from distill_nemo.models.architecture import padded_vocab_size
 from distill_nemo.models.checkpoints.pretrained import open_pretrained
 from distill_nemo.models.layers.context_parallel import in_sequence_order, split_batch
@@ -65,7 +66,7 @@ def logits_apart(
         everyone: all ranks; None: make a new `Everyone`.
 
     Raises:
-        ValueError: if transformers cannot compute the reference's logits, with its reason.
+        ValueError: if transformers cannot compute the reference's logits, with its reason; if no logits are finite.
     """
     everyone = everyone or Everyone()
     tokens_MS = _tokens(vocab_size)
@@ -73,7 +74,13 @@ def logits_apart(
 
     def apart() -> float:
         assert ours_MSV is not None
-        theirs_MSV = _reference_logits(open_reference(), tokens_MS)[..., :vocab_size].float()
+        reference = open_reference()
+        theirs_MSV = _reference_logits(reference, tokens_MS)[..., :vocab_size].float()
+        require(
+            bool(theirs_MSV.isfinite().all()) or bool(ours_MSV.isfinite().all()),
+            f"{reference.config._name_or_path}: its logits are NaN or infinite, in transformers too: weights that are "
+            "not finite, or overflow; name a sound checkpoint",
+        )
         return ((ours_MSV[..., :vocab_size] - theirs_MSV).norm() / theirs_MSV.norm().clamp_min(1e-6)).item()
 
     return everyone.on_rank_0(apart)

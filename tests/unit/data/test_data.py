@@ -190,6 +190,32 @@ def test_an_index_cache_that_cannot_be_written_is_reported_and_leaves_nothing(tm
     assert build(data, tmp_path, 400, 0)[0]
 
 
+@pytest.mark.parametrize("blend", ["{a}", "1 {a} 1 {b}"])
+def test_a_damaged_index_cache_is_built_again(tmp_path: Path, blend: str, capfd):
+    """A power loss may leave files empty or cut; a changed number would give other samples without a word."""
+    a, b = (write_tokens(tmp_path / name, first) for name, first in (("a", 0), ("b", 100)))
+    data = DataConfig(train=blend.format(a=a, b=b).split(), split="1,0,0", sequence_length=16)
+    expected = samples_of(build(data, tmp_path, 40, 0)[0], 40)
+    damages = {
+        "emptied": lambda file: file.write_bytes(b""),
+        "cut": lambda file: file.write_bytes(file.read_bytes()[:-8]),
+        "changed": lambda file: file.write_bytes(file.read_bytes()[:-1] + b"\x01"),
+        "gone": lambda file: file.unlink(),
+        "no text": lambda file: file.write_bytes(b"\xff\xfe"),
+    }
+    (cache,) = (tmp_path / "cache").iterdir()
+    names = sorted(file.name for file in cache.iterdir())
+    assert "SHA256SUMS" in names and len(names) > 3
+    for name in names:
+        for damage in damages.values():
+            damage(cache / name)
+            assert samples_of(build(data, tmp_path, 40, 0)[0], 40) == expected
+            assert f"the index cache {cache} is not whole: it is built again" in capfd.readouterr().out
+            assert sorted(file.name for file in cache.iterdir()) == names
+    assert samples_of(build(data, tmp_path, 40, 0)[0], 40) == expected
+    assert not capfd.readouterr().out and [cache] == list((tmp_path / "cache").iterdir())
+
+
 def test_an_index_cache_that_rank_0_cannot_write_is_reported(tmp_path: Path, one):
     """Megatron reports it in another way inside a process group."""
     data = DataConfig(train=[write_tokens(tmp_path / "a", 0)], split="1,0,0", sequence_length=16)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from distill_nemo.config import ExportConfig, StudentConfig
 from distill_nemo.runtime.device import setup_device
@@ -52,6 +52,16 @@ def test_so_does_a_part_of_it(models, monkeypatch, family):
 
 def test_rows_that_are_left_out_are_not_compared(models):
     checked(models["llama"], vocab_size=300)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_no_other_reading(tmp_path, value):
+    path = Path(write_hf(tmp_path / "model"))
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = value
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"model: its logits are NaN or infinite, in transformers too"):
+        checked(path)
 
 
 def misread(patch, **wrong):
