@@ -7,6 +7,7 @@ from typing import Any
 
 from distill_nemo.config import RunConfig
 from distill_nemo.fields import checked, is_union, require, required_fields, sections_of, suggest
+from distill_nemo.runtime.files import write_atomically
 
 if typing.TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -53,11 +54,11 @@ def from_dict(values: object, cls: type = RunConfig, where: str = "") -> Any:
 
 
 def save_yaml(config: RunConfig, path: Path) -> None:
-    """Write the config with every field."""
+    """Write the config with every field, whole or not at all."""
     import yaml
 
     text = "# python -m distill_nemo THIS_FILE runs exactly this, under torchrun or alone.\n"
-    path.write_text(text + yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    write_atomically(path, text + yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
 def load_yaml(path: Path) -> RunConfig:

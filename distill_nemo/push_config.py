@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 from distill_nemo.fields import require, setting
 
-_DESTINATION = re.compile(r"([A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95})(?:@([\w][\w./-]{0,199}))?", re.ASCII)
+_DESTINATION = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]{1,200}))?", re.ASCII)
+_OTHER_REFERENCE = re.compile(r"HEAD|refs/.*|[0-9a-f]{40}")
+_PART = re.compile(r"(?![.-])(?!.*\.\.)[\w.-]+(?<!\.)(?<!\.lock)", re.ASCII)  # of a branch's name, as git allows it
 _TOKEN = re.compile(r"hf_\w+")
 
 
@@ -38,10 +40,28 @@ class PushConfig:
                 require(not vars(self)[name], f"{name} = True needs push_to")
             return None
         match = _DESTINATION.fullmatch(self.push_to)
-        if match is None or "--" in match[1] or ".." in self.push_to or match[1].endswith(".git"):
+        repository, branch = match.groups("main") if match else ("", "")
+        if not _is_repository(repository) or not _is_branch(branch):
             shown = _TOKEN.sub("hf_***", self.push_to)
             raise ValueError(
                 f'push_to = "{shown}" is not ORG/NAME or ORG/NAME@BRANCH, a repository on the Hugging Face Hub; the '
                 "token belongs in HF_TOKEN"
             )
-        return Destination(match[1], match[2] or "main")
+        return Destination(repository, branch)
+
+
+def _is_repository(name: str) -> bool:
+    """Return True for ORG/NAME as the hub allows it."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not name.startswith("_") and not name.endswith(".lock")
+
+
+def _is_branch(name: str) -> bool:
+    """Return True for a name that git allows, and that does not stand for a commit or a pull request."""
+    return not _OTHER_REFERENCE.fullmatch(name) and all(map(_PART.fullmatch, name.split("/")))

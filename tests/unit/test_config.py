@@ -48,6 +48,14 @@ def test_yaml_round_trip_is_the_identity_and_keeps_student_and_teacher_apart(tmp
     assert {f.name for f in dataclasses.fields(RunConfig)} == set(to_dict(run))
 
 
+def test_a_config_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    save_yaml(config(), tmp_path / "config.yaml")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        save_yaml(config(student__checkpoint="another"), tmp_path / "config.yaml")
+    assert load_yaml(tmp_path / "config.yaml") == config() and len(list(tmp_path.iterdir())) == 1
+
+
 ODD = [
     "null",
     "1e-4",

@@ -256,11 +256,39 @@ def _entry_of_damaged(self, name, content):
 
 
 @pytest.mark.parametrize(
-    "push_to", ["student", "ORG/student/x", "https://huggingface.co/ORG/x", "ORG/a--b", "ORG/a.git", "ORG/a@", ""]
+    "push_to",
+    [
+        *(
+            "",
+            "student",
+            "ORG/student/x",
+            "https://huggingface.co/ORG/x",
+            "-ORG/a",
+            "ORG/a--b",
+            "ORG/a..b",
+            "ORG/-a",
+            "ORG/a.",
+        ),
+        *(
+            "ORG/a.git",
+            "ORG/a.lock",
+            "ORG/" + "a" * 97,
+            "ORG/a@",
+            "ORG/a@refs/pr/1",
+            "ORG/a@refs/heads/x",
+            "ORG/a@x.lock",
+        ),
+        *("ORG/a@x.lock/y", "ORG/a@a..b", "ORG/a@/x", "ORG/a@x/", "ORG/a@x//y", "ORG/a@.x", "ORG/a@x/.y", "ORG/a@x."),
+        *("ORG/a@-x", "ORG/a@HEAD", "ORG/a@" + "0f" * 20),
+    ],
 )
 def test_a_destination_is_a_repository_and_perhaps_a_branch(push_to):
     with pytest.raises(ValueError, match="is not ORG/NAME or ORG/NAME@BRANCH"):
         PushConfig(push_to=push_to).destination()
+
+
+def test_a_branch_may_have_parts():
+    assert PushConfig(push_to="ORG/a_b.c-d@steps/4.5_x").destination() == ("ORG/a_b.c-d", "steps/4.5_x")
 
 
 def test_a_token_in_a_destination_is_not_repeated():
