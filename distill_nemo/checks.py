@@ -42,7 +42,12 @@ def check(config: RunConfig, world_size: int) -> None:
     _check_training(config)
     _check_distillation(config.distillation)
     check_quantization(config.quantization)
-    saved = config.checkpoint
+    saved, numbers = config.checkpoint, config.quantization
+    require(
+        numbers.format != "none" or numbers.kv_cache == "none" or not saved.export,
+        f'quantization.kv_cache = "{numbers.kv_cache}" without quantization.format cannot be exported: set that, or '
+        "checkpoint.export=false",
+    )
     require(saved.export or not saved.copy_untouched, "checkpoint.copy_untouched needs checkpoint.export; set both")
     pushed = saved.destination() is not None
     require(saved.export or not pushed, "checkpoint.push_to needs checkpoint.export; set both")

@@ -86,7 +86,7 @@ def format_of(config: QuantizationConfig) -> Format | None:
 
 
 def check_quantization(config: QuantizationConfig) -> None:
-    """Refuse fields that the format does not have.
+    """Refuse fields that the format does not have, and a format for no layer.
 
     Raises:
         ValueError: naming the field, what came, what is allowed.
@@ -96,10 +96,22 @@ def check_quantization(config: QuantizationConfig) -> None:
         f'quantization.block_size = {config.block_size} needs quantization.format = "int4_weights", got '
         f'"{config.format}"; leave it unset',
     )
+    require(
+        config.format != "none" or config.exclude == QuantizationConfig().exclude,
+        f'quantization.exclude = {config.exclude} needs a quantization.format, got "none"; leave it unset',
+    )
+    require(not any(set(pattern) == {"*"} for pattern in config.exclude), _nothing_left(config))
+
+
+def _nothing_left(config: QuantizationConfig) -> str:
+    return (
+        f"quantization.exclude = {config.exclude} leaves no linear layer to quantise: leave some, or "
+        'quantization.format "none"'
+    )
 
 
 def check_exclude(config: QuantizationConfig, layers: list[str]) -> None:
-    """Refuse patterns that keep no layer plain, such as Hugging Face's names.
+    """Refuse patterns that keep all layers plain, and those that keep none, such as Hugging Face's names.
 
     Args:
         config: patterns in `exclude`.
@@ -114,6 +126,19 @@ def check_exclude(config: QuantizationConfig, layers: list[str]) -> None:
             f'quantization.exclude: "{pattern}" matches no linear layer that the format quantises; allowed are names '
             f"such as {', '.join((*layers[:2], layers[-1]))}, and patterns of them",
         )
+    require(not all(is_excluded(config, layer) for layer in layers), _nothing_left(config))
+
+
+def is_same(config: QuantizationConfig, other: QuantizationConfig, layers: list[str]) -> bool:
+    """Return True if both stand for the same numbers. What ranges of activations were measured on does not matter.
+
+    Args:
+        config: of a model.
+        other: of the same model.
+        layers: Megatron's names of its linear layers.
+    """
+    plain, other_plain = ([is_excluded(each, layer) for layer in layers] for each in (config, other))
+    return (format_of(config), config.kv_cache, plain) == (format_of(other), other.kv_cache, other_plain)
 
 
 def is_excluded(config: QuantizationConfig, layer: str) -> bool:

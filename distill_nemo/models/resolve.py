@@ -28,7 +28,7 @@ from distill_nemo.models.layers.block_configs import read_block_configs
 from distill_nemo.models.layers.rotary import frequencies
 from distill_nemo.models.layouts import linear_layers
 from distill_nemo.models.sources import QUANTIZATION, CheckpointKind, Source, find_checkpoint
-from distill_nemo.quantization import QuantizationConfig, check_exclude, is_quantized
+from distill_nemo.quantization import QuantizationConfig, check_exclude, is_quantized, is_same
 from distill_nemo.runtime.files import read_object
 from distill_nemo.runtime.process_groups import rank
 
@@ -294,13 +294,18 @@ def quantized_as(model: Architecture, config: QuantizationConfig) -> Architectur
     """Return a student as a run quantises it. One that an earlier run has quantised stays as it is.
 
     Raises:
-        ValueError: if it was quantised otherwise, or a pattern of `exclude` matches none of its layers.
+        ValueError: if it was quantised otherwise, or a pattern of `exclude` matches none of its layers, or they match
+            all.
     """
-    stored = model.quantization
-    if not is_quantized(config) or config == stored:
+    if not is_quantized(config):
+        return model
+    layers, stored = [name for name, *_ in linear_layers(model)], model.quantization
+    check_exclude(config, layers)
+    if stored is not None and is_same(config, stored, layers):
         return model
     if stored is not None:
         before, now = dataclasses.asdict(stored), dataclasses.asdict(config)
+        del now["calibration_samples"]  # those of its run gave it its ranges
         changed = [f"{name} = {before[name]!r}, not {now[name]!r}" for name in now if now[name] != before[name]]
         raise ValueError(
             f"{model.name} was quantised by its run with quantization.{', '.join(changed)}: leave quantization unset "
@@ -308,7 +313,6 @@ def quantized_as(model: Architecture, config: QuantizationConfig) -> Architectur
         )
     if model.source is not None and model.source.modified_by_modelopt:
         raise ValueError(f"{model.name} was quantised by ModelOpt already: leave quantization unset")
-    check_exclude(config, [name for name, *_ in linear_layers(model)])
     return dataclasses.replace(model, quantization=config)
 
 

@@ -168,6 +168,18 @@ def scheduled(**schedules):
             1,
             "num_attention_heads = 4 is not divisible by student.num_query_groups = 3",
         ),
+        ({"quantization__kv_cache": "fp8"}, 1, 'kv_cache = "fp8" without quantization.format cannot be exported: set'),
+        (
+            {"quantization__format": "fp8", "quantization__exclude": ["output_layer", "**"]},
+            1,
+            "quantization.exclude = ['output_layer', '**'] leaves no linear layer to quantise",
+        ),
+        ({"quantization__exclude": ["*.linear_qkv"]}, 1, "['*.linear_qkv'] needs a quantization.format, got \"none\""),
+        (
+            {"quantization__block_size": 64},
+            1,
+            'quantization.block_size = 64 needs quantization.format = "int4_weights"',
+        ),
         ({"distillation__top_k": 0}, 1, "distillation.top_k must be at least 1"),
         (
             {"distillation__top_k": 5, "distillation__divergence": "reverse_kl"},
