@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from distill_nemo.config import StudentConfig
 from distill_nemo.fields import require
 from distill_nemo.models.architecture import Architecture
+from distill_nemo.models.checkpoints.places import published, without_places
 from distill_nemo.models.checkpoints.pretrained import empty_model, open_pretrained
 from distill_nemo.models.checkpoints.untouched import Untouched
 from distill_nemo.models.families.huggingface import from_huggingface, read_config, to_huggingface
@@ -132,7 +133,7 @@ def export_files(
     elif untouched.wrapper is not None:
         assert source is not None
         config, files = _around(config, source), files | _matching(source, PROCESSORS)
-    return ExportFiles(config, files, tokenizer)
+    return ExportFiles(without_places(config), files, tokenizer)
 
 
 def exported_tokenizer(source: Path | None, named: Path | None) -> Path | None:
@@ -154,10 +155,15 @@ def tokenizer_files(directory: Path) -> dict[str, Path]:
 
 
 def write_files(files: Files | dict[str, Path], directory: Path) -> None:
-    """Copy or write `files` into `directory`."""
-    for name, content in files.items():
+    """Copy or write `files` into `directory`, JSON files without places on this machine.
+
+    Raises:
+        ValueError: for a file that should hold a JSON object, and does not.
+    """
+    for name, given in files.items():
         target = directory / name
         target.parent.mkdir(exist_ok=True)
+        content = published(given) if isinstance(given, Path) else given
         if isinstance(content, Path):
             shutil.copyfile(content, target)  # follows links, and leaves out read-only permissions
         else:

@@ -74,6 +74,31 @@ def test_a_link_out_of_the_source_is_followed_only_to_a_file_of_its_name_or_a_bl
         collected(source)
 
 
+def test_json_files_name_no_place_on_this_machine(tmp_path):
+    source = Path(chat_student(tmp_path / "alice" / "m", "config"))
+    commit = "0123456789" * 4
+    state(source, _name_or_path=str(source), text={"cache_dir": "../alice/cache"}, trained_on=["/home/alice/data"])
+    tokenizer = json.loads((source / "tokenizer_config.json").read_text())
+    tokens = {"pad_token": "/pad", "additional_special_tokens": ["/alice/x"], "chat_template": "/alice/{{ messages }}"}
+    tokenizer |= {"name_or_path": "meta-llama/Llama-3.2-1B", "tokenizer_file": f"{source}/tokenizer.json", **tokens}
+    tokenizer |= {"special_tokens_map_file": f"/cache/alice/models--Org--M/snapshots/{commit}", "local": "C:\\alice\\m"}
+    (source / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (source / "generation_config.json").write_text(json.dumps({"_name_or_path": "~/alice/m", "eos_token_id": 5}))
+    vocabulary = (source / "tokenizer.json").read_bytes()
+    (tmp_path / "out").mkdir()
+    collected(source).write(tmp_path / "out")
+    written = {file.name: file.read_bytes() for file in (tmp_path / "out").glob("*.json")}
+    config, generation, found = (
+        json.loads(written[f"{name}config.json"]) for name in ("", "generation_", "tokenizer_")
+    )
+    assert (config["_name_or_path"], config["text"], config["trained_on"]) == ("m", {"cache_dir": "cache"}, ["data"])
+    assert generation == {"_name_or_path": "m", "eos_token_id": 5}
+    stated = {"tokenizer_file": "tokenizer.json", "special_tokens_map_file": f"Org/M@{commit}", "local": "m"}
+    assert found == tokenizer | stated
+    assert written["tokenizer.json"] == vocabulary
+    assert {name for name, content in written.items() if b"alice" in content} == {"tokenizer_config.json"}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_field_of_the_source_is_kept(tmp_path, family):
     source = write_hf(tmp_path / "m", family, layers=2)
