@@ -61,11 +61,18 @@ def export_from_run(config: RunConfig, student: "Architecture", chunks: "list[GP
         Everyone().on_rank_0(partial(push_directory, config.checkpoint, _target(config)))
 
 
-def _card(student: "Architecture", config: RunConfig, directory: Path, step: int | None, push_to: str | None) -> str:
+def _card(
+    student: "Architecture",
+    config: RunConfig,
+    directory: Path,
+    step: int | None,
+    push_to: str | None,
+    quantized: bool = True,
+) -> str:
     from distill_nemo.models.families.tensors import num_parameters
 
     title = push_to.partition("@")[0] if push_to else name_of(config.output_dir)
-    return model_card(Distilled(config, directory, step, num_parameters(student), title))
+    return model_card(Distilled(config, directory, step, num_parameters(student), title, quantized))
 
 
 def _report(exported: str, output: str) -> None:
@@ -144,7 +151,8 @@ def export(config: ExportConfig) -> None:
     # A run's step is named, since the run may save others meanwhile. Other checkpoints describe themselves.
     student = resolve(StudentConfig(checkpoint=str(found.weights) if is_ours else config.checkpoint))
     check_exportable(student, config.quantized, parallelism)
-    card = partial(_card, student, _run_of(record), *_place(found.weights), config.push_to) if record else None
+    place = _place(found.weights)
+    card = partial(_card, student, _run_of(record), *place, config.push_to, config.quantized) if record else None
     require(card is not None or config.push_to is None, f"push_to needs a run, and {config.checkpoint} is none")
     refusal = _refusal(student, record) if rank() == 0 or is_joined() else None
     with process_groups(parallelism):

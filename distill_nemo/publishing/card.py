@@ -45,6 +45,7 @@ class Distilled:
         step: that is exported; None if that is not known.
         num_parameters: of the student.
         title: ORG/NAME that it is pushed to, or else the run's name.
+        quantized: False if a quantised student is exported with its rounded weights, as a plain one.
     """
 
     config: RunConfig
@@ -52,6 +53,7 @@ class Distilled:
     step: int | None
     num_parameters: int
     title: str
+    quantized: bool = True
 
     @cached_property
     def lines(self) -> list[dict[str, Any]]:
@@ -118,7 +120,7 @@ def _metadata(of: Distilled, evaluation: dict[str, Any]) -> dict[str, Any]:
         found["license"] = student.licence
         if student.licence == "other":
             found |= {"license_name": student.licence_name or "other", "license_link": "LICENSE"}
-    quantised = of.config.quantization.format != "none"
+    quantised = of.quantized and of.config.quantization.format != "none"
     origin = student.cut.model if student and student.cut else student
     if origin is not None and origin.repository:
         found |= {"base_model": origin.repository, "base_model_relation": "quantized" if quantised else "finetune"}
@@ -163,7 +165,8 @@ def _models(of: Distilled) -> list[str]:
     numbers = config.quantization
     if numbers.format != "none":
         cache = f"; keys and values: {code(numbers.kv_cache)}" if numbers.kv_cache != "none" else ""
-        lines.append(f"trained as {code(numbers.format)} computes{cache}")
+        plain_now = "" if of.quantized else "; here are the rounded weights, and inputs are no longer rounded"
+        lines.append(f"trained as {code(numbers.format)} computes{cache}{plain_now}")
     return [*lines, *(f"teacher: {code(each.name)}" for each in of.teachers)]
 
 

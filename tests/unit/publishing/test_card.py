@@ -155,6 +155,15 @@ def test_a_run_without_teacher_is_not_called_distilled(of):
     assert "distillation" not in yaml.safe_load(card.split("---")[1])["tags"]
 
 
+def test_a_quantised_student_that_is_exported_as_a_plain_one_is_not_called_quantised(of):
+    config = replace(of.config, quantization=QuantizationConfig(format="nvfp4"))
+    card = model_card(replace(of, config=config, quantized=False))
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert "quantized" not in metadata["tags"] and metadata["base_model_relation"] == "finetune"
+    assert metadata["library_name"] == "transformers"
+    assert "- trained as `nvfp4` computes; here are the rounded weights, and inputs are no longer rounded" in card
+
+
 def test_a_quantised_student_is_called_so(of):
     config = replace(of.config, quantization=QuantizationConfig(format="nvfp4", kv_cache="fp8"))
     card = model_card(replace(of, config=config))
