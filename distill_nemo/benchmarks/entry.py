@@ -46,7 +46,7 @@ def evaluate(**fields: Any) -> None:
         from distill_nemo.runtime.process_groups import world
 
         ready = on_this_machine(config)
-        with world(A_DAY.timeout_minutes):  # once, though models and tasks have layouts of their own
+        with world(A_DAY):  # once, though models and tasks have layouts of their own
             if ready.steps_of is None:
                 evaluate_models(ready)
             else:

@@ -20,19 +20,20 @@ from distill_nemo.checkpoint.identity import NamedFiles, content_hashes, remembe
 from distill_nemo.config import DataConfig, ExportConfig, ParallelismConfig, StudentConfig, TeacherConfig
 from distill_nemo.fields import fields_named, require
 from distill_nemo.job_config import EvaluateConfig, words_of
-from distill_nemo.models.quantisation import is_modelopt
+from distill_nemo.models.checkpoints.export_files import CHAT_TEMPLATES, TOKENIZER_FILES
+from distill_nemo.models.quantisation import MODELOPT_FILE, is_modelopt
 from distill_nemo.models.sources import CheckpointKind, find_checkpoint
 from distill_nemo.reports.comparison import Row, render_table
 from distill_nemo.reports.compressed import row
 from distill_nemo.reports.scores import SCORES, Score, Scores, add_results, scores_table, write_scores
 from distill_nemo.runtime.files import read_object, write_atomically
 from distill_nemo.runtime.output_lock import OutputLock
-from distill_nemo.runtime.process_groups import of_all_ranks, process_groups, rank
+from distill_nemo.runtime.process_groups import of_all_ranks, rank
 from distill_nemo.training.evaluate import check_evaluation, evaluate_on
 
-A_DAY = ParallelismConfig(timeout_minutes=24 * 60)  # ranks may take long over their share of a task
+A_DAY = 24 * 60.0  # minutes: ranks may take long over their share of a task
 ARGUMENTS = ("limit", "num_fewshot", "apply_chat_template", "batch_size", "dtype")
-DESCRIPTION = ("*.json", "*.jinja", "*.model", "*.txt")  # files of a Hugging Face directory beside its weights
+DESCRIPTION = ("config.json", "generation_config.json", MODELOPT_FILE, *TOKENIZER_FILES, *CHAT_TEMPLATES)
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,18 @@ class Model:
 
 
 def evaluate_models(config: EvaluateConfig) -> None:
-    """Measure all that a config names, print tables, and write `scores.json`. Every rank calls it.
+    """Measure all that a config names, print tables, and write `scores.json`. Every rank calls it, in one world.
 
     Raises:
-        ValueError: for models, data or tasks that cannot be measured.
+        ValueError: for models, data or tasks that cannot be measured, and results among the files of a model.
     """
-    for path in config.models.values():
-        find_checkpoint(Path(path))
     tasks, output = words_of(config.tasks), Path(config.output) if config.output else None
+    for path in config.models.values():
+        weights = find_checkpoint(Path(path)).weights
+        require(
+            output is None or not output.resolve().is_relative_to(weights.resolve()),
+            f"output = {output} is in the model {weights}, whose next export would replace it; name another directory",
+        )
     if tasks:
         check_tasks(config)
     with locked(output):
@@ -165,10 +170,9 @@ def ready_models(paths: dict[str, str], config: EvaluateConfig, output: Path) ->
         ValueError: as `export`.
     """
     files = {name: _files(path, config.tokenizer) for name, path in paths.items()}
-    with process_groups(ParallelismConfig()):
-        hashes = content_hashes(files, output, {})
-        if rank() == 0:
-            remember_hashes(files, output, {})
+    hashes = content_hashes(files, output, {})
+    if rank() == 0:
+        remember_hashes(files, output, {})
     identities = {name: str(hashes[name]) for name in paths}
     targets = {name: output / "exported" / identities[name][:16] for name in paths}
     return [Model(name, as_huggingface(paths[name], targets[name], config), identities[name]) for name in paths]
@@ -212,12 +216,11 @@ def benchmark(models: list[Model], tasks: list[str], config: EvaluateConfig, out
     files = {
         (model.name, task): result_file(model.identity, task, config, output) for model in models for task in tasks
     }
-    with process_groups(A_DAY):
-        for model in models:
-            missing = of_all_ranks([task for task in tasks if not files[model.name, task].is_file()])[0]
-            if missing:
-                _measure(model, {task: files[model.name, task] for task in missing}, config)
-                gc.collect()  # or two models would be in memory
+    for model in models:
+        missing = of_all_ranks([task for task in tasks if not files[model.name, task].is_file()])[0]
+        if missing:
+            _measure(model, {task: files[model.name, task] for task in missing}, config)
+            gc.collect()  # or two models would be in memory
     scores: list[Score] = []
     for (name, task), file in files.items() if rank() == 0 else ():
         add_results(scores, name, task, read_object(file))

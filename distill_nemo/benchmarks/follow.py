@@ -10,7 +10,6 @@ from pathlib import Path
 from rich.console import Console
 
 from distill_nemo.benchmarks.evaluate import (
-    A_DAY,
     Model,
     as_huggingface,
     benchmark,
@@ -23,12 +22,13 @@ from distill_nemo.checkpoint.directory import BENCHMARKS, benchmarks_of
 from distill_nemo.checkpoint.hub_models import named
 from distill_nemo.config import TrainingConfig
 from distill_nemo.config_files import load_yaml
+from distill_nemo.fields import first_few
 from distill_nemo.job_config import EvaluateConfig, words_of
 from distill_nemo.models.sources import saved_steps
 from distill_nemo.reports.runs import is_going_on
 from distill_nemo.reports.scores import SCORES, Score, Scores, read_scores, scores_table, write_scores
 from distill_nemo.runtime.files import write_atomically
-from distill_nemo.runtime.process_groups import of_all_ranks, process_groups, rank
+from distill_nemo.runtime.process_groups import of_all_ranks, rank
 
 LINES = "benchmarks.jsonl"  # beside the run's metrics.jsonl
 POLL_SECONDS = 2.0
@@ -48,6 +48,8 @@ def follow(config: EvaluateConfig, run: Path) -> None:
     tasks, output = words_of(config.tasks), run / BENCHMARKS
     check_tasks(config)
     with locked(output):
+        if rank() == 0:
+            _tell_of_gone(run, tasks, config)
         scores = Scores(named(config).models)
         if config.models:
             scores.scores = benchmark(ready_models(config.models, config, output), tasks, config, output)
@@ -74,8 +76,7 @@ def _model(run: Path, step: int, config: EvaluateConfig) -> Model:
 
 def _next(run: Path, tasks: list[str], config: EvaluateConfig) -> int | None:
     """Return a step that is saved and not measured, once there is one; None when the run has ended. Collective."""
-    with process_groups(A_DAY):
-        return of_all_ranks(_wait(run, tasks, config) if rank() == 0 else None)[0]
+    return of_all_ranks(_wait(run, tasks, config) if rank() == 0 else None)[0]
 
 
 def _wait(run: Path, tasks: list[str], config: EvaluateConfig) -> int | None:
@@ -93,6 +94,19 @@ def _wait(run: Path, tasks: list[str], config: EvaluateConfig) -> int | None:
         elif training.steps in saved or time.monotonic() > deadline:
             return None
         time.sleep(POLL_SECONDS)
+
+
+def _tell_of_gone(run: Path, tasks: list[str], config: EvaluateConfig) -> None:
+    """Print the steps that were measured by other tasks, and whose checkpoints the run has deleted since."""
+    measured = [int(path.stem[5:]) for path in sorted((run / BENCHMARKS).glob("step_*.json"))]
+    there = {int(path.name[5:]) for path in saved_steps(run / "checkpoints")}
+    gone = [str(step) for step in measured if step not in there and not _is_measured(run, step, tasks, config)]
+    if gone:
+        print(
+            f"step {', '.join(first_few(gone))}: deleted, as checkpoint.keep_last says, so not measured by all of "
+            f"{', '.join(tasks)}; scores by other tasks stay",
+            flush=True,
+        )
 
 
 def _is_measured(run: Path, step: int, tasks: list[str], config: EvaluateConfig) -> bool:

@@ -237,7 +237,7 @@ def test_the_table_shows_models_side_by_side_with_standard_errors(measured):
 def test_other_formats_are_exported_and_code_templates_and_missing_data_are_refused(inputs, here, pair, measured):
     on_two_ranks = measured.scores["held_out"][0]["means"]
     fields = settings(here, **held_out(inputs), tokenizer=str(inputs / "tokenizer"), baseline=str(here / "nemo"))
-    exported, code, package, template, mistaken, missing = pair.run(several, here, fields)[0]
+    exported, inside, too_long, code, package, template, mistaken, missing = pair.run(several, here, fields)[0]
     assert "model: " not in exported and exported.count("baseline: ") == len(TASKS)
     found = read_scores(here / "scores" / "scores.json")
     assert len(found.scores) == 5 and all(each.values["model"] == each.values["baseline"] for each in found.scores)
@@ -249,6 +249,8 @@ def test_other_formats_are_exported_and_code_templates_and_missing_data_are_refu
     assert "tasks: code needs a package: Cannot import module 'no_module'" in package
     assert "cannot measure mistaken: UndefinedError: 'nothing' is undefined. Correct its YAML file" in mistaken
     assert "a template of escaping reaches beyond its data" in template and "allow_code=true" in template
+    assert f"output = {here}/model/scores is in the model {here}/model, whose next export would replace it" in inside
+    assert too_long.startswith("sequence_length = 4097 is longer than the student's max_position_embeddings")
     assert "the data of fetched cannot be had" in missing and "name files in a task of include_path" in missing
     assert not (here / "ran").exists()
 
@@ -259,8 +261,11 @@ def several(here, fields):
         return None
     with process_group_of_one():
         write_nemo(here / "nemo", megatron_tensors(here / "model"), nemo_config(here / "model", "llama"))
+    (here / "model" / "of_another_program.json").write_text("{}")  # no part of the model
     texts = [on_a_rank(here, fields, of_one=True)]
     single = fields | {"baseline": None, "data": None}
+    texts.append(refused(here, single | {"output": str(here / "model" / "scores")}))
+    texts.append(refused(here, fields | {"baseline": None, "sequence_length": 4097}))
     (here / "code").mkdir()
     (here / "code" / "code.yaml").write_text("process_docs: !function no_module.f\ntask: code\n")
     for allow_code in (False, True):
@@ -311,16 +316,18 @@ def test_saved_steps_are_measured_beside_the_run_once(inputs, here, pair, measur
     page = page_of(read_runs([str(here / "run")]), [])
     assert page.scores == {"run": scores}
     assert not list((here / "run" / "benchmarks" / "exported").iterdir())
-    pair.run(followed_by_other_tasks, here, run, settings(here))
+    printed = pair.run(followed_by_other_tasks, here, run, settings(here))[0]
+    assert "step 4: deleted, as checkpoint.keep_last says, so not measured by all of tiny_perplexity; " in printed
     scores = read_scores(here / "run" / "benchmarks" / "scores.json")
     measured_steps = {each.task: list(each.values) for each in scores.scores}
     assert measured_steps == {"tiny_choice": ["step 4", "step 8"], "tiny_perplexity": ["step 8"]}
 
 
 def followed_by_other_tasks(here, run, fields):
-    if os.environ["RANK"] == "0":
-        others = {"model": None, "baseline": None, "steps_of": run.output_dir, "output": None}
-        on_a_rank(here, fields | others | {"tasks": "tiny_perplexity"}, of_one=True)
+    if os.environ["RANK"] == "1":
+        return None
+    others = {"model": None, "baseline": None, "steps_of": run.output_dir, "output": None}
+    return on_a_rank(here, fields | others | {"tasks": "tiny_perplexity"}, of_one=True)
 
 
 def trained_and_followed(here, run, fields):
