@@ -83,7 +83,7 @@ def write_page(directory: Path, page: Page) -> Path:
     with writing_directory(directory) as partial:
         lines = {run.name: run.lines for run in page.runs}
         colour = plots.colours([row["model"] for row in page.table], lines)
-        drawings = plots.loss_curves(lines, colour)
+        drawings = plots.loss_curves(lines, colour) if lines else {}
         if page.table:
             drawings["comparison"] = plots.comparison(page.table, colour)
         for name, drawing in drawings.items():

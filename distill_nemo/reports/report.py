@@ -23,13 +23,15 @@ HELD_OUT = ("train", "valid", "split", "sequence_length")  # fields of `data` th
 def report(directories: list[str], output: str, prompts: list[str], scores: list[str], follow: bool) -> None:
     """Write the page of the runs in `directories` to `output`; with `follow`, again whenever their metrics grow.
 
+    A page may also be of `scores` alone, output directories of evaluations.
+
     Text is generated at the end. A report that follows ends with the last run, or at Ctrl-C.
 
     Raises:
         ValueError: for too many runs or prompts, a directory that is missing, no run, or named twice, or none; for
             scores that cannot be read; or if another process writes to `output`.
     """
-    _check(directories, prompts)
+    _check(directories, prompts, scores)
     for directory in scores:
         read_scores(Path(directory) / SCORES)
     with lock_of(Path(output)):
@@ -52,9 +54,9 @@ def _report(pages: "_Pages", prompts: list[str], follow: bool) -> None:
     print(f"report: {pages.path}", flush=True)
 
 
-def _check(directories: list[str], prompts: list[str]) -> None:
-    if not 1 <= len(directories) <= MAX_RUNS:
-        raise ValueError(f"name 1 to {MAX_RUNS} output directories of runs, got {len(directories)}")
+def _check(directories: list[str], prompts: list[str], scores: list[str]) -> None:
+    if not (directories or scores) or len(directories) > MAX_RUNS:
+        raise ValueError(f"name 1 to {MAX_RUNS} output directories of runs, or scores=, got {len(directories)}")
     if len(prompts) > MAX_PROMPTS:
         raise ValueError(f"prompts: at most {MAX_PROMPTS}, got {len(prompts)}")
     missing = [directory for directory in directories if not Path(directory).is_dir()]

@@ -23,7 +23,7 @@ from distill_nemo.reports.comparison import COLUMNS, best, count, finding, four_
 from distill_nemo.reports.page import render_table, write_page
 from distill_nemo.reports.report import last_evaluations, report
 from distill_nemo.reports.runs import RecordedRun, is_going_on, read_run
-from distill_nemo.reports.scores import Score, Scores
+from distill_nemo.reports.scores import Score, Scores, write_scores
 from distill_nemo.runtime import metrics_file
 from tests.unit.data.chat_templates import CHATML, write_tokenizer
 
@@ -346,7 +346,8 @@ def test_the_runs_data_is_shown_as_tokens_and_which_of_them_count(tmp_path, runs
 
 
 def test_nothing_at_all_still_makes_a_page(tmp_path):
-    page = Page(write_report(tmp_path / "deep" / "report", {}, []))
+    (tmp_path / "run").mkdir()
+    page = Page(write_report(tmp_path / "deep" / "report", {"run": tmp_path / "run"}, []))
     assert "No student has a finite held-out LM loss." in page.text
 
 
@@ -413,6 +414,18 @@ def test_what_cannot_be_reported_is_refused(tmp_path, monkeypatch, directories, 
     Path("a", "metrics.jsonl").touch()
     with pytest.raises(ValueError, match=message):
         report(directories, "report", [], [], follow=False)
+
+
+def test_scores_alone_have_a_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scores").mkdir()
+    write_scores(
+        tmp_path / "scores" / "scores.json", Scores({"model": "m"}, [Score("arc", "acc", True, {"model": 0.25})])
+    )
+    report([], "report", [], ["scores"], follow=False)
+    text = " ".join(Page(tmp_path / "report" / "report.html").text.split())
+    assert "Benchmarks: scores" in text and "arc acc" in text and "0.2500" in text and "Training" not in text
+    assert [path.name for path in (tmp_path / "report").iterdir()] == ["report.html"]
 
 
 def test_a_report_replaces_the_last_one_whole_or_not_at_all(tmp_path, runs):
