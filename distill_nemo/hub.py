@@ -1,7 +1,8 @@
 """Names of models and tokenizers on the Hugging Face Hub in place of directories: `ORG/NAME`, `ORG/NAME@REVISION`.
 
 A directory of that name takes precedence. huggingface_hub downloads into its cache (HF_HOME), takes the token from the
-environment, and with HF_HUB_OFFLINE=1 uses the cache alone. Nothing that could run code is downloaded. No torch.
+environment, and with HF_HUB_OFFLINE=1 uses the cache alone. Nothing that could run code is downloaded, except the
+pickles that `convert` is asked to open. No torch.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import errno
 import re
 import shutil
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,6 +29,7 @@ DESCRIPTION = (  # all files but weights
     *("tekken.json", "*.jinja", "chat_template.json", "model.safetensors.index.json"),
 )
 WEIGHTS = ("*.safetensors",)
+PICKLES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 # "*" also matches "/". Mistral's consolidated files hold the same weights once more.
 LEFT_OUT = (
     "*.py",
@@ -95,8 +98,22 @@ def directory_of(value: str, weights: bool = True) -> str:
     directory = _snapshot(name, DESCRIPTION)
     if not weights or _is_whole(directory):
         return str(directory)
-    _check_space(name, directory)
+    _check_space(name, directory, WEIGHTS)
     return str(_snapshot(name, (*DESCRIPTION, *WEIGHTS), progress=True))
+
+
+def pickles_of(value: str) -> str:
+    """Return `value` if it is a path, else the directory in the cache, after a download of pickled weights.
+
+    Raises:
+        ValueError: as `directory_of`.
+    """
+    name = hub_name(value)
+    if name is None:
+        return value
+    name = at_commit(name)
+    _check_space(name, _snapshot(name, DESCRIPTION), PICKLES)
+    return str(_snapshot(name, (*DESCRIPTION, *PICKLES), progress=True))
 
 
 def description_of(value: str) -> str:
@@ -150,7 +167,7 @@ def _library_snapshot(
             revision=name.revision,
             cache_dir=cache,
             allow_patterns=list(patterns),
-            ignore_patterns=list(LEFT_OUT),
+            ignore_patterns=_left_out(patterns),
             local_files_only=local_files_only,
         )
     )
@@ -192,7 +209,12 @@ def _is_whole(directory: Path) -> bool:
     return isinstance(places, dict) and bool(places) and all((directory / str(x)).is_file() for x in places.values())
 
 
-def _check_space(name: HubName, directory: Path) -> None:
+def _left_out(patterns: tuple[str, ...]) -> list[str]:
+    """Return what is not downloaded, whatever matches patterns, but for what they ask for by name."""
+    return [each for each in LEFT_OUT if not any(fnmatch(pattern, each) for pattern in patterns)]
+
+
+def _check_space(name: HubName, directory: Path, patterns: tuple[str, ...]) -> None:
     """Print how much is downloaded.
 
     Raises:
@@ -205,7 +227,8 @@ def _check_space(name: HubName, directory: Path) -> None:
         listed = HfApi().model_info(name.repository, revision=name.revision, files_metadata=True).siblings or []
     except Exception:  # the download says why
         return
-    wanted = filter_repo_objects(listed, allow_patterns=list(WEIGHTS), ignore_patterns=list(LEFT_OUT), key=_file)
+    ignored = _left_out(patterns)
+    wanted = filter_repo_objects(listed, allow_patterns=list(patterns), ignore_patterns=ignored, key=_file)
     missing = sum(file.size or 0 for file in wanted if not (directory / _file(file)).is_file())
     free = shutil.disk_usage(directory.parents[1]).free
     if missing > free:

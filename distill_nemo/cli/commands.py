@@ -204,9 +204,10 @@ def convert(checkpoint: str, output: str, allow_pickle: bool = False) -> None:
 
     Example:
         nemo distill convert checkpoint=/models/old output=/models/new allow_pickle=true
+        nemo distill convert checkpoint=ORG/NAME output=/models/new allow_pickle=true
 
     Args:
-        checkpoint: directory with config.json and pytorch_model*.bin.
+        checkpoint: directory with config.json and pytorch_model*.bin, or its name on the Hub.
         output: directory to write.
         allow_pickle: true if you trust these weights; a pickle can run code when it is opened.
     """
@@ -257,8 +258,8 @@ def _show(name: str, recipe: Callable[..., Any], *about: str) -> None:
 
 
 def report(
-    runs: list[str],
     output: str,
+    runs: list[str] | None = None,
     prompts: list[str] | None = None,
     scores: list[str] | None = None,
     follow: bool = False,
@@ -271,17 +272,18 @@ def report(
         nemo distill report runs/quickstart/alone runs/quickstart/distilled output=report \
             prompts='["def __init__(self", "import "]'
         nemo distill report runs/llama32_3b_to_1b output=report scores='["scores"]' follow=true
+        nemo distill report output=report scores='["scores"]'
 
     Args:
-        runs: output directories of runs.
         output: directory for report.html and its plots.
+        runs: output directories of runs; none for a page of scores alone.
         prompts: beginnings of text that the exported students go on with.
         scores: output directories of `nemo distill evaluate`.
         follow: rewrite the page while a run goes on; ends with the last run, or at Ctrl-C.
     """
     from distill_nemo.reports.report import report as write_report
 
-    write_report(runs, output, prompts or [], scores or [], follow)
+    write_report(runs or [], output, prompts or [], scores or [], follow)
 
 
 def status(experiment: str) -> None:

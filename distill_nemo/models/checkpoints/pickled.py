@@ -5,6 +5,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from distill_nemo.hub import hub_name, pickles_of, recorded_name
 from distill_nemo.models.checkpoints.export_files import tokenizer_files, write_files
 from distill_nemo.models.checkpoints.huggingface import check_target
 from distill_nemo.models.checkpoints.pretrained import open_pretrained
@@ -19,24 +20,31 @@ def convert(checkpoint: str, output: str, allow_pickle: bool = False) -> None:
 
     Raises:
         ValueError: without `allow_pickle`, or if there is nothing to convert, the weights do not fit the configuration,
-            or a pickle names anything but tensors.
+            or a pickle names anything but tensors; for a name on the hub, as `hub.pickles_of`.
     """
-    source, target = Path(checkpoint), Path(output).resolve()
-    if any(source.glob("*.safetensors")):
-        raise ValueError(f"{source} holds safetensors, which training reads as they are")
-    if not any(source.glob("pytorch_model*.bin")) or not (source / "config.json").is_file():
-        raise ValueError(f"{source} holds no config.json and pytorch_model*.bin: there is nothing to convert")
+    target = Path(output).resolve()
+    if hub_name(checkpoint) is None:
+        _check_pickled(Path(checkpoint))
     if not allow_pickle:
         raise ValueError(
-            f"the weights in {source} are pickles, which can run code when they are opened: add allow_pickle=true if "
-            "you trust where they come from"
+            f"the weights in {checkpoint} are pickles, which can run code when they are opened: add allow_pickle=true "
+            "if you trust where they come from"
         )
     check_target(target)
+    source = Path(pickles_of(checkpoint))
+    _check_pickled(source)
     with OutputLock(target.with_name(f".{target.name}.lock"), f"output = {output}"):
         if target.is_dir() and any(target.iterdir()):
             raise ValueError(f"{target} exists and is not empty; name a new directory")
         _write(_opened(source), tokenizer_files(source), target)
-    print(f"converted {source} to {target}")
+    print(f"converted {recorded_name(str(source))} to {target}")
+
+
+def _check_pickled(source: Path) -> None:
+    if any(source.glob("*.safetensors")):
+        raise ValueError(f"{source} holds safetensors, which training reads as they are")
+    if not any(source.glob("pytorch_model*.bin")) or not (source / "config.json").is_file():
+        raise ValueError(f"{source} holds no config.json and pytorch_model*.bin: there is nothing to convert")
 
 
 def _write(model: Any, files: dict[str, Path], target: Path) -> None:

@@ -1,5 +1,6 @@
 """`nemo distill convert`: pickled weights become safetensors if the user allows it, and even then run no code."""
 
+import hashlib
 import os
 import pickle
 import subprocess
@@ -13,6 +14,7 @@ from distill_nemo.models.checkpoints.pickled import convert
 from distill_nemo.models.checkpoints.write_safetensors import METADATA
 from distill_nemo.runtime import output_lock
 from tests.distributed.checkpoint.test_no_space import file_size_limit
+from tests.hub_downloads import Hub, asked
 from tests.tiny_models import write_hf
 
 
@@ -33,6 +35,24 @@ def test_converted_tensors_are_those_of_the_pickle(old, tmp_path):
         torch.equal(converted[name], expected[name]) for name in expected
     )
     assert (tmp_path / "new" / "config.json").is_file() and not list(tmp_path.glob("*.partial"))
+
+
+def test_a_name_on_the_hub_is_downloaded_if_pickles_are_allowed(old, tmp_path, capsys):
+    files = {path.name: path.read_bytes() for path in old.iterdir()}
+    unread = {"training_args.bin": b"another pickle", "onnx/pytorch_model.bin": b"for another program"}
+    with Hub() as hub, asked(hub.url, tmp_path / "home"):
+        commit = hub.commit("org/old", files | unread)
+        with pytest.raises(ValueError, match=r"the weights in org/old are pickles, .* add allow_pickle=true"):
+            convert("org/old", str(tmp_path / "new"))
+        assert hub.requests == []
+        convert("org/old", str(tmp_path / "new"), allow_pickle=True)
+        assert hub.strange == [] and f"converted org/old@{commit} to {tmp_path}/new" in capsys.readouterr().out
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in (files | unread).items()}
+        assert [name for name in digests if digests[name] in hub.served] == ["pytorch_model.bin"]
+        hub.commit("org/new", {"config.json": files["config.json"]})
+        with pytest.raises(ValueError, match="there is nothing to convert"):
+            convert("org/new", str(tmp_path / "other"), allow_pickle=True)
+    assert load_file(tmp_path / "new" / "model.safetensors").keys() == load_file(tmp_path / "expected").keys()
 
 
 class Runs:
