@@ -23,7 +23,7 @@ from distill_nemo.models.families.tensors import num_parameters
 from distill_nemo.models.layers.experts import initialise_experts, keep_expert_bias, keep_experts_apart
 from distill_nemo.models.megatron import Recompute, gpt_model, transformer_config
 from distill_nemo.models.quantizers.calibrate import calibrate_weights, check_calibrated
-from distill_nemo.models.quantizers.convert import quantize
+from distill_nemo.models.quantizers.convert import quantize, restore_functions_after_errors
 from distill_nemo.models.resolve import resolve, resolve_pair, with_headers
 from distill_nemo.models.sources import CheckpointKind
 from distill_nemo.runtime.device import setup_device
@@ -136,6 +136,7 @@ def _build(
         initialise_experts(built)
     else:
         restore_modelopt_state(built, source.weights)  # a resumed run needs the same modules for its own weights
+    restore_functions_after_errors(built)
     if load_weights:
         _load(built, model)
     return built

@@ -83,7 +83,7 @@ def _stored(path: Path, made_from: dict[str, Any]) -> dict[str, float] | None:
     if found.get("made_from") != made_from or not isinstance(amaxes, dict):
         _print(f"calibration: again: {path} was made from something else")
         return None
-    if not all(isinstance(amax, float) and math.isfinite(amax) and amax >= 0 for amax in amaxes.values()):
+    if not all(isinstance(amax, float) and math.isfinite(amax) and amax > 0 for amax in amaxes.values()):
         _print(f"calibration: again: {path} is damaged")
         return None
     return amaxes

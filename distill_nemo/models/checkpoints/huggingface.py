@@ -139,9 +139,11 @@ def plain_activations(chunks: list[GPTModel]) -> Iterator[None]:
     quantizers = [each.module for chunk in chunks for each in quantizers_of(chunk) if not each.of_weight]
     for quantizer in quantizers:
         quantizer.disable()
-    yield
-    for quantizer in quantizers:
-        quantizer.enable()
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.enable()
 
 
 @contextlib.contextmanager

@@ -42,7 +42,6 @@ Read = Callable[[Piece], Tensor]
 
 LAYOUTS: dict[int | tuple[int, int], Layout] = {(4, 3): "fp8", (2, 1): "nvfp4", 8: "int8", 4: "int4"}  # by num_bits
 LARGEST = {(4, 3): 448.0, (2, 1): 6.0 * 448.0, 8: 127.0, 4: 7.0}  # by num_bits; of NVFP4, times a block's scale
-SMALLEST_AMAX = 2.0**-24  # below, ModelOpt rounds to 0
 ROUNDING = 2.0**-21  # of code * scale in fp32, which ModelOpt computes as code / (1 / scale)
 
 
@@ -215,8 +214,7 @@ class QuantisedParameter(RoundedParameter):
 def scale_of(quantizer: TensorQuantizer, numbers: Numbers) -> Tensor:
     """Return the scales of a quantizer, in fp32 and in the shape of its amax: amax / the largest of its numbers."""
     assert isinstance(quantizer.amax, Tensor)
-    amax, largest = quantizer.amax.float(), LARGEST[numbers.num_bits]
-    return torch.where(amax <= SMALLEST_AMAX, largest, amax) / largest  # NaN, before calibration, stays
+    return quantizer.amax.float() / LARGEST[numbers.num_bits]
 
 
 def _beside(name: str, other: str) -> str:

@@ -32,7 +32,7 @@ def calibrate_weights(built: nn.Module, config: QuantizationConfig) -> None:
     for group, tensors in parts.items():
         _reduce(tensors, group)
     for each, amax in zip(found, amaxes, strict=True):
-        each.module.amax = amax
+        each.module.amax = _usable(amax, each)
 
 
 @contextlib.contextmanager
@@ -46,11 +46,13 @@ def measuring(chunks: Sequence[nn.Module]) -> Iterator[None]:
         each.module.disable_quant()
         if not each.of_weight:
             each.module.enable_calib()
-    yield
-    set_amaxes(chunks, _shared_amaxes(chunks))
-    for each in quantizers:
-        each.module.disable_calib()
-        each.module.enable_quant()
+    try:
+        yield
+        set_amaxes(chunks, _shared_amaxes(chunks))
+    finally:
+        for each in quantizers:
+            each.module.disable_calib()
+            each.module.enable_quant()
 
 
 def _shared_amaxes(chunks: Sequence[nn.Module]) -> dict[str, float]:
@@ -69,9 +71,14 @@ def _shared_amaxes(chunks: Sequence[nn.Module]) -> dict[str, float]:
 
 
 def set_amaxes(chunks: Sequence[nn.Module], amaxes: dict[str, float]) -> None:
-    """Set the amaxes of activations."""
+    """Set the amaxes of activations, by name in the model."""
     for name, quantizer in _of_activations(chunks):
-        quantizer.module.amax = torch.tensor(amaxes[name])
+        quantizer.module.amax = _usable(torch.tensor(amaxes[name]), quantizer)
+
+
+def _usable(amax: Tensor, quantizer: Quantizer) -> Tensor:
+    """Return amaxes that give scales. Of zeros, each is the largest of the numbers, as in ModelOpt's exporter."""
+    return torch.where(amax <= quantizer.smallest_amax, quantizer.module.maxbound, amax)  # NaN stays
 
 
 def amaxes_of(chunks: Sequence[nn.Module]) -> dict[str, float]:
@@ -92,8 +99,10 @@ def check_calibrated(built: nn.Module, where: object) -> None:
     """
     for quantizer in quantizers_of(built):
         amax = quantizer.amax
-        if not bool((amax.isfinite() & (amax >= 0)).all()):
-            raise ValueError(f"{where}: {quantizer.name} has amaxes that are negative or not finite: name another step")
+        if not bool((amax.isfinite() & (amax > 0)).all()):
+            raise ValueError(
+                f"{where}: {quantizer.name} has amaxes that are not positive and finite: name another step"
+            )
 
 
 def _of_activations(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, Quantizer]]:

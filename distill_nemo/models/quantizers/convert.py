@@ -16,9 +16,10 @@ from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from modelopt.torch.quantization.nn import QuantModuleRegistry, TensorQuantizer, register_quant_backend
 from modelopt.torch.quantization.nn.modules.tensor_quantizer import is_registered_quant_backend
+from modelopt.torch.quantization.plugins.custom import _QuantFunctionalMixin
 from torch import Tensor, nn
 
-from distill_nemo.models.quantizers.nvfp4 import simulate
+from distill_nemo.models.quantizers.nvfp4 import LARGEST, SMALLEST_SCALE, simulate
 from distill_nemo.quantization import CACHE_FORMATS, NVFP4, Numbers, QuantizationConfig, format_of, is_excluded
 
 CACHE = ("k_bmm_quantizer", "v_bmm_quantizer")  # ModelOpt's names
@@ -51,6 +52,11 @@ class Quantizer(NamedTuple):
         return amax
 
     @property
+    def smallest_amax(self) -> float:
+        """Largest absolute values up to which ModelOpt rounds to 0, or clips at another value."""
+        return LARGEST * SMALLEST_SCALE if self.module.num_bits == NVFP4.num_bits else 2.0**-24
+
+    @property
     def of_weight(self) -> bool:
         """True if it rounds a weight."""
         return self.name.endswith(".weight_quantizer")
@@ -73,6 +79,24 @@ def quantize(built: GPTModel, config: QuantizationConfig) -> None:
     for module in list(built.modules()):
         if cache is not None and isinstance(module, Attention):
             _quantize_cache(module.get_submodule("core_attention"), cache)
+
+
+def restore_functions_after_errors(built: nn.Module) -> None:
+    """Undo ModelOpt's replacement of Megatron's functions in forward passes that raise, which ModelOpt does not.
+
+    Otherwise every later layer of this process would round as the one that raised.
+    """
+    for module in built.modules():
+        if isinstance(module, _QuantFunctionalMixin):
+            module.register_forward_hook(_restore_functions, always_call=True)
+
+
+def _restore_functions(layer: _QuantFunctionalMixin, args: tuple[Any, ...], output: object) -> None:
+    for package, name, *_ in layer._functionals_to_replace:
+        original = vars(package).get(f"_{name}")
+        if original is not None:
+            setattr(package, name, original)
+            delattr(package, f"_{name}")
 
 
 def name_in_model(built: nn.Module, name: str) -> str:

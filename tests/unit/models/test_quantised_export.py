@@ -185,6 +185,44 @@ def test_every_layout_writes_the_same_bytes(plain, one, two, tmp_path, preset, l
     assert stated[0] == stated[1] and stated[0]["quantization"]["kv_cache_quant_algo"] == "FP8"
 
 
+def export_of_zeros(path, output, config, grown):
+    """Export a student of which a layer's weights and inputs were 0 in calibration. Return its weights as it computes.
+
+    Weights that have grown since are beyond their ranges.
+    """
+    setup_device()
+    with process_groups(ParallelismConfig()):
+        from distill_nemo.models.checkpoints.huggingface import export_hf
+        from distill_nemo.models.quantizers.calibrate import amaxes_of, set_amaxes
+
+        student, model = quantised(path, Layout(), config)
+        layer = model.decoder.layers[0].mlp.linear_fc2
+        set_amaxes(
+            [model], {name: 0.0 if "layers.0.mlp" in name else amax for name, amax in amaxes_of([model]).items()}
+        )
+        with torch.no_grad():
+            layer.weight += grown * torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(0))
+            export_hf([model], str(output), student, source=Path(path))
+            return layer.weight_quantizer(layer.weight).numpy()
+
+
+@pytest.mark.parametrize("grown", [0.0, 1.0])
+@pytest.mark.parametrize("preset", FORMATS)
+def test_what_was_zero_in_calibration_has_positive_scales(plain, one, tmp_path, preset, grown):
+    zeros = "model.layers.0.mlp.down_proj"
+    path, tensors = shutil.copytree(plain, tmp_path / "plain"), load_file(f"{plain}/model.safetensors")
+    tensors[f"{zeros}.weight"].zero_()
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    expected = one.run(export_of_zeros, path, tmp_path / "out", quantization(preset), grown)[0]
+    weights, inputs = dequantised(tmp_path / "out")
+    assert np.array_equal(weights[f"{zeros}.weight"], expected)
+    for name, (dtype, array) in stored(tmp_path / "out").items():
+        scales = array if dtype == "F32" else np.ones(1)
+        assert "scale" not in name or (np.isfinite(scales) & (scales > 0)).all(), name
+    if preset in ("fp8", "int8", "nvfp4"):  # as ModelOpt exports an amax of 0
+        assert inputs[zeros] == pytest.approx({"nvfp4": 1 / 448}.get(preset, 1.0))
+
+
 def test_experts_are_written_one_by_one_at_every_layout(one, two, tmp_path):
     path = write_hf(tmp_path / "plain", "qwen3_moe", layers=2)
     config = quantization("nvfp4")

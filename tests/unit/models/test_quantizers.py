@@ -85,6 +85,33 @@ def test_a_layers_values_and_gradients_are_those_of_an_oracle(layers, name):
     np.testing.assert_allclose(weight_grad.double().numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
+def functions_after_errors(student):
+    """Return, of Megatron's functions: are they the same after an error, and had the error replaced them without us?"""
+    from megatron.core.tensor_parallel import layers as megatron
+    from modelopt.torch.quantization.plugins.megatron import _MegatronParallelLinear
+
+    from distill_nemo.models.provider import model_provider
+
+    names = [name for _, name in _MegatronParallelLinear._functionals_to_replace]
+    originals = {name: getattr(megatron, name) for name in names}
+    architecture = quantized_as(resolve(StudentConfig(student)), FORMATS["fp8"])
+    layer = model_provider(student=architecture, parallelism=ParallelismConfig()).decoder.layers[0].mlp.linear_fc1
+    found = []
+    for call in (layer, layer.forward):  # the second without hooks
+        with pytest.raises(RuntimeError, match="shapes"):
+            call(torch.zeros(1, 1, 7))
+        found.append({name: getattr(megatron, name) for name in names} == originals)
+    for name, original in originals.items():
+        setattr(megatron, name, original)
+        delattr(megatron, f"_{name}")
+    return found
+
+
+def test_after_an_error_in_a_quantised_layer_megatron_has_its_functions_again(students, one):
+    """If the second changes, ModelOpt restores them by itself, and our hook can go."""
+    assert one.run(in_one_process, functions_after_errors, students["llama"])[0] == [True, False]
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_amaxes_of_weights_are_those_of_the_tensor_its_rows_or_blocks(layers, name):
     _, weight, amax, *_ = layers[name]
@@ -155,7 +182,7 @@ def test_what_is_not_exact_is_refused_by_name(students, family, config, tensor, 
     with pytest.raises(ValueError, match=refusal):
         check_layout(model, ParallelismConfig(tensor_model_parallel_size=tensor))
     excluded = QuantizationConfig(config.format, block_size=config.block_size, exclude=["*"])
-    check_layout(quantized_as(resolve(StudentConfig(students[family])), excluded), ParallelismConfig())
+    check_layout(replace(model, quantization=excluded), ParallelismConfig())
 
 
 @pytest.mark.parametrize("pattern", ["model.layers.0.mlp.down_proj", "lm_head", "decoder.layers.7.*", "linear_fc1"])
@@ -163,6 +190,23 @@ def test_a_pattern_that_excludes_nothing_is_refused_with_names_that_would(studen
     config = QuantizationConfig("fp8", exclude=["output_layer", pattern])
     with pytest.raises(ValueError, match=r"exclude: .* matches no linear layer .*decoder\.layers\.0\..*output_layer"):
         quantized_as(resolve(StudentConfig(students["llama"])), config)
+
+
+def test_patterns_that_exclude_everything_are_refused(students):
+    config = QuantizationConfig("fp8", exclude=["output_layer", "decoder.*"])
+    with pytest.raises(ValueError, match=r"exclude = \['output_layer', 'decoder\.\*'\] leaves no linear layer"):
+        quantized_as(resolve(StudentConfig(students["llama"])), config)
+
+
+def test_a_student_stays_as_its_run_quantised_it_if_the_numbers_are_the_same(students):
+    before = QuantizationConfig("int4_weights", exclude=["output_layer", "decoder.layers.1.*"], calibration_samples=8)
+    student = replace(resolve(StudentConfig(students["llama"])), quantization=before)
+    same = QuantizationConfig("int4_weights", block_size=128, exclude=["decoder.layers.[1].*", "output_layer"])
+    assert quantized_as(student, same).quantization is before
+    with pytest.raises(ValueError, match=r"by its run with quantization\.block_size = None, not 64: leave quant"):
+        quantized_as(student, replace(before, block_size=64, calibration_samples=512))
+    with pytest.raises(ValueError, match=r"by its run with quantization\.exclude = .*, not \['output_layer'\]: leave"):
+        quantized_as(student, replace(before, exclude=["output_layer"]))
 
 
 def save_without_calibration(student, output):
@@ -183,7 +227,7 @@ def save_without_calibration(student, output):
 def test_amaxes_that_no_run_has_saved_are_refused(students, one, tmp_path):
     path = tmp_path / "m"
     one.run(in_one_process, save_without_calibration, students["llama"], str(path))
-    with pytest.raises(ValueError, match=r"layers\.0\..*input_quantizer has amaxes that are negative or not finite"):
+    with pytest.raises(ValueError, match=r"layers\.0\..*input_quantizer has amaxes that are not positive and finite"):
         one.run(in_one_process, load, str(path))
     description = path / "architecture.json"
     for config, problem in (
