@@ -103,8 +103,8 @@ def _tell_of_gone(run: Path, tasks: list[str], config: EvaluateConfig) -> None:
     gone = [str(step) for step in measured if step not in there and not _is_measured(run, step, tasks, config)]
     if gone:
         print(
-            f"step {', '.join(first_few(gone))}: deleted, as checkpoint.keep_last says, so not measured by all of "
-            f"{', '.join(tasks)}; scores by other tasks stay",
+            f"step {', '.join(first_few(gone))}: the checkpoint is gone (checkpoint.keep_last), so it is not measured "
+            f"by {', '.join(tasks)}; scores by other tasks stay",
             flush=True,
         )
 

@@ -10,10 +10,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import RowParallelLinear
 from modelopt.torch.quantization.calib import MaxCalibrator
+from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor, nn
 
 from distill_nemo.models.quantizers.convert import Quantizer, amax_of, name_in_model, quantizers_of
-from distill_nemo.quantization import QuantizationConfig, format_of
+from distill_nemo.models.quantizers.nvfp4 import LARGEST, SMALLEST_SCALE
+from distill_nemo.quantization import NVFP4, QuantizationConfig, format_of
 
 
 @torch.no_grad()
@@ -32,7 +34,7 @@ def calibrate_weights(built: nn.Module, config: QuantizationConfig) -> None:
     for group, tensors in parts.items():
         _reduce(tensors, group)
     for each, amax in zip(found, amaxes, strict=True):
-        each.module.amax = _usable(amax, each)
+        each.module.amax = _usable(amax, each.module)
 
 
 @contextlib.contextmanager
@@ -73,12 +75,16 @@ def _shared_amaxes(chunks: Sequence[nn.Module]) -> dict[str, float]:
 def set_amaxes(chunks: Sequence[nn.Module], amaxes: dict[str, float]) -> None:
     """Set the amaxes of activations, by name in the model."""
     for name, quantizer in _of_activations(chunks):
-        quantizer.module.amax = _usable(torch.tensor(amaxes[name]), quantizer)
+        quantizer.module.amax = _usable(torch.tensor(amaxes[name]), quantizer.module)
 
 
-def _usable(amax: Tensor, quantizer: Quantizer) -> Tensor:
-    """Return amaxes that give scales. Of zeros, each is the largest of the numbers, as in ModelOpt's exporter."""
-    return torch.where(amax <= quantizer.smallest_amax, quantizer.module.maxbound, amax)  # NaN stays
+def _usable(amax: Tensor, quantizer: TensorQuantizer) -> Tensor:
+    """Return amaxes that give scales. Of zeros, each is the largest of the numbers, as in ModelOpt's exporter.
+
+    Up to `zero`, ModelOpt's quantizers round to 0, or by another amax. NaN stays.
+    """
+    zero = LARGEST * SMALLEST_SCALE if quantizer.num_bits == NVFP4.num_bits else 2.0**-24
+    return torch.where(amax <= zero, quantizer.maxbound, amax)
 
 
 def amaxes_of(chunks: Sequence[nn.Module]) -> dict[str, float]:

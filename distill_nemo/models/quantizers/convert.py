@@ -19,7 +19,7 @@ from modelopt.torch.quantization.nn.modules.tensor_quantizer import is_registere
 from modelopt.torch.quantization.plugins.custom import _QuantFunctionalMixin
 from torch import Tensor, nn
 
-from distill_nemo.models.quantizers.nvfp4 import LARGEST, SMALLEST_SCALE, simulate
+from distill_nemo.models.quantizers.nvfp4 import simulate
 from distill_nemo.quantization import CACHE_FORMATS, NVFP4, Numbers, QuantizationConfig, format_of, is_excluded
 
 CACHE = ("k_bmm_quantizer", "v_bmm_quantizer")  # ModelOpt's names
@@ -50,11 +50,6 @@ class Quantizer(NamedTuple):
         amax = self.module.amax
         assert isinstance(amax, Tensor)
         return amax
-
-    @property
-    def smallest_amax(self) -> float:
-        """Largest absolute values up to which ModelOpt rounds to 0, or clips at another value."""
-        return LARGEST * SMALLEST_SCALE if self.module.num_bits == NVFP4.num_bits else 2.0**-24
 
     @property
     def of_weight(self) -> bool:

@@ -317,7 +317,9 @@ def test_saved_steps_are_measured_beside_the_run_once(inputs, here, pair, measur
     assert page.scores == {"run": scores}
     assert not list((here / "run" / "benchmarks" / "exported").iterdir())
     printed = pair.run(followed_by_other_tasks, here, run, settings(here))[0]
-    assert "step 4: deleted, as checkpoint.keep_last says, so not measured by all of tiny_perplexity; " in printed
+    assert (
+        "step 4: the checkpoint is gone (checkpoint.keep_last), so it is not measured by tiny_perplexity; " in printed
+    )
     scores = read_scores(here / "run" / "benchmarks" / "scores.json")
     measured_steps = {each.task: list(each.values) for each in scores.scores}
     assert measured_steps == {"tiny_choice": ["step 4", "step 8"], "tiny_perplexity": ["step 8"]}
