@@ -33,7 +33,7 @@ from distill_nemo.training.evaluate import check_evaluation, evaluate_on
 
 A_DAY = 24 * 60.0  # minutes: ranks may take long over their share of a task
 ARGUMENTS = ("limit", "num_fewshot", "apply_chat_template", "batch_size", "dtype")
-DESCRIPTION = ("config.json", "generation_config.json", MODELOPT_FILE, *TOKENIZER_FILES, *CHAT_TEMPLATES)
+BESIDE_WEIGHTS = ("generation_config.json", MODELOPT_FILE, *TOKENIZER_FILES, *CHAT_TEMPLATES)  # and the description
 
 
 @dataclass(frozen=True)
@@ -179,10 +179,12 @@ def ready_models(paths: dict[str, str], config: EvaluateConfig, output: Path) ->
 
 
 def _files(checkpoint: str, tokenizer: str | None) -> NamedFiles:
-    weights = find_checkpoint(Path(checkpoint)).weights
-    directories = [weights] if tokenizer is None or has_tokenizer(weights) else [weights, Path(tokenizer)]
-    described = [file for each in directories for pattern in DESCRIPTION for file in sorted(each.glob(pattern))]
-    return [*weight_files(checkpoint), *((file.name, file.resolve()) for file in described)]
+    found = find_checkpoint(Path(checkpoint))
+    elsewhere = tokenizer is not None and not has_tokenizer(found.weights)
+    directories = [found.weights, *([Path(tokenizer)] if elsewhere else [])]
+    described = [found.description] if found.description else []
+    described += [file for each in directories for pattern in BESIDE_WEIGHTS for file in sorted(each.glob(pattern))]
+    return [*weight_files(checkpoint), *((file.name, file.resolve()) for file in described if file.is_file())]
 
 
 def has_tokenizer(directory: Path) -> bool:

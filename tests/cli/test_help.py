@@ -66,7 +66,7 @@ FIELDS = {
         *(f"parallelism.{f.name}" for f in fields(ParallelismConfig)),
     ],
     "recipes": ["names"],
-    "report": ["runs", "output", "prompts", "scores", "follow"],
+    "report": ["output", "runs", "prompts", "scores", "follow"],
     "status": ["experiment"],
     "logs": ["experiment", "follow"],
     "cancel": ["experiment"],
