@@ -180,8 +180,9 @@ def ready_models(paths: dict[str, str], config: EvaluateConfig, output: Path) ->
 
 def _files(checkpoint: str, tokenizer: str | None) -> NamedFiles:
     found = find_checkpoint(Path(checkpoint))
-    elsewhere = tokenizer is not None and not has_tokenizer(found.weights)
-    directories = [found.weights, *([Path(tokenizer)] if elsewhere else [])]
+    directories = [found.weights]
+    if tokenizer is not None and not has_tokenizer(found.weights):
+        directories.append(Path(tokenizer))
     described = [found.description] if found.description else []
     described += [file for each in directories for pattern in BESIDE_WEIGHTS for file in sorted(each.glob(pattern))]
     return [*weight_files(checkpoint), *((file.name, file.resolve()) for file in described if file.is_file())]

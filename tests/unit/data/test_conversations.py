@@ -287,7 +287,10 @@ BAD = {
     r"the role .'user'.; known are": [CHAT, {"messages": [USER | {"role": ["user"]}, FOUR]}],
     "a function_call, which templates do not read": [CHAT, {"messages": [USER, FOUR | {"function_call": {}}]}],
     "tool_calls that are not a list": [CHAT, {"messages": [USER, FOUR | {"tool_calls": CALL}]}],
-    "a value of type int, not an object": [CHAT, {"messages": [USER, FOUR | {"tool_calls": [ADD | {"arguments": "3"}]}]}],
+    "a value of type int, not an object": [
+        CHAT,
+        {"messages": [USER, FOUR | {"tool_calls": [ADD | {"arguments": "3"}]}]},
+    ],
     "a tool call without a name": [CHAT, {"messages": [USER, FOUR | {"tool_calls": [{"arguments": {}}]}]}],
     r"conversations.\[1\] a text that is not JSON": [
         CHAT,
