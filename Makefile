@@ -19,8 +19,8 @@ quickstart: .venv/installed ## the main job: distil a small model on this machin
 test: .venv/installed ## the test suite, without long matrices of layouts and tests/launch, in two processes
 	@$(BIN)/python -m pytest -n 2 $(ARGS)
 
-test-layouts: .venv/installed ## the layouts that make test leaves out: five minutes
-	@$(BIN)/python -m pytest -n 2 -m layouts $(ARGS)
+test-long: .venv/installed ## what make test leaves out: further layouts, benchmarks, memory over many steps: ten minutes
+	@$(BIN)/python -m pytest -n 2 -m long $(ARGS)
 
 test-launch: .venv/installed ## runs on SLURM (apt, root) and on a Kubernetes, both on this machine: a few minutes
 	@$(BIN)/python -m pytest tests/launch $(ARGS)
@@ -61,4 +61,4 @@ lint: .venv/installed ## ruff, codespell, docstrings, pyright, import layers
 clean: ## remove files of runs and tests, keep .venv
 	@rm -rf runs build .pytest_cache .ruff_cache
 
-.PHONY: help quickstart test test-layouts test-launch test-versions parity models recipes soak gpu bench docs lint clean
+.PHONY: help quickstart test test-long test-launch test-versions parity models recipes soak gpu bench docs lint clean

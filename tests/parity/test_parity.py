@@ -22,7 +22,7 @@ from tests.parity.cells import (
 from tests.spawn import Gloo
 from tests.tiny_models import MODEL_TYPES, REFUSED, write_hf
 
-ALWAYS = ("TP=2", "PP=2", "CP=2", "TP=2, PP=2", "EP=2, DP=2")
+ALWAYS = ("CP=2", "TP=2, PP=2", "EP=2, DP=2")
 EVERYWHERE = ("forward KL, T=2, and LM", HIDDEN)
 
 
@@ -67,7 +67,7 @@ def chosen(layout: str) -> list[Cell]:
 @pytest.mark.parametrize(
     "layout",
     [
-        pytest.param(layout, marks=[] if layout in ALWAYS else pytest.mark.layouts)
+        pytest.param(layout, marks=[] if layout in ALWAYS else pytest.mark.long)
         for layout in LAYOUTS
         if layout != "one process"
     ],

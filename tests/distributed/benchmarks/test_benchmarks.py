@@ -31,6 +31,7 @@ from tests.spawn import Gloo
 from tests.tiny_models import megatron_tensors, nemo_config, write_hf, write_nemo
 from tests.training import tiny_run
 
+pytestmark = pytest.mark.long
 TASKS = ["tiny_choice", "tiny_generation", "tiny_perplexity"]
 BASELINE = "models--Org--Baseline/snapshots/" + 40 * "0"  # as in the hub's cache
 TEXTS = [f"def f{n}(x):\n    return x + {n}\n\nimport os  # {n * 'and so on '}" for n in range(5)]

@@ -88,6 +88,7 @@ def test_killed_in_each_stage_and_run_again_it_gives_the_same_student(inputs, tm
     assert "distilled student" in (found / "report/report.html").read_text()
 
 
+@pytest.mark.long
 def test_in_two_rounds_the_second_one_cuts_the_first_ones_student_once(inputs, tmp_path, one):
     teacher = write_hf(tmp_path / "teacher", "llama", width=256, heads=8, groups=4)
     sizes = {"teacher": teacher, "num_query_groups": 2, "target_params": 800_000, "rounds": 2}

@@ -31,7 +31,7 @@ LAYOUTS = {
 }
 ALWAYS = ("llama", "qwen3_moe")
 OTHER_PARTS = ("deepseek_v3", "gemma2", "gpt_oss", "granitemoe", "nemotron_h_moe", "olmo2", "phi3", "qwen3_next")
-CASES = [*ALWAYS, *(pytest.param(family, marks=pytest.mark.layouts) for family in OTHER_PARTS)]
+CASES = [*ALWAYS, *(pytest.param(family, marks=pytest.mark.long) for family in OTHER_PARTS)]
 
 
 def pruned(path, data, output, layout, **changes):

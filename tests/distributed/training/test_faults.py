@@ -99,7 +99,7 @@ def cut_short(output, rank):
         os.truncate(output / "train.bin", 100)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_data_file_that_shrinks(inputs, two, tmp_path, workers):
     for suffix in (".bin", ".idx", ".json"):
         shutil.copy(f"{inputs}/train{suffix}", tmp_path)

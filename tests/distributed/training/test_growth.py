@@ -74,8 +74,10 @@ def watch(inputs, models, output, steps, pipeline=1, recompute=None):
     return seen, queued
 
 
-@pytest.mark.parametrize("recompute", [None, "full"])
-@pytest.mark.parametrize("pipeline", [1, 2])
+@pytest.mark.parametrize(
+    ("pipeline", "recompute"),
+    [(2, "full"), *(pytest.param(*each, marks=pytest.mark.long) for each in ((1, None), (1, "full"), (2, None)))],
+)
 def test_memory_does_not_grow_with_the_steps(inputs, models, one, two, tmp_path, pipeline, recompute):
     """This includes stages that never compute the loss, which must keep no output of a micro batch."""
     for seen, _ in (one, two)[pipeline - 1].run(watch, inputs, models, tmp_path, STEPS, pipeline, recompute):

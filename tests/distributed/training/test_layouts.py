@@ -116,7 +116,7 @@ def assert_the_same(found, expected):
 @pytest.mark.parametrize(
     ("loss", "layout"),
     [
-        pytest.param(*each, marks=[] if each in ALWAYS else pytest.mark.layouts)
+        pytest.param(*each, marks=[] if each in ALWAYS else pytest.mark.long)
         for each in product(("static", "dynamic"), TEN_STEPS)
     ],
 )

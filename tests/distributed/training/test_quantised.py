@@ -72,7 +72,7 @@ def expected(inputs, students, one, tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        pytest.param(name, layout, marks=[] if (name, layout) in ALWAYS else pytest.mark.layouts)
+        pytest.param(name, layout, marks=[] if (name, layout) in ALWAYS else pytest.mark.long)
         for name in FORMATS
         for layout in LAYOUTS
         if layout != "EP=2" and name != "as the student"
@@ -103,7 +103,7 @@ def test_whole_logits_and_recomputation_change_nothing(inputs, students, one, ex
     assert_the_same(metrics(tmp_path / "run"), metrics(expected("llama", "nvfp4")))
 
 
-@pytest.mark.layouts
+@pytest.mark.long
 def test_hidden_losses_and_the_dynamic_balancer_work_with_a_quantised_student(inputs, students, one, two, tmp_path):
     for group, layout in ((one, None), (two, "TP=2, SP")):
         group.run(train, inputs, tmp_path / str(layout), students / "llama", "nvfp4", layout, 4, DYNAMIC)
@@ -122,7 +122,7 @@ def test_scales_of_blocks_reshard_from_tensor_to_pipeline_parallel_to_one(
     assert_the_same(kept, metrics(expected("llama", "int4_weights")))
 
 
-@pytest.mark.parametrize("name", ["nvfp4", pytest.param("int8", marks=pytest.mark.layouts)])
+@pytest.mark.parametrize("name", ["nvfp4", pytest.param("int8", marks=pytest.mark.long)])
 def test_experts_reshard_from_expert_parallel_to_one(inputs, students, one, two, expected, tmp_path, name):
     output, student = tmp_path / "run", students / "qwen3_moe"
     two.run(train, inputs, output, student, name, "EP=2", 2)

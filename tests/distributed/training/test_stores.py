@@ -29,7 +29,7 @@ FITTING = {
 SHAPE = {"vocab_size": 507, "sequence_length": 32, "num_windows": 24, "windows_per_shard": 10}
 FEW = [("sampled", "TP=2, SP"), ("sampled", "CP=2"), ("hidden", "PP=2")]
 MORE = [("sampled", "DP=2"), ("sampled", "PP=2"), ("top_k", "TP=2, SP"), ("hidden", "TP=2, SP")]
-CELLS = [*FEW, *(pytest.param(*each, marks=pytest.mark.layouts) for each in MORE)]
+CELLS = [*FEW, *(pytest.param(*each, marks=pytest.mark.long) for each in MORE)]
 
 
 @pytest.fixture(scope="module")

@@ -238,6 +238,7 @@ MOST_PER_COLUMN = {
 }
 
 
+@pytest.mark.long
 def test_triton_for_hopper_spends_few_instructions_on_a_column(tmp_path: Path) -> None:
     """Compiled without a GPU. A division by the temperature alone made it 65."""
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", VARIABLE)}

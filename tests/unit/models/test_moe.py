@@ -32,7 +32,7 @@ LAYOUTS = {
     "tp2_ep2": (4, Layout(tensor=2, sequence_parallel=True, expert=2)),
 }
 ALWAYS = "tp2_ep2"  # tests/parity has the others
-EACH = [pytest.param(name, marks=[] if name == ALWAYS else pytest.mark.layouts) for name in LAYOUTS]
+EACH = [pytest.param(name, marks=[] if name == ALWAYS else pytest.mark.long) for name in LAYOUTS]
 DISTILLATION = {"lm_weight": 0.3, "logits_weight": 0.7, "temperature": 2.0}
 MOE = ("qwen3_moe", "qwen3_moe_not_normalised")
 
@@ -192,7 +192,7 @@ def train(inputs, models, output, student, sizes, steps=8):
 
 
 @pytest.mark.parametrize(
-    "student", ["qwen3_moe", *(pytest.param(x, marks=pytest.mark.layouts) for x in ("dense", "glm4_moe"))]
+    "student", ["qwen3_moe", *(pytest.param(x, marks=pytest.mark.long) for x in ("dense", "glm4_moe"))]
 )
 def test_a_run_gives_one_curve_at_every_layout_and_resumes(inputs, models, groups, tmp_path, student):
     curves = {}

@@ -103,10 +103,10 @@ def _possible(family: str, layout: str) -> bool:
 
 
 def _marks(family: str, layout: str) -> list[pytest.MarkDecorator]:
-    """Leave layouts whose parallelism another one has, too, to `make test-layouts`, except for two families."""
+    """Leave layouts whose parallelism another one has, too, to `make test-long`, except for two families."""
     combined = "tp2 ep2" if "ep2" in layout else "tp2 pp2"
     told = layout in ("tp2 pp2", "tp2 ep2", "tp4, two key/value heads") or not _possible(family, combined)
-    return [] if told or family in ("llama", "qwen3_moe") else [pytest.mark.layouts]
+    return [] if told or family in ("llama", "qwen3_moe") else [pytest.mark.long]
 
 
 @pytest.mark.parametrize(

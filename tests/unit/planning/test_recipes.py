@@ -90,6 +90,7 @@ def trained(runs):
     return means
 
 
+@pytest.mark.long
 def test_scaled_down_models_of_every_recipe_take_a_step(two, tmp_path):
     """At the recipe's layout, as far as two ranks go, with its losses, optimizer and recomputation."""
     by_layout = {}
