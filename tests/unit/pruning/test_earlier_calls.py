@@ -1,4 +1,4 @@
-"""What an interrupted call of `prune` left: taken as it was written, and not at all if it is damaged."""
+"""Files that an interrupted call of `prune` left: taken as it was written, and not at all if it is damaged."""
 
 import json
 
