@@ -209,7 +209,8 @@ def _total(made: list[dict], max_bad: int, sources: list[str]) -> dict[str, Any]
         print("\n".join([f"skipped {message} (max_bad_records = {max_bad}):", *lines]))
     without = sum(part.get("without_reasoning", 0) for part in made)
     if without:
-        print(f"{without:,} answers of earlier turns count without their reasoning, which the chat template leaves out")
+        answers = f"{without:,} earlier answer{'s' * (without != 1)}"
+        print(f"the chat template leaves out the reasoning of {answers}; the rest of them counts")
     last_apart = all(part.get("last_apart", True) for part in made)
     return {**totals, "bad": bad[:MAX_NAMED_RECORDS], "last_apart": last_apart, "without_reasoning": without}
 

@@ -95,11 +95,11 @@ def test_earlier_answers_lose_their_reasoning_and_end_where_the_template_drops_i
     chat, final = {"messages": [USER, FOUR | thinking, AGAIN, NINE | thinking]}, "<|channel|>final<|message|>"
     answer = f"<|channel|>analysis<|message|>three times<|end|><|start|>assistant{final}nine<|return|>"
     assert documents(prepared(tmp_path, [chat], GPT_OSS))[0][1] == [f"{final} The answer is four. ", answer]
-    told = "1 answers of earlier turns count without their reasoning, which the chat template leaves out\n"
+    told = "the chat template leaves out the reasoning of 1 earlier answer; the rest of them counts\n"
     assert told in capsys.readouterr().out
     (tmp_path / "last").mkdir()
     assert documents(prepared(tmp_path / "last", [chat], GPT_OSS, loss_on="last"))[0][1] == [answer]
-    assert "without their reasoning" not in capsys.readouterr().out
+    assert "leaves out" not in capsys.readouterr().out
 
 
 def test_a_token_over_the_boundary_is_refused(tmp_path: Path):
