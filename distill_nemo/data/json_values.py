@@ -13,6 +13,7 @@ from distill_nemo.data.conversations import is_message
 CHUNK_CHARACTERS = 1 << 20
 HEAD_CHARACTERS = 1 << 16  # read to find out what a file holds, and more if its first value is larger
 MAX_WORD = 16  # characters that mean nothing until they are whole, such as -Infinity and \ud83d\ude00
+BROKEN = (ValueError, RecursionError)  # raised for broken JSON, for huge integers, and for brackets in brackets
 BLANK = re.compile(r"[ \t\r\n]*")
 
 
@@ -35,7 +36,7 @@ def json_layout(file: TextIO) -> Literal["jsonl", "json", "lists"]:
             file.seek(0)
             scanner = _Scanner(file, HEAD_CHARACTERS)
         value, text = scanner.value_and_text()
-    except json.JSONDecodeError:
+    except BROKEN:
         return "json" if begins_list else "jsonl"
     following = scanner.following(2)
     more = bool(scanner.peek())
@@ -116,7 +117,7 @@ class _Scanner:
         """Return True if the text in memory holds all of the next value."""
         try:
             json.JSONDecoder().raw_decode(self.text, self.at)
-        except json.JSONDecodeError:
+        except BROKEN:
             return False
         return True
 

@@ -280,6 +280,8 @@ LAYOUTS = {
     "an array of mails": ("json", '[{"from": "a", "text": "BIG"}]'),
     "objects over lines": ("json", '{ "text": "BIG",\n "id": 1}\n{ "text": "b",\n "id": 2}\n'),
     "a broken line": ("jsonl", '{"text": "BIG\n{"text": "b"}\n'),
+    "a line of brackets": ("jsonl", '{"text": ' + "[" * 200_000 + '\n{"text": "BIG"}\n'),
+    "a line of digits": ("jsonl", '{"text": ' + "9" * 5000 + '}\n{"text": "BIG"}\n'),
     "a broken line of a list": ("jsonl", '[1]\n{"text": "BIG"}\n'),
 }
 
