@@ -30,6 +30,8 @@ FIXED = (
     ("optimizer", "use_distributed_optimizer"),  # it changes how Megatron saves groups of parameters
 )
 BENCHMARKS = "benchmarks"  # directory of a run, with the scores of its steps
+FOLDERS = ("checkpoints", "index_cache", "tensorboard", "benchmarks")  # of a run
+FILES = ("config.yaml", "metrics.jsonl", "hashes.json", "run.lock", "evaluation.json")
 OUR_PATTERNS = ("step_*", "latest", "latest.partial", "latest.old")
 FOREIGN = ("*.safetensors", ".metadata", "latest_checkpointed_iteration.txt", "iter_*", "model_weights", "latest")
 
@@ -93,15 +95,18 @@ def prune(newest: Path, keep_last: int, benchmark_interval: int | None = None) -
 
 
 def check_output_dir(output_dir: str) -> None:
-    """Refuse a directory that holds checkpoints of another program. Other files do not matter.
+    """Refuse a directory that holds checkpoints of another program, or files and directories in each other's place.
 
     Raises:
-        ValueError: naming the checkpoint.
+        ValueError: naming the checkpoint or the path.
     """
     directory, root = Path(output_dir), checkpoint_root(output_dir)
-    for path in (directory, root):
+    for path in (directory, *(directory / name for name in FOLDERS)):
         if path.exists() and not path.is_dir():
             raise ValueError(f"output_dir = {output_dir}: {path} is a file; choose another output_dir")
+    for path in (directory / name for name in FILES):
+        if path.exists() and not path.is_file():
+            raise ValueError(f"output_dir = {output_dir}: {path} is not a file; choose another output_dir")
     strange = [path for pattern in FOREIGN for path in directory.glob(pattern)]
     if root.is_dir():
         strange += [path for path in root.iterdir() if not any(path.match(pattern) for pattern in OUR_PATTERNS)]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distill_nemo.runtime.files import read_object_if_any
+from distill_nemo.runtime.files import read_object_if_any, write_atomically
 
 if TYPE_CHECKING:
     import tokenizers
@@ -93,7 +93,7 @@ def save_fast(tokenizer: Tokenizer, path: Path) -> None:
     """Save the fast form for workers, if there is one."""
     path.unlink(missing_ok=True)
     if tokenizer.fast is not None:
-        tokenizer.fast.save(str(path))
+        write_atomically(path, tokenizer.fast.to_str())  # its own save raises no OSError on a full disk
 
 
 def _end_of_document(tokenizer: Tokenizer) -> int:

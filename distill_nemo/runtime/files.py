@@ -55,9 +55,11 @@ def write_blocks_atomically(path: Path, blocks: Iterable[Buffer]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
+        if isinstance(error, OSError) and error.filename is None:  # as of a full disk
+            error.filename = str(path)
         raise
     fsync(path.parent)
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -205,3 +206,18 @@ def test_an_output_inside_its_inputs_is_no_input(tmp_path, tokenizer, source):
     with pytest.raises(OSError, match="No space left"):
         prepare([str(tmp_path)], str(tmp_path / "out"), tokenizer, num_workers=1)
     assert prepare([str(tmp_path)], str(tmp_path / "out"), tokenizer, num_workers=1).documents == 300
+
+
+@pytest.mark.parametrize("limit", [500, 3000])
+def test_a_full_disk_at_the_first_files_is_an_error_of_the_disk(tmp_path, inputs, limit):
+    """The tokenizer for the workers is larger than these limits."""
+    (tmp_path / "a.txt").write_text("some text")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            prepare([str(tmp_path / "a.txt")], str(tmp_path / "out"), str(inputs / "tokenizer"), progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    prepare([str(tmp_path / "a.txt")], str(tmp_path / "out"), str(inputs / "tokenizer"), progress=False)
+    assert (tmp_path / "out.bin").is_file()

@@ -322,6 +322,14 @@ def test_an_output_directory_that_holds_other_checkpoints(inputs, one, tmp_path)
     assert "iter_0000100; choose another output_dir" in refused(one, inputs, megatron)
     assert "is a file; choose another output_dir" in refused(one, inputs, tmp_path / "file")
     plain.mkdir()
+    for name in ("checkpoints", "index_cache", "tensorboard"):
+        (plain / name).touch()
+        assert f"{plain / name} is a file; choose another output_dir" in refused(one, inputs, plain)
+        (plain / name).unlink()
+    for name in ("config.yaml", "metrics.jsonl", "hashes.json", "run.lock"):
+        (plain / name).mkdir()
+        assert f"{plain / name} is not a file; choose another output_dir" in refused(one, inputs, plain)
+        (plain / name).rmdir()
     (plain / "notes.txt").write_text("other files do not matter")
     one.run(run, inputs, plain)
     assert metrics(plain)[-1]["step"] == 4
