@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from distill_nemo.fields import setting
 from distill_nemo.push_config import PushConfig
-from distill_nemo.quantization import QuantizationConfig
+from distill_nemo.quantization import ExportFormatName, QuantizationConfig
 from distill_nemo.schedules import Schedule, parse_schedule
 
 if typing.TYPE_CHECKING:
@@ -261,6 +261,9 @@ class CheckpointConfig(PushConfig):
     resume: bool = True
     export: bool = setting(True, "write <output_dir>/student in Hugging Face format at the end")
     copy_untouched: bool = setting(False, "export tensors that the student's source has and the student lacks, too")
+    quantized: ExportFormatName = setting(
+        "modelopt", "format of a quantised student's export; none: its rounded weights, in the dtype of the training"
+    )
 
 
 @dataclass
@@ -305,7 +308,7 @@ class ExportConfig(PushConfig):
     output: str
     tokenizer: str | None = None
     copy_untouched: bool = False
-    quantized: bool = True
+    quantized: ExportFormatName = "modelopt"
     parallelism: ParallelismConfig | None = None  # None: that of the run, on the ranks that there are
 
 

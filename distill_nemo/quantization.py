@@ -8,6 +8,7 @@ from distill_nemo.fields import require, setting
 
 FormatName = Literal["none", "fp8", "nvfp4", "nvfp4_weights", "int8", "int4_weights"]
 CacheFormatName = Literal["none", "fp8", "nvfp4"]
+ExportFormatName = Literal["modelopt", "compressed-tensors", "none"]
 Scope = Literal["tensor", "row", "block"]
 
 

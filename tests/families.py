@@ -34,7 +34,7 @@ the source, bit for bit. "refused": at the start, by name. Loss, metrics and eve
 
 Any two of these models can be teacher and student if they share a vocabulary. Whatever else a `config.json`
 asks for is refused by name before memory is taken: other activations and biases, other quantised weights than
-FP8, MXFP4 and ModelOpt's NVFP4, INT8 and INT4 (which are dequantised as they are read), sequences beyond the
+FP8, MXFP4, NVFP4, INT8 and INT4 (which are dequantised as they are read), sequences beyond the
 length at which longrope and dynamic rotary embeddings change, layouts that do not divide a model. So are
 Nemotron-3 Super, whose experts have a latent width, Granite 4 with Mamba layers, and DeepSeek-V2.
 Of Qwen3.5's directories of images and text the text model is trained. It is exported by itself, or in its place in

@@ -44,6 +44,7 @@ def write_modelopt(plain, output, preset):
 def stored(directory):
     """Return {name: (dtype, array)} of all files; of bytes where numpy has no such dtype."""
     kinds = {"F32": np.float32, "I8": np.int8, "U8": np.uint8, "F8_E4M3": np.uint8, "BF16": np.uint16}
+    kinds |= {"I32": np.int32, "I64": np.int64}
     found = {}
     for file in sorted(Path(directory).glob("*.safetensors")):
         content = file.read_bytes()

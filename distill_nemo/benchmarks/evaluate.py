@@ -21,7 +21,7 @@ from distill_nemo.config import DataConfig, ExportConfig, ParallelismConfig, Stu
 from distill_nemo.fields import fields_named, require
 from distill_nemo.job_config import EvaluateConfig, words_of
 from distill_nemo.models.checkpoints.export_files import CHAT_TEMPLATES, TOKENIZER_FILES
-from distill_nemo.models.quantisation import MODELOPT_FILE, is_modelopt
+from distill_nemo.models.quantisation import MODELOPT_FILE, needs_package
 from distill_nemo.models.sources import CheckpointKind, find_checkpoint
 from distill_nemo.reports.comparison import Row, render_table
 from distill_nemo.reports.compressed import row
@@ -202,11 +202,11 @@ def as_huggingface(checkpoint: str, target: Path, config: EvaluateConfig) -> Pat
         ValueError: as `export`.
     """
     found = find_checkpoint(Path(checkpoint))
-    if found.kind is CheckpointKind.HUGGING_FACE and not is_modelopt(found.weights):
+    if found.kind is CheckpointKind.HUGGING_FACE and not needs_package(found.weights):
         return found.weights
     if not target.is_dir():
         source = str(found.weights) if found.kind is CheckpointKind.OURS else checkpoint
-        export(ExportConfig(source, str(target), config.tokenizer, quantized=False, parallelism=config.parallelism))
+        export(ExportConfig(source, str(target), config.tokenizer, quantized="none", parallelism=config.parallelism))
     return target
 
 

@@ -21,6 +21,7 @@ from distill_nemo.models.sources import STEP
 from distill_nemo.publishing.card import Distilled, model_card
 from distill_nemo.publishing.facts import name_of
 from distill_nemo.publishing.push import check_push, push_directory
+from distill_nemo.quantization import ExportFormatName
 from distill_nemo.runtime.everyone import Everyone
 from distill_nemo.runtime.process_groups import is_joined, process_groups, raise_everywhere, rank, world_size
 
@@ -46,11 +47,20 @@ def export_from_run(config: RunConfig, student: "Architecture", chunks: "list[GP
     torch.cuda.empty_cache()
     source = _source(config.student.checkpoint) if rank() == 0 else None
     try:
-        copy_untouched = config.checkpoint.copy_untouched
-        of_run = config, Path(config.output_dir), config.training.steps, config.checkpoint.push_to
+        copy_untouched, quantized = config.checkpoint.copy_untouched, config.checkpoint.quantized
+        of_run = config, Path(config.output_dir), config.training.steps, config.checkpoint.push_to, quantized
         card = partial(_card, student, *of_run)
         tokenizer = config.data.tokenizer
-        export_hf(chunks, str(_target(config)), student, tokenizer, source, copy_untouched=copy_untouched, card=card)
+        export_hf(
+            chunks,
+            str(_target(config)),
+            student,
+            tokenizer,
+            source,
+            copy_untouched=copy_untouched,
+            quantized=quantized,
+            card=card,
+        )
     except (ValueError, OSError, RuntimeError) as error:
         raise RuntimeError(
             f"export failed; the checkpoint is whole: {error}. Run the same command again to export it, or on other "
@@ -67,7 +77,7 @@ def _card(
     directory: Path,
     step: int | None,
     push_to: str | None,
-    quantized: bool = True,
+    quantized: ExportFormatName,
 ) -> str:
     from distill_nemo.models.families.tensors import num_parameters
 
@@ -94,7 +104,7 @@ def prepare_export(config: RunConfig, student: "Architecture", dtype: torch.dtyp
     from distill_nemo.models.checkpoints.huggingface import check_exportable, check_target
     from distill_nemo.models.checkpoints.untouched import untouched_tensors
 
-    check_exportable(student, parallelism=config.parallelism)
+    check_exportable(student, config.checkpoint.quantized, config.parallelism)
     check_target(_target(config), *_read_by(config))
     source = _source(config.student.checkpoint)
     tokenizer = exported_tokenizer(source, Path(config.data.tokenizer) if config.data.tokenizer else None)

@@ -31,6 +31,7 @@ from distill_nemo.cli.plan import PlanCommand, PlanContext, plan
 from distill_nemo.config import CutConfig, ExportConfig, ParallelismConfig
 from distill_nemo.executors import EXECUTORS, detached, run_config_of
 from distill_nemo.pruning.entry import prune
+from distill_nemo.quantization import ExportFormatName
 from distill_nemo.runtime.errors import errors_of_a_rank
 from distill_nemo.teacher_store_jobs.entry import teacher
 from distill_nemo.training.entry import distill
@@ -163,7 +164,7 @@ def export(
     output: str,
     tokenizer: str | None = None,
     copy_untouched: bool = False,
-    quantized: bool = True,
+    quantized: ExportFormatName = "modelopt",
     push_to: str | None = None,
     push_private: bool = False,
     push_overwrite: bool = False,
@@ -185,8 +186,9 @@ def export(
         tokenizer: tokenizer directory to copy beside the weights.
         copy_untouched: copy tensors that the student's source has and the student lacks: layers that predict further
             tokens, a vision tower. They are as they were before the training.
-        quantized: of a quantised student, write codes and scales in ModelOpt's format, which vLLM, SGLang and
-            TensorRT-LLM read; false: its rounded weights in the dtype of the training, which everything reads.
+        quantized: format of a quantised student. modelopt is read by vLLM, SGLang and TensorRT-LLM, its integers by
+            the last alone; compressed-tensors by vLLM, SGLang and transformers; none: its rounded weights in the dtype
+            of the training, which everything reads.
         push_to: ORG/NAME[@BRANCH] on the Hugging Face Hub to push the output to, with the token in HF_TOKEN.
         push_private: make a private repository, and refuse one that is public.
         push_overwrite: replace weights, config.json and card there that were not pushed from this output.

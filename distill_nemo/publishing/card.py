@@ -20,6 +20,7 @@ from distill_nemo.data.manifest import pack_length
 from distill_nemo.publishing.facts import Benchmark, ModelFacts, benchmarks_of_step, model_facts, name_of
 from distill_nemo.publishing.markdown import code, plain, title
 from distill_nemo.publishing.repetition import blend_of, repetition
+from distill_nemo.quantization import ExportFormatName
 from distill_nemo.runtime import metrics_file
 from distill_nemo.runtime.metrics_file import finite
 from distill_nemo.teacher_store.manifest import is_store
@@ -45,7 +46,7 @@ class Distilled:
         step: that is exported; None if that is not known.
         num_parameters: of the student.
         title: ORG/NAME that it is pushed to, or else the run's name.
-        quantized: False if a quantised student is exported with its rounded weights, as a plain one.
+        quantized: format of a quantised student's export; none: its rounded weights, as plain ones.
     """
 
     config: RunConfig
@@ -53,7 +54,7 @@ class Distilled:
     step: int | None
     num_parameters: int
     title: str
-    quantized: bool = True
+    quantized: ExportFormatName = "modelopt"
 
     @cached_property
     def lines(self) -> list[dict[str, Any]]:
@@ -120,14 +121,15 @@ def _metadata(of: Distilled, evaluation: dict[str, Any]) -> dict[str, Any]:
         found["license"] = student.licence
         if student.licence == "other":
             found |= {"license_name": student.licence_name or "other", "license_link": "LICENSE"}
-    quantised = of.quantized and of.config.quantization.format != "none"
+    quantised = of.quantized != "none" and of.config.quantization.format != "none"
     origin = student.cut.model if student and student.cut else student
     if origin is not None and origin.repository:
         found |= {"base_model": origin.repository, "base_model_relation": "quantized" if quantised else "finetune"}
     traits = {"distill-nemo": True, "distillation": of.distilled, "pruned": student is not None and student.cut}
     traits["quantized"] = quantised
     tags = [name for name, holds in traits.items() if holds]
-    library = "Model Optimizer" if quantised else "transformers"  # which cannot open ModelOpt's format
+    by_modelopt = quantised and of.quantized == "modelopt"  # which transformers cannot open
+    library = "Model Optimizer" if by_modelopt else "transformers"
     found |= {"library_name": library, "pipeline_tag": "text-generation", "tags": tags}
     values = [{"type": name, "name": METRICS[name], "value": value} for name, value in _shown(evaluation).items()]
     results = [_result("held-out", "held-out text of the training data", values)] if values else []
@@ -165,7 +167,7 @@ def _models(of: Distilled) -> list[str]:
     numbers = config.quantization
     if numbers.format != "none":
         cache = f"; keys and values: {code(numbers.kv_cache)}" if numbers.kv_cache != "none" else ""
-        plain_now = "" if of.quantized else "; here are the rounded weights, and inputs are no longer rounded"
+        plain_now = "" if of.quantized != "none" else "; here are the rounded weights, and inputs are no longer rounded"
         lines.append(f"trained as {code(numbers.format)} computes{cache}{plain_now}")
     return [*lines, *(f"teacher: {code(each.name)}" for each in of.teachers)]
 

@@ -15,9 +15,10 @@ from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.agreement import logits_apart, open_with_transformers
 from distill_nemo.models.checkpoints.by_layers import open_by_layers
 from distill_nemo.models.checkpoints.export_files import NO_EXPORT, export_files
+from distill_nemo.models.checkpoints.file_formats import FILE_FORMATS
 from distill_nemo.models.checkpoints.hf_tensors import PieceReader, check_tied_weights
 from distill_nemo.models.checkpoints.local_parameters import local_parameters
-from distill_nemo.models.checkpoints.modelopt_files import check_storable
+from distill_nemo.models.checkpoints.stated_quantisation import check_storable
 from distill_nemo.models.checkpoints.untouched import untouched_tensors
 from distill_nemo.models.checkpoints.write_safetensors import (
     MAX_FILE_BYTES,
@@ -27,10 +28,11 @@ from distill_nemo.models.checkpoints.write_safetensors import (
 )
 from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.families.tensors import num_parameters
-from distill_nemo.models.quantisation import MODELOPT_FILE
+from distill_nemo.models.quantisation import FIELD
 from distill_nemo.models.quantizers.convert import quantizers_of
+from distill_nemo.quantization import ExportFormatName
 from distill_nemo.runtime.everyone import AgreedError, Everyone
-from distill_nemo.runtime.files import partial_of, restore_replaced, resuming_directory
+from distill_nemo.runtime.files import partial_of, read_object, restore_replaced, resuming_directory
 from distill_nemo.runtime.host_memory import available_memory
 from distill_nemo.runtime.output_lock import OutputLock
 
@@ -56,12 +58,14 @@ def load_hf_weights(built: GPTModel, model: Architecture) -> None:
             parameter.fill(reader.read)
 
 
-def check_exportable(model: Architecture, quantized: bool = True, parallelism: ParallelismConfig | None = None) -> None:
+def check_exportable(
+    model: Architecture, quantized: ExportFormatName = "modelopt", parallelism: ParallelismConfig | None = None
+) -> None:
     """Refuse a model that no class of transformers can hold, or a quantised one that its format cannot.
 
     Args:
         model: the architecture.
-        quantized: export a quantised model's codes; otherwise its rounded weights.
+        quantized: format of a quantised model's weights.
         parallelism: layout of the export; None: one process.
 
     Raises:
@@ -73,8 +77,8 @@ def check_exportable(model: Architecture, quantized: bool = True, parallelism: P
         raise ValueError(
             f"{model.name} was modified by ModelOpt (quantised, say): that cannot be exported yet; {NO_EXPORT}"
         )
-    if quantized and model.quantization is not None:
-        check_storable(model, model.quantization, parallelism or ParallelismConfig())
+    if quantized != "none" and model.quantization is not None:
+        check_storable(model, model.quantization, parallelism or ParallelismConfig(), FILE_FORMATS[quantized])
 
 
 def export_hf(
@@ -85,7 +89,7 @@ def export_hf(
     source: Path | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
     copy_untouched: bool = False,
-    quantized: bool = True,
+    quantized: ExportFormatName = "modelopt",
     card: Callable[[], str] | None = None,
 ) -> None:
     """Write a model as a Hugging Face directory that `AutoModelForCausalLM.from_pretrained` opens.
@@ -102,7 +106,7 @@ def export_hf(
         source: the Hugging Face directory that the model came from, whose configuration and files are kept.
         max_file_bytes: limit on the bytes of tensors in one file.
         copy_untouched: copy the tensors of `source` that the model does not have.
-        quantized: write a quantised model in ModelOpt's format; otherwise its rounded weights, as plain ones.
+        quantized: format of a quantised model's weights; none: rounded, as plain ones.
         card: returns README.md. It is called on rank 0.
 
     Raises:
@@ -112,7 +116,8 @@ def export_hf(
         RuntimeError: if the tensors or the reloaded model's logits differ, or another rank could not write.
     """
     dtype = next(chunks[0].parameters()).dtype
-    everyone, quantization = Everyone(), model.quantization if quantized else None
+    everyone = Everyone()
+    file_format = FILE_FORMATS[quantized] if quantized != "none" and model.quantization is not None else None
     with contextlib.ExitStack() as aside:  # used on rank 0 only
 
         def begin() -> tuple[str, str | None]:
@@ -127,8 +132,8 @@ def export_hf(
 
         partial, copied = everyone.on_rank_0(begin)
         partial, untouched = Path(partial), untouched_tensors(Path(copied), model) if copied else None
-        write_weights(chunks, model, partial, max_file_bytes, everyone, untouched, quantization)
-        check_written(chunks, model, partial, everyone, untouched, quantization)
+        write_weights(chunks, model, partial, max_file_bytes, everyone, untouched, file_format)
+        check_written(chunks, model, partial, everyone, untouched, file_format)
         check_export(chunks, model, partial, everyone=everyone)
         everyone.on_rank_0(aside.close)
 
@@ -219,7 +224,7 @@ def check_export(
     needed, changes = MEMORY_TO_OPEN * num_parameters(model) * dtype.itemsize, FAMILIES[model.family].reference
 
     def reference() -> PreTrainedModel:
-        is_quantised = (path / MODELOPT_FILE).is_file()
+        is_quantised = FIELD in read_object(path / "config.json")
         if needed < available_memory() and not is_quantised:
             return open_with_transformers(path, dtype, **changes)
         if not is_quantised:

@@ -11,13 +11,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distill_nemo.models.checkpoints.modelopt_format import (
-    CACHE_SCALES,
-    INPUT_SCALE,
+from distill_nemo.models.checkpoints.file_formats import (
+    COMPRESSED_TENSORS,
+    DTYPES,
+    MODELOPT,
     NVFP4_BLOCK,
-    PER_BYTE,
+    PER_NUMBER,
+    RECIPROCAL,
     SCALE,
-    SCALE_2,
+    SHAPE,
+    WEIGHT,
+    FileFormat,
     Layout,
     e2m1_values,
     unpack,
@@ -28,11 +32,15 @@ from distill_nemo.models.sources import Scales, StoredTensor
 FP8, MXFP4 = "F8_E4M3", "MXFP4"  # dtype of a quantised tensor
 FP8_SCALE = "_scale_inv"  # after the name of the values
 BLOCKS, SCALES = "_blocks", "_scales"  # after the name of the tensor
-SCALE_DTYPES = ("F32", "BF16")
+SCALE_DTYPES = ("F32", "BF16", "F16")
 ONE = ((), (1,))  # shapes of a single number
 MXFP4_GROUP = 32  # values that share a scale, along the input
 E8M0_BIAS = 127
-MODELOPT: dict[str, Layout] = {f"MODELOPT_{name.upper()}": name for name in PER_BYTE}  # dtype of a quantised tensor
+CODES: dict[str, tuple[FileFormat, Layout]] = {  # dtype of a quantised tensor
+    f"{each.name.upper()}_{layout.upper()}": (each, layout)
+    for each in (MODELOPT, COMPRESSED_TENSORS)
+    for layout in each.codes
+}
 
 Slice = Callable[[Path, str, tuple[slice, ...]], Tensor]  # of a tensor in a file, in the dtype of the file
 
@@ -49,7 +57,12 @@ def merge_scales(path: Path, stored: Mapping[str, StoredTensor], quantisation: Q
         ValueError: for values without scales or with scales of another shape or dtype, and for a quantised tensor in a
             module that `config.json` lists as not quantised, by name.
     """
-    merge = {"fp8": _merged_fp8, "mxfp4": _merged_mxfp4, "modelopt": _merged_modelopt}[quantisation.method]
+    merge = {
+        "fp8": _merged_fp8,
+        "mxfp4": _merged_mxfp4,
+        "modelopt": _merged_modelopt,
+        "compressed-tensors": _merged_compressed,
+    }[quantisation.method]
     found = dict(stored)
     try:
         for name in stored:
@@ -86,7 +99,7 @@ def _merged_mxfp4(name: str, found: dict[str, StoredTensor], quantisation: Quant
 
 def _merged_modelopt(name: str, found: dict[str, StoredTensor], quantisation: Quantisation) -> None:
     module, _, end = name.rpartition(".")
-    if name.endswith(CACHE_SCALES) and found[name].shape in ONE:
+    if name.endswith(MODELOPT.of_cache) and found[name].shape in ONE:
         del found[name]
     if end != "weight" or name not in found or found[name].dtype not in ("F8_E4M3", "I8", "U8"):
         return
@@ -94,37 +107,82 @@ def _merged_modelopt(name: str, found: dict[str, StoredTensor], quantisation: Qu
     if len(stored.shape) != 2:
         raise ValueError(f"{name:.120} is {stored.dtype} {stored.shape}: a quantised weight must have 2 dimensions")
     layout = _layout(stored.dtype, of_scale.dtype if of_scale is not None else "")
-    (rows, columns), (in_rows, in_columns) = stored.shape, PER_BYTE[layout]
+    _merge_codes(name, stored, MODELOPT, layout, found, quantisation)
+
+
+def _merge_codes(
+    name: str,
+    stored: StoredTensor,
+    form: FileFormat,
+    layout: Layout,
+    found: dict[str, StoredTensor],
+    quantisation: Quantisation,
+) -> None:
+    """Put the weight `name` in the place of its codes and scales."""
+    module = name.rpartition(".")[0]
+    (rows, columns), (in_rows, in_columns) = stored.shape, PER_NUMBER[layout]
     shape = rows, columns = rows * in_rows, columns * in_columns
-    scales, block = _modelopt_scales(name, layout, shape, found)
-    of_tensor = _take(found, f"{module}.{SCALE_2}", name, ("F32",), *ONE).file if layout == "nvfp4" else None
-    if f"{module}.{INPUT_SCALE}" in found:
-        _take(found, f"{module}.{INPUT_SCALE}", name, ("F32",), *ONE)
-    found[name] = StoredTensor(stored.file, f"MODELOPT_{layout.upper()}", shape, Scales(scales.file, block, of_tensor))
+    scales, block = _scales_of(name, form, layout, shape, found, quantisation.block)
+    of_tensor = _take(found, f"{module}.{form.of_tensor}", name, ("F32",), *ONE).file if layout == "nvfp4" else None
+    if f"{module}.{form.of_input[layout]}" in found:
+        dtypes = ("F32",) if form is MODELOPT or layout == "nvfp4" else SCALE_DTYPES
+        _take(found, f"{module}.{form.of_input[layout]}", name, dtypes, *ONE)
+    dtype = f"{form.name.upper()}_{layout.upper()}"
+    found[name] = StoredTensor(stored.file, dtype, shape, Scales(scales.file, block, of_tensor))
     _check_listed(name, quantisation)
+
+
+def _merged_compressed(name: str, found: dict[str, StoredTensor], quantisation: Quantisation) -> None:
+    module, _, end = name.rpartition(".")
+    if end in COMPRESSED_TENSORS.of_cache and name in found and found[name].shape in ONE:
+        del found[name]
+    if name not in found:
+        return
+    dtype = found[name].dtype
+    layouts: list[Layout] = [
+        each for each, codes in COMPRESSED_TENSORS.codes.items() if (codes, DTYPES[each]) == (end, dtype)
+    ]
+    if not layouts:
+        return
+    layout = layouts[0]
+    stored, weight = found.pop(name), f"{module}.{WEIGHT}"
+    if weight in found or len(stored.shape) != 2:
+        raise ValueError(f"{name:.120} {stored.shape} must have 2 dimensions, and {weight:.120} must not be stored too")
+    if layout == "int4_columns":
+        _take(found, f"{module}.{SHAPE}", name, ("I64", "I32"), (2,))
+    _merge_codes(weight, stored, COMPRESSED_TENSORS, layout, found, quantisation)
 
 
 def _layout(dtype: str, of_scale: str) -> Layout:
     if dtype != "U8":
         return "int8" if dtype == "I8" else "fp8"
-    return "nvfp4" if of_scale == "F8_E4M3" else "int4"
+    return "nvfp4" if of_scale == "F8_E4M3" else "int4_rows"
 
 
-def _modelopt_scales(
-    name: str, layout: Layout, shape: tuple[int, int], found: dict[str, StoredTensor]
+def _scales_of(
+    name: str,
+    form: FileFormat,
+    layout: Layout,
+    shape: tuple[int, int],
+    found: dict[str, StoredTensor],
+    block: tuple[int, int],
 ) -> tuple[StoredTensor, tuple[int, int]]:
     """Remove a weight's scales. Return them, and the rows and columns that share one."""
     (rows, columns), of_scale = shape, f"{name.removesuffix('weight')}{SCALE}"
     if layout == "nvfp4":
         blocks = (rows, -(-columns // NVFP4_BLOCK))
         return _take(found, of_scale, name, ("F8_E4M3",), blocks), (1, NVFP4_BLOCK)
-    if layout == "int4":
+    if layout in ("int4_rows", "int4_columns"):
         groups = found[of_scale].shape[-1] if of_scale in found and len(found[of_scale].shape) == 2 else 1
         if groups < 1 or columns % groups:
             raise ValueError(f"{of_scale:.120} has {groups} groups, which do not divide {columns} columns")
         return _take(found, of_scale, name, SCALE_DTYPES, (rows, groups)), (1, columns // groups)
-    taken = _take(found, of_scale, name, SCALE_DTYPES, (rows,), *(ONE if layout == "fp8" else ()))
-    return taken, ((1, columns) if taken.shape == (rows,) else shape)
+    if layout == "fp8" and block != (0, 0):
+        blocks = -(-rows // block[0]), -(-columns // block[1])
+        return _take(found, of_scale, name, SCALE_DTYPES, blocks), block
+    of_rows, single = (rows, *form.one), () if (form, layout) == (MODELOPT, "int8") else ONE
+    taken = _take(found, of_scale, name, SCALE_DTYPES, of_rows, *single)
+    return taken, ((1, columns) if taken.shape == of_rows else shape)
 
 
 def _take(
@@ -142,7 +200,7 @@ def _take(
 
 def _check_listed(name: str, quantisation: Quantisation) -> None:
     if quantisation.leaves_plain(name.rpartition(".")[0]):
-        field = "ignore" if quantisation.method == "modelopt" else "modules_to_not_convert"
+        field = "modules_to_not_convert" if quantisation.method in ("fp8", "mxfp4") else "ignore"
         raise ValueError(f"{name:.120} is quantised, but {field} lists its module")
 
 
@@ -159,8 +217,8 @@ def read_quantised(read: Slice, name: str, tensor: StoredTensor, index: tuple[sl
     if tensor.dtype == MXFP4:
         return _read_mxfp4(read, name, tensor, tensor.scales, index)
     assert all(part.step is None for part in index), "blocks are of consecutive rows and columns"
-    if tensor.dtype in MODELOPT:
-        return _read_modelopt(read, name, tensor, tensor.scales, (index[0], index[1]))
+    if tensor.dtype in CODES:
+        return _read_codes(read, name, tensor, tensor.scales, (index[0], index[1]))
     touched = _touched(index, tensor.scales.block)
     scales = read(tensor.scales.file, name + FP8_SCALE, (*index[:-2], *touched)).float()
     return read(tensor.file, name, index).float().mul_(_expanded(scales, index, tensor.scales.block))
@@ -182,20 +240,20 @@ def _expanded(scales: Tensor, index: tuple[slice, ...], block: tuple[int, int]) 
     return scales
 
 
-def _read_modelopt(read: Slice, name: str, tensor: StoredTensor, scales: Scales, index: tuple[slice, slice]) -> Tensor:
-    layout, module = MODELOPT[tensor.dtype], name.removesuffix("weight")
+def _read_codes(read: Slice, name: str, tensor: StoredTensor, scales: Scales, index: tuple[slice, slice]) -> Tensor:
+    (form, layout), module = CODES[tensor.dtype], name.removesuffix("weight")
     touched = _touched(index, scales.block)
     of_tensor, of_row = scales.block == tensor.shape, scales.block[1] == tensor.shape[1]
     stored = () if of_tensor else touched[:1] if of_row else touched
     found = read(scales.file, module + SCALE, stored).float().reshape([part.stop - part.start for part in touched])
     _check_scales(name, found, zero=layout == "nvfp4")  # of a block of values that round to 0
     if scales.of_tensor is not None:
-        of_all = read(scales.of_tensor, module + SCALE_2, ()).reshape(())
+        of_all = read(scales.of_tensor, module + form.of_tensor, ()).reshape(())
         _check_scales(name, of_all)
-        found *= of_all
-    packed = tuple(slice(p.start // n, -(-p.stop // n)) for p, n in zip(index, PER_BYTE[layout], strict=True))
-    values = unpack(read(tensor.file, name, packed), layout)
-    for dim, (part, size) in enumerate(zip(index, PER_BYTE[layout], strict=True)):
+        found = found / of_all if form.of_tensor.endswith(RECIPROCAL) else found * of_all
+    packed = tuple(slice(p.start // n, -(-p.stop // n)) for p, n in zip(index, PER_NUMBER[layout], strict=True))
+    values = unpack(read(tensor.file, module + form.codes[layout], packed), layout)
+    for dim, (part, size) in enumerate(zip(index, PER_NUMBER[layout], strict=True)):
         values = values.narrow(dim, part.start % size, part.stop - part.start)
     return values * _expanded(found, index, scales.block)
 

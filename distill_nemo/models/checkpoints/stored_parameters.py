@@ -1,7 +1,6 @@
-"""Parameters as an export stores them: as they are, rounded as the student computes with them, or as ModelOpt's codes.
+"""Parameters as an export stores them: as they are, rounded as the student computes with them, or as codes and scales.
 
-Quantised ones are written in ModelOpt's unified Hugging Face format, which vLLM, SGLang and TensorRT-LLM read. Each is
-rounded by its own quantizer, so the codes are those of the values that the student computes with.
+Each is rounded by its own quantizer, so the codes are those of the values that the student computes with.
 """
 
 from collections.abc import Callable, Container, Iterator
@@ -13,6 +12,18 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor
 
 from distill_nemo.models.architecture import Architecture
+from distill_nemo.models.checkpoints.file_formats import (
+    DTYPES,
+    NVFP4_BLOCK,
+    PER_NUMBER,
+    RECIPROCAL,
+    SCALE,
+    SHAPE,
+    SMALLEST_BLOCK_SCALE,
+    FileFormat,
+    Layout,
+    pack,
+)
 from distill_nemo.models.checkpoints.local_parameters import (
     LocalParameter,
     WholeRows,
@@ -21,17 +32,6 @@ from distill_nemo.models.checkpoints.local_parameters import (
     rows_of,
     rows_to_write,
 )
-from distill_nemo.models.checkpoints.modelopt_format import (
-    CACHE_SCALES,
-    INPUT_SCALE,
-    NVFP4_BLOCK,
-    PER_BYTE,
-    SCALE,
-    SCALE_2,
-    SMALLEST_BLOCK_SCALE,
-    Layout,
-    pack,
-)
 from distill_nemo.models.checkpoints.tensor_files import LABELS, Entries, Entry
 from distill_nemo.models.families.pieces import Piece
 from distill_nemo.models.families.tensors import Shapes
@@ -39,9 +39,11 @@ from distill_nemo.models.quantizers.convert import CACHE, quantizers_of
 from distill_nemo.quantization import CACHE_FORMATS, Numbers, QuantizationConfig, format_of
 
 Read = Callable[[Piece], Tensor]
+CacheScales = dict[str, tuple[str, Tensor]]  # by the tensor that computes keys or values: name and value
 
-LAYOUTS: dict[int | tuple[int, int], Layout] = {(4, 3): "fp8", (2, 1): "nvfp4", 8: "int8", 4: "int4"}  # by num_bits
+LAYOUTS: dict[int | tuple[int, int], Layout] = {(4, 3): "fp8", (2, 1): "nvfp4", 8: "int8"}  # by num_bits
 LARGEST = {(4, 3): 448.0, (2, 1): 6.0 * 448.0, 8: 127.0, 4: 7.0}  # by num_bits; of NVFP4, times a block's scale
+PROJECTIONS = ("k_proj", "v_proj")  # of keys and values
 ROUNDING = 2.0**-21  # of code * scale in fp32, which ModelOpt computes as code / (1 / scale)
 
 
@@ -109,18 +111,20 @@ class QuantisedParameter(RoundedParameter):
 
     Args:
         numbers: that its values are rounded to.
+        file_format: format of the files.
         input_scale: scale of the layer's input, if that is rounded, too.
-        cache_scales: those of keys and values that the layer computes, by name.
+        cache_scales: those of keys and values that the layer computes.
     """
 
     numbers: Numbers
+    file_format: FileFormat
     input_scale: Tensor | None = None
-    cache_scales: dict[str, Tensor] = field(default_factory=dict)
+    cache_scales: CacheScales = field(default_factory=dict)
 
     @property
     def layout(self) -> Layout:
         """Layout of the codes."""
-        return LAYOUTS[self.numbers.num_bits]
+        return LAYOUTS.get(self.numbers.num_bits, self.file_format.int4)
 
     @property
     def scale_2(self) -> Tensor | None:
@@ -131,24 +135,36 @@ class QuantisedParameter(RoundedParameter):
         """Return dtype and shape of codes and scales."""
         found: Entries = {}
         for name in self.names:
-            (rows, columns), (in_rows, in_columns) = shapes[name], PER_BYTE[self.layout]
-            dtype = {"fp8": "F8_E4M3", "int8": "I8"}.get(self.layout, "U8")
-            found[name] = Entry(dtype, (rows // in_rows, columns // in_columns))
-            of_scale = {
-                "fp8": Entry("F32", ()),
-                "nvfp4": Entry("F8_E4M3", (rows, columns // NVFP4_BLOCK)),
-                "int8": Entry("F32", (rows,)),
-                "int4": Entry("F32", (rows, columns // (self.numbers.block or columns))),
-            }
-            found[_beside(name, SCALE)] = of_scale[self.layout]
-            found |= {each: Entry("F32", ()) for each in self._scalars(name)}
+            (rows, columns), (in_rows, in_columns) = shapes[name], PER_NUMBER[self.layout]
+            found[self._codes(name)] = Entry(DTYPES[self.layout], (rows // in_rows, columns // in_columns))
+            block = self.numbers.block or columns
+            if self.layout == "nvfp4":
+                found[_beside(name, SCALE)] = Entry("F8_E4M3", (rows, columns // block))
+            elif self.layout != "fp8":
+                shape = (rows, *self.file_format.one) if self.layout == "int8" else (rows, columns // block)
+                found[_beside(name, SCALE)] = Entry("F32", shape)
+            single = self._single(name)
+            found |= {each: Entry(LABELS[value.dtype], tuple(value.shape)) for each, value in single.items()}
         return found
 
-    def _scalars(self, name: str) -> dict[str, Tensor]:
-        """Return the scales that are one number, beside a Hugging Face tensor."""
-        found = {_beside(name, SCALE_2): self.scale_2, _beside(name, INPUT_SCALE): self.input_scale}
-        found |= {each: scale for each, scale in self.cache_scales.items() if each.startswith(_beside(name, ""))}
-        return {each: scale for each, scale in found.items() if scale is not None}
+    def _codes(self, name: str) -> str:
+        return _beside(name, self.file_format.codes[self.layout])
+
+    def _single(self, name: str) -> dict[str, Tensor]:
+        """Return what is stored once beside a Hugging Face tensor: scales of the whole tensor, input and cache."""
+        of_tensor, of_input = self.file_format.of_tensor, self.file_format.of_input[self.layout]
+        scales = {_beside(name, of_tensor): self.scale_2, _beside(name, of_input): self.input_scale}
+        scales |= dict([self.cache_scales[name]]) if name in self.cache_scales else {}
+        if self.layout == "fp8":
+            scales[_beside(name, SCALE)] = scale_of(self.quantizer, self.numbers)
+        found = {
+            each: (1 / scale if each.endswith(RECIPROCAL) else scale).reshape(self.file_format.one)
+            for each, scale in scales.items()
+            if scale is not None
+        }
+        if self.layout == "int4_columns":
+            found[_beside(name, SHAPE)] = torch.tensor(self.parameter.whole_shapes()[name])
+        return found
 
     @torch.no_grad()
     def rows(self) -> list[WholeRows]:
@@ -159,20 +175,17 @@ class QuantisedParameter(RoundedParameter):
 
     def _packed(self, values: WholeRows, scales: Tensor) -> Iterator[WholeRows]:
         name, first, rows = values
-        in_rows = PER_BYTE[self.layout][0]
+        in_rows = PER_NUMBER[self.layout][0]
         assert first % in_rows == len(rows) % in_rows == 0, f"{name}: two rows share a byte"
         whole_scales = scales if self.scale_2 is None else scales * self.scale_2
-        yield WholeRows(name, first // in_rows, pack(rows.float() / whole_scales, self.layout))
-        stored = {
-            "fp8": scales[0, 0],
-            "nvfp4": scales[:, ::NVFP4_BLOCK].to(torch.float8_e4m3fn),
-            "int8": scales[:, 0],
-            "int4": scales[:, :: self.numbers.block],
-        }[self.layout]
-        if stored.dim():
-            yield WholeRows(_beside(name, SCALE), first, stored)
-        numbers = self._scalars(name) if stored.dim() else self._scalars(name) | {_beside(name, SCALE): stored}
-        yield from (WholeRows(each, 0, scale) for each, scale in numbers.items() if first == 0)
+        yield WholeRows(self._codes(name), first // in_rows, pack(rows.float() / whole_scales, self.layout))
+        if self.layout == "nvfp4":
+            yield WholeRows(_beside(name, SCALE), first, scales[:, ::NVFP4_BLOCK].to(torch.float8_e4m3fn))
+        elif self.layout == "int8":
+            yield WholeRows(_beside(name, SCALE), first, scales[:, 0].reshape(-1, *self.file_format.one))
+        elif self.layout != "fp8":
+            yield WholeRows(_beside(name, SCALE), first, scales[:, :: self.numbers.block])
+        yield from (WholeRows(each, 0, value) for each, value in self._single(name).items() if first == 0)
 
     def _scales(self) -> Tensor:
         """Return the stored scale of each value of this rank's part, in fp32."""
@@ -189,7 +202,7 @@ class QuantisedParameter(RoundedParameter):
 
     def differing(self, names: Container[str], read: Read) -> Iterator[str]:
         """Yield those of `names` that are not in files, bit for bit, as they should be. Collective, like `rows`."""
-        if not any(name in names for name in self.names):
+        if not any(self._codes(name) in names for name in self.names):
             return
         for name, first, rows in self.rows():
             index = (slice(first, first + len(rows)), *(slice(0, n) for n in rows.shape[1:])) if rows.dim() else ()
@@ -197,7 +210,7 @@ class QuantisedParameter(RoundedParameter):
                 yield name
 
     def wrong(self, read: Read) -> Iterator[str]:
-        """Yield its tensors that, dequantised, are not what this rank computes with, and scales of one number."""
+        """Yield its tensors that, dequantised, are not what this rank computes with, and what is stored once."""
         current = self.current()
         for piece, rows in rows_of(current.pieces, current.tensor):
             if piece.name:
@@ -206,8 +219,8 @@ class QuantisedParameter(RoundedParameter):
                 if not ((read(piece) - values).abs() <= allowed).all():
                     yield piece.name
         for name in self.names:
-            for each, scale in self._scalars(name).items():
-                if read(Piece(each, ())).item() != scale.item():
+            for each, value in self._single(name).items():
+                if not torch.equal(read(Piece(each, tuple(slice(0, n) for n in value.shape))), value.cpu()):
                     yield each
 
 
@@ -222,16 +235,16 @@ def _beside(name: str, other: str) -> str:
 
 
 def stored_parameters(
-    chunks: list[GPTModel], model: Architecture, quantization: QuantizationConfig | None
+    chunks: list[GPTModel], model: Architecture, file_format: FileFormat | None
 ) -> list[StoredParameter]:
     """Return this rank's parameters as an export stores them.
 
     Args:
         chunks: this rank's pipeline stages.
         model: the architecture.
-        quantization: format to store quantised ones in; None: rounded, in their own dtype.
+        file_format: of quantised ones; None: rounded, in their own dtype.
     """
-    linear = format_of(quantization) if quantization else None
+    linear = format_of(model.quantization) if model.quantization else None
     found: list[StoredParameter] = []
     for chunk in chunks:
         quantizers = {each.name: each.module for each in quantizers_of(chunk)}
@@ -240,29 +253,33 @@ def stored_parameters(
             of_weight = quantizers.get(f"{layer}.weight_quantizer")
             if of_weight is None:
                 found.append(StoredParameter(parameter))
-            elif linear is None:
+            elif linear is None or file_format is None:
                 found.append(RoundedParameter(parameter, of_weight))
             else:
                 of_input = quantizers.get(f"{layer}.input_quantizer")
                 input_scale = (
                     scale_of(of_input, linear.inputs) if of_input is not None and linear.inputs is not None else None
                 )
-                scales = _cache_scales(parameter, quantizers, quantization)
-                found.append(QuantisedParameter(parameter, of_weight, linear.weights, input_scale, scales))
+                scales = _cache_scales(parameter, quantizers, model.quantization, file_format)
+                found.append(QuantisedParameter(parameter, of_weight, linear.weights, file_format, input_scale, scales))
     return found
 
 
 def _cache_scales(
-    parameter: LocalParameter, quantizers: dict[str, TensorQuantizer], quantization: QuantizationConfig | None
-) -> dict[str, Tensor]:
-    """Return the scales of the keys and values that a parameter's layer computes, by name."""
+    parameter: LocalParameter,
+    quantizers: dict[str, TensorQuantizer],
+    quantization: QuantizationConfig | None,
+    file_format: FileFormat,
+) -> CacheScales:
+    """Return the scales of the keys and values that a parameter's layer computes."""
     numbers = CACHE_FORMATS.get(quantization.kv_cache) if quantization else None
     attention = parameter.name.removesuffix("linear_qkv.weight")
     if numbers is None or attention == parameter.name:
         return {}
-    found = {}
-    for quantizer, end in zip(CACHE, CACHE_SCALES, strict=True):
-        layer, _, scale = end.partition(".")
-        module = next(name for name in parameter.whole_shapes() if name.endswith(f"{layer}.weight"))
-        found[_beside(module, scale)] = scale_of(quantizers[f"{attention}core_attention.{quantizer}"], numbers)
+    found: CacheScales = {}
+    for quantizer, projection, scale in zip(CACHE, PROJECTIONS, file_format.of_cache, strict=True):
+        end = f"{projection}.weight"
+        tensor = next(name for name in parameter.whole_shapes() if name.endswith(end))
+        module = quantizers[f"{attention}core_attention.{quantizer}"]
+        found[tensor] = tensor.removesuffix(end) + scale, scale_of(module, numbers)
     return found

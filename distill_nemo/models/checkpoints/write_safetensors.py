@@ -14,6 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from safetensors import SafetensorError, safe_open
 
 from distill_nemo.models.architecture import Architecture
+from distill_nemo.models.checkpoints.file_formats import FileFormat
 from distill_nemo.models.checkpoints.hf_tensors import (
     INDEX,
     SINGLE_FILE,
@@ -23,8 +24,8 @@ from distill_nemo.models.checkpoints.hf_tensors import (
     stored_tensors,
 )
 from distill_nemo.models.checkpoints.local_parameters import WholeRows
-from distill_nemo.models.checkpoints.modelopt_files import state_quantisation
 from distill_nemo.models.checkpoints.quantised import merge_scales
+from distill_nemo.models.checkpoints.stated_quantisation import state_quantisation
 from distill_nemo.models.checkpoints.stored_parameters import StoredParameter, stored_parameters
 from distill_nemo.models.checkpoints.tensor_files import DTYPES, Entries, Entry, TensorFiles, as_in_file
 from distill_nemo.models.checkpoints.untouched import Copies, Untouched
@@ -33,7 +34,6 @@ from distill_nemo.models.families.pieces import OUTPUT
 from distill_nemo.models.families.tensors import Shapes, hf_shapes
 from distill_nemo.models.quantisation import read_quantisation
 from distill_nemo.models.sources import StoredTensor
-from distill_nemo.quantization import QuantizationConfig
 from distill_nemo.runtime.everyone import AgreedError, Everyone
 from distill_nemo.runtime.files import read_object_if_any
 
@@ -48,7 +48,7 @@ def write_weights(
     max_file_bytes: int = MAX_FILE_BYTES,
     everyone: Everyone | None = None,
     untouched: Untouched | None = None,
-    quantization: QuantizationConfig | None = None,
+    file_format: FileFormat | None = None,
 ) -> None:
     """Write `model.safetensors`, or numbered files and their index. Collective; all ranks share the file system.
 
@@ -61,8 +61,7 @@ def write_weights(
         max_file_bytes: limit on the bytes of tensors in one file. A larger tensor has a file of its own.
         everyone: all ranks; None: make a new `Everyone`.
         untouched: tensors of other files to copy, the same on every rank.
-        quantization: format of quantised parameters, which ModelOpt's files beside the weights state, too; None: in
-            their dtype, rounded.
+        file_format: of quantised parameters, which files beside the weights state, too; None: in their dtype, rounded.
 
     Raises:
         OSError: if a file cannot be written.
@@ -70,7 +69,7 @@ def write_weights(
     everyone, untouched = everyone or Everyone(), untouched or Untouched({})
     parameters = [
         stored
-        for stored in stored_parameters(chunks, model, quantization)
+        for stored in stored_parameters(chunks, model, file_format)
         if not (model.tie_word_embeddings and stored.parameter.name == OUTPUT)  # on the last stage a copy
     ]
     shapes = hf_shapes(model)
@@ -83,9 +82,9 @@ def write_weights(
     with TensorFiles(directory, {file: files[file] for file in files if file in missing}, METADATA) as writing:
         try:
             prepare_directory(files, directory)
-            if quantization is not None and dist.get_rank() == 0:
+            if file_format is not None and model.quantization is not None and dist.get_rank() == 0:
                 stored = (as_in_file(entries) for entries in files.values())
-                state_quantisation(directory, quantization, ChainMap(*stored))
+                state_quantisation(directory, model.quantization, file_format, ChainMap(*stored))
             for file in by_rank[dist.get_rank()].keys() & missing:
                 writing.create(file)
         except OSError as error:
@@ -198,7 +197,7 @@ def check_written(
     directory: Path,
     everyone: Everyone,
     untouched: Untouched | None = None,
-    quantization: QuantizationConfig | None = None,
+    file_format: FileFormat | None = None,
 ) -> None:
     """Read an export back, each rank what it holds or copied, and compare it with the weights. Collective.
 
@@ -214,7 +213,7 @@ def check_written(
         config = read_quantisation(read_object_if_any(directory / "config.json"), str(directory / "config.json"))
         own = stored | merge_scales(directory, stored, config) if config is not None else stored
         with PieceReader(own := of_text_model(own, FAMILIES[model.family])) as reader:
-            for parameter in stored_parameters(chunks, model, quantization):
+            for parameter in stored_parameters(chunks, model, file_format):
                 if not parameter.parameter.is_first_copy:
                     continue
                 for name in (each for each in parameter.names if each not in own):

@@ -7,10 +7,12 @@ import json
 import shutil
 
 import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader, load
 
 from distill_nemo.config import DataConfig, ParallelismConfig, StudentConfig
 from distill_nemo.quantization import QuantizationConfig
-from tests.distributed.training.test_layouts import assert_the_same
+from tests.distributed.training.test_layouts import TOLERANCE, assert_the_same
 from tests.tiny_models import write_hf
 from tests.training import changed, differences, metrics, tiny_run
 from tests.unit.models.test_model_provider import in_one_process
@@ -52,6 +54,7 @@ def train(inputs, output, student, name, layout=None, steps=4, changes=None):
     run = tiny_run(inputs, output, steps=steps)
     run.student.checkpoint, run.quantization = str(student), FORMATS[name]
     run.training.eval_interval, run.optimizer.decay_steps = 2, 8
+    run.checkpoint.save_interval, run.checkpoint.keep_last = 1, steps
     run_config(changed(run, (LAYOUTS[layout] if layout else {}) | (changes or {})))
 
 
@@ -69,6 +72,24 @@ def expected(inputs, students, one, tmp_path_factory):
     return found
 
 
+def assert_the_same_gradients(found, expected, step=1):
+    """Compare every parameter's mean of gradients, Adam's first moment, as checkpoints have it at any layout."""
+    ours, theirs = (first_moments(each / "checkpoints" / f"step_{step:08d}") for each in (found, expected))
+    assert ours.keys() == theirs.keys() and any("linear_fc2.weight" in name for name in ours)
+    assert all(moment.abs().max() > 0 for moment in theirs.values())
+    worst = {name: float((ours[name] - moment).abs().max() / moment.abs().max()) for name, moment in theirs.items()}
+    print(f"gradients of step {step}: {max(worst.values()):.1e}")
+    assert max(worst.values()) <= TOLERANCE, worst
+
+
+def first_moments(directory):
+    stored = FileSystemReader(directory).read_metadata().state_dict_metadata
+    keys = [key for key in stored if key.startswith("optimizer.state.exp_avg.")]
+    state = {key: torch.empty(stored[key].size) for key in keys}
+    load(state, storage_reader=FileSystemReader(directory), no_dist=True)
+    return state
+
+
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
@@ -81,6 +102,7 @@ def expected(inputs, students, one, tmp_path_factory):
 def test_four_steps_at_any_layout_are_those_of_one_process(inputs, students, two, expected, tmp_path, name, layout):
     two.run(train, inputs, tmp_path / "run", students / "llama", name, layout)
     found, alone = metrics(tmp_path / "run"), metrics(expected("llama", name))
+    assert_the_same_gradients(tmp_path / "run", expected("llama", name))
     if (name, layout) in WITH_TIES:
         assert_the_same(found[:2], alone[:2])
         later = {name: apart for name, apart in differences(found, alone).items() if name != "top1_agreement"}
@@ -120,6 +142,8 @@ def test_scales_of_blocks_reshard_from_tensor_to_pipeline_parallel_to_one(
     one.run(train, inputs, output, student, "int4_weights", None, 4)
     kept = [line for line in metrics(output) if (line["kind"], line["step"]) != ("eval", 3)]
     assert_the_same(kept, metrics(expected("llama", "int4_weights")))
+    for step in (1, 3):  # TP=2 and PP=2
+        assert_the_same_gradients(output, expected("llama", "int4_weights"), step)
 
 
 @pytest.mark.parametrize("name", ["nvfp4", pytest.param("int8", marks=pytest.mark.long)])
@@ -128,6 +152,7 @@ def test_experts_reshard_from_expert_parallel_to_one(inputs, students, one, two,
     two.run(train, inputs, output, student, name, "EP=2", 2)
     one.run(train, inputs, output, student, name, None, 4)
     assert_the_same(metrics(output), metrics(expected("qwen3_moe", name)))
+    assert_the_same_gradients(output, expected("qwen3_moe", name))
 
 
 def evaluate(inputs, output, tensor):

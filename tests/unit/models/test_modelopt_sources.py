@@ -172,7 +172,7 @@ def test_other_formats_of_modelopt_are_refused_by_name(stated, message):
 
 
 def test_a_tie_between_two_values_of_four_bits_becomes_the_even_code():
-    from distill_nemo.models.checkpoints.modelopt_format import e2m1_codes, e2m1_values
+    from distill_nemo.models.checkpoints.file_formats import e2m1_codes, e2m1_values
 
     values = torch.arange(-2240, 2241) / 320  # every middle is among them
     grid = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -185,11 +185,12 @@ def test_a_tie_between_two_values_of_four_bits_becomes_the_even_code():
     assert torch.equal(e2m1_values(e2m1_codes(values)), expected)
 
 
-@pytest.mark.parametrize("layout", ["fp8", "nvfp4", "int8", "int4"])
+@pytest.mark.parametrize("layout", ["fp8", "nvfp4", "int8", "int4_rows", "int4_columns"])
 def test_what_is_packed_is_unpacked(layout):
-    from distill_nemo.models.checkpoints.modelopt_format import E2M1, pack, unpack
+    from distill_nemo.models.checkpoints.file_formats import E2M1, pack, unpack
 
-    values = {"fp8": [-448, -0.0, 2.0**-9, 448], "nvfp4": E2M1, "int8": range(-128, 128), "int4": range(-8, 8)}[layout]
-    rows = torch.tensor([*values], dtype=torch.float32).repeat(3, 4)[:, torch.randperm(4 * len(values))].T.contiguous()
-    rows = rows[:, : rows.shape[1] // 2 * 2]
+    numbers = {"fp8": [-448, -0.0, 2.0**-9, 448], "nvfp4": E2M1, "int8": range(-128, 128)}
+    values = numbers.get(layout, range(-8, 8))
+    row = torch.tensor([*values], dtype=torch.float32).repeat(4)
+    rows = torch.stack([row[torch.randperm(len(row))] for _ in range(4)])
     assert torch.equal(unpack(pack(rows, layout), layout), rows)

@@ -21,6 +21,7 @@ from tests.tiny_models import write_hf
 from tests.training import tiny_run
 
 FORMATS = list(PRESETS)
+MODELOPT, COMPRESSED = "modelopt", "compressed-tensors"
 FUSED = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # here one tensor has the amax; ModelOpt has several
 
 
@@ -48,21 +49,22 @@ def quantised(path, layout, config):
     return student, model
 
 
-def export(path, output, layout, config, is_quantised=True, limit=10**9, whole=True):
+def export(path, output, layout, config, quantized="modelopt", limit=10**9, whole=True):
     """Export at a layout. Return the logits of one process, its activations rounded."""
     setup_device()
     with process_groups(layout.config()):
         from distill_nemo.models.checkpoints.agreement import _logits
+        from distill_nemo.models.checkpoints.file_formats import FILE_FORMATS
         from distill_nemo.models.checkpoints.huggingface import check_exportable, export_hf
         from distill_nemo.models.checkpoints.write_safetensors import write_weights
 
         student, model = quantised(path, layout, config)
-        check_exportable(student, is_quantised, layout.config())
+        check_exportable(student, quantized, layout.config())
         if whole:
-            export_hf([model], str(output), student, source=Path(path), max_file_bytes=limit, quantized=is_quantised)
+            export_hf([model], str(output), student, source=Path(path), max_file_bytes=limit, quantized=quantized)
         else:
             Path(output).mkdir(exist_ok=True)
-            write_weights([model], student, Path(output), limit, quantization=config)
+            write_weights([model], student, Path(output), limit, file_format=FILE_FORMATS[quantized])
         return _logits([model], tokens()) if layout == Layout() else None
 
 
@@ -99,7 +101,7 @@ def test_it_is_what_modelopts_own_exporter_writes(exported, plain, tmp_path):
 
 def test_dequantised_by_numpy_it_is_the_student_whose_weights_are_rounded(exported, plain, one, tmp_path):
     name, path, _ = exported
-    one.run(export, plain, tmp_path / "rounded", Layout(), quantization(name), False)
+    one.run(export, plain, tmp_path / "rounded", Layout(), quantization(name), "none")
     rounded, weights = load_file(tmp_path / "rounded/model.safetensors"), dequantised(path)[0]
     original = load_file(f"{plain}/model.safetensors")
     assert rounded.keys() == weights.keys() == original.keys()
@@ -175,7 +177,7 @@ LAYOUTS = {"TP=2": Layout(tensor=2), "PP=2": Layout(pipeline=2), "DP=2": Layout(
 def test_every_layout_writes_the_same_bytes(plain, one, two, tmp_path, preset, layout):
     config = quantization(preset, kv_cache="fp8")
     one.run(export, plain, tmp_path / "one", Layout(), config)
-    two.run(export, plain, tmp_path / "two", LAYOUTS[layout], config, True, 60_000)
+    two.run(export, plain, tmp_path / "two", LAYOUTS[layout], config, "modelopt", 60_000)
     found, expected = stored(tmp_path / "two"), stored(tmp_path / "one")
     assert found.keys() == expected.keys()
     assert all((found[name][1] == array).all() and found[name][0] == dtype for name, (dtype, array) in expected.items())
@@ -235,9 +237,10 @@ def test_experts_are_written_one_by_one_at_every_layout(one, two, tmp_path):
     assert "model.layers.1.mlp.gate" in ignored and "lm_head" in ignored
 
 
-def test_an_export_goes_on_with_the_files_that_are_whole(plain, two, tmp_path):
+@pytest.mark.parametrize(("preset", "quantized"), [("nvfp4", MODELOPT), ("int4_weights", COMPRESSED)])
+def test_an_export_goes_on_with_the_files_that_are_whole(plain, two, tmp_path, preset, quantized):
     def write(output):
-        two.run(export, plain, output, Layout(tensor=2), quantization("nvfp4"), True, 20_000, False)
+        two.run(export, plain, output, Layout(tensor=2), quantization(preset), quantized, 20_000, False)
         return {file.name: (file.stat().st_ino, file.read_bytes()) for file in output.glob("*.safetensors")}
 
     first = write(tmp_path / "out")
@@ -257,125 +260,124 @@ def train(inputs, output):
     run = tiny_run(inputs, output, steps=3)
     run.quantization = QuantizationConfig(format="nvfp4", kv_cache="fp8", calibration_samples=4)
     run.parallelism.pipeline_model_parallel_size = 2
-    run.checkpoint.save_interval, run.checkpoint.export = 3, True
+    run.checkpoint.save_interval, run.checkpoint.export, run.checkpoint.quantized = 3, True, COMPRESSED
     run_config(run)
 
 
-def export_run(output, target, is_quantised):
+def export_run(output, target, quantized):
     from distill_nemo.checkpoint.export import export
 
-    export(ExportConfig(str(output), str(target), quantized=is_quantised))
+    export(ExportConfig(str(output), str(target), quantized=quantized))
 
 
 def test_a_run_and_a_later_export_at_another_layout_hold_the_same_student(inputs, one, two, tmp_path):
     two.run(train, inputs, tmp_path / "run")
-    for name, is_quantised in {"again": True, "rounded": False}.items():
-        one.run(export_run, tmp_path / "run", tmp_path / name, is_quantised)
-    of_run, again = stored(tmp_path / "run/student"), stored(tmp_path / "again")
-    assert of_run.keys() == again.keys() and "model.layers.1.self_attn.k_proj.k_scale" in of_run
+    for quantized in (MODELOPT, COMPRESSED, "none"):
+        one.run(export_run, tmp_path / "run", tmp_path / quantized, quantized)
+    of_run, again = stored(tmp_path / "run/student"), stored(tmp_path / COMPRESSED)
+    assert of_run.keys() == again.keys() and "model.layers.1.self_attn.k_scale" in of_run
     assert all((again[name][1] == array).all() for name, (_, array) in of_run.items())
-    rounded = load_file(tmp_path / "rounded/model.safetensors")
-    weights, inputs_scales = dequantised(tmp_path / "run/student")
+    rounded = load_file(tmp_path / "none/model.safetensors")
+    weights, inputs_scales = dequantised(tmp_path / MODELOPT)
     assert all(np.array_equal(rounded[name].numpy(), array) for name, array in weights.items())
     assert len(inputs_scales) == 14 and (tmp_path / "run/student/tokenizer.json").is_file()
+    library = {
+        name: (tmp_path / name / "README.md").read_text().split("library_name: ")[1].split("\n")[0]
+        for name in ("run/student", MODELOPT, "none")
+    }
+    assert library == {"run/student": "transformers", MODELOPT: "Model Optimizer", "none": "transformers"}
 
 
-def damage(path, output):
-    """Export, and change one bit of a scale before the check."""
+NVFP4_NAMES = {  # of the codes, and scales of the tensor and of the input
+    MODELOPT: ("weight", "weight_scale_2", "input_scale"),
+    COMPRESSED: ("weight_packed", "weight_global_scale", "input_global_scale"),
+}
+
+
+def damage(path, output, quantized):
+    """Export, and change one bit of codes or a scale before the check."""
     setup_device()
     with process_groups(ParallelismConfig()):
+        from distill_nemo.models.checkpoints.file_formats import FILE_FORMATS
         from distill_nemo.models.checkpoints.write_safetensors import check_written, write_weights
         from distill_nemo.runtime.everyone import Everyone
 
-        student, model = quantised(path, Layout(), config := quantization("nvfp4"))
+        student, model = quantised(path, Layout(), quantization("nvfp4"))
+        file_format = FILE_FORMATS[quantized]
         Path(output).mkdir()
         shutil.copy(Path(path, "config.json"), output)
-        write_weights([model], student, Path(output), quantization=config)
-        check_written([model], student, Path(output), Everyone(), None, config)
+        write_weights([model], student, Path(output), file_format=file_format)
+        check_written([model], student, Path(output), Everyone(), None, file_format)
         refusals = []
+        codes, of_tensor, of_input = NVFP4_NAMES[quantized]
         for name, change in {
-            "mlp.down_proj.weight": lambda x: x ^ (torch.arange(x.numel()) == 5).view_as(x).to(torch.uint8),
-            "mlp.up_proj.weight_scale_2": lambda x: x * (1 + 2**-20),
-            "mlp.up_proj.input_scale": lambda x: x * (1 + 2**-20),
+            f"mlp.down_proj.{codes}": lambda x: x ^ (torch.arange(x.numel()) == 5).view_as(x).to(torch.uint8),
+            f"mlp.up_proj.{of_tensor}": lambda x: x * (1 + 2**-20),
+            f"mlp.up_proj.{of_input}": lambda x: x * (1 + 2**-20),
         }.items():
             tensors = load_file(f"{output}/model.safetensors")
             changed = {f"model.layers.1.{name}": change(tensors[f"model.layers.1.{name}"])}
             save_file(tensors | changed, f"{output}/model.safetensors")
             with pytest.raises(RuntimeError) as raised:
-                check_written([model], student, Path(output), Everyone(), None, config)
+                check_written([model], student, Path(output), Everyone(), None, file_format)
             refusals.append(str(raised.value))
             save_file(tensors, f"{output}/model.safetensors")
         return refusals
 
 
-def test_a_wrong_code_or_scale_is_found_before_publishing(plain, one, tmp_path):
-    found = one.run(damage, plain, str(tmp_path / "out"))[0]
+@pytest.mark.parametrize("quantized", NVFP4_NAMES)
+def test_a_wrong_code_or_scale_is_found_before_publishing(plain, one, tmp_path, quantized):
+    found = one.run(damage, plain, str(tmp_path / "out"), quantized)[0]
     assert all("is not what was written" in refusal for refusal in found)
     assert [re.search(r"layers\.1\.mlp\.(\S+) is", refusal)[1] for refusal in found] == [
-        "down_proj.weight", "up_proj.weight", "up_proj.input_scale",
+        "down_proj.weight", "up_proj.weight", f"up_proj.{NVFP4_NAMES[quantized][2]}",
     ]  # fmt: skip
 
 
-def test_compressed_tensors_opens_its_codes_and_scales(plain, one, tmp_path):
-    """No reader of ModelOpt's format runs on a CPU. This one has the same codes, under other names."""
-    pytest.importorskip("compressed_tensors")
-    from transformers import AutoModelForCausalLM
-
-    one.run(export, plain, tmp_path / "nvfp4", Layout(), quantization("nvfp4_weights"))
-    tensors = load_file(tmp_path / "nvfp4/model.safetensors")
-    renamed = {}
-    for name, tensor in tensors.items():
-        if name.endswith("weight_scale_2"):
-            renamed[name.replace("weight_scale_2", "weight_global_scale")] = 1 / tensor.reshape(1)
-        else:
-            renamed[name + "_packed" if tensor.dtype == torch.uint8 else name] = tensor
-    weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True}
-    stated = {
-        "quant_method": "compressed-tensors",
-        "format": "nvfp4-pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights | {"dynamic": False}}},
-        "ignore": ["lm_head"],
-    }
-    shutil.copytree(tmp_path / "nvfp4", tmp_path / "renamed")
-    save_file(renamed, tmp_path / "renamed/model.safetensors", {"format": "pt"})
-    config = json.loads((tmp_path / "renamed/config.json").read_text()) | {"quantization_config": stated}
-    (tmp_path / "renamed/config.json").write_text(json.dumps(config))
-
-    def logits(path):
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()(tokens()).logits
-
-    with torch.no_grad():
-        found, unrounded = logits(tmp_path / "renamed"), logits(plain)
-        save = {name: torch.from_numpy(array.copy()) for name, array in dequantised(tmp_path / "nvfp4")[0].items()}
-        copy = shutil.copytree(plain, tmp_path / "copy")
-        save_file(save, copy / "model.safetensors", {"format": "pt"})
-        expected = logits(copy)
-    assert (found - expected).norm() < 0.02 * expected.norm() < (unrounded - expected).norm() / 3
-
-
 @pytest.mark.parametrize(
-    ("family", "config", "tensor", "message"),
+    ("family", "config", "quantized", "tensor", "message"),
     [
-        ("llama", QuantizationConfig(kv_cache="fp8"), 1, "kv_cache without quantization.format is not read by vLLM"),
+        ("llama", QuantizationConfig(kv_cache="fp8"), MODELOPT, 1, "kv_cache without quantization.format is not read"),
         (
             "llama_tied",
             QuantizationConfig(format="fp8", exclude=[]),
+            COMPRESSED,
             1,
             "output_layer is quantised, but its weights are",
         ),
-        ("gpt_oss", QuantizationConfig(format="nvfp4"), 1, "mlp.experts.gate_up_proj holds several matrices"),
+        (
+            "gpt_oss",
+            QuantizationConfig(format="nvfp4"),
+            COMPRESSED,
+            1,
+            "mlp.experts.gate_up_proj holds several matrices",
+        ),
         (
             "llama",
             QuantizationConfig(format="fp8", kv_cache="fp8", exclude=["output_layer", "*.1.*.linear_qkv"]),
+            MODELOPT,
             1,
             "decoder.layers.1.self_attention.linear_qkv is in quantization.exclude, so scales of its keys and values",
         ),
-        ("glm4_moe_lite", QuantizationConfig(format="fp8", kv_cache="fp8"), 1, "has no k_proj and v_proj to name its"),
-        ("odd", quantization("int4_weights"), 2, "a tensor-parallel rank has its rows"),
+        (
+            "glm4_moe_lite",
+            QuantizationConfig(format="fp8", kv_cache="fp8"),
+            MODELOPT,
+            1,
+            "has no k_proj and v_proj to name its",
+        ),
+        ("odd", quantization("int4_weights"), MODELOPT, 2, "a tensor-parallel rank has its rows"),
+        ("odd", quantization("int4_weights"), COMPRESSED, 1, "has 20 columns, but INT4 holds eight a number"),
+        (
+            "llama",
+            QuantizationConfig(format="nvfp4", kv_cache="nvfp4"),
+            COMPRESSED,
+            1,
+            'quantization.kv_cache = "nvfp4" cannot be stated in the format compressed-tensors; choose fp8',
+        ),
     ],
 )
-def test_what_the_format_cannot_hold_is_refused_by_name(tmp_path, family, config, tensor, message):
+def test_what_the_format_cannot_hold_is_refused_by_name(tmp_path, family, config, quantized, tensor, message):
     from distill_nemo.models.checkpoints.huggingface import check_exportable
     from distill_nemo.models.resolve import resolve
 
@@ -384,6 +386,6 @@ def test_what_the_format_cannot_hold_is_refused_by_name(tmp_path, family, config
     student = dataclasses.replace(resolve(StudentConfig(checkpoint=path)), quantization=config)
     layout = ParallelismConfig(tensor_model_parallel_size=tensor)
     with pytest.raises(ValueError, match=re.escape(message)) as raised:
-        check_exportable(student, True, layout)
-    assert "quantized=false" in str(raised.value)
-    check_exportable(student, False, layout)
+        check_exportable(student, quantized, layout)
+    assert "quantized=none" in str(raised.value)
+    check_exportable(student, "none", layout)

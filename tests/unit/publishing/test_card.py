@@ -157,7 +157,7 @@ def test_a_run_without_teacher_is_not_called_distilled(of):
 
 def test_a_quantised_student_that_is_exported_as_a_plain_one_is_not_called_quantised(of):
     config = replace(of.config, quantization=QuantizationConfig(format="nvfp4"))
-    card = model_card(replace(of, config=config, quantized=False))
+    card = model_card(replace(of, config=config, quantized="none"))
     metadata = yaml.safe_load(card.split("---")[1])
     assert "quantized" not in metadata["tags"] and metadata["base_model_relation"] == "finetune"
     assert metadata["library_name"] == "transformers"
