@@ -15,7 +15,7 @@ from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.agreement import logits_apart, open_with_transformers
 from distill_nemo.models.checkpoints.by_layers import open_by_layers
 from distill_nemo.models.checkpoints.export_files import NO_EXPORT, export_files
-from distill_nemo.models.checkpoints.file_formats import FILE_FORMATS
+from distill_nemo.models.checkpoints.file_formats import COMPRESSED_TENSORS, FILE_FORMATS
 from distill_nemo.models.checkpoints.hf_tensors import PieceReader, check_tied_weights
 from distill_nemo.models.checkpoints.local_parameters import local_parameters
 from distill_nemo.models.checkpoints.stated_quantisation import check_storable
@@ -76,6 +76,11 @@ def check_exportable(
     if model.source is not None and model.source.modified_by_modelopt:
         raise ValueError(
             f"{model.name} was modified by ModelOpt (quantised, say): that cannot be exported yet; {NO_EXPORT}"
+        )
+    if quantized == COMPRESSED_TENSORS.name and model.quantization is None:
+        raise ValueError(
+            f'quantized = "{quantized}", but {model.name} is not quantised; leave it out, or train with '
+            "quantization.format=..."
         )
     if quantized != "none" and model.quantization is not None:
         check_storable(model, model.quantization, parallelism or ParallelismConfig(), FILE_FORMATS[quantized])

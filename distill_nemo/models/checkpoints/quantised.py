@@ -32,7 +32,7 @@ from distill_nemo.models.sources import Scales, StoredTensor
 FP8, MXFP4 = "F8_E4M3", "MXFP4"  # dtype of a quantised tensor
 FP8_SCALE = "_scale_inv"  # after the name of the values
 BLOCKS, SCALES = "_blocks", "_scales"  # after the name of the tensor
-SCALE_DTYPES = ("F32", "BF16", "F16")
+SCALE_DTYPES = ("F32", "BF16")
 ONE = ((), (1,))  # shapes of a single number
 MXFP4_GROUP = 32  # values that share a scale, along the input
 E8M0_BIAS = 127
@@ -125,7 +125,7 @@ def _merge_codes(
     scales, block = _scales_of(name, form, layout, shape, found, quantisation.block)
     of_tensor = _take(found, f"{module}.{form.of_tensor}", name, ("F32",), *ONE).file if layout == "nvfp4" else None
     if f"{module}.{form.of_input[layout]}" in found:
-        dtypes = ("F32",) if form is MODELOPT or layout == "nvfp4" else SCALE_DTYPES
+        dtypes = ("F32",) if form is MODELOPT or layout == "nvfp4" else (*SCALE_DTYPES, "F16")
         _take(found, f"{module}.{form.of_input[layout]}", name, dtypes, *ONE)
     dtype = f"{form.name.upper()}_{layout.upper()}"
     found[name] = StoredTensor(stored.file, dtype, shape, Scales(scales.file, block, of_tensor))
@@ -169,6 +169,7 @@ def _scales_of(
 ) -> tuple[StoredTensor, tuple[int, int]]:
     """Remove a weight's scales. Return them, and the rows and columns that share one."""
     (rows, columns), of_scale = shape, f"{name.removesuffix('weight')}{SCALE}"
+    dtypes = SCALE_DTYPES if form is MODELOPT else (*SCALE_DTYPES, "F16")
     if layout == "nvfp4":
         blocks = (rows, -(-columns // NVFP4_BLOCK))
         return _take(found, of_scale, name, ("F8_E4M3",), blocks), (1, NVFP4_BLOCK)
@@ -176,12 +177,12 @@ def _scales_of(
         groups = found[of_scale].shape[-1] if of_scale in found and len(found[of_scale].shape) == 2 else 1
         if groups < 1 or columns % groups:
             raise ValueError(f"{of_scale:.120} has {groups} groups, which do not divide {columns} columns")
-        return _take(found, of_scale, name, SCALE_DTYPES, (rows, groups)), (1, columns // groups)
+        return _take(found, of_scale, name, dtypes, (rows, groups)), (1, columns // groups)
     if layout == "fp8" and block != (0, 0):
         blocks = -(-rows // block[0]), -(-columns // block[1])
-        return _take(found, of_scale, name, SCALE_DTYPES, blocks), block
+        return _take(found, of_scale, name, dtypes, blocks), block
     of_rows, single = (rows, *form.one), () if (form, layout) == (MODELOPT, "int8") else ONE
-    taken = _take(found, of_scale, name, SCALE_DTYPES, of_rows, *single)
+    taken = _take(found, of_scale, name, dtypes, of_rows, *single)
     return taken, ((1, columns) if taken.shape == of_rows else shape)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from distill_nemo.config import StudentConfig
 from tests import modelopt_files
 from tests.compressed_files import dequantised, parts, write_compressed
 from tests.distillation import Layout
@@ -161,6 +162,16 @@ def test_it_is_read_back_as_the_same_model(exported, one, tmp_path):
     one.run(plain_export, str(path), str(tmp_path / "again"), Layout())  # and compares with transformers
     again, expected = load_file(tmp_path / "again/model.safetensors"), dequantised(path)
     assert all(np.array_equal(again[tensor].numpy(), array) for tensor, array in expected.items())
+
+
+def test_a_plain_student_is_refused(plain):
+    from distill_nemo.models.checkpoints.huggingface import check_exportable
+    from distill_nemo.models.resolve import resolve
+
+    student = resolve(StudentConfig(checkpoint=plain))
+    with pytest.raises(ValueError, match=r'quantized = "compressed-tensors", but .* is not quantised; leave it out'):
+        check_exportable(student, COMPRESSED)
+    check_exportable(student, "modelopt")
 
 
 FLOAT, INT = {"num_bits": 8, "type": "float"}, {"type": "int"}
