@@ -64,6 +64,7 @@ def adapt(recipe: run.Partial, data: str, vocab_size: int, layers: int, width: i
     recipe.data.train, recipe.data.valid = [str(ROOT / data)], [str(ROOT / "held_out")]
     recipe.data.tokenizer = str(TOKENIZER)
     recipe.data.loss_on = "assistant"  # the default of the token files' masks
+    recipe.optimizer.lr, recipe.optimizer.min_lr = 4e-3, 4e-4  # high, as the models are small and the runs short
     recipe.training.eval_interval = recipe.checkpoint.save_interval = recipe.training.steps  # at the end only
     return recipe
 
@@ -77,9 +78,9 @@ def held_out_loss(name: str) -> float:
 if __name__ == "__main__":
     vocab_size = write_data()
     recipes = {
-        "teacher": adapt(quickstart_teacher(200, str(ROOT)), "teacher", vocab_size, layers=3, width=128),
-        "alone": adapt(quickstart_alone(80, str(ROOT)), "student", vocab_size, layers=2, width=64),
-        "distilled": adapt(quickstart(80, str(ROOT)), "student", vocab_size, layers=2, width=64),
+        "teacher": adapt(quickstart_teacher(120, str(ROOT)), "teacher", vocab_size, layers=3, width=128),
+        "alone": adapt(quickstart_alone(60, str(ROOT)), "student", vocab_size, layers=2, width=64),
+        "distilled": adapt(quickstart(60, str(ROOT)), "student", vocab_size, layers=2, width=64),
     }
     run.run(recipes["teacher"], executor=local(processes=1), name="teacher")
     with run.Experiment("students") as students:  # both at once
