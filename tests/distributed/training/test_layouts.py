@@ -50,6 +50,7 @@ CHANGES = {
     "static": STATIC,
     "dynamic": DYNAMIC,
     "moe": {"student.checkpoint": "moe_student", "teacher.checkpoint": "moe_teacher"},
+    "quantised": {"quantization.format": "nvfp4", "quantization.calibration_samples": 8},
     "long": {**STATIC, "training.steps": 12, "training.eval_interval": 2},
 }
 
@@ -149,6 +150,14 @@ def test_ten_steps_of_experts_stay_together(inputs, models, eight, expected, tmp
     changes = {**CHANGES["moe"], "optimizer.use_distributed_optimizer": distributed}
     eight.run(train, inputs, models, tmp_path, "EP=2", changes)
     assert_the_same(metrics(tmp_path), expected("moe"))
+
+
+@pytest.mark.long
+def test_ten_steps_of_a_quantised_student_stay_together_on_a_virtual_pipeline(
+    inputs, models, eight, expected, tmp_path
+):
+    eight.run(train, inputs, models, tmp_path, "PP=4, VPP=2", CHANGES["quantised"])
+    assert_the_same(metrics(tmp_path), expected("quantised"))
 
 
 def test_a_run_goes_on_at_one_layout_after_another(inputs, models, eight, expected, tmp_path):
