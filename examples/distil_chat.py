@@ -2,7 +2,7 @@
 
 Conversations are made from the docstrings of Python's standard library. A teacher learns all but a twentieth of them,
 which is held out. Two students of the same weights then train on a tenth, one with the teacher and one without. Takes
-two minutes of processor time and no GPU. Replace CHATS by your own files: `nemo distill prepare` reads most formats.
+100 seconds of processor time and no GPU. Replace CHATS by your own files: `nemo distill prepare` reads most formats.
 """
 
 import ast
@@ -78,9 +78,9 @@ def held_out_loss(name: str) -> float:
 if __name__ == "__main__":
     vocab_size = write_data()
     recipes = {
-        "teacher": adapt(quickstart_teacher(120, str(ROOT)), "teacher", vocab_size, layers=3, width=128),
-        "alone": adapt(quickstart_alone(60, str(ROOT)), "student", vocab_size, layers=2, width=64),
-        "distilled": adapt(quickstart(60, str(ROOT)), "student", vocab_size, layers=2, width=64),
+        "teacher": adapt(quickstart_teacher(80, str(ROOT)), "teacher", vocab_size, layers=3, width=128),
+        "alone": adapt(quickstart_alone(50, str(ROOT)), "student", vocab_size, layers=2, width=64),
+        "distilled": adapt(quickstart(50, str(ROOT)), "student", vocab_size, layers=2, width=64),
     }
     run.run(recipes["teacher"], executor=local(processes=1), name="teacher")
     with run.Experiment("students") as students:  # both at once
