@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
 NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\S+))?", re.ASCII)
+SILENCE_SECONDS = 600.0  # a commit of many files takes minutes
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})", re.ASCII)  # at the end of a path
 DESCRIPTION = (  # all files but weights
@@ -116,6 +117,16 @@ def pickles_of(value: str) -> str:
     return str(_snapshot(name, (*DESCRIPTION, *PICKLES), progress=True))
 
 
+def limit_silence() -> None:
+    """Let requests to the hub fail when nothing comes for ten minutes. By itself, huggingface_hub waits for ever.
+
+    Before version 1.0 it still does: it has no setting for it.
+    """
+    from huggingface_hub.utils import get_session
+
+    get_session().timeout = SILENCE_SECONDS
+
+
 def description_of(value: str) -> str:
     """Return `value` if it is a path, else a directory in the cache with all weights or none. Downloads no weights.
 
@@ -143,6 +154,7 @@ def cached(value: str) -> str:
 
 def _snapshot(name: HubName, patterns: tuple[str, ...], cache: Path | None = None, progress: bool = False) -> Path:
     """Return the snapshot's directory in a cache, once it has all files of `patterns`."""
+    limit_silence()
     with _progress_bars(progress):
         try:
             return _library_snapshot(name, patterns, cache)
@@ -223,6 +235,7 @@ def _check_space(name: HubName, directory: Path, patterns: tuple[str, ...]) -> N
     from huggingface_hub import HfApi
     from huggingface_hub.utils import filter_repo_objects
 
+    limit_silence()
     try:
         listed = HfApi().model_info(name.repository, revision=name.revision, files_metadata=True).siblings or []
     except Exception:  # the download says why

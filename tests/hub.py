@@ -69,6 +69,7 @@ class Fault:
         after: bytes of the body that are read before it, all if None.
         times: number of requests.
         lost: the request is carried out, and its answer lost.
+        silent: nothing comes for half a minute, with the connection open.
     """
 
     request: str
@@ -76,6 +77,7 @@ class Fault:
     after: int | None = None
     times: int = 1
     lost: bool = False
+    silent: bool = False
 
 
 class Hub:
@@ -175,6 +177,8 @@ class _Handler(BaseHTTPRequestHandler):
                 fault.times -= 1
                 lost = fault.lost
                 self.read(size if fault.after is None else min(fault.after, size), sha)
+                if fault.silent:
+                    threading.Event().wait(30)
                 if not lost:
                     if not fault.status:
                         return self.cut()
@@ -291,7 +295,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     @route("GET", f"/api/models/{REPOSITORY}/revision/(?P<revision>[^/]+)")
     def revision(self, repo, revision):
-        self.no_query()
+        if self.query != {"expand": "xetEnabled"}:  # as huggingface_hub did before 1.0
+            self.no_query()
         found = self.repository(repo)
         return {"id": repo, "sha": found.at(revision)[0], "private": found.private, "siblings": []}
 

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill_nemo.fields import first_few, require
+from distill_nemo.hub import limit_silence
 from distill_nemo.push_config import Destination, PushConfig
 from distill_nemo.runtime.file_hashes import hash_part, whole_file
 from distill_nemo.runtime.files import read_object_if_any, write_atomically
 
 if TYPE_CHECKING:
-    from huggingface_hub import RepoFile
+    from huggingface_hub.hf_api import RepoFile
 
 TOKEN = "HF_TOKEN"
 # What transformers would open, or how it reads it.
@@ -79,6 +80,7 @@ class Remote:
         self.private, self.token = private, token
         self.is_private = False  # until the hub is asked
         self.api = HfApi(token=token)
+        limit_silence()
 
     def create(self) -> None:
         """Create the repository and the branch, where they are missing.
@@ -104,7 +106,7 @@ class Remote:
 
     def files(self, revision: str) -> "dict[str, RepoFile]":
         """Return the files of a commit or branch by their path."""
-        from huggingface_hub import RepoFile
+        from huggingface_hub.hf_api import RepoFile
 
         listed = self.api.list_repo_tree(self.repository, recursive=True, revision=revision)
         return {each.path: each for each in listed if isinstance(each, RepoFile)}
