@@ -64,9 +64,14 @@ class Hub:
 @contextlib.contextmanager
 def asked(url, home, **constants):
     """Let huggingface_hub in this process ask the double at `url`, with its cache below `home`."""
-    values = {"ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}"}
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    values = {"ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": template}
     values |= {"HF_HUB_CACHE": f"{home}/hub", "HF_ASSETS_CACHE": f"{home}/assets", "HF_TOKEN_PATH": f"{home}/token"}
-    with mock.patch.multiple("huggingface_hub.constants", **values, **constants):
+    with (
+        mock.patch.multiple("huggingface_hub.constants", **values, **constants),
+        # where it was imported to before version 1.0
+        mock.patch("huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE", template, create=True),
+    ):
         yield
 
 

@@ -9,6 +9,8 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pytest
+from packaging.version import Version
 
 PRESETS = {
     "fp8": "FP8_DEFAULT_CFG",
@@ -23,11 +25,14 @@ E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -
 
 def write_modelopt(plain, output, preset):
     """Quantise a directory by its largest values and export it, both by ModelOpt. Return its path."""
+    import modelopt
     import modelopt.torch.quantization as mtq
     import torch
     from modelopt.torch.export import export_hf_checkpoint
     from transformers import AutoModelForCausalLM
 
+    if Version(modelopt.__version__) < Version("0.47"):
+        pytest.skip("it needs a GPU for NVFP4, and names other layers plain")
     config = copy.deepcopy(getattr(mtq, PRESETS[preset]))
     for rule in config["quant_cfg"]:
         if (rule.get("cfg") or {}).get("block_sizes", {}).get(-1) == 128:

@@ -31,6 +31,7 @@ FILES = """
     tests/unit/executors/test_slurm_executor.py
     tests/unit/losses/test_divergences.py
     tests/unit/losses/test_kernels.py
+    tests/unit/models/test_compressed_tensors.py
     tests/unit/models/test_heterogeneous.py
     tests/unit/models/test_huggingface.py
     tests/unit/models/test_mcore_distillation_adjust.py
@@ -38,13 +39,16 @@ FILES = """
     tests/unit/models/test_phi3.py
     tests/unit/models/test_pickled.py
     tests/unit/models/test_quantised.py
+    tests/unit/models/test_quantised_export.py
     tests/unit/models/test_real_models.py
     tests/unit/models/test_rotary.py
     tests/unit/models/test_teacher_provider.py
     tests/unit/planning/test_plan.py
     tests/unit/reports/test_report.py
     tests/unit/runtime/test_patches.py
+    tests/unit/publishing/test_push.py
     tests/unit/test_config.py
+    tests/unit/test_hub.py
     tests/unit/test_versions.py
 """.split()
 QUICKSTART = ("quickstart", "--yes", "steps=20", "teacher_steps=20")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 from distill_nemo.config import StudentConfig
 from tests import modelopt_files
@@ -29,7 +29,7 @@ EXACT = 2688 * 2.0**-14  # an amax whose NVFP4 numbers fit bf16, in which the li
 def plain(tmp_path_factory):
     """Return a model whose matrices have the same largest value."""
     path = write_hf(tmp_path_factory.mktemp("compressed") / "plain", layers=2)
-    tensors = load_file(f"{path}/model.safetensors")
+    tensors = load(Path(path, "model.safetensors").read_bytes())
     for name in (name for name in tensors if "_proj" in name):
         scaled = tensors[name] * (1.01 * EXACT / tensors[name].abs().max())
         tensors[name] = scaled.clamp(-EXACT, EXACT)
@@ -266,7 +266,7 @@ def int4(plain, one, tmp_path_factory):
 
 @pytest.mark.parametrize("message", BROKEN)
 def test_tensors_that_do_not_fit_are_refused_by_name(int4, message):
-    tensors = load_file(int4 / "model.safetensors")
+    tensors = load((int4 / "model.safetensors").read_bytes())
     changed = tensors | {f"{Q}.{name}": value for name, value in BROKEN[message].items()}
     save_file({name: x for name, x in changed.items() if x is not None}, int4 / "model.safetensors")
     with pytest.raises(ValueError, match=re.escape(message)) as raised:
@@ -278,7 +278,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(int4, message):
 def test_scales_that_are_no_numbers_are_refused_when_they_are_read(int4):
     from distill_nemo.models.families.pieces import Piece
 
-    tensors = load_file(int4 / "model.safetensors")
+    tensors = load((int4 / "model.safetensors").read_bytes())
     save_file(tensors | {f"{Q}.weight_scale": torch.full((64, 4), math.nan)}, int4 / "model.safetensors")
     with reader_of(int4) as reader, pytest.raises(ValueError, match="has scales that are not positive numbers"):
         reader.read(Piece(f"{Q}.weight", (slice(0, 1), slice(0, 64))))

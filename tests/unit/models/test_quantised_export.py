@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 from distill_nemo.config import ExportConfig, ParallelismConfig, StudentConfig
 from distill_nemo.quantization import QuantizationConfig
@@ -315,7 +315,7 @@ def damage(path, output, quantized):
             f"mlp.up_proj.{of_tensor}": lambda x: x * (1 + 2**-20),
             f"mlp.up_proj.{of_input}": lambda x: x * (1 + 2**-20),
         }.items():
-            tensors = load_file(f"{output}/model.safetensors")
+            tensors = load(Path(output, "model.safetensors").read_bytes())  # no map: they are written over it
             changed = {f"model.layers.1.{name}": change(tensors[f"model.layers.1.{name}"])}
             save_file(tensors | changed, f"{output}/model.safetensors")
             with pytest.raises(RuntimeError) as raised:
@@ -381,6 +381,8 @@ def test_what_the_format_cannot_hold_is_refused_by_name(tmp_path, family, config
     from distill_nemo.models.checkpoints.huggingface import check_exportable
     from distill_nemo.models.resolve import resolve
 
+    if family == "glm4_moe_lite":
+        pytest.importorskip("transformers.models.glm4_moe_lite")
     odd = {"width": 20, "heads": 2} if family == "odd" else {}
     path = write_hf(tmp_path / "plain", "llama" if odd else family, layers=2, **odd)
     student = dataclasses.replace(resolve(StudentConfig(checkpoint=path)), quantization=config)
