@@ -11,7 +11,7 @@ from distill_nemo.cli.launch import TrainContext
 from recipes import cuts, pairs
 from recipes.compress import minitron
 from recipes.distil import distil
-from recipes.quantised import qad_fp8, qad_int4, qad_int8, qad_nvfp4
+from recipes.quantized import qad_fp8, qad_int4, qad_int8, qad_nvfp4
 from recipes.quickstart import quickstart, quickstart_alone, quickstart_teacher, run_quickstart
 
 __all__ = [

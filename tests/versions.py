@@ -38,8 +38,8 @@ FILES = """
     tests/unit/models/test_modelopt_agreement.py
     tests/unit/models/test_phi3.py
     tests/unit/models/test_pickled.py
-    tests/unit/models/test_quantised.py
-    tests/unit/models/test_quantised_export.py
+    tests/unit/models/test_quantized.py
+    tests/unit/models/test_quantized_export.py
     tests/unit/models/test_real_models.py
     tests/unit/models/test_rotary.py
     tests/unit/models/test_teacher_provider.py

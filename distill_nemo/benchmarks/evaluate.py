@@ -21,8 +21,8 @@ from distill_nemo.config import DataConfig, ExportConfig, ParallelismConfig, Stu
 from distill_nemo.fields import fields_named, require
 from distill_nemo.job_config import EvaluateConfig, words_of
 from distill_nemo.models.checkpoints.export_files import CHAT_TEMPLATES, TOKENIZER_FILES
-from distill_nemo.models.quantisation import MODELOPT_FILE, needs_package
 from distill_nemo.models.sources import CheckpointKind, find_checkpoint
+from distill_nemo.models.stored_quantization import MODELOPT_FILE, needs_package
 from distill_nemo.reports.comparison import Row, render_table
 from distill_nemo.reports.compressed import row
 from distill_nemo.reports.scores import SCORES, Score, Scores, add_results, scores_table, write_scores

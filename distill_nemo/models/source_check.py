@@ -29,9 +29,9 @@ from distill_nemo.models.families.pieces import Piece
 from distill_nemo.models.families.rope import ROPE_FIELDS
 from distill_nemo.models.families.tensors import hf_shapes, num_parameters, parameters
 from distill_nemo.models.provider import model_provider
-from distill_nemo.models.quantisation import FIELD
 from distill_nemo.models.resolve import with_headers
 from distill_nemo.models.sources import CheckpointKind, Source
+from distill_nemo.models.stored_quantization import FIELD
 from distill_nemo.runtime.process_groups import process_group_of_one
 from distill_nemo.runtime.seed import seed_everything
 

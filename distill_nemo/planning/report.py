@@ -32,10 +32,10 @@ def heading(name: str, planned: PlannedRun, gpu: Gpu) -> list[str]:
     kind = "bf16" if planned.item == 2 else "fp32"
     layers = "Transformer Engine" if planned.transformer_engine else "local layers"
     layout = layout_text(planned.config.parallelism, planned.data_parallel_size)
-    return [head, f"  {layout}, {kind}, {layers}{_quantised(planned)}"]
+    return [head, f"  {layout}, {kind}, {layers}{_quantized(planned)}"]
 
 
-def _quantised(planned: PlannedRun) -> str:
+def _quantized(planned: PlannedRun) -> str:
     numbers = planned.models.student.quantization
     if numbers is None:
         return ""

@@ -13,11 +13,11 @@ from transformers import AutoConfig, PreTrainedModel
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.hf_tensors import PieceReader, of_text_model, stored_tensors
 from distill_nemo.models.checkpoints.pretrained import new_model, open_pretrained
-from distill_nemo.models.checkpoints.quantised import merge_scales
+from distill_nemo.models.checkpoints.quantized import merge_scales
 from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.families.pieces import EXPERT, Piece, Place, experts
 from distill_nemo.models.families.tensors import table_of
-from distill_nemo.models.quantisation import read_quantisation
+from distill_nemo.models.stored_quantization import read_stored_quantization
 from distill_nemo.runtime.files import read_object
 
 IN_LAYER = re.compile(r".+\.layers\.(\d+)\.\w+\.(.+)")
@@ -70,7 +70,7 @@ class _Weights:
 
     def __init__(self, path: Path, dtype: torch.dtype, model: Architecture) -> None:
         stored, config = stored_tensors(path), path / "config.json"
-        quantisation = read_quantisation(read_object(config), str(config))
+        quantisation = read_stored_quantization(read_object(config), str(config))
         if quantisation is not None:
             stored = merge_scales(path, stored, quantisation)
         self._stored = of_text_model(stored, FAMILIES[model.family])

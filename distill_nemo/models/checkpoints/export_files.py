@@ -24,7 +24,7 @@ from distill_nemo.models.checkpoints.pretrained import empty_model, open_pretrai
 from distill_nemo.models.checkpoints.untouched import Untouched
 from distill_nemo.models.families.huggingface import from_huggingface, read_config, to_huggingface
 from distill_nemo.models.families.rope import ROPE_FIELDS
-from distill_nemo.models.quantisation import FIELD
+from distill_nemo.models.stored_quantization import FIELD
 from distill_nemo.runtime.files import read_object, read_object_if_any
 
 TOKENIZER_FILES = (

@@ -15,15 +15,15 @@ from safetensors import SafetensorError, safe_open
 
 from distill_nemo.fields import first_few
 from distill_nemo.models.architecture import Architecture
-from distill_nemo.models.checkpoints.quantised import merge_scales, read_quantised
+from distill_nemo.models.checkpoints.quantized import merge_scales, read_quantized
 from distill_nemo.models.checkpoints.stacked_experts import in_stack, unstacked
 from distill_nemo.models.config_fields import shown
 from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.families.family import Family
 from distill_nemo.models.families.pieces import Piece
 from distill_nemo.models.families.tensors import hf_shapes
-from distill_nemo.models.quantisation import read_quantisation
 from distill_nemo.models.sources import StoredTensor
+from distill_nemo.models.stored_quantization import read_stored_quantization
 from distill_nemo.runtime.files import read_object
 
 VOCAB_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
@@ -51,7 +51,7 @@ def check_hf_tensors(path: Path, model: Architecture) -> dict[str, StoredTensor]
             source's config.json says, or a file is corrupt. The message names them.
     """
     stored = _without_further_layers(stored_tensors(path), model)
-    quantisation = read_quantisation(model.source.config, str(path / "config.json")) if model.source else None
+    quantisation = read_stored_quantization(model.source.config, str(path / "config.json")) if model.source else None
     if quantisation is not None:
         stored = merge_scales(path, stored, quantisation)
     for name, usual in FAMILIES[model.family].other_names.items():
@@ -176,7 +176,7 @@ class PieceReader:
         name = tensor.name or piece.name
         if tensor.scales is None:
             return as_parameter(self._slice(tensor.file, name, piece.index), piece)
-        return as_parameter(read_quantised(self._slice, name, tensor, piece.index), piece)
+        return as_parameter(read_quantized(self._slice, name, tensor, piece.index), piece)
 
     def _slice(self, file: Path, name: str, index: tuple[slice, ...]) -> torch.Tensor:
         if file not in self._files:

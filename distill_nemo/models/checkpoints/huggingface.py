@@ -18,7 +18,7 @@ from distill_nemo.models.checkpoints.export_files import NO_EXPORT, export_files
 from distill_nemo.models.checkpoints.file_formats import COMPRESSED_TENSORS, FILE_FORMATS
 from distill_nemo.models.checkpoints.hf_tensors import PieceReader, check_tied_weights
 from distill_nemo.models.checkpoints.local_parameters import local_parameters
-from distill_nemo.models.checkpoints.stated_quantisation import check_storable
+from distill_nemo.models.checkpoints.stated_quantization import check_storable
 from distill_nemo.models.checkpoints.untouched import untouched_tensors
 from distill_nemo.models.checkpoints.write_safetensors import (
     MAX_FILE_BYTES,
@@ -28,8 +28,8 @@ from distill_nemo.models.checkpoints.write_safetensors import (
 )
 from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.families.tensors import num_parameters
-from distill_nemo.models.quantisation import FIELD
 from distill_nemo.models.quantizers.convert import quantizers_of
+from distill_nemo.models.stored_quantization import FIELD
 from distill_nemo.quantization import ExportFormatName
 from distill_nemo.runtime.everyone import AgreedError, Everyone
 from distill_nemo.runtime.files import partial_of, read_object, restore_replaced, resuming_directory
@@ -229,10 +229,10 @@ def check_export(
     needed, changes = MEMORY_TO_OPEN * num_parameters(model) * dtype.itemsize, FAMILIES[model.family].reference
 
     def reference() -> PreTrainedModel:
-        is_quantised = FIELD in read_object(path / "config.json")
-        if needed < available_memory() and not is_quantised:
+        is_quantized = FIELD in read_object(path / "config.json")
+        if needed < available_memory() and not is_quantized:
             return open_with_transformers(path, dtype, **changes)
-        if not is_quantised:
+        if not is_quantized:
             print(f"{path} does not fit this host's memory: transformers reads it a layer at a time", flush=True)
         return open_by_layers(path, dtype, model, **changes)
 

@@ -106,7 +106,7 @@ class RoundedParameter(StoredParameter):
 
 
 @dataclass(frozen=True)
-class QuantisedParameter(RoundedParameter):
+class QuantizedParameter(RoundedParameter):
     """A parameter that is stored as codes and scales.
 
     Args:
@@ -261,7 +261,7 @@ def stored_parameters(
                     scale_of(of_input, linear.inputs) if of_input is not None and linear.inputs is not None else None
                 )
                 scales = _cache_scales(parameter, quantizers, model.quantization, file_format)
-                found.append(QuantisedParameter(parameter, of_weight, linear.weights, file_format, input_scale, scales))
+                found.append(QuantizedParameter(parameter, of_weight, linear.weights, file_format, input_scale, scales))
     return found
 
 

@@ -15,15 +15,15 @@ from distill_nemo.fields import first_few
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.hf_tensors import FLOATS, OLD_BUFFER, PieceReader, own_name, stored_tensors
 from distill_nemo.models.checkpoints.local_parameters import bytes_of
-from distill_nemo.models.checkpoints.quantised import merge_scales
+from distill_nemo.models.checkpoints.quantized import merge_scales
 from distill_nemo.models.checkpoints.stacked_experts import unstacked
 from distill_nemo.models.checkpoints.tensor_files import DTYPES, Entries, Entry, TensorFiles
 from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.families.family import Wrapper
 from distill_nemo.models.families.pieces import Piece
 from distill_nemo.models.families.tensors import hf_shapes
-from distill_nemo.models.quantisation import read_quantisation, with_modelopt
 from distill_nemo.models.sources import StoredTensor
+from distill_nemo.models.stored_quantization import read_stored_quantization, with_modelopt
 from distill_nemo.runtime.files import read_object
 
 PLAIN = "BF16"  # dtype in which quantised tensors are copied
@@ -57,7 +57,7 @@ def untouched_tensors(path: Path | None, model: Architecture) -> Untouched:
         raise ValueError("copy_untouched: the student came from no Hugging Face directory that still exists")
     stored, wanted = stored_tensors(path), hf_shapes(model)
     config = with_modelopt(read_object(path / "config.json"), path)
-    quantisation = read_quantisation(config, str(path / "config.json"))
+    quantisation = read_stored_quantization(config, str(path / "config.json"))
     if quantisation is not None:
         stored = merge_scales(path, stored, quantisation)
     shapes = {name: unstacked({own_name(name, FAMILIES[model.family]): x.shape}, wanted) for name, x in stored.items()}

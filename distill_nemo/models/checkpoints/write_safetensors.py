@@ -24,16 +24,16 @@ from distill_nemo.models.checkpoints.hf_tensors import (
     stored_tensors,
 )
 from distill_nemo.models.checkpoints.local_parameters import WholeRows
-from distill_nemo.models.checkpoints.quantised import merge_scales
-from distill_nemo.models.checkpoints.stated_quantisation import state_quantisation
+from distill_nemo.models.checkpoints.quantized import merge_scales
+from distill_nemo.models.checkpoints.stated_quantization import state_quantization
 from distill_nemo.models.checkpoints.stored_parameters import StoredParameter, stored_parameters
 from distill_nemo.models.checkpoints.tensor_files import DTYPES, Entries, Entry, TensorFiles, as_in_file
 from distill_nemo.models.checkpoints.untouched import Copies, Untouched
 from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.families.pieces import OUTPUT
 from distill_nemo.models.families.tensors import Shapes, hf_shapes
-from distill_nemo.models.quantisation import read_quantisation
 from distill_nemo.models.sources import StoredTensor
+from distill_nemo.models.stored_quantization import read_stored_quantization
 from distill_nemo.runtime.everyone import AgreedError, Everyone
 from distill_nemo.runtime.files import read_object_if_any
 
@@ -84,7 +84,7 @@ def write_weights(
             prepare_directory(files, directory)
             if file_format is not None and model.quantization is not None and dist.get_rank() == 0:
                 stored = (as_in_file(entries) for entries in files.values())
-                state_quantisation(directory, model.quantization, file_format, ChainMap(*stored))
+                state_quantization(directory, model.quantization, file_format, ChainMap(*stored))
             for file in by_rank[dist.get_rank()].keys() & missing:
                 writing.create(file)
         except OSError as error:
@@ -210,7 +210,7 @@ def check_written(
     failure = None
     try:
         stored = stored_tensors(directory)
-        config = read_quantisation(read_object_if_any(directory / "config.json"), str(directory / "config.json"))
+        config = read_stored_quantization(read_object_if_any(directory / "config.json"), str(directory / "config.json"))
         own = stored | merge_scales(directory, stored, config) if config is not None else stored
         with PieceReader(own := of_text_model(own, FAMILIES[model.family])) as reader:
             for parameter in stored_parameters(chunks, model, file_format):

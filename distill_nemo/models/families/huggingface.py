@@ -9,7 +9,7 @@ from distill_nemo.models.config_fields import MAX_HEADS, MAX_LAYERS, MAX_POSITIO
 from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.families.family import Family, Wrapper, resolve_own_fields
 from distill_nemo.models.families.rope import read_rope, write_rope
-from distill_nemo.models.quantisation import FIELD, read_quantisation, with_modelopt
+from distill_nemo.models.stored_quantization import FIELD, read_stored_quantization, with_modelopt
 from distill_nemo.runtime.files import read_object
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def from_huggingface(config: dict[str, Any], where: Path) -> dict[str, Any]:
     fields = Fields(family.defaults | config, fields.where)
     fields = Fields(fields.values | family.spelled(fields), fields.where)
     _refuse_features(family, fields)
-    read_quantisation(config, fields.where)
+    read_stored_quantization(config, fields.where)
     fields.integer("num_labels", 2, most=MAX_LABELS)  # transformers names each one as soon as it opens the file
     heads = fields.integer("num_attention_heads", most=MAX_HEADS)
     base, scaling = read_rope(fields, family)

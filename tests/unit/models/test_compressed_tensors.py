@@ -17,8 +17,8 @@ from tests.distillation import Layout
 from tests.modelopt_files import stored
 from tests.tiny_models import write_hf
 from tests.unit.models.test_modelopt_sources import reader_of
-from tests.unit.models.test_quantised_export import FORMATS, LAYOUTS, export, quantization, tokens
-from tests.unit.models.test_quantised_sources import exported as plain_export
+from tests.unit.models.test_quantized_export import FORMATS, LAYOUTS, export, quantization, tokens
+from tests.unit.models.test_quantized_sources import exported as plain_export
 
 pytest.importorskip("compressed_tensors")
 COMPRESSED = "compressed-tensors"
@@ -235,13 +235,13 @@ REFUSED = {
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_is_not_code_times_scale_is_refused_by_name(message):
-    from distill_nemo.models.quantisation import read_quantisation
+    from distill_nemo.models.stored_quantization import read_stored_quantization
 
     stated = {"quant_method": COMPRESSED, "format": "pack-quantized", "quantization_status": "compressed"}
     stated |= {"config_groups": {"group_0": {"weights": OF_INT4}}}
-    assert read_quantisation({"quantization_config": stated}, "m/config.json") is not None
+    assert read_stored_quantization({"quantization_config": stated}, "m/config.json") is not None
     with pytest.raises(ValueError) as raised:
-        read_quantisation({"quantization_config": stated | REFUSED[message]}, "m/config.json")
+        read_stored_quantization({"quantization_config": stated | REFUSED[message]}, "m/config.json")
     assert message in str(raised.value) and len(str(raised.value)) < 600 and "\n" not in str(raised.value)
 
 

@@ -12,7 +12,7 @@ from distill_nemo.runtime.device import setup_device
 from distill_nemo.runtime.process_groups import process_groups
 from tests.tiny_models import write_hf
 from tests.unit.models.config_json import resolve_json
-from tests.unit.models.test_quantised_sources import mxfp4_oracle
+from tests.unit.models.test_quantized_sources import mxfp4_oracle
 
 HUB = {  # of openai/gpt-oss-20b, without layer_types, which are the default
     "architectures": ["GptOssForCausalLM"],

@@ -14,7 +14,7 @@ from distill_nemo.config import StudentConfig
 from tests.distillation import Layout
 from tests.modelopt_files import PRESETS, dequantised, write_modelopt
 from tests.tiny_models import write_hf
-from tests.unit.models.test_quantised_sources import exported
+from tests.unit.models.test_quantized_sources import exported
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -164,10 +164,10 @@ def test_a_quantised_weight_in_a_module_that_is_not_to_be_is_refused(nvfp4, igno
     ],
 )
 def test_other_formats_of_modelopt_are_refused_by_name(stated, message):
-    from distill_nemo.models.quantisation import read_quantisation
+    from distill_nemo.models.stored_quantization import read_stored_quantization
 
     with pytest.raises(ValueError) as raised:
-        read_quantisation({"quantization_config": {"quant_method": "modelopt", **stated}}, "m/config.json")
+        read_stored_quantization({"quantization_config": {"quant_method": "modelopt", **stated}}, "m/config.json")
     assert message in str(raised.value) and len(str(raised.value)) < 600
 
 

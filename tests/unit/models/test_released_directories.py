@@ -1,6 +1,6 @@
 """Directories as they are released, in whole runs: FP8, MXFP4, layers that predict further tokens, images and text.
 
-The oracle is the same directory with plain weights, dequantised by the formulas of `test_quantised_sources`.
+The oracle is the same directory with plain weights, dequantised by the formulas of `test_quantized_sources`.
 """
 
 import json
@@ -15,7 +15,7 @@ from tests.distillation import Layout
 from tests.distributed.checkpoint.test_resume import train
 from tests.tiny_models import known, write_hf
 from tests.training import metrics
-from tests.unit.models.test_quantised_sources import BLOCK, FP8, fp8_oracle, mxfp4_oracle, quantise
+from tests.unit.models.test_quantized_sources import BLOCK, FP8, fp8_oracle, mxfp4_oracle, quantise
 
 LR = 1e-3
 PLAIN_MODULES = ("in_proj_a.weight", "in_proj_b.weight", "eh_proj.weight")  # of those whose names have "proj"

@@ -13,7 +13,7 @@ from distill_nemo.runtime.process_groups import process_groups
 from tests.distillation import Layout
 from tests.distributed.checkpoint.test_resume import train
 from tests.tiny_models import write_hf
-from tests.unit.models.test_quantised_sources import write_fp8
+from tests.unit.models.test_quantized_sources import write_fp8
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from distill_nemo.training.entry import distill
 from recipes.base import of_checkpoints
 
 
-def _quantised(name: str, teacher: str | None, student: str | None, number_format: FormatName) -> run.Partial:
+def _quantized(name: str, teacher: str | None, student: str | None, number_format: FormatName) -> run.Partial:
     """Return a recipe of 1,000 steps, 0.5 billion tokens."""
     recipe = of_checkpoints(name, teacher, student or teacher)
     recipe.quantization.format = number_format
@@ -28,7 +28,7 @@ def qad_fp8(teacher: str | None = None, student: str | None = None) -> run.Parti
 
     nemo distill train qad_fp8 teacher.checkpoint=A student.checkpoint=A data.train='["corpus"]' gpus=8 gpu=h100
     """
-    return _quantised("qad_fp8", teacher, student, "fp8")
+    return _quantized("qad_fp8", teacher, student, "fp8")
 
 
 @run.cli.factory(target=distill)
@@ -40,7 +40,7 @@ def qad_nvfp4(teacher: str | None = None, student: str | None = None) -> run.Par
     Add quantization.format=nvfp4_weights to leave activations as they are, and quantization.kv_cache=fp8 to quantise
     keys and values.
     """
-    return _quantised("qad_nvfp4", teacher, student, "nvfp4")
+    return _quantized("qad_nvfp4", teacher, student, "nvfp4")
 
 
 @run.cli.factory(target=distill)
@@ -49,7 +49,7 @@ def qad_int8(teacher: str | None = None, student: str | None = None) -> run.Part
 
     nemo distill train qad_int8 teacher.checkpoint=A student.checkpoint=A data.train='["corpus"]' gpus=8 gpu=h100
     """
-    return _quantised("qad_int8", teacher, student, "int8")
+    return _quantized("qad_int8", teacher, student, "int8")
 
 
 @run.cli.factory(target=distill)
@@ -58,4 +58,4 @@ def qad_int4(teacher: str | None = None, student: str | None = None) -> run.Part
 
     nemo distill train qad_int4 teacher.checkpoint=A student.checkpoint=A data.train='["corpus"]' gpus=8 gpu=h100
     """
-    return _quantised("qad_int4", teacher, student, "int4_weights")
+    return _quantized("qad_int4", teacher, student, "int4_weights")

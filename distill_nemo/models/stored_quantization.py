@@ -34,7 +34,7 @@ COMPRESSED_FORMATS = {  # of compressed-tensors: type, num_bits and strategy of 
 
 
 @dataclass(frozen=True)
-class Quantisation:
+class StoredQuantization:
     """Format of quantised weights.
 
     Args:
@@ -91,14 +91,14 @@ def needs_package(directory: Path) -> bool:
     """Return True if transformers does not dequantise the weights of a Hugging Face directory by itself.
 
     Raises:
-        ValueError: as `read_quantisation`.
+        ValueError: as `read_stored_quantization`.
     """
     file = directory / "config.json"
-    found = read_quantisation(with_modelopt(read_object(file), directory), str(file))
+    found = read_stored_quantization(with_modelopt(read_object(file), directory), str(file))
     return found is not None and found.method in ("modelopt", COMPRESSED)
 
 
-def read_quantisation(config: dict[str, Any], where: str) -> Quantisation | None:
+def read_stored_quantization(config: dict[str, Any], where: str) -> StoredQuantization | None:
     """Return the format of a model's quantised weights; None if there are none.
 
     Args:
@@ -113,7 +113,7 @@ def read_quantisation(config: dict[str, Any], where: str) -> Quantisation | None
         return None
     method = fields.text("quant_method", "")
     if method == "mxfp4":
-        return Quantisation("mxfp4", (1, 32), _modules(fields, "modules_to_not_convert"))
+        return StoredQuantization("mxfp4", (1, 32), _modules(fields, "modules_to_not_convert"))
     if method == "modelopt":
         return _read_modelopt(fields)
     if method == COMPRESSED:
@@ -127,7 +127,7 @@ def read_quantisation(config: dict[str, Any], where: str) -> Quantisation | None
     if block is None:
         raise _unsupported(fields, "weight_block_size")
     other = "ignored_layers" if fields.values.get("modules_to_not_convert") is None else "modules_to_not_convert"
-    return Quantisation("fp8", block, _modules(fields, other))
+    return StoredQuantization("fp8", block, _modules(fields, other))
 
 
 def _block(fields: Fields, name: str) -> tuple[int, int] | None:
@@ -138,16 +138,16 @@ def _block(fields: Fields, name: str) -> tuple[int, int] | None:
     return block[0], block[1]
 
 
-def _read_modelopt(fields: Fields) -> Quantisation:
+def _read_modelopt(fields: Fields) -> StoredQuantization:
     if fields.text("quant_algo", "").upper() not in ALGORITHMS:
         raise _unsupported(fields, "quant_algo")
     modules = _modules(fields, "ignore")
     if sum("*" in each for each in modules) > MAX_PATTERNS:
         raise fields.wrong("ignore", f"at most {MAX_PATTERNS:,} patterns")
-    return Quantisation("modelopt", (0, 0), modules)
+    return StoredQuantization("modelopt", (0, 0), modules)
 
 
-def _read_compressed(fields: Fields) -> Quantisation:
+def _read_compressed(fields: Fields) -> StoredQuantization:
     """Accept weights that are code * scale: no zero points, rotations or sparsity."""
     if fields.text("quantization_status", "") != "compressed":
         raise _unsupported(fields, "quantization_status")
@@ -171,7 +171,7 @@ def _read_compressed(fields: Fields) -> Quantisation:
         blocks.add(block)
     names = _modules(fields, "ignore")
     block = next(iter(blocks), (0, 0))
-    return Quantisation(COMPRESSED, block, frozenset(name for name in names if not name.startswith("re:")))
+    return StoredQuantization(COMPRESSED, block, frozenset(name for name in names if not name.startswith("re:")))
 
 
 def _unsupported(fields: Fields, name: str) -> ValueError:

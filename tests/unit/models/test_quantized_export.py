@@ -146,7 +146,7 @@ def test_transformers_with_these_weights_and_scales_gives_the_students_logits(ex
 
 
 def test_it_is_read_back_as_the_same_model(exported, one, tmp_path):
-    from tests.unit.models.test_quantised_sources import exported as plain_export
+    from tests.unit.models.test_quantized_sources import exported as plain_export
 
     _, path, _ = exported
     weights = one.run(plain_export, str(path), str(tmp_path / "again"), Layout())  # and compares with transformers

@@ -55,11 +55,11 @@ def as_fp8(codes):
 def reader_of(path, tensors, **quantization):
     """Return a reader of tensors that are written to `path`."""
     from distill_nemo.models.checkpoints.hf_tensors import PieceReader, stored_tensors
-    from distill_nemo.models.checkpoints.quantised import merge_scales
-    from distill_nemo.models.quantisation import read_quantisation
+    from distill_nemo.models.checkpoints.quantized import merge_scales
+    from distill_nemo.models.stored_quantization import read_stored_quantization
 
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / "model.safetensors")
-    found = read_quantisation({"quantization_config": FP8 | quantization}, "config.json")
+    found = read_stored_quantization({"quantization_config": FP8 | quantization}, "config.json")
     assert found is not None
     return PieceReader(merge_scales(path, stored_tensors(path), found))
 
@@ -122,7 +122,7 @@ def test_a_slice_of_mxfp4_is_dequantised_with_the_exponents_of_its_groups(tmp_pa
 
 
 def test_only_the_scales_of_touched_blocks_are_read():
-    from distill_nemo.models.checkpoints.quantised import read_quantised
+    from distill_nemo.models.checkpoints.quantized import read_quantized
     from distill_nemo.models.sources import Scales, StoredTensor
 
     requested = {}
@@ -132,13 +132,13 @@ def test_only_the_scales_of_touched_blocks_are_read():
         return torch.zeros([part.stop - part.start for part in index], dtype=torch.uint8)
 
     scales = Scales(Path("b"), (128, 128))
-    read_quantised(
+    read_quantized(
         read, "w", StoredTensor(Path("a"), "F8_E4M3", (512, 512), scales), (slice(200, 300), slice(256, 384))
     )
     assert requested == {"w": (slice(200, 300), slice(256, 384)), "w_scale_inv": (slice(1, 3), slice(2, 3))}
     requested.clear()
     index = slice(4, 5), slice(40, 64), slice(0, 8)
-    read_quantised(read, "e", StoredTensor(Path("a"), "MXFP4", (8, 512, 512), scales), index)
+    read_quantized(read, "e", StoredTensor(Path("a"), "MXFP4", (8, 512, 512), scales), index)
     touched = slice(4, 5), slice(0, 8), slice(1, 2)
     assert requested == {"e_blocks": (*touched, slice(0, 16)), "e_scales": touched}
 
@@ -292,31 +292,35 @@ def test_modules_that_are_not_quantised_may_be_listed(tmp_path):
     ],
 )
 def test_other_quantisations_are_refused_by_name(stated, message):
-    from distill_nemo.models.quantisation import read_quantisation
+    from distill_nemo.models.stored_quantization import read_stored_quantization
 
     with pytest.raises(ValueError) as raised:
-        read_quantisation({"quantization_config": stated}, "m/config.json")
+        read_stored_quantization({"quantization_config": stated}, "m/config.json")
     assert message in str(raised.value) and len(str(raised.value)) < 500
 
 
 @pytest.mark.parametrize("absent", [{}, None])
 def test_an_empty_quantization_config_is_none(absent):
-    from distill_nemo.models.quantisation import read_quantisation
+    from distill_nemo.models.stored_quantization import read_stored_quantization
 
-    assert read_quantisation({"quantization_config": absent}, "config.json") is None
+    assert read_stored_quantization({"quantization_config": absent}, "config.json") is None
 
 
 def test_the_configs_of_the_hub_are_read():
     """quantization_config of DeepSeek-V3.1, of Qwen3-FP8 with fewer modules, and of gpt-oss-20b."""
-    from distill_nemo.models.quantisation import read_quantisation
+    from distill_nemo.models.stored_quantization import read_stored_quantization
 
     stated = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
-    deepseek = read_quantisation({"quantization_config": stated | {"scale_fmt": "ue8m0"}}, "")
+    deepseek = read_stored_quantization({"quantization_config": stated | {"scale_fmt": "ue8m0"}}, "")
     assert deepseek is not None and deepseek.block == (128, 128) and not deepseek.leaves_plain("lm_head")
-    listed = read_quantisation({"quantization_config": {**stated, "modules_to_not_convert": ["gate", "lm_head"]}}, "")
+    listed = read_stored_quantization(
+        {"quantization_config": {**stated, "modules_to_not_convert": ["gate", "lm_head"]}}, ""
+    )
     assert listed is not None and listed.leaves_plain("model.layers.0.mlp.gate")
     assert not listed.leaves_plain("model.layers.0.mlp.gate_proj")
     names = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-    oss = read_quantisation({"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": names}}, "")
+    oss = read_stored_quantization(
+        {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": names}}, ""
+    )
     assert oss is not None and oss.leaves_plain("model.layers.23.self_attn.q_proj")
     assert not oss.leaves_plain("model.layers.23.mlp.experts")

@@ -16,7 +16,7 @@ from distill_nemo.models.checkpoints.stored_parameters import PROJECTIONS
 from distill_nemo.models.checkpoints.tensor_files import Entry
 from distill_nemo.models.families.pieces import Piece
 from distill_nemo.models.families.tensors import Parameter, parameters
-from distill_nemo.models.quantisation import FIELD, MODELOPT_FILE
+from distill_nemo.models.stored_quantization import FIELD, MODELOPT_FILE
 from distill_nemo.quantization import CACHE_FORMATS, Numbers, QuantizationConfig, format_of, is_excluded
 from distill_nemo.runtime.files import read_object_if_any
 
@@ -55,20 +55,20 @@ def check_storable(
         raise ValueError(
             f"output_layer is quantised, but its weights are those of the embedding; exclude it, or {ADVICE}"
         )
-    size, is_quantised = parallelism.tensor_model_parallel_size, _is_quantised(quantization)
+    size, is_quantized = parallelism.tensor_model_parallel_size, _is_quantized(quantization)
     shared = PER_NUMBER[file_format.int4] if linear.weights.num_bits == 4 else (1, 1)
-    for parameter in filter(is_quantised, parameters(model)):
+    for parameter in filter(is_quantized, parameters(model)):
         for piece in parameter.rule(parameter.place._replace(size=size, rank=size - 1)):
             _check_piece(piece, shared)
     if quantization.kv_cache != "none":
-        _check_cache(model, quantization, file_format, is_quantised)
+        _check_cache(model, quantization, file_format, is_quantized)
 
 
 def _check_cache(
     model: Architecture,
     quantization: QuantizationConfig,
     file_format: FileFormat,
-    is_quantised: Callable[[Parameter], bool],
+    is_quantized: Callable[[Parameter], bool],
 ) -> None:
     if quantization.kv_cache not in file_format.cache:
         raise ValueError(
@@ -80,7 +80,7 @@ def _check_cache(
         raise ValueError(
             f"quantization.kv_cache: {model.family} has no {' and '.join(PROJECTIONS)} to name its scales; {ADVICE}"
         )
-    _check_cache_layers(parameter for parameter in parameters(model) if not is_quantised(parameter))
+    _check_cache_layers(parameter for parameter in parameters(model) if not is_quantized(parameter))
 
 
 def _check_cache_layers(plain: Iterable[Parameter]) -> None:
@@ -94,13 +94,13 @@ def _check_cache_layers(plain: Iterable[Parameter]) -> None:
             )
 
 
-def _is_quantised(quantization: QuantizationConfig) -> Callable[[Parameter], bool]:
-    def is_quantised(parameter: Parameter) -> bool:
+def _is_quantized(quantization: QuantizationConfig) -> Callable[[Parameter], bool]:
+    def is_quantized(parameter: Parameter) -> bool:
         layer = parameter.name.removesuffix(".weight")
         name = layer if layer == "output_layer" else f"decoder.layers.{parameter.place.number}.{layer}"
         return LINEAR.fullmatch(parameter.name) is not None and not is_excluded(quantization, name)
 
-    return is_quantised
+    return is_quantized
 
 
 def _check_piece(piece: Piece, shared: tuple[int, int]) -> None:
@@ -121,7 +121,7 @@ def _check_piece(piece: Piece, shared: tuple[int, int]) -> None:
         raise ValueError(f"{piece.name} has {columns.stop} columns, but INT4 holds eight a number; {ADVICE}")
 
 
-def state_quantisation(
+def state_quantization(
     directory: Path, quantization: QuantizationConfig, file_format: FileFormat, stored: Mapping[str, Entry]
 ) -> None:
     """State the format in `config.json`, and ModelOpt's in `hf_quant_config.json`, too.

@@ -26,8 +26,8 @@ from distill_nemo.models.checkpoints.file_formats import (
     e2m1_values,
     unpack,
 )
-from distill_nemo.models.quantisation import FIELD, Quantisation
 from distill_nemo.models.sources import Scales, StoredTensor
+from distill_nemo.models.stored_quantization import FIELD, StoredQuantization
 
 FP8, MXFP4 = "F8_E4M3", "MXFP4"  # dtype of a quantised tensor
 FP8_SCALE = "_scale_inv"  # after the name of the values
@@ -45,7 +45,9 @@ CODES: dict[str, tuple[FileFormat, Layout]] = {  # dtype of a quantised tensor
 Slice = Callable[[Path, str, tuple[slice, ...]], Tensor]  # of a tensor in a file, in the dtype of the file
 
 
-def merge_scales(path: Path, stored: Mapping[str, StoredTensor], quantisation: Quantisation) -> dict[str, StoredTensor]:
+def merge_scales(
+    path: Path, stored: Mapping[str, StoredTensor], quantisation: StoredQuantization
+) -> dict[str, StoredTensor]:
     """Return the tensors that values and scales stand for, in place of both.
 
     Args:
@@ -72,7 +74,7 @@ def merge_scales(path: Path, stored: Mapping[str, StoredTensor], quantisation: Q
     return found
 
 
-def _merged_fp8(name: str, found: dict[str, StoredTensor], quantisation: Quantisation) -> None:
+def _merged_fp8(name: str, found: dict[str, StoredTensor], quantisation: StoredQuantization) -> None:
     if name not in found or found[name].dtype != FP8:
         return
     values, block = found[name], quantisation.block
@@ -83,7 +85,7 @@ def _merged_fp8(name: str, found: dict[str, StoredTensor], quantisation: Quantis
     _check_listed(name, quantisation)
 
 
-def _merged_mxfp4(name: str, found: dict[str, StoredTensor], quantisation: Quantisation) -> None:
+def _merged_mxfp4(name: str, found: dict[str, StoredTensor], quantisation: StoredQuantization) -> None:
     if not name.endswith(BLOCKS):
         return
     whole, blocks = name.removesuffix(BLOCKS), found[name]
@@ -97,7 +99,7 @@ def _merged_mxfp4(name: str, found: dict[str, StoredTensor], quantisation: Quant
     _check_listed(whole, quantisation)
 
 
-def _merged_modelopt(name: str, found: dict[str, StoredTensor], quantisation: Quantisation) -> None:
+def _merged_modelopt(name: str, found: dict[str, StoredTensor], quantisation: StoredQuantization) -> None:
     module, _, end = name.rpartition(".")
     if name.endswith(MODELOPT.of_cache) and found[name].shape in ONE:
         del found[name]
@@ -116,7 +118,7 @@ def _merge_codes(
     form: FileFormat,
     layout: Layout,
     found: dict[str, StoredTensor],
-    quantisation: Quantisation,
+    quantisation: StoredQuantization,
 ) -> None:
     """Put the weight `name` in the place of its codes and scales."""
     module = name.rpartition(".")[0]
@@ -132,7 +134,7 @@ def _merge_codes(
     _check_listed(name, quantisation)
 
 
-def _merged_compressed(name: str, found: dict[str, StoredTensor], quantisation: Quantisation) -> None:
+def _merged_compressed(name: str, found: dict[str, StoredTensor], quantisation: StoredQuantization) -> None:
     module, _, end = name.rpartition(".")
     if end in COMPRESSED_TENSORS.of_cache and name in found and found[name].shape in ONE:
         del found[name]
@@ -199,13 +201,13 @@ def _take(
     return taken
 
 
-def _check_listed(name: str, quantisation: Quantisation) -> None:
+def _check_listed(name: str, quantisation: StoredQuantization) -> None:
     if quantisation.leaves_plain(name.rpartition(".")[0]):
         field = "modules_to_not_convert" if quantisation.method in ("fp8", "mxfp4") else "ignore"
         raise ValueError(f"{name:.120} is quantised, but {field} lists its module")
 
 
-def read_quantised(read: Slice, name: str, tensor: StoredTensor, index: tuple[slice, ...]) -> Tensor:
+def read_quantized(read: Slice, name: str, tensor: StoredTensor, index: tuple[slice, ...]) -> Tensor:
     """Return a slice of a quantised tensor in fp32.
 
     Args:
