@@ -30,7 +30,7 @@ FIXED = (
     ("optimizer", "use_distributed_optimizer"),  # it changes how Megatron saves groups of parameters
 )
 BENCHMARKS = "benchmarks"  # directory of a run, with the scores of its steps
-FOLDERS = ("checkpoints", "index_cache", "tensorboard", "benchmarks")  # of a run
+FOLDERS = ("checkpoints", "index_cache", "tensorboard", BENCHMARKS)  # of a run
 FILES = ("config.yaml", "metrics.jsonl", "hashes.json", "run.lock", "evaluation.json")
 OUR_PATTERNS = ("step_*", "latest", "latest.partial", "latest.old")
 FOREIGN = ("*.safetensors", ".metadata", "latest_checkpointed_iteration.txt", "iter_*", "model_weights", "latest")

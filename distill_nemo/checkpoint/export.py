@@ -2,6 +2,7 @@
 
 import gc
 import sys
+from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from distill_nemo.checkpoint.directory import read_record
 from distill_nemo.checkpoint.hub_models import on_this_machine
 from distill_nemo.checks import check_layout_without_training
-from distill_nemo.config import ExportConfig, ParallelismConfig, RunConfig, StudentConfig
+from distill_nemo.config import CheckpointConfig, ExportConfig, ParallelismConfig, RunConfig, StudentConfig
 from distill_nemo.config_files import from_dict
 from distill_nemo.data.token_files import named_corpora
 from distill_nemo.fields import require
@@ -41,26 +42,15 @@ def export_from_run(config: RunConfig, student: "Architecture", chunks: "list[GP
         RuntimeError: when the export failed; the checkpoint is whole, and the message says how to try again.
         PushError: when the push failed; the export is whole.
     """
-    from distill_nemo.models.checkpoints.huggingface import export_hf
-
     gc.collect()
     torch.cuda.empty_cache()
     source = _source(config.student.checkpoint) if rank() == 0 else None
     try:
-        copy_untouched, quantized = config.checkpoint.copy_untouched, config.checkpoint.quantized
-        of_run = config, Path(config.output_dir), config.training.steps, config.checkpoint.push_to, quantized
+        saved = config.checkpoint
+        of_run = config, Path(config.output_dir), config.training.steps, saved.push_to, saved.quantized
         card = partial(_card, student, *of_run)
         tokenizer = config.data.tokenizer
-        export_hf(
-            chunks,
-            str(_target(config)),
-            student,
-            tokenizer,
-            source,
-            copy_untouched=copy_untouched,
-            quantized=quantized,
-            card=card,
-        )
+        _export(chunks, str(_target(config)), student, tokenizer, source, saved, card)
     except (ValueError, OSError, RuntimeError) as error:
         raise RuntimeError(
             f"export failed; the checkpoint is whole: {error}. Run the same command again to export it, or on other "
@@ -69,6 +59,21 @@ def export_from_run(config: RunConfig, student: "Architecture", chunks: "list[GP
     _report(f"step_{config.training.steps:08d}", str(_target(config)))
     if config.checkpoint.push_to is not None:
         Everyone().on_rank_0(partial(push_directory, config.checkpoint, _target(config)))
+
+
+def _export(
+    chunks: "list[GPTModel]",
+    output: str,
+    student: "Architecture",
+    tokenizer: str | None,
+    source: Path | None,
+    config: CheckpointConfig | ExportConfig,
+    card: Callable[[], str] | None,
+) -> None:
+    from distill_nemo.models.checkpoints.huggingface import export_hf
+
+    copied, quantized = config.copy_untouched, config.quantized
+    export_hf(chunks, output, student, tokenizer, source, copy_untouched=copied, quantized=quantized, card=card)
 
 
 def _card(
@@ -147,7 +152,7 @@ def export(config: ExportConfig) -> None:
     end_with_torchrun()
     setup_device()  # before Megatron is imported
     from distill_nemo.checkpoint.load import check_whole
-    from distill_nemo.models.checkpoints.huggingface import check_exportable, check_target, export_hf
+    from distill_nemo.models.checkpoints.huggingface import check_exportable, check_target
     from distill_nemo.models.resolve import resolve
     from distill_nemo.models.sources import CheckpointKind, find_checkpoint
 
@@ -173,17 +178,7 @@ def export(config: ExportConfig) -> None:
         tokenizer = config.tokenizer or (_tokenizer_of_run(record) if record else None)
         source = _source(config.checkpoint) if rank() == 0 else None
         chunks = [_stage(student, parallelism, found)]
-        copy_untouched, quantized = config.copy_untouched, config.quantized
-        export_hf(
-            chunks,
-            config.output,
-            student,
-            tokenizer,
-            source,
-            copy_untouched=copy_untouched,
-            quantized=quantized,
-            card=card,
-        )
+        _export(chunks, config.output, student, tokenizer, source, config, card)
         _report(found.weights.name, config.output)
         everyone.on_rank_0(partial(push_directory, config, Path(config.output)))
 
