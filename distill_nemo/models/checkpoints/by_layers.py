@@ -70,9 +70,9 @@ class _Weights:
 
     def __init__(self, path: Path, dtype: torch.dtype, model: Architecture) -> None:
         stored, config = stored_tensors(path), path / "config.json"
-        quantisation = read_stored_quantization(read_object(config), str(config))
-        if quantisation is not None:
-            stored = merge_scales(path, stored, quantisation)
+        quantization = read_stored_quantization(read_object(config), str(config))
+        if quantization is not None:
+            stored = merge_scales(path, stored, quantization)
         self._stored = of_text_model(stored, FAMILIES[model.family])
         self._dtype, self._model = dtype, model
         self._prefix = next(name.partition("layers.")[0] for name in self._stored if "layers." in name)

@@ -51,9 +51,9 @@ def check_hf_tensors(path: Path, model: Architecture) -> dict[str, StoredTensor]
             source's config.json says, or a file is corrupt. The message names them.
     """
     stored = _without_further_layers(stored_tensors(path), model)
-    quantisation = read_stored_quantization(model.source.config, str(path / "config.json")) if model.source else None
-    if quantisation is not None:
-        stored = merge_scales(path, stored, quantisation)
+    quantization = read_stored_quantization(model.source.config, str(path / "config.json")) if model.source else None
+    if quantization is not None:
+        stored = merge_scales(path, stored, quantization)
     for name, usual in FAMILIES[model.family].other_names.items():
         if name in stored:
             stored[usual] = stored.pop(name)._replace(name=name)

@@ -46,14 +46,14 @@ Slice = Callable[[Path, str, tuple[slice, ...]], Tensor]  # of a tensor in a fil
 
 
 def merge_scales(
-    path: Path, stored: Mapping[str, StoredTensor], quantisation: StoredQuantization
+    path: Path, stored: Mapping[str, StoredTensor], quantization: StoredQuantization
 ) -> dict[str, StoredTensor]:
     """Return the tensors that values and scales stand for, in place of both.
 
     Args:
         path: their directory, for messages.
         stored: entries of the headers.
-        quantisation: their format, as `config.json` states it.
+        quantization: their format, as `config.json` states it.
 
     Raises:
         ValueError: for values without scales or with scales of another shape or dtype, and for a quantised tensor in a
@@ -64,28 +64,28 @@ def merge_scales(
         "mxfp4": _merged_mxfp4,
         "modelopt": _merged_modelopt,
         "compressed-tensors": _merged_compressed,
-    }[quantisation.method]
+    }[quantization.method]
     found = dict(stored)
     try:
         for name in stored:
-            merge(name, found, quantisation)
+            merge(name, found, quantization)
     except ValueError as error:
         raise ValueError(f"{path} does not fit its {FIELD}: {error}") from None
     return found
 
 
-def _merged_fp8(name: str, found: dict[str, StoredTensor], quantisation: StoredQuantization) -> None:
+def _merged_fp8(name: str, found: dict[str, StoredTensor], quantization: StoredQuantization) -> None:
     if name not in found or found[name].dtype != FP8:
         return
-    values, block = found[name], quantisation.block
+    values, block = found[name], quantization.block
     *leading, rows, columns = values.shape if len(values.shape) > 1 else (1, *values.shape)
     shape = *leading, -(-rows // block[0]), -(-columns // block[1])
     scales = _take(found, name + FP8_SCALE, name, SCALE_DTYPES, shape)
     found[name] = values._replace(scales=Scales(scales.file, block))
-    _check_listed(name, quantisation)
+    _check_listed(name, quantization)
 
 
-def _merged_mxfp4(name: str, found: dict[str, StoredTensor], quantisation: StoredQuantization) -> None:
+def _merged_mxfp4(name: str, found: dict[str, StoredTensor], quantization: StoredQuantization) -> None:
     if not name.endswith(BLOCKS):
         return
     whole, blocks = name.removesuffix(BLOCKS), found[name]
@@ -95,11 +95,11 @@ def _merged_mxfp4(name: str, found: dict[str, StoredTensor], quantisation: Store
     _take(found, name, whole, ("U8",), (experts, outputs, groups, MXFP4_GROUP // 2))
     scales = _take(found, whole + SCALES, whole, ("U8",), (experts, outputs, groups))
     shape = experts, groups * MXFP4_GROUP, outputs
-    found[whole] = StoredTensor(blocks.file, MXFP4, shape, Scales(scales.file, quantisation.block))
-    _check_listed(whole, quantisation)
+    found[whole] = StoredTensor(blocks.file, MXFP4, shape, Scales(scales.file, quantization.block))
+    _check_listed(whole, quantization)
 
 
-def _merged_modelopt(name: str, found: dict[str, StoredTensor], quantisation: StoredQuantization) -> None:
+def _merged_modelopt(name: str, found: dict[str, StoredTensor], quantization: StoredQuantization) -> None:
     module, _, end = name.rpartition(".")
     if name.endswith(MODELOPT.of_cache) and found[name].shape in ONE:
         del found[name]
@@ -109,7 +109,7 @@ def _merged_modelopt(name: str, found: dict[str, StoredTensor], quantisation: St
     if len(stored.shape) != 2:
         raise ValueError(f"{name:.120} is {stored.dtype} {stored.shape}: a quantised weight must have 2 dimensions")
     layout = _layout(stored.dtype, of_scale.dtype if of_scale is not None else "")
-    _merge_codes(name, stored, MODELOPT, layout, found, quantisation)
+    _merge_codes(name, stored, MODELOPT, layout, found, quantization)
 
 
 def _merge_codes(
@@ -118,23 +118,23 @@ def _merge_codes(
     form: FileFormat,
     layout: Layout,
     found: dict[str, StoredTensor],
-    quantisation: StoredQuantization,
+    quantization: StoredQuantization,
 ) -> None:
     """Put the weight `name` in the place of its codes and scales."""
     module = name.rpartition(".")[0]
     (rows, columns), (in_rows, in_columns) = stored.shape, PER_NUMBER[layout]
     shape = rows, columns = rows * in_rows, columns * in_columns
-    scales, block = _scales_of(name, form, layout, shape, found, quantisation.block)
+    scales, block = _scales_of(name, form, layout, shape, found, quantization.block)
     of_tensor = _take(found, f"{module}.{form.of_tensor}", name, ("F32",), *ONE).file if layout == "nvfp4" else None
     if f"{module}.{form.of_input[layout]}" in found:
         dtypes = ("F32",) if form is MODELOPT or layout == "nvfp4" else (*SCALE_DTYPES, "F16")
         _take(found, f"{module}.{form.of_input[layout]}", name, dtypes, *ONE)
     dtype = f"{form.name.upper()}_{layout.upper()}"
     found[name] = StoredTensor(stored.file, dtype, shape, Scales(scales.file, block, of_tensor))
-    _check_listed(name, quantisation)
+    _check_listed(name, quantization)
 
 
-def _merged_compressed(name: str, found: dict[str, StoredTensor], quantisation: StoredQuantization) -> None:
+def _merged_compressed(name: str, found: dict[str, StoredTensor], quantization: StoredQuantization) -> None:
     module, _, end = name.rpartition(".")
     if end in COMPRESSED_TENSORS.of_cache and name in found and found[name].shape in ONE:
         del found[name]
@@ -152,7 +152,7 @@ def _merged_compressed(name: str, found: dict[str, StoredTensor], quantisation: 
         raise ValueError(f"{name:.120} {stored.shape} must have 2 dimensions, and {weight:.120} must not be stored too")
     if layout == "int4_columns":
         _take(found, f"{module}.{SHAPE}", name, ("I64", "I32"), (2,))
-    _merge_codes(weight, stored, COMPRESSED_TENSORS, layout, found, quantisation)
+    _merge_codes(weight, stored, COMPRESSED_TENSORS, layout, found, quantization)
 
 
 def _layout(dtype: str, of_scale: str) -> Layout:
@@ -201,9 +201,9 @@ def _take(
     return taken
 
 
-def _check_listed(name: str, quantisation: StoredQuantization) -> None:
-    if quantisation.leaves_plain(name.rpartition(".")[0]):
-        field = "modules_to_not_convert" if quantisation.method in ("fp8", "mxfp4") else "ignore"
+def _check_listed(name: str, quantization: StoredQuantization) -> None:
+    if quantization.leaves_plain(name.rpartition(".")[0]):
+        field = "modules_to_not_convert" if quantization.method in ("fp8", "mxfp4") else "ignore"
         raise ValueError(f"{name:.120} is quantised, but {field} lists its module")
 
 

@@ -57,9 +57,9 @@ def untouched_tensors(path: Path | None, model: Architecture) -> Untouched:
         raise ValueError("copy_untouched: the student came from no Hugging Face directory that still exists")
     stored, wanted = stored_tensors(path), hf_shapes(model)
     config = with_modelopt(read_object(path / "config.json"), path)
-    quantisation = read_stored_quantization(config, str(path / "config.json"))
-    if quantisation is not None:
-        stored = merge_scales(path, stored, quantisation)
+    quantization = read_stored_quantization(config, str(path / "config.json"))
+    if quantization is not None:
+        stored = merge_scales(path, stored, quantization)
     shapes = {name: unstacked({own_name(name, FAMILIES[model.family]): x.shape}, wanted) for name, x in stored.items()}
     if not wanted.keys() <= {own for of_one in shapes.values() for own in of_one}:
         raise ValueError(f"copy_untouched: {path} holds the student inside another model, and an export is the student")
