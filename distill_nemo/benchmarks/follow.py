@@ -18,7 +18,7 @@ from distill_nemo.benchmarks.evaluate import (
     ready_models,
     result_file,
 )
-from distill_nemo.checkpoint.directory import BENCHMARKS, benchmarks_of
+from distill_nemo.checkpoint.directory import BENCHMARKS, benchmarks_of, linked
 from distill_nemo.checkpoint.hub_models import named
 from distill_nemo.config import TrainingConfig
 from distill_nemo.config_files import load_yaml
@@ -31,6 +31,7 @@ from distill_nemo.runtime.files import write_atomically
 from distill_nemo.runtime.process_groups import of_all_ranks, rank
 
 LINES = "benchmarks.jsonl"  # beside the run's metrics.jsonl
+HELD = "held"  # checkpoints that are being exported, below the run's benchmarks
 POLL_SECONDS = 2.0
 START_SECONDS, END_SECONDS = 600.0, 30.0  # to wait for a run that has not begun, and for one whose process has ended
 
@@ -49,12 +50,15 @@ def follow(config: EvaluateConfig, run: Path) -> None:
     check_tasks(config)
     with locked(output):
         if rank() == 0:
+            shutil.rmtree(output / HELD, ignore_errors=True)  # of a job that was killed
             _tell_of_gone(run, tasks, config)
         scores = Scores(named(config).models)
         if config.models:
             scores.scores = benchmark(ready_models(config.models, config, output), tasks, config, output)
         while (step := _next(run, tasks, config)) is not None:
             model = _model(run, step, config)
+            if model is None:
+                continue
             found = benchmark([model], tasks, config, output)
             if rank() == 0:
                 shutil.rmtree(model.directory, ignore_errors=True)
@@ -67,11 +71,22 @@ def follow(config: EvaluateConfig, run: Path) -> None:
             print(f"scores: {output / SCORES}", flush=True)
 
 
-def _model(run: Path, step: int, config: EvaluateConfig) -> Model:
-    """Export a step below the run's benchmarks."""
+def _model(run: Path, step: int, config: EvaluateConfig) -> Model | None:
+    """Export a step below the run's benchmarks. Return None, on all ranks, if the run has deleted it. Collective."""
     target = run / BENCHMARKS / "exported" / f"step_{step:08d}"
-    checkpoint = str(run / "checkpoints" / target.name)
-    return Model(f"step {step}", as_huggingface(checkpoint, target, config), target.name)
+    held = run / BENCHMARKS / HELD / target.name
+    if not of_all_ranks(rank() == 0 and linked(run / "checkpoints" / target.name, held))[0]:
+        if rank() == 0:
+            print(
+                f"step {step}: the run has deleted its checkpoint (checkpoint.keep_last), so it is not measured; "
+                "training.benchmark_interval keeps steps until they are",
+                flush=True,
+            )
+        return None
+    model = Model(f"step {step}", as_huggingface(str(held), target, config), target.name)
+    if rank() == 0:
+        shutil.rmtree(held, ignore_errors=True)
+    return model
 
 
 def _next(run: Path, tasks: list[str], config: EvaluateConfig) -> int | None:

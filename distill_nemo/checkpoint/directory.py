@@ -5,6 +5,8 @@ models and data), `architecture.json` (the student's) and `SHA256SUMS`. `latest`
 written last, so that checkpoint was whole at the time.
 """
 
+import contextlib
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -89,9 +91,46 @@ def prune(newest: Path, keep_last: int, benchmark_interval: int | None = None) -
     for old in steps[steps.index(newest) + max(keep_last, 1) :]:
         step = int(old.name[5:])
         if benchmark_interval is None or step % benchmark_interval or benchmarks_of(root.parent, step).is_file():
-            shutil.rmtree(old, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                delete(old)
     for partial in newest.parent.glob("step_*.partial"):
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def delete(step: Path) -> None:
+    """Delete a checkpoint at one stroke: another process sees all of it or nothing.
+
+    Raises:
+        OSError: if it stays.
+    """
+    removed = step.with_name(f"{step.name}.deleted.partial")
+    shutil.rmtree(removed, ignore_errors=True)
+    step.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def linked(step: Path, target: Path) -> bool:
+    """Link the files of a checkpoint in `target`, where they stay if its run deletes it; return False if it has.
+
+    Raises:
+        OSError: if the file system has neither links nor space for copies.
+    """
+    try:
+        shutil.copytree(step, target, copy_function=_link)
+    except OSError:
+        if step.is_dir():
+            raise
+    if step.is_dir():  # so it was whole until now
+        return True
+    shutil.rmtree(target, ignore_errors=True)
+    return False
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def check_output_dir(output_dir: str) -> None:

@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint import CheckpointException
 
-from distill_nemo.checkpoint.directory import point_latest_at, prune, step_directory
+from distill_nemo.checkpoint.directory import delete, point_latest_at, prune, step_directory
 from distill_nemo.checkpoint.identity import run_record
 from distill_nemo.checkpoint.state import RANDOM_STATE, random_state, rng_layout, sharded_state
 from distill_nemo.checkpoint.write_results import WriteResults
@@ -98,7 +98,8 @@ class CheckpointWriter:
             (partial / "architecture.json").write_text(json.dumps(architecture, indent=2))
             (partial / "run.json").write_text(json.dumps(self.record, indent=2))
             join_sums(partial)
-            shutil.rmtree(target, ignore_errors=True)
+            if target.is_dir():  # of a run that was resumed at an earlier step
+                delete(target)
             partial.rename(target)
             fsync(self.root.parent)
             fsync(self.root)

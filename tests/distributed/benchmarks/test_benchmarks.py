@@ -18,7 +18,7 @@ import transformers
 import yaml
 
 from distill_nemo.benchmarks.entry import evaluate
-from distill_nemo.checkpoint.directory import prune
+from distill_nemo.checkpoint.directory import delete, prune
 from distill_nemo.config import CheckpointConfig
 from distill_nemo.reports.report import page_of
 from distill_nemo.reports.runs import read_runs
@@ -349,3 +349,39 @@ def trained_and_followed(here, run, fields):
         if json.loads(file.read_text())["model"] == "step_00000008":
             file.unlink()
     return [*printed, on_a_rank(here, fields | others, of_one=True)]
+
+
+def test_a_step_that_its_run_deletes_is_left_out_before_its_export_and_measured_from_then_on(
+    inputs, here, pair, measured
+):
+    run = tiny_run(inputs, here / "deleting")
+    run.checkpoint = CheckpointConfig(save_interval=2, keep_last=3, export=False)
+    printed = pair.run(followed_while_steps_go, here, run, settings(here, baseline=None))[0]
+    assert "step 4: the run has deleted its checkpoint (checkpoint.keep_last), so it is not measured; " in printed
+    assert re.findall(r"^(.+): tiny_choice measured", printed, re.M) == ["step 6", "step 8"]
+    assert [path.name for path in (here / "deleting" / "checkpoints").glob("step_*")] == ["step_00000008"]
+    assert not list((here / "deleting" / "benchmarks" / "held").iterdir())
+
+
+def followed_while_steps_go(here, run, fields):
+    """Train, then follow on both ranks: step 4 goes before its files are linked, step 6 after."""
+    from distill_nemo.benchmarks import follow
+
+    linked = follow.linked
+
+    def deleting(step, target):
+        before, after = step.name == "step_00000004", step.name == "step_00000006"
+        if before:
+            delete(step)
+        found = linked(step, target)
+        if after:
+            delete(step)
+        return found
+
+    if os.environ["RANK"] == "0":
+        with alone():
+            run_config(run)
+    others = {"model": None, "steps_of": run.output_dir, "tasks": "tiny_choice", "output": None}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(follow, "linked", deleting)
+        return on_a_rank(here, fields | others)

@@ -1,0 +1,63 @@
+"""Steps of a run that another process reads while the run deletes them."""
+
+import os
+
+import pytest
+
+from distill_nemo.checkpoint.directory import delete, linked, prune
+
+FILES = {"run.json": "{}", ".metadata": "table", "modelopt_state/.metadata": "other table", "__0_0.distcp": "weights"}
+
+
+@pytest.fixture
+def step(tmp_path):
+    return saved(tmp_path / "checkpoints", 4)
+
+
+def saved(root, number):
+    step = root / f"step_{number:08d}"
+    for name, text in FILES.items():
+        (step / name).parent.mkdir(parents=True, exist_ok=True)
+        (step / name).write_text(text)
+    return step
+
+
+def contents(directory):
+    return {str(file.relative_to(directory)): file.read_text() for file in directory.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_linked_step_stays_whole_when_its_run_deletes_it(step, tmp_path, monkeypatch, has_links):
+    if not has_links:
+        monkeypatch.setattr(os, "link", refused)
+    assert linked(step, tmp_path / "held")
+    newest = saved(step.parent, 8)
+    prune(newest, keep_last=1)
+    assert list(step.parent.iterdir()) == [newest]
+    assert contents(tmp_path / "held") == FILES
+
+
+def refused(*paths):
+    raise PermissionError("this file system has no links")
+
+
+@pytest.mark.parametrize("links", range(len(FILES) + 1))
+def test_a_step_that_is_deleted_while_it_is_linked_is_gone(step, tmp_path, monkeypatch, links):
+    link, done = os.link, []
+
+    def after_some(source, target):
+        if len(done) == links:
+            delete(step)
+        done.append(link(source, target))
+
+    monkeypatch.setattr(os, "link", after_some)
+    if links == len(FILES):
+        delete(step)
+    assert not linked(step, tmp_path / "held")
+    assert not (tmp_path / "held").exists() and not step.exists()
+
+
+def test_a_step_that_cannot_be_copied_is_an_error(step, tmp_path):
+    (tmp_path / "held").write_text("in the way")
+    with pytest.raises(OSError, match="held"):
+        linked(step, tmp_path / "held")
