@@ -24,7 +24,7 @@ SILENCE_SECONDS = 600.0  # a commit of many files takes minutes
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})", re.ASCII)  # at the end of a path
 DESCRIPTION = (  # all files but weights
-    *("config.json", "generation_config.json", "*processor_config.json", "README.md"),
+    *("config.json", "hf_quant_config.json", "generation_config.json", "*processor_config.json", "README.md"),
     *("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*"),  # which an export copies
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken"),
     *("tekken.json", "*.jinja", "chat_template.json", "model.safetensors.index.json"),

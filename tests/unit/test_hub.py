@@ -16,6 +16,7 @@ INDEX = {"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safe
 WEIGHTS = {"model-1-of-2.safetensors": b"1" * 1000, "model-2-of-2.safetensors": b"2" * 3000}
 READ = {
     "config.json": b'{"model_type": "llama"}',
+    "hf_quant_config.json": b"{}",
     "model.safetensors.index.json": json.dumps(INDEX).encode(),
     "tokenizer.json": b"{}",
     "additional_chat_templates/tools.jinja": b"{{ messages }}",

@@ -1,10 +1,12 @@
 """Steps of a run that another process reads while the run deletes them."""
 
 import os
+import shutil
 
 import pytest
 
 from distill_nemo.checkpoint.directory import delete, linked, prune
+from distill_nemo.models.sources import saved_steps
 
 FILES = {"run.json": "{}", ".metadata": "table", "modelopt_state/.metadata": "other table", "__0_0.distcp": "weights"}
 
@@ -55,6 +57,16 @@ def test_a_step_that_is_deleted_while_it_is_linked_is_gone(step, tmp_path, monke
         delete(step)
     assert not linked(step, tmp_path / "held")
     assert not (tmp_path / "held").exists() and not step.exists()
+
+
+def test_a_step_whose_deletion_was_killed_is_gone_and_the_rest_goes_with_the_next(step, tmp_path, monkeypatch):
+    with monkeypatch.context() as killed:
+        killed.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
+        delete(step)
+    assert saved_steps(step.parent) == [] and not linked(step, tmp_path / "held")
+    newest = saved(step.parent, 8)
+    prune(newest, keep_last=1)
+    assert list(step.parent.iterdir()) == [newest]
 
 
 def test_a_step_that_cannot_be_copied_is_an_error(step, tmp_path):
