@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -18,7 +18,7 @@ from distill_nemo.config_files import from_dict
 from distill_nemo.data.token_files import named_corpora
 from distill_nemo.fields import require
 from distill_nemo.hub import cached
-from distill_nemo.models.sources import STEP
+from distill_nemo.models.sources import STEP, CheckpointKind, FoundCheckpoint, find_checkpoint
 from distill_nemo.publishing.card import Distilled, model_card
 from distill_nemo.publishing.facts import name_of
 from distill_nemo.publishing.push import check_push, push_directory
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
     from distill_nemo.models.architecture import Architecture
-    from distill_nemo.models.sources import FoundCheckpoint
 
 
 def export_from_run(config: RunConfig, student: "Architecture", chunks: "list[GPTModel]") -> None:
@@ -105,8 +104,9 @@ def prepare_export(config: RunConfig, student: "Architecture", dtype: torch.dtyp
             the hub would refuse the push.
     """
     from distill_nemo.data.tokenizer import load_tokenizer
-    from distill_nemo.models.checkpoints.export_files import NO_EXPORT, export_files, exported_tokenizer
-    from distill_nemo.models.checkpoints.huggingface import check_exportable, check_target
+    from distill_nemo.models.checkpoints.export_files import export_files, exported_tokenizer
+    from distill_nemo.models.checkpoints.exportable import NO_EXPORT, check_exportable
+    from distill_nemo.models.checkpoints.huggingface import check_target
     from distill_nemo.models.checkpoints.untouched import untouched_tensors
 
     check_exportable(student, config.checkpoint.quantized, config.parallelism)
@@ -152,20 +152,11 @@ def export(config: ExportConfig) -> None:
     end_with_torchrun()
     setup_device()  # before Megatron is imported
     from distill_nemo.checkpoint.load import check_whole
-    from distill_nemo.models.checkpoints.huggingface import check_exportable, check_target
-    from distill_nemo.models.resolve import resolve
-    from distill_nemo.models.sources import CheckpointKind, find_checkpoint
+    from distill_nemo.models.checkpoints.huggingface import check_target
 
     config = on_this_machine(config)
-    found = find_checkpoint(Path(config.checkpoint))
-    is_ours = found.kind is CheckpointKind.OURS
-    record = read_record(found.weights) if is_ours else None
-    parallelism = config.parallelism or _layout_of_run(record).on(world_size())
-    check_layout_without_training(parallelism, world_size())
+    found, record, parallelism, student = saved_student(config, world_size())
     check_target(Path(config.output), config.checkpoint, config.tokenizer)
-    # A run's step is named, since the run may save others meanwhile. Other checkpoints describe themselves.
-    student = resolve(StudentConfig(checkpoint=str(found.weights) if is_ours else config.checkpoint))
-    check_exportable(student, config.quantized, parallelism)
     place = _place(found.weights)
     card = partial(_card, student, _run_of(record), *place, config.push_to, config.quantized) if record else None
     require(card is not None or config.push_to is None, f"push_to needs a run, and {config.checkpoint} is none")
@@ -183,6 +174,59 @@ def export(config: ExportConfig) -> None:
         everyone.on_rank_0(partial(push_directory, config, Path(config.output)))
 
 
+class SavedStudent(NamedTuple):
+    """A checkpoint to export: where it is, the record of its run, if it has one, its layout, its architecture."""
+
+    found: FoundCheckpoint
+    record: dict[str, Any] | None
+    parallelism: ParallelismConfig
+    student: "Architecture"
+
+
+def saved_student(config: ExportConfig, ranks: int) -> SavedStudent:
+    """Return what is to be exported on a number of ranks, from its description alone.
+
+    Raises:
+        ValueError: if there is no checkpoint, the layout does not fit, or the files cannot hold it.
+    """
+    from distill_nemo.models.checkpoints.exportable import check_exportable
+    from distill_nemo.models.resolve import resolve
+
+    found = find_checkpoint(Path(config.checkpoint))
+    is_ours = found.kind is CheckpointKind.OURS
+    record = read_record(found.weights) if is_ours else None
+    parallelism = config.parallelism or _layout_of_run(record).on(ranks)
+    check_layout_without_training(parallelism, ranks)
+    # A run's step is named, since the run may save others meanwhile. Other checkpoints describe themselves.
+    student = resolve(StudentConfig(checkpoint=str(found.weights) if is_ours else config.checkpoint))
+    check_exportable(student, config.quantized, parallelism)
+    return SavedStudent(found, record, parallelism, student)
+
+
+def check_quantized(config: RunConfig | ExportConfig, ranks: int) -> None:
+    """Refuse, before any rank starts, a quantised student that its layout or its export cannot have.
+
+    Reads its description alone, and imports Megatron.
+
+    Raises:
+        ValueError: as the ranks would: from `quantized_as`, `check_layout` and `check_exportable`.
+    """
+    from distill_nemo.runtime.device import setup_device
+
+    setup_device()  # before Megatron is imported
+    from distill_nemo.models.checkpoints.exportable import check_exportable
+    from distill_nemo.models.layouts import check_layout
+    from distill_nemo.models.resolve import quantized_as, resolve
+
+    if isinstance(config, ExportConfig):
+        saved_student(config, ranks)
+        return
+    student = quantized_as(resolve(config.student), config.quantization)
+    check_layout(student, config.parallelism)
+    if config.checkpoint.export:
+        check_exportable(student, config.checkpoint.quantized, config.parallelism)
+
+
 def _layout_of_run(record: dict[str, Any] | None) -> ParallelismConfig:
     return from_dict((record or {}).get("parallelism", {}), ParallelismConfig, "run.json: parallelism.")
 
@@ -197,14 +241,13 @@ def _run_of(record: dict[str, Any]) -> RunConfig:
     return from_dict({each.name: record[each.name] for each in fields(RunConfig) if each.name in record})
 
 
-def _stage(student: "Architecture", parallelism: ParallelismConfig, found: "FoundCheckpoint") -> "GPTModel":
+def _stage(student: "Architecture", parallelism: ParallelismConfig, found: FoundCheckpoint) -> "GPTModel":
     """Build this rank's pipeline stage, in the dtype of the checkpoint."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
 
     from distill_nemo.models.checkpoints.megatron import stored_dtype
     from distill_nemo.models.provider import model_provider
-    from distill_nemo.models.sources import CheckpointKind
     from distill_nemo.runtime.device import resolve_dtype
     from distill_nemo.runtime.seed import seed_everything
 
@@ -242,7 +285,6 @@ def _check_source_of_run(record: dict[str, Any], student: "Architecture") -> Non
     from distill_nemo.models.checkpoints.hf_tensors import check_hf_tensors
     from distill_nemo.models.resolve import read_source, resolve
     from distill_nemo.models.source_check import check_source
-    from distill_nemo.models.sources import CheckpointKind
 
     checkpoint = cached(record["student"]["checkpoint"] or "")
     if not checkpoint or not Path(checkpoint).is_dir():
@@ -272,8 +314,6 @@ def _tokenizer_of_run(record: dict[str, Any]) -> str | None:
 
 def _source(checkpoint: str | None) -> Path | None:
     """Return the Hugging Face directory that a model came from, perhaps through several runs, or None."""
-    from distill_nemo.models.sources import CheckpointKind, find_checkpoint
-
     passed: set[Path] = set()
     while checkpoint:
         if not Path(checkpoint).is_dir():

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nemo_run as run
@@ -14,10 +15,12 @@ from distill_nemo.executors.descriptor import WorkDir
 from distill_nemo.executors.known import descriptor_of
 from distill_nemo.executors.worker_config import paths_of
 from distill_nemo.fields import require
-from distill_nemo.hub import hub_name
-from distill_nemo.job_config import JobConfig
-from distill_nemo.models.sources import find_checkpoint
+from distill_nemo.hub import description_of, hub_name
+from distill_nemo.job_config import EvaluateConfig, JobConfig
+from distill_nemo.models.sources import CheckpointKind, find_checkpoint, is_quantized_already
+from distill_nemo.models.stored_quantization import needs_package
 from distill_nemo.publishing.push import TOKEN, PushError, check_push
+from distill_nemo.quantization import is_quantized
 
 
 def check_launch(config: JobConfig, executor: run.Executor, dryrun: bool = False) -> None:
@@ -25,7 +28,8 @@ def check_launch(config: JobConfig, executor: run.Executor, dryrun: bool = False
 
     Raises:
         ValueError: from `checks`, with the node counts that would fit; for secrets in plain text; for missing
-            checkpoints and token files; for paths that would mean another place in the job; for a push without a
+            checkpoints and token files; for quantised weights that are not read, and quantised students that their
+            layout or export cannot have; for paths that would mean another place in the job; for a push without a
             token, or that the hub would refuse; for a missing `sbatch` or a kubeconfig without a cluster.
     """
     descriptor = descriptor_of(executor)
@@ -40,6 +44,8 @@ def check_launch(config: JobConfig, executor: run.Executor, dryrun: bool = False
     elif work_dir.here is not None:
         _check_files(config, work_dir.here)
     check_fits_nodes(config, executor)
+    if work_dir.here is not None and isinstance(config, RunConfig | ExportConfig):
+        _check_quantized(config, executor.nnodes() * executor.nproc_per_node(), work_dir.here)
     _check_push(config, executor, dryrun)
     descriptor.preflight(config, executor, dryrun)
 
@@ -118,8 +124,39 @@ def _check_files(config: JobConfig, work_dir: Path) -> None:
             continue
         if name.split(".")[-1] in ("checkpoint", "model", "baseline", "teacher"):
             try:
-                find_checkpoint(work_dir / path)
+                found = find_checkpoint(work_dir / path)
+                if found.kind is CheckpointKind.HUGGING_FACE and not isinstance(config, EvaluateConfig):
+                    needs_package(found.weights)  # refuses weights that are not read
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
         elif name in ("data", "data.train", "data.valid") and not corpus_at(work_dir / path).files:
             raise ValueError(f"{name}: no file {Path(work_dir, path)}.idx; make it with `nemo distill prepare`")
+
+
+def _check_quantized(config: RunConfig | ExportConfig, ranks: int, here: Path) -> None:
+    """Call `check_quantized` for a student that is quantised, or is to be exported as if it were. Imports Megatron."""
+    if isinstance(config, RunConfig):
+        checkpoint, stored_as = config.student.checkpoint, config.checkpoint.quantized
+        concerned = is_quantized(config.quantization) or stored_as == "compressed-tensors"
+        if checkpoint is None and config.student.num_layers is None:  # a stage before this job makes the student
+            return
+    else:
+        checkpoint, concerned = config.checkpoint, config.quantized == "compressed-tensors"
+    if checkpoint is not None and hub_name(checkpoint, here) is None:
+        checkpoint = str(here / checkpoint)
+        concerned = concerned or is_quantized_already(find_checkpoint(Path(checkpoint)))
+    elif checkpoint is not None and concerned:
+        try:
+            checkpoint = description_of(checkpoint)
+        except ValueError as error:  # a login node may have no network where the others have one
+            print(f"warning: {error}", file=sys.stderr, flush=True)
+            return
+    if not concerned:
+        return
+    from distill_nemo.checkpoint.export import check_quantized
+
+    if isinstance(config, ExportConfig):
+        assert checkpoint is not None, "an export has one"
+        check_quantized(replace(config, checkpoint=checkpoint), ranks)
+    else:
+        check_quantized(replace(config, student=replace(config.student, checkpoint=checkpoint)), ranks)

@@ -38,6 +38,7 @@ def check_layout(model: Architecture, parallelism: ParallelismConfig) -> None:
             raise ValueError(
                 f"{model.name}: {name} = {value} is not divisible by parallelism.tensor_model_parallel_size = {tensor}"
             )
+    _check_modelopt(model, parallelism)
     _check_mamba(model, parallelism)
     _check_delta_nets(model, parallelism)
     if model.quantization is not None:
@@ -54,6 +55,23 @@ def check_layout(model: Architecture, parallelism: ParallelismConfig) -> None:
                 f"{model.name}: num_query_groups of layer {i} = {groups} is neither a multiple nor a divisor of "
                 f"parallelism.tensor_model_parallel_size = {tensor}"
             )
+
+
+def _check_modelopt(model: Architecture, parallelism: ParallelismConfig) -> None:
+    """Refuse layouts at which ModelOpt's changes to a model cannot be restored."""
+    if model.source is None or not model.source.modified_by_modelopt:
+        return
+    if parallelism.virtual_pipeline_model_parallel_size is not None:
+        raise ValueError(
+            f"{model.source.weights} was modified by ModelOpt, which supports no virtual pipeline: leave "
+            "parallelism.virtual_pipeline_model_parallel_size unset"
+        )
+    if parallelism.tensor_model_parallel_size > 1:
+        # ModelOpt 0.47 splits linear_fc1's scales by consecutive rows, but its weight into gate and up first.
+        raise ValueError(
+            f"{model.source.weights} was modified by ModelOpt: its quantizers' scales cannot be split over tensor "
+            "parallel ranks; set parallelism.tensor_model_parallel_size=1"
+        )
 
 
 def _check_mamba(model: Architecture, parallelism: ParallelismConfig) -> None:

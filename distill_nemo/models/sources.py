@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distill_nemo.quantization import QuantizationConfig
+from distill_nemo.runtime.files import read_object_if_any
 
 OWN_FILES = ("architecture.json", "run.json", "SHA256SUMS")  # any one suffices: the others may be lost
 QUANTIZATION = "quantization"  # key of a quantised student's format in architecture.json
@@ -111,6 +112,18 @@ def find_checkpoint(path: Path) -> FoundCheckpoint:
         f"{path} is not a checkpoint that can be read: expected config.json and *.safetensors (Hugging Face), "
         ".metadata (Megatron distributed), model_weights/ (NeMo), or architecture.json (distill-nemo)"
     )
+
+
+def is_quantized_already(found: FoundCheckpoint) -> bool:
+    """Return True for a checkpoint of a student that our run or ModelOpt has quantised.
+
+    Raises:
+        ValueError: if its description is damaged.
+    """
+    if (found.weights / MODELOPT_STATE).is_dir():
+        return True
+    stated = read_object_if_any(found.weights / "architecture.json") if found.kind is CheckpointKind.OURS else {}
+    return QUANTIZATION in stated
 
 
 def saved_steps(root: Path) -> list[Path]:

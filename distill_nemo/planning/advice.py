@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from distill_nemo.checks import check
+from distill_nemo.models.checkpoints.exportable import check_exportable
 from distill_nemo.models.megatron import transformer_config
 from distill_nemo.planning.memory import fullest
 from distill_nemo.planning.planned import PlannedRun
@@ -39,7 +40,7 @@ def check_setting(planned: PlannedRun) -> None:
     """Refuse settings that a run would refuse, such as sizes that the layout does not divide.
 
     Raises:
-        ValueError: from `checks.check` and `models.megatron.transformer_config`.
+        ValueError: from `checks.check`, `models.megatron.transformer_config` and `check_exportable`.
     """
     config = planned.config
     check(config, planned.world_size)
@@ -47,6 +48,8 @@ def check_setting(planned: PlannedRun) -> None:
     for model in planned.models:
         if model is not None:
             transformer_config(model, config.parallelism, dtype, config.training.recompute)
+    if config.checkpoint.export:
+        check_exportable(planned.models.student, config.checkpoint.quantized, config.parallelism)
 
 
 def _changes(planned: PlannedRun) -> Iterator[dict[str, Any]]:

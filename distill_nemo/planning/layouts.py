@@ -1,11 +1,13 @@
 """Choice of a parallel layout for a number of GPUs: of those that are exact and fit, the one with the fastest step."""
 
+import functools
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from distill_nemo.checks import check
 from distill_nemo.config import ParallelismConfig, TrainingConfig
+from distill_nemo.models.checkpoints.exportable import check_exportable
 from distill_nemo.models.layouts import check_layout, check_transformer_engine
 from distill_nemo.planning.communication import moving_seconds
 from distill_nemo.planning.compute import Work, rank_works, time_of_work
@@ -60,10 +62,13 @@ def choose_layout(planned: PlannedRun, gpu: Gpu, fixed: Collection[str] = ()) ->
         fixed: fields of `CHOSEN` that keep their values.
 
     Raises:
-        ValueError: if none fits, with the least number of GPUs for which one does; and from `checks.check`.
+        ValueError: if none fits, with the least number of GPUs for which one does; and from `checks.check` and
+            `check_exportable`.
     """
     alone = replace(planned.config.training, micro_batch_size=1)
     check(replace(planned.config, parallelism=ParallelismConfig(), training=alone), 1)  # mistakes that no layout mends
+    if planned.config.checkpoint.export:
+        check_exportable(planned.models.student, planned.config.checkpoint.quantized)
     ranked = _ranked(planned, gpu, fixed)
     fitting = _fitting(ranked, gpu)
     best = next(fitting, None)
@@ -95,9 +100,17 @@ def _ranked(planned: PlannedRun, gpu: Gpu, fixed: Collection[str]) -> list[Candi
 
 
 def _accepted(planned: PlannedRun, fixed: Collection[str]) -> Iterator[PlannedRun]:
-    config = planned.config
+    config, saved = planned.config, planned.config.checkpoint
+
+    @functools.cache
+    def exports(tensor: int) -> bool:
+        own = ParallelismConfig(tensor_model_parallel_size=tensor)
+        return not saved.export or _passes(check_exportable, planned.models.student, saved.quantized, own)
+
     for parallelism in _layouts(planned):
         if _changes(config.parallelism, parallelism, fixed) or not _exact(planned, parallelism):
+            continue
+        if not exports(parallelism.tensor_model_parallel_size):
             continue
         for training in _trainings(planned, fixed):
             changed = replace(config, parallelism=parallelism, training=training)
@@ -170,11 +183,13 @@ def _fitting(ranked: list[Candidate], gpu: Gpu) -> Iterator[Candidate]:
 
 
 def _refusal(planned: PlannedRun, gpu: Gpu, fixed: Collection[str], allowed: bool) -> str:
-    batch, size = planned.config.training.global_batch_size, planned.world_size
+    batch, size, saved = planned.config.training.global_batch_size, planned.world_size, planned.config.checkpoint
     if not allowed:
+        rounded = saved.export and planned.models.student.quantization is not None
+        writes = f', and can write checkpoint.quantized = "{saved.quantized}"' if rounded else ""
         return (
-            f"gpus = {size}: no layout divides both models and training.global_batch_size = {batch}; choose another "
-            "number, such as a power of two"
+            f"gpus = {size}: no layout divides both models and training.global_batch_size = {batch}{writes}; choose "
+            "another number, such as a power of two"
         )
     least = _least(planned, gpu, fixed)
     would = f"the least that would do: {least} x {gpu.name}" if least else f"not even {MAX_GPUS} would do"

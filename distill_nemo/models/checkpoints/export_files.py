@@ -43,7 +43,6 @@ PROCESSORS = ("*processor_config.json",)  # of images and videos
 LICENCES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")  # they hold for what is made of the source
 FURTHER_LAYERS = {"num_nextn_predict_layers", "mtp_num_hidden_layers"}  # that predict further tokens; exports have none
 DROPPED = ("auto_map", FIELD)  # names code, which is not copied; and quantised weights, which are written plain
-NO_EXPORT = "train with checkpoint.export=false, and keep the Megatron checkpoint"
 
 Files = dict[str, Path | str]  # path inside the directory -> file to copy, or text to write
 

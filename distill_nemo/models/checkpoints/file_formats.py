@@ -34,6 +34,7 @@ from distill_nemo.quantization import ExportFormatName
 Layout = Literal["fp8", "nvfp4", "int8", "int4_rows", "int4_columns"]  # of codes; INT4's by what shares a number
 
 WEIGHT, PACKED, SCALE, SHAPE = "weight", "weight_packed", "weight_scale", "weight_shape"  # within a module
+PROJECTIONS = ("k_proj", "v_proj")  # of keys and values
 RECIPROCAL = "_global_scale"  # end of a scale's name: stored is 1 / scale
 NVFP4_BLOCK = 16  # columns that share a scale
 SMALLEST_BLOCK_SCALE = 2.0**-9  # of E4M3; a block of zeros has it, too

@@ -10,15 +10,13 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from transformers import PreTrainedModel
 
-from distill_nemo.config import ParallelismConfig
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.agreement import logits_apart, open_with_transformers
 from distill_nemo.models.checkpoints.by_layers import open_by_layers
-from distill_nemo.models.checkpoints.export_files import NO_EXPORT, export_files
-from distill_nemo.models.checkpoints.file_formats import COMPRESSED_TENSORS, FILE_FORMATS
+from distill_nemo.models.checkpoints.export_files import export_files
+from distill_nemo.models.checkpoints.file_formats import FILE_FORMATS
 from distill_nemo.models.checkpoints.hf_tensors import PieceReader, check_tied_weights
 from distill_nemo.models.checkpoints.local_parameters import local_parameters
-from distill_nemo.models.checkpoints.stated_quantization import check_storable
 from distill_nemo.models.checkpoints.untouched import untouched_tensors
 from distill_nemo.models.checkpoints.write_safetensors import (
     MAX_FILE_BYTES,
@@ -56,34 +54,6 @@ def load_hf_weights(built: GPTModel, model: Architecture) -> None:
     with PieceReader(model.source.tensors) as reader:
         for parameter in local_parameters(built, model):
             parameter.fill(reader.read)
-
-
-def check_exportable(
-    model: Architecture, quantized: ExportFormatName = "modelopt", parallelism: ParallelismConfig | None = None
-) -> None:
-    """Refuse a model that no class of transformers can hold, or a quantised one that its format cannot.
-
-    Args:
-        model: the architecture.
-        quantized: format of a quantised model's weights.
-        parallelism: layout of the export; None: one process.
-
-    Raises:
-        ValueError: with the reason, and advice.
-    """
-    if model.block_configs is not None:
-        raise ValueError(f"block_configs: transformers has no model whose layers differ; {NO_EXPORT}")
-    if model.source is not None and model.source.modified_by_modelopt:
-        raise ValueError(
-            f"{model.name} was modified by ModelOpt (quantised, say): that cannot be exported yet; {NO_EXPORT}"
-        )
-    if quantized == COMPRESSED_TENSORS.name and model.quantization is None:
-        raise ValueError(
-            f'quantized = "{quantized}", but {model.name} is not quantised; leave it out, or train with '
-            "quantization.format=..."
-        )
-    if quantized != "none" and model.quantization is not None:
-        check_storable(model, model.quantization, parallelism or ParallelismConfig(), FILE_FORMATS[quantized])
 
 
 def export_hf(

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import modelopt.torch.opt as mto
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from modelopt.torch.opt.plugins import mcore_dist_checkpointing as sharded
 from torch import nn
@@ -37,21 +36,10 @@ def restore_modelopt_state(model: nn.Module, directory: Path) -> None:
     """Apply the ModelOpt changes in the checkpoint `directory`, if any, to a fresh `model`. Every rank must call it.
 
     Raises:
-        ValueError: under tensor parallelism or a virtual pipeline, and if ModelOpt cannot restore it, with its reason.
+        ValueError: if ModelOpt cannot restore it, with its reason.
     """
     if not (directory / MODELOPT_STATE).is_dir():
         return
-    if parallel_state.get_virtual_pipeline_model_parallel_world_size() is not None:
-        raise ValueError(
-            f"{directory} was modified by ModelOpt, which supports no virtual pipeline: leave "
-            "parallelism.virtual_pipeline_model_parallel_size unset"
-        )
-    if parallel_state.get_tensor_model_parallel_world_size() > 1:
-        # ModelOpt 0.47 splits linear_fc1's scales by consecutive rows, but its weight into gate and up first.
-        raise ValueError(
-            f"{directory} was modified by ModelOpt: its quantizers' scales cannot be split over tensor parallel ranks; "
-            "set parallelism.tensor_model_parallel_size=1"
-        )
     prefix = key_prefix(stored_tensors(directory))
     built: list[Any] = [model]
     with weights_only(directory), _without_strides():

@@ -16,6 +16,7 @@ from distill_nemo.models.checkpoints.file_formats import (
     DTYPES,
     NVFP4_BLOCK,
     PER_NUMBER,
+    PROJECTIONS,
     RECIPROCAL,
     SCALE,
     SHAPE,
@@ -43,7 +44,6 @@ CacheScales = dict[str, tuple[str, Tensor]]  # by the tensor that computes keys 
 
 LAYOUTS: dict[int | tuple[int, int], Layout] = {(4, 3): "fp8", (2, 1): "nvfp4", 8: "int8"}  # by num_bits
 LARGEST = {(4, 3): 448.0, (2, 1): 6.0 * 448.0, 8: 127.0, 4: 7.0}  # by num_bits; of NVFP4, times a block's scale
-PROJECTIONS = ("k_proj", "v_proj")  # of keys and values
 ROUNDING = 2.0**-21  # of code * scale in fp32, which ModelOpt computes as code / (1 / scale)
 
 

@@ -165,7 +165,7 @@ def test_it_is_read_back_as_the_same_model(exported, one, tmp_path):
 
 
 def test_a_plain_student_is_refused(plain):
-    from distill_nemo.models.checkpoints.huggingface import check_exportable
+    from distill_nemo.models.checkpoints.exportable import check_exportable
     from distill_nemo.models.resolve import resolve
 
     student = resolve(StudentConfig(checkpoint=plain))

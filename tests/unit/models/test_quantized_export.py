@@ -54,8 +54,9 @@ def export(path, output, layout, config, quantized="modelopt", limit=10**9, whol
     setup_device()
     with process_groups(layout.config()):
         from distill_nemo.models.checkpoints.agreement import _logits
+        from distill_nemo.models.checkpoints.exportable import check_exportable
         from distill_nemo.models.checkpoints.file_formats import FILE_FORMATS
-        from distill_nemo.models.checkpoints.huggingface import check_exportable, export_hf
+        from distill_nemo.models.checkpoints.huggingface import export_hf
         from distill_nemo.models.checkpoints.write_safetensors import write_weights
 
         student, model = quantised(path, layout, config)
@@ -378,7 +379,7 @@ def test_a_wrong_code_or_scale_is_found_before_publishing(plain, one, tmp_path, 
     ],
 )
 def test_what_the_format_cannot_hold_is_refused_by_name(tmp_path, family, config, quantized, tensor, message):
-    from distill_nemo.models.checkpoints.huggingface import check_exportable
+    from distill_nemo.models.checkpoints.exportable import check_exportable
     from distill_nemo.models.resolve import resolve
 
     if family == "glm4_moe_lite":
