@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from distill_nemo.config import DataConfig, DistillationConfig, StudentConfig, TeacherConfig
-from distill_nemo.models.sources import saved_steps
+from distill_nemo.models.sources import STEP, saved_steps
 from distill_nemo.quantization import QuantizationConfig
-from distill_nemo.runtime.files import read_object, write_atomically
+from distill_nemo.runtime.files import read_object, remove_directory, write_atomically
 
 MAY_CHANGE = ("num_workers", "cache", "fused_linear", "offload_teacher")
 SECTIONS: dict[str, Any] = {
@@ -33,7 +33,10 @@ FIXED = (
 )
 BENCHMARKS = "benchmarks"  # directory of a run, with the scores of its steps
 FOLDERS = ("checkpoints", "index_cache", "tensorboard", BENCHMARKS)  # of a run
-FILES = ("config.yaml", "metrics.jsonl", "hashes.json", "run.lock", "evaluation.json")
+FILES = (
+    *("config.yaml", "metrics.jsonl", "hashes.json", "run.lock", "evaluation.json", "calibration.json"),
+    "benchmarks.jsonl",
+)
 OUR_PATTERNS = ("step_*", "latest", "latest.partial", "latest.old")
 FOREIGN = ("*.safetensors", ".metadata", "latest_checkpointed_iteration.txt", "iter_*", "model_weights", "latest")
 
@@ -94,7 +97,7 @@ def prune(newest: Path, keep_last: int, benchmark_interval: int | None = None) -
             with contextlib.suppress(OSError):
                 delete(old)
     for partial in newest.parent.glob("step_*.partial"):
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_directory(partial)
 
 
 def delete(step: Path) -> None:
@@ -104,9 +107,9 @@ def delete(step: Path) -> None:
         OSError: if it stays.
     """
     removed = step.with_name(f"{step.name}.deleted.partial")
-    shutil.rmtree(removed, ignore_errors=True)
+    remove_directory(removed)
     step.rename(removed)
-    shutil.rmtree(removed, ignore_errors=True)
+    remove_directory(removed)
 
 
 def linked(step: Path, target: Path) -> bool:
@@ -147,8 +150,14 @@ def check_output_dir(output_dir: str) -> None:
         if path.exists() and not path.is_file():
             raise ValueError(f"output_dir = {output_dir}: {path} is not a file; choose another output_dir")
     strange = [path for pattern in FOREIGN for path in directory.glob(pattern)]
-    if root.is_dir():
-        strange += [path for path in root.iterdir() if not any(path.match(pattern) for pattern in OUR_PATTERNS)]
+    for path in root.iterdir() if root.is_dir() else ():
+        if STEP.fullmatch(path.name.removesuffix(".partial")) and not path.is_dir():
+            raise ValueError(
+                f"output_dir = {output_dir}: {path} is a file and has the name of a checkpoint; move it, or choose "
+                "another output_dir"
+            )
+        if not any(path.match(pattern) for pattern in OUR_PATTERNS):
+            strange.append(path)
     if strange:
         raise ValueError(
             f"output_dir = {output_dir} holds a checkpoint that no run of distill-nemo wrote there: {strange[0]}; "

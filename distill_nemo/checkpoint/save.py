@@ -22,7 +22,7 @@ from distill_nemo.models.checkpoints.modelopt_state import save_modelopt_state
 from distill_nemo.models.sources import QUANTIZATION, candidates
 from distill_nemo.quantization import is_quantized
 from distill_nemo.runtime.checksums import join_sums, sum_own_files, then_sum_own_files
-from distill_nemo.runtime.files import fsync
+from distill_nemo.runtime.files import fsync, remove_directory
 
 
 class CheckpointWriter:
@@ -49,7 +49,7 @@ class CheckpointWriter:
         self._partial = partial = target.with_name(target.name + ".partial")
         with self._naming_the_last_good():
             if dist.get_rank() == 0:
-                shutil.rmtree(partial, ignore_errors=True)
+                remove_directory(partial)
                 partial.mkdir(parents=True)
             dist.barrier()
             contents = sharded_state(chunks, optimizer, scheduler, loading=False)
@@ -117,7 +117,7 @@ class CheckpointWriter:
             yield
         except (OSError, RuntimeError, CheckpointException) as error:  # torch.save raises RuntimeError on a full disk
             if dist.get_rank() == 0:
-                shutil.rmtree(self._partial, ignore_errors=True)
+                remove_directory(self._partial)
             lines = str(error).strip().splitlines() or [type(error).__name__]
             there = next(path for path in self._partial.absolute().parents if path.exists())
             free, good = shutil.disk_usage(there).free / 2**30, next(iter(candidates(self.root)), "none")

@@ -6,6 +6,7 @@ import json
 import os
 import reprlib
 import shutil
+import sys
 from collections.abc import Buffer, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,21 @@ def read_object(path: Path) -> dict[str, Any]:
         size = path.stat().st_size
         value = json.loads(path.read_text(encoding="utf-8")) if size <= MAX_JSON_BYTES else None
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+        raise ValueError(f"{path} cannot be read: {why_unreadable(error)}") from None
     if size > MAX_JSON_BYTES:
         raise ValueError(f"{path} has {size:,} bytes; at most {MAX_JSON_BYTES:,} are read")
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {reprlib.repr(value)}")
     return value
+
+
+def why_unreadable(error: Exception) -> str:
+    """Return why JSON or YAML cannot be read. In place of Python's names of its own limits, what is beyond them."""
+    if isinstance(error, RecursionError):
+        return "its brackets are nested too deeply"
+    if "set_int_max_str_digits" in str(error):
+        return f"it has an integer of more than {sys.get_int_max_str_digits():,} digits"
+    return str(error)
 
 
 def read_object_if_any(path: Path) -> dict[str, Any]:
@@ -96,6 +106,13 @@ def resuming_directory(target: Path) -> Iterator[Path]:
     partial.mkdir(parents=True, exist_ok=True)
     yield partial
     replace_directory(partial, target)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory if it is there; of a link to one, the link."""
+    if path.is_symlink():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def partial_of(target: Path) -> Path:

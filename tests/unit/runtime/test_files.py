@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from distill_nemo.runtime.files import write_atomically
+from distill_nemo.runtime.files import remove_directory, write_atomically
 
 
 @pytest.mark.parametrize(("content", "bytes_"), [("ü\n", b"\xc3\xbc\n"), (b"\x00\xff", b"\x00\xff"), ("", b"")])
@@ -33,3 +33,11 @@ def test_content_is_on_the_disk_before_its_name_and_the_name_before_the_return(t
         monkeypatch.setattr(os, name, lambda *args, name=name: (order.append(name), real[name](*args)))
     write_atomically(tmp_path / "file", "new")
     assert order == ["fsync", "replace", "fsync"]
+
+
+def test_of_a_link_to_a_directory_the_link_is_removed(tmp_path):
+    (tmp_path / "disk" / "step").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    for name in ("link", "disk/step", "absent"):
+        remove_directory(tmp_path / name)
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["disk"]

@@ -326,7 +326,16 @@ def test_an_output_directory_that_holds_other_checkpoints(inputs, one, tmp_path)
         (plain / name).touch()
         assert f"{plain / name} is a file; choose another output_dir" in refused(one, inputs, plain)
         (plain / name).unlink()
-    for name in ("config.yaml", "metrics.jsonl", "hashes.json", "run.lock"):
+    for name in ("checkpoints/step_00000004", "checkpoints/step_00000004.partial"):
+        (plain / name).parent.mkdir(exist_ok=True)
+        (plain / name).symlink_to(tmp_path / "file")
+        assert f"{plain / name} is a file and has the name of a checkpoint" in refused(one, inputs, plain)
+        (plain / name).unlink()
+        (plain / name).touch()
+        assert f"{plain / name} is a file and has the name of a checkpoint" in refused(one, inputs, plain)
+        (plain / name).unlink()
+    written = ("config.yaml", "metrics.jsonl", "hashes.json", "run.lock", "calibration.json", "benchmarks.jsonl")
+    for name in written:
         (plain / name).mkdir()
         assert f"{plain / name} is not a file; choose another output_dir" in refused(one, inputs, plain)
         (plain / name).rmdir()
