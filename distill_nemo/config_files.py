@@ -7,7 +7,7 @@ from typing import Any
 
 from distill_nemo.config import RunConfig
 from distill_nemo.fields import checked, is_union, require, required_fields, sections_of, suggest
-from distill_nemo.runtime.files import write_atomically
+from distill_nemo.runtime.files import why_unreadable, write_atomically
 
 if typing.TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -69,8 +69,8 @@ def load_yaml(path: Path) -> RunConfig:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"no such config file: {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {why_unreadable(error)}") from None
     return from_dict(values)

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from distill_nemo.fields import require
+from distill_nemo.runtime.files import why_unreadable
 
 MAX_BYTES = 2**20  # of a YAML file
 FORMATS = ("json", "csv", "parquet", "arrow", "text")
@@ -107,8 +108,9 @@ def _read(path: Path) -> dict[str, Any]:
         if len(content) > MAX_BYTES:
             raise TaskFileError(f"include_path: {path} has more than {MAX_BYTES:,} bytes, which is no task")
         value = yaml.load(content, _Loader)
-    except (OSError, yaml.YAMLError, RecursionError) as error:
-        raise TaskFileError(f"include_path: {path} cannot be read: {' '.join(str(error).split())[:200]}") from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(why_unreadable(error).split())[:200]
+        raise TaskFileError(f"include_path: {path} cannot be read: {reason}") from None
     if not isinstance(value, dict):
         raise TaskFileError(f"include_path: {path} must hold the fields of a task, got {type(value).__name__}")
     return value

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from distill_nemo.data.json_values import json_layout
+from distill_nemo.runtime.files import why_unreadable
 
 KINDS = {
     "text": (".txt", ".text", ".md", ".py"),
@@ -150,7 +151,7 @@ def errors_named(path: Path | str) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, ValueError, RecursionError, lzma.LZMAError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).rstrip(".")
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else why_unreadable(error).rstrip(".")
         raise ValueError(
             f"{path} cannot be read: {reason}; mend or convert it, or leave it out of the inputs"
         ) from None

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Literal, TextIO
 
 from distill_nemo.data.conversations import is_message
+from distill_nemo.runtime.files import why_unreadable
 
 CHUNK_CHARACTERS = 1 << 20
 HEAD_CHARACTERS = 1 << 16  # read to find out what a file holds, and more if its first value is larger
@@ -66,6 +67,8 @@ def json_values(file: TextIO, of_array: bool = True) -> Iterator[object]:
             number += 1
     except json.JSONDecodeError as error:
         raise ValueError(f"its JSON is broken or cut short after record {number}: {error.msg}") from None
+    except BROKEN as error:
+        raise ValueError(f"the record after record {number} is not read: {why_unreadable(error)}") from None
 
 
 def _sequence(scanner: "_Scanner") -> Iterator[object]:

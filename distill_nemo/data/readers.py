@@ -34,6 +34,7 @@ from distill_nemo.data.tables import (
     parquet_rows,
     row_groups,
 )
+from distill_nemo.runtime.files import why_unreadable
 
 if TYPE_CHECKING:
     import pyarrow
@@ -246,7 +247,7 @@ def _of_line(raw: bytes, schema: Schema, where: Callable[[], str]) -> Record:
     except UnicodeDecodeError as error:
         return Record("", _not_utf8(error), where)
     except (ValueError, RecursionError) as error:
-        return Record("", f"is not valid JSON: {error}", where)
+        return Record("", f"cannot be read as JSON: {why_unreadable(error)}", where)
     return _of_object(value, schema, where)
 
 

@@ -9,6 +9,7 @@ import yaml
 from distill_nemo.models.config_fields import shown
 from distill_nemo.models.families import FAMILIES
 from distill_nemo.models.families.pieces import layer_table
+from distill_nemo.runtime.files import why_unreadable
 
 INTEGER_FIELDS = {  # our name: NeMo's names, of which the first with a value is used
     "num_layers": ("num_layers",),
@@ -61,7 +62,7 @@ def read_nemo_config(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text())
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+        raise ValueError(f"{path} cannot be read: {why_unreadable(error)}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of fields")
     values = {name: _interpolated(value, values) for name, value in values.items()}

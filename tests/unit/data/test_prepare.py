@@ -228,7 +228,7 @@ def test_rerun_does_nothing_and_changed_input_is_made_anew(tmp_path: Path, token
 
 BAD = [
     ('{"text": "fine"}', None),
-    ('{"text": ', "not valid JSON"),
+    ('{"text": ', "cannot be read as JSON"),
     ('{"body": "x"}', 'no key "text"'),
     ('{"text": 7}', "int, not a string"),
     ("[1]", "list, not an object"),
@@ -261,7 +261,7 @@ def test_bad_records_are_named_and_stop_the_job_past_the_limit(tmp_path: Path, t
 
     result = prepare([str(source)], str(tmp_path / "out"), tokenizer, num_workers=1, max_bad_records=6)
     assert (result.documents, result.bad_records) == (2, 6)
-    assert f"{source}:2 is not valid JSON" in capsys.readouterr().out
+    assert f"{source}:2 cannot be read as JSON" in capsys.readouterr().out
     listed = json.loads((tmp_path / "out.json").read_text())["bad"]
     assert listed[-1] == [f"{source}:7", "is not UTF-8: byte 0xff, invalid start byte"]
 
