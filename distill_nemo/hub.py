@@ -30,6 +30,7 @@ DESCRIPTION = (  # all files but weights
     *("tekken.json", "*.jinja", "chat_template.json", "model.safetensors.index.json"),
 )
 WEIGHTS = ("*.safetensors",)
+SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")  # either one is enough
 PICKLES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 # "*" also matches "/". Mistral's consolidated files hold the same weights once more.
 LEFT_OUT = (
@@ -107,13 +108,16 @@ def pickles_of(value: str) -> str:
     """Return `value` if it is a path, else the directory in the cache, after a download of pickled weights.
 
     Raises:
-        ValueError: as `directory_of`.
+        ValueError: as `directory_of`; or if the repository has safetensors, too.
     """
     name = hub_name(value)
     if name is None:
         return value
     name = at_commit(name)
-    _check_space(name, _snapshot(name, DESCRIPTION), PICKLES)
+    directory = _snapshot(name, DESCRIPTION)
+    if any((directory / each).is_file() for each in SAFETENSORS) or {*map(_file, _listed(name))} & {*SAFETENSORS}:
+        raise ValueError(f"{name} holds safetensors, which training reads as they are")
+    _check_space(name, directory, PICKLES)
     return str(_snapshot(name, (*DESCRIPTION, *PICKLES), progress=True))
 
 
@@ -215,9 +219,10 @@ def _refusal(name: HubName, error: Exception) -> ValueError:
 
 def _is_whole(directory: Path) -> bool:
     """Return True if all files with weights are there."""
-    if (directory / "model.safetensors").is_file():
+    single, index = (directory / each for each in SAFETENSORS)
+    if single.is_file():
         return True
-    places = read_object_if_any(directory / "model.safetensors.index.json").get("weight_map")
+    places = read_object_if_any(index).get("weight_map")
     return isinstance(places, dict) and bool(places) and all((directory / str(x)).is_file() for x in places.values())
 
 
@@ -232,15 +237,12 @@ def _check_space(name: HubName, directory: Path, patterns: tuple[str, ...]) -> N
     Raises:
         ValueError: if the disk has no room for it.
     """
-    from huggingface_hub import HfApi
     from huggingface_hub.utils import filter_repo_objects
 
-    limit_silence()
-    try:
-        listed = HfApi().model_info(name.repository, revision=name.revision, files_metadata=True).siblings or []
-    except Exception:  # the download says why
-        return
     ignored = _left_out(patterns)
+    listed = _listed(name)
+    if not listed:
+        return
     wanted = filter_repo_objects(listed, allow_patterns=list(patterns), ignore_patterns=ignored, key=_file)
     missing = sum(file.size or 0 for file in wanted if not (directory / _file(file)).is_file())
     free = shutil.disk_usage(directory.parents[1]).free
@@ -250,6 +252,17 @@ def _check_space(name: HubName, directory: Path, patterns: tuple[str, ...]) -> N
             "space, or set HF_HOME to a directory on a larger disk"
         )
     print(f"downloading {name}: {missing / 1e9:,.2f} GB to {directory}", flush=True)
+
+
+def _listed(name: HubName) -> "list[RepoSibling]":
+    """Return the files of a repository with their sizes; empty if the hub does not answer, as a download will say."""
+    from huggingface_hub import HfApi
+
+    limit_silence()
+    try:
+        return HfApi().model_info(name.repository, revision=name.revision, files_metadata=True).siblings or []
+    except Exception:
+        return []
 
 
 def _file(sibling: "RepoSibling") -> str:

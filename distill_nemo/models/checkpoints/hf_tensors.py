@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from distill_nemo.fields import first_few
+from distill_nemo.hub import SAFETENSORS, recorded_name
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.quantized import merge_scales, read_quantized
 from distill_nemo.models.checkpoints.stacked_experts import in_stack, unstacked
@@ -28,7 +29,7 @@ from distill_nemo.runtime.files import read_object
 
 VOCAB_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
 ROWS_AT_ONCE = 4096  # rows of an embedding to compare at a time
-SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE_FILE, INDEX = SAFETENSORS
 FLOATS = ("BF16", "F16", "F32", "F64")
 OLD_BUFFER = "rotary_emb.inv_freq"  # stored with old Llamas; computed today
 LAYER = re.compile(r"(?:model|backbone)\.layers\.(\d{1,9})\.")
@@ -230,18 +231,26 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         raise ValueError(f"{file} is corrupt or truncated: {error}") from None
 
 
+def _way_out(path: Path) -> str:
+    return (
+        ", and pickles (*.bin) can run code when they are opened: they are not read here. If you trust them: nemo "
+        f"distill convert checkpoint={recorded_name(str(path))} output=NEW allow_pickle=true"
+    )
+
+
 def _indexed_files(path: Path) -> dict[str, str]:
     """Return each tensor's file from the index; empty if there is a `model.safetensors`, which takes precedence."""
     if not has_weights(path):
-        raise ValueError(
-            f"{path} holds no *.safetensors files, and pickles (*.bin) can run code when they are opened: they are not "
-            f"read here. If you trust them: nemo distill convert checkpoint={path} output=NEW allow_pickle=true"
-        )
+        raise ValueError(f"{path} holds no *.safetensors files{_way_out(path)}")
     if (path / SINGLE_FILE).is_file():
         return {}
     index = path / INDEX
     if not index.is_file():
-        raise ValueError(f"{path} has neither {SINGLE_FILE} nor {INDEX}, which says what its other files hold")
+        has_pickles = any(path.glob("pytorch_model*.bin"))
+        raise ValueError(
+            f"{path} has neither {SINGLE_FILE} nor {INDEX}, which says what its other files hold"
+            f"{_way_out(path) if has_pickles else ''}"
+        )
     places = read_object(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ValueError(f"{index}: weight_map must say in which file each tensor is, got {shown(places)}")

@@ -5,7 +5,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from distill_nemo.hub import hub_name, pickles_of, recorded_name
+from distill_nemo.hub import SAFETENSORS, hub_name, pickles_of, recorded_name
 from distill_nemo.models.checkpoints.export_files import tokenizer_files, write_files
 from distill_nemo.models.checkpoints.huggingface import check_target
 from distill_nemo.models.checkpoints.pretrained import open_pretrained
@@ -41,7 +41,7 @@ def convert(checkpoint: str, output: str, allow_pickle: bool = False) -> None:
 
 
 def _check_pickled(source: Path) -> None:
-    if any(source.glob("*.safetensors")):
+    if any((source / each).is_file() for each in SAFETENSORS):
         raise ValueError(f"{source} holds safetensors, which training reads as they are")
     if not any(source.glob("pytorch_model*.bin")) or not (source / "config.json").is_file():
         raise ValueError(f"{source} holds no config.json and pytorch_model*.bin: there is nothing to convert")

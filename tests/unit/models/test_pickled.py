@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from distill_nemo.models.checkpoints.hf_tensors import stored_tensors
 from distill_nemo.models.checkpoints.pickled import convert
 from distill_nemo.models.checkpoints.write_safetensors import METADATA
 from distill_nemo.runtime import output_lock
@@ -49,9 +50,24 @@ def test_a_name_on_the_hub_is_downloaded_if_pickles_are_allowed(old, tmp_path, c
         assert hub.strange == [] and f"converted org/old@{commit} to {tmp_path}/new" in capsys.readouterr().out
         digests = {name: hashlib.sha256(content).hexdigest() for name, content in (files | unread).items()}
         assert [name for name in digests if digests[name] in hub.served] == ["pytorch_model.bin"]
+        both = files | {"model.safetensors": (tmp_path / "expected").read_bytes()}
+        hub.served.clear()
+        for name, content in (("org/both", both), ("org/shards", files | {"model.safetensors.index.json": b"{}"})):
+            hub.commit(name, content)
+            with pytest.raises(ValueError, match=f"{name}@.* holds safetensors, which training reads as they are"):
+                convert(name, str(tmp_path / "other"), allow_pickle=True)
+        assert digests["pytorch_model.bin"] not in hub.served
         hub.commit("org/new", {"config.json": files["config.json"]})
         with pytest.raises(ValueError, match="there is nothing to convert"):
             convert("org/new", str(tmp_path / "other"), allow_pickle=True)
+    assert load_file(tmp_path / "new" / "model.safetensors").keys() == load_file(tmp_path / "expected").keys()
+
+
+def test_safetensors_that_are_not_the_model_leave_the_pickles_to_be_converted(old, tmp_path):
+    save_file({"x": torch.ones(1)}, old / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=rf"neither model.safetensors nor .* convert checkpoint={old} output=NEW"):
+        stored_tensors(old)
+    convert(str(old), str(tmp_path / "new"), allow_pickle=True)
     assert load_file(tmp_path / "new" / "model.safetensors").keys() == load_file(tmp_path / "expected").keys()
 
 
