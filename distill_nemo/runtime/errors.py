@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator
 
 RANK_0_SECONDS = 10.0  # that other ranks wait for rank 0 to print an error
+# Of torch's allocator, of CUDA beside it, of its libraries, and of NCCL.
+OF_GPU = re.compile(r"\bout of memory\b|CU\w+_STATUS_ALLOC_FAILED|Failed to CUDA (host )?[cm]alloc")
 
 
 @contextlib.contextmanager
@@ -37,8 +39,15 @@ def errors_in_one_screen() -> Iterator[None]:
 
 def _explained(error: Exception) -> Exception:
     """Return an error of torch's or Python's allocators as a `MemoryError` that says what to do; others unchanged."""
-    of_torch = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    if not of_torch and not isinstance(error, MemoryError):
+    of_torch = str(error) if isinstance(error, RuntimeError) else ""
+    if OF_GPU.search(of_torch):
+        cause = of_torch.partition("\n")[0].partition(" See documentation")[0].rstrip(".")
+        return MemoryError(
+            f"the GPU's memory ran out ({cause}): lower the micro batch size or the sequence length, recompute "
+            "activations, keep the teacher's layers on the host, or split the models over more GPUs; nemo distill plan "
+            "says what takes how much"
+        )
+    if "DefaultCPUAllocator" not in of_torch and not isinstance(error, MemoryError):
         return error
     cause = re.sub(r"^\[enforce.*?(?=DefaultCPUAllocator)", "", str(error).partition("\n")[0])
     return MemoryError(

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from distill_nemo.config import VerifyConfig
+from distill_nemo.runtime.host_memory import available_memory
 from tests.distributed.checkpoint.test_no_space import file_size_limit
 from tests.distributed.teacher_store_jobs.stores import (
     LENGTH,
@@ -57,6 +58,14 @@ def test_stages_replicas_and_jobs_write_the_bytes_of_one_process(corpus, two, wr
     assert list(expected) == ["manifest.json", *(f"shard-{i:06d}.safetensors" for i in range(5))]
     for name in ("stages", "replicas", "jobs"):
         assert contents(tmp_path / name) == expected, name
+
+
+def test_a_micro_batch_beyond_the_memory_of_the_host_is_refused_before_anything_is_written(corpus, one, tmp_path):
+    windows = available_memory() // 100  # of 56 bytes for each of 16 tokens
+    config = tiny_store(corpus, tmp_path / "store", windows=windows, shard_windows=windows, micro_batch_size=windows)
+    with pytest.raises(ValueError, match=f"micro_batch_size = {windows}: so many samples of 16 tokens take"):
+        one.run(write, config)
+    assert not (tmp_path / "store").exists()
 
 
 def _write_in_pieces(config):

@@ -15,6 +15,31 @@ def test_a_rank_that_lost_its_connection_lets_rank_0_print_the_reason(monkeypatc
     assert waited == [errors.RANK_0_SECONDS]
 
 
+OF_GPU = (  # as torch, Triton and NCCL word it
+    torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.15 GiB of which 10.00 MiB "
+        "is free. See documentation for Memory Management  (https://pytorch.org/docs/stable/notes/cuda.html)"
+    ),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    torch.distributed.DistBackendError(
+        "NCCL error in: NCCLUtils.cpp:77, unhandled cuda error, NCCL version 2.27.5\nncclUnhandledCudaError: Call to "
+        "CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'"
+    ),
+    torch.distributed.DistBackendError("NCCL error: unhandled\nLast error:\nFailed to CUDA calloc async 608 bytes"),
+)
+
+
+@pytest.mark.parametrize("error", OF_GPU, ids=range(len(OF_GPU)))
+def test_memory_of_a_gpu_that_runs_out_is_one_line_that_says_what_to_do(error, capsys):
+    with pytest.raises(SystemExit), errors.errors_in_one_screen():
+        raise error
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: the GPU's memory ran out ({str(error)[:20]}") and printed.count("\n") == 1
+    assert "lower the micro batch size" in printed and "See documentation" not in printed
+
+
 @pytest.mark.parametrize(
     ("take", "cause"),
     [
