@@ -36,6 +36,7 @@ REQUIRED = {  # distribution: a module of it that training imports
     "PyYAML": "yaml",
     "rich": "rich",
     "psutil": "psutil",
+    "requests": "requests",  # of ModelOpt, which does not say so
     "matplotlib": "matplotlib",
     "pytest": "pytest",
     "pytest-timeout": "pytest_timeout",
@@ -67,6 +68,7 @@ PARTS = (
     Part("environment", "GPU, driver, versions, bandwidth of a copy", "benchmarks.gpu", ("--environment",)),
     Part("kernels", "Triton's kernels and the fused loss against fp64", "pytest", _tests("test_kernels.py")),
     Part("training", "host syncs, offload, layouts of one GPU, bf16", "pytest", _tests("test_training.py")),
+    Part("quantized", "students in FP8 and NVFP4, by ModelOpt's kernels", "pytest", _tests("test_quantized.py")),
     Part("quickstart", "quickstart in bf16: kill, resume, export", "pytest", _tests("test_quickstart.py")),
     Part("kl", "KL of given logits beside other implementations", "benchmarks.kl", ("--only", "gpu")),
     Part("fused_linear", "KL from hidden states beside other implementations", "benchmarks.fused_linear"),
@@ -81,6 +83,7 @@ def main() -> None:
     if arguments.environment:
         print(json.dumps(environment(), indent=1))
         return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or a part would go on alone
     parts = [part for part in PARTS if part.name in arguments.only]
     begun, failed = time.monotonic(), []
     arguments.output.mkdir(parents=True, exist_ok=True)

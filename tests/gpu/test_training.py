@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from distill_nemo.runtime.errors import errors_in_one_screen
 from tests.gpu.conftest import REHEARSAL
 from tests.tiny_models import write_hf
 from tests.training import changed, differences, metrics, tiny_run
@@ -19,6 +20,7 @@ VARIANTS = {
     "hidden, dynamic": CASES["dynamic, hidden"],
     "recompute": {"training.recompute": "full"},
     "asynchronous saves": {"checkpoint.async_save": True},
+    "documents apart": {"data.reset_at_documents": True},
 }
 
 
@@ -75,6 +77,13 @@ def test_an_offloaded_teacher_is_the_same_to_the_last_bit(inputs, tmp_path):
     there = run(inputs, tmp_path / "there", {"training.dtype": BF16})
     away = run(inputs, tmp_path / "away", {"training.dtype": BF16, "distillation.offload_teacher": True})
     assert away == there
+
+
+def test_memory_that_runs_out_is_one_line(device, capsys):
+    with pytest.raises(SystemExit), errors_in_one_screen():
+        torch.empty(2**45, dtype=torch.uint8, device=device)
+    whose = "this host's" if REHEARSAL else "the GPU's"
+    assert capsys.readouterr().err.startswith(f"error: {whose} memory ran out")
 
 
 def test_a_model_with_experts_trains_on_a_gpu(inputs, tmp_path):

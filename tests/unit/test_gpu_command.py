@@ -1,8 +1,11 @@
 """`python -m benchmarks.gpu` runs its parts in order, skips those that have passed, and reports failures."""
 
 import json
+import re
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -50,3 +53,23 @@ def test_a_part_that_fails_or_outlasts_its_limit_is_reported(tmp_path):
     results = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("fails", "hangs")]
     assert [result["exit_code"] for result in results] == [1, None]
     assert "No module named this_module_is_missing" in results[0]["last_lines"][-1]
+
+
+WAITS = """
+from benchmarks import gpu
+
+gpu.PARTS = (gpu.Part("waits", "never ends", "http.server", ("--bind", "127.0.0.1", "0")),)
+gpu.NAMES = ("waits",)
+gpu.main()
+"""
+
+
+def test_a_command_that_is_ended_ends_its_part(tmp_path):
+    log, command = tmp_path / "waits.log", [sys.executable, "-c", WAITS, "--output", str(tmp_path)]
+    with subprocess.Popen(command, cwd=gpu.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as ended:
+        while not (log.is_file() and (serving := re.search(r"port (\d+)", log.read_text()))):
+            assert ended.poll() is None
+            time.sleep(0.05)
+        ended.terminate()
+    with socket.socket() as connection:
+        assert connection.connect_ex(("127.0.0.1", int(serving[1]))), "the part goes on"
