@@ -2,14 +2,15 @@
 
 import functools
 import unicodedata
-from collections.abc import Callable
+from array import array
 from typing import TYPE_CHECKING, NamedTuple
 
 from distill_nemo.data.answers import Range
 from distill_nemo.data.chat_template import ChatTemplate, LossOn, Rendered
 from distill_nemo.data.conversations import Conversation, RecordError
 from distill_nemo.data.template_files import read_templates
-from distill_nemo.data.tokenizer import Tokenizer
+from distill_nemo.data.token_places import token_bytes
+from distill_nemo.data.tokenizer import Tokenizer, encoder_of
 
 if TYPE_CHECKING:
     import tokenizers
@@ -32,7 +33,7 @@ class Tokens(NamedTuple):
         without_reasoning: number of answers that count without their reasoning, which the template leaves out.
     """
 
-    ids: list[int]
+    ids: "array[int]"
     counted: list[Range] | None = None
     last_apart: bool = True
     without_reasoning: int = 0
@@ -66,9 +67,12 @@ def chat_tokens(fast: str, chat: Chat, conversations: list[Conversation]) -> lis
         conversations: any number.
     """
     rendered = [_rendered(chat, conversation) for conversation in conversations]
+    encoder = _encoder(fast)
+    encoded = iter(encoder.encode([found.text for found in rendered if isinstance(found, Rendered)]))
     special = chat.template.special
-    encodings = iter(_encoder(fast)([found.text for found in rendered if isinstance(found, Rendered)]))
-    return [_tokens(next(encodings), found, special) if isinstance(found, Rendered) else found for found in rendered]
+    return [
+        _tokens(encoder, next(encoded), found, special) if isinstance(found, Rendered) else found for found in rendered
+    ]
 
 
 def _rendered(chat: Chat, conversation: Conversation) -> Rendered | RecordError:
@@ -78,17 +82,48 @@ def _rendered(chat: Chat, conversation: Conversation) -> Rendered | RecordError:
         return error
 
 
-def _tokens(encoding: "tokenizers.Encoding", rendered: Rendered, special: tuple[str, ...]) -> Tokens | RecordError:
-    first = functools.partial(_first_token, encoding, rendered.text, special)
+def _tokens(
+    encoder: "_Encoder", ids: "array[int]", rendered: Rendered, special: tuple[str, ...]
+) -> Tokens | RecordError:
     try:
-        ranges = [(first(start), first(stop)) for start, stop in rendered.counted]
+        ranges = encoder.token_ranges(rendered, ids, special)
     except RecordError as error:
         return error
     if all(start == stop for start, stop in ranges):
         return RecordError("has no token that counts, as the chat template renders it, so there is no answer to learn")
     stops = [stop for _, stop in ranges[:-1]]
     last_apart = rendered.by_turn and ranges[-1][0] not in stops
-    return Tokens(encoding.ids, ranges, last_apart, rendered.without_reasoning)
+    return Tokens(ids, ranges, last_apart, rendered.without_reasoning)
+
+
+class _Encoder:
+    """Encoder of conversations that knows where in a text its tokens are.
+
+    Args:
+        tokenizer: belongs to this encoder, which changes it.
+    """
+
+    def __init__(self, tokenizer: "tokenizers.Tokenizer") -> None:
+        from tokenizers.processors import TemplateProcessing
+
+        # Its own may cut blanks from the positions of tokens (ByteLevel's trim_offsets). It adds no tokens here.
+        tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
+        self.encode = encoder_of(tokenizer, "the tokenizer cannot encode a conversation")
+        self._tokenizer = tokenizer
+        self._bytes = token_bytes(tokenizer)
+
+    def token_ranges(self, rendered: Rendered, ids: "array[int]", special: tuple[str, ...]) -> list[Range]:
+        """Return the tokens of the characters that count.
+
+        Raises:
+            RecordError: if a token is on both sides of a boundary.
+        """
+        text, places = rendered.text, [place for range_ in rendered.counted for place in range_]
+        firsts = None if self._bytes is None else self._bytes.first_tokens(text, ids, places)
+        if firsts is None:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            firsts = [_first_token(encoding, text, special, place) for place in places]
+        return list(zip(firsts[::2], firsts[1::2], strict=True))
 
 
 def _first_token(encoding: "tokenizers.Encoding", text: str, special: tuple[str, ...], position: int) -> int:
@@ -120,20 +155,7 @@ def _astride(text: str, at: int) -> RecordError:
 
 
 @functools.cache
-def _encoder(fast: str) -> "Callable[[list[str]], list[tokenizers.Encoding]]":
+def _encoder(fast: str) -> _Encoder:
     import tokenizers
-    from tokenizers.processors import TemplateProcessing
 
-    tokenizer = tokenizers.Tokenizer.from_file(fast)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    # Its own may cut blanks from the positions of tokens (ByteLevel's trim_offsets). It adds no tokens here.
-    tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
-
-    def encode(texts: list[str]) -> "list[tokenizers.Encoding]":
-        try:
-            return tokenizer.encode_batch(texts, add_special_tokens=False)
-        except Exception as error:  # the library's only class of errors
-            raise ValueError(f"the tokenizer cannot encode a conversation: {error}") from None
-
-    return encode
+    return _Encoder(tokenizers.Tokenizer.from_file(fast))

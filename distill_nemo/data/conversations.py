@@ -50,6 +50,18 @@ class RecordError(ValueError):
     """A record that is not what its format says. Its message continues a sentence that begins with the place."""
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object. Of a key that stands twice, Python would drop the first value."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise RecordError(f'has the key "{next(key for key in keys if keys.count(key) > 1):.40}" twice in one object')
+    return found
+
+
+JSON_DECODER = json.JSONDecoder(object_pairs_hook=_object)  # of records
+
+
 def record_of(value: object) -> object:
     """Return a JSON value as a record: messages without a key around them become `{"messages": ...}`."""
     is_list = isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value)
@@ -274,7 +286,9 @@ def _string_if_any(record: Mapping[str, Any], key: str) -> str:
 
 def _decoded(text: str, key: str) -> Any:
     try:
-        return json.loads(text)
+        return JSON_DECODER.decode(text)
+    except RecordError:
+        raise
     except (ValueError, RecursionError):
         raise RecordError(f"has in {key} a text that is not JSON") from None
 

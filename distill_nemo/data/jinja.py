@@ -43,7 +43,9 @@ def compiled(source: str, marked: bool) -> jinja2.Template:
     )
     environment.filters["tojson"] = _tojson
     environment.globals |= {"raise_exception": _raise, "strftime_now": _now}
-    return environment.from_string(source)
+    template = environment.from_string(source)
+    template.globals = dict(template.globals)  # not a ChainMap, whose copy takes half of a short rendering
+    return template
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:

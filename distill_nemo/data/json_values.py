@@ -8,13 +8,14 @@ import re
 from collections.abc import Iterator
 from typing import Literal, TextIO
 
-from distill_nemo.data.conversations import is_message
+from distill_nemo.data.conversations import JSON_DECODER, RecordError, is_message
 from distill_nemo.runtime.files import why_unreadable
 
 CHUNK_CHARACTERS = 1 << 20
 HEAD_CHARACTERS = 1 << 16  # read to find out what a file holds, and more if its first value is larger
 MAX_WORD = 16  # characters that mean nothing until they are whole, such as -Infinity and \ud83d\ude00
 BROKEN = (ValueError, RecursionError)  # raised for broken JSON, for huge integers, and for brackets in brackets
+PLAIN = json.JSONDecoder()
 BLANK = re.compile(r"[ \t\r\n]*")
 
 
@@ -51,7 +52,7 @@ def json_layout(file: TextIO) -> Literal["jsonl", "json", "lists"]:
 
 
 def json_values(file: TextIO, of_array: bool = True) -> Iterator[object]:
-    """Yield the values in `file`, with only one value and a chunk of text in memory.
+    """Yield the values in `file`, with only one value and a chunk of text in memory; an error for a bad one.
 
     Args:
         file: an array or a sequence of values.
@@ -60,7 +61,7 @@ def json_values(file: TextIO, of_array: bool = True) -> Iterator[object]:
     Raises:
         ValueError: if the JSON is broken or truncated, with the number of the last value before that.
     """
-    scanner, number = _Scanner(file, CHUNK_CHARACTERS), 0
+    scanner, number = _Scanner(file, CHUNK_CHARACTERS, JSON_DECODER), 0
     try:
         for value in _elements(scanner) if of_array and scanner.skip("[") else _sequence(scanner):
             yield value
@@ -90,8 +91,8 @@ def _elements(scanner: "_Scanner") -> Iterator[object]:
 class _Scanner:
     """Position in a text of which only a part is in memory."""
 
-    def __init__(self, file: TextIO, chunk: int) -> None:
-        self.file, self.chunk, self.text, self.at = file, chunk, "", 0
+    def __init__(self, file: TextIO, chunk: int, decoder: json.JSONDecoder = PLAIN) -> None:
+        self.file, self.chunk, self.decoder, self.text, self.at = file, chunk, decoder, "", 0
 
     def peek(self) -> str:
         """Return the next character that is not blank; "" at the end."""
@@ -119,7 +120,7 @@ class _Scanner:
     def holds_value(self) -> bool:
         """Return True if the text in memory holds all of the next value."""
         try:
-            json.JSONDecoder().raw_decode(self.text, self.at)
+            PLAIN.raw_decode(self.text, self.at)
         except BROKEN:
             return False
         return True
@@ -133,7 +134,7 @@ class _Scanner:
         self.peek()
         while True:
             try:
-                value, end = json.JSONDecoder().raw_decode(self.text, self.at)
+                value, end = self._decode()
             except json.JSONDecodeError as error:
                 may_go_on = error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - MAX_WORD
                 if not (may_go_on and self._grow()):
@@ -142,6 +143,13 @@ class _Scanner:
                 if end < len(self.text) or not self._grow():  # a number at the end of the text may continue
                     begin, self.at = self.at, end
                     return value, self.text[begin:end]
+
+    def _decode(self) -> tuple[object, int]:
+        """Return the next value, or what the decoder says is wrong with it, and where it ends."""
+        try:
+            return self.decoder.raw_decode(self.text, self.at)
+        except RecordError as error:
+            return error, PLAIN.raw_decode(self.text, self.at)[1]
 
     def _grow(self) -> bool:
         kept = self.text[self.at :]

@@ -75,7 +75,7 @@ def make_part(part: Part) -> dict[str, Any]:
             ids, ranges, is_apart, without = tokens
             if not ids:
                 continue
-            file.write(np.fromiter(ids, part.dtype, len(ids)))
+            file.write(np.frombuffer(ids, np.uint32).astype(part.dtype))
             file.write(end)
             lengths.append(len(ids) + end.size)
             last_apart &= is_apart

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from distill_nemo.data.conversations import (
     HAS_ZEROS,
+    JSON_DECODER,
     ZEROS,
     Conversation,
     Format,
@@ -243,9 +244,11 @@ READERS = {
 
 def _of_line(raw: bytes, schema: Schema, where: Callable[[], str]) -> Record:
     try:
-        value = json.loads(raw.decode())
+        value = JSON_DECODER.decode(raw.decode())
     except UnicodeDecodeError as error:
         return Record("", _not_utf8(error), where)
+    except RecordError as error:
+        return Record("", str(error), where)
     except (ValueError, RecursionError) as error:
         return Record("", f"cannot be read as JSON: {why_unreadable(error)}", where)
     return _of_object(value, schema, where)
@@ -253,6 +256,8 @@ def _of_line(raw: bytes, schema: Schema, where: Callable[[], str]) -> Record:
 
 def _of_object(value: object, schema: Schema, where: Callable[[], str]) -> Record:
     value = value if schema.kind == "text" else record_of(value)
+    if isinstance(value, RecordError):
+        return Record("", str(value), where)
     if not isinstance(value, dict):
         return Record("", f"is a {type(value).__name__}, not an object", where)
     if schema.kind != "text":

@@ -291,6 +291,10 @@ BAD = {
         CHAT,
         {"messages": [USER, FOUR | {"tool_calls": [ADD | {"arguments": "3"}]}]},
     ],
+    'the key "a" twice in one object': [
+        CHAT,
+        {"messages": [USER, FOUR | {"tool_calls": [ADD | {"arguments": '{"a": 1, "b": 2, "a": 3}'}]}]},
+    ],
     "a tool call without a name": [CHAT, {"messages": [USER, FOUR | {"tool_calls": [{"arguments": {}}]}]}],
     r"conversations.\[1\] a text that is not JSON": [
         CHAT,

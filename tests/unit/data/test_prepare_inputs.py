@@ -233,6 +233,16 @@ BAD_RECORDS = [
     ("a.json", b'[{"text": "a"}, 3]', ", record 2 is a int, not an object"),
     ("a.json", b'[{"text": "a\xff"}]', ', record 1 "text" is not UTF-8: byte 0xff'),
     ("a.json", b'[{"text": "\\ud800"}]', ', record 1 "text" holds half of a surrogate pair'),
+    (
+        "a.json",
+        b'[{"text": "a"}, {"text": "b", "id": 1, "text": "c"}]',
+        ', record 2 has the key "text" twice in one object',
+    ),
+    (
+        "a.jsonl",
+        b'{"text": "a"}\n{"text": "b", "meta": {"id": 1, "id": 2}}\n',
+        ':2 has the key "id" twice in one object',
+    ),
     ("a.csv", b'id,text\n1,"a\nb"\n\n2,x,y\n', ":5 has 3 fields, and the header 2"),
     ("a.csv", b"id,text\n1,caf\xe9\n", ':2 "text" is not UTF-8: byte 0xe9'),
     ("a.jsonl.gz", gzip.compress(LINES + b"\n3\n"), ":5 is a int, not an object"),
