@@ -4,7 +4,8 @@ The corpus is the Python source on this machine, as texts, and as conversations 
 generation markers. `prepare` is compared, with equal workers, with the tokenizers library's own batch call on as many
 threads, which writes nothing, and with a pool of processes that works as Megatron-LM's tools/preprocess_data.py does:
 one document at a time, whose ids the main process writes. Where `datasets` is installed, its `map(batched=True)` is
-measured too. None of the others finds out which tokens of a conversation count. The batch call renders it by hand.
+measured too. None of these finds out which tokens of a conversation count, and the batch call renders it by hand. One
+more `map` does, with `apply_chat_template(return_assistant_tokens_mask=True)` and a template with markers, as TRL does.
 
 Every way is a program of its own. Its seconds include imports and the start of workers.
 """
@@ -36,6 +37,13 @@ CHATML = """\
 {{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
+MARKED = CHATML.replace(
+    "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}",
+    """\
+{{ '<|im_start|>' + m.role + '\\n' }}
+{%- if m.role == 'assistant' -%}{%- generation -%}{{ m.content + '<|im_end|>' }}{%- endgeneration -%}{{ '\\n' }}
+{%- else -%}{{ m.content + '<|im_end|>\\n' }}{%- endif -%}""",
+)
 OURS = """
 import sys
 from distill_nemo.data.prepare import prepare
@@ -84,9 +92,24 @@ def encode(rows):
     return {"ids": tokenizer(texts).input_ids}
 lines.map(encode, batched=True, num_proc=int(sys.argv[4]))
 """
+MASKS = """
+import sys
+import datasets
+from transformers import PreTrainedTokenizerFast
+tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[2])
+template = open(sys.argv[2] + "/marked.jinja").read()
+lines = datasets.load_dataset("json", data_files=sys.argv[1], split="train", cache_dir=sys.argv[3])
+def encode(rows):
+    found = tokenizer.apply_chat_template(
+        rows["messages"], chat_template=template, return_dict=True, return_assistant_tokens_mask=True
+    )
+    return {"ids": found["input_ids"], "mask": found["assistant_masks"]}
+lines.map(encode, batched=True, num_proc=int(sys.argv[4]))
+"""
+MASKED = "datasets.map with masks of answers"  # of conversations only
 WAYS = {"distill-nemo": OURS, "batch call of tokenizers": BATCH_CALL, "pool as in Megatron-LM": MEGATRON}
 if importlib.util.find_spec("datasets"):
-    WAYS["datasets.map"] = MAP
+    WAYS |= {"datasets.map": MAP, MASKED: MASKS}
 
 
 def texts() -> Iterator[str]:
@@ -124,6 +147,7 @@ def write_tokenizer(directory: Path, vocabulary: int) -> None:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(directory)
+    (directory / "marked.jinja").write_text(MARKED)
 
 
 def seconds_of(program: str, corpus: Path, tokenizer: Path, workers: int) -> dict[str, float]:
@@ -152,10 +176,12 @@ def main(megabytes: int = MEGABYTES, repeats: int = ROUNDS) -> None:
             if not tokenizer.exists():
                 write_tokenizer(tokenizer, vocabulary)
             case = {"kind": kind, "bytes": sizes[kind], "vocabulary": vocabulary}
+            ways = {way: program for way, program in WAYS.items() if way != MASKED or kind == "chats"}
             rounds = [
-                {way: seconds_of(WAYS[way], corpora[kind], tokenizer, workers) for way in WAYS} for _ in range(repeats)
+                {way: seconds_of(program, corpora[kind], tokenizer, workers) for way, program in ways.items()}
+                for _ in range(repeats)
             ]
-            for way in WAYS:
+            for way in ways:
                 medians = {name: statistics.median(one[way][name] for one in rounds) for name in rounds[0][way]}
                 rows.append({**case, "way": way, **medians})
             write_result("prepare", {"workers": workers, "repeats": repeats, "rows": rows})
