@@ -160,7 +160,7 @@ REFUSED = [
     ("a.json", b'[{"text": "a"},]', "after record 1"),
     ("a.json", b'[{"text": "a"} {"text": "b"}]', 'after record 1: "," or "]" is missing'),
     ("a.json", b'[{"text": "a"}] {"text": "b"}', "after record 1: something follows the array"),
-    ("a.json", b"[" * 100_000, "recursion"),
+    ("a.json", b"[" * 100_000, "nested too deeply"),
 ]  # fmt: skip
 
 
