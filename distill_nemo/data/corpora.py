@@ -1,5 +1,6 @@
 """Corpora that `data.train` and `data.valid` name: token files, or stores of a teacher's targets. No torch."""
 
+import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 
@@ -143,10 +144,38 @@ def check_corpora(data: DataConfig) -> None:
     """Check every corpus that a config names.
 
     Raises:
-        ValueError: from `Corpus.check`.
+        ValueError: from `Corpus.check` and `check_once`.
     """
+    blends: dict[str, list[Corpus]] = {}
     for field, path in named_corpora(data):
-        corpus_at(path).check(field, data)
+        corpus = corpus_at(path)
+        corpus.check(field, data)
+        blends.setdefault(field, []).append(corpus)
+    for field, corpora in blends.items():
+        check_once(field, corpora)
+
+
+def check_once(field: str, corpora: list[Corpus]) -> None:
+    """Refuse a blend that names a corpus twice. Both parts would have the same samples in the same order.
+
+    Args:
+        field: of the blend.
+        corpora: whose files are there.
+
+    Raises:
+        ValueError: naming the corpus by both names.
+    """
+    known: dict[frozenset[str], str] = {}
+    for corpus in corpora:
+        files = frozenset(os.path.realpath(path) for path in corpus.files.values())
+        if files in known:
+            first = known[files]
+            also = "" if first == corpus.path else f", also as {corpus.path}"
+            raise ValueError(
+                f"{field} names {first} twice{also}: batches would hold the same samples twice; name it once, with the "
+                "sum of its weights"
+            )
+        known[files] = corpus.path
 
 
 def fitting(section: str, values: dict[str, object]) -> str:

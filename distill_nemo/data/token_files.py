@@ -41,8 +41,8 @@ def parse_blend(field: str, values: list[str]) -> Blend:
         raise ValueError(shape)
     if weights is None:
         return list(prefixes), None
-    checked = [weight for weight in weights if weight is not None and math.isfinite(weight) and weight > 0]
-    if len(checked) != len(weights):
+    checked = [weight for weight in weights if weight is not None and weight > 0]
+    if len(checked) != len(weights) or not math.isfinite(sum(checked)):
         raise ValueError(f"{field}: every weight must be a positive number, got {values[0::2]}")
     return list(prefixes), checked
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from distill_nemo.config import RunConfig
-from distill_nemo.data.corpora import corpus_at
+from distill_nemo.data.corpora import check_once, corpus_at
 from distill_nemo.data.token_files import parse_blend, to_number
 
 MANY_PASSES = 4  # up to which repeated tokens are worth almost as much as new ones (Muennighoff et al., 2305.16264)
@@ -34,13 +34,14 @@ def parts_of_blend(config: RunConfig) -> list[PartOfBlend]:
     """Return the parts of `data.train`; none if a file is missing.
 
     Raises:
-        ValueError: for weights that cannot be read.
+        ValueError: for weights that cannot be read, or a corpus that is named twice.
     """
     data = config.data
     prefixes, weights = parse_blend("data.train", data.train)
     corpora = [corpus_at(prefix) for prefix in prefixes]
     if not all(corpus.files for corpus in corpora):
         return []
+    check_once("data.train", corpora)
     held = [0.0 if data.valid else 1 - _training_share(data.split)] * len(prefixes)
     whole = [corpus.pass_tokens() for corpus in corpora]
     tokens = [max(round(number * (1 - part)), 1) for number, part in zip(whole, held, strict=True)]

@@ -24,7 +24,16 @@ def test_blends_are_prefixes_with_or_without_weights():
     assert parse_blend("data.train", ["a"]) == (["a"], None)
     assert parse_blend("data.train", ["a", "b"]) == (["a", "b"], None)
     assert parse_blend("data.train", ["30", "a", "0.5", "b"]) == (["a", "b"], [30.0, 0.5])
-    for wrong in ([], ["30", "a", "b"], ["30", "a", "x", "b"], ["0", "a"], ["-1", "a"], ["nan", "a"], ["a", "3"]):
+    for wrong in (
+        [],
+        ["30", "a", "b"],
+        ["30", "a", "x", "b"],
+        ["0", "a"],
+        ["-1", "a"],
+        ["nan", "a"],
+        ["a", "3"],
+        ["1e308", "a", "1e308", "b"],
+    ):
         with pytest.raises(ValueError, match=r"data\.train"):
             parse_blend("data.train", wrong)
 
@@ -150,7 +159,21 @@ def test_a_manifest_that_was_cut_short_is_refused(tmp_path: Path):
 
 @pytest.mark.parametrize("suffix", ["", ".bin", ".idx"])
 def test_either_file_names_the_pair(tmp_path: Path, suffix: str):
-    prefix = write_tokens(tmp_path / "a", 0)
-    data = DataConfig(train=["30", prefix + suffix, "70", prefix], valid=[prefix + suffix])
-    assert data == DataConfig(train=["30", prefix, "70", prefix], valid=[prefix])
+    prefix, other = write_tokens(tmp_path / "a", 0), write_tokens(tmp_path / "b", 1)
+    data = DataConfig(train=["30", prefix + suffix, "70", other], valid=[prefix + suffix])
+    assert data == DataConfig(train=["30", prefix, "70", other], valid=[prefix])
     check_corpora(data)
+
+
+def test_a_corpus_that_a_blend_names_twice_is_refused(tmp_path: Path):
+    """Megatron shuffles both parts alike, so batches would hold every sample twice."""
+    prefix, other = write_tokens(tmp_path / "a", 0), write_tokens(tmp_path / "b", 1)
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"link{suffix}").symlink_to(prefix + suffix)
+    for again in (prefix, f"{tmp_path}/./a", str(tmp_path / "link")):
+        for train in (["50", prefix, "50", other, "50", again], [prefix, again]):
+            with pytest.raises(
+                ValueError, match=r"^data.train names \S+/a twice(, also as \S+)?: .* sum of its weights$"
+            ):
+                check_corpora(DataConfig(train=train))
+    check_corpora(DataConfig(train=[prefix, other], valid=[prefix]))

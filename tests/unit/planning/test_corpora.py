@@ -33,6 +33,12 @@ def test_passes_follow_from_weights_or_from_sizes(tmp_path: Path):
     assert [part.passes for part in parts_of_blend(config(train=[a, b], valid=[b]))] == [2.0, 2.0]
 
 
+def test_a_corpus_that_is_named_twice_is_refused_as_by_the_run(tmp_path: Path):
+    a = corpus(tmp_path, "a", [60, 40])
+    with pytest.raises(ValueError, match=r"data\.train names \S+/a twice: "):
+        parts_of_blend(config(train=["1", a, "1", a]))
+
+
 def test_passes_over_packs_are_passes_over_their_samples(tmp_path: Path):
     packs = write_packs(tmp_path / "a", [[[1] * 12, [2] * 8]] * 10, 25)  # 200 tokens in 10 samples of 25
     (part,) = parts_of_blend(config(train=[packs], valid=[packs]))
