@@ -172,7 +172,7 @@ def _train_alone(config: RunConfig, models: "Models") -> "tuple[int | None, list
 
     device, dtype = setup_device(), resolve_dtype(config.training.dtype)
     require(
-        device.type == "cuda" or dtype == torch.float32,
+        device.type == "cuda" or dtype != torch.bfloat16,
         f'training.dtype = "{config.training.dtype}" needs a GPU, and there is none; set it to "float32" or "auto"',
     )
     Everyone().on_rank_0(partial(check_run_data, config, models.student))

@@ -77,7 +77,8 @@ def build_train_state(
 def wrap(unwrapped: list[Any], config: RunConfig, dtype: torch.dtype, load_weights: bool) -> TrainState:
     """Add Megatron's DDP, the optimizer and the schedule to chunks that are already built."""
     distributed = config.optimizer.use_distributed_optimizer
-    ddp = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=True)
+    in_fp32 = dtype == torch.bfloat16  # other dtypes keep theirs
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=distributed, grad_reduce_in_fp32=in_fp32)
     chunks: list[Any] = [DistributedDataParallel(chunk.config, ddp, chunk) for chunk in unwrapped]
     for chunk, inner in zip(chunks, unwrapped, strict=True):
         if load_weights:
