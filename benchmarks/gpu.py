@@ -36,6 +36,7 @@ REQUIRED = {  # distribution: a module of it that training imports
     "PyYAML": "yaml",
     "rich": "rich",
     "psutil": "psutil",
+    "scipy": "scipy",
     "requests": "requests",  # of ModelOpt, which does not say so
     "matplotlib": "matplotlib",
     "pytest": "pytest",

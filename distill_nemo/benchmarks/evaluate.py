@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -220,14 +220,22 @@ def benchmark(models: list[Model], tasks: list[str], config: EvaluateConfig, out
         (model.name, task): result_file(model.identity, task, config, output) for model in models for task in tasks
     }
     for model in models:
-        missing = of_all_ranks([task for task in tasks if not files[model.name, task].is_file()])[0]
+        missing = of_all_ranks([task for task in tasks if earlier_result(files[model.name, task]) is None])[0]
         if missing:
             _measure(model, {task: files[model.name, task] for task in missing}, config)
             gc.collect()  # or two models would be in memory
     scores: list[Score] = []
     for (name, task), file in files.items() if rank() == 0 else ():
-        add_results(scores, name, task, read_object(file))
+        add_results(scores, name, task, earlier_result(file) or {})
     return scores
+
+
+def earlier_result(file: Path) -> dict[str, Any] | None:
+    """Return the results of a task that a file holds; None if there is no file, or a damaged one."""
+    with suppress(ValueError):
+        found = read_object(file)
+        return found if isinstance(found.get("results"), dict) else None
+    return None
 
 
 def _measure(model: Model, missing: dict[str, Path], config: EvaluateConfig) -> None:

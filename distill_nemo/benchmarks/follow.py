@@ -14,6 +14,7 @@ from distill_nemo.benchmarks.evaluate import (
     as_huggingface,
     benchmark,
     check_tasks,
+    earlier_result,
     locked,
     ready_models,
     result_file,
@@ -126,8 +127,8 @@ def _tell_of_gone(run: Path, tasks: list[str], config: EvaluateConfig) -> None:
 
 def _is_measured(run: Path, step: int, tasks: list[str], config: EvaluateConfig) -> bool:
     name, output = f"step_{step:08d}", run / BENCHMARKS
-    files = [benchmarks_of(run, step), *(result_file(name, task, config, output) for task in tasks)]
-    return all(file.is_file() for file in files)
+    results = (earlier_result(result_file(name, task, config, output)) for task in tasks)
+    return benchmarks_of(run, step).is_file() and all(result is not None for result in results)
 
 
 def _scores_of_other_tasks(path: Path, found: list[Score]) -> list[Score]:

@@ -26,7 +26,7 @@ from distill_nemo.fields import fields_named, require, takes_fields_of
 from distill_nemo.planning.gpus import UTILISATION, find_gpu
 from distill_nemo.pruning.entry import prune
 from distill_nemo.pruning.stages import CompressConfig, check_compress, fewest_nodes
-from distill_nemo.reports.compressed import EVALUATION, evaluate_run, report_rounds
+from distill_nemo.reports.compressed import evaluate_run, read_rows, report_rounds
 from distill_nemo.training.entry import distill
 
 if TYPE_CHECKING:
@@ -230,15 +230,13 @@ def _task(function: Callable[..., Any], config: Any) -> run.Partial:
 
 def _conclude(config: CompressConfig) -> None:
     """Print the table, if it can be seen from here, and the places of the results."""
-    import json
-
     from rich.console import Console
 
     from distill_nemo.reports.comparison import render_table
 
     output = Path(config.output)
-    if (output / EVALUATION).is_file():
-        Console().print(render_table(json.loads((output / EVALUATION).read_text())))
+    if rows := read_rows(output):
+        Console().print(render_table(rows))
     print(f"student  {output}/student (Hugging Face)\nreport   {output}/report/report.html")
 
 

@@ -17,7 +17,7 @@ from distill_nemo.pruning.possible import possible_sizes
 from distill_nemo.pruning.record import RECORD, earlier_record, identity_of
 from distill_nemo.pruning.sizes import evenly_spaced
 from distill_nemo.pruning.stages import CompressConfig
-from distill_nemo.reports.compressed import EVALUATION
+from distill_nemo.reports.compressed import EVALUATION, read_rows
 
 
 def finished_stages(config: CompressConfig, rounds: Sequence[Round]) -> int:
@@ -35,7 +35,7 @@ def _finished(config: CompressConfig, rounds: Sequence[Round]) -> Iterator[bool]
     run = config.run(config.rounds)
     students = [Path(str(run.student.checkpoint)), _student(run)]
     files = [file for path in students for file in path.iterdir() if file.is_file()]
-    yield _is_newer(Path(config.output, EVALUATION), files)
+    yield read_rows(config.output) is not None and _is_newer(Path(config.output, EVALUATION), files)
     yield False  # the report
 
 

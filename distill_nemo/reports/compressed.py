@@ -12,6 +12,7 @@ from distill_nemo.reports.comparison import perplexity
 from distill_nemo.runtime.errors import errors_of_a_rank
 
 EVALUATION = "evaluation.json"  # of a run: rows of its comparison
+ROW = {"model", "parameters", "lm_loss", "forward_kl", "top1_agreement", "perplexity"}
 
 
 def evaluate_run(output: str) -> None:
@@ -74,6 +75,16 @@ def row(name: str, means: dict[str, float]) -> dict[str, Any]:
     return {"model": name, **named, "perplexity": perplexity(means["lm_loss"])}
 
 
+def read_rows(output: str | Path) -> list[dict[str, Any]] | None:
+    """Return the rows of a run's evaluation.json; None if there is no such file, or a damaged one."""
+    try:
+        rows = json.loads((Path(output) / EVALUATION).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    whole = isinstance(rows, list) and rows and all(isinstance(each, dict) and ROW <= each.keys() for each in rows)
+    return rows if whole else None
+
+
 def report_rounds(directories: list[str], prompts: list[str]) -> None:
     """Write the page of all rounds to `report` in the last one's directory, with the table of its evaluation.json.
 
@@ -87,6 +98,8 @@ def report_rounds(directories: list[str], prompts: list[str]) -> None:
 
     with errors_of_a_rank():
         output = Path(directories[-1])
-        table = json.loads((output / EVALUATION).read_text())
+        table = read_rows(output)
+        if table is None:
+            raise ValueError(f"{output / EVALUATION} is missing or damaged; run the same command again to write it")
         page = replace(page_of(read_runs(directories), prompts), table=table, measured_on="On held-out text")
         print(f"report: {write_page(output / 'report', page)}", flush=True)

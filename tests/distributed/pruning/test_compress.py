@@ -86,6 +86,8 @@ def test_killed_in_each_stage_and_run_again_it_gives_the_same_student(inputs, tm
     assert [row["model"] for row in rows] == ["teacher", "pruned student", "distilled student"]
     assert rows[0]["parameters"] > rows[1]["parameters"] == rows[2]["parameters"]
     assert "distilled student" in (found / "report/report.html").read_text()
+    (found / "evaluation.json").write_text(json.dumps(rows)[:-9])
+    assert one.run(names_left, inputs, found, sizes) == [["evaluate", "report"]], "a damaged table is made again"
 
 
 @pytest.mark.long
