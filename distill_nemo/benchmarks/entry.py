@@ -40,12 +40,13 @@ def evaluate(**fields: Any) -> None:
 
         end_with_torchrun()
         setup_device()  # before Megatron is imported
-        from distill_nemo.benchmarks.evaluate import A_DAY, evaluate_models
+        from distill_nemo.benchmarks.evaluate import A_DAY, check_models, evaluate_models
         from distill_nemo.benchmarks.follow import follow
         from distill_nemo.checkpoint.hub_models import on_this_machine
         from distill_nemo.runtime.process_groups import world
 
         ready = on_this_machine(config)
+        check_models(ready)
         with world(A_DAY):  # once, though models and tasks have layouts of their own
             if ready.steps_of is None:
                 evaluate_models(ready)

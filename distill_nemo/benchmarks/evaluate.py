@@ -55,15 +55,9 @@ def evaluate_models(config: EvaluateConfig) -> None:
     """Measure all that a config names, print tables, and write `scores.json`. Every rank calls it, in one world.
 
     Raises:
-        ValueError: for models, data or tasks that cannot be measured, and results among the files of a model.
+        ValueError: for data or tasks that cannot be measured.
     """
     tasks, output = words_of(config.tasks), Path(config.output) if config.output else None
-    for path in config.models.values():
-        weights = find_checkpoint(Path(path)).weights
-        require(
-            output is None or not output.resolve().is_relative_to(weights.resolve()),
-            f"output = {output} is in the model {weights}, whose next export would replace it; name another directory",
-        )
     if tasks:
         check_tasks(config)
     with locked(output):
@@ -76,6 +70,21 @@ def evaluate_models(config: EvaluateConfig) -> None:
             if output:
                 write_scores(output / SCORES, scores)
                 print(f"scores: {output / SCORES}", flush=True)
+
+
+def check_models(config: EvaluateConfig) -> None:
+    """Refuse models that are missing, and results among the files of one. A rank needs no other rank for it.
+
+    Raises:
+        ValueError: naming the directory.
+    """
+    output = Path(config.output) if config.output else None
+    for path in config.models.values():
+        weights = find_checkpoint(Path(path)).weights
+        require(
+            output is None or not output.resolve().is_relative_to(weights.resolve()),
+            f"output = {output} is in the model {weights}, whose next export would replace it; name another directory",
+        )
 
 
 def locked(output: Path | None) -> AbstractContextManager[object]:
