@@ -12,6 +12,7 @@ from distill_nemo.models.resolve import resolve
 from distill_nemo.planning.gpus import GPUS
 from distill_nemo.planning.plan import planned_run, with_layout
 from distill_nemo.quantization import QuantizationConfig
+from tests.hub_downloads import Hub, asked
 from tests.tiny_models import write_hf
 from tests.training import changed, tiny_run
 
@@ -99,6 +100,20 @@ def test_what_cannot_be_seen_from_here_is_left_to_the_ranks(inputs, students):
     run = run_of(inputs, students, *REFUSED["blocks"][:2])
     run.output_dir, run.student.checkpoint = "/workspace/out", "/workspace/student"
     check_launch(run, kubernetes(image="x", pvc="work", devices=2), dryrun=True)
+
+
+def test_a_name_on_the_hub_is_known_by_its_description_alone(inputs, students, tmp_path, capsys):
+    student, changes, message = REFUSED["blocks"]
+    run = run_of(inputs, students, student, changes | {"student.checkpoint": "org/model"})
+    files = {name: (students / student / name).read_bytes() for name in ("config.json", "model.safetensors")}
+    with Hub() as hub, asked(hub.url, tmp_path / "home"):
+        hub.commit("org/model", files)
+        with pytest.raises(ValueError, match=re.escape(message)):
+            check_launch(run, local(2), dryrun=True)
+        assert not any(request.startswith("GET /cdn") for request in hub.requests), "weights were downloaded"
+    with asked("http://127.0.0.1:9", tmp_path / "other"):
+        check_launch(run, local(2), dryrun=True)
+    assert capsys.readouterr().err.startswith("warning: org/model")
 
 
 def test_an_export_of_a_quantised_run_is_refused_by_its_files_before_a_job(students):
