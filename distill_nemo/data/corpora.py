@@ -167,7 +167,7 @@ def check_once(field: str, corpora: list[Corpus]) -> None:
     """
     known: dict[frozenset[str], str] = {}
     for corpus in corpora:
-        files = frozenset(os.path.realpath(path) for path in corpus.files.values())
+        files = _places(corpus)
         if files in known:
             first = known[files]
             also = "" if first == corpus.path else f", also as {corpus.path}"
@@ -176,6 +176,17 @@ def check_once(field: str, corpora: list[Corpus]) -> None:
                 "sum of its weights"
             )
         known[files] = corpus.path
+
+
+def trained_on(data: DataConfig) -> list[str]:
+    """Return the corpora of `data.valid` that are in `data.train`, too, so that losses on them are not held out."""
+    places = [(field, path, _places(corpus_at(path))) for field, path in named_corpora(data)]
+    trained = [files for field, _, files in places if field == "data.train"]
+    return [path for field, path, files in places if field == "data.valid" and files in trained]
+
+
+def _places(corpus: Corpus) -> frozenset[str]:
+    return frozenset(os.path.realpath(path) for path in corpus.files.values())
 
 
 def fitting(section: str, values: dict[str, object]) -> str:

@@ -1,11 +1,12 @@
 """The datasets of a run, with the samples that its steps need, and the checks before them."""
 
 import contextlib
+import sys
 from pathlib import Path
 from typing import Any
 
 from distill_nemo.config import DataConfig, RunConfig
-from distill_nemo.data.corpora import check_corpora
+from distill_nemo.data.corpora import check_corpora, trained_on
 from distill_nemo.data.datasets import build_datasets, check_micro_batch, check_number_of_samples
 from distill_nemo.data.manifest import name_of, read_manifest, vocabulary
 from distill_nemo.data.token_files import OWN_TOKENIZER, check_vocabulary, named_corpora
@@ -18,7 +19,7 @@ MAX_RENAMED = 0.01  # share of ids that may name other tokens, since fine-tuned 
 
 
 def check_run_data(config: RunConfig, student: Architecture) -> None:
-    """Refuse token files and tokenizers that do not fit the student. Reads little and writes nothing.
+    """Refuse token files and tokenizers that do not fit the student, and warn of held-out data that is trained on.
 
     Every file of every store is looked at, so one rank calls it for all.
 
@@ -36,6 +37,8 @@ def check_run_data(config: RunConfig, student: Architecture) -> None:
     check_vocabulary(config.data, student.vocab_size)
     check_stores(config, student.vocab_size)
     check_tokenizers(config.data, checkpoints_of(config), student)
+    for path in trained_on(config.data):
+        print(f"warning: data.valid: {path} is a part of data.train, too: its losses are not held out", file=sys.stderr)
 
 
 def checkpoints_of(config: RunConfig) -> dict[str, str | None]:

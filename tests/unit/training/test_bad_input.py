@@ -4,7 +4,9 @@ Each case is a whole run in a real process, up to its refusal. Weights that do n
 tests/unit/models/test_huggingface.py and test_teacher_provider.py; fields: test_config.py; the command line: tests/cli.
 """
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import re
@@ -239,6 +241,22 @@ def checked_data(config):
     student = resolve(dataclasses.replace(config.student, vocab_size=None))
     rows = config.student.vocab_size or student.vocab_size
     check_run_data(config, dataclasses.replace(student, vocab_size=rows))
+
+
+def warnings_of(config):
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        checked_data(config)
+    return printed.getvalue()
+
+
+def test_held_out_data_that_is_trained_on_is_told(inputs, one, tmp_path):
+    config = tiny_run(inputs, tmp_path / "out", steps=4)
+    assert one.run(warnings_of, config) == [""]
+    config.data.valid = [f"{inputs}/valid", f"{inputs}/../{inputs.name}/train"]
+    expected = (
+        f"warning: data.valid: {config.data.valid[1]} is a part of data.train, too: its losses are not held out\n"
+    )
+    assert one.run(warnings_of, config) == [expected]
 
 
 def test_damaged_token_files_are_refused(inputs, one, tmp_path):
