@@ -8,11 +8,15 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distill_nemo.config import LoggingConfig
 from distill_nemo.runtime import metrics_file
 from distill_nemo.training.mlflow_run import MlflowRun
+from distill_nemo.training.wandb_run import start_wandb
+
+if TYPE_CHECKING:
+    import wandb
 
 
 class MetricsLog:
@@ -32,6 +36,7 @@ class MetricsLog:
         self._first_step, self._start = resumed_step, time.monotonic()
         self._progress: Any = None
         self._begun: dict[str, Any] = {}
+        self._wandb: wandb.Run | None = None
         self._mlflow: MlflowRun | None = None
         if not enabled:
             return
@@ -40,7 +45,8 @@ class MetricsLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writers.append(SummaryWriter(str(output_dir / "tensorboard"), purge_step=resumed_step + 1))
-        self._wandb = _start_wandb(config.wandb_project, output_dir) if config.wandb_project else None
+        if config.wandb_project:
+            self._wandb = start_wandb(config.wandb_project, output_dir, _identifier(output_dir))
         if config.mlflow_experiment:
             names = config.mlflow_experiment, output_dir.resolve().name, _identifier(output_dir)
             self._mlflow = MlflowRun(*names, parameters)
@@ -115,7 +121,7 @@ class MetricsLog:
             self._progress.stop()
         for writer in self.writers:
             writer.close()
-        if self.enabled and self._wandb:
+        if self._wandb:
             self._wandb.finish()
         if self._mlflow:
             self._mlflow.close()
@@ -133,16 +139,6 @@ def _progress_bar(steps: int, done: int) -> Any:
     progress.add_task("", total=steps, completed=done, text="")
     progress.start()
     return progress
-
-
-def _start_wandb(project: str, output_dir: Path) -> Any:
-    try:
-        import wandb  # type: ignore[import-not-found]
-    except ImportError:
-        raise ValueError(
-            "logging.wandb_project is set, but wandb is missing: pip install distill-nemo[wandb]"
-        ) from None
-    return wandb.init(project=project, dir=str(output_dir), id=_identifier(output_dir), resume="allow")
 
 
 def _identifier(output_dir: Path) -> str:

@@ -2,11 +2,8 @@
 
 import os
 import pty
-import re
-import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 
@@ -113,24 +110,6 @@ def test_other_ranks_write_nothing(tmp_path):
     log.train(line(1), show=True)
     log.close()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_wandb_goes_on_in_the_same_run_until_the_directory_is_another(tmp_path, monkeypatch):
-    begun = []
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: begun.append(given)))
-
-    def attempt(directory, resumed):
-        directory.mkdir(exist_ok=True)
-        MetricsLog(directory, LoggingConfig(tensorboard=False, wandb_project="kd"), 10, resumed, enabled=True)
-        assert begun[-1]["resume"] == "allow" and re.fullmatch("[0-9a-f]{16}", begun[-1]["id"])
-        return begun[-1]["id"]
-
-    first = attempt(tmp_path / "a", 0)
-    assert attempt(tmp_path / "a", 4) == first
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    copied = attempt(tmp_path / "b", 4)
-    shutil.rmtree(tmp_path / "a")
-    assert len({first, copied, attempt(tmp_path / "a", 0)}) == 3
 
 
 SCRIPT = """
