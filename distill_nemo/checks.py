@@ -42,6 +42,7 @@ def check(config: RunConfig, world_size: int) -> None:
     _check_training(config)
     _check_distillation(config.distillation)
     check_quantization(config.quantization)
+    config.benchmarks.check(config.training.benchmark_interval)
     saved, numbers = config.checkpoint, config.quantization
     require(
         numbers.format != "none" or numbers.kv_cache == "none" or not saved.export,
@@ -118,6 +119,12 @@ def check_evaluate(config: EvaluateConfig, world_size: int) -> None:
         (config.model is None) != (config.steps_of is None),
         "name one of these: a model with model=, or with steps_of= the output_dir of a run",
     )
+    for name in ("until_step", "wait_minutes"):
+        value = vars(config)[name]
+        require(
+            config.steps_of is not None or value == getattr(EvaluateConfig, name),
+            f"{name} = {value} needs steps_of=, the output_dir of a run; leave it out",
+        )
     if config.steps_of is not None:
         for name in ("data", "output"):
             require(

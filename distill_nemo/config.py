@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from distill_nemo.benchmark_config import BenchmarksConfig
 from distill_nemo.fields import setting
 from distill_nemo.push_config import PushConfig
 from distill_nemo.quantization import ExportFormatName, QuantizationConfig
@@ -236,8 +237,7 @@ class TrainingConfig:
     eval_batches: int = setting(10, "global batches per evaluation", at_least=1)
     benchmark_interval: int | None = setting(
         None,
-        "steps to save for benchmarks; each stays until `nemo distill evaluate steps_of=`, a job beside the run, has "
-        "measured it",
+        "steps to save for benchmarks.tasks, or `nemo distill evaluate steps_of=`; each stays until it is measured",
         at_least=1,
     )
     seed: int = setting(1234, at_least=0, below=2**31)
@@ -292,6 +292,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    benchmarks: BenchmarksConfig = field(default_factory=BenchmarksConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
@@ -389,15 +390,4 @@ class StoreConfig:
     micro_batch_size: int = setting(1, at_least=1)
     seed: int = setting(1234, "order of the samples, and draws", at_least=0, below=2**31)
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: bfloat16 on CUDA, float32 on CPU")
-    parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
-
-
-@dataclass
-class VerifyConfig:
-    """The verification of a store, as `nemo distill teacher verify` launches it."""
-
-    store: str = field(metadata={"help": "directory of the store"})
-    samples: int = setting(64, "windows for which the teacher is run again; 0: checksums only", at_least=0)
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    micro_batch_size: int = setting(1, at_least=1)
     parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)

@@ -1,15 +1,34 @@
-"""The config of an evaluation, and the union of the configs of jobs that executors launch. No torch."""
+"""Configs of a verification and of an evaluation, and the union of all jobs that executors launch. No torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from distill_nemo.config import ExportConfig, ParallelismConfig, PruneConfig, RunConfig, StoreConfig, VerifyConfig
+from distill_nemo.benchmark_config import TasksConfig
+from distill_nemo.config import (
+    ExportConfig,
+    ParallelismConfig,
+    PruneConfig,
+    RunConfig,
+    StoreConfig,
+    TeacherConfig,
+)
 from distill_nemo.fields import setting
 
 
 @dataclass
-class EvaluateConfig:
+class VerifyConfig:
+    """The verification of a store, as `nemo distill teacher verify` launches it."""
+
+    store: str = field(metadata={"help": "directory of the store"})
+    samples: int = setting(64, "windows for which the teacher is run again; 0: checksums only", at_least=0)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    micro_batch_size: int = setting(1, at_least=1)
+    parallelism: ParallelismConfig = field(default_factory=ParallelismConfig)
+
+
+@dataclass
+class EvaluateConfig(TasksConfig):
     """The evaluation of models by held-out data and benchmarks, as `nemo distill evaluate` launches it."""
 
     model: str | None = setting(None, "checkpoint of any kind that `train` reads, or its name on the Hugging Face Hub")
@@ -19,14 +38,7 @@ class EvaluateConfig:
     sequence_length: int = setting(1024, "tokens of a sample of `data`", at_least=1)
     samples: int = setting(64, "samples of each domain; more than it holds repeats it", at_least=1)
     vocab_size: int | None = setting(None, "ids that the models keep on `data`, if checkpoints have more", at_least=1)
-    tasks: str | None = setting(None, "benchmarks: tasks and groups of lm-evaluation-harness, separated by commas")
     output: str | None = setting(None, "directory of the benchmarks' results, from which the same command goes on")
-    include_path: str | None = setting(None, "directory with further tasks: YAML files of lm-evaluation-harness")
-    allow_code: bool = setting(False, "true if you trust include_path: its tasks may run Python code")
-    limit: int | None = setting(None, "documents of each task, to try it out", at_least=1)
-    num_fewshot: int | None = setting(None, "examples in a prompt; None: as the task says", at_least=0)
-    apply_chat_template: bool = setting(False, "prompts as conversations, by the tokenizer's template")
-    batch_size: int = setting(8, "sequences at a time on a GPU", at_least=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "of the weights in benchmarks; auto: as config.json says"
     )
@@ -34,6 +46,9 @@ class EvaluateConfig:
     tokenizer: str | None = setting(None, "a Hugging Face tokenizer directory, for models that have none")
     steps_of: str | None = setting(
         None, "in place of a model, output_dir of a run, whose steps are measured as they are saved, until it ends"
+    )
+    until_step: int | None = setting(
+        None, "the last step of steps_of; None: of the run, by its config.yaml", at_least=1
     )
     parallelism: ParallelismConfig | None = None  # None: data parallel, on the ranks that there are
 

@@ -37,7 +37,9 @@ def evaluate(**fields: Any) -> None:
         check_evaluate(config, int(os.environ.get("WORLD_SIZE", "1")))
         from distill_nemo.runtime.device import setup_device
         from distill_nemo.runtime.orphans import end_with_torchrun
+        from distill_nemo.runtime.signals import end_at_sigurg
 
+        end_at_sigurg()
         end_with_torchrun()
         setup_device()  # before Megatron is imported
         from distill_nemo.benchmarks.evaluate import A_DAY, check_models, evaluate_models

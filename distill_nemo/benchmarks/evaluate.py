@@ -7,13 +7,14 @@ import re
 import time
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from distill_nemo.benchmarks.task_files import check_task_files, digest
+from distill_nemo.benchmarks.task_files import digest
+from distill_nemo.benchmarks.tasks import check_tasks
 from distill_nemo.checkpoint.export import export
 from distill_nemo.checkpoint.hub_models import named
 from distill_nemo.checkpoint.identity import NamedFiles, content_hashes, remember_hashes, weight_files
@@ -21,7 +22,7 @@ from distill_nemo.config import DataConfig, ExportConfig, ParallelismConfig, Stu
 from distill_nemo.fields import fields_named, require
 from distill_nemo.job_config import EvaluateConfig, words_of
 from distill_nemo.models.checkpoints.export_files import CHAT_TEMPLATES, TOKENIZER_FILES
-from distill_nemo.models.sources import CheckpointKind, find_checkpoint
+from distill_nemo.models.sources import CheckpointKind, find_checkpoint, has_tokenizer
 from distill_nemo.models.stored_quantization import MODELOPT_FILE, needs_package
 from distill_nemo.reports.comparison import Row, render_table
 from distill_nemo.reports.compressed import row
@@ -103,25 +104,6 @@ def _show(scores: Scores, config: EvaluateConfig) -> None:
         console.print(scores_table(scores))
 
 
-def check_tasks(config: EvaluateConfig) -> None:
-    """Refuse benchmarks without the harness, and tasks that run code.
-
-    Raises:
-        ValueError: saying what to install, or as `check_task_files` does.
-    """
-    try:
-        version("lm_eval")
-    except PackageNotFoundError:
-        raise ValueError("tasks needs lm-evaluation-harness: pip install 'distill-nemo[eval]'") from None
-    if config.include_path is None:
-        return
-    require(Path(config.include_path).is_dir(), f"include_path = {config.include_path} is not a directory")
-    if not config.allow_code:
-        from distill_nemo.benchmarks.harness import known_metrics
-
-        check_task_files(Path(config.include_path), known_metrics())
-
-
 def held_out(config: EvaluateConfig) -> list[Row]:
     """Return a row for each model and domain, and for the teacher; empty without data. Collective.
 
@@ -195,11 +177,6 @@ def _files(checkpoint: str, tokenizer: str | None) -> NamedFiles:
     described = [found.description] if found.description else []
     described += [file for each in directories for pattern in BESIDE_WEIGHTS for file in sorted(each.glob(pattern))]
     return [*weight_files(checkpoint), *((file.name, file.resolve()) for file in described if file.is_file())]
-
-
-def has_tokenizer(directory: Path) -> bool:
-    """Return True if a Hugging Face directory has a tokenizer."""
-    return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
 
 
 def as_huggingface(checkpoint: str, target: Path, config: EvaluateConfig) -> Path:

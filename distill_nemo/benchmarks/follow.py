@@ -13,17 +13,17 @@ from distill_nemo.benchmarks.evaluate import (
     Model,
     as_huggingface,
     benchmark,
-    check_tasks,
     earlier_result,
     locked,
     ready_models,
     result_file,
 )
+from distill_nemo.benchmarks.tasks import check_tasks
 from distill_nemo.checkpoint.directory import BENCHMARKS, benchmarks_of, linked
 from distill_nemo.checkpoint.hub_models import named
 from distill_nemo.config import TrainingConfig
 from distill_nemo.config_files import load_yaml
-from distill_nemo.fields import first_few
+from distill_nemo.fields import first_few, require
 from distill_nemo.job_config import EvaluateConfig, words_of
 from distill_nemo.models.sources import saved_steps
 from distill_nemo.reports.runs import is_going_on
@@ -34,7 +34,7 @@ from distill_nemo.runtime.process_groups import of_all_ranks, rank
 LINES = "benchmarks.jsonl"  # beside the run's metrics.jsonl
 HELD = "held"  # checkpoints that are being exported, below the run's benchmarks
 POLL_SECONDS = 2.0
-START_SECONDS, END_SECONDS = 600.0, 30.0  # to wait for a run that has not begun, and for one whose process has ended
+QUIET_SECONDS = 30.0  # without a sign of the run, before it is said that it is waited for
 
 
 def follow(config: EvaluateConfig, run: Path) -> None:
@@ -45,7 +45,8 @@ def follow(config: EvaluateConfig, run: Path) -> None:
         run: output_dir of the run, which need not have begun.
 
     Raises:
-        ValueError: as `check_tasks` and `benchmark`.
+        ValueError: as `check_tasks` and `benchmark`; once all that is saved is measured, for a run that does not go on
+            to its last step within `wait_minutes`.
     """
     tasks, output = words_of(config.tasks), run / BENCHMARKS
     check_tasks(config)
@@ -70,6 +71,8 @@ def follow(config: EvaluateConfig, run: Path) -> None:
         if rank() == 0 and (output / SCORES).is_file():
             Console().print(scores_table(read_scores(output / SCORES)))
             print(f"scores: {output / SCORES}", flush=True)
+        missing = of_all_ranks(_missing(run, config) if rank() == 0 else "")[0]
+        require(not missing, missing)
 
 
 def _model(run: Path, step: int, config: EvaluateConfig) -> Model | None:
@@ -96,20 +99,52 @@ def _next(run: Path, tasks: list[str], config: EvaluateConfig) -> int | None:
 
 
 def _wait(run: Path, tasks: list[str], config: EvaluateConfig) -> int | None:
-    deadline = time.monotonic() + START_SECONDS
+    began, is_told, written = time.monotonic(), False, _last_write(run)
     while True:
-        goes_on = is_going_on(run)  # asked before looking for its last step
-        saved = [int(path.name[5:]) for path in reversed(saved_steps(run / "checkpoints"))]
-        training = load_yaml(run / "config.yaml").training if saved else TrainingConfig()
+        before, written = written, _last_write(run)
+        goes_on = is_going_on(run) or written != before  # asked before looking for its last step
+        saved, training = _saved(run)
+        last = config.until_step or training.steps
         for step in saved:
-            is_due = step == training.steps or step % (training.benchmark_interval or 1) == 0
+            is_due = step == last or step % (training.benchmark_interval or 1) == 0
             if is_due and not _is_measured(run, step, tasks, config):
                 return step
-        if goes_on:
-            deadline = time.monotonic() + END_SECONDS
-        elif training.steps in saved or time.monotonic() > deadline:
+        quiet = time.monotonic() - began
+        if goes_on and not (config.until_step and last in saved):
+            began, is_told = time.monotonic(), False
+        elif last in saved or quiet >= config.wait_minutes * 60:
             return None
+        elif quiet > QUIET_SECONDS and not is_told:
+            print(f"waiting for the run in {run}, for {config.wait_minutes:g} minutes (wait_minutes=)", flush=True)
+            is_told = True
         time.sleep(POLL_SECONDS)
+
+
+def _saved(run: Path) -> tuple[list[int], TrainingConfig]:
+    """Return the saved steps of a run, the oldest first, and the settings that it was last started with."""
+    saved = [int(path.name[5:]) for path in reversed(saved_steps(run / "checkpoints"))]
+    return saved, load_yaml(run / "config.yaml").training if saved else TrainingConfig()
+
+
+def _last_write(run: Path) -> int | None:
+    """Return the time of the last line of metrics, a sign of life on file systems that have no locks."""
+    path = run / "metrics.jsonl"
+    return path.stat().st_mtime_ns if path.is_file() else None
+
+
+def _missing(run: Path, config: EvaluateConfig) -> str:
+    """Return what to say of a run that has not come to its last step; empty if it has, or was not to be waited for."""
+    saved, training = _saved(run)
+    last = config.until_step or training.steps
+    if last in saved or config.wait_minutes == 0:
+        return ""
+    waited = f"within wait_minutes = {config.wait_minutes:g}"
+    if not saved:
+        return f"steps_of = {run}: no run has saved a step there {waited}; start the run, and repeat this command"
+    return (
+        f"steps_of = {run}: the run did not go on from step {saved[-1]} of {last} {waited}; what it saved is measured. "
+        "Resume it, and repeat this command"
+    )
 
 
 def _tell_of_gone(run: Path, tasks: list[str], config: EvaluateConfig) -> None:

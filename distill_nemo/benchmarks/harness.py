@@ -7,17 +7,15 @@ and orders the answers otherwise.
 
 import contextlib
 import difflib
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import lm_eval.api.metrics  # noqa: F401  registers them
 import torch
 from datasets.exceptions import DatasetsError
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 from lm_eval import utils
-from lm_eval.api.registry import METRIC_REGISTRY
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -88,11 +86,6 @@ def sandboxed_templates() -> Iterator[None]:
         yield
     finally:
         utils.env = plain
-
-
-def known_metrics() -> Container[str]:
-    """Return the names of the harness's own metrics; it would download any other, and run it."""
-    return METRIC_REGISTRY
 
 
 def task_manager(tasks: list[str], config: EvaluateConfig, directory: Path) -> TaskManager:

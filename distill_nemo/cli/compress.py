@@ -14,11 +14,11 @@ from distill_nemo.checkpoint.hub_models import downloaded, pinned
 from distill_nemo.cli.arguments import check_complete, override, parse_arguments
 from distill_nemo.cli.entrypoint import Command
 from distill_nemo.cli.help import COMPRESS, COMPRESS_PLAN, command_help, config_help, summary
-from distill_nemo.cli.launch import TrainContext, made_recipe, parse_executor, registered_recipes
+from distill_nemo.cli.launch import TrainContext, made_recipe, registered_recipes
 from distill_nemo.cli.layout import SECTIONS, check_one_node, executor_of, split_layout_arguments
 from distill_nemo.cli.plan import ANY_DATA
 from distill_nemo.config import StudentConfig
-from distill_nemo.executors import EXECUTORS, WatchedExperiment, check_launch, detached, local
+from distill_nemo.executors import WatchedExperiment, check_launch, detached, local
 from distill_nemo.executors.known import descriptor_of
 from distill_nemo.executors.preflight import check_fits_nodes
 from distill_nemo.executors.worker_config import job_config_of
@@ -285,14 +285,7 @@ class CompressContext(TrainContext):
         if self.executor is None:
             return Place(devices=gpus or 1)
         executor = executor_of(gpus, self.executor) if gpus is not None else self.executor
-        name, arguments = self.given.executor, self.given.of_executor
-        assert name is not None, "an executor is named"
-        size = EXECUTORS[name].size
-
-        def make(nodes: int, devices: int) -> run.Executor:
-            return fdl.build(parse_executor(name, [*arguments, *size(nodes, devices)]))
-
-        return Place(make, executor.nnodes(), executor.nproc_per_node())
+        return Place(self.executor_of_size, executor.nnodes(), executor.nproc_per_node())
 
 
 def with_layout(config: CompressConfig, gpus: int, gpu: str, fixed: list[str]) -> CompressConfig:

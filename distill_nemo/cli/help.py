@@ -56,6 +56,10 @@ Overrides:
   Quote lists for the shell: data.train='["30", "a", "70", "b"]'. None unsets a field: teacher=None
   trains on the data alone.
 
+Benchmarks:
+  training.benchmark_interval=500 benchmarks.tasks=gsm8k,mmlu   start a second job beside the run, which measures every
+  500th step and the last on GPUs of its own; docs/benchmarks.md
+
 Layout:
   gpus=N [gpu=a100-80gb|h100|h200|b200]   choose parallel sizes, micro batch and recomputation: the fastest by the
   planner of those that are exact for both models and fit N GPUs (h100). It says which and why. Fields that you set
@@ -107,8 +111,9 @@ Benchmarks:
 
 Steps of a run:
   With steps_of=RUN, each step that the run saves is measured by all tasks, in a job of its own: training never waits.
-  Start it beside the run; it ends with the run. training.benchmark_interval says which steps. Scores are in
-  RUN/benchmarks.jsonl, and in the run's report.
+  `nemo distill train benchmarks.tasks=...` starts it, too. Started by itself, before the run, beside it or after it, it
+  ends with the run. training.benchmark_interval says which steps. Scores are in RUN/benchmarks.jsonl, and in the run's
+  report.
 
 {ON_RANKS}"""
 

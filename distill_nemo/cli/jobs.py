@@ -13,10 +13,10 @@ from distill_nemo.cli.help import EVALUATE, ON_RANKS, STORE, STORE_PLAN, VERIFY,
 from distill_nemo.cli.launch import TrainContext
 from distill_nemo.cli.layout import executor_of
 from distill_nemo.cli.plan import ANY_DATA
-from distill_nemo.config import ExportConfig, PruneConfig, StoreConfig, VerifyConfig
+from distill_nemo.config import ExportConfig, PruneConfig, StoreConfig
 from distill_nemo.executors.preflight import check_fits_nodes
 from distill_nemo.executors.worker_config import job_config_of
-from distill_nemo.job_config import EvaluateConfig, JobConfig
+from distill_nemo.job_config import EvaluateConfig, JobConfig, VerifyConfig
 from distill_nemo.planning.gpus import UTILISATION, find_gpu
 from distill_nemo.teacher_store_jobs.entry import verify
 

@@ -4,6 +4,7 @@ import inspect
 import re
 import typing
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import fiddle as fdl
@@ -20,8 +21,10 @@ from distill_nemo.cli.arguments import (
     parse_arguments,
     split_run_arguments,
 )
+from distill_nemo.cli.benchmarks import advice, job_beside
 from distill_nemo.cli.layout import check_one_node, choose_layout, executor_of, split_layout_arguments
 from distill_nemo.cli.values import parse
+from distill_nemo.config import RunConfig
 from distill_nemo.executors import (
     EXECUTORS,
     WatchedExperiment,
@@ -113,18 +116,31 @@ class TrainContext(run.cli.RunContext):
             check_one_node(self.built_executor().nproc_per_node())
         self.launch_task(task, run_config_of(task))
 
+    def executor_of_size(self, nodes: int, devices: int) -> run.Executor:
+        """Return the requested kind of executor, with this many nodes and ranks on each."""
+        name = self.given.executor or "local"
+        return fdl.build(parse_executor(name, [*self.given.of_executor, *EXECUTORS[name].size(nodes, devices)]))
+
     def launch_task(self, task: run.Partial, config: JobConfig) -> None:
-        """Check `config`, which describes the task, and run the task on the executor."""
+        """Check `config`, which describes the task, and run the task on the executor; beside a run, its benchmarks."""
         executor = self.built_executor()
         check_launch(config, executor, self.dryrun)
+        beside: tuple[run.Partial, run.Executor] | None = None
+        if isinstance(config, RunConfig) and config.benchmarks.tasks is not None:
+            beside = job_beside(config, executor, partial(self.executor_of_size, 1), self.dryrun)
         if not self.dryrun:
             pin_models(task, config, executor)
         if self.dryrun and descriptor_of(executor).manifest is None:
-            run.dryrun_fn(task, executor=executor)
+            for each, its_executor in [(task, executor), beside] if beside else [(task, executor)]:
+                run.dryrun_fn(each, executor=its_executor)
             return
         self.executor = executor
+        options: dict[str, Any] = {"tail_logs": True, "plugins": self.plugins or None}
         with WatchedExperiment.titled(self.name) as experiment:
-            experiment.add(task, executor=executor, name=self.name, tail_logs=True, plugins=self.plugins or None)
+            experiment.add(task, executor=executor, name=self.name, **options)
+            if beside is not None:
+                assert isinstance(config, RunConfig), "only runs have jobs beside them"
+                experiment.add_beside(*beside, f"{self.name}-benchmarks", advice(config), **options)
             if self.dryrun:
                 experiment.show()
                 return

@@ -28,6 +28,11 @@ class WorkDir:
 IN_A_CONTAINER = WorkDir(fresh="in a container")
 
 
+def on_one_node(executor: Any, make: Callable[[int], Any], devices: int | None) -> Any:
+    """Return an executor of as many ranks as `devices` says, or a node of another executor has."""
+    return make(devices or executor.nproc_per_node())
+
+
 def _nothing(*_: Any) -> None:
     """Accept everything."""
 
@@ -53,6 +58,11 @@ class ExecutorDescriptor:
     job: Callable[[Any], ClusterJob] | None = None
     # Returns the arguments of an executor of this many nodes and ranks on each.
     size: Callable[[int, int], list[str]] = lambda nodes, devices: [f"nodes={nodes}", f"devices={devices}"]
+    # Returns the executor of a job beside that of an executor, on (executor, function from ranks to an executor of one
+    # node, ranks that are asked for). Raises ValueError if there is no place for it.
+    beside: Callable[[Any, Callable[[int], Any], int | None], Any] = on_one_node
+    # True if NeMo-Run must submit the job beside as one that depends on the first.
+    waits_for_the_first: bool = False
     # Prepares an executor whose job waits in the queue for another one. None: its scheduler starts every job at once.
     chain: Callable[[Any], None] | None = None
     # Returns what a dry run prints for a job of the experiment in a directory. None: a dry run prints the command.

@@ -15,8 +15,10 @@ from distill_nemo.fields import suggest
 
 def print_submitted(experiment: WatchedExperiment) -> None:
     """Print what was submitted and how to follow it. A local run has already been waited for and prints nothing."""
-    for job in _cluster_jobs(experiment):
+    jobs = _cluster_jobs(experiment)
+    for job in jobs:
         print(submission_line(job, experiment._id))
+    if jobs:
         print(f"see to it with `nemo distill status|logs|cancel experiment={experiment._id}`")
 
 
@@ -37,7 +39,8 @@ def logs(experiment: str, follow: bool = False) -> None:
     """Print the output of the ranks. With `follow`, continue until the end and exit with the run's exit code."""
     for job in _jobs(experiment):
         if follow:
-            watch(job, experiment)
+            if not watch(job, experiment).completed:
+                sys.exit(1)
         else:
             for text in job.new_text():
                 print(text, end="")

@@ -13,11 +13,13 @@ import nemo_run as run
 from invoke.exceptions import UnexpectedExit
 from nemo_run.config import get_nemorun_home
 from nemo_run.core.frontend.console.api import CONSOLE
+from nemo_run.run.torchx_backend.launcher import ContextThread
+from torchx.specs.api import is_terminal
 
 from distill_nemo.executors.known import cluster_job, descriptor_of
 from distill_nemo.executors.kubernetes.api import Refused
 from distill_nemo.executors.watch.endings import why_it_ended
-from distill_nemo.executors.watch.interrupts import left_running
+from distill_nemo.executors.watch.interrupts import left_running, signalled
 from distill_nemo.executors.watch.jobs import ClusterJob
 from distill_nemo.executors.watch.screen import JobOutput
 
@@ -27,6 +29,9 @@ class WatchedExperiment(run.Experiment):
 
     NeMo-Run's own continues after a failure, exits with 0, and logs each of its internal steps.
     """
+
+    _beside: str | None = None  # id of the job beside the first one
+    _advice = ""
 
     def __enter__(self) -> "WatchedExperiment":
         super().__enter__()
@@ -41,6 +46,20 @@ class WatchedExperiment(run.Experiment):
         """
         _check_home(Path(get_nemorun_home()))
         return cls(title, clean_mode=True, enable_goodbye_message=False, log_level="ERROR", skip_status_at_exit=True)
+
+    def add_beside(self, task: run.Partial, executor: run.Executor, name: str, advice: str, **options: Any) -> None:
+        """Add a job beside the first one. It is ended if that fails; its own failure is reported when that has ended.
+
+        Args:
+            task: what it runs.
+            executor: as the descriptor's `beside` returns it.
+            name: of the job.
+            advice: what to do if it alone fails.
+            options: as of `add`.
+        """
+        before = [self.jobs[0].id] if descriptor_of(executor).waits_for_the_first else None
+        self._beside = self.add(task, executor=executor, name=name, dependencies=before, **options)
+        self._advice = advice
 
     def run(self, **options: Any) -> None:
         """Run as NeMo-Run does.
@@ -81,7 +100,9 @@ class WatchedExperiment(run.Experiment):
             for job in typing.cast(list[Any], self.jobs):
                 manifest = descriptor_of(job.executor).manifest
                 assert manifest is not None, "only executors with manifests are shown"
-                if job.dependencies:
+                if job.id == self._beside:
+                    print(f"# {job.id}, beside {self.jobs[0].id}")
+                elif job.dependencies:
                     print(f"# {job.id}, after {' and '.join(job.dependencies)}")
                 print(manifest(job, Path(self._exp_dir)))
         finally:
@@ -90,7 +111,21 @@ class WatchedExperiment(run.Experiment):
     def _wait_for_jobs(self, jobs: list[Any]) -> None:
         self._wait_here([job for job in jobs if cluster_job(job) is None])
         for job in filter(None, map(cluster_job, jobs)):
-            watch(job, self._id, submission_line(job, self._id) + "\n")
+            beside = [] if job.name == self._beside else self._jobs_beside()
+            shown = [] if job.name == self._beside else [job, *beside]
+            state = watch(job, self._id, "".join(submission_line(each, self._id) + "\n" for each in shown))
+            if state.completed:
+                continue
+            for other in beside if state.ended else []:
+                with contextlib.suppress(RuntimeError):  # it ends by itself a little later
+                    other.cancel()
+                    print(f"{other.name}: job {other.id} cancelled with it", file=sys.stderr)
+            if job.name == self._beside:
+                print(self._advice, file=sys.stderr)
+            sys.exit(1)
+
+    def _jobs_beside(self) -> list[ClusterJob]:
+        return [job for job in map(cluster_job, self.jobs) if job is not None and job.name == self._beside]
 
     def _wait_here(self, jobs: list[Any]) -> None:
         if not jobs:
@@ -99,12 +134,34 @@ class WatchedExperiment(run.Experiment):
             print(f"{job.id}: started; logs in {job.executor.job_dir}", flush=True)
         out: Any = JobOutput(sys.stdout, jobs)
         with contextlib.redirect_stdout(out):
-            super()._wait_for_jobs(jobs)
+            self._wait_until_all_end(jobs)
         for job in jobs:
             if str(job.state) != "SUCCEEDED":
                 print(f"{job.id}: {job.state}; logs in {job.executor.job_dir}", file=sys.stderr)
                 print(why_it_ended(Path(job.executor.job_dir)), file=sys.stderr)
+                if job.id == self._beside:
+                    print(self._advice, file=sys.stderr)
                 sys.exit(1)
+
+    def _wait_until_all_end(self, jobs: list[Any]) -> None:
+        """Wait as NeMo-Run does, but end the job beside the first one if that fails."""
+        wait = super()._wait_for_jobs
+        beside = [job for job in jobs if job.id == self._beside]
+        first = [job for job in jobs if job.id != self._beside]
+
+        def wait_for(job: Any) -> None:
+            wait([job])
+            if str(job.state) != "SUCCEEDED" and not is_terminal(first[0].state) and not signalled.is_set():
+                print(f"{job.id}: {job.state}; {first[0].id} goes on", file=sys.stderr, flush=True)
+
+        threads = [ContextThread(target=wait_for, args=(job,)) for job in beside]
+        for thread in threads:
+            thread.start()
+        wait(first)
+        for job, thread in zip(beside, threads, strict=True):
+            if str(first[0].state) != "SUCCEEDED":
+                job.cancel(self._runner)
+            thread.join()
 
 
 def _check_home(home: Path) -> None:
@@ -128,8 +185,8 @@ def submission_line(job: ClusterJob, experiment: str) -> str:
     return f"{job.name}: submitted as job {job.id}, experiment {experiment}; logs in {job.folder}"
 
 
-def watch(job: ClusterJob, experiment: str, first: str = "") -> None:
-    """Print `first`, then the job's output until its end. Exit with 1 if it does not complete or cannot start."""
+def watch(job: ClusterJob, experiment: str, first: str = "") -> Any:
+    """Print `first`, then the job's output until its end. Say why if it does not complete. Return its last state."""
     with left_running(f"job {job.id} continues; `nemo distill cancel experiment={experiment}` ends it"):
         print(first, end="", flush=True)
         state = job.follow(sys.stdout)
@@ -138,4 +195,4 @@ def watch(job: ClusterJob, experiment: str, first: str = "") -> None:
         print(job.why(state), file=sys.stderr)
         if not state.ended:
             print(f"it is still queued; `nemo distill cancel experiment={experiment}` ends it", file=sys.stderr)
-        sys.exit(1)
+    return state

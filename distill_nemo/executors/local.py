@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -53,13 +54,41 @@ def check_rendezvous() -> None:
 
 def num_gpus() -> int:
     """Return the number of NVIDIA GPUs that this process may use, without importing torch."""
+    return len(visible_gpus())
+
+
+def visible_gpus() -> list[str]:
+    """Return the NVIDIA GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
+        return [name for device in visible.split(",") if (name := device.strip()) not in ("", "-1")]
     if shutil.which("nvidia-smi") is None:
-        return 0
+        return []
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+    return [str(number) for number in range(sum(line.startswith("GPU ") for line in listed.stdout.splitlines()))]
+
+
+def _with_the_gpus_that_are_left(
+    executor: run.LocalExecutor, make: Callable[[int], run.LocalExecutor], devices: int | None
+) -> run.LocalExecutor:
+    """Return the executor of a job beside a run's ranks, which have the first GPUs; on CPU, of one process.
+
+    Raises:
+        ValueError: if too few are left.
+    """
+    gpus, ranks = visible_gpus(), executor.nproc_per_node()
+    if not gpus:
+        return make(devices or 1)
+    wanted, left = devices or 1, len(gpus) - ranks
+    if left < wanted:
+        raise ValueError(
+            f"benchmarks.tasks: the run has {ranks} of this machine's {len(gpus)} GPUs, and its benchmarks need "
+            f"{wanted} of their own: start fewer processes, or leave benchmarks.tasks out and run `nemo distill "
+            "evaluate steps_of=` on another machine, or afterwards"
+        )
+    beside = make(devices or left)
+    beside.env_vars["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[-(devices or left) :])
+    return beside
 
 
 def _check(executor: run.LocalExecutor) -> None:
@@ -77,4 +106,5 @@ LOCAL = ExecutorDescriptor(
     work_dir=lambda executor: WorkDir(here=Path(".")),
     has_variable=lambda executor, name: name in os.environ,
     size=lambda nodes, devices: [f"processes={devices}"],
+    beside=_with_the_gpus_that_are_left,
 )

@@ -5,9 +5,9 @@ from typing import Any
 
 import fiddle as fdl
 
-from distill_nemo.config import DataConfig, ExportConfig, PruneConfig, RunConfig, StoreConfig, VerifyConfig
+from distill_nemo.config import DataConfig, ExportConfig, PruneConfig, RunConfig, StoreConfig
 from distill_nemo.config_files import from_dict, to_dict
-from distill_nemo.job_config import EvaluateConfig, JobConfig
+from distill_nemo.job_config import EvaluateConfig, JobConfig, VerifyConfig
 from distill_nemo.pruning.stages import CompressConfig
 
 
@@ -48,8 +48,8 @@ def paths_of(config: JobConfig) -> Iterator[tuple[str, str]]:
         case VerifyConfig():
             named = {"store": config.store, "teacher.checkpoint": config.teacher.checkpoint}
         case EvaluateConfig():
-            named = {"output": config.output, **config.models, "include_path": config.include_path}
-            named |= {"steps_of": config.steps_of, "tokenizer": config.tokenizer}
+            named = {"output": config.output, "steps_of": config.steps_of, **config.models}
+            named |= {"include_path": config.include_path, "tokenizer": config.tokenizer}
             yield from (("data", prefix) for prefix in config.domains.values())
         case RunConfig():
             named = {"output_dir": config.output_dir, "student.checkpoint": config.student.checkpoint}

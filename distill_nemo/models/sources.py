@@ -86,6 +86,11 @@ class Source:
         return (self.weights / MODELOPT_STATE).is_dir()
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Return True if a Hugging Face directory has a tokenizer."""
+    return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+
+
 def find_checkpoint(path: Path) -> FoundCheckpoint:
     """Find the checkpoint in `path` and its kind.
 

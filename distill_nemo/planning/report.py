@@ -138,7 +138,9 @@ def _work(planned: PlannedRun, memory: Memory) -> list[str]:
 
 def _kept(planned: PlannedRun) -> str:
     save = planned.config.checkpoint
-    return f"every {save.save_interval:,} steps; the last {save.keep_last} are kept"
+    interval = planned.config.training.benchmark_interval
+    measured = f", and each of step {interval:,}, {2 * interval:,}, ... until it is measured" if interval else ""
+    return f"every {save.save_interval:,} steps; the last {save.keep_last} are kept{measured}"
 
 
 def _data(planned: PlannedRun) -> list[str]:
@@ -171,8 +173,10 @@ def _time(planned: PlannedRun, gpu: Gpu, utilisation: float) -> list[str]:
     if planned.config.parallelism.pipeline_model_parallel_size > 1:
         why = f"{planned.num_microbatches} micro batches a step, and the slowest rank's pace"
         rows.insert(2, f"  {'idle in the pipeline':26}{time.idle:10.0%}   {why}")
-    copies = "copies from host memory, " if planned.config.distillation.offload_teacher else ""
+    left_out = ["communication", "data", "saving"]
+    left_out += ["copies from host memory"] if planned.config.distillation.offload_teacher else []
+    left_out += ["the benchmarks' own GPUs"] if planned.config.benchmarks.tasks else []
     return [
         *rows,
-        f"not included: communication, {copies}data, saving; assumes valid tokens only and experts equally busy",
+        f"not included: {', '.join(left_out)}; assumes valid tokens only and experts equally busy",
     ]

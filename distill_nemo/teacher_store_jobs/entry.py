@@ -3,8 +3,9 @@
 import sys
 from typing import Any
 
-from distill_nemo.config import StoreConfig, VerifyConfig
+from distill_nemo.config import StoreConfig
 from distill_nemo.fields import takes_fields_of
+from distill_nemo.job_config import VerifyConfig
 from distill_nemo.runtime.errors import errors_of_a_rank
 
 

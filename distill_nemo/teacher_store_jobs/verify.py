@@ -13,10 +13,10 @@ from megatron.core import parallel_state
 from distill_nemo.checkpoint.hub_models import on_this_machine
 from distill_nemo.checkpoint.load import check_whole
 from distill_nemo.checks import check_job
-from distill_nemo.config import VerifyConfig
 from distill_nemo.config_files import from_dict, to_dict
 from distill_nemo.data.stored_windows import StoredWindows
 from distill_nemo.fields import first_few, require
+from distill_nemo.job_config import VerifyConfig
 from distill_nemo.models.resolve import resolve
 from distill_nemo.models.source_check import refusal_of_sources
 from distill_nemo.runtime.checksums import sha256

@@ -2,11 +2,13 @@
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from distill_nemo.executors.descriptor import on_one_node
 from distill_nemo.executors.kubernetes.trainjob import KubernetesExecutor
 from distill_nemo.executors.worker_config import paths_of
 from distill_nemo.job_config import JobConfig
@@ -36,6 +38,16 @@ def _check_mounted(config: JobConfig, executor: KubernetesExecutor) -> None:
     if outside:
         fields = ", ".join(f"{name} = {path}" for name, path in outside.items())
         print(f"warning: not below {where}, so they must be in the image: {fields}", file=sys.stderr)
+
+
+def on_the_same_volume(
+    executor: KubernetesExecutor, make: Callable[[int], KubernetesExecutor], devices: int | None
+) -> KubernetesExecutor:
+    """Return the executor of a pod beside those of another one, whose job makes the claim for both."""
+    beside = on_one_node(executor, make, devices)
+    beside.pvc_size = beside.storage_class = None
+    executor.is_shared = True
+    return beside
 
 
 def manifests_text(job: Any, directory: Path) -> str:

@@ -56,6 +56,7 @@ class KubernetesExecutor(KubeflowExecutor):
     mount: str = "/workspace"
     pvc_size: str | None = None
     storage_class: str | None = None
+    is_shared: bool = False  # set by the launcher: pods of another job mount the claim, too
     shared_memory: str | None = None
     node_selector: dict[str, str] = field(default_factory=dict)
     service_account: str | None = None
@@ -187,7 +188,7 @@ class KubernetesExecutor(KubeflowExecutor):
         objects: list[dict[str, Any]] = []
         if self.pvc_size is not None:
             spec = {
-                "accessModes": ["ReadWriteMany" if self.num_nodes > 1 else "ReadWriteOnce"],
+                "accessModes": ["ReadWriteMany" if self.num_nodes > 1 or self.is_shared else "ReadWriteOnce"],
                 "resources": {"requests": {"storage": self.pvc_size}},
             }
             if self.storage_class is not None:

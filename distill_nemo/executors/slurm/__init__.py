@@ -9,6 +9,7 @@ from distill_nemo.executors.slurm.arguments import slurm_config
 from distill_nemo.executors.slurm.jobs import SlurmJob
 from distill_nemo.executors.slurm.script import (
     batch_script,
+    begins_with_the_first,
     cancelled_with_the_one_before,
     check_sbatch,
     check_script,
@@ -30,6 +31,8 @@ SLURM = ExecutorDescriptor(
     has_variable=lambda executor, name: name in os.environ or not isinstance(executor.tunnel, run.LocalTunnel),
     preflight=check_sbatch,
     job=SlurmJob.of,
+    beside=begins_with_the_first,
+    waits_for_the_first=True,
     chain=cancelled_with_the_one_before,
     manifest=batch_script,
 )

@@ -4,13 +4,14 @@ import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import nemo_run as run
 from nemo_run.config import get_nemorun_home
 
-from distill_nemo.executors.descriptor import IN_A_CONTAINER, WorkDir
+from distill_nemo.executors.descriptor import IN_A_CONTAINER, WorkDir, on_one_node
 from distill_nemo.executors.secrets import refuse_secrets
 from distill_nemo.executors.slurm.arguments import ADVICE_ON_SECRETS, SHIPPED
 from distill_nemo.job_config import JobConfig
@@ -114,6 +115,15 @@ def check_sbatch(config: JobConfig, executor: run.SlurmExecutor, dryrun: bool) -
 def cancelled_with_the_one_before(executor: run.SlurmExecutor) -> None:
     """Let SLURM cancel the job if the one that it waits for fails. It would be queued forever."""
     executor.additional_parameters = {"kill-on-invalid-dep": "yes", **(executor.additional_parameters or {})}
+
+
+def begins_with_the_first(
+    executor: run.SlurmExecutor, make: Callable[[int], run.SlurmExecutor], devices: int | None
+) -> run.SlurmExecutor:
+    """Return the executor of a job that SLURM starts once the first one runs, so that no node waits for that."""
+    beside = on_one_node(executor, make, devices)
+    beside.dependency_type = "after"
+    return beside
 
 
 def batch_script(job: Any, directory: Path) -> str:

@@ -3,10 +3,13 @@
 import contextlib
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
+
+signalled = threading.Event()  # set once a signal is passed on, as jobs that end then have not failed
 
 
 @contextlib.contextmanager
@@ -18,6 +21,7 @@ def passing_on_signals() -> Iterator[None]:
     """
 
     def stop() -> None:
+        signalled.set()
         children = psutil.Process().children()
         for child in children:
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from distill_nemo.config import VerifyConfig
+from distill_nemo.job_config import VerifyConfig
 from distill_nemo.runtime.host_memory import available_memory
 from tests.distributed.checkpoint.test_no_space import file_size_limit
 from tests.distributed.teacher_store_jobs.stores import (

@@ -13,8 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cli.command import PATIENCE, Command, Ended, last_step, nemo, shrunk, start
+from tests.cli.command import PATIENCE, STEPS, Command, Ended, last_step, nemo, shrunk, start
 from tests.launch.slurm.cluster import Cluster, install
+from tests.tasks import write_task
 
 OUTPUT = "runs/llama32_3b_to_1b"
 ONE_NODE = ("run.executor.nodes=1", "run.executor.devices=2")
@@ -119,9 +120,12 @@ def two_nodes(stage):
 
 
 def detached(stage):
-    """Submit a run, look at it while it exists, follow it to its end, and look again."""
+    """Submit a run and its benchmarks, look at them while they exist, follow them to their end, and look again."""
     name = "detached"
-    ended = stage.train(name, *ONE_NODE, "--detach", checkpoint__export="true").ended()
+    write_task(stage.root / name)
+    measured = {"training__benchmark_interval": STEPS, "benchmarks__tasks": "ours"}
+    measured |= {"benchmarks__include_path": "tasks", "benchmarks__devices": 1}
+    ended = stage.train(name, *ONE_NODE, "--detach", checkpoint__export="true", **measured).ended()
     typed = {"status": stage.output_of(name, "status", ended.out)}
     typed["follow"] = stage.output_of(name, "logs", ended.out, "follow=true")
     typed["status at the end"] = stage.output_of(name, "status", ended.out)

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from distill_nemo.reports.scores import read_scores
 from distill_nemo.teacher_store.reader import TeacherStore
 from tests.cli.command import STEPS, start
 from tests.launch.slurm.conftest import FOREVER, TWO_NODES
@@ -49,6 +50,16 @@ def test_a_detached_run_is_seen_and_followed_to_its_end(stories):
     assert f"exported step_{STEPS:08d} to runs/llama32_3b_to_1b/student" in follow.out
     assert f"step {STEPS}/{STEPS}" in logs.out
     assert (story.output / "student" / "model.safetensors").is_file()
+
+
+def test_a_runs_benchmarks_are_a_second_job_that_is_seen_and_followed_with_it(stories):
+    story = stories["detached"]
+    submitted = re.findall(r"^(\S+): submitted as job \d+", story.ended.out, re.M)
+    assert submitted == ["train", "train-benchmarks"] and story.ended.out.count("see to it") == 1
+    late = re.findall(r"^(\S+): job \d+ (\w+) on n[12],", story.typed["status at the end"].out, re.M)
+    assert late == [("train", "COMPLETED"), ("train-benchmarks", "COMPLETED")]
+    assert f"step {STEPS}: ours measured" in story.typed["follow"].out
+    assert list(read_scores(story.output / "benchmarks" / "scores.json").models) == [f"step {STEPS}"]
 
 
 def test_a_rank_that_fails_is_the_commands_failure(stories):

@@ -1,0 +1,60 @@
+"""Settings of benchmarks: of `nemo distill evaluate`, and of the job that measures the steps of a run. No torch."""
+
+from dataclasses import dataclass, fields
+
+from distill_nemo.fields import require, setting
+
+
+@dataclass(kw_only=True)
+class TasksConfig:
+    """Tasks of lm-evaluation-harness, and how they are measured."""
+
+    tasks: str | None = setting(None, "benchmarks: tasks and groups of lm-evaluation-harness, separated by commas")
+    include_path: str | None = setting(None, "directory with further tasks: YAML files of lm-evaluation-harness")
+    allow_code: bool = setting(False, "true if you trust include_path: its tasks may run Python code")
+    limit: int | None = setting(None, "documents of each task, to try it out", at_least=1)
+    num_fewshot: int | None = setting(None, "examples in a prompt; None: as the task says", at_least=0)
+    apply_chat_template: bool = setting(False, "prompts as conversations, by the tokenizer's template")
+    batch_size: int = setting(8, "sequences at a time on a GPU", at_least=1)
+    wait_minutes: float = setting(
+        10.0,
+        "that the steps of a run wait while it has not begun, or its process has ended, before they fail; 0: measure "
+        "what is saved, and end",
+        at_least=0,
+        at_most=10**6,
+    )
+
+
+@dataclass(kw_only=True)
+class BenchmarksConfig(TasksConfig):
+    """Benchmarks of every step in `training.benchmark_interval`, and of the last.
+
+    `nemo distill train` measures them in a job beside the run, for which training never waits.
+    """
+
+    devices: int | None = setting(
+        None,
+        "GPUs of that job, on one node; None: as many as a node of the run has; local: those it leaves",
+        at_least=1,
+    )
+
+    def check(self, interval: int | None) -> None:
+        """Refuse tasks without an interval, and settings without tasks.
+
+        Args:
+            interval: `training.benchmark_interval`; without tasks it keeps checkpoints for another command.
+
+        Raises:
+            ValueError: naming the field, and what to do.
+        """
+        require(
+            self.tasks is None or interval is not None,
+            f"benchmarks.tasks = {self.tasks} needs training.benchmark_interval, the steps from one measurement to the "
+            "next; the last step is measured in any case",
+        )
+        for each in fields(self):
+            value = vars(self)[each.name]
+            require(
+                self.tasks is not None or value == each.default,
+                f"benchmarks.{each.name} = {value} needs benchmarks.tasks; set both",
+            )
