@@ -15,6 +15,8 @@ from distill_nemo.data.tokenizer import Tokenizer, encoder_of
 if TYPE_CHECKING:
     import tokenizers
 
+CANNOT_ENCODE = "the tokenizer cannot encode a conversation"
+
 
 class Chat(NamedTuple):
     """Rendering of conversations: the template, and whose tokens count."""
@@ -83,17 +85,24 @@ def _rendered(chat: Chat, conversation: Conversation) -> Rendered | RecordError:
 
 
 def _tokens(
-    encoder: "_Encoder", ids: "array[int]", rendered: Rendered, special: tuple[str, ...]
+    encoder: "_Encoder", encoded: "_Encoded", rendered: Rendered, special: tuple[str, ...]
 ) -> Tokens | RecordError:
     try:
-        ranges = encoder.token_ranges(rendered, ids, special)
+        ranges = encoder.token_ranges(rendered, encoded, special)
     except RecordError as error:
         return error
     if all(start == stop for start, stop in ranges):
         return RecordError("has no token that counts, as the chat template renders it, so there is no answer to learn")
     stops = [stop for _, stop in ranges[:-1]]
     last_apart = rendered.by_turn and ranges[-1][0] not in stops
-    return Tokens(ids, ranges, last_apart, rendered.without_reasoning)
+    return Tokens(encoded.ids, ranges, last_apart, rendered.without_reasoning)
+
+
+class _Encoded(NamedTuple):
+    """Ids of a text, with the library's offsets if the tokenizer's lengths of tokens do not tell where they are."""
+
+    ids: "array[int]"
+    offsets: "tokenizers.Encoding | None" = None
 
 
 class _Encoder:
@@ -108,20 +117,34 @@ class _Encoder:
 
         # Its own may cut blanks from the positions of tokens (ByteLevel's trim_offsets). It adds no tokens here.
         tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
-        self.encode = encoder_of(tokenizer, "the tokenizer cannot encode a conversation")
+        self._ids_of = encoder_of(tokenizer, CANNOT_ENCODE)
         self._tokenizer = tokenizer
         self._bytes = token_bytes(tokenizer)
 
-    def token_ranges(self, rendered: Rendered, ids: "array[int]", special: tuple[str, ...]) -> list[Range]:
+    def encode(self, texts: list[str]) -> list[_Encoded]:
+        """Tokenise texts.
+
+        Raises:
+            ValueError: if the tokenizer lacks a token.
+        """
+        if self._bytes is not None:
+            return [_Encoded(ids) for ids in self._ids_of(texts)]
+        try:
+            found = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        except Exception as error:  # the library's only class of errors
+            raise ValueError(f"{CANNOT_ENCODE}: {error}") from None
+        return [_Encoded(array("I", encoding.ids), encoding) for encoding in found]
+
+    def token_ranges(self, rendered: Rendered, encoded: _Encoded, special: tuple[str, ...]) -> list[Range]:
         """Return the tokens of the characters that count.
 
         Raises:
             RecordError: if a token is on both sides of a boundary.
         """
         text, places = rendered.text, [place for range_ in rendered.counted for place in range_]
-        firsts = None if self._bytes is None else self._bytes.first_tokens(text, ids, places)
+        firsts = None if self._bytes is None else self._bytes.first_tokens(text, encoded.ids, places)
         if firsts is None:
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            encoding = encoded.offsets or self._tokenizer.encode(text, add_special_tokens=False)
             firsts = [_first_token(encoding, text, special, place) for place in places]
         return list(zip(firsts[::2], firsts[1::2], strict=True))
 

@@ -319,6 +319,13 @@ def test_a_normaliser_that_joins_characters_over_a_boundary_is_refused(directory
     assert "a token on both sides of a boundary" in counted(tmp_path, template, record)
 
 
+def test_places_of_tokens_come_from_offsets_where_lengths_do_not_tell_them(directory: Path, tmp_path: Path):
+    fast = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    fast.normalizer = tokenizers.normalizers.Prepend("It is ")  # as Llama 2's, which prepends a blank
+    fast.save(str(tmp_path / "tokenizer.json"))
+    assert counted(tmp_path, CHATML, CHATS["turns"]) == [f"{word}<|im_end|>" for word in ("four", "nine")]
+
+
 def test_templates_are_rendered_as_transformers_does(directory: Path):
     from transformers.utils.chat_template_utils import render_jinja_template
 
