@@ -1,4 +1,7 @@
-"""Tokenisation of JSON lines: `python -m benchmarks.prepare [MEGABYTES [ROUNDS]]` writes results/prepare_*.json.
+"""Tokenisation of JSON lines: `python -m benchmarks.prepare [MEGABYTES [ROUNDS [TOKENIZER]]]` writes its results.
+
+The small tokenizer has 2,048 ids. The large one is the byte-level one in the directory TOKENIZER, such as Qwen's, or is
+trained for 150,000 ids.
 
 The corpus is the Python source on this machine, as texts, and as conversations of four messages with a template without
 generation markers. `prepare` is compared, with equal workers, with the tokenizers library's own batch call on as many
@@ -30,7 +33,9 @@ from benchmarks.measure import write_result
 from distill_nemo.data.stdlib_corpus import stdlib_modules, train_tokenizer
 
 MEGABYTES, ROUNDS = 200, 3
-CASES = (("texts", 2048), ("texts", 150_000), ("chats", 150_000))
+SIZES = {"small": 2048, "large": 150_000}
+CASES = (("texts", "small"), ("texts", "large"), ("chats", "large"))
+TRAINING_BYTES = 120_000_000  # of text for the large tokenizer; the standard library's is used up after 42,000 ids
 MESSAGE_CHARACTERS = 1000
 CHATML = """\
 {%- for m in messages -%}
@@ -112,11 +117,9 @@ if importlib.util.find_spec("datasets"):
     WAYS |= {"datasets.map": MAP, MASKED: MASKS}
 
 
-def texts() -> Iterator[str]:
-    """Yield the Python files of the standard library and of the installed packages."""
-    yield from (path.read_text(encoding="utf-8", errors="replace") for path in stdlib_modules())
-    for path in sorted(Path(sysconfig.get_path("purelib")).rglob("*.py")):
-        yield path.read_text(encoding="utf-8", errors="replace")
+def sources() -> list[Path]:
+    """Return the Python files of the standard library and of the installed packages."""
+    return [*stdlib_modules(), *sorted(Path(sysconfig.get_path("purelib")).rglob("*.py"))]
 
 
 def chats(text: str) -> Iterator[dict]:
@@ -132,7 +135,7 @@ def write_corpus(path: Path, kind: str, megabytes: int) -> int:
     """Write about so many megabytes of JSON lines, or all there are. Return the bytes."""
     size = 0
     with path.open("w") as file:
-        for text in filter(str.strip, texts()):
+        for text in filter(str.strip, (path.read_text(encoding="utf-8", errors="replace") for path in sources())):
             for record in [{"text": text}] if kind == "texts" else chats(text):
                 size += file.write(json.dumps(record) + "\n")
             if size > megabytes * 1e6:
@@ -140,14 +143,27 @@ def write_corpus(path: Path, kind: str, megabytes: int) -> int:
     return size
 
 
-def write_tokenizer(directory: Path, vocabulary: int) -> None:
-    """Write a tokenizer with a chat template."""
-    train_tokenizer(stdlib_modules(), directory, vocabulary)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+def write_tokenizer(directory: Path, size: str, source: str | None) -> int:
+    """Write a tokenizer with a chat template. Return the number of its ids.
+
+    Args:
+        directory: where to write.
+        size: "small" or "large".
+        source: directory of the large tokenizer; None: it is trained.
+    """
+    if size == "large" and source is not None:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
+    else:
+        files = stdlib_modules() if size == "small" else sources()
+        ends = itertools.accumulate(path.stat().st_size for path in files)
+        files = [path for path, end in zip(files, ends, strict=True) if end <= TRAINING_BYTES]
+        train_tokenizer(files, directory, SIZES[size])
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(directory)
     (directory / "marked.jinja").write_text(MARKED)
+    return len(tokenizer)
 
 
 def seconds_of(program: str, corpus: Path, tokenizer: Path, workers: int) -> dict[str, float]:
@@ -165,20 +181,19 @@ def seconds_of(program: str, corpus: Path, tokenizer: Path, workers: int) -> dic
     return {"seconds": time.perf_counter() - wall, "processor_seconds": processor}
 
 
-def main(megabytes: int = MEGABYTES, repeats: int = ROUNDS) -> None:
+def main(megabytes: int = MEGABYTES, repeats: int = ROUNDS, *, source: str | None = None) -> None:
     """Measure all ways in turns. The results of a case are written when it is done."""
     workers, rows = len(os.sched_getaffinity(0)), []
     with tempfile.TemporaryDirectory() as directory:
         corpora = {kind: Path(directory) / f"{kind}.jsonl" for kind, _ in CASES}
         sizes = {kind: write_corpus(corpus, kind, megabytes) for kind, corpus in corpora.items()}
-        for kind, vocabulary in CASES:
-            tokenizer = Path(directory) / f"tokenizer_{vocabulary}"
-            if not tokenizer.exists():
-                write_tokenizer(tokenizer, vocabulary)
-            case = {"kind": kind, "bytes": sizes[kind], "vocabulary": vocabulary}
+        tokenizers = {size: Path(directory) / size for size in SIZES}
+        ids = {size: write_tokenizer(tokenizer, size, source) for size, tokenizer in tokenizers.items()}
+        for kind, size in CASES:
+            case = {"kind": kind, "bytes": sizes[kind], "tokenizer": size, "vocabulary": ids[size]}
             ways = {way: program for way, program in WAYS.items() if way != MASKED or kind == "chats"}
             rounds = [
-                {way: seconds_of(program, corpora[kind], tokenizer, workers) for way, program in ways.items()}
+                {way: seconds_of(program, corpora[kind], tokenizers[size], workers) for way, program in ways.items()}
                 for _ in range(repeats)
             ]
             for way in ways:
@@ -188,4 +203,4 @@ def main(megabytes: int = MEGABYTES, repeats: int = ROUNDS) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*map(int, sys.argv[1:3]), source=next(iter(sys.argv[3:]), None))
