@@ -10,7 +10,7 @@ from distill_nemo.data.token_files import parse_blend
 from distill_nemo.publishing.facts import name_of
 from distill_nemo.publishing.markdown import plain
 
-NOT_THE_RESULT = ("output_dir", "checkpoint", "logging")  # sections that do not change the student
+NOT_THE_RESULT = ("output_dir", "benchmarks", "checkpoint", "logging")  # sections that do not change the student
 MAX_VALUE = 2000  # characters of a field
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from distill_nemo.benchmark_config import BenchmarksConfig
 from distill_nemo.config import (
     DataConfig,
     DistillationConfig,
@@ -57,6 +58,7 @@ def of(tmp_path):
         StudentConfig(str(run / "pruned"), "qwen3", num_layers=30, hidden_size=4096, vocab_size=507),
         TeacherConfig(str(teacher), num_layers=36),
         distillation=DistillationConfig(temperature=2.0, lm_weight=0.5),
+        benchmarks=BenchmarksConfig(tasks="ours", include_path=str(home / "tasks")),
         parallelism=ParallelismConfig(tensor_model_parallel_size=2),
         data=DataConfig(["33.25", f"{home}/data/web", "66.75", f"{home}/data/code"], tokenizer=str(teacher)),
         optimizer=OptimizerConfig(lr=3e-4),
@@ -116,7 +118,7 @@ def test_a_card_names_no_place(of, tmp_path):
 def test_the_config_in_a_card_repeats_the_run(of):
     (text,) = re.findall(r"^````yaml\n(.*?)^````$", model_card(of), re.M | re.S)
     again = from_dict(yaml.safe_load(text))
-    expected = replace(of.config, output_dir="six", teacher=TeacherConfig(TEACHER))
+    expected = replace(of.config, output_dir="six", teacher=TeacherConfig(TEACHER), benchmarks=BenchmarksConfig())
     expected.student = StudentConfig("six", vocab_size=507)
     expected.data = replace(of.config.data, train=["33.25", "web", "66.75", "code"], tokenizer=TEACHER)
     assert asdict(again) == asdict(expected)
