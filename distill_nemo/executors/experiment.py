@@ -152,7 +152,8 @@ class WatchedExperiment(run.Experiment):
         def wait_for(job: Any) -> None:
             wait([job])
             if str(job.state) != "SUCCEEDED" and not is_terminal(first[0].state) and not signalled.is_set():
-                print(f"{job.id}: {job.state}; {first[0].id} goes on", file=sys.stderr, flush=True)
+                print(f"{job.id}: {job.state}; {first[0].id} goes on", file=sys.stderr)
+                print(why_it_ended(Path(job.executor.job_dir)), file=sys.stderr, flush=True)
 
         threads = [ContextThread(target=wait_for, args=(job,)) for job in beside]
         for thread in threads:

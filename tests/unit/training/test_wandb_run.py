@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from distill_nemo.runtime import metrics_file
+from distill_nemo.training.wandb_run import AT_THE_END
 
 SECRETS = {"WANDB_API_KEY": 4 * "0123456789", "HF_TOKEN": "hf_not_to_be_seen"}
 ATTEMPT = """
@@ -29,6 +30,7 @@ log.evaluation({"step": steps[-1], "lm_loss": float("nan"), "tokens": 7})
 processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
 seen = {"connections": [str(c.laddr) for p in processes for c in p.net_connections("inet")]}
 seen["processes"] = [p.pid for p in processes]
+seen["finish_timeout"] = log._wandb.settings.finish_timeout
 print(json.dumps(seen), flush=True)
 if killed:
     time.sleep(0.5)  # W&B's files lack the seconds before a kill
@@ -112,6 +114,12 @@ def test_offline_nothing_listens_or_connects_stays_behind_or_tells_a_secret(stor
         assert not [pid for pid in seen["processes"] if os.path.exists(f"/proc/{pid}")]
     assert b"lm_loss" in content
     assert not [secret for secret in SECRETS.values() if secret.encode() in content]
+
+
+def test_a_server_that_goes_away_is_waited_for_a_while_at_the_end(story):
+    """W&B itself has no limit; that it keeps to its setting is its own matter."""
+    seen = json.loads(next(line for line in story[0][1].stdout.splitlines() if line.startswith('{"conn')))
+    assert seen["finish_timeout"] == AT_THE_END
 
 
 def test_a_server_that_is_gone_leaves_an_offline_run(without_server):
