@@ -123,9 +123,12 @@ def sources() -> list[Path]:
 
 
 def chats(text: str) -> Iterator[dict]:
-    """Yield conversations of two questions and their answers, which are pieces of a text."""
-    pieces = [text[at : at + MESSAGE_CHARACTERS] for at in range(0, len(text), MESSAGE_CHARACTERS)]
-    for four in itertools.batched(pieces, 4):
+    """Yield conversations of two questions and their answers, which are pieces of a text.
+
+    They begin with no blank, which would be one token with the line break before it.
+    """
+    pieces = (text[at : at + MESSAGE_CHARACTERS].strip() for at in range(0, len(text), MESSAGE_CHARACTERS))
+    for four in itertools.batched(filter(None, pieces), 4):
         if len(four) == 4:
             roles = itertools.cycle(("user", "assistant"))
             yield {"messages": [{"role": next(roles), "content": piece} for piece in four]}
