@@ -1,5 +1,6 @@
 """Quantised students in the format of compressed-tensors, against that library on a CPU, transformers and numpy."""
 
+import inspect
 import json
 import math
 import re
@@ -46,11 +47,16 @@ def exported(request, plain, one):
 
 
 def opened(path, dtype=torch.float32):
-    """Open a directory as its users do. Dequantised when it is opened, so that its weights can be read."""
+    """Open a directory as its users do, with dequantised weights and rounded inputs."""
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-    config = CompressedTensorsConfig(run_compressed=False)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=config).eval()
+    if "dequantize" not in inspect.signature(CompressedTensorsConfig).parameters:
+        config = CompressedTensorsConfig(run_compressed=False)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=config).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()  # `dequantize` leaves inputs unrounded
+    with torch.no_grad():
+        model(tokens())  # the first pass dequantises
+    return model
 
 
 def test_transformers_opens_it_and_gives_the_students_logits_with_rounded_inputs(exported, plain):
