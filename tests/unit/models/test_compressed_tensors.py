@@ -48,14 +48,17 @@ def exported(request, plain, one):
 
 def opened(path, dtype=torch.float32):
     """Open a directory as its users do, with dequantised weights and rounded inputs."""
+    from compressed_tensors.compressors import ModelCompressor
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+    from transformers.models.llama.modeling_llama import LlamaAttention
 
+    if "cache" in Path(path).name and "past_key_values" not in inspect.signature(LlamaAttention.forward).parameters:
+        pytest.skip("compressed-tensors 0.20 does not find the cache of transformers 5.24, and leaves it unrounded")
     if "dequantize" not in inspect.signature(CompressedTensorsConfig).parameters:
         config = CompressedTensorsConfig(run_compressed=False)
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=config).eval()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()  # `dequantize` leaves inputs unrounded
-    with torch.no_grad():
-        model(tokens())  # the first pass dequantises
+    ModelCompressor.from_pretrained_model(model).decompress_model(model)  # as the first pass does, in fp32 too
     return model
 
 
