@@ -16,8 +16,8 @@ help: ## list the targets
 quickstart: .venv/installed ## the main job: distil a small model on this machine, about ten minutes
 	@PATH="$(CURDIR)/$(BIN):$$PATH" nemo distill quickstart --yes $(ARGS)
 
-test: .venv/installed ## the test suite, without long matrices of layouts and tests/launch, in two processes
-	@$(BIN)/python -m pytest -n 2 $(ARGS)
+test: .venv/installed ## the test suite, without long matrices of layouts and tests/launch, in three processes
+	@$(BIN)/python -m pytest -n 3 $(ARGS)
 
 test-long: .venv/installed ## what make test leaves out: further layouts, benchmarks, memory over many steps: ten minutes
 	@$(BIN)/python -m pytest -n 2 -m long $(ARGS)
