@@ -18,7 +18,6 @@ import torch.distributed as dist
 
 from distill_nemo.runtime.gloo import share_gloo_device
 
-RUNS_OF_A_PROCESS = 6  # so that leftovers of a run reach few others
 GRACE_SECONDS = 5.0  # for the other ranks to answer after one has failed
 
 
@@ -36,12 +35,12 @@ class Gloo:
 
     Functions, arguments and results are pickled, so a function must be at a module's top level. Each process sees
     `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `MASTER_ADDR` and `MASTER_PORT` as under torchrun, has one thread and no GPU.
-    It starts at the first `run`, and afresh every few runs or if some ranks failed or hung while others did not.
-    All are forked from one process that has set up the device and imported Megatron (`tests/preloaded.py`).
+    All are forked, in 50 ms, from one process that has set up the device and imported Megatron (`tests/preloaded.py`).
+    Those of a gloo group stay from the first `run` on, unless some ranks fail or hang while others do not.
 
     Args:
         world_size: number of processes.
-        init: join them in a gloo group. False leaves `init_process_group` to the function (a new port every run).
+        init: join them in a gloo group. False leaves `init_process_group` to the function, and forks for every run.
         timeout: limit in seconds of one `run`, or of one collective.
         fresh: start processes that have imported nothing.
     """
@@ -49,7 +48,6 @@ class Gloo:
     def __init__(self, world_size: int, init: bool = True, timeout: float = 120.0, fresh: bool = False) -> None:
         self.world_size, self.init, self.timeout, self.fresh = world_size, init, timeout, fresh
         self._processes: list[Any] = []
-        self._runs = 0
         self._connections: list[Connection] = []
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -59,11 +57,10 @@ class Gloo:
             Exception: the lowest failing rank's, with every failing rank's traceback as a note.
             TimeoutError: if no rank failed and some rank has not answered in time.
         """
-        if self._runs == RUNS_OF_A_PROCESS and not self.init:
+        if not self.init:
             self.close()
         if not self._processes:
             self._start()
-        self._runs += 1
         with reserved_port() as port:
             message = pickle.dumps((port, function, args))
             for connection in self._connections:
@@ -81,7 +78,7 @@ class Gloo:
             if process.is_alive():
                 process.kill()
                 process.join()
-        self._processes, self._connections, self._runs = [], [], 0
+        self._processes, self._connections = [], []
 
     def __enter__(self) -> "Gloo":
         return self

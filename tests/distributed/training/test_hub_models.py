@@ -26,15 +26,20 @@ def run(url, home, inputs, output, steps, teacher="org/teacher"):
     config.student.checkpoint, config.teacher.checkpoint = "org/student", teacher
     config.data.tokenizer = "org/teacher"
     config.logging.mlflow_experiment = "kd"
-    os.environ |= {"MLFLOW_TRACKING_URI": f"file:{home}/mlruns", "MLFLOW_ALLOW_FILE_STORE": "true"}
+    os.environ |= mlflow_in(home)
     printed = io.StringIO()
     with asked(url, home), contextlib.redirect_stdout(printed):
         run_config(config)
     return printed.getvalue()
 
 
-def in_mlflow():
+def mlflow_in(home):
+    return {"MLFLOW_TRACKING_URI": f"file:{home}/mlruns", "MLFLOW_ALLOW_FILE_STORE": "true"}
+
+
+def recorded_in_mlflow(home):
     """Return the teacher of the only run in MLflow, and its steps."""
+    os.environ |= mlflow_in(home)
     from mlflow.tracking import MlflowClient
 
     (found,) = MlflowClient().search_runs([MlflowClient().get_experiment_by_name("kd").experiment_id])
@@ -76,7 +81,7 @@ def test_a_resumed_run_keeps_the_commits_of_its_models(inputs, one, tmp_path):
         told = f"teacher.checkpoint: org/teacher is at {moved} now; the job goes on with {teacher}, as it began\n"
         assert told in printed
         assert hub.strange == []
-    (of_mlflow,) = one.run(in_mlflow)
+    (of_mlflow,) = one.run(recorded_in_mlflow, tmp_path / "home")
     assert of_mlflow == (f"org/teacher@{teacher}", [1, 2, 3, 4])
     one.run(run_by_directories, inputs, tmp_path / "plain")
     trained = [[line for line in metrics(each) if line["kind"] == "train"] for each in (output, tmp_path / "plain")]
