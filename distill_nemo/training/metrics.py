@@ -29,7 +29,7 @@ class MetricsLog:
         steps: int,
         resumed_step: int,
         enabled: bool,
-        parameters: Mapping[str, Any] = MappingProxyType({}),  # of the run, for MLflow
+        parameters: Mapping[str, Any] = MappingProxyType({}),  # of the run, for W&B and MLflow
     ) -> None:
         self.path, self.steps, self.enabled = output_dir / "metrics.jsonl", steps, enabled
         self.writers: list[Any] = []
@@ -46,7 +46,7 @@ class MetricsLog:
 
             self.writers.append(SummaryWriter(str(output_dir / "tensorboard"), purge_step=resumed_step + 1))
         if config.wandb_project:
-            self._wandb = start_wandb(config.wandb_project, output_dir, _identifier(output_dir))
+            self._wandb = start_wandb(config.wandb_project, output_dir, _identifier(output_dir), parameters)
         if config.mlflow_experiment:
             names = config.mlflow_experiment, output_dir.resolve().name, _identifier(output_dir)
             self._mlflow = MlflowRun(*names, parameters)

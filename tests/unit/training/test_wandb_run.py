@@ -23,7 +23,8 @@ from distill_nemo.training.metrics import MetricsLog
 
 directory, resumed, steps, killed = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4:]
 config = LoggingConfig(tensorboard=False, wandb_project="kd")
-log = MetricsLog(pathlib.Path(directory), config, 10, resumed, enabled=True)
+parameters = {"distillation": {"temperature": 2.5, "top_k": None}, "data": {"train": ["a", "b"]}}
+log = MetricsLog(pathlib.Path(directory), config, 10, resumed, True, parameters)
 for step in steps:
     log.train({"step": step, "lm_loss": 5.0 - step, "tokens": 64 * step, "tokens_per_second": 100.0}, show=False)
 log.evaluation({"step": steps[-1], "lm_loss": float("nan"), "tokens": 7})
@@ -49,7 +50,7 @@ def attempt(directory, resumed, steps, *killed, **environment):
 
 
 def offline_runs(directory):
-    """Return id, and (step, values) of every line, of each offline run, as W&B's own reader shows them."""
+    """Return id, project, lines as (step, values), and name and config of each offline run, by W&B's own reader."""
     found = []
     for each in sorted(directory.glob("wandb/offline-run-*")):
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(each)]
@@ -59,7 +60,8 @@ def offline_runs(directory):
         (run,) = (record["run"] for record in records if record["type"] == "run")
         history = [record["history"]["item"] for record in records if record["type"] == "history"]
         lines = [(line["_step"], {n: v for n, v in line.items() if not n.startswith("_")}) for line in history]
-        found.append((run["run_id"], run["project"], lines))
+        configs = (record["config"]["update"] for record in records if record["type"] == "config")
+        found.append((run["run_id"], run["project"], lines, (run["display_name"], *configs)))
     return found
 
 
@@ -70,8 +72,8 @@ def without_server(tmp_path_factory):
     with socket.socket() as closed, ThreadPoolExecutor() as pool:
         closed.bind(("127.0.0.1", 0))  # and does not listen
         server = {"WANDB_MODE": "online", "WANDB_BASE_URL": f"http://127.0.0.1:{closed.getsockname()[1]}"}
-        impatient = {"WANDB_INIT_TIMEOUT": "1", "WANDB_HTTP_TIMEOUT": "1"}
-        yield pool.submit(lambda: (directory, attempt(directory, 0, [1, 2], **server, **impatient)))
+        others = {"WANDB_INIT_TIMEOUT": "1", "WANDB_HTTP_TIMEOUT": "1", "WANDB_NAME": "named by its user"}
+        yield pool.submit(lambda: (directory, attempt(directory, 0, [1, 2], **server, **others)))
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +108,12 @@ def test_a_resumed_run_goes_on_with_its_id_and_another_directory_has_another(sto
     assert len({killed[0], copied[0], anew[0]}) == 3
 
 
+def test_a_run_has_the_name_of_its_directory_and_its_config_in_every_attempt(story):
+    _, (killed, resumed), (copied, _), *_ = story
+    config = {"distillation": {"temperature": 2.5, "top_k": None}, "data": {"train": ["a", "b"]}}
+    assert killed[3] == resumed[3] == ("a", config) and copied[3] == ("b", config)
+
+
 def test_offline_nothing_listens_or_connects_stays_behind_or_tells_a_secret(story):
     attempts, *_, content = story
     for each in attempts:
@@ -126,8 +134,8 @@ def test_a_server_that_is_gone_leaves_an_offline_run(without_server):
     directory, ended = without_server.result()
     assert ended.returncode == 0, ended.stderr
     assert f"the run goes on, and `wandb sync {directory}/wandb/offline-run-*` sends its metrics later" in ended.stderr
-    ((_, _, lines),) = offline_runs(directory)
-    assert [step for step, _ in lines] == [1, 2]
+    ((_, _, lines, (name, _)),) = offline_runs(directory)
+    assert [step for step, _ in lines] == [1, 2] and name == "named by its user"
 
 
 def test_without_a_key_a_run_is_refused(tmp_path):
