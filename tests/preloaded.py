@@ -6,7 +6,7 @@ from distill_nemo.runtime.device import setup_device
 
 setup_device()  # before Megatron is imported
 
-import megatron.core.dist_checkpointing.strategies.state_dict_saver  # noqa: E402
+import megatron.core.dist_checkpointing.strategies.state_dict_saver  # noqa: F401, E402
 import transformers.models.llama.modeling_llama  # noqa: E402
 import transformers.models.qwen2.modeling_qwen2  # noqa: E402
 import transformers.models.qwen3.modeling_qwen3  # noqa: E402
