@@ -39,7 +39,7 @@ TEXTS = [f"def f{n}(x):\n    return x + {n}\n\nimport os  # {n * 'and so on '}" 
 
 @pytest.fixture(scope="module")
 def pair():
-    """Return two processes, the same for all of up to six runs: importing the harness takes seconds."""
+    """Return two processes, new ones in every run."""
     with Gloo(2, init=False, timeout=580) as group:
         yield group
 
@@ -297,6 +297,43 @@ def escapes(here, fields):
     if os.environ["RANK"] == "0":
         others = {"include_path": str(here / "escaping"), "tasks": "escaping", "allow_code": True, "baseline": None}
         on_a_rank(here, fields | others, of_one=True)
+
+
+def test_the_harness_asks_git_where_there_is_no_repository_and_ours_does_not(here, pair, measured):
+    """If the first fails, the harness is silent by itself, and what silences it can go."""
+    theirs, ours = pair.run(said_of_git, here, settings(here, tasks="tiny_choice", baseline=None))[0]
+    assert "not a git repository" in theirs
+    assert "tiny_choice measured" in ours and "git" not in ours
+
+
+def said_of_git(here, fields):
+    """Return what the harness's own function says, and what rank 0 of an evaluation and its children say."""
+    from lm_eval.evaluator import get_git_commit_hash
+
+    if os.environ["RANK"] == "1":
+        return None
+    os.chdir(here)
+    fields |= {"output": str(here / "silent")}
+    with all_output(here / "theirs.txt"):
+        get_git_commit_hash()
+    with all_output(here / "ours.txt"):
+        print(on_a_rank(here, fields, of_one=True), flush=True)
+    return [(here / name).read_text() for name in ("theirs.txt", "ours.txt")]
+
+
+@contextlib.contextmanager
+def all_output(path):
+    """Write to a file what this process and its children print."""
+    kept = [os.dup(number) for number in (1, 2)]
+    with path.open("w") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    try:
+        yield
+    finally:
+        for number, before in zip((1, 2), kept, strict=True):
+            os.dup2(before, number)
+            os.close(before)
 
 
 def test_saved_steps_are_measured_beside_the_run_once(inputs, here, pair, measured):
