@@ -115,18 +115,30 @@ def delete(step: Path) -> None:
 def linked(step: Path, target: Path) -> bool:
     """Link the files of a checkpoint in `target`, where they stay if its run deletes it; return False if it has.
 
+    If a resumed run saves the step again meanwhile, `target` has the new one, and nothing of the old one.
+
     Raises:
         OSError: if the file system has neither links nor space for copies.
     """
-    try:
-        shutil.copytree(step, target, copy_function=_link)
-    except OSError:
-        if step.is_dir():
-            raise
-    if step.is_dir():  # so it was whole until now
-        return True
-    shutil.rmtree(target, ignore_errors=True)
+    while (before := _identity(step)) is not None:
+        try:
+            shutil.copytree(step, target, copy_function=_link)
+        except OSError:
+            if _identity(step) == before:
+                raise
+        if _identity(step) == before:  # so it was whole until now
+            return True
+        shutil.rmtree(target, ignore_errors=True)
     return False
+
+
+def _identity(step: Path) -> tuple[int, int] | None:
+    """Return what tells a checkpoint from one that replaces it, which is written beside it; None if there is none."""
+    try:
+        found = step.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _link(source: str, target: str) -> None:

@@ -16,12 +16,15 @@ def step(tmp_path):
     return saved(tmp_path / "checkpoints", 4)
 
 
-def saved(root, number):
-    step = root / f"step_{number:08d}"
-    for name, text in FILES.items():
-        (step / name).parent.mkdir(parents=True, exist_ok=True)
-        (step / name).write_text(text)
-    return step
+def saved(root, number, files=FILES):
+    """Save a step as a run does: aside, then in place of one that is there."""
+    step, partial = root / f"step_{number:08d}", root / f"step_{number:08d}.partial"
+    for name, text in files.items():
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        (partial / name).write_text(text)
+    if step.is_dir():
+        delete(step)
+    return partial.rename(step)
 
 
 def contents(directory):
@@ -57,6 +60,21 @@ def test_a_step_that_is_deleted_while_it_is_linked_is_gone(step, tmp_path, monke
         delete(step)
     assert not linked(step, tmp_path / "held")
     assert not (tmp_path / "held").exists() and not step.exists()
+
+
+@pytest.mark.parametrize("links", range(len(FILES)))
+def test_a_step_that_is_saved_again_while_it_is_linked_is_no_mixture_of_both(step, tmp_path, monkeypatch, links):
+    again = {name: f"{text} of the resumed run" for name, text in FILES.items()} | {"__0_1.distcp": "of another rank"}
+    link, done = os.link, []
+
+    def after_some(source, target):
+        if len(done) == links:
+            saved(step.parent, 4, again)
+        done.append(link(source, target))
+
+    monkeypatch.setattr(os, "link", after_some)
+    assert linked(step, tmp_path / "held")
+    assert contents(tmp_path / "held") == again
 
 
 def test_a_step_whose_deletion_was_killed_is_gone_and_the_rest_goes_with_the_next(step, tmp_path, monkeypatch):
