@@ -160,6 +160,7 @@ def run(part: Part, output: Path, limit: float) -> bool:
             code = None
         except KeyboardInterrupt:
             os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
             raise
     if code is None:
         os.killpg(process.pid, signal.SIGKILL)

@@ -88,12 +88,12 @@ class _CudaMeansCpu(TorchFunctionMode):
     """Mode in which `device="cuda"` and `.to("cuda:0")` mean the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        device = kwargs.get("device")
-        if device is not None and "cuda" in str(device):
-            kwargs["device"] = "cpu"
-        if any(isinstance(arg, str) and arg.startswith("cuda") for arg in args):
+        if str in map(type, args):
             args = tuple("cpu" if isinstance(arg, str) and arg.startswith("cuda") else arg for arg in args)
+        if kwargs is None:
+            return func(*args)
+        if "cuda" in str(kwargs.get("device")):
+            kwargs["device"] = "cpu"
         return func(*args, **kwargs)
 
 

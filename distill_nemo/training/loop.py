@@ -104,7 +104,7 @@ class Loop:
         log = MetricsLog(where, self.config.logging, steps, resumed, rank() == 0, parameters)
         log.start({"step": resumed, "world_size": torch.distributed.get_world_size(), "device": _device_name()})
         gc.collect()
-        gc.freeze()  # or each collection, such as a save's, would take 0.3 s over imports and models
+        gc.freeze()  # or each collection would look at the models, too
         try:
             with StopSignal() as stop, Watchdog(self.config.parallelism.timeout_minutes * 60):
                 try:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 
 from distill_nemo.runtime import metrics_file
@@ -119,7 +120,8 @@ def test_offline_nothing_listens_or_connects_stays_behind_or_tells_a_secret(stor
     for each in attempts:
         seen = json.loads(next(line for line in each.stdout.splitlines() if line.startswith('{"conn')))
         assert seen["connections"] == [] and len(seen["processes"]) > 1, "W&B's own process is seen"
-        assert not [pid for pid in seen["processes"] if os.path.exists(f"/proc/{pid}")]
+        left = [process for process in psutil.process_iter() if process.pid in seen["processes"]]
+        assert not psutil.wait_procs(left, timeout=20)[1]
     assert b"lm_loss" in content
     assert not [secret for secret in SECRETS.values() if secret.encode() in content]
 
