@@ -10,17 +10,20 @@ import errno
 import re
 import shutil
 from collections.abc import Iterator
+from copy import deepcopy
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distill_nemo.runtime.files import read_object_if_any
 
 if TYPE_CHECKING:
+    import httpx
     from huggingface_hub.hf_api import RepoSibling
 
 NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\S+))?", re.ASCII)
-SILENCE_SECONDS = 600.0  # a commit of many files takes minutes
+READ_SECONDS, SILENCE_SECONDS = 30.0, 600.0  # without an answer; a commit of many files takes minutes
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SNAPSHOT = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})", re.ASCII)  # at the end of a path
 DESCRIPTION = (  # all files but weights
@@ -100,7 +103,7 @@ def directory_of(value: str, weights: bool = True) -> str:
     directory = _snapshot(name, DESCRIPTION)
     if not weights or _is_whole(directory):
         return str(directory)
-    _check_space(name, directory, WEIGHTS)
+    _check_space(name, directory, WEIGHTS, _listed(name))
     return str(_snapshot(name, (*DESCRIPTION, *WEIGHTS), progress=True))
 
 
@@ -114,21 +117,44 @@ def pickles_of(value: str) -> str:
     if name is None:
         return value
     name = at_commit(name)
-    directory = _snapshot(name, DESCRIPTION)
-    if any((directory / each).is_file() for each in SAFETENSORS) or {*map(_file, _listed(name))} & {*SAFETENSORS}:
+    directory, listed = _snapshot(name, DESCRIPTION), _listed(name)
+    if any((directory / each).is_file() for each in SAFETENSORS) or {*map(_file, listed)} & {*SAFETENSORS}:
         raise ValueError(f"{name} holds safetensors, which training reads as they are")
-    _check_space(name, directory, PICKLES)
+    _check_space(name, directory, PICKLES, listed)
     return str(_snapshot(name, (*DESCRIPTION, *PICKLES), progress=True))
 
 
 def limit_silence() -> None:
-    """Let requests to the hub fail when nothing comes for ten minutes. By itself, huggingface_hub waits for ever.
-
-    Before version 1.0 it still does: it has no setting for it.
-    """
+    """Let requests to the hub fail when nothing comes for a while. By itself, huggingface_hub waits for ever."""
+    import huggingface_hub
     from huggingface_hub.utils import get_session
 
-    get_session().timeout = SILENCE_SECONDS
+    session = get_session()
+    if not hasattr(huggingface_hub, "configure_http_backend"):
+        if _limit not in session.event_hooks["request"]:
+            session.event_hooks["request"].append(_limit)
+    elif "send" not in vars(session):  # before version 1.0: a session of requests for each thread
+        huggingface_hub.configure_http_backend(partial(_limited, session))  # type: ignore[reportCallIssue]
+
+
+def _limit(request: "httpx.Request") -> None:
+    """Set a limit where huggingface_hub has asked for none, for which a client has no setting."""
+    given, silence = request.extensions["timeout"], _silence(request.method)
+    request.extensions["timeout"] = {name: silence if value is None else value for name, value in given.items()}
+
+
+def _limited(session: Any) -> Any:
+    """Return a copy of a session of requests that does the same."""
+    limited = deepcopy(session)
+    send = limited.send
+    limited.send = lambda request, **given: send(
+        request, **given | {"timeout": given["timeout"] or _silence(request.method)}
+    )
+    return limited
+
+
+def _silence(method: str | None) -> float:
+    return READ_SECONDS if method in ("GET", "HEAD") else SILENCE_SECONDS
 
 
 def description_of(value: str) -> str:
@@ -231,7 +257,7 @@ def _left_out(patterns: tuple[str, ...]) -> list[str]:
     return [each for each in LEFT_OUT if not any(fnmatch(pattern, each) for pattern in patterns)]
 
 
-def _check_space(name: HubName, directory: Path, patterns: tuple[str, ...]) -> None:
+def _check_space(name: HubName, directory: Path, patterns: tuple[str, ...], listed: "list[RepoSibling]") -> None:
     """Print how much is downloaded.
 
     Raises:
@@ -240,7 +266,6 @@ def _check_space(name: HubName, directory: Path, patterns: tuple[str, ...]) -> N
     from huggingface_hub.utils import filter_repo_objects
 
     ignored = _left_out(patterns)
-    listed = _listed(name)
     if not listed:
         return
     wanted = filter_repo_objects(listed, allow_patterns=list(patterns), ignore_patterns=ignored, key=_file)

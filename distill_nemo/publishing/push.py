@@ -80,7 +80,6 @@ class Remote:
         self.private, self.token = private, token
         self.is_private = False  # until the hub is asked
         self.api = HfApi(token=token)
-        limit_silence()
 
     def create(self) -> None:
         """Create the repository and the branch, where they are missing.
@@ -90,6 +89,7 @@ class Remote:
         """
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
+        limit_silence()  # of the client, which an error of the network replaces
         self.api.create_repo(self.repository, private=self.private, exist_ok=True)
         # Asked by hand: auth_check has had its argument `write` since huggingface_hub 1.0 only.
         asked = f"{self.api.endpoint}/api/models/{self.repository}/auth-check/write"

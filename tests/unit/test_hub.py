@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 from collections import namedtuple
 from pathlib import Path
 
@@ -114,6 +115,18 @@ def test_without_a_network_the_cache_knows_branches_and_files(hub, tmp_path):
             return  # it takes a directory without some files for whole
         Path(directory, "model-2-of-2.safetensors").unlink()
         with pytest.raises(ValueError, match=r"not whole in the cache .*HF_HUB_OFFLINE"):
+            directory_of("org/Model-1.7B")
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(hub, tmp_path, monkeypatch):
+    model(hub)
+    directory = directory_of("org/Model-1.7B")
+    monkeypatch.setattr("distill_nemo.hub.READ_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with asked(url, tmp_path):
+            assert directory_of("org/Model-1.7B") == directory
+        with asked(url, tmp_path / "other"), pytest.raises(ValueError, match=r"cannot be asked: .* hf download org/M"):
             directory_of("org/Model-1.7B")
 
 

@@ -48,6 +48,7 @@ def test_a_name_on_the_hub_is_downloaded_if_pickles_are_allowed(old, tmp_path, c
         assert hub.requests == []
         convert("org/old", str(tmp_path / "new"), allow_pickle=True)
         assert hub.strange == [] and f"converted org/old@{commit} to {tmp_path}/new" in capsys.readouterr().out
+        assert sum("blobs=" in each for each in hub.requests) == 1, "the repository is listed once"
         digests = {name: hashlib.sha256(content).hexdigest() for name, content in (files | unread).items()}
         assert [name for name in digests if digests[name] in hub.served] == ["pytorch_model.bin"]
         both = files | {"model.safetensors": (tmp_path / "expected").read_bytes()}
