@@ -88,9 +88,11 @@ def check_models(config: EvaluateConfig) -> None:
         )
 
 
-def locked(output: Path | None) -> AbstractContextManager[object]:
-    """Return a lock of the results, held by rank 0."""
-    return OutputLock(output / "evaluate.lock", f"output = {output}") if output and rank() == 0 else nullcontext()
+def locked(output: Path | None, patient: bool = False) -> AbstractContextManager[object]:
+    """Return a lock of the results, held by rank 0, which waits for another holder if it is `patient`."""
+    if output is None or rank() > 0:
+        return nullcontext()
+    return OutputLock(output / "evaluate.lock", f"output = {output}", patient)
 
 
 def _show(scores: Scores, config: EvaluateConfig) -> None:

@@ -40,6 +40,8 @@ QUIET_SECONDS = 30.0  # without a sign of the run, before it is said that it is 
 def follow(config: EvaluateConfig, run: Path) -> None:
     """Measure the steps of a run as they are saved, until it ends. What was measured before is not measured again.
 
+    Waits for the end of another process that measures them: a job that an earlier command has left behind.
+
     Args:
         config: names the tasks, and further models to measure once.
         run: output_dir of the run, which need not have begun.
@@ -50,7 +52,7 @@ def follow(config: EvaluateConfig, run: Path) -> None:
     """
     tasks, output = words_of(config.tasks), run / BENCHMARKS
     check_tasks(config)
-    with locked(output):
+    with locked(output, patient=config.wait_minutes > 0):
         if rank() == 0:
             shutil.rmtree(output / HELD, ignore_errors=True)  # of a job that was killed
             _tell_of_gone(run, tasks, config)

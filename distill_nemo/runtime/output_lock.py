@@ -27,13 +27,14 @@ class OutputLock:
     Args:
         path: the lock file. If the output appears by a rename, it lies beside the output, not inside.
         what: field and value that the user set, for the error.
+        patient: wait for a holder until it ends.
 
     Raises:
         ValueError: if another process holds the lock, naming it and its host, or if `path` cannot be written.
     """
 
-    def __init__(self, path: Path, what: str) -> None:
-        self.path, self.what = path, what
+    def __init__(self, path: Path, what: str, patient: bool = False) -> None:
+        self.path, self.what, self.patient = path, what, patient
         self._file: int | None = None
         self._made: list[Path] = []
 
@@ -79,10 +80,11 @@ class OutputLock:
             problem = "{what}: another process writes there ({process} on {host}, since {since})".format(
                 **holder, what=self.what
             )
-            if _machine().items() <= holder.items() or time.monotonic() > deadline:
+            if not self.patient and (_machine().items() <= holder.items() or time.monotonic() > deadline):
                 return f"{problem}; wait for it, stop it, or choose another output"
             if not is_reported:
-                print(f"{problem}: waiting {LEASE_SECONDS:.0f} s, in case that machine has died", flush=True)
+                until = "until it ends" if self.patient else f"{LEASE_SECONDS:.0f} s, in case that machine has died"
+                print(f"{problem}: waiting {until}", flush=True)
             is_reported = True
             time.sleep(1)
         return None

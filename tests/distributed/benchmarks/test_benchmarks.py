@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -342,6 +343,7 @@ def test_saved_steps_are_measured_beside_the_run_once(inputs, here, pair, measur
     first, second = pair.run(trained_and_followed, here, run, settings(here))[0]
     assert re.findall(r"^(.+): tiny_choice measured", first, re.M) == ["baseline", "step 4", "step 8"]
     assert re.findall(r"^(.+): tiny_choice measured", second, re.M) == ["step 8"]
+    assert "another process writes there" in second and "waiting until it ends" in second
     scores = read_scores(here / "run" / "benchmarks" / "scores.json")
     assert list(scores.models) == ["baseline", "step 4", "step 8"]
     assert scores.models["baseline"] == f"Org/Baseline@{40 * '0'}"
@@ -385,7 +387,19 @@ def trained_and_followed(here, run, fields):
     for file in Path(run.output_dir, "benchmarks", "results").glob("*.json"):
         if json.loads(file.read_text())["model"] == "step_00000008":
             file.unlink()
-    return [*printed, on_a_rank(here, fields | others, of_one=True)]
+    lock = Path(run.output_dir, "benchmarks", "evaluate.lock")
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(lock)], stdout=subprocess.PIPE) as left_behind:
+        assert left_behind.stdout.readline() == b"held\n"
+        return [*printed, on_a_rank(here, fields | others, of_one=True)]
+
+
+HOLD = """
+import sys, time
+from distill_nemo.runtime.output_lock import OutputLock
+with OutputLock(__import__("pathlib").Path(sys.argv[1]), "output"):
+    print("held", flush=True)
+    time.sleep(1)
+"""
 
 
 def test_a_step_that_its_run_deletes_is_left_out_before_its_export_and_measured_from_then_on(

@@ -47,6 +47,16 @@ def test_a_holder_on_another_machine_is_waited_for(tmp_path, monkeypatch, capsys
     assert ("waiting" in capsys.readouterr().out) == waits
 
 
+def test_a_patient_process_waits_for_a_holder_on_its_own_machine(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(output_lock, "LEASE_SECONDS", 0.0)
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "lock"), json.dumps(HERE)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        monkeypatch.setattr(output_lock.time, "sleep", lambda seconds: holder.kill() or holder.wait())
+        with OutputLock(tmp_path / "lock", "output = X", patient=True):
+            assert holder.returncode is not None and "waiting until it ends" in capsys.readouterr().out
+
+
 def test_the_holder_says_which_machine_it_is_on_and_leaves_nothing_behind(tmp_path):
     path = tmp_path / "new" / "deep" / "lock"
     with OutputLock(path, "output = X"):
