@@ -13,10 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.cli.command import PATIENCE, Command, Ended, last_step, nemo, shrunk, start
+from tests.cli.command import PATIENCE, STEPS, Command, Ended, last_step, nemo, shrunk, start
 from tests.launch.kubernetes.cluster import clusters as all_clusters
 from tests.launch.kubernetes.pods import IMAGES
 from tests.launch.kubernetes.schemas import fetch
+from tests.tasks import write_task
 
 ONE_NODE = ("run.executor.nodes=1", "run.executor.devices=2")
 TWO_NODES = ("run.executor.nodes=2", "run.executor.devices=1")
@@ -141,8 +142,12 @@ def two_nodes(stage):
 
 
 def detached(stage):
-    """Submit a run, look at it while it exists, and follow it to its end."""
-    ended = stage.train(*ONE_NODE, "--detach", checkpoint__export="true").ended()
+    """Submit a run and its benchmarks, look at them while they exist, and follow them to their end."""
+    write_task(stage.cluster.claim("default", "work") / "asked")
+    measured = {"training__benchmark_interval": STEPS, "benchmarks__tasks": "ours", "benchmarks__devices": 1}
+    measured["benchmarks__include_path"] = stage.mount / "asked" / "tasks"
+    offline = 'run.executor.env={"HF_HUB_OFFLINE": "1"}'
+    ended = stage.train(*ONE_NODE, "--detach", offline, checkpoint__export="true", **measured).ended()
     return stage.story(ended, status=stage.output_of("status"), follow=stage.output_of("logs", "follow=true"))
 
 

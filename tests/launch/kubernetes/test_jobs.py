@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from distill_nemo.reports.scores import read_scores
 from tests.cli.command import STEPS, nemo_here, nemo_home
 from tests.launch.kubernetes.conftest import TOKEN
 from tests.training import metrics
@@ -71,6 +72,15 @@ def test_a_detached_run_is_seen_and_followed_to_its_end(stories, output_of):
     assert re.search(rf"exported step_{STEPS:08d} to /\S+/student", follow.out)
     assert f"step {STEPS}/{STEPS}" in logs.out
     assert (story.output / "student" / "model.safetensors").is_file()
+
+
+def test_a_runs_benchmarks_are_a_second_job_that_is_seen_and_followed_with_it(stories, output_of):
+    story = stories["detached"]
+    assert re.findall(r"^(\S+): submitted as job \S+,", story.ended.out, re.M) == ["train", "train-benchmarks"]
+    late = re.findall(r"^(\S+): job \S+ (\w+), 1 pods", output_of(story, "status").out, re.M)
+    assert late == [("train", "Complete"), ("train-benchmarks", "Complete")]
+    assert f"step {STEPS}: ours measured" in story.typed["follow"].out
+    assert list(read_scores(story.output / "benchmarks" / "scores.json").models) == [f"step {STEPS}"]
 
 
 def test_a_rank_that_fails_is_the_commands_failure(stories):
