@@ -18,8 +18,8 @@ class TasksConfig:
     batch_size: int = setting(8, "sequences at a time on a GPU", at_least=1)
     wait_minutes: float = setting(
         10.0,
-        "that the steps of a run wait while it has not begun, or its process has ended, before they fail; 0: measure "
-        "what is saved, and end",
+        "minutes to wait for a run that has not begun, or whose process has ended, before the benchmarks fail; 0: "
+        "measure what is saved, and end",
         at_least=0,
         at_most=10**6,
     )

@@ -253,7 +253,7 @@ def _is_whole(directory: Path) -> bool:
 
 
 def _left_out(patterns: tuple[str, ...]) -> list[str]:
-    """Return what is not downloaded, whatever matches patterns, but for what they ask for by name."""
+    """Return the patterns of what is never downloaded, except for those that `patterns` ask for by name."""
     return [each for each in LEFT_OUT if not any(fnmatch(pattern, each) for pattern in patterns)]
 
 

@@ -1,7 +1,7 @@
 """Checks of tasks from disk, before lm-evaluation-harness reads them: by themselves, its YAML files can run code.
 
 A tag imports Python, an unknown metric is downloaded and run, and some data formats are pickles. Templates are a matter
-of `shared_model.sandboxed_templates`. No torch.
+of `harness.sandboxed_templates`. No torch.
 """
 
 import glob
