@@ -68,6 +68,12 @@ def _tests(*files: str) -> tuple[str, ...]:
 PARTS = (
     Part("environment", "GPU, driver, versions, bandwidth of a copy", "benchmarks.gpu", ("--environment",)),
     Part("kernels", "Triton's kernels and the fused loss against fp64", "pytest", _tests("test_kernels.py")),
+    Part(
+        "layers",
+        "attention against formulas; Transformer Engine's layers, if installed",
+        "pytest",
+        _tests("test_layers.py"),
+    ),
     Part("training", "host syncs, offload, layouts of one GPU, bf16", "pytest", _tests("test_training.py")),
     Part("quantized", "students in FP8 and NVFP4, by ModelOpt's kernels", "pytest", _tests("test_quantized.py")),
     Part("quickstart", "quickstart in bf16: kill, resume, export", "pytest", _tests("test_quickstart.py")),

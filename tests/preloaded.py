@@ -1,6 +1,9 @@
 """Imports for the processes of `tests.spawn`, which take nine seconds once for all of them."""
 
 import gc
+import os
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before the device is chosen, which the forked processes inherit
 
 from distill_nemo.training.entry import import_modules
 

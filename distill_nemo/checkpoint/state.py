@@ -69,6 +69,10 @@ def load_optimizer_state(optimizer: Any, state: dict[str, Any], step: int) -> No
             group.update({name: x for name, x in optimizer.param_groups[0].items() if name in CONFIGURED})
             if "step" in group:  # torch's Adam saves a float, which Transformer Engine's does not accept
                 group["step"] = int(group["step"])
+            elif not torch_adams(optimizer):  # a torch Adam that is not distributed saves it with the moments
+                group["step"] = step
+    for moments in _nested(state, "state") if not torch_adams(optimizer) else ():
+        moments.pop("common_step", None)
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         copy = getattr(part, "_set_main_param_and_optimizer_states", None)
         if copy is not None:
@@ -146,11 +150,13 @@ def rng_layout() -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Set this rank's generators to a state that `random_state` returned."""
+    """Set this rank's generators to a state that `random_state` returned; a GPU's only to a GPU's."""
     random.setstate(state["python"])
     key, *position = state["numpy"]
     np.random.set_state(("MT19937", np.array(key, dtype=np.uint32), *position))
     torch.set_rng_state(state["torch"])
+    if state["cuda"].shape != torch.cuda.get_rng_state().shape:  # of a CPU: a run may go on where there is a GPU
+        return
     torch.cuda.set_rng_state(state["cuda"]) if torch.cuda.is_available() else None
     _tracker().set_states(state["tracker"])
 

@@ -143,7 +143,7 @@ def _build(
 
 
 def check_fits_host(model: Architecture, parallelism: ParallelismConfig, dtype: torch.dtype) -> None:
-    """Refuse a model whose weights alone exceed this host's memory, before any is taken. GPUs have their own.
+    """Refuse a model whose weights alone exceed this host's memory, before any is taken. A GPU's are filled there, too.
 
     Raises:
         ValueError: with the bytes that are needed, and those that there are.
@@ -152,7 +152,7 @@ def check_fits_host(model: Architecture, parallelism: ParallelismConfig, dtype: 
     needed = num_parameters(model) * dtype.itemsize // (ranks * parallelism.expert_model_parallel_size)
     free = available_memory()
     require(
-        setup_device().type == "cuda" or needed <= free,
+        needed <= free,
         f"{model.name}: {num_parameters(model):,} parameters take {needed / 2**30:,.0f} GiB of memory on a rank, and "
         f"this host has {free / 2**30:,.0f} GiB left: state smaller sizes, or use more ranks",
     )

@@ -23,6 +23,9 @@ def setup_device() -> torch.device:
         `cuda:<LOCAL_RANK>` where CUDA is available, else `cpu`.
     """
     quiet_third_parties()
+    # fp32 means fp32: NVIDIA's containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1; torch convolves in TF32 by default
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from distill_nemo.runtime.device import setup_device
 from distill_nemo.runtime.errors import errors_in_one_screen
 from tests.gpu.conftest import REHEARSAL
 from tests.tiny_models import write_hf
@@ -22,6 +23,14 @@ VARIANTS = {
     "asynchronous saves": {"checkpoint.async_save": True},
     "documents apart": {"data.reset_at_documents": True},
 }
+
+
+def own_device():
+    return setup_device().type
+
+
+def test_processes_of_tests_see_no_gpu(one):
+    assert one.run(own_device) == ["cpu"]
 
 
 def run(inputs, output, changes):
@@ -71,6 +80,15 @@ def test_a_resumed_run_goes_on(inputs, tmp_path):
     resumed = run(inputs, tmp_path / "resumed", fields)
     worst = differences(resumed, whole)
     assert worst["lm_loss"] < 0.01, worst
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_a_run_of_a_cpu_goes_on_on_a_gpu(inputs, one, tmp_path, distributed):
+    fields = {"optimizer.use_distributed_optimizer": distributed}
+    (whole,) = one.run(run, inputs, tmp_path / "whole", fields)
+    one.run(run, inputs, tmp_path / "moved", fields | {"training.steps": 4, "optimizer.decay_steps": 8})
+    worst = differences(run(inputs, tmp_path / "moved", fields), whole)
+    assert max(worst.values()) < 2e-3, worst
 
 
 def test_an_offloaded_teacher_is_the_same_to_the_last_bit(inputs, tmp_path):

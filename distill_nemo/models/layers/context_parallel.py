@@ -218,21 +218,24 @@ class CausalAttention(MegatronModule):
         """Return [B, n, p, d]. Without a mask, queries and keys have the same positions, and the causal mask is meant.
 
         A sink becomes the key of a position before the first, the first column of the mask. Its score comes from a
-        channel that is 1 in every query and 0 in every other key.
+        channel that is 1 in every query and 0 in every other key. Channels of zeros after it make a multiple of 8: with
+        another width and a mask, torch has no fused attention for a GPU and would keep all scores.
         """
         if self.softmax_offset is None:
             return functional.scaled_dot_product_attention(
                 query_Bnpd, key_Bntd, value_Bntd, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale
             )
         before = 0 if mask is not None else 1  # the causal mask needs as many queries as keys
+        channels = query_Bnpd.shape[-1]
+        added = 8 - channels % 8
         query = functional.pad(query_Bnpd, (0, 1), value=1.0)
-        query = functional.pad(query, (0, 0, before, 0))
-        key, value = (functional.pad(x, (0, 1, 1, 0)) for x in (key_Bntd, value_Bntd))
-        key[:, :, 0, -1] = self.softmax_offset / self.softmax_scale
+        query = functional.pad(query, (0, added - 1, before, 0))
+        key, value = (functional.pad(x, (0, added, 1, 0)) for x in (key_Bntd, value_Bntd))
+        key[:, :, 0, channels] = self.softmax_offset / self.softmax_scale
         out = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale
         )
-        return out[:, :, before:, :-1]
+        return out[:, :, before:, :channels]
 
 
 def _sinks(config: TransformerConfig) -> nn.Parameter:

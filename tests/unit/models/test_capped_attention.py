@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from distill_nemo.config import ParallelismConfig
 from distill_nemo.runtime.device import setup_device
@@ -113,3 +114,28 @@ def test_attention_with_sinks_and_its_gradients_are_those_of_the_formula(one, p,
     ((out, expected, found, wanted, names),) = one.run(attend_with_sinks, p, t, window, 0.3)
     assert_same(out, expected, found, wanted)
     assert names == ["softmax_offset"]
+
+
+class Widths(TorchFunctionMode):
+    """The widths of heads that torch's fused attention is called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.seen |= {x.shape[-1] for x in args}
+        return func(*args, **(kwargs or {}))
+
+
+def widths_with_sinks(*args):
+    with Widths() as widths:
+        attend_with_sinks(*args)
+    return widths.seen
+
+
+@pytest.mark.parametrize(("p", "t", "window"), SHAPES[:4])
+def test_heads_with_sinks_have_a_width_that_fused_kernels_of_a_gpu_take(one, p, t, window):
+    """Torch's `minimum_gemm_alignment` is 8 in bf16. Else it keeps all scores where there is a mask."""
+    assert one.run(widths_with_sinks, p, t, window, 0.3) == [{8}]
