@@ -21,6 +21,7 @@ OUTPUT = "runs/llama32_3b_to_1b"
 ONE_NODE = ("run.executor.nodes=1", "run.executor.devices=2")
 TWO_NODES = ("run.executor.nodes=2", "run.executor.devices=1")
 FOREVER = 100_000  # steps
+MEASURED = {"benchmarks__tasks": "ours", "benchmarks__include_path": "tasks", "benchmarks__devices": 1}
 
 
 @pytest.fixture(scope="session")
@@ -80,9 +81,9 @@ class Stage:
         """Wait until the run in `name` has done `step`."""
         self.until(lambda: (last_step(self.root / name / OUTPUT) or 0) >= step)
 
-    def logged(self, name, attempt, pattern):
+    def logged(self, name, attempt, pattern, task="train"):
         """Wait until an attempt's log contains `pattern`, and return the match."""
-        logs = f"home/nemo/experiments/train/*/train/log-*_{attempt}.out"
+        logs = f"home/nemo/experiments/train/*/{task}/log-*_{attempt}.out"
         return self.until(
             lambda: re.search(pattern, "".join(path.read_text() for path in (self.root / name).glob(logs)))
         )
@@ -95,11 +96,11 @@ class Stage:
         """Set another time limit for a job."""
         self.cluster.run("scontrol", "update", f"jobid={job}", f"timelimit={minutes}")
 
-    def job(self, name):
-        """Return SLURM's number of the job submitted from the directory `name`."""
+    def job(self, name, place=0):
+        """Return SLURM's number of a job submitted from the directory `name`."""
         records = self.until(lambda: (self.root / name / "home/nemo/.slurm_jobs").is_file())
         assert records
-        return (self.root / name / "home/nemo/.slurm_jobs").read_text().splitlines()[-1].partition(" ")[0]
+        return (self.root / name / "home/nemo/.slurm_jobs").read_text().splitlines()[place].partition(" ")[0]
 
 
 @pytest.fixture(scope="session")
@@ -123,8 +124,7 @@ def detached(stage):
     """Submit a run and its benchmarks, look at them while they exist, follow them to their end, and look again."""
     name = "detached"
     write_task(stage.root / name)
-    measured = {"training__benchmark_interval": STEPS, "benchmarks__tasks": "ours"}
-    measured |= {"benchmarks__include_path": "tasks", "benchmarks__devices": 1}
+    measured = {"training__benchmark_interval": STEPS, **MEASURED}
     ended = stage.train(name, *ONE_NODE, "--detach", checkpoint__export="true", **measured).ended()
     typed = {"status": stage.output_of(name, "status", ended.out)}
     typed["follow"] = stage.output_of(name, "logs", ended.out, "follow=true")
@@ -140,12 +140,19 @@ def not_finite(stage):
 
 
 def queued_again(stage):
-    """Kill a rank; SLURM sends SIGTERM to every process, as when another job needs the nodes; then run to the end."""
+    """Kill a rank; SLURM sends SIGTERM to every process, as when another job needs the nodes; then run to the end.
+
+    Its benchmarks get SIGURG, as before a time limit, while the run waits in the queue.
+    """
     name = "queued_again"
-    command = stage.train(name, *ONE_NODE, "run.executor.retries=2", training__steps=60)
-    stage.at_step(name, 5)
+    write_task(stage.root / name)
+    steps = {"training__steps": 80, "training__benchmark_interval": 40}
+    command = stage.train(name, *ONE_NODE, "run.executor.retries=2", **steps, **MEASURED)
+    stage.at_step(name, 41)
     job = stage.job(name)
     rank_of_job(job, 1).kill()
+    stage.logged(name, 0, "step 40: ours measured", "train-benchmarks")
+    stage.cluster.run("scancel", "--signal=URG", stage.job(name, place=1))
     resumed = stage.resumed(name, attempt=1)
     stage.at_step(name, resumed + 7)
     stage.cluster.run("scancel", "--signal=TERM", job)

@@ -70,7 +70,7 @@ def test_a_killed_rank_and_a_job_that_gives_way_are_queued_again_and_go_on(stori
     story = stories["queued_again"]
     assert (story.ended.code, story.ended.err) == (0, "")
     after_kill, after_term = (
-        int(step) for step in re.findall(r"resumed from \S+ at step (\d+) of 60", story.ended.out)
+        int(step) for step in re.findall(r"resumed from \S+ at step (\d+) of 80", story.ended.out)
     )
     assert after_kill >= 4 and after_kill % 4 == 0, "the last checkpoint of an interval"
     assert after_term >= after_kill + 7, "the checkpoint that SIGTERM had written"
@@ -81,7 +81,20 @@ def test_a_killed_rank_and_a_job_that_gives_way_are_queued_again_and_go_on(stori
         "it was told to stop",
     ]
     steps = [line["step"] for line in metrics(story.output) if line["kind"] == "train"]
-    assert steps == list(range(1, 61))
+    assert steps == list(range(1, 81))
+
+
+def test_benchmarks_are_queued_again_as_their_run_is_and_measure_nothing_twice(stories):
+    out = stories["queued_again"].ended.out
+    submitted = re.findall(r"^(\S+): submitted as job \d+", out, re.M)
+    assert submitted == ["train", "train-benchmarks"]
+    again = re.findall(r"train-benchmarks: job \d+ was started again: (.*?)[,;]", out)
+    assert again == ["it was told to stop"]
+    assert re.findall(r"step (\d+): ours measured", out) == ["40", "80"]
+    assert list(read_scores(stories["queued_again"].output / "benchmarks" / "scores.json").models) == [
+        "step 40",
+        "step 80",
+    ]
 
 
 def test_a_recipe_is_launched_from_python(stories):
