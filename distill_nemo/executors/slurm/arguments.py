@@ -131,7 +131,8 @@ def slurm_config(
         container_mounts=[shlex.quote(mount) for mount in container_mounts or []],
         srun_args=[f"--chdir={workdir}"] if workdir else [],
         env_vars=_environment(env or {}, stop_seconds, cpus_per_device, devices, here, packager == "git"),
-        setup_lines="\n".join([QUIET, *setup, "set -vx"]) if setup else None,
+        # The empty line is for a last line that ends in a backslash.
+        setup_lines="\n".join([QUIET, *setup, "", "set -vx"]) if setup else None,
         packager=run.Config(CommittedCode if packager == "git" else run.Packager),
         launcher=run.Config(run.Torchrun, rdzv_port=PORT, rdzv_backend=_rendezvous(nodes, packager)),
         tunnel=tunnel,

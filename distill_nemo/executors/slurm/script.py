@@ -1,5 +1,6 @@
 """Check the batch script that NeMo-Run writes before it is submitted, and print it for a dry run."""
 
+import os
 import re
 import shlex
 import shutil
@@ -68,10 +69,14 @@ def _is_one_word(text: str) -> bool:
 
 
 def _check_setup(setup: str) -> None:
-    """Refuse set-up lines that bash cannot parse."""
-    parsed = subprocess.run(["bash", "-n"], input=setup, capture_output=True, text=True, check=False)
+    """Refuse set-up lines that bash cannot parse, and a here-document without an end, which would hold the whole job."""
+    english = {**os.environ, "LC_ALL": "C"}
+    parsed = subprocess.run(["bash", "-n"], input=setup, env=english, capture_output=True, text=True, check=False)
+    said = parsed.stderr.strip().splitlines()
     if parsed.returncode:
-        raise ValueError(f"run.executor.setup: bash cannot parse it: {parsed.stderr.strip().splitlines()[0]}")
+        raise ValueError(f"run.executor.setup: bash cannot parse it: {said[0]}")
+    if unended := [line for line in said if "here-document" in line]:
+        raise ValueError(f"run.executor.setup: bash cannot find its end: {unended[0]}")
 
 
 def _check_replaced(executor: run.SlurmExecutor, others: list[tuple[str, Any]]) -> None:

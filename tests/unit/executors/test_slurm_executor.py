@@ -157,6 +157,7 @@ def test_what_the_shell_would_read_is_refused_by_name(capfd, monkeypatch, tmp_pa
     [
         (["setup=['export X=\"a b']"], "run.executor.setup: bash cannot parse it"),
         (["setup=['if true']"], "run.executor.setup: bash cannot parse it"),
+        (["setup=['cat > env <<END', 'X=1']"], "run.executor.setup: bash cannot find its end"),
         (["setup=['cd /nemo_run/x']"], 'run.executor.setup: NeMo-Run replaces "/nemo_run"'),
         (["env={'X': '/data/nemo_run'}"], 'run.executor.env: NeMo-Run replaces "/nemo_run"'),
         (["comment=/nemo_run"], 'run.executor.comment: NeMo-Run replaces "/nemo_run"'),
@@ -306,6 +307,13 @@ def test_what_is_no_secret_may_be_set_up_and_is_not_traced(tmp_path, line):
     script.write_text("set -evx\n" + slurm(setup=["X=hunter2", "echo said"]).setup_lines + "\necho traced\n")
     ended = subprocess.run(["bash", script], capture_output=True, text=True, check=True)
     assert ended.stdout == "said\ntraced\n" and "hunter2" not in ended.stderr and "+ echo traced" in ended.stderr
+
+
+@pytest.mark.parametrize("last", ["echo set up \\", "echo set up #\\", "cat <<END\nset up\nEND"])
+def test_the_last_line_of_the_set_up_takes_in_no_line_behind_it(last):
+    script = slurm(setup=[last]).setup_lines + "\necho train\n"
+    ended = subprocess.run(["bash"], input=script, capture_output=True, text=True, check=True)
+    assert ended.stdout == "set up\ntrain\n" and "+ echo train" in ended.stderr
 
 
 def test_in_python_it_is_nemo_runs_executor():
