@@ -16,7 +16,7 @@ from distill_nemo.data.chat_template import LossOn
 from distill_nemo.data.manifest import name_of, pack_length, read_manifest, vocabulary
 from distill_nemo.data.token_files import check_files, document_lengths, index_layout
 from distill_nemo.data.token_masks import mask_of
-from distill_nemo.data.tokenizer import load_tokenizer
+from distill_nemo.data.tokenizer import MAX_IDS, load_tokenizer
 from distill_nemo.fields import require
 from distill_nemo.hub import directory_of
 from distill_nemo.teacher_store.manifest import MANIFEST
@@ -124,14 +124,26 @@ def shown_documents(
         of_pack = "" if pack is None else f"pack {group + 1:,} of {groups:,}: {size}"
         for number in range(first, stop):
             place, length = int(starts[number]), int(lengths[number])
+            shown = ids[place : place + min(length, max_tokens)].tolist()
+            _check_ids(f"{name_of(prefix)}: document {number + 1:,}", shown, fast)
             bits = np.ones(length, np.uint8) if mask is None else mask.of_document(place, length)
             yield ShownDocument(
                 f"document {number + 1:,} of {len(lengths):,}: {length:,} tokens, {int(bits.sum()):,} count",
                 of_pack if number == first else "",
-                texts(fast, ids[place : place + min(length, max_tokens)].tolist(), bits),
+                texts(fast, shown, bits),
                 max(length - max_tokens, 0),
                 mask is not None,
             )
+
+
+def _check_ids(where: str, ids: list[int], fast: tokenizers.Tokenizer) -> None:
+    """Refuse ids that are no tokens: the library leaves them out of a text, and raises TypeError for some."""
+    for i in ids:
+        require(
+            0 <= i < MAX_IDS and fast.id_to_token(i) is not None,
+            f"{where} has the id {i}, which is no token of the tokenizer: pass tokenizer=DIRECTORY with the one that "
+            "made the files",
+        )
 
 
 def texts(fast: tokenizers.Tokenizer, ids: list[int], bits: np.ndarray) -> list[tuple[str, bool]]:

@@ -140,7 +140,7 @@ def _check_columns(path: Path, names: list[str], schema: Schema) -> None:
     if schema.kind == "text" and names.count(key) != 1:
         number = "more than one" if key in names else "no"
         raise ValueError(
-            f'{path} has {number} column "{key}"; it has {listed}. Set text_key to one of them, or{MESSAGES_AT}'
+            f'{path} has {number} column "{key}"; it has {listed}. Set text_key to one of them{MESSAGES_AT}'
         )
     is_chat = schema.kind == "chat" and key in names
     if schema.kind != "text" and not is_chat and format_of(names, "") != schema.kind:

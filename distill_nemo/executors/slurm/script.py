@@ -69,7 +69,7 @@ def _is_one_word(text: str) -> bool:
 
 
 def _check_setup(setup: str) -> None:
-    """Refuse set-up lines that bash cannot parse, and a here-document without an end, which would hold the whole job."""
+    """Refuse set-up lines that bash cannot parse, and a here-document without an end, which would hold the job."""
     english = {**os.environ, "LC_ALL": "C"}
     parsed = subprocess.run(["bash", "-n"], input=setup, env=english, capture_output=True, text=True, check=False)
     said = parsed.stderr.strip().splitlines()

@@ -73,9 +73,11 @@ class ExportFiles:
                 if GENERATION in self.files:
                     open_pretrained(GenerationConfig, temporary)
             except Exception as error:  # transformers raises errors of any type
+                given = self.files.get(GENERATION)
+                wrong = given if isinstance(given, Path) else "them"
                 raise ValueError(
                     f"the student could not be exported: transformers refuses its config.json or {GENERATION}: "
-                    f"{_reason(error, temporary)}; change its sizes, or correct {self.files.get(GENERATION, 'them')}"
+                    f"{_reason(error, temporary)}; change its sizes, or correct {wrong}"
                 ) from None
             if self.tokenizer is not None:
                 _opened(temporary, self.tokenizer)
@@ -123,7 +125,7 @@ def export_files(
     if tokenizer is not None:
         files |= ({} if _states_template(tokenizer) else templates) | tokenizer_files(tokenizer)
     if generation is not None:
-        files[GENERATION] = generation
+        files[GENERATION] = _with_ids_within(generation, model.vocab_size)
     if source is not None:
         files |= _matching(source, LICENCES)
     config = _config(model, dtype, source, tokenizer)
@@ -214,9 +216,7 @@ def _config(model: Architecture, dtype: torch.dtype, source: Path | None, tokeni
     config = ours | kept | {name: value for name, value in ours.items() if name in forced}
     if tokenizer is not None and not {"bos_token_id", "eos_token_id"} <= theirs.keys():
         config |= {name: i for name, i in _token_ids(tokenizer).items() if name not in theirs}
-    ids = {name: value for name, value in config.items() if name.endswith("_token_id")}
-    config |= {name: _within(value, model.vocab_size) for name, value in ids.items()}
-    return {name: value for name, value in config.items() if name not in DROPPED}
+    return {name: value for name, value in _ids_within(config, model.vocab_size).items() if name not in DROPPED}
 
 
 def _around(text: dict[str, Any], source: Path) -> dict[str, Any]:
@@ -254,8 +254,19 @@ def _token_ids(tokenizer: Path) -> dict[str, int | None]:
     return {"bos_token_id": loaded.bos_token_id, "eos_token_id": loaded.eos_token_id}
 
 
+def _with_ids_within(generation: Path, vocab_size: int) -> Path | str:
+    """Return a `generation_config.json` to copy, or its text if it names token ids beyond the student's rows."""
+    stated = read_object(generation)
+    within = _ids_within(stated, vocab_size)
+    return generation if within == stated else json.dumps(without_places(within), indent=2)
+
+
+def _ids_within(config: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+    """Drop token ids beyond the student's rows from the fields that hold an id or a list of ids."""
+    return {name: _within(value, vocab_size) if name.endswith("_token_id") else value for name, value in config.items()}
+
+
 def _within(value: Any, vocab_size: int) -> Any:
-    """Drop token ids beyond the student's rows from an id or a list of ids."""
     if isinstance(value, list):
-        return [i for i in value if i < vocab_size] or None
+        return [i for i in value if _within(i, vocab_size) is not None] or None
     return None if isinstance(value, int) and value >= vocab_size else value

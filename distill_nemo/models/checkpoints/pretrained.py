@@ -38,6 +38,6 @@ def new_model(config: Any, **options: Any) -> "PreTrainedModel":
 
 
 def empty_model(config: Any) -> torch.nn.Module:
-    """Return the same, its weights on the meta device."""
+    """Return the same, its weights on the meta device. The attention that the file names need not be installed."""
     with torch.device("meta"):
-        return new_model(config)
+        return new_model(config, attn_implementation="eager")

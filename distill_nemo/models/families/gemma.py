@@ -5,7 +5,7 @@ from typing import Any
 
 from distill_nemo.fields import setting
 from distill_nemo.models.architecture import Architecture, Layer, Multipliers
-from distill_nemo.models.config_fields import MAX_SIZE, Fields
+from distill_nemo.models.config_fields import MAX_SIZE, Fields, shown
 from distill_nemo.models.families.family import Family
 from distill_nemo.models.families.pieces import LAYER, Table, hidden, layer_table, replicated
 from distill_nemo.models.families.rope import parameters_by_type
@@ -78,11 +78,20 @@ def _spelled(config: Fields) -> dict[str, Any]:
     """Return the rotary embeddings by type of layer, as transformers 5 has them.
 
     Version 4 states both bases, and a scaling for the layers with full attention.
+
+    Raises:
+        ValueError: for a scaling whose type only version 4 reads.
     """
+    scaling = config.mapping("rope_scaling").values
+    if "type" in scaling and "rope_type" not in scaling:
+        raise ValueError(
+            f'{config.where}: rope_scaling with "type" = {shown(scaling["type"])} alone is not supported: '
+            'transformers 5 does not read it in this family; write "rope_type"'
+        )
     stated = parameters_by_type(config, KINDS)
     sliding = {"rope_theta": config.number("rope_local_base_freq", 1e4), **stated[KINDS[0]]}
     full = {"rope_theta": config.number("rope_theta", 1e6), **stated[KINDS[1]]}
-    full |= config.mapping("rope_scaling").values
+    full |= scaling
     nested = {KINDS[0]: sliding, KINDS[1]: full}
     return {"rope_theta": full["rope_theta"], "rope_scaling": None, "rope_parameters": nested}
 

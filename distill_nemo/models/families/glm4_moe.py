@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 from distill_nemo.models.architecture import Architecture, Layer
-from distill_nemo.models.config_fields import Fields
 from distill_nemo.models.families.experts import DenseFirst, dense_first, read_experts, sigmoid_experts, write_experts
 from distill_nemo.models.families.family import Family
 from distill_nemo.models.families.pieces import Table, layer_table, shared_experts
@@ -24,11 +23,6 @@ def _traits(values: dict[str, Any]) -> dict[str, Any]:
     return {"qkv_bias": own["attention_bias"], "qk_norm": own["use_qk_norm"]}
 
 
-def _refused(config: Fields) -> dict[str, bool]:
-    stated = config.values.get("partial_rotary_factor", "absent")
-    return {"partial_rotary_factor = null (transformers takes it for 1, and its absence for 0.5)": stated is None}
-
-
 def _layer_table(model: Architecture, layer: Layer) -> Table:
     return layer_table(model, layer) | (shared_experts("shared_experts") if layer.has_experts else {})
 
@@ -44,7 +38,6 @@ GLM4_MOE = Family(
     },
     partial_rotary=0.5,
     own_fields=Glm4MoeFields,
-    refused=_refused,
     traits=_traits,
     experts=sigmoid_experts,
     layers=dense_first,

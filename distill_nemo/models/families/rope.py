@@ -43,10 +43,10 @@ def read_rope(config: Fields, family: Family) -> tuple[float, dict[str, Any] | N
         rope = config.mapping("rope_parameters")
     nested = _nested(rope, family)
     if not nested:
-        read = _read(_completed(rope, config, DEFAULT_THETA), family)
+        read = _read(_completed(rope, config, DEFAULT_THETA, family), family)
         return read.rope_theta, _scaling(read, family)
     base = _theta(config, DEFAULT_THETA)
-    return base, {kind: _read(_completed(own, config, base), family).stated for kind, own in nested.items()}
+    return base, {kind: _read(_completed(own, config, base, family), family).stated for kind, own in nested.items()}
 
 
 def parameters_by_type(config: Fields, kinds: tuple[str, ...]) -> dict[str, dict[str, Any]]:
@@ -121,15 +121,26 @@ def _nested(rope: Fields, family: Family) -> dict[str, Fields]:
     return {name: rope.mapping(name) for name in nested}
 
 
-def _completed(rope: Fields, config: Fields, base: float) -> Fields:
-    """Complete a dictionary with the fields beside it and with transformers' defaults."""
+def _completed(rope: Fields, config: Fields, base: float, family: Family) -> Fields:
+    """Complete a dictionary with the fields beside it and with transformers' defaults.
+
+    With a type other than default, transformers reads a family's own `partial_rotary_factor` before the dictionary's.
+    """
     values = dict(rope.values)
     values.setdefault("rope_theta", _theta(config, base))
-    for name in (PARTIAL, ORIGINAL):
-        inner, outer = rope.values.get(name), config.values.get(name)
+    usual = family.partial_rotary if family.partial_rotary != 1.0 else None
+    if usual is not None and config.values.get(PARTIAL, usual) is None:
+        raise ValueError(
+            f"{config.where}: {PARTIAL} = null is not supported: transformers takes it for 1, and its absence for "
+            f"{usual:g}; correct the file"
+        )
+    scaled = rope.values.get("rope_type", rope.values.get("type", "default")) != "default"
+    for name, default in ((PARTIAL, usual if scaled else None), (ORIGINAL, None)):
+        inner, outer = rope.values.get(name), config.values.get(name, default)
         if None not in (inner, outer) and inner != outer:
+            beside = "beside it" if name in config.values else "of the family, as none stands beside it"
             raise ValueError(
-                f"{rope.where}: {name} = {shown(inner)} contradicts {shown(outer)} beside it; transformers' versions "
+                f"{rope.where}: {name} = {shown(inner)} contradicts {shown(outer)} {beside}; transformers' versions "
                 "read different ones: correct the file"
             )
         if inner is None and outer is not None:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from distill_nemo.data.inspect import inspect_documents
 from distill_nemo.data.inspect_store import SHOWN_IDS, inspect_windows
+from distill_nemo.data.token_files import write_index
 from distill_nemo.teacher_store.writer import finish_store
 from tests.stores import L, manifest_of, random_window, write_windows
 
@@ -81,3 +82,13 @@ def test_a_wrong_path_is_told(tmp_path):
         ValueError, match=r"^data: .*x is neither a teacher store \(no file .*x/manifest\.json\) nor the"
     ):
         inspect_documents(str(tmp_path / "x"), 1, None, Console())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "strange"), [("uint16", 60_000), ("int32", -1), ("int32", 2**31 - 1), ("int64", 2**40), ("int8", -3)]
+)
+def test_an_id_that_is_no_token_of_the_tokenizer_is_named(tokenizer, tmp_path, dtype, strange):
+    np.array([5, 6, 7, strange, 5], dtype).tofile(tmp_path / "x.bin")
+    write_index(tmp_path / "x.idx", np.array([2, 3], np.int32), dtype)
+    with pytest.raises(ValueError, match=rf"x\.bin: document 2 has the id {strange}, which is no token"):
+        inspect_documents(str(tmp_path / "x"), 2, str(tokenizer), Console(file=io.StringIO()))

@@ -252,6 +252,24 @@ def test_rotary_embeddings_that_cannot_be_read_for_certain_are_refused(tmp_path,
     assert message in str(raised.value) and str(tmp_path) in str(raised.value) and len(str(raised.value)) < 600
 
 
+WITH_A_FRACTION = [name for name, row in FAMILIES.items() if row.partial_rotary not in (None, 1.0) and known(name)]
+
+
+@pytest.mark.parametrize("family", WITH_A_FRACTION)
+def test_a_rotated_fraction_that_transformers_does_not_read_is_refused(tmp_path, family):
+    model_type = {"model_type": family, "architectures": None, **OWN_FIELDS[family], "head_dim": 24}
+    model_type |= {"num_key_value_heads": 2, "num_hidden_layers": 4}
+    yarn = {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.75, **YARN}}
+    for rope, message in (
+        ({"partial_rotary_factor": None}, "partial_rotary_factor = null is not supported"),
+        (yarn, f"0.75 contradicts {FAMILIES[family].partial_rotary} of the family, as none stands beside it"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            resolve_json(tmp_path, **copy.deepcopy(model_type | rope))
+    beside = resolve_json(tmp_path, **copy.deepcopy(model_type | yarn | {"partial_rotary_factor": 0.75}))
+    assert beside.ropes[0].partial_rotary_factor == 0.75
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -193,12 +193,6 @@ def test_half_of_a_heads_channels_are_rotated_by_default(glm, tmp_path, rope, pa
     assert resolved(path) == model
 
 
-def test_a_null_in_place_of_the_rotated_fraction_is_refused(glm, tmp_path):
-    path = changed(glm, tmp_path / "in", partial_rotary_factor=None)
-    with pytest.raises(ValueError, match=r"partial_rotary_factor = null .* is not supported"):
-        resolved(path)
-
-
 def test_a_layer_that_predicts_further_tokens_is_left_out_and_no_other(glm, tmp_path):
     def one_more(tensors):
         names = [name for name in tensors if name.startswith("model.layers.1.")]

@@ -123,8 +123,13 @@ def test_every_field_of_the_source_is_kept(tmp_path, family):
 def test_only_where_the_student_differs_the_configuration_does(tmp_path, capsys):
     source = write_hf(tmp_path / "m", layers=1)
     state(source, eos_token_id=[2, 506], pad_token_id=506, bos_token_id=1)
-    config = collected(source, vocab_size=500).config
+    generation = Path(source, "generation_config.json")
+    generation.write_text(json.dumps({"eos_token_id": [506, 2], "pad_token_id": 506, "top_k": 600}))
+    export = collected(source, vocab_size=500)
+    config = export.config
     assert (config["vocab_size"], config["eos_token_id"], config["pad_token_id"]) == (500, [2], None)
+    assert json.loads(export.files[generation.name]) == {"eos_token_id": [2], "pad_token_id": None, "top_k": 600}
+    assert collected(source).files[generation.name] == generation
 
     from distill_nemo.models.checkpoints.export_files import export_files
     from distill_nemo.models.resolve import resolve
@@ -133,6 +138,21 @@ def test_only_where_the_student_differs_the_configuration_does(tmp_path, capsys)
     config = export_files(student, torch.float32, Path(source), None).config
     assert config["num_hidden_layers"] == 2 and "pad_token_id" not in config
     assert f"{source} holds another model now (num_layers = 1, the student's is 2)" in capsys.readouterr().err
+
+
+def test_the_attention_that_a_source_names_need_not_be_installed(tmp_path):
+    source = write_hf(tmp_path / "m", layers=1)
+    state(source, attn_implementation="flash_attention_2")
+    export = collected(source)
+    export.check()
+    assert export.config["attn_implementation"] == "flash_attention_2"
+
+
+@pytest.mark.parametrize("ids", ["2", ["x"], [[1]], {"a": 1}, True])
+def test_an_end_that_is_no_id_is_left_to_transformers_to_refuse(tmp_path, ids):
+    source = write_hf(tmp_path / "m", layers=1)
+    state(source, eos_token_id=ids)
+    assert collected(source).config["eos_token_id"] == ids
 
 
 def chat_student(directory: Path, kind: str) -> str:

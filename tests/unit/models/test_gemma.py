@@ -100,6 +100,7 @@ def test_a_model_of_either_version_is_the_same_after_an_export(tmp_path):
             "rope_parameters must hold sliding_attention and full_attention, got ['rope_theta', 'rope_type', 'factor']",
         ),
         ({"rope_parameters": {"x" * 10**6: {}}}, "got ['xxxx"),
+        ({"rope_scaling": {"type": "linear", "factor": 8.0}}, """rope_scaling with "type" = 'linear' alone"""),
     ],
 )
 def test_a_feature_that_would_be_computed_otherwise_is_refused_by_name(tmp_path, stated, message):
