@@ -62,11 +62,25 @@ def save_yaml(config: RunConfig, path: Path) -> None:
 
 
 def load_yaml(path: Path) -> RunConfig:
-    """Read the config that `save_yaml` wrote, with YAML's safe loader: a file cannot execute code."""
+    """Read the config that `save_yaml` wrote, with YAML's safe loader: a file cannot execute code.
+
+    Raises:
+        ValueError: if the file cannot be read, has a field twice, or for a wrong field.
+    """
     import yaml
 
+    class FieldsOnce(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            names = [key.value for key, _ in node.value]
+            twice = next((key for key, _ in node.value if names.count(key.value) > 1), None)
+            if twice is not None:
+                raise yaml.MarkedYAMLError(
+                    problem=f'the field "{twice.value}" is there twice', problem_mark=twice.start_mark
+                )
+            return super().construct_mapping(node, deep)
+
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), FieldsOnce)
     except FileNotFoundError:
         raise ValueError(f"no such config file: {path}") from None
     except yaml.YAMLError as error:

@@ -50,7 +50,10 @@ def _element(node: ast.expr, text: str, hint: Any) -> Any:
         return [_element(each, text, args[0]) for each in node.elts]
     if origin is dict and isinstance(node, ast.Dict) and None not in node.keys:
         pairs = zip(node.keys, node.values, strict=True)
-        return {_element(key, text, args[0]): _element(value, text, args[1]) for key, value in pairs if key}
+        found = {_element(key, text, args[0]): _element(value, text, args[1]) for key, value in pairs if key}
+        if len(found) < len(node.keys):
+            raise ValueError(f"a key twice: {text}")
+        return found
     if hint is Any:
         return ast.literal_eval(node)
     if isinstance(node, ast.Constant) and isinstance(node.value, str):

@@ -365,6 +365,21 @@ def test_a_recipe_and_the_command_line_take_the_fields_of_run_config():
     assert set(base("one").__arguments__) == set(names)
 
 
+@pytest.mark.parametrize(
+    ("text", "twice"),
+    [
+        ("output_dir: a\nstudent: {}\noutput_dir: b\n", "output_dir"),
+        ("output_dir: a\ntraining:\n  steps: 5\n  seed: 1\n  steps: 6\n", "steps"),
+        ("output_dir: a\nmodel: {family_fields: {x: 1, 'x': 2}}\n", "x"),
+        ("{output_dir: a, training: {}, training: {steps: 5}}", "training"),
+    ],
+)
+def test_a_field_that_stands_twice_in_a_file_is_refused(tmp_path, text, twice):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=f'config.yaml is not valid YAML: the field "{twice}" is there twice'):
+        load_yaml(tmp_path / "config.yaml")
+
+
 def test_yaml_cannot_execute_code(tmp_path):
     (tmp_path / "bad.yaml").write_text("!!python/object/apply:os.system ['true']")
     with pytest.raises(ValueError, match="not valid YAML"):

@@ -159,6 +159,8 @@ def test_a_value_is_parsed_by_the_type_of_its_field(text, hint, value):
         ("[x for x in '']", list[str]),
         ("{'a': 1", dict[str, str]),
         ("{**{}}", dict[str, str]),
+        ("{'a': 1, 'a': 2}", dict[str, str]),
+        ("{1: 2, '1': 3}", dict[str, Any]),
         ("[" * 5000, list[str]),
         ("[" + "-" * 100_000 + "1]", list[str]),
         ("a\0", list[str]),
