@@ -75,6 +75,7 @@ PARTS = (
         _tests("test_layers.py"),
     ),
     Part("training", "host syncs, offload, layouts of one GPU, bf16", "pytest", _tests("test_training.py")),
+    Part("layouts", "two GPUs, if there are two, against one", "pytest", _tests("test_layouts.py")),
     Part("quantized", "students in FP8 and NVFP4, by ModelOpt's kernels", "pytest", _tests("test_quantized.py")),
     Part("quickstart", "quickstart in bf16: kill, resume, export", "pytest", _tests("test_quickstart.py")),
     Part("kl", "KL of given logits beside other implementations", "benchmarks.kl", ("--only", "gpu")),

@@ -51,7 +51,7 @@ NAMES = {  # in config.json
 # Fields with an entry for each layer.
 BY_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "hybrid_override_pattern")
 TOLERANCE = 1e-4  # in fp32; tiny models agree to 1e-6
-TOLERANCE_ON_GPU = 1e-2  # Transformer Engine multiplies fp32 in TF32
+TOLERANCE_ON_GPU = 1e-2  # Mamba's kernels multiply fp32 in TF32
 
 
 def refusal_of_sources(*models: Architecture | None) -> str | None:
