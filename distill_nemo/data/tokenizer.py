@@ -190,7 +190,9 @@ def _from_tokenizer_json(
 
 
 def encoder_of(fast: "tokenizers.Tokenizer", problem: str) -> Encode:
-    """Return the function from texts to ids of a fast tokenizer, which is changed so that it cuts and fills no text.
+    """Return the function from texts to ids of a fast tokenizer, which is changed so that these follow from the text.
+
+    It then cuts and fills no text, and leaves out no merges at random.
 
     Args:
         fast: the tokenizer.
@@ -198,6 +200,8 @@ def encoder_of(fast: "tokenizers.Tokenizer", problem: str) -> Encode:
     """
     fast.no_truncation()
     fast.no_padding()
+    if getattr(fast.model, "dropout", None):
+        fast.model.dropout = None
 
     def encode(texts: list[str]) -> "list[array[int]]":
         try:

@@ -13,7 +13,7 @@ import distill_nemo
 from distill_nemo.data import tokenizer as module
 from distill_nemo.data.prepare import prepare
 from distill_nemo.data.stdlib_corpus import stdlib_modules, train_tokenizer
-from distill_nemo.data.tokenizer import facts_of, load_tokenizer
+from distill_nemo.data.tokenizer import encoder, facts_of, load_tokenizer, save_fast
 
 TEXT = "def add(a, b):\n    return a + 1234  # The sum of  both, isn't it\u00e9 \ufb01\n"
 EOS = "<|endoftext|>"
@@ -91,6 +91,17 @@ def test_prepare_writes_the_ids_of_tokenizer_json(tmp_path, trained):
     written = np.fromfile(tmp_path / "out.bin", np.uint16).tolist()
     assert written == [*gpt2(trained).encode(TEXT).ids, 0]
     assert json.loads((tmp_path / "out.json").read_text())["vocab_size"] == 400
+
+
+def test_merges_are_not_left_out_at_random(tmp_path, trained):
+    """A tokenizer that was trained with dropout may have been saved with it."""
+    content = json.loads(trained)
+    content["model"]["dropout"] = 0.5
+    tokenizer = load_tokenizer(directory_of(tmp_path, json.dumps(content)))
+    save_fast(tokenizer, tmp_path / "fast.json")
+    expected = gpt2(trained).encode(TEXT).ids
+    for encode in (tokenizer.encode, encoder(str(tmp_path / "fast.json"), str(tmp_path))):
+        assert [ids.tolist() for ids in encode([TEXT] * 5)] == [expected] * 5
 
 
 ADDED_TOKEN = {"__type": "AddedToken", "content": EOS, "lstrip": False, "rstrip": False, "normalized": False}
