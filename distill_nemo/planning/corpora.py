@@ -34,13 +34,15 @@ def parts_of_blend(config: RunConfig) -> list[PartOfBlend]:
     """Return the parts of `data.train`; none if a file is missing.
 
     Raises:
-        ValueError: for weights that cannot be read, or a corpus that is named twice.
+        ValueError: for weights that cannot be read, a corpus that is named twice, or files that a run would refuse.
     """
     data = config.data
     prefixes, weights = parse_blend("data.train", data.train)
     corpora = [corpus_at(prefix) for prefix in prefixes]
     if not all(corpus.files for corpus in corpora):
         return []
+    for corpus in corpora:
+        corpus.check("data.train", data)
     check_once("data.train", corpora)
     held = [0.0 if data.valid else 1 - _training_share(data.split)] * len(prefixes)
     whole = [corpus.pass_tokens() for corpus in corpora]

@@ -1,6 +1,7 @@
 """Text of a plan, on one screen."""
 
 from distill_nemo.config import ParallelismConfig
+from distill_nemo.data.token_files import check_vocabulary
 from distill_nemo.planning.compute import all_work, checkpoint_bytes, copied_bytes, time_of, traffic_bytes
 from distill_nemo.planning.corpora import MANY_PASSES, parts_of_blend
 from distill_nemo.planning.gpus import Gpu
@@ -144,7 +145,12 @@ def _kept(planned: PlannedRun) -> str:
 
 
 def _data(planned: PlannedRun) -> list[str]:
-    """Return the passes over each part of the training data, if it is there."""
+    """Return the passes over each part of the training data, if it is there.
+
+    Raises:
+        ValueError: for data that the run would refuse.
+    """
+    check_vocabulary(planned.config.data, planned.models.student.vocab_size)
     lines = []
     for part in parts_of_blend(planned.config):
         about = f"{part.share:.0%} of the run, from {part.tokens:,} tokens"

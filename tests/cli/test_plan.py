@@ -85,6 +85,13 @@ def test_what_is_refused_is_one_error(capfd, arguments, message):
     assert plan.err.startswith("error: ") and message in plan.err and len(plan.err.splitlines()) == 1, plan.err
 
 
+def test_data_with_ids_that_the_model_lacks_is_refused_as_by_the_run(capfd, inputs):
+    smaller = ["student.vocab_size=300", "teacher.vocab_size=300", f'data.train=["{inputs}/train"]']
+    plan = nemo_here(capfd, *PLAN, *PAIR, *smaller)
+    assert (plan.code, plan.out) == (1, "") and "train.bin holds the token id 5" in plan.err
+    assert "but the model's vocab_size is 300" in plan.err and len(plan.err.splitlines()) == 1
+
+
 def test_a_plan_of_models_on_the_hub_downloads_no_weights(capfd, inputs, tmp_path):
     distil, roles = ("plan", "distil", "data.sequence_length=64"), ("teacher", "student")
     local = nemo_here(capfd, *distil, *(f"{role}.checkpoint={inputs / role}" for role in roles))

@@ -39,6 +39,25 @@ def test_a_corpus_that_is_named_twice_is_refused_as_by_the_run(tmp_path: Path):
         parts_of_blend(config(train=["1", a, "1", a]))
 
 
+DAMAGES = {
+    "empty": (lambda idx: b"", "is empty"),
+    "zeros": (lambda idx: bytes(len(idx)), "is not a Megatron index"),
+    "cut in its header": (lambda idx: idx[:20], "holds no documents"),
+    "cut after the lengths": (lambda idx: idx[:50], "is truncated"),
+    "of more documents": (lambda idx: idx[:18] + (10**9).to_bytes(8, "little") + idx[26:], "is truncated"),
+    "other lengths": (lambda idx: idx[:34] + (70).to_bytes(4, "little") + idx[38:], "is damaged at document"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_damaged_files_are_refused_as_by_the_run(tmp_path: Path, case: str):
+    path, (damage, message) = corpus(tmp_path, "a", [60, 40]), DAMAGES[case]
+    index = Path(f"{path}.idx")
+    index.write_bytes(damage(index.read_bytes()))
+    with pytest.raises(ValueError, match=rf"data\.train: \S+/a\.idx {message}"):
+        parts_of_blend(config(train=[path]))
+
+
 def test_passes_over_packs_are_passes_over_their_samples(tmp_path: Path):
     packs = write_packs(tmp_path / "a", [[[1] * 12, [2] * 8]] * 10, 25)  # 200 tokens in 10 samples of 25
     (part,) = parts_of_blend(config(train=[packs], valid=[packs]))
