@@ -59,7 +59,7 @@ def token_bytes(tokenizer: "tokenizers.Tokenizer") -> TokenBytes | None:
     from tokenizers.pre_tokenizers import ByteLevel
 
     model, vocab = tokenizer.model, tokenizer.get_vocab()
-    normalizers, cutting = list(_steps(tokenizer.normalizer)), list(_steps(tokenizer.pre_tokenizer))
+    normalizers, cutting = list(steps_of(tokenizer.normalizer)), list(steps_of(tokenizer.pre_tokenizer))
     byte_levels = [step for step in cutting if step["type"] == "ByteLevel"]
     if (
         not isinstance(model, BPE)
@@ -80,7 +80,7 @@ def token_bytes(tokenizer: "tokenizers.Tokenizer") -> TokenBytes | None:
     return TokenBytes(sizes, bool(normalizers))
 
 
-def _steps(component: Any) -> Iterator[dict[str, Any]]:
+def steps_of(component: Any) -> Iterator[dict[str, Any]]:
     """Yield the steps of a normalizer or a pre-tokenizer, each with its type and options."""
     todo = [] if component is None else [json.loads(component.__getstate__())]
     while todo:

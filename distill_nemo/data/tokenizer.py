@@ -12,12 +12,14 @@ import hashlib
 import importlib.util
 import json
 import re
+import unicodedata
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distill_nemo.data.token_places import steps_of
 from distill_nemo.runtime.files import read_object_if_any, write_atomically
 
 if TYPE_CHECKING:
@@ -194,23 +196,43 @@ def encoder_of(fast: "tokenizers.Tokenizer", problem: str) -> Encode:
 
     It then cuts and fills no text, and leaves out no merges at random.
 
+    A normalizer that only composes characters (Unicode's form NFC) leaves a text in that form as it is, but takes a
+    tenth of the library's time. Such texts are encoded without it.
+
     Args:
-        fast: the tokenizer.
+        fast: the tokenizer. One thread at a time may use it.
         problem: beginning of the error if it cannot encode a text.
     """
     fast.no_truncation()
     fast.no_padding()
     if getattr(fast.model, "dropout", None):
         fast.model.dropout = None
+    normalizer, only_composes = fast.normalizer, _only_composes(fast)
 
     def encode(texts: list[str]) -> "list[array[int]]":
+        is_composed = only_composes and all(map(_is_composed, texts))
         try:
+            if is_composed:
+                fast.normalizer = None
             encodings = fast.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:  # the library's only class of errors
             raise ValueError(f"{problem}: {error}") from None
+        finally:
+            if is_composed:
+                fast.normalizer = normalizer
         return [array("I", encoding.ids) for encoding in encodings]  # a list at a time; numpy takes four times as long
 
     return encode
+
+
+def _only_composes(fast: "tokenizers.Tokenizer") -> bool:
+    """Return True if a tokenizer's normalizer leaves texts in Unicode's form NFC as they are, and so do its tokens."""
+    steps = [step["type"] for step in steps_of(fast.normalizer)]
+    added = fast.get_added_tokens_decoder().values()  # those that it composes are not found without it
+    return bool(steps) and set(steps) == {"NFC"} and all(_is_composed(token.content) for token in added)
+
+
+_is_composed = functools.partial(unicodedata.is_normalized, "NFC")
 
 
 def _cannot_encode(path: str) -> str:

@@ -2,11 +2,13 @@
 
 import ast
 import json
+import random
+import unicodedata
 from pathlib import Path
 
 import pytest
 import tokenizers
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 import distill_nemo
@@ -224,6 +226,32 @@ def test_a_text_that_the_tokenizer_cannot_encode_is_refused_by_its_directory(tmp
     (tmp_path / "tokenizer.json").write_text('{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "b"}}')
     with pytest.raises(ValueError, match=rf"^{tmp_path}: its tokenizer cannot encode the text: .*Missing \[UNK\]"):
         load_tokenizer(str(tmp_path)).encode(["c"])
+
+
+def test_the_library_leaves_composed_characters_as_they_are():
+    """The library's tables of Unicode are older than Python's."""
+    known = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000]
+    marks = [character for character in known if unicodedata.combining(character)]
+    drawn = random.Random(0)
+    some = ("".join([drawn.choice("aeou\u0915\u1100"), *drawn.choices(marks, k=4)]) for _ in range(20_000))
+    texts = [*(text for text in known if unicodedata.is_normalized("NFC", text)), *some]
+    composed = unicodedata.normalize("NFC", "\n".join(texts))
+    assert normalizers.NFC().normalize_str(composed) == composed
+
+
+@pytest.mark.parametrize("contents", [["<|caf\u00e9|>"], ["<|caf\u00e9|>", "<|cafe\u0301s|>"]])
+def test_a_composed_text_has_the_ids_that_the_normalizer_gives_it(trained, contents):
+    """Newer versions of the library do not find a decomposed added token in a composed text without the normalizer."""
+    fast = gpt2(trained)
+    fast.normalizer = normalizers.NFC()
+    fast.add_tokens([AddedToken(content, normalized=True) for content in contents])
+    words = ("plain", "caf\u00e9", "cafe\u0301", "<|caf\u00e9|>", "<|cafe\u0301|>", "<|caf\u00e9s|>", "<|cafe\u0301s|>")
+    texts = [f"a {one} b {other}" for one in words for other in words]
+    expected = [fast.encode(text, add_special_tokens=False).ids for text in texts]
+    encode = module.encoder_of(fast, "")
+    assert [encode([text])[0].tolist() for text in texts] == expected
+    assert [ids.tolist() for ids in encode(texts)] == expected
+    assert isinstance(fast.normalizer, normalizers.NFC)
 
 
 def test_only_one_function_opens_directories_with_transformers():
