@@ -69,7 +69,7 @@ def chat_tokens(fast: str, chat: Chat, conversations: list[Conversation]) -> lis
         conversations: any number.
     """
     rendered = [_rendered(chat, conversation) for conversation in conversations]
-    encoder = _encoder(fast)
+    encoder = chat_encoder(fast)
     encoded = iter(encoder.encode([found.text for found in rendered if isinstance(found, Rendered)]))
     special = chat.template.special
     return [
@@ -178,7 +178,8 @@ def _astride(text: str, at: int) -> RecordError:
 
 
 @functools.cache
-def _encoder(fast: str) -> _Encoder:
+def chat_encoder(fast: str) -> _Encoder:
+    """Return the encoder of conversations of a saved fast tokenizer."""
     import tokenizers
 
     return _Encoder(tokenizers.Tokenizer.from_file(fast))

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from distill_nemo.data.answers import Range
-from distill_nemo.data.chat_tokens import Chat, Tokens, chat_tokens
+from distill_nemo.data.chat_tokens import Chat, Tokens, chat_encoder, chat_tokens
 from distill_nemo.data.conversations import Conversation, RecordError
 from distill_nemo.data.manifest import read_json
 from distill_nemo.data.readers import FilePiece, Record, Schema, read
@@ -58,8 +59,21 @@ def start_worker() -> None:
 def make_part(part: Part) -> dict[str, Any]:
     """Tokenise one part into its files. The manifest is written last and marks the part as whole.
 
-    The mask has a byte a token here, and is written for conversations only.
+    It is made in a thread of its own. Opening a large tokenizer leaves the main thread's heap in many free pieces, and
+    glibc's malloc then takes the tokenizers library a quarter longer; another thread has another heap.
     """
+    fast, stop = _fast(part), threading.Event()
+    _ = encoder(fast, part.tokenizer.path) if part.chat is None else chat_encoder(fast)  # is kept open
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            return thread.submit(_make, part, stop).result()
+        except BaseException:
+            stop.set()  # for Ctrl-C, which reaches the main thread alone
+            raise
+
+
+def _make(part: Part, stop: threading.Event) -> dict[str, Any]:
+    """Make a part. The mask has a byte a token here, and is written for conversations only."""
     end = np.array([] if part.tokenizer.eod is None else [part.tokenizer.eod], dtype=part.dtype)
     lengths: list[int] = []
     bad: list[tuple[str, str]] = []
@@ -67,7 +81,7 @@ def make_part(part: Part) -> dict[str, Any]:
     last_apart = True
     with open(part.prefix + ".bin", "wb") as file, contextlib.ExitStack() as stack:
         mask_file = None if part.chat is None else stack.enter_context(open(part.prefix + ".mask", "wb"))
-        for record, tokens in _tokens_of(part):
+        for record, tokens in _tokens_of(part, stop):
             if isinstance(tokens, RecordError):
                 num_bad += 1
                 bad.extend([(record.where(), str(tokens))] if len(bad) < MAX_NAMED_RECORDS else [])
@@ -94,11 +108,22 @@ def make_part(part: Part) -> dict[str, Any]:
     return manifest
 
 
-def _tokens_of(part: Part) -> Iterator[tuple[Record, Tokens | RecordError]]:
-    """Yield every record with its tokens, or with what is wrong with it."""
-    fast = str(Path(part.prefix).parent / "tokenizer.json")
+def _fast(part: Part) -> str:
+    """Return the file of the fast tokenizer, which other tokenizers do not have."""
+    return str(Path(part.prefix).parent / "tokenizer.json")
+
+
+def _tokens_of(part: Part, stop: threading.Event) -> Iterator[tuple[Record, Tokens | RecordError]]:
+    """Yield every record with its tokens, or with what is wrong with it.
+
+    Raises:
+        KeyboardInterrupt: once `stop` is set.
+    """
+    fast = _fast(part)
     records = itertools.chain.from_iterable(read(piece, part.schema) for piece in part.pieces)
     for batch in itertools.batched(records, BATCH_DOCUMENTS):
+        if stop.is_set():
+            raise KeyboardInterrupt
         documents = [record.document for record in batch if not record.problem]
         if part.chat is None:
             encode = encoder(fast, part.tokenizer.path)
