@@ -9,7 +9,7 @@ from distill_nemo.runtime.process_groups import process_group_of_one
 from distill_nemo.runtime.seed import seed_everything
 from tests.gpu.conftest import REHEARSAL
 from tests.tiny_models import FAMILIES, write_hf
-from tests.unit.models.test_capped_attention import formula, gradients, inputs
+from tests.unit.models.test_capped_attention import core_attention, formula, gradients, inputs
 
 DTYPE, ALLOWED = (torch.float32, 1e-4) if REHEARSAL else (torch.bfloat16, 2e-2)
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
@@ -38,27 +38,11 @@ ON_TE = (
 @pytest.mark.parametrize("shape", SHAPES)
 def test_fused_attention_keeps_no_scores(device, shape, sinks):
     """Torch raises an error if only its plain attention, which keeps all scores, would do."""
-    from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.enums import AttnMaskType
-
-    from distill_nemo.models.layers.context_parallel import CausalAttention
-
     queries, keys, window = SHAPES[shape]
-    tensors = [(x / 3).detach() for x in inputs(queries, keys, heads=8, groups=2, width=64)]
+    sizes = {"heads": 8, "groups": 2, "width": 64}
+    tensors = [(x / 3).detach() for x in inputs(queries, keys, **sizes)]
     with process_group_of_one():
-        config = TransformerConfig(
-            num_layers=1,
-            hidden_size=512,
-            num_attention_heads=8,
-            num_query_groups=2,
-            kv_channels=64,
-            attention_dropout=0.0,
-            softmax_type="learnable" if sinks else "vanilla",
-            window_size=None if window is None else (window - 1, 0),
-            window_attn_skip_freq=None if window is None else [1],
-            use_cpu_initialization=True,
-        )
-        attention = CausalAttention(config, 1, AttnMaskType.causal, "self").to(device, DTYPE)
+        attention = core_attention(window, "learnable" if sinks else "vanilla", **sizes).to(device, DTYPE)
         of = [x.to(device, DTYPE).requires_grad_() for x in tensors]
         wanted = [x.requires_grad_() for x in tensors]
         own = []

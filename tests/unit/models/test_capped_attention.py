@@ -34,7 +34,7 @@ def inputs(p, t, dtype=torch.float64, heads=6, groups=2, width=5):
 
 
 def gradients(output, of):
-    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
+    weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view_as(output).to(output)
     return torch.autograd.grad((output * weights).sum(), of)
 
 
@@ -78,28 +78,33 @@ def test_capped_attention_keeps_no_scores():
     assert sum(saved) == 2 * query.numel() + 2 * key.numel() + query.numel() // query.shape[-1]
 
 
+def core_attention(window, softmax_type="learnable", heads=6, groups=2, width=5, **options):
+    """Return our core attention. Needs a process group."""
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from distill_nemo.models.layers.context_parallel import CausalAttention
+
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=heads * width,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        kv_channels=width,
+        attention_dropout=0.0,
+        softmax_type=softmax_type,
+        window_size=None if window is None else (window - 1, 0),
+        window_attn_skip_freq=None if window is None else [1],
+        use_cpu_initialization=True,
+    )
+    return CausalAttention(config, 1, AttnMaskType.causal, "self", **options)
+
+
 def attend_with_sinks(p, t, window, scale):
     """Return the outputs and gradients of our core attention, and of the formula."""
     setup_device()
     with process_groups(ParallelismConfig()):
-        from megatron.core.transformer import TransformerConfig
-        from megatron.core.transformer.enums import AttnMaskType
-
-        from distill_nemo.models.layers.context_parallel import CausalAttention
-
-        config = TransformerConfig(
-            num_layers=1,
-            hidden_size=30,
-            num_attention_heads=6,
-            num_query_groups=2,
-            kv_channels=5,
-            attention_dropout=0.0,
-            softmax_type="learnable",
-            window_size=None if window is None else (window - 1, 0),
-            window_attn_skip_freq=None if window is None else [1],
-            use_cpu_initialization=True,
-        )
-        attention = CausalAttention(config, 1, AttnMaskType.causal, "self", softmax_scale=scale).double()
+        attention = core_attention(window, softmax_scale=scale).double()
         attention.softmax_offset.data.copy_(torch.linspace(-2, 3, 6))
         tensors = inputs(p, t)
         out = attention._attend(*tensors)
