@@ -59,8 +59,8 @@ def start_worker() -> None:
 def make_part(part: Part) -> dict[str, Any]:
     """Tokenise one part into its files. The manifest is written last and marks the part as whole.
 
-    It is made in a thread of its own. Opening a large tokenizer leaves the main thread's heap in many free pieces, and
-    glibc's malloc then takes the tokenizers library a quarter longer; another thread has another heap.
+    It is made in a thread of its own: in the thread that opened a large tokenizer, the library takes a quarter longer,
+    most of it in glibc's malloc. Probably that thread's heap is left in pieces, and another thread has another heap.
     """
     fast, stop = _fast(part), threading.Event()
     _ = encoder(fast, part.tokenizer.path) if part.chat is None else chat_encoder(fast)  # is kept open
