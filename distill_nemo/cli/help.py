@@ -32,7 +32,7 @@ In minutes, without GPU, weights or network:
 
 With your own checkpoints and text:
   nemo distill prepare inputs='text/*.jsonl' output=data/corpus tokenizer=/models/Llama-3.2-1B
-  nemo distill train --factory llama32_3b_to_1b \\
+  nemo distill train llama32_3b_to_1b \\
       teacher.checkpoint=/models/Llama-3.2-3B student.checkpoint=/models/Llama-3.2-1B \\
       data.train='["data/corpus"]' run.executor=local run.executor.processes=8
   nemo distill plan ...          memory and hours of a run, and whether it fits; takes the arguments of `train`

@@ -61,7 +61,7 @@ def plan(
     Everything is computed from the config and the checkpoints' config.json, without GPU, weights or data.
 
     Example:
-        nemo distill plan --factory llama32_3b_to_1b training.micro_batch_size=2 gpu=h200 \
+        nemo distill plan llama32_3b_to_1b training.micro_batch_size=2 gpu=h200 \
             run.executor=slurm run.executor.nodes=2 run.executor.devices=8
         nemo distill plan distil teacher.checkpoint=/models/Qwen3-32B student.checkpoint=/models/Qwen3-8B gpus=16
 

@@ -40,7 +40,7 @@ def distill(**sections: Any) -> None:
     r"""Train a student, with a teacher to imitate or without one, and export it to Hugging Face format.
 
     Example:
-        nemo distill train --factory llama32_3b_to_1b \
+        nemo distill train llama32_3b_to_1b \
             teacher.checkpoint=/models/Llama-3.2-3B student.checkpoint=/models/Llama-3.2-1B \
             data.train='["data/corpus"]' distillation.temperature=2.0 run.executor=local run.executor.processes=8
 
