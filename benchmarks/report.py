@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from benchmarks.prepare import CASES, MASKED, WAYS
-from benchmarks.report_stores import costs, plot_quality, quality
+from benchmarks.report_stores import costs, quality, quality_plot
+from distill_nemo.reports import plots
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -19,6 +19,7 @@ PAGE, PLOT, STORES_PLOT = (ROOT / "docs" / name for name in ("performance.md", "
 OURS, NOT_MEASURED = "distill-nemo", "not measured"
 STUDENT, TEACHER, MODELOPT = "student step", "teacher forward", "ModelOpt"
 MEMORY = ("extra_bytes", "tensor_bytes", "logits_bytes")
+SHADES = ("#0072b2", "#7fb8d8")
 HEAD = """# Performance
 
 Written by `make bench` from benchmarks/results/*.json. It measures forward and backward of KL(teacher‖student), for
@@ -32,8 +33,8 @@ def main() -> None:
     """Write the page and the plots."""
     parts = [HEAD, *(_section(*section) for section in SECTIONS)]
     PAGE.write_text("\n".join(parts))
-    _plot()
-    plot_quality(_load("teacher_quality"), STORES_PLOT)
+    plots.save(_times(), PLOT)
+    plots.save(quality_plot(_load("teacher_quality")[0]), STORES_PLOT)
     print(f"wrote {', '.join(str(path.relative_to(ROOT)) for path in (PAGE, PLOT, STORES_PLOT))}")
 
 
@@ -206,36 +207,39 @@ def _prepare(found: dict[str, Any]) -> str:
     return "\n".join(lines) + (f"\n\nNot measured: {'; '.join(missing)}.\n" if missing else "\n")
 
 
-def _plot() -> None:
-    panels = [
-        (
-            f"{found['machine']['gpu'] or found['machine']['cpu'].replace('(R)', '').split(' Proc')[0]}, {title}",
-            _clock(found),
-            row,
-        )
-        for title, what in (("1 process", "kl_cpu"), ("2 ranks", "kl_two_ranks"), ("GPU", "kl_gpu"))
-        for found in _load(what)
-        for row in found["rows"]
-        if len(row["ways"]) > 1
-    ]
-    lines = max(1, -(-len(panels) // 4))
-    figure, axes = plt.subplots(lines, 4, figsize=(12, 3 * lines), squeeze=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_axis_off()
-    for axis, (title, clock, row) in zip(axes.flat, panels, strict=False):
-        ways = row["ways"]
-        axis.bar(range(len(ways)), [1e3 * way[clock] for way in ways.values()], color="#4477aa")
-        axis.set_xticks(range(len(ways)), list(ways), rotation=40, ha="right")
-        axis.set_title(f"{title}\nV = {row['vocabulary']:,}", fontsize=9)
-        axis.set_ylabel("wall time, ms" if clock == "seconds" else "processor time, ms")
-    figure.tight_layout()
-    figure.savefig(PLOT, dpi=110)
+@matplotlib.rc_context(plots.STYLE)
+def _times() -> Figure:
+    """Plot the time of each implementation over ours, a panel for each setting and machine."""
+    settings = ("one process", "kl_cpu"), ("two tensor-parallel ranks", "kl_two_ranks"), ("GPU", "kl_gpu")
+    panels = [(title, found) for title, what in settings for found in _load(what)]
+    figure = Figure(figsize=(9, 2.6), layout="constrained")
+    for axes, (title, found) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
+        _bars(axes, f"{title}, {found['machine']['gpu'] or found['machine']['cpu']}", found)
+    return figure
+
+
+def _bars(axes: Axes, title: str, found: dict[str, Any]) -> None:
+    rows = [row for row in found["rows"] if len(row["ways"]) > 1]
+    clock, height = _clock(found), 0.8 / len(rows)
+    for place, row in enumerate(rows):
+        ratios = [way[clock] / row["ways"][OURS][clock] for way in row["ways"].values()]
+        where = [number + place * height for number in range(len(ratios))]
+        label = f"V = {row['vocabulary']:,}"
+        bars = axes.barh(where, ratios, 0.9 * height, color=SHADES[place % len(SHADES)], label=label)
+        axes.bar_label(bars, fmt="%.1f", padding=3)
+    axes.set_yticks([number + 0.4 - height / 2 for number in range(len(rows[0]["ways"]))], list(rows[0]["ways"]))
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.tick_params(left=False)
+    clock_name = "wall time" if clock == "seconds" else "processor time"
+    axes.set(title=title, xlabel=f"{clock_name} relative to {OURS}")
+    axes.legend(loc="best")
 
 
 SECTIONS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     (
         "## Given logits, CPU, one process\nGoal: at most 0.12 of ModelOpt's time and 1.0 of torch.compile's, memory "
-        "at most 0.1.\n\n![Time of each way](performance.png)\n",
+        "at most 0.1.\n\n![Time of each implementation relative to distill-nemo](performance.png)\n",
         "kl_cpu",
         "kl",
         _given_logits,

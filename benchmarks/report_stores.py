@@ -1,13 +1,17 @@
 """Sections of docs/performance.md on teacher stores, and the plot of their quality."""
 
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import matplotlib.pyplot as plt
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from distill_nemo.reports import plots
 
 Found = dict[str, Any]
 LIMITS = {"plain LM training": ("student step", 1.05), "online distillation": ("distill-nemo", 0.55)}
+COLOURS = {"top": "#d55e00", "sampled": "#0072b2", "hidden": "#009e73"}
 ONLINE, METRICS = "full KL, online", {"lm_loss": "LM loss", "forward_kl": "KL to the teacher"}
 
 
@@ -67,24 +71,31 @@ def by_way(found: Found) -> dict[str, dict[int, dict[str, float]]]:
     return ways
 
 
-def plot_quality(results: list[Found], path: Path) -> None:
+@matplotlib.rc_context(plots.STYLE)
+def quality_plot(found: Found) -> Figure:
     """Plot the KL to the teacher of each run by the bytes of a token in its store; without one, as lines."""
-    if not results:
-        return
-    figure, axis = plt.subplots(figsize=(7, 4))
-    for found in results[:1]:
-        for place, (way, runs) in enumerate(by_way(found).items()):
-            values = [run["forward_kl"] for run in runs.values()]
-            if size := found["bytes"].get(way):
-                axis.plot([size] * len(values), values, "o", color=f"C{place}", label=way)
-            else:
-                axis.axhline(mean(values), color=f"C{place}", linestyle="--", label=way)
-    axis.set_xscale("log")
-    axis.set_xlabel("bytes a token")
-    axis.set_ylabel("held-out KL to the teacher, nats")
-    axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xscale="log", xlim=(20, 3000), xticks=[30, 100, 300, 1000])
+    axes.set(
+        title="A dot per seed; lines: mean over seeds",
+        xlabel="bytes per token",
+        ylabel="held-out KL to the teacher, nats per token",
+    )
+    for way, runs in by_way(found).items():
+        values = [run["forward_kl"] for run in runs.values()]
+        if size := found["bytes"].get(way):
+            colour = COLOURS[way.split(",")[0].split("-")[0]]
+            face = "white" if "renormalised" in way else colour  # of the same size as those with the tail
+            axes.plot([size] * len(values), values, "o", color=colour, markerfacecolor=face, markersize=5)
+            axes.text(1.1 * size, max(values), way, color=colour, va="center")
+        else:
+            axes.axhline(mean(values), color=plots.GRAY, linestyle=(0, (4, 3)), linewidth=1)
+            below = way == ONLINE
+            axes.text(2900, mean(values) + (-0.01 if below else 0.01), way, ha="right", va="top" if below else "bottom")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    return figure
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:

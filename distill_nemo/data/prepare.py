@@ -106,8 +106,8 @@ def prepare(
     files, opened = list(found.files.values()), load_tokenizer(directory_of(tokenizer, weights=False))
     schema = schema_of(files, text_key) if format is None else Schema(format, text_key)
     if format is None:
-        about = "whole text files, or the key" if schema.kind == "text" else "as in the first record; format=text reads"
-        print(f'format: {schema.kind}, {about} "{text_key}"')
+        about = "whole files, or" if schema.kind == "text" else "from the first record; format=text would read"
+        print(f'format: {schema.kind} ({about} the key "{text_key}")')
     chat = _chat(opened, schema, loss_on, chat_template)
     append_eod = append_eod and chat is None
     packing = packing_of(pack, too_long, chat is not None)

@@ -1,4 +1,4 @@
-"""Progress of `prepare` on stderr: a bar on a terminal, else plain lines."""
+"""Progress of `prepare` on stderr: a bar on a terminal, else a line every ten seconds."""
 
 import sys
 import time
@@ -25,7 +25,7 @@ def reporter(total_bytes: int, show: bool) -> Iterator[Callable[[int, int, int],
             now = time.monotonic()
             line = f"{documents:,} documents, {tokens:,} tokens, {tokens / (now - began):,.0f} tokens/s"
             bar.update(task, advance=new_bytes, description=line)
-            if show and not console.is_terminal and (now - last > 10 or num_bytes == total_bytes):
+            if show and not console.is_terminal and now - last > 10:
                 last = now
                 print(f"tokenising {num_bytes / max(total_bytes, 1):.0%}: {line}", file=sys.stderr, flush=True)
 

@@ -156,7 +156,7 @@ SHAPES = {
 def test_every_shape_gives_the_same_tokens(tmp_path: Path, capsys, shape: str):
     kind, record = SHAPES[shape]
     found = documents(prepared(tmp_path, [record]))
-    assert f"format: {kind}, as in the first record" in capsys.readouterr().out
+    assert f"format: {kind} (from the first record" in capsys.readouterr().out
     user, answer = "<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n", " The answer is four. <|im_end|>"
     assert found == [(f"{user}<|im_start|>assistant\n{answer}\n", [answer])]
 

@@ -144,7 +144,7 @@ def test_long_documents_are_cut_or_dropped_as_told_and_counted(tmp_path: Path, c
     records = [{"text": text} for text in TEXTS]
     plain = documents(made(tmp_path, "plain", records))
     long = [ids for ids, _ in plain if len(ids) > 101]
-    assert 'format: text, whole text files, or the key "text"\n' in capsys.readouterr().out
+    assert 'format: text (whole files, or the key "text")\n' in capsys.readouterr().out
     cut = made(tmp_path, "cut", records, pack=100)
     pieces = sum(-(-len(ids) // 101) for ids in long)
     assert f"; {len(long)} longer documents cut into {pieces} pieces\n" in capsys.readouterr().out

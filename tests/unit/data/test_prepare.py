@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -20,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from distill_nemo.data import prepare as module
 from distill_nemo.data.manifest import vocabulary
 from distill_nemo.data.prepare import prepare
+from distill_nemo.data.progress import reporter
 from distill_nemo.data.readers import Schema, cut, read
 
 STDLIB = Path(os.__file__).parent
@@ -298,3 +300,12 @@ def test_what_cannot_be_prepared_is_refused(tmp_path: Path, tokenizer: str):
             prepare(text, out, tokenizer, **{name: -1})
     assert leftovers(tmp_path) == ["a.txt", "empty.txt", "mine.bin", "plain"]
     assert prepare(text, out, without_eod, append_eod=False).documents == 1
+
+
+def test_progress_is_a_line_every_ten_seconds_where_there_is_no_terminal(monkeypatch, capsys):
+    clock = iter([0.0, 9.0, 11.0, 12.0])
+    monkeypatch.setattr("distill_nemo.data.progress.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with reporter(100, show=True) as report:
+        for _ in range(3):
+            report(25, 1, 50)
+    assert capsys.readouterr().err == "tokenising 50%: 2 documents, 100 tokens, 9 tokens/s\n"
