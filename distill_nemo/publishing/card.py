@@ -31,7 +31,7 @@ METRICS = {
     "lm_loss": "LM loss (nats per token)",
     "perplexity": "perplexity",
     "forward_kl": "forward KL to the teacher (nats per token)",
-    "top1_agreement": "tokens on which student and teacher agree",
+    "top1_agreement": "top-1 agreement with the teacher",
     "teacher_lm_loss": "teacher's LM loss (nats per token)",
 }
 
@@ -154,8 +154,8 @@ def _summary(of: Distilled) -> str:
 def _models(of: Distilled) -> list[str]:
     student, config = of.student, of.config
     shape = f"{config.student.num_layers} layers, hidden size {config.student.hidden_size}"
-    began = code(student.name) if student else "random weights"
-    lines = [f"student: {code(config.student.family)}, {shape}; it began as {began}"]
+    began = f"initialised from {code(student.name)}" if student else "randomly initialised"
+    lines = [f"student: {code(config.student.family)}, {shape}; {began}"]
     if student and student.cut:
         cut = student.cut
         sizes = ", ".join(f"{code(name)} {old:,} to {new:,}" for name, (old, new) in cut.sizes.items())
@@ -206,9 +206,9 @@ def _training(of: Distilled) -> list[str]:
     ]
     ranks, device = _last_start(of.lines)
     hours = metrics_file.gpu_hours(of.lines)
-    spent = "" if hours is None else f"; {hours:,.2f} rank-hours in steps"
+    spent = "" if hours is None else f"; {hours:,.2f} device-hours in steps"
     lines += [f"{ranks} ranks on {code(device)}{spent}"] if device else []
-    return [*lines, f"written with {', '.join(_versions())}"]
+    return [*lines, f"exported with {', '.join(_versions())}"]
 
 
 def _versions() -> Iterator[str]:
@@ -264,15 +264,17 @@ def _licences(of: Distilled) -> list[str]:
     for role, each in ((role, each) for role, found in models.items() for each in found):
         stated = each.licence_name or each.licence
         lines.append(f"{role}, {code(each.name)}: {code(stated) if stated else 'its directory states none'}")
-    return [*lines, "the terms of the teacher may bind students that learn from it, too: read both"]
+    if of.distilled:
+        lines.append("the teacher's licence may also cover students distilled from it")
+    return lines or ["none is stated"]
 
 
 def _limits(of: Distilled) -> list[str]:
     measured = "" if of.benchmarks else "; no benchmark was run for this card"
     return [
-        f"the held-out metrics are those of text like that of the training{measured}",
-        f"sequences longer than {of.config.data.sequence_length:,} tokens were not trained on",
-        "a student takes over errors and biases of its teacher and of the text; nothing was done against them here",
+        f"the held-out metrics were measured on text like the training data{measured}",
+        f"it was not trained on sequences longer than {of.config.data.sequence_length:,} tokens",
+        f"it inherits errors and biases of {'its teacher and ' if of.distilled else ''}its data; none were mitigated",
     ]
 
 

@@ -20,8 +20,8 @@ def repetition(config: RunConfig, ranks: int) -> str:
 
     text = yaml.safe_dump(plain(changed_fields(config), MAX_VALUE), sort_keys=False, allow_unicode=True, width=math.inf)
     return (
-        "## To repeat it\nNames stand for paths: write yours. Everything else is as distill-nemo "
-        f"{__version__} has it by default.\n\n````yaml\n{text}````\n\n````\ntorchrun --rdzv-backend loopback "
+        "## Reproduction\nNames stand for paths: write yours. All other fields have the defaults of distill-nemo "
+        f"{__version__}.\n\n````yaml\n{text}````\n\n````\ntorchrun --rdzv-backend loopback "
         f"--nproc-per-node {ranks} -m distill_nemo config.yaml\n````"
     )
 

@@ -132,7 +132,7 @@ def finding(table: list[Row]) -> str:
     share = "less than 1 %" if gain / gap < 0.01 else f"{min(round(100 * gain / gap), 99)} %"
     return (
         f"Distillation closes {share} of the gap in held-out LM loss between {them} and {_named(teacher)}: "
-        f"{us}, in nats per token."
+        f"{distilled['model']} reaches {four_digits(distilled['lm_loss'])} nats per token."
     )
 
 

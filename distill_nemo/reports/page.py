@@ -115,7 +115,9 @@ def _html(page: Page, images: dict[str, str]) -> str:
         notes=[(run.name, [*run.notes, *page.notes.get(run.name, [])]) for run in page.runs],
         differ=differ,
         same=same,
-        plan_columns=list(dict.fromkeys(column for cells in page.plans.values() for column in cells)),
+        plan_columns=list(
+            dict.fromkeys(name for cells in page.plans.values() for name, cell in cells.items() if cell != MISSING)
+        ),
         plans=page.plans,
         utilisation=UTILISATION,
         data=data_of(page.runs),

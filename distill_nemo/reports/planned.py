@@ -27,7 +27,7 @@ def plans_of(runs: list[RecordedRun]) -> tuple[dict[str, dict[str, str]], dict[s
 
 
 def plan_against_truth(run: RecordedRun) -> dict[str, str]:
-    """Return the cells of the run's row: memory, planned and measured; seconds of a step, also; and TFLOP/s of a rank.
+    """Return the cells of the run's row: memory and seconds of a step, planned and measured; TFLOP/s and utilisation.
 
     Raises:
         ValueError: if the run's config cannot be planned.
@@ -60,12 +60,12 @@ def plan_against_truth(run: RecordedRun) -> dict[str, str]:
     measured = [finite(line.get("peak_memory")) for line in run.of_kind("end")]
     peak = max((size for size in measured if size > 0), default=None)
     return {
-        "GB, planned": f"{fullest(planned).total / 1e9:.2f}",
-        "GB, measured": f"{peak / 1e9:.2f}" if peak else MISSING,
-        "s a step, planned": f"{time_of(planned, gpu.bf16_tflops, UTILISATION).step:.3f}" if gpu else MISSING,
-        "s a step, measured": f"{seconds:.3f}" if seconds else MISSING,
-        "TFLOP/s a rank": f"{reached:.3g}" if reached else MISSING,
-        "of the peak": percent(reached / gpu.bf16_tflops) if reached and gpu else MISSING,
+        "memory, GB, planned": f"{fullest(planned).total / 1e9:.2f}",
+        "memory, GB, measured": f"{peak / 1e9:.2f}" if peak else MISSING,
+        "step, s, planned": f"{time_of(planned, gpu.bf16_tflops, UTILISATION).step:.3f}" if gpu else MISSING,
+        "step, s, measured": f"{seconds:.3f}" if seconds else MISSING,
+        "TFLOP/s per rank": f"{reached:.3g}" if reached else MISSING,
+        "utilisation": percent(reached / gpu.bf16_tflops) if reached and gpu else MISSING,
     }
 
 

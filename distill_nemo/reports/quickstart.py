@@ -48,7 +48,10 @@ def _compare(directory: Path, samples: int) -> None:
         row["parameters"] = exported_parameters(Path(model.checkpoint or directory / "student"))
     runs = [read_run(directory / name, name) for name in ("teacher", "alone", "distilled")]
     plans, notes = plans_of(runs)
-    corpus = "On held-out text: every 20th module of Python's standard library"
+    corpus = (
+        f"On {samples} sequences of held-out text, every 20th module of Python's standard library (the curves below: "
+        "another sample of it)"
+    )
     page = write_page(directory / "report", Page(runs, table, corpus, plans, _samples(models), notes))
     (directory / "comparison.json").write_text(json.dumps(table, indent=2))
     print(f"report: {page}", flush=True)

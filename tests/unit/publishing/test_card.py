@@ -72,18 +72,18 @@ def test_a_card_says_what_was_distilled_from_what_and_how_well(of):
     card = model_card(of)
     head, *sections = re.split(r"^## ", card, flags=re.M)
     assert [section.splitlines()[0] for section in sections] == [
-        *("Models", "Data", "Training", "Held-out metrics", "To repeat it", "Licences", "Limits")
+        *("Models", "Data", "Training", "Held-out metrics", "Reproduction", "Licences", "Limits")
     ]
     assert "# ORG/six" in head and f"6,000,000,000 parameters, distilled from `{TEACHER}`" in head
     for line in (
-        "- student: `qwen3`, 30 layers, hidden size 4096; it began as `six`",
+        "- student: `qwen3`, 30 layers, hidden size 4096; initialised from `six`",
         f"- cut from `{TEACHER}`, 8,000,000,000 to 6,000,000,000 parameters: `num_layers` 36 to 30; held-out LM "
         "loss before the distillation: 2.7000, of the model that was cut 1.9000",
         "- `web`: weight 33.25, no longer there when this card was written",
         "- held out: documents of the same data, `969,30,1` (train, valid, test)",
         "- 2 steps of 64 sequences of 4,096 tokens; 2,000 valid tokens",
         "- loss: forward kl at temperature 2, LM loss (static weights)",
-        "- 4 ranks on `NVIDIA H100`; 4.00 rank-hours in steps",
+        "- 4 ranks on `NVIDIA H100`; 4.00 device-hours in steps",
         "| forward KL to the teacher (nats per token) | 0.1235 |",
         "| perplexity | 7.3891 |",
         f"- teacher, `{TEACHER}`: `mit`",
@@ -153,7 +153,8 @@ def test_damaged_benchmarks_are_none(of, text):
 def test_a_run_without_teacher_is_not_called_distilled(of):
     config = replace(of.config, teacher=None, student=StudentConfig(family="llama"))
     card = model_card(replace(of, config=config))
-    assert "trained on text, without a teacher," in card and "it began as random weights" in card
+    assert "trained on text, without a teacher," in card and "; randomly initialised" in card
+    assert "licence may" not in card and "its teacher" not in card
     assert "distillation" not in yaml.safe_load(card.split("---")[1])["tags"]
 
 

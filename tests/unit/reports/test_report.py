@@ -142,7 +142,7 @@ def test_the_finding_says_who_won(losses, sentence):
 def test_the_finding_takes_names_and_the_best_of_several_from_the_table():
     rows = [row("Teacher 8B", 2.0), row("1B alone", 3.0), row("1B distilled, T=4", 2.9), row("1B distilled, T=1", 2.5)]
     assert finding(rows).startswith("Distillation closes 50 % of the gap")
-    assert "1B distilled, T=1 (2.500)" in finding(rows) and "T=4" not in finding(rows)
+    assert "1B distilled, T=1 reaches 2.500" in finding(rows) and "T=4" not in finding(rows)
     assert "a (2.000)" in finding([row("a", 2.0), row("b", 3.0)])
     assert finding([]) == "No student has a finite held-out LM loss."
 
@@ -264,6 +264,12 @@ def test_the_page_stands_alone(tmp_path, runs):
     assert "student alone 919 K 4.716 111.7 0.6210 43.6 % distilled student 919 K 4.195 66.35 0.1502 70.1 %" in shown
     assert "teacher 8 16.4 K 0:00:04 4,096 – 6.000 alone 4 8.2 K 0:00:02 4,096 – 4.800" in shown
     assert page.text.index("closes 71 %") < page.text.index("perplexity") < page.text.index("The models compared")
+
+
+def test_a_plan_has_no_column_that_no_run_fills(tmp_path, runs):
+    plans = {"teacher": {"planned": "1", "measured": "–", "step": "–"}, "alone": {"planned": "2", "measured": "3"}}
+    shown = " ".join(Page(write_report(tmp_path / "report", runs, table(), plans=plans)).text.split())
+    assert "run planned measured teacher 1 – alone 2 3" in shown and "assumes a utilisation" not in shown
 
 
 def write_config(directory, **fields):
