@@ -12,9 +12,9 @@ class TasksConfig:
     tasks: str | None = setting(None, "benchmarks: tasks and groups of lm-evaluation-harness, separated by commas")
     include_path: str | None = setting(None, "directory with further tasks: YAML files of lm-evaluation-harness")
     allow_code: bool = setting(False, "true if you trust include_path: its tasks may run Python code")
-    limit: int | None = setting(None, "documents of each task, to try it out", at_least=1)
+    limit: int | None = setting(None, "documents per task, for a trial", at_least=1)
     num_fewshot: int | None = setting(None, "examples in a prompt; None: as the task says", at_least=0)
-    apply_chat_template: bool = setting(False, "prompts as conversations, by the tokenizer's template")
+    apply_chat_template: bool = setting(False, "render prompts with the tokenizer's chat template")
     batch_size: int = setting(8, "sequences at a time on a GPU", at_least=1)
     wait_minutes: float = setting(
         10.0,
@@ -27,14 +27,14 @@ class TasksConfig:
 
 @dataclass(kw_only=True)
 class BenchmarksConfig(TasksConfig):
-    """Benchmarks of every step in `training.benchmark_interval`, and of the last.
+    """Benchmarks of every `training.benchmark_interval`-th step, and of the last.
 
-    `nemo distill train` measures them in a job beside the run, for which training never waits.
+    `nemo distill train` runs them in a job beside the run; training never waits for it.
     """
 
     devices: int | None = setting(
         None,
-        "GPUs of that job, on one node; None: as many as a node of the run has; local: those it leaves",
+        "GPUs of that job, on one node; None: as many as a node of the run has, locally those that the run leaves",
         at_least=1,
     )
 

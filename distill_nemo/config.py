@@ -42,17 +42,17 @@ class ModelConfig:
     num_attention_heads: int | None = None
     num_query_groups: int | None = setting(None, at_least=1)
     kv_channels: int | None = None
-    vocab_size: int | None = setting(None, "fewer than the checkpoint has leaves its last rows out")
+    vocab_size: int | None = setting(None, "smaller than the checkpoint's: its last rows are left out")
     max_position_embeddings: int | None = None
     rotary_base: float | None = None
     rope_scaling: dict[str, Any] | None = setting(None, "config.json's rope_scaling")
     norm_epsilon: float | None = None
     tie_word_embeddings: bool | None = None
-    block_configs: list[dict[str, Any]] | None = setting(None, "layers that differ, as in Nemotron's config.json")
-    num_experts: int | None = setting(None, "of every layer; this and the next three for mixtures of experts only")
+    block_configs: list[dict[str, Any]] | None = setting(None, "heterogeneous layers, as in Nemotron's config.json")
+    num_experts: int | None = setting(None, "per layer; this and the next three for MoE models only")
     num_experts_per_tok: int | None = None
     moe_ffn_hidden_size: int | None = setting(None, "of one expert")
-    norm_topk_prob: bool | None = setting(None, "the weights of a token's experts sum to 1")
+    norm_topk_prob: bool | None = setting(None, "normalise the weights of a token's experts to a sum of 1")
     family_fields: dict[str, Any] | None = setting(None, "fields of config.json that only the family has, by its names")
     init_std: float = setting(0.02, "standard deviation of random weights", at_least=0)
 
@@ -63,8 +63,8 @@ class StudentConfig(ModelConfig):
 
 
 @dataclass
-class TeacherConfig(ModelConfig):
-    """The frozen model to imitate. Its own class, so that Fiddle never shares one config between both models."""
+class TeacherConfig(ModelConfig):  # a class of its own, so that Fiddle never shares one config between both models
+    """The frozen model to imitate."""
 
 
 @dataclass
@@ -85,7 +85,9 @@ class DistillationConfig:
     )
     scale_by_temperature_squared: bool = True
     hidden_loss: Literal["cosine", "mse"] | None = None
-    hidden_layers: list[str] = setting([], '"student_layer:teacher_layer", e.g. "decoder.layers.3:..."')
+    hidden_layers: list[str] = setting(
+        [], 'pairs STUDENT:TEACHER, such as "decoder.layers.3:decoder.layers.7"; also .mlp, .self_attention'
+    )
     balancer: Literal["static", "dynamic"] = "static"
     lm_weight: float = setting(0.0, at_least=0)
     logits_weight: float = setting(1.0, at_least=0)
@@ -96,10 +98,10 @@ class DistillationConfig:
         {}, """weights or temperature by step, such as '{"temperature": "cosine 0:4 2000:1"}'; also linear, constant"""
     )
     fused_linear: bool | None = setting(
-        None, "output layers as part of the loss, logits never whole; None: where possible"
+        None, "compute the output layers within the loss, so that no whole logits exist; None: where possible"
     )
     offload_teacher: bool = setting(
-        False, "its layers' weights stay in host memory; each is copied to the GPU for its turn"
+        False, "keep the weights of the teacher's layers in host memory, and copy each to the GPU when it runs"
     )
 
     @property
@@ -134,15 +136,15 @@ class DistillationConfig:
 
 @dataclass
 class ParallelismConfig:
-    """Megatron's parallel sizes; what is left of the world is data parallel."""
+    """Megatron's parallel sizes. The data-parallel size is the number of ranks over their product."""
 
     tensor_model_parallel_size: int = setting(1, at_least=1)
     pipeline_model_parallel_size: int = setting(1, at_least=1)
-    virtual_pipeline_model_parallel_size: int | None = setting(None, "pieces of a pipeline stage", at_least=2)
+    virtual_pipeline_model_parallel_size: int | None = setting(None, "model chunks per pipeline stage", at_least=2)
     context_parallel_size: int = setting(1, at_least=1)
     expert_model_parallel_size: int = setting(1, at_least=1)
     sequence_parallel: bool = False
-    timeout_minutes: float = setting(10.0, "longest time that a rank waits for the others", above=0, at_most=10**6)
+    timeout_minutes: float = setting(10.0, "timeout of collectives", above=0, at_most=10**6)
 
     @property
     def model_parallel_size(self) -> int:
@@ -200,7 +202,7 @@ class DataConfig:
     loss_on: Literal["assistant", "last", "all"] | None = setting(
         None, "tokens of conversations that count; None: as prepared; last: the assistant's last turn"
     )
-    reset_at_documents: bool = setting(False, "attention and positions stay inside a document")
+    reset_at_documents: bool = setting(False, "no attention across documents; positions restart in each")
     cache: str | None = setting(None, "index cache; default: beside the checkpoints")
     num_workers: int = setting(0, at_least=0)
 
@@ -243,11 +245,9 @@ class TrainingConfig:
     seed: int = setting(1234, at_least=0, below=2**31)
     data_seed: int | None = setting(None, "None: seed", at_least=0, below=2**31)
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "auto: bfloat16 on CUDA, float32 on CPU")
-    recompute: Literal["full", "selective"] | None = setting(
-        None, "compute activations again in backward, to save memory"
-    )
+    recompute: Literal["full", "selective"] | None = setting(None, "recompute activations in backward, to save memory")
     on_nan: Literal["stop", "skip"] = setting(
-        "stop", "skip: leave out the update of a step whose loss or gradient is not finite"
+        "stop", "for a loss or gradient that is not finite; skip: leave out the step's update"
     )
 
 
@@ -260,7 +260,9 @@ class CheckpointConfig(PushConfig):
     async_save: bool = False
     resume: bool = True
     export: bool = setting(True, "write <output_dir>/student in Hugging Face format at the end")
-    copy_untouched: bool = setting(False, "export tensors that the student's source has and the student lacks, too")
+    copy_untouched: bool = setting(
+        False, "also export the source's tensors that the student lacks, such as a vision tower"
+    )
     quantized: ExportFormatName = setting(
         "modelopt", "format of a quantised student's export; none: its rounded weights, in the dtype of the training"
     )
@@ -337,8 +339,8 @@ class CutConfig:
     held_out_samples: int = setting(32, "the sequences after them, for losses", at_least=1)
     layer_importance: Literal["cosine", "loss"] = setting(
         "cosine",
-        "cosine: how much a layer turns the residual stream; loss: how much the held-out loss rises without it, which "
-        "takes a pass over the held-out samples for each layer",
+        "cosine: 1 - cosine of a layer's input and output; loss: the rise of the held-out loss without the layer, at a "
+        "pass over the held-out samples per layer",
     )
 
 

@@ -21,7 +21,7 @@ class Destination(NamedTuple):
 
 @dataclass(kw_only=True)
 class PushConfig:
-    """A push of an export. Nothing is pushed unless `push_to` is set; the token comes from HF_TOKEN alone."""
+    """Push of the export to the Hugging Face Hub, only if `push_to` is set. The token comes from HF_TOKEN alone."""
 
     push_to: str | None = setting(
         None, "ORG/NAME[@BRANCH] on the Hugging Face Hub: push the export there, with the token in HF_TOKEN"

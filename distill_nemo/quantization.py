@@ -14,7 +14,7 @@ Scope = Literal["tensor", "row", "block"]
 
 @dataclass
 class QuantizationConfig:
-    """Numbers that the student computes with, for quantisation-aware distillation. The teacher stays as it is."""
+    """Number format of the student, for quantisation-aware distillation. The teacher is not quantised."""
 
     format: FormatName = setting(
         "none",
@@ -24,10 +24,10 @@ class QuantizationConfig:
     kv_cache: CacheFormatName = setting("none", "keys and values of attention")
     block_size: int | None = setting(None, "int4_weights only: weights that share a scale; None: 128", at_least=8)
     exclude: list[str] = setting(
-        ["output_layer"], "linear layers that stay as they are, by Megatron's names; * stands for any text"
+        ["output_layer"], "linear layers that are not quantised, by Megatron's names; * matches any text"
     )
     calibration_samples: int = setting(
-        512, "first samples of data.train, from which the ranges of activations are measured", at_least=1
+        512, "samples from the start of data.train that calibrate the activations' ranges", at_least=1
     )
 
 

@@ -36,5 +36,5 @@ if TYPE_CHECKING:  # for checkers, which cannot know the names in a table
 
 
 # NeMo-Run finds the commands by importing this package, which is named as its entry point.
-register_commands()
 register(run_quickstart, name="quickstart", context=TrainContext, kind="experiment")
+register_commands()

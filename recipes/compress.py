@@ -1,4 +1,4 @@
-"""A student cut out of its teacher."""
+"""A student pruned from its teacher."""
 
 import nemo_run as run
 
@@ -8,7 +8,7 @@ from recipes.base import pruned
 
 @run.cli.factory(target=compress)
 def minitron(teacher: str | None = None) -> run.Partial:
-    r"""Any teacher cut to any size, by the settings of the Minitron papers.
+    r"""Any teacher pruned to any size and distilled, with the settings of the Minitron papers.
 
     nemo distill compress teacher=/models/Qwen3-8B output=runs/q6b target_params=6e9 data.train='["corpus"]' gpus=8
     """

@@ -21,8 +21,8 @@ class Cut:
         teacher: its name on the Hugging Face Hub.
         sizes: fields of `CutConfig`.
         gpus: number of GPUs that the recipe is planned for.
-        published: result of this cut, with its source.
-        expect: result of a run.
+        published: published results of this cut, with their source.
+        expect: expected result of a run.
     """
 
     teacher: str

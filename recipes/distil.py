@@ -1,4 +1,4 @@
-"""Any two checkpoints with one vocabulary."""
+"""Any two checkpoints that share a vocabulary."""
 
 import nemo_run as run
 
@@ -8,7 +8,7 @@ from recipes.base import of_checkpoints
 
 @run.cli.factory(target=distill)
 def distil(teacher: str | None = None, student: str | None = None) -> run.Partial:
-    """Any two checkpoints with one vocabulary. With `gpus=` the planner chooses the layout.
+    """Any two checkpoints that share a vocabulary. With `gpus=` the planner chooses the layout.
 
     nemo distill train distil teacher.checkpoint=A student.checkpoint=B data.train='["corpus"]' gpus=8 gpu=h100
     """

@@ -29,8 +29,8 @@ class Pair:
         teacher: its name on the Hugging Face Hub.
         student: likewise.
         gpus: number of GPUs that the recipe is planned for.
-        published: what was published on this pair, with its source; empty: nothing that we know of.
-        expect: what a run does to the student.
+        published: published results of this pair, with their source; empty if none are known.
+        expect: expected result of a run.
     """
 
     teacher: str
@@ -47,7 +47,7 @@ PAIRS = {
         gpus=16,
         published="AIME 2024 pass@1 of the student 28.9, of the teacher 72.6; both were fine-tuned on R1's answers, "
         "without logits (arXiv:2501.12948, table 5)",
-        expect="little from plain text: take conversations in R1's format, and a data.sequence_length for long answers",
+        expect="little from plain text; take conversations in R1's format, and a data.sequence_length for long answers",
     ),
     "gemma2_27b_to_2b": Pair(
         "google/gemma-2-27b",
@@ -55,7 +55,7 @@ PAIRS = {
         gpus=16,
         published="a 2B model distilled from a 7B on 500 billion tokens reaches 67.7 on three benchmarks, from scratch "
         "60.3 (arXiv:2408.00118, table 6)",
-        expect="a small gain: Google's 2B was itself distilled from a larger model",
+        expect="a small gain, as Google's 2B was itself distilled from a larger model",
     ),
     "gemma3_12b_to_1b": Pair(
         "google/gemma-3-12b-pt",
@@ -63,7 +63,7 @@ PAIRS = {
         gpus=8,
         published="all Gemma 3 models were trained by distillation, from 256 sampled logits a token, and no figure "
         "without it was given (arXiv:2503.19786)",
-        expect="a small gain: Google's 1B was itself distilled; the teacher's last 64 ids are left out",
+        expect="a small gain, as Google's 1B was itself distilled; the teacher's last 64 ids are left out",
     ),
     "glm45_to_air": Pair("zai-org/GLM-4.5", "zai-org/GLM-4.5-Air", gpus=128),
     "gpt_oss_120b_to_20b": Pair("openai/gpt-oss-120b", "openai/gpt-oss-20b", gpus=64),
@@ -78,7 +78,7 @@ PAIRS = {
         gpus=8,
         published="MMLU (5-shot) of the student 32.2, of the teacher 58.0; Meta pruned and distilled both, from "
         f"Llama 3.1 8B and 70B ({MODEL_CARD})",
-        expect="a small gain: the student has learnt from larger teachers on up to 9 trillion tokens",
+        expect="a small gain, as the student has learnt from larger teachers on up to 9 trillion tokens",
     ),
     "mixtral_8x7b_to_mistral_7b": Pair("mistralai/Mixtral-8x7B-v0.1", "mistralai/Mistral-7B-v0.1", gpus=16),
     "nemotron_nano_12b_to_9b": Pair(
@@ -87,7 +87,7 @@ PAIRS = {
         gpus=16,
         published="MMLU of the student 74.7, of the teacher 78.5; AIME 2025 73.7 and 74.4; NVIDIA cut the student out "
         f"of this teacher (arXiv:2508.14444; figures: {NANO})",
-        expect="a small gain: the student was distilled from this teacher",
+        expect="a small gain, as the student was distilled from this teacher",
     ),
     "olmo2_32b_to_1b": Pair("allenai/OLMo-2-0325-32B", "allenai/OLMo-2-0425-1B", gpus=16),
     "olmo3_32b_to_7b": Pair("allenai/Olmo-3-1125-32B", "allenai/Olmo-3-1025-7B", gpus=16),
@@ -102,7 +102,7 @@ PAIRS = {
         gpus=16,
         published="AIME 2024 of an 8B after distillation on a teacher's answers 55.0, after 1,800 GPU-hours more of "
         "distillation on its own answers 74.4 (arXiv:2505.09388, table 21)",
-        expect="a small gain from answers of the teacher; distillation on the student's own answers is not supported",
+        expect="a small gain from the teacher's answers; on-policy distillation is not supported",
     ),
     "qwen3_30b_a3b_to_4b": Pair("Qwen/Qwen3-30B-A3B", "Qwen/Qwen3-4B", gpus=16),
     "qwen3_235b_a22b_to_30b_a3b": Pair("Qwen/Qwen3-235B-A22B", "Qwen/Qwen3-30B-A3B", gpus=64),
@@ -127,7 +127,7 @@ def recipe_of(name: str, pair: Pair) -> Callable[..., run.Partial]:
         f"    teacher.checkpoint=/models/{large} student.checkpoint=/models/{small}",
         name,
         pair.gpus,
-        pair.published or "no figure is known for this pair",
+        pair.published or "nothing known for this pair",
         pair.expect or EXPECT,
     )
     return run.cli.factory(target=distill)(recipe)

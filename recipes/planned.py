@@ -1,7 +1,7 @@
-"""Layouts and figures of the recipes for released models, and the text that says them.
+"""Planned layout, memory and cost of the recipes for released models, and their docstrings.
 
-They are the planner's, for each kind of GPU at the layout chosen for it, in planned.json. `make recipes` writes it from
-the rows of pairs.py and cuts.py, and a test holds it to the planner.
+planned.json holds the planner's result for each kind of GPU. `make recipes` writes it from the rows of pairs.py and
+cuts.py, and a test compares it with the planner.
 """
 
 import json
@@ -33,15 +33,15 @@ def docstring(title: str, command: str, name: str, gpus: int, published: str, ex
     """Return the docstring of a recipe.
 
     Args:
-        title: has a {} for the parameters of the teacher, and one for those of the student.
-        command: without the executor.
-        name: of the recipe.
+        title: first line, with a {} for the teacher's number of parameters, and one for the student's.
+        command: command line without the executor.
+        name: name of the recipe.
         gpus: number of GPUs that it is planned for.
-        published: figure, with its source.
-        expect: result of a run.
+        published: published results, with their source.
+        expect: expected result of a run.
     """
     planned, nodes = PLANNED[name], gpus // NODE
-    sizes = (f"{size / 1e9:.3g}B" if size >= 1e9 else f"{size / 1e6:.0f}M" for size in planned["parameters"])
+    sizes = (f"{size / 1e9:.3g}B" if size >= 0.9995e9 else f"{size / 1e6:.0f}M" for size in planned["parameters"])
     slurm = f"run.executor=slurm run.executor.nodes={nodes} run.executor.devices={NODE} run.executor.time=24:00:00"
     parts = [
         title.format(*sizes),
@@ -49,6 +49,6 @@ def docstring(title: str, command: str, name: str, gpus: int, published: str, ex
         "Planned, for 2.6 billion tokens:\n" + "\n".join(f"    {line}" for line in planned["gpus"]),
         f"The recipe has the layout for H100s; for others add gpus={gpus} gpu=h200, and the planner chooses it.",
         f"Published: {published}.",
-        f"Expect: {expect}.",
+        f"Expected: {expect}.",
     ]
     return "\n\n".join(fill(part, 116) if "\n" not in part else part for part in parts)

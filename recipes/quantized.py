@@ -1,8 +1,8 @@
-"""Students quantised for deployment, which learn from a model that is not: one recipe for each format.
+"""Quantisation-aware distillation: a quantised student learns from the unquantised model. One recipe per format.
 
-They are those of NVIDIA's report on quantisation-aware distillation (arXiv:2601.20088): the KL of the logits alone, at
-temperature 1, to the model before it was quantised. The learning rate is that of the QAD example in ModelOpt 0.40's
-examples/llm_qat. The evaluation at step 0 is plain post-training quantisation, so a run shows what training regains.
+The settings are those of NVIDIA's report (arXiv:2601.20088): the KL of the logits alone, at temperature 1. The learning
+rate is that of the QAD example in ModelOpt 0.40's examples/llm_qat. The evaluation at step 0 is plain post-training
+quantisation, so a run shows what training regains.
 """
 
 import nemo_run as run
@@ -24,7 +24,7 @@ def _quantized(name: str, teacher: str | None, student: str | None, number_forma
 
 @run.cli.factory(target=distill)
 def qad_fp8(teacher: str | None = None, student: str | None = None) -> run.Partial:
-    """Any checkpoint in FP8: weights and activations in E4M3, one scale a tensor. Runs on Hopper and later.
+    """Any checkpoint in FP8: weights and activations in E4M3, one scale per tensor. Runs on Hopper and later.
 
     nemo distill train qad_fp8 teacher.checkpoint=A student.checkpoint=A data.train='["corpus"]' gpus=8 gpu=h100
     """
@@ -33,19 +33,19 @@ def qad_fp8(teacher: str | None = None, student: str | None = None) -> run.Parti
 
 @run.cli.factory(target=distill)
 def qad_nvfp4(teacher: str | None = None, student: str | None = None) -> run.Partial:
-    """Any checkpoint in NVFP4: weights and activations of 4 bits, in blocks of 16. Runs on Blackwell.
+    """Any checkpoint in NVFP4: 4-bit weights and activations in blocks of 16. Runs on Blackwell.
 
     nemo distill train qad_nvfp4 teacher.checkpoint=A student.checkpoint=A data.train='["corpus"]' gpus=8 gpu=b200
 
-    Add quantization.format=nvfp4_weights to leave activations as they are, and quantization.kv_cache=fp8 to quantise
-    keys and values.
+    Add quantization.format=nvfp4_weights to quantise weights only, and quantization.kv_cache=fp8 to quantise keys and
+    values.
     """
     return _quantized("qad_nvfp4", teacher, student, "nvfp4")
 
 
 @run.cli.factory(target=distill)
 def qad_int8(teacher: str | None = None, student: str | None = None) -> run.Partial:
-    """Any checkpoint in INT8: one scale for each row of a weight, and for each tensor of activations. Runs anywhere.
+    """Any checkpoint in INT8: one scale per row of a weight and per tensor of activations. Runs anywhere.
 
     nemo distill train qad_int8 teacher.checkpoint=A student.checkpoint=A data.train='["corpus"]' gpus=8 gpu=h100
     """
@@ -54,7 +54,7 @@ def qad_int8(teacher: str | None = None, student: str | None = None) -> run.Part
 
 @run.cli.factory(target=distill)
 def qad_int4(teacher: str | None = None, student: str | None = None) -> run.Partial:
-    """Any checkpoint with weights of 4-bit integers, in blocks of 128; activations stay as they are. Runs anywhere.
+    """Any checkpoint in INT4, weights only, in blocks of 128. Runs anywhere.
 
     nemo distill train qad_int4 teacher.checkpoint=A student.checkpoint=A data.train='["corpus"]' gpus=8 gpu=h100
     """

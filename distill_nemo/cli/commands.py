@@ -62,6 +62,7 @@ def register_commands() -> None:
     # NeMo-Run gives -y to two options, and click warns about it on every command with older versions of typer.
     warnings.filterwarnings("ignore", message=r"The parameter -y is used more than once")
     register(distill, name="train", context=TrainContext, command=TrainCommand)
+    register(plan, context=PlanContext, kind="experiment", command=PlanCommand)
     register(prepare)
     register(inspect)
     register(teacher, context=TeacherContext, command=TeacherCommand)
@@ -74,7 +75,6 @@ def register_commands() -> None:
     register(report, command=ReportCommand)
     for function in (status, logs, cancel):
         register(function)
-    register(plan, context=PlanContext, kind="experiment", command=PlanCommand)
 
 
 def prepare(
@@ -106,14 +106,14 @@ def prepare(
             all but the last two also compressed.
         output: prefix of the files to write.
         tokenizer: a Hugging Face tokenizer directory, or a name on the Hub.
-        text_key: JSON key or column of the text; with format=chat, of messages that stand under no known key.
+        text_key: JSON key or column of the text; with format=chat, of the messages, if their key is not a known one.
         format: chat (messages, conversations), instruction (prompt/completion, instruction/output, question/answer),
-            preference (chosen) or text; by default as the keys of the first record say.
+            preference (chosen) or text; by default, that of the first record, by its keys.
         loss_on: tokens of conversations that count: assistant (default), last (its last turn) or all.
-        chat_template: file of a Jinja template in place of the tokenizer's.
+        chat_template: file of a Jinja template to use in place of the tokenizer's.
         num_workers: processes; 0 means one per core.
         max_bad_records: unreadable records to skip before giving up.
-        pack: put whole documents together in samples of this data.sequence_length.
+        pack: pack whole documents into samples of this many tokens, the data.sequence_length of the training.
         too_long: cut or drop documents that are longer than a pack; by default texts are cut, conversations dropped.
     """
     from distill_nemo.data.inputs import split_inputs
@@ -222,17 +222,16 @@ def convert(checkpoint: str, output: str, allow_pickle: bool = False) -> None:
 
 
 def recipes(names: list[str] | None = None) -> None:
-    """List the recipes: models and sizes; layout, memory and cost on the GPUs that each is planned for; loss.
+    """List the recipes: models and sizes; planned layout, memory and cost; loss.
 
-    With names, show all that is known of these: the command, a plan for each kind of GPU, published figures, and what
-    to expect.
+    With names, show these in full: the command, a plan for each kind of GPU, published and expected results.
 
     Example:
         nemo distill recipes
         nemo distill recipes qwen3_32b_to_4b
 
     Args:
-        names: recipes to show whole.
+        names: recipes to show in full.
     """
     from distill_nemo.planning.report import layout_text
 
@@ -266,7 +265,7 @@ def report(
     scores: list[str] | None = None,
     follow: bool = False,
 ) -> None:
-    r"""Write a page of any runs: curves, metrics, settings, cost, benchmarks, generated text.
+    r"""Write a page on any runs: curves, metrics, settings, cost, benchmarks, generated text.
 
     Runs are output directories: words without "=", as many as you like, or runs='["runs/a", "runs/b"]'.
 
@@ -279,7 +278,7 @@ def report(
     Args:
         output: directory for report.html and its plots.
         runs: output directories of runs; none for a page of scores alone.
-        prompts: beginnings of text that the exported students go on with.
+        prompts: prompts that the exported students continue.
         scores: output directories of `nemo distill evaluate`.
         follow: rewrite the page while a run goes on; ends with the last run, or at Ctrl-C.
     """

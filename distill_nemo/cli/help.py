@@ -36,7 +36,7 @@ With your own checkpoints and text:
       teacher.checkpoint=/models/Llama-3.2-3B student.checkpoint=/models/Llama-3.2-1B \\
       data.train='["data/corpus"]' run.executor=local run.executor.processes=8
   nemo distill plan ...          memory and hours of a run, and whether it fits; takes the arguments of `train`
-  nemo distill report runs/a runs/b output=report            a page of any runs: curves, metrics, settings, cost
+  nemo distill report runs/a runs/b output=report            a page on any runs: curves, metrics, settings, cost
   nemo distill evaluate model=runs/llama32_3b_to_1b/student data=data/held_out teacher=/models/Llama-3.2-3B
 """
 
@@ -46,7 +46,8 @@ Recipe:
   `nemo distill recipes` lists them.
 
 Models:
-  Any recipe takes any two checkpoints with one vocabulary: teacher.checkpoint=DIRECTORY student.checkpoint=DIRECTORY.
+  Any recipe takes any two checkpoints that share a vocabulary:
+  teacher.checkpoint=DIRECTORY student.checkpoint=DIRECTORY
   ORG/NAME or ORG/NAME@REVISION in place of a directory is a model on the Hugging Face Hub; docs/launching.md.
   Families, by model_type of config.json:
 {families}
@@ -97,8 +98,7 @@ Options:
 
 EVALUATE = f"""\
 Held-out data:
-  Token means in nats, by the code of training's evaluations. With several prefixes, each is a domain with a row of its
-  own.
+  Means per token, in nats, computed as during training. With several prefixes, each is a domain with a row of its own.
 
 Benchmarks:
   lm-evaluation-harness itself (pip install 'distill-nemo[eval]') opens each model as a Hugging Face directory; other
@@ -120,7 +120,7 @@ Steps of a run:
 STORE = f"""\
 Codecs:
   sampled  draws from the teacher at `temperature`. A student learns from them by forward KL without bias. 50 draws
-           usually take 50 to 130 bytes a token: the surer the teacher, the fewer. The default.
+           usually take 50 to 130 bytes a token, fewer if the teacher is confident. The default.
   top_k    the k most likely ids with their log-probabilities, and the mass of the rest: 4 or 5 bytes for each of the k.
   hidden   the teacher's last hidden states: every divergence and temperature, exactly, at 2 bytes for each channel.
 

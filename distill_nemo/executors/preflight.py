@@ -24,7 +24,7 @@ from distill_nemo.quantization import is_quantized
 
 
 def check_launch(config: JobConfig, executor: run.Executor, dryrun: bool = False) -> None:
-    """Refuse a job that cannot work on an executor.
+    """Refuse a job that cannot work on an executor. A dry run for a cluster warns of files that are not here.
 
     Raises:
         ValueError: from `checks`, with the node counts that would fit; for secrets in plain text; for missing
@@ -39,12 +39,14 @@ def check_launch(config: JobConfig, executor: run.Executor, dryrun: bool = False
             f"run.executor: {executor.nnodes()} nodes x {executor.nproc_per_node()} ranks; both must be at least 1"
         )
     work_dir = descriptor.work_dir(executor)
+    missing: list[str] = []
     if work_dir.fresh:
         _check_absolute(config, work_dir)
     elif work_dir.here is not None:
-        _check_files(config, work_dir.here)
+        missing = _check_files(config, work_dir.here, may_be_missing=dryrun and descriptor.manifest is not None)
     check_fits_nodes(config, executor)
-    if work_dir.here is not None and isinstance(config, RunConfig | ExportConfig):
+    student = "student.checkpoint" if isinstance(config, RunConfig) else "checkpoint"
+    if work_dir.here is not None and student not in missing and isinstance(config, RunConfig | ExportConfig):
         _check_quantized(config, executor.nnodes() * executor.nproc_per_node(), work_dir.here)
     _check_push(config, executor, dryrun)
     descriptor.preflight(config, executor, dryrun)
@@ -118,11 +120,16 @@ def _check_push(config: JobConfig, executor: run.Executor, dryrun: bool) -> None
         print(f"warning: {error}", file=sys.stderr, flush=True)
 
 
-def _check_files(config: JobConfig, work_dir: Path) -> None:
+def _check_files(config: JobConfig, work_dir: Path, may_be_missing: bool) -> list[str]:
+    """Refuse checkpoints and token files that cannot be read. Return the fields of those that are missing."""
+    missing = {}
     for name, path in paths_of(config):
         if name in FIELDS and hub_name(path, work_dir):
             continue
         if name.split(".")[-1] in ("checkpoint", "model", "baseline", "teacher"):
+            if may_be_missing and not Path(work_dir, path).exists():
+                missing[name] = path
+                continue
             try:
                 found = find_checkpoint(work_dir / path)
                 if found.kind is CheckpointKind.HUGGING_FACE and not isinstance(config, EvaluateConfig):
@@ -130,7 +137,13 @@ def _check_files(config: JobConfig, work_dir: Path) -> None:
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
         elif name in ("data", "data.train", "data.valid") and not corpus_at(work_dir / path).files:
-            raise ValueError(f"{name}: no file {Path(work_dir, path)}.idx; make it with `nemo distill prepare`")
+            if not may_be_missing:
+                raise ValueError(f"{name}: no file {Path(work_dir, path)}.idx; make it with `nemo distill prepare`")
+            missing[name] = path
+    if missing:
+        named = ", ".join(f"{name} = {path}" for name, path in missing.items())
+        print(f"warning: not on this machine, and so not checked: {named}", file=sys.stderr, flush=True)
+    return list(missing)
 
 
 def _check_quantized(config: RunConfig | ExportConfig, ranks: int, here: Path) -> None:

@@ -26,11 +26,13 @@ EXECUTORS = {
 }
 STORE_SECTIONS = sections_of(get_type_hints(StoreConfig))
 FIELDS = {
+    "quickstart": ["steps", "teacher_steps", "root", "processes", "seed"],
     "train": [
         "output_dir",
         *(f"{name}.{f.name}" for name, part in sections().items() for f in fields(part)),
         *(f"run.executor.{name}" for names in EXECUTORS.values() for name in names),
     ],
+    "plan": ["gpus", "gpu", "utilisation", "transformer_engine"],
     "prepare": [
         *("inputs", "output", "tokenizer", "text_key", "format", "loss_on", "chat_template"),
         *("num_workers", "max_bad_records", "pack", "too_long"),
@@ -70,8 +72,6 @@ FIELDS = {
     "status": ["experiment"],
     "logs": ["experiment", "follow"],
     "cancel": ["experiment"],
-    "plan": ["gpus", "gpu", "utilisation", "transformer_engine"],
-    "quickstart": ["steps", "teacher_steps", "root", "processes", "seed"],
 }
 HEAVY = {"megatron", "modelopt", "transformers", "matplotlib", "pyarrow", "tensorboard", "tokenizers", "safetensors"}
 

@@ -298,6 +298,14 @@ def test_refused_before_anything_is_submitted(inputs, tmp_path, monkeypatch, cap
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_only_warns_of_files_that_this_machine_does_not_have(dry):
+    elsewhere = {"student__checkpoint": "/no/student", "teacher__checkpoint": "/no/teacher"}
+    ended = dry("devices=2", **elsewhere, data__train='["/no/corpus"]', data__valid="[]")
+    fields = "student.checkpoint = /no/student, teacher.checkpoint = /no/teacher, data.train = /no/corpus"
+    assert ended.err == f"warning: not on this machine, and so not checked: {fields}\n"
+    assert "#SBATCH" in ended.out
+
+
 @pytest.mark.parametrize(
     "line", ["export HF_TOKEN=$(cat ~/.hf)", 'HF_TOKEN="$TOKEN"', "TOKENIZERS_PARALLELISM=false", "source ~/.secrets"]
 )

@@ -58,8 +58,8 @@ def test_a_recipes_text_is_whole(name):
         int(word.partition("=")[2]) for word in command if re.match(r"run\.executor\.(nodes|devices|processes)=", word)
     ]
     assert torch.tensor(ranks).prod() == row.gpus
-    assert re.search(r"^Published: (no figure is known for this pair|.*(arXiv:|github\.com)).*", doc, re.M | re.S)
-    assert re.search(r"^Expect: .+\.$", doc, re.M | re.S)
+    assert re.search(r"^Published: (nothing known for this pair|.*(arXiv:|github\.com)).*", doc, re.M | re.S)
+    assert re.search(r"^Expected: .+\.$", doc, re.M | re.S)
 
 
 def test_planned_figures_are_of_these_recipes():
