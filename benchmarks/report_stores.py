@@ -26,7 +26,7 @@ def costs(found: Found) -> str:
         ]
         for name, of in found["codecs"].items()
     ]
-    heads = ["bytes a token", *(f"V = {int(v):,}" for v in vocabularies), "read, tokens/s"]
+    heads = ["bytes per token", *(f"V = {int(v):,}" for v in vocabularies), "read, tokens/s"]
     return f"{_table(heads, rows)}\n{_step(found['step'], found['short windows'])}"
 
 
@@ -56,9 +56,9 @@ def quality(found: Found) -> str:
             cells += [f"{mean(run[metric] for run in runs.values()):.4f}", ", ".join(f"{x:+.4f}" for x in apart)]
         cells.append(f"{mean(run['top1_agreement'] for run in runs.values()):.2%}")
         table.append(cells)
-    heads = ["targets", "bytes a token"]
+    heads = ["targets", "bytes per token"]
     for name in METRICS.values():
-        heads += [name, "less online's, each seed"]
+        heads += [name, "minus online's, per seed"]
     tokens = found["steps"] * 16 * 128
     return f"{found['steps']} steps, {tokens:,} tokens.\n\n{_table([*heads, 'top-1 agreement'], table)}"
 
