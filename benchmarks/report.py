@@ -311,8 +311,8 @@ SECTIONS: list[tuple[str, str, str, Callable[[dict[str, Any]], str]]] = [
     (
         "## Teacher stores, cost\nSize of the shards over the number of tokens, all of them valid. Distributions are "
         "Zipf's with exponent 1.5 (2.8 nats at V = 2,048, 3.2 at V = 151,936). Megatron-LM: its cached logits, 17 "
-        "bits per id and an fp16 log-probability. DistillKit: its compressed logits. Reading is random access to windows of 1,024 "
-        "tokens, in processor time, from files in memory.\n",
+        "bits per id and an fp16 log-probability. DistillKit: its compressed logits. Reading is random access to "
+        "windows of 1,024 tokens, in processor time, from files in memory.\n",
         "teacher_store",
         "teacher_store",
         costs,
