@@ -44,7 +44,7 @@ class Model:
     Args:
         name: in tables.
         directory: in Hugging Face format.
-        identity: hash of weights, config and tokenizer; the name of a run's step.
+        identity: hash of weights, config and tokenizer; of a run's step, `identity_of`.
     """
 
     name: str

@@ -19,7 +19,7 @@ from distill_nemo.benchmarks.evaluate import (
     result_file,
 )
 from distill_nemo.benchmarks.tasks import check_tasks
-from distill_nemo.checkpoint.directory import BENCHMARKS, benchmarks_of, linked
+from distill_nemo.checkpoint.directory import BENCHMARKS, benchmarks_of, linked, measured_identity, step_directory
 from distill_nemo.checkpoint.hub_models import named
 from distill_nemo.config import TrainingConfig
 from distill_nemo.config_files import load_yaml
@@ -28,11 +28,13 @@ from distill_nemo.job_config import EvaluateConfig, words_of
 from distill_nemo.models.sources import saved_steps
 from distill_nemo.reports.runs import is_going_on
 from distill_nemo.reports.scores import SCORES, Score, Scores, read_scores, scores_table, write_scores
+from distill_nemo.runtime.checksums import identity_of
 from distill_nemo.runtime.files import write_atomically
 from distill_nemo.runtime.process_groups import of_all_ranks, rank
 
 LINES = "benchmarks.jsonl"  # beside the run's metrics.jsonl
 HELD = "held"  # checkpoints that are being exported, below the run's benchmarks
+EXPORTED = "exported"  # their exports
 POLL_SECONDS = 2.0
 QUIET_SECONDS = 30.0  # without a sign of the run, before it is said that it is waited for
 
@@ -66,9 +68,7 @@ def follow(config: EvaluateConfig, run: Path) -> None:
             found = benchmark([model], tasks, config, output)
             if rank() == 0:
                 shutil.rmtree(model.directory, ignore_errors=True)
-                checkpoint = str(run / "checkpoints" / f"step_{step:08d}")
-                known = _scores_of_other_tasks(benchmarks_of(run, step), found)
-                write_scores(benchmarks_of(run, step), Scores({model.name: checkpoint}, [*known, *found]))
+                _write(run, step, model, found)
                 _write_all(run, scores)
         if rank() == 0 and (output / SCORES).is_file():
             Console().print(scores_table(read_scores(output / SCORES)))
@@ -79,9 +79,10 @@ def follow(config: EvaluateConfig, run: Path) -> None:
 
 def _model(run: Path, step: int, config: EvaluateConfig) -> Model | None:
     """Export a step below the run's benchmarks. Return None, on all ranks, if the run has deleted it. Collective."""
-    target = run / BENCHMARKS / "exported" / f"step_{step:08d}"
-    held = run / BENCHMARKS / HELD / target.name
-    if not of_all_ranks(rank() == 0 and linked(run / "checkpoints" / target.name, held))[0]:
+    saved = step_directory(run / "checkpoints", step)
+    held = run / BENCHMARKS / HELD / saved.name
+    identity = of_all_ranks(identity_of(held) if rank() == 0 and linked(saved, held) else None)[0]
+    if identity is None:
         if rank() == 0:
             print(
                 f"step {step}: the run has deleted its checkpoint (checkpoint.keep_last), so it is not measured; "
@@ -89,10 +90,30 @@ def _model(run: Path, step: int, config: EvaluateConfig) -> Model | None:
                 flush=True,
             )
         return None
-    model = Model(f"step {step}", as_huggingface(str(held), target, config), target.name)
+    if rank() == 0:
+        _leave_earlier(run, step, identity)
+    target = run / BENCHMARKS / EXPORTED / _name(step, identity)
+    model = Model(f"step {step}", as_huggingface(str(held), target, config), identity)
     if rank() == 0:
         shutil.rmtree(held, ignore_errors=True)
     return model
+
+
+def _name(step: int, identity: str) -> str:
+    return f"step_{step:08d}-{identity[:16]}"
+
+
+def _leave_earlier(run: Path, step: int, identity: str) -> None:
+    """Say that a step has scores of a checkpoint that was replaced, and remove what a killed job exported of it."""
+    if benchmarks_of(run, step).is_file() and measured_identity(run, step) != identity:
+        print(
+            f"step {step}: its scores are of another checkpoint than the one that is saved now, so they are measured "
+            "again",
+            flush=True,
+        )
+    for path in (run / BENCHMARKS / EXPORTED).glob(f"*step_{step:08d}*"):  # whole, or as it was being written
+        if _name(step, identity) not in path.name:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _next(run: Path, tasks: list[str], config: EvaluateConfig) -> int | None:
@@ -163,30 +184,38 @@ def _tell_of_gone(run: Path, tasks: list[str], config: EvaluateConfig) -> None:
 
 
 def _is_measured(run: Path, step: int, tasks: list[str], config: EvaluateConfig) -> bool:
-    name, output = f"step_{step:08d}", run / BENCHMARKS
-    results = (earlier_result(result_file(name, task, config, output)) for task in tasks)
-    return benchmarks_of(run, step).is_file() and all(result is not None for result in results)
+    """Return True if all tasks are measured of a step's checkpoint; of one that is gone, of the last that was."""
+    identity, saved = measured_identity(run, step), step_directory(run / "checkpoints", step)
+    if not identity or (saved.is_dir() and identity_of(saved) != identity):
+        return False
+    results = (earlier_result(result_file(identity, task, config, run / BENCHMARKS)) for task in tasks)
+    return all(result is not None for result in results)
 
 
-def _scores_of_other_tasks(path: Path, found: list[Score]) -> list[Score]:
-    """Return the scores in a step's file that an earlier command has measured, by tasks that were not measured now."""
-    measured = {each.task for each in found}
-    return [each for each in read_scores(path).scores if each.task not in measured] if path.is_file() else []
+def _write(run: Path, step: int, model: Model, found: list[Score]) -> None:
+    """Write a step's scores, and with them those of the same checkpoint that an earlier command measured."""
+    path, measured, known = benchmarks_of(run, step), {each.task for each in found}, []
+    if measured_identity(run, step) == model.identity:
+        known = [each for each in read_scores(path).scores if each.task not in measured]
+    saved = str(step_directory(run / "checkpoints", step))
+    scores = Scores({model.name: saved}, [*known, *found], identities={model.name: model.identity})
+    write_scores(path, scores)
 
 
 def _write_all(run: Path, scores: Scores) -> None:
     """Write the scores of all steps beside the others, and as lines beside the run's metrics."""
     steps = [read_scores(path) for path in sorted((run / BENCHMARKS).glob("step_*.json"))]
     joined: dict[tuple[str, str], Score] = {(each.task, each.metric): replace(each) for each in scores.scores}
-    models = dict(scores.models)
+    models, identities = dict(scores.models), dict(scores.identities)
     for step in steps:
         models |= step.models
+        identities |= step.identities
         for each in step.scores:
             known = joined.setdefault((each.task, each.metric), replace(each, values={}, errors={}))
             joined[each.task, each.metric] = replace(
                 known, values=known.values | each.values, errors=known.errors | each.errors
             )
-    write_scores(run / BENCHMARKS / SCORES, Scores(models, list(joined.values())))
+    write_scores(run / BENCHMARKS / SCORES, Scores(models, list(joined.values()), identities=identities))
     write_atomically(run / LINES, "".join(f"{json.dumps(line)}\n" for step in steps for line in _lines(step)))
 
 

@@ -15,7 +15,8 @@ from typing import Any
 from distill_nemo.config import DataConfig, DistillationConfig, StudentConfig, TeacherConfig
 from distill_nemo.models.sources import STEP, saved_steps
 from distill_nemo.quantization import QuantizationConfig
-from distill_nemo.runtime.files import read_object, remove_directory, write_atomically
+from distill_nemo.runtime.checksums import identity_of
+from distill_nemo.runtime.files import read_object, read_object_if_any, remove_directory, write_atomically
 
 MAY_CHANGE = ("num_workers", "cache", "fused_linear", "offload_teacher")
 SECTIONS: dict[str, Any] = {
@@ -56,6 +57,15 @@ def benchmarks_of(run: Path, step: int) -> Path:
     return run / BENCHMARKS / f"step_{step:08d}.json"
 
 
+def measured_identity(run: Path, step: int) -> str:
+    """Return the `identity_of` the checkpoint that the scores of a step are of; "" without scores that say so."""
+    try:
+        found = read_object_if_any(benchmarks_of(run, step)).get("identities")
+    except ValueError:
+        return ""
+    return str(found.get(f"step {step}", "")) if isinstance(found, dict) else ""
+
+
 def read_record(directory: Path) -> dict[str, Any]:
     """Return `run.json` of a checkpoint.
 
@@ -84,16 +94,22 @@ def point_latest_at(directory: Path) -> None:
     write_atomically(tracker, directory.name)
 
 
+def is_measured(run: Path, step: int) -> bool:
+    """Return True if the scores of a step are of the checkpoint that is there now."""
+    return measured_identity(run, step) == identity_of(step_directory(run / "checkpoints", step))
+
+
 def prune(newest: Path, keep_last: int, benchmark_interval: int | None = None) -> None:
     """Keep `keep_last` steps up to `newest`. Delete older ones and the remains of interrupted saves.
 
     Later steps stay. They are left from before the run was resumed at an earlier step, and it will replace them. So do
-    multiples of `benchmark_interval` until they are measured.
+    multiples of `benchmark_interval` until they are measured, which scores of an earlier checkpoint of that step do not
+    count as.
     """
     root, steps = newest.parent, saved_steps(newest.parent)
     for old in steps[steps.index(newest) + max(keep_last, 1) :]:
         step = int(old.name[5:])
-        if benchmark_interval is None or step % benchmark_interval or benchmarks_of(root.parent, step).is_file():
+        if benchmark_interval is None or step % benchmark_interval or is_measured(root.parent, step):
             with contextlib.suppress(OSError):
                 delete(old)
     for partial in newest.parent.glob("step_*.partial"):

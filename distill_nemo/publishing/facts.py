@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from distill_nemo.hub import COMMIT, HubName, cached, hub_name, recorded_name
 from distill_nemo.models.sources import STEP
+from distill_nemo.runtime.checksums import identity_of
 from distill_nemo.runtime.files import read_object, read_object_if_any
 from distill_nemo.runtime.metrics_file import finite
 
@@ -76,11 +77,17 @@ class Benchmark(NamedTuple):
 
 
 def benchmarks_of_step(run: Path, step: int) -> list[Benchmark]:
-    """Return the benchmarks that `nemo distill evaluate steps_of=RUN` has measured of a step; none if it has not."""
+    """Return the benchmarks that `nemo distill evaluate steps_of=RUN` has measured of a step; none if it has not.
+
+    Scores of a checkpoint that the run has replaced are none.
+    """
     found = []
     try:
-        scores = read_object_if_any(run / "benchmarks" / f"step_{step:08d}.json").get("scores", [])
-        for each in scores:
+        stated = read_object_if_any(run / "benchmarks" / f"step_{step:08d}.json")
+        saved = run / "checkpoints" / f"step_{step:08d}"
+        if saved.is_dir() and stated.get("identities", {}).get(f"step {step}") != identity_of(saved):
+            return []
+        for each in stated.get("scores", []):
             (model, value), *others = each["values"].items()
             if not others:
                 error = finite(each["errors"].get(model))

@@ -74,6 +74,9 @@ def _measure(name: str, model: StudentConfig, config: RunConfig, samples: int) -
 
 def _publish(directory: Path) -> None:
     """Copy the distilled student's Hugging Face directory to the place that the README names."""
+    from distill_nemo.models.checkpoints.huggingface import check_target
+
+    check_target(directory / "student")
     with writing_directory(directory / "student") as partial:
         shutil.copytree(directory / "distilled" / "student", partial, dirs_exist_ok=True)
 

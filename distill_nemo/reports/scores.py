@@ -57,11 +57,13 @@ class Scores:
         models: checkpoint directories by name.
         scores: the metrics of all tasks.
         held_out: rows of `comparison`, by model and domain.
+        identities: of checkpoints that a run saves again when it is set back, by model.
     """
 
     models: dict[str, str]
     scores: list[Score] = field(default_factory=list)
     held_out: list[Row] = field(default_factory=list)
+    identities: dict[str, str] = field(default_factory=dict)
 
 
 def write_scores(path: Path, scores: Scores) -> None:

@@ -67,6 +67,14 @@ def read_sums(path: Path) -> dict[str, str]:
     return sums
 
 
+def identity_of(directory: Path) -> str:
+    """Return what tells a checkpoint from another one of its name: the hash of its sums; "none" without any."""
+    try:
+        return sha256(directory / SUMS)
+    except FileNotFoundError:
+        return "none"
+
+
 def sha256(path: Path) -> str:
     """Return the hexadecimal sum of a file."""
     with path.open("rb") as file:

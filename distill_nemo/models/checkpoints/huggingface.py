@@ -10,9 +10,11 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from transformers import PreTrainedModel
 
+from distill_nemo.fields import first_few, require
 from distill_nemo.models.architecture import Architecture
 from distill_nemo.models.checkpoints.agreement import logits_apart, open_with_transformers
 from distill_nemo.models.checkpoints.by_layers import open_by_layers
+from distill_nemo.models.checkpoints.earlier_export import CARD, added_to, sealed
 from distill_nemo.models.checkpoints.export_files import export_files
 from distill_nemo.models.checkpoints.file_formats import FILE_FORMATS
 from distill_nemo.models.checkpoints.hf_tensors import PieceReader, check_tied_weights
@@ -102,7 +104,7 @@ def export_hf(
             partial = aside.enter_context(writing_export(Path(path)))
             files.write(partial)
             if card is not None:
-                (partial / "README.md").write_text(card(), encoding="utf-8")
+                (partial / CARD).write_text(sealed(card()), encoding="utf-8")
             return str(partial), str(source) if copies else None
 
         partial, copied = everyone.on_rank_0(begin)
@@ -159,14 +161,15 @@ def writing_export(path: Path, kept: str = "") -> Iterator[Path]:
 
 
 def check_target(target: Path, *read: str | None) -> None:
-    """Refuse a target for an export, which replaces only an empty directory or an earlier export.
+    """Refuse a target for an export, which replaces only an empty directory, or the files of an earlier export.
 
     Args:
         target: directory to write.
         *read: paths that are read for it, of which none may be lost with an earlier export.
 
     Raises:
-        ValueError: if anything else is there, the target cannot be written, or it holds one of `read`.
+        ValueError: if anything else is there, the target cannot be written, or it holds one of `read`, or a file that
+            was added to an earlier export, or its model card was edited.
     """
     lost = next((path for path in read if path and Path(path).resolve().is_relative_to(target.resolve())), None)
     if lost is not None:
@@ -174,9 +177,18 @@ def check_target(target: Path, *read: str | None) -> None:
     there = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"{target} cannot be written: {there} is not a writable directory; choose another")
-    if not target.exists() or not any(target.iterdir()) or is_export_of_ours(target):
+    if not target.exists() or not any(target.iterdir()):
         return
-    raise ValueError(f"{target} exists and is not a distill-nemo export; name a new directory, or remove it yourself")
+    if not is_export_of_ours(target):
+        raise ValueError(
+            f"{target} exists and is not a distill-nemo export; name a new directory, or remove it yourself"
+        )
+    added = added_to(target)
+    require(
+        not added,
+        f"{target} would be replaced by the new export, and with it what was added or edited since the last one: "
+        f"{', '.join(first_few(added))}; move that elsewhere, or name another directory",
+    )
 
 
 def check_export(

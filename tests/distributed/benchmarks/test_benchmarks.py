@@ -361,6 +361,31 @@ def test_saved_steps_are_measured_beside_the_run_once(inputs, here, pair, measur
     scores = read_scores(here / "run" / "benchmarks" / "scores.json")
     measured_steps = {each.task: list(each.values) for each in scores.scores}
     assert measured_steps == {"tiny_choice": ["step 4", "step 8"], "tiny_perplexity": ["step 8"]}
+    printed = pair.run(set_back_and_followed, here, run, settings(here))[0]
+    for step in (4, 8):
+        assert f"step {step}: its scores are of another checkpoint than the one that is saved now" in printed
+    assert re.findall(r"^(.+): tiny_perplexity measured", printed, re.M) == ["step 4", "step 8"]
+    again = read_scores(here / "run" / "benchmarks" / "scores.json")
+    assert {each.task: list(each.values) for each in again.scores} == {"tiny_perplexity": ["step 4", "step 8"]}
+    assert again.identities.keys() == {"step 4", "step 8"}
+    assert again.identities["step 8"] != scores.identities["step 8"]
+    assert again.scores[0].values["step 8"] != scores.scores[-1].values["step 8"]
+    assert not list((here / "run" / "benchmarks" / "exported").iterdir())
+
+
+def set_back_and_followed(here, run, fields):
+    """Lose the checkpoints, train with another learning rate, and follow. An export of before is left."""
+    if os.environ["RANK"] == "1":
+        return None
+    output = Path(run.output_dir)
+    shutil.rmtree(output / "checkpoints")
+    for name in ("step_00000008", ".step_00000008-0123456789abcdef.partial"):
+        (output / "benchmarks" / "exported" / name).mkdir()
+    run.optimizer.lr *= 2
+    with alone():
+        run_config(run)
+    others = {"model": None, "baseline": None, "steps_of": run.output_dir, "output": None}
+    return on_a_rank(here, fields | others | {"tasks": "tiny_perplexity"}, of_one=True)
 
 
 def followed_by_other_tasks(here, run, fields):
@@ -384,8 +409,9 @@ def trained_and_followed(here, run, fields):
     )
     prune(saved / "step_00000008", keep_last=1, benchmark_interval=4)
     assert not (saved / "step_00000004").exists(), "it is measured"
+    of_step_8 = read_scores(Path(run.output_dir, "benchmarks", "step_00000008.json")).identities["step 8"]
     for file in Path(run.output_dir, "benchmarks", "results").glob("*.json"):
-        if json.loads(file.read_text())["model"] == "step_00000008":
+        if json.loads(file.read_text())["model"] == of_step_8:
             file.unlink()
     lock = Path(run.output_dir, "benchmarks", "evaluate.lock")
     with subprocess.Popen([sys.executable, "-c", HOLD, str(lock)], stdout=subprocess.PIPE) as left_behind:

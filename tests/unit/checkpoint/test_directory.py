@@ -5,8 +5,10 @@ import shutil
 
 import pytest
 
-from distill_nemo.checkpoint.directory import delete, linked, prune
+from distill_nemo.checkpoint.directory import benchmarks_of, delete, linked, prune
 from distill_nemo.models.sources import saved_steps
+from distill_nemo.reports.scores import Scores, write_scores
+from distill_nemo.runtime.checksums import identity_of
 
 FILES = {"run.json": "{}", ".metadata": "table", "modelopt_state/.metadata": "other table", "__0_0.distcp": "weights"}
 
@@ -85,6 +87,25 @@ def test_a_step_whose_deletion_was_killed_is_gone_and_the_rest_goes_with_the_nex
     newest = saved(step.parent, 8)
     prune(newest, keep_last=1)
     assert list(step.parent.iterdir()) == [newest]
+
+
+def test_a_step_that_is_saved_again_stays_until_it_is_measured_again(step, tmp_path):
+    (step / "SHA256SUMS").write_text("of the first\n")
+    measured(tmp_path, step)
+    saved(step.parent, 4, FILES | {"SHA256SUMS": "of another\n"})
+    newest = saved(step.parent, 8)
+    prune(newest, keep_last=1, benchmark_interval=4)
+    assert step.is_dir(), "its scores are of the first"
+    measured(tmp_path, step)
+    prune(newest, keep_last=1, benchmark_interval=4)
+    assert not step.exists()
+
+
+def measured(run, step):
+    """Write scores as the benchmarks of a run do."""
+    path = benchmarks_of(run, int(step.name[5:]))
+    path.parent.mkdir(exist_ok=True)
+    write_scores(path, Scores({"step 4": str(step)}, identities={"step 4": identity_of(step)}))
 
 
 def test_a_step_that_cannot_be_copied_is_an_error(step, tmp_path):

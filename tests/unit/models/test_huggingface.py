@@ -284,7 +284,9 @@ def test_export_replaces_nothing_but_an_earlier_export_and_leaves_nothing_half_w
             export_hf([model], str(out), student, str(foreign))
         assert not out.exists()
         export_hf([model], str(out), student)
-        export_hf([model], str(out), student, str(tmp_path / "tokenizer"))
+        export_hf([model], str(out), student, str(tmp_path / "tokenizer"), card=lambda: "# One\n")
+        export_hf([model], str(out), student, str(tmp_path / "tokenizer"), card=lambda: "# Another\n")
+        assert (out / "README.md").read_text().startswith("# Another\n<!-- distill-nemo wrote the text above")
         assert model.training, "export leaves the model as it was"
         first = (out / "model.safetensors").read_bytes()
         next(model.parameters()).data.fill_(float("nan"))

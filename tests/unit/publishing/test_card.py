@@ -22,6 +22,7 @@ from distill_nemo.publishing.card import Distilled, model_card
 from distill_nemo.publishing.facts import front_matter, model_facts, name_of
 from distill_nemo.publishing.repetition import changed_fields
 from distill_nemo.quantization import QuantizationConfig
+from distill_nemo.runtime.checksums import identity_of
 
 COMMIT = "0123abcd" * 5
 TEACHER = f"Org/Teacher-8B@{COMMIT}"
@@ -142,6 +143,17 @@ def test_benchmarks_of_the_step_are_told_with_their_errors(of):
     assert "no benchmark" not in card and "no benchmark was run for this card" in model_card(replace(of, step=1))
     _, result, _ = yaml.safe_load(card.split("\n---\n")[0])["model-index"][0]["results"]
     assert (result["dataset"]["type"], result["metrics"][0]["value"]) == ("mmlu", 0.7123)
+
+
+def test_benchmarks_of_a_checkpoint_that_was_replaced_are_not_told(of):
+    checkpoint = write(of.directory / "checkpoints" / "step_00000002" / "SHA256SUMS", "of the first")
+    scores = [{"task": "mmlu", "metric": "acc", "values": {"step 2": 0.7}, "errors": {}}]
+    identities = {"step 2": identity_of(checkpoint.parent)}
+    stated = json.dumps({"models": {}, "scores": scores, "identities": identities})
+    write(of.directory / "benchmarks" / "step_00000002.json", stated)
+    assert "`mmlu`, `acc`: 0.7000" in model_card(of)
+    checkpoint.write_text("of another")
+    assert "## Benchmarks" not in model_card(of)
 
 
 @pytest.mark.parametrize("text", ["[]", '{"scores": 3}', '{"scores": [{}]}', '{"scores": [{"values": {"a": NaN}}]}'])
