@@ -9,6 +9,7 @@ from distill_nemo.config_files import from_dict, to_dict
 from distill_nemo.fields import takes_fields_of
 from distill_nemo.job_config import EvaluateConfig
 from distill_nemo.runtime.errors import errors_of_a_rank
+from distill_nemo.runtime.imports import megatron_imports
 
 
 @takes_fields_of(EvaluateConfig)
@@ -35,17 +36,16 @@ def evaluate(**fields: Any) -> None:
     with errors_of_a_rank():
         config = from_dict(to_dict(given), EvaluateConfig)
         check_evaluate(config, int(os.environ.get("WORLD_SIZE", "1")))
-        from distill_nemo.runtime.device import setup_device
         from distill_nemo.runtime.orphans import end_with_torchrun
         from distill_nemo.runtime.signals import end_at_sigurg
 
         end_at_sigurg()
         end_with_torchrun()
-        setup_device()  # before Megatron is imported
-        from distill_nemo.benchmarks.evaluate import A_DAY, check_models, evaluate_models
-        from distill_nemo.benchmarks.follow import follow
-        from distill_nemo.checkpoint.hub_models import on_this_machine
-        from distill_nemo.runtime.process_groups import world
+        with megatron_imports():
+            from distill_nemo.benchmarks.evaluate import A_DAY, check_models, evaluate_models
+            from distill_nemo.benchmarks.follow import follow
+            from distill_nemo.checkpoint.hub_models import on_this_machine
+            from distill_nemo.runtime.process_groups import world
 
         ready = on_this_machine(config)
         check_models(ready)

@@ -24,6 +24,7 @@ from distill_nemo.publishing.facts import name_of
 from distill_nemo.publishing.push import check_push, push_directory
 from distill_nemo.quantization import ExportFormatName
 from distill_nemo.runtime.everyone import Everyone
+from distill_nemo.runtime.imports import megatron_imports
 from distill_nemo.runtime.process_groups import is_joined, process_groups, raise_everywhere, rank, world_size
 
 if TYPE_CHECKING:
@@ -146,13 +147,12 @@ def export(config: ExportConfig) -> None:
         RuntimeError: if the reloaded model's logits differ.
         PushError: if the push failed; the output is whole.
     """
-    from distill_nemo.runtime.device import setup_device
     from distill_nemo.runtime.orphans import end_with_torchrun
 
     end_with_torchrun()
-    setup_device()  # before Megatron is imported
-    from distill_nemo.checkpoint.load import check_whole
-    from distill_nemo.models.checkpoints.huggingface import check_target
+    with megatron_imports():
+        from distill_nemo.checkpoint.load import check_whole
+        from distill_nemo.models.checkpoints.huggingface import check_target
 
     config = on_this_machine(config)
     found, record, parallelism, student = saved_student(config, world_size())
@@ -211,12 +211,10 @@ def check_quantized(config: RunConfig | ExportConfig, ranks: int) -> None:
     Raises:
         ValueError: as the ranks would: from `quantized_as`, `check_layout` and `check_exportable`.
     """
-    from distill_nemo.runtime.device import setup_device
-
-    setup_device()  # before Megatron is imported
-    from distill_nemo.models.checkpoints.exportable import check_exportable
-    from distill_nemo.models.layouts import check_layout
-    from distill_nemo.models.resolve import quantized_as, resolve
+    with megatron_imports():
+        from distill_nemo.models.checkpoints.exportable import check_exportable
+        from distill_nemo.models.layouts import check_layout
+        from distill_nemo.models.resolve import quantized_as, resolve
 
     if isinstance(config, ExportConfig):
         saved_student(config, ranks)

@@ -33,6 +33,7 @@ from distill_nemo.executors import EXECUTORS, detached, run_config_of
 from distill_nemo.pruning.entry import prune
 from distill_nemo.quantization import ExportFormatName
 from distill_nemo.runtime.errors import errors_of_a_rank
+from distill_nemo.runtime.imports import megatron_imports
 from distill_nemo.teacher_store_jobs.entry import teacher
 from distill_nemo.training.entry import distill
 
@@ -213,10 +214,8 @@ def convert(checkpoint: str, output: str, allow_pickle: bool = False) -> None:
         output: directory to write.
         allow_pickle: true if you trust these weights; a pickle can run code when it is opened.
     """
-    from distill_nemo.runtime.device import setup_device
-
-    setup_device()  # before Megatron is imported
-    from distill_nemo.models.checkpoints.pickled import convert as convert_weights
+    with megatron_imports():
+        from distill_nemo.models.checkpoints.pickled import convert as convert_weights
 
     convert_weights(checkpoint, output, allow_pickle)
 

@@ -27,6 +27,7 @@ from distill_nemo.planning.gpus import UTILISATION, find_gpu
 from distill_nemo.pruning.entry import prune
 from distill_nemo.pruning.stages import CompressConfig, check_compress, fewest_nodes
 from distill_nemo.reports.compressed import evaluate_run, read_rows, report_rounds
+from distill_nemo.runtime.imports import megatron_imports
 from distill_nemo.training.entry import distill
 
 if TYPE_CHECKING:
@@ -213,10 +214,8 @@ def foreseen(config: CompressConfig, has_data: bool = True) -> "list[Round]":
     Raises:
         ValueError: as `pruning.foreseen.foresee`.
     """
-    from distill_nemo.runtime.device import setup_device
-
-    setup_device()  # before Megatron is imported
-    from distill_nemo.pruning.foreseen import foresee
+    with megatron_imports():
+        from distill_nemo.pruning.foreseen import foresee
 
     return foresee(config, has_data)
 

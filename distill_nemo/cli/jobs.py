@@ -18,6 +18,7 @@ from distill_nemo.executors.preflight import check_fits_nodes
 from distill_nemo.executors.worker_config import job_config_of
 from distill_nemo.job_config import EvaluateConfig, JobConfig, VerifyConfig
 from distill_nemo.planning.gpus import UTILISATION, find_gpu
+from distill_nemo.runtime.imports import megatron_imports
 from distill_nemo.teacher_store_jobs.entry import verify
 
 
@@ -101,10 +102,8 @@ def plan_store(
         transformer_engine: use Transformer Engine's layers; false means Megatron's own, without its fused kernels.
     """
     found = find_gpu(gpu)
-    from distill_nemo.runtime.device import setup_device
-
-    setup_device()  # before Megatron is imported
-    from distill_nemo.planning.stores import print_store_plan
+    with megatron_imports():
+        from distill_nemo.planning.stores import print_store_plan
 
     assert isinstance(ctx, TeacherContext), "which calls it"
     print_store_plan(*ctx.planned, found, utilisation, transformer_engine)

@@ -10,6 +10,7 @@ from distill_nemo.cli.values import parse
 from distill_nemo.executors import local, num_gpus, run_config_of
 from distill_nemo.fields import require
 from distill_nemo.planning.gpus import NODE, find_gpu
+from distill_nemo.runtime.imports import megatron_imports
 
 SECTIONS = ("parallelism", "training")
 
@@ -58,11 +59,9 @@ def choose_layout(recipe: fdl.Buildable, gpus: int, gpu: str = "h100", fixed: Co
         ValueError: if nothing fits, with the least number of GPUs that would do.
     """
     found = find_gpu(gpu)
-    from distill_nemo.runtime.device import setup_device
-
-    setup_device()  # before Megatron is imported
-    from distill_nemo.planning.layouts import CHOSEN
-    from distill_nemo.planning.plan import with_layout
+    with megatron_imports():
+        from distill_nemo.planning.layouts import CHOSEN
+        from distill_nemo.planning.plan import with_layout
 
     config = run_config_of(recipe)
     config.data.train = config.data.train or ["any"]  # on which no layout depends

@@ -13,6 +13,7 @@ from distill_nemo.config import RunConfig
 from distill_nemo.executors import run_config_of
 from distill_nemo.executors.preflight import check_fits_nodes
 from distill_nemo.planning.gpus import UTILISATION, find_gpu
+from distill_nemo.runtime.imports import megatron_imports
 from distill_nemo.training.entry import distill
 
 ANY_DATA = ["any"]  # a plan reads no tokens, and can be made before there are any
@@ -73,10 +74,8 @@ def plan(
         transformer_engine: use Transformer Engine's layers; false means Megatron's own, without its fused kernels.
     """
     found = find_gpu(gpu)
-    from distill_nemo.runtime.device import setup_device
-
-    setup_device()  # before Megatron is imported
-    from distill_nemo.planning.plan import print_plan
+    with megatron_imports():
+        from distill_nemo.planning.plan import print_plan
 
     assert isinstance(ctx, PlanContext), "register_commands passes it"
     print_plan(*ctx.planned, found, utilisation, transformer_engine)

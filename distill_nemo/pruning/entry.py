@@ -6,6 +6,7 @@ from distill_nemo.config import PruneConfig
 from distill_nemo.config_files import from_dict, to_dict
 from distill_nemo.fields import takes_fields_of
 from distill_nemo.runtime.errors import errors_of_a_rank
+from distill_nemo.runtime.imports import megatron_imports
 
 
 @takes_fields_of(PruneConfig)
@@ -32,15 +33,14 @@ def prune(**fields: Any) -> None:
         ValueError: for sizes, data or a layout that do not fit the model, before anything is computed.
     """
     config = PruneConfig(**{name: value for name, value in fields.items() if value is not None})
-    from distill_nemo.runtime.device import setup_device
     from distill_nemo.runtime.orphans import end_with_torchrun
     from distill_nemo.runtime.signals import end_at_sigurg
 
     end_at_sigurg()
     end_with_torchrun()
-    setup_device()  # before Megatron is imported
-    from distill_nemo.checkpoint.hub_models import on_this_machine
-    from distill_nemo.pruning.prune import prune as prune_model
+    with megatron_imports():
+        from distill_nemo.checkpoint.hub_models import on_this_machine
+        from distill_nemo.pruning.prune import prune as prune_model
 
     with errors_of_a_rank():
         prune_model(on_this_machine(from_dict(to_dict(config), PruneConfig)))

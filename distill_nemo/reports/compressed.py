@@ -10,6 +10,7 @@ from distill_nemo.config import RunConfig, StudentConfig
 from distill_nemo.config_files import load_yaml
 from distill_nemo.reports.comparison import perplexity
 from distill_nemo.runtime.errors import errors_of_a_rank
+from distill_nemo.runtime.imports import megatron_imports
 
 EVALUATION = "evaluation.json"  # of a run: rows of its comparison
 ROW = {"model", "parameters", "lm_loss", "forward_kl", "top1_agreement", "perplexity"}
@@ -26,18 +27,17 @@ def evaluate_run(output: str) -> None:
     Raises:
         ValueError: for a run that has not exported its student, or a layout that the ranks do not divide.
     """
-    from distill_nemo.runtime.device import setup_device
     from distill_nemo.runtime.orphans import end_with_torchrun
     from distill_nemo.runtime.signals import end_at_sigurg
 
     end_at_sigurg()
     end_with_torchrun()
-    setup_device()  # before Megatron is imported
-    from distill_nemo.checkpoint.hub_models import on_this_machine
-    from distill_nemo.models.sources import find_checkpoint
-    from distill_nemo.reports.runs import exported_parameters
-    from distill_nemo.runtime.files import write_atomically
-    from distill_nemo.runtime.process_groups import rank
+    with megatron_imports():
+        from distill_nemo.checkpoint.hub_models import on_this_machine
+        from distill_nemo.models.sources import find_checkpoint
+        from distill_nemo.reports.runs import exported_parameters
+        from distill_nemo.runtime.files import write_atomically
+        from distill_nemo.runtime.process_groups import rank
 
     with errors_of_a_rank():
         config = on_this_machine(load_yaml(Path(output) / "config.yaml"))

@@ -9,6 +9,7 @@ from distill_nemo.config import ModelConfig
 from distill_nemo.planning.gpus import GPUS, UTILISATION, Gpu
 from distill_nemo.reports.comparison import MISSING, percent
 from distill_nemo.reports.runs import SHOWN, RecordedRun
+from distill_nemo.runtime.imports import megatron_imports
 from distill_nemo.runtime.metrics_file import finite
 
 SKIPPED = 5  # first steps, which compile and allocate
@@ -32,14 +33,12 @@ def plan_against_truth(run: RecordedRun) -> dict[str, str]:
     Raises:
         ValueError: if the run's config cannot be planned.
     """
-    from distill_nemo.runtime.device import setup_device
-
-    setup_device()  # before Megatron is imported
-    from distill_nemo.checkpoint.hub_models import described
-    from distill_nemo.planning.compute import all_work, time_of
-    from distill_nemo.planning.memory import fullest
-    from distill_nemo.planning.planned import PlannedRun
-    from distill_nemo.training.entry import resolve_models
+    with megatron_imports():
+        from distill_nemo.checkpoint.hub_models import described
+        from distill_nemo.planning.compute import all_work, time_of
+        from distill_nemo.planning.memory import fullest
+        from distill_nemo.planning.planned import PlannedRun
+        from distill_nemo.training.entry import resolve_models
 
     start = next(reversed(run.of_kind("start")), {})
     world, device = finite(start.get("world_size")), str(start.get("device", ""))

@@ -3,12 +3,12 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
-from distill_nemo.config import RunConfig, StudentConfig
+from distill_nemo.config import StudentConfig
 from distill_nemo.config_files import load_yaml
-from distill_nemo.reports.comparison import perplexity
+from distill_nemo.reports.compressed import row
 from distill_nemo.runtime.files import writing_directory
+from distill_nemo.runtime.imports import megatron_imports
 
 PROMPT = "def __init__(self"
 
@@ -21,17 +21,17 @@ def compare_quickstart(root: str, samples: int = 128) -> None:
         samples: number of held-out sequences.
     """
     from distill_nemo.reports.page import lock_of
-    from distill_nemo.runtime.device import setup_device
 
-    setup_device()
     with lock_of(Path(root) / "report"):
         _compare(Path(root), samples)
 
 
 def _compare(directory: Path, samples: int) -> None:
-    from distill_nemo.reports.page import Page, write_page
-    from distill_nemo.reports.planned import plans_of
-    from distill_nemo.reports.runs import exported_parameters, read_run
+    with megatron_imports():
+        from distill_nemo.reports.page import Page, write_page
+        from distill_nemo.reports.planned import plans_of
+        from distill_nemo.reports.runs import exported_parameters, read_run
+        from distill_nemo.training.evaluate import evaluate_student
 
     config = load_yaml(directory / "distilled" / "config.yaml")
     assert config.teacher is not None, "the quickstart distils"
@@ -43,9 +43,12 @@ def _compare(directory: Path, samples: int) -> None:
         "student alone": StudentConfig(checkpoint=str(directory / "alone" / "student")),
         "distilled student": StudentConfig(checkpoint=str(directory / "student")),
     }
-    table = [_measure(name, model, config, samples) for name, model in models.items()]
-    for row, model in zip(table, models.values(), strict=True):
-        row["parameters"] = exported_parameters(Path(model.checkpoint or directory / "student"))
+    seed, length = config.training.seed, config.data.sequence_length
+    table = []
+    for name, model in models.items():
+        means = evaluate_student(model, config.data.valid[0], config.teacher, length, samples, seed)
+        parameters = exported_parameters(Path(model.checkpoint or directory / "student"))
+        table.append(row(name, means) | {"parameters": parameters})
     runs = [read_run(directory / name, name) for name in ("teacher", "alone", "distilled")]
     plans, notes = plans_of(runs)
     corpus = (
@@ -55,21 +58,6 @@ def _compare(directory: Path, samples: int) -> None:
     page = write_page(directory / "report", Page(runs, table, corpus, plans, _samples(models), notes))
     (directory / "comparison.json").write_text(json.dumps(table, indent=2))
     print(f"report: {page}", flush=True)
-
-
-def _measure(name: str, model: StudentConfig, config: RunConfig, samples: int) -> dict[str, Any]:
-    """Return a row of the table: `model` on the run's held-out text, against the run's teacher."""
-    from distill_nemo.training.evaluate import evaluate_student
-
-    seed, length = config.training.seed, config.data.sequence_length
-    means = evaluate_student(model, config.data.valid[0], config.teacher, length, samples, seed)
-    return {
-        "model": name,
-        "lm_loss": means["lm_loss"],
-        "perplexity": perplexity(means["lm_loss"]),
-        "forward_kl": means["forward_kl"],
-        "top1_agreement": means["top1_agreement"],
-    }
 
 
 def _publish(directory: Path) -> None:

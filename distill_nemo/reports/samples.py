@@ -6,6 +6,7 @@ from pathlib import Path
 from distill_nemo.config import StudentConfig
 from distill_nemo.data.tokenizer import Tokenizer, load_tokenizer
 from distill_nemo.fields import require
+from distill_nemo.runtime.imports import megatron_imports
 
 TOKENS = 48
 MAX_PROMPT = 2000  # characters
@@ -18,13 +19,11 @@ def generate(checkpoint: str, prompts: list[str]) -> list[str]:
         ValueError: if the directory holds no model and tokenizer that can be opened, or the model cannot go on with a
             prompt.
     """
-    from distill_nemo.runtime.device import setup_device
+    with megatron_imports():
+        import torch
+        from transformers import AutoModelForCausalLM
 
-    setup_device()  # before Megatron is imported
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from distill_nemo.models.checkpoints.pretrained import open_pretrained
+        from distill_nemo.models.checkpoints.pretrained import open_pretrained
 
     if not (Path(checkpoint) / "config.json").is_file():
         raise ValueError(f"{checkpoint} holds no exported model")

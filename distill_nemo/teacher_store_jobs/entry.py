@@ -7,6 +7,7 @@ from distill_nemo.config import StoreConfig
 from distill_nemo.fields import takes_fields_of
 from distill_nemo.job_config import VerifyConfig
 from distill_nemo.runtime.errors import errors_of_a_rank
+from distill_nemo.runtime.imports import megatron_imports
 
 
 @takes_fields_of(StoreConfig)
@@ -29,10 +30,8 @@ def teacher(**fields: Any) -> None:
     """
     config = StoreConfig(**{name: value for name, value in fields.items() if value is not None})
     with errors_of_a_rank():
-        from distill_nemo.runtime.device import setup_device
-
-        setup_device()  # before Megatron is imported
-        from distill_nemo.teacher_store_jobs.write import run_store
+        with megatron_imports():
+            from distill_nemo.teacher_store_jobs.write import run_store
 
         stopped = run_store(config)
     if stopped:
@@ -54,9 +53,7 @@ def verify(**fields: Any) -> None:
     """
     config = VerifyConfig(**{name: value for name, value in fields.items() if value is not None})
     with errors_of_a_rank():
-        from distill_nemo.runtime.device import setup_device
-
-        setup_device()  # before Megatron is imported
-        from distill_nemo.teacher_store_jobs.verify import run_verify
+        with megatron_imports():
+            from distill_nemo.teacher_store_jobs.verify import run_verify
 
         run_verify(config)

@@ -3,7 +3,6 @@
 Light at import, because the launcher reads the recipe's fields from it.
 """
 
-import gc
 import importlib
 import sys
 from dataclasses import replace
@@ -16,6 +15,7 @@ from distill_nemo.config import ParallelismConfig, RunConfig
 from distill_nemo.config_files import from_dict, load_yaml, save_yaml, to_dict
 from distill_nemo.fields import require, takes_fields_of
 from distill_nemo.runtime.errors import errors_in_one_screen, errors_of_a_rank
+from distill_nemo.runtime.imports import megatron_imports
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -90,16 +90,9 @@ def run_config(config: RunConfig) -> None:
 
 def import_modules() -> None:
     """Set up the device, and import what a run needs, eight seconds' worth. Repetitions cost nothing."""
-    from distill_nemo.runtime.device import setup_device
-
-    gc.disable()  # no module is garbage, and looking for some takes an eighth of the time
-    try:
-        setup_device()  # before Megatron is imported
+    with megatron_imports():
         for module in IMPORTED:
             importlib.import_module(module)
-    finally:
-        gc.enable()
-    gc.freeze()  # or each collection, such as a save's, would take 0.3 s over modules
 
 
 def resolve_models(config: RunConfig) -> "tuple[RunConfig, Models]":
