@@ -2,15 +2,24 @@
 
 import multiprocessing
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from types import ModuleType
 
 from distill_nemo.data.parts import Part, make_part, read_part, start_worker
 from distill_nemo.data.progress import reporter
+
+DIED = (
+    "a tokenising process died (killed, perhaps for memory: lower num_workers); run the same command again to make the "
+    "missing parts"
+)
 
 
 def make_parts(parts: list[Part], num_workers: int | None, max_bad: int, progress: bool) -> tuple[list[dict], int]:
@@ -42,28 +51,80 @@ def make_parts(parts: list[Part], num_workers: int | None, max_bad: int, progres
 
 
 @contextmanager
-def _mapper(workers: int) -> Iterator[Callable[[list[Part]], Iterator[tuple[Part, dict]]]]:
-    """Yield a function that makes parts and yields each with its manifest as soon as it is done."""
-    if workers <= 1:
+def _mapper(number: int) -> Iterator[Callable[[list[Part]], Iterator[tuple[Part, dict]]]]:
+    """Yield a function that makes parts and yields each with its manifest as soon as it is done.
+
+    The processes are killed at the end, as at Ctrl-C, which does not reach them. Their parts are then not whole.
+    """
+    if number <= 1:
         yield lambda parts: ((part, make_part(part)) for part in parts)
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), start_worker)
-
-    def run(parts: list[Part]) -> Iterator[tuple[Part, dict]]:
-        with _without_main_module():
-            futures = {pool.submit(make_part, part): part for part in parts}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-
+    workers: dict[Connection, BaseProcess] = {}
     try:
-        yield run
-    except BrokenProcessPool:
-        raise RuntimeError(
-            "a tokenising process died (killed, perhaps for memory: lower num_workers); run the same command again to "
-            "make the missing parts"
-        ) from None
+        resource_tracker.ensure_running()  # which would let Ctrl-C through again
+        with _without_main_module(), _without_interrupts():
+            for _ in range(number):
+                pipe, process = _started()
+                workers[pipe] = process
+        yield partial(_made_by, list(workers))
     finally:
-        pool.shutdown(cancel_futures=True)
+        for process in workers.values():
+            process.kill()
+        for process in workers.values():
+            process.join()
+
+
+def _started() -> tuple[Connection, BaseProcess]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()  # so that a dead process ends the pipe
+    return ours, process
+
+
+def _work(pipe: Connection) -> None:
+    """Make the parts that a pipe brings, and send back the manifest of each, or its error, until the parent ends."""
+    start_worker()
+    with suppress(EOFError, ConnectionError):
+        while True:
+            part = pipe.recv()
+            try:
+                made = make_part(part)
+            except Exception as error:
+                error.add_note("".join(traceback.format_exception(error)))  # which is not sent with it
+                made = error
+            pipe.send(made)
+
+
+def _made_by(pipes: list[Connection], parts: list[Part]) -> Iterator[tuple[Part, dict]]:
+    """Yield parts with their manifests, made by the processes at the other ends of pipes."""
+    todo, making, idle = iter(parts), {}, pipes
+    while True:
+        try:
+            for pipe, part in zip(idle, todo, strict=False):
+                pipe.send(part)
+                making[pipe] = part
+            if not making:
+                return
+            idle = [pipe for pipe in wait(list(making)) if isinstance(pipe, Connection)]
+            made = [(making.pop(pipe), pipe.recv()) for pipe in idle]
+        except (EOFError, ConnectionError):
+            raise RuntimeError(DIED) from None
+        for part, result in made:
+            if isinstance(result, Exception):
+                raise result
+            yield part, result
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Hold back Ctrl-C, for good in processes that start meanwhile."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

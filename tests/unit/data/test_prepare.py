@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -190,20 +192,48 @@ def test_workers_do_not_import_the_program_and_nothing_imports_torch(tmp_path: P
     assert printed.splitlines()[-1] == "False", "torch was imported"
 
 
-def test_a_killed_run_is_resumed_to_the_same_bytes(tmp_path: Path, tokenizer: str, monkeypatch, capsys):
+def kill(process: subprocess.Popen, workers: list[psutil.Process]) -> None:
+    process.kill()
+
+
+def ctrl_c(process: subprocess.Popen, workers: list[psutil.Process]) -> None:
+    masks = re.findall(
+        r"SigBlk:\s*(\w+)", "".join(Path(f"/proc/{worker.pid}/status").read_text() for worker in workers)
+    )
+    assert all(int(mask, 16) >> (signal.SIGINT - 1) & 1 for mask in masks), "Ctrl-C would reach a worker"
+    os.killpg(process.pid, signal.SIGINT)
+
+
+def kill_a_worker(process: subprocess.Popen, workers: list[psutil.Process]) -> None:
+    workers[0].kill()
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "told"),
+    [
+        (kill, -signal.SIGKILL, ""),
+        (ctrl_c, -signal.SIGINT, "KeyboardInterrupt"),
+        (kill_a_worker, 1, "a tokenising process died (killed, perhaps for memory: lower num_workers)"),
+    ],
+)
+def test_a_run_that_ends_is_resumed_to_the_same_bytes(tmp_path: Path, tokenizer, monkeypatch, capsys, end, code, told):
     source = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts() * 3])
     (tmp_path / "script.py").write_text(SCRIPT)
-    output = tmp_path / "killed"
+    output = tmp_path / "ended"
     arguments = [sys.executable, str(tmp_path / "script.py"), str(source), str(output), tokenizer]
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    parts = tmp_path / "killed.parts"
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    parts = tmp_path / "ended.parts"
     while len(list(parts.glob("0*.json"))) < 3:
         assert process.poll() is None, "ended before three parts were made"
         time.sleep(0.005)
     children = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.wait()
-    assert len(children) >= 2 and not psutil.wait_procs(children, timeout=10)[1], "a worker outlived its parent"
+    workers = [child for child in children if any("spawn_main" in word for word in child.cmdline())]
+    end(process, workers)
+    stderr = process.communicate(timeout=30)[1]
+    assert process.returncode == code and told in stderr and "SpawnProcess" not in stderr, stderr
+    assert len(workers) == 2 and not psutil.wait_procs(children, timeout=10)[1], "a process outlived its parent"
     assert not Path(f"{output}.bin").exists()
 
     monkeypatch.setattr(module, "MIN_PART_BYTES", 20_000)
