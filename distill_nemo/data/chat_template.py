@@ -59,6 +59,7 @@ class ChatTemplate:
         """
         messages = conversation.messages
         text = self._render(conversation, len(messages))
+        _check_characters(text)
         self._check_asked(conversation, text)
         if loss_on == "all":
             return Rendered(text, [(0, len(text))], False)
@@ -164,18 +165,22 @@ class ChatTemplate:
         try:
             template = compiled(self._source(conversation), marked)
             try:
-                text = template.render(messages=messages, **given)
+                return template.render(messages=messages, **given)
             except TypeError:  # DeepSeek's templates join the arguments of a call, as text, to other text
-                text = template.render(messages=[_with_text_arguments(message) for message in messages], **given)
-            text.encode()
-        except UnicodeEncodeError:
-            raise RecordError("holds half of a surrogate pair, or is not UTF-8") from None
+                return template.render(messages=[_with_text_arguments(message) for message in messages], **given)
         except Exception as error:  # a template may raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
             raise RecordError(f"is refused by the chat template: {reason:.300}") from None
-        if ZEROS in text:
-            raise RecordError(HAS_ZEROS)
-        return text
+
+
+def _check_characters(text: str) -> None:
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise RecordError("holds half of a surrogate pair, or is not UTF-8") from None
+    if ZEROS in text:
+        raise RecordError(HAS_ZEROS)
 
 
 def _left_out(message: Message, text: str) -> list[str]:

@@ -212,7 +212,10 @@ def _message(entry: Any, where: str) -> Message:
 
 def _first(entry: Mapping[str, Any], names: tuple[str, ...]) -> Any:
     """Return the first value under these names that is not null."""
-    return next((entry[name] for name in names if entry.get(name) is not None), None)
+    for name in names:  # several times as fast as a generator
+        if (value := entry.get(name)) is not None:
+            return value
+    return None
 
 
 def _is_learnt(entry: Mapping[str, Any], where: str) -> bool:

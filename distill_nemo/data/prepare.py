@@ -10,9 +10,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from distill_nemo.data.readers import FilePiece, Schema, cut, schema_of
 from distill_nemo.data.token_files import iter_blocks, sample_sha256, write_index
 from distill_nemo.data.token_masks import write_mask
 from distill_nemo.data.tokenizer import Tokenizer, TokenizerFacts, facts_of, load_tokenizer, save_fast
-from distill_nemo.data.workers import make_parts
+from distill_nemo.data.workers import make_parts, part_makers
 from distill_nemo.hub import directory_of, recorded_name
 from distill_nemo.runtime.files import fsync, write_atomically
 from distill_nemo.runtime.output_lock import OutputLock
@@ -103,33 +104,22 @@ def prepare(
     output = _check_output(output)
     found = find_files(inputs)
     print("".join(f"{line}\n" for line in found.lines()), end="")
-    files, opened = list(found.files.values()), load_tokenizer(directory_of(tokenizer, weights=False))
+    files = list(found.files.values())
     schema = schema_of(files, text_key) if format is None else Schema(format, text_key)
     if format is None:
-        about = "whole files, or" if schema.kind == "text" else "from the first record; format=text would read"
-        print(f'format: {schema.kind} ({about} the key "{text_key}")')
-    chat = _chat(opened, schema, loss_on, chat_template)
-    append_eod = append_eod and chat is None
-    packing = packing_of(pack, too_long, chat is not None)
-    tok = facts_of(opened, append_eod)
-    parts_dir = Path(f"{output}.parts")
-    parts = _plan(files, parts_dir, tok, schema, chat)
-    sources = [os.path.abspath(source) for source in inputs]
-    about = _provenance(parts, sources, append_eod, packing, opened.vocabulary_sha256)
-    manifest, fresh, kept = _finished(output, about["key"]), None, 0
-    if manifest is None or parts_dir.exists():
-        with OutputLock(Path(f"{output}.lock"), f"output = {output}"):
-            manifest = _finished(output, about["key"])  # by another process meanwhile
-            if manifest is None:
-                _refuse_foreign(output, parts_dir, sources)
-                with _parts_kept(output, parts_dir):
-                    save_fast(opened, parts_dir / "tokenizer.json")
-                    made, fresh = make_parts(parts, num_workers, max_bad_records, progress)
-                    manifest = about | _total(made, max_bad_records, sources)
-                    kept = manifest["tokens"] - fresh  # before packs leave long documents out
-                    manifest |= _join(parts, {i: token for token, i in opened.vocab.items()}, packing)
-                    _publish(parts_dir, output, manifest)
-            shutil.rmtree(parts_dir)
+        why = "whole files, or" if schema.kind == "text" else "from the first record; format=text would read"
+        print(f'format: {schema.kind} ({why} the key "{text_key}")')
+    groups = _grouped(files, schema)
+    num_workers = num_workers or len(os.sched_getaffinity(0))
+    with part_makers(min(num_workers, len(groups))) as make:  # which start while the tokenizer is opened
+        opened = load_tokenizer(directory_of(tokenizer, weights=False))
+        chat = _chat(opened, schema, loss_on, chat_template)
+        append_eod = append_eod and chat is None
+        packing = packing_of(pack, too_long, chat is not None)
+        parts = _plan(groups, Path(f"{output}.parts"), facts_of(opened, append_eod), schema, chat)
+        about = _provenance(parts, [os.path.abspath(source) for source in inputs], append_eod, packing)
+        tokenise = partial(make_parts, parts, make, max_bad_records, progress)
+        manifest, fresh, kept = _complete(output, parts, about, opened, packing, tokenise, max_bad_records)
     result = PrepareResult(*(manifest[name] for name in COUNTS), seconds=time.monotonic() - began)
     _print_result(output, result, fresh, kept)
     if packing is not None:
@@ -137,9 +127,49 @@ def prepare(
     return result
 
 
-def _provenance(
-    parts: list[Part], sources: list[str], append_eod: bool, packing: Packing | None, vocabulary_sha256: str
-) -> dict[str, Any]:
+def _complete(
+    output: str,
+    parts: list[Part],
+    about: dict[str, Any],
+    tokenizer: Tokenizer,
+    packing: Packing | None,
+    tokenise: Callable[[Callable[[], None]], tuple[list[dict], int]],
+    max_bad: int,
+) -> tuple[dict[str, Any], int | None, int]:
+    """Make the output, unless it is complete.
+
+    Args:
+        output: prefix of the files.
+        parts: the parts that they are joined from.
+        about: fields of the manifest that describe inputs and options.
+        tokenizer: the parts' tokenizer.
+        packing: None for no packs.
+        tokenise: makes the missing parts, and calls a function meanwhile. See `make_parts`.
+        max_bad: number of records that may be skipped.
+
+    Returns:
+        The manifest; the number of tokens made now, None if there was nothing to do; that of an earlier run's tokens.
+    """
+    parts_dir = Path(parts[0].prefix).parent
+    manifest, fresh, kept = _finished(output, about["key"]), None, 0
+    if manifest is not None and not parts_dir.exists():
+        return manifest, fresh, kept
+    with OutputLock(Path(f"{output}.lock"), f"output = {output}"):
+        manifest = _finished(output, about["key"])  # by another process meanwhile
+        if manifest is None:
+            _refuse_foreign(output, parts_dir, about["inputs"])
+            with _parts_kept(output, parts_dir):
+                save_fast(tokenizer, parts_dir / "tokenizer.json")
+                made, fresh = tokenise(lambda: about.update(vocabulary_sha256=tokenizer.vocabulary_sha256))
+                manifest = about | _total(made, max_bad, about["inputs"])
+                kept = manifest["tokens"] - fresh  # before packs leave long documents out
+                manifest |= _join(parts, {i: token for token, i in tokenizer.vocab.items()}, packing)
+                _publish(parts_dir, output, manifest)
+        shutil.rmtree(parts_dir)
+    return manifest, fresh, kept
+
+
+def _provenance(parts: list[Part], sources: list[str], append_eod: bool, packing: Packing | None) -> dict[str, Any]:
     """Return the fields of the manifest that describe inputs and options."""
     tok, chat = parts[0].tokenizer, parts[0].chat
     rendering = {} if chat is None else {"loss_on": chat.loss_on, "chat_template_sha256": digest(chat.template.source)}
@@ -148,7 +178,6 @@ def _provenance(
         "inputs": sources,
         "tokenizer": recorded_name(tok.path),
         "tokenizer_sha256": tok.sha256,
-        "vocabulary_sha256": vocabulary_sha256,
         "vocab_size": tok.vocab_size,
         "eod_id": tok.eod,
         "append_eod": append_eod,
@@ -169,8 +198,12 @@ def _chat(tokenizer: Tokenizer, schema: Schema, loss_on: LossOn | None, file: st
     return None
 
 
-def _plan(files: list[Path], parts_dir: Path, tok: TokenizerFacts, schema: Schema, chat: Chat | None) -> list[Part]:
-    """Return parts of consecutive pieces, of about `MIN_PART_BYTES` or more; depends only on inputs and options."""
+def _grouped(files: list[Path], schema: Schema) -> list[list[FilePiece]]:
+    """Return groups of consecutive pieces, of about `MIN_PART_BYTES` or more; depends only on the inputs.
+
+    Raises:
+        ValueError: if a file cannot be read, or all are empty.
+    """
     groups: list[list[FilePiece]] = []
     size = 0
     part_bytes = max(MIN_PART_BYTES, sum(file.stat().st_size for file in files) // MAX_PARTS)
@@ -182,6 +215,13 @@ def _plan(files: list[Path], parts_dir: Path, tok: TokenizerFacts, schema: Schem
         size += piece.num_bytes
     if not groups:
         raise ValueError(f"nothing to tokenise: {files[0]}{' and the others are' if files[1:] else ' is'} empty")
+    return groups
+
+
+def _plan(
+    groups: list[list[FilePiece]], parts_dir: Path, tok: TokenizerFacts, schema: Schema, chat: Chat | None
+) -> list[Part]:
+    """Return parts, one for each group of pieces."""
     dtype = "uint16" if tok.vocab_size < 65500 else "int32"  # Megatron's DType.optimal_dtype, without importing it
     options = [tok.sha256, tok.vocab_size, tok.eod, asdict(schema)]
     options += [] if chat is None else [RENDERING, asdict(chat.template), chat.loss_on]

@@ -45,7 +45,8 @@ class TokenBytes:
         """
         if self.composes and not unicodedata.is_normalized("NFC", text):
             return None
-        ends = np.concatenate([[0], np.cumsum(self.sizes[np.frombuffer(ids, np.uint32)])])
+        ends = np.zeros(len(ids) + 1, np.int64)
+        np.cumsum(self.sizes.take(np.frombuffer(ids, np.uint32)), out=ends[1:])
         at = np.array(places if text.isascii() else [len(text[:place].encode()) for place in places])
         if ends[-1] != (len(text) if text.isascii() else len(text.encode())):
             return None

@@ -1,7 +1,6 @@
 """Processes of `prepare`: each makes parts of the token files, in any order."""
 
 import multiprocessing
-import os
 import signal
 import sys
 import traceback
@@ -16,20 +15,20 @@ from types import ModuleType
 from distill_nemo.data.parts import Part, make_part, read_part, start_worker
 from distill_nemo.data.progress import reporter
 
-DIED = (
-    "a tokenising process died (killed, perhaps for memory: lower num_workers); run the same command again to make the "
-    "missing parts"
-)
+Make = Callable[[list[Part]], Iterator[tuple[Part, dict]]]  # begins; yields parts with their manifests as they are done
 
 
-def make_parts(parts: list[Part], num_workers: int | None, max_bad: int, progress: bool) -> tuple[list[dict], int]:
+def make_parts(
+    parts: list[Part], make: Make, max_bad: int, progress: bool, meanwhile: Callable[[], object]
+) -> tuple[list[dict], int]:
     """Make the missing parts. Return every part's manifest in order, and the number of tokens made now.
 
     Args:
         parts: all parts of the output.
-        num_workers: processes; None means one per available core.
+        make: see `part_makers`.
         max_bad: number of bad records beyond which no further part is made.
         progress: show progress on stderr.
+        meanwhile: work for this process, once the others have theirs.
 
     Raises:
         ValueError: for an input that is damaged.
@@ -38,10 +37,11 @@ def make_parts(parts: list[Part], num_workers: int | None, max_bad: int, progres
     """
     done = {part.prefix: read_part(part) for part in parts}
     todo = [part for part in parts if done[part.prefix] is None]
-    workers = min(num_workers or len(os.sched_getaffinity(0)), len(todo))
     old = sum(manifest["tokens"] for manifest in done.values() if manifest)
-    with reporter(sum(part.num_bytes for part in todo), progress) as report, _mapper(workers) as run:
-        for part, manifest in run(todo):
+    with reporter(sum(part.num_bytes for part in todo), progress) as report:
+        begun = make(todo)
+        meanwhile()
+        for part, manifest in begun:
             done[part.prefix] = manifest
             report(part.num_bytes, manifest["documents"], manifest["tokens"])
             if sum(m["bad_records"] for m in done.values() if m) > max_bad:
@@ -51,10 +51,10 @@ def make_parts(parts: list[Part], num_workers: int | None, max_bad: int, progres
 
 
 @contextmanager
-def _mapper(number: int) -> Iterator[Callable[[list[Part]], Iterator[tuple[Part, dict]]]]:
-    """Yield a function that makes parts and yields each with its manifest as soon as it is done.
+def part_makers(number: int) -> Iterator[Make]:
+    """Start processes, and yield the function by which they make parts. One is this process.
 
-    The processes are killed at the end, as at Ctrl-C, which does not reach them. Their parts are then not whole.
+    They are killed at the end, as at Ctrl-C, which does not reach them. Their parts are then not whole.
     """
     if number <= 1:
         yield lambda parts: ((part, make_part(part)) for part in parts)
@@ -98,23 +98,42 @@ def _work(pipe: Connection) -> None:
 
 
 def _made_by(pipes: list[Connection], parts: list[Part]) -> Iterator[tuple[Part, dict]]:
-    """Yield parts with their manifests, made by the processes at the other ends of pipes."""
-    todo, making, idle = iter(parts), {}, pipes
-    while True:
-        try:
-            for pipe, part in zip(idle, todo, strict=False):
+    """Give parts to the processes at the other ends of pipes. Return an iterator of the parts with their manifests."""
+    todo, making = iter(parts), {}
+
+    def send(idle: list[Connection]) -> None:
+        for pipe in idle:
+            if part := next(todo, None):
                 pipe.send(part)
                 making[pipe] = part
-            if not making:
-                return
-            idle = [pipe for pipe in wait(list(making)) if isinstance(pipe, Connection)]
-            made = [(making.pop(pipe), pipe.recv()) for pipe in idle]
-        except (EOFError, ConnectionError):
-            raise RuntimeError(DIED) from None
-        for part, result in made:
-            if isinstance(result, Exception):
-                raise result
-            yield part, result
+            else:
+                pipe.close()  # its process ends
+
+    def receive() -> Iterator[tuple[Part, dict]]:
+        while making:
+            with _death_named():
+                idle = [pipe for pipe in wait(list(making)) if isinstance(pipe, Connection)]
+                made = [(making.pop(pipe), pipe.recv()) for pipe in idle]
+                send(idle)
+            for part, result in made:
+                if isinstance(result, Exception):
+                    raise result
+                yield part, result
+
+    with _death_named():
+        send(pipes)
+    return receive()
+
+
+@contextmanager
+def _death_named() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, ConnectionError):
+        raise RuntimeError(
+            "a tokenising process died (killed, perhaps for memory: lower num_workers); run the same command again to "
+            "make the missing parts"
+        ) from None
 
 
 @contextmanager

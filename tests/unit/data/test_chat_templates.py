@@ -330,10 +330,12 @@ def test_templates_are_rendered_as_transformers_does(directory: Path):
     from transformers.utils.chat_template_utils import render_jinja_template
 
     template = "{% for m in messages %}  {% if m.x %}{% continue %}{% endif %}\n{{ [m, tools] | tojson(indent=2) }}"
+    template += "{{ tools[0].items is callable }} {{ tools[0].none is undefined }}{{ m.role.none }}"
     template += "\n{% generation %}{{ strftime_now('%Y') }}\n {% endgeneration %}\n{% endfor %}{{ documents is none }}"
     messages = [USER, FOUR | {"x": 1}, NINE]
-    ((expected,), _) = render_jinja_template([messages], TOOLS, chat_template=template)
-    given = {"messages": messages, "tools": TOOLS, "documents": None}
+    tools = [tool | {"items": 1} for tool in TOOLS]
+    ((expected,), _) = render_jinja_template([messages], tools, chat_template=template)
+    given = {"messages": messages, "tools": tools, "documents": None}
     assert compiled(template, False).render(**given) == expected
     marked = compiled(template, True).render(**given)
     assert marked.count(START) == marked.count(STOP) == 2

@@ -162,9 +162,12 @@ def test_added_tokens_have_the_ids_that_the_files_state(tmp_path, trained):
 def test_an_added_token_whose_id_the_tokenizers_library_would_change_is_refused(tmp_path, trained):
     far = json.loads(trained)
     far["added_tokens"].append({**far["added_tokens"][0], "id": 9000, "content": "<far>"})
+    stated = json.dumps(far)
     for i, (source, config) in enumerate(
         [
-            (json.dumps(far), {}),
+            (stated, {}),
+            (stated.replace('"added_tokens"', '"added\\u005ftokens"'), {}),
+            (json.dumps({"model": far.pop("model") | {"added_tokens": []}} | far), {}),
             (trained, {"added_tokens_decoder": {"9000": {"content": "<far>"}}}),
         ]
     ):
