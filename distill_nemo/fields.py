@@ -5,6 +5,7 @@ No torch: the launcher imports this file and must start quickly.
 
 import contextlib
 import difflib
+import functools
 import inspect
 import math
 import operator
@@ -66,6 +67,24 @@ def checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any] = NO_M
     if value is not None and not all(_LIMITS[limit][1](value, limits[limit]) for limit in limits):
         raise ValueError(f"{name} must be {_range_of(metadata)}, got {value}")
     return value
+
+
+def typed[**P, R](path: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return a decorator that checks a function's arguments as `checked` does, under the names `path` + theirs."""
+
+    def decorated(function: Callable[P, R]) -> Callable[P, R]:
+        signature, hints = inspect.signature(function), typing.get_type_hints(function)
+
+        @functools.wraps(function)
+        def called(*args: P.args, **kwargs: P.kwargs) -> R:
+            given = signature.bind(*args, **kwargs)
+            for name, value in given.arguments.items():
+                given.arguments[name] = checked(f"{path}{name}", value, hints[name])
+            return function(*given.args, **given.kwargs)
+
+        return called
+
+    return decorated
 
 
 def _converted(value: Any, hint: Any) -> Any:

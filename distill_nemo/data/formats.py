@@ -31,7 +31,7 @@ KNOWN = (
     f"Known are {' '.join(SUFFIXES)}, and all but {' '.join(KINDS['parquet'] + KINDS['arrow'])} also compressed, with "
     f"{' '.join(CODECS)} behind"
 )
-MAX_MAGIC = 64  # bytes at a file's beginning that tell its content
+MAX_MAGIC = 512  # bytes at a file's beginning that tell its content
 BLOCK_BYTES = 1 << 16  # read at a time
 OTHER_CONTENT = {
     "gzip": rb"\x1f\x8b",
@@ -40,6 +40,7 @@ OTHER_CONTENT = {
     "lz4": rb"\x04\x22\x4d\x18",
     "xz": rb"\xfd7zXZ\x00",
     "zip": rb"PK\x03\x04",
+    "tar": rb".{257}ustar",
     "parquet": rb"PAR1\x15",
     "Arrow": rb"ARROW1\x00|\xff\xff\xff\xff",
     "UTF-16 or UTF-32": rb"\xff\xfe|\xfe\xff|\x00\x00\xfe\xff",

@@ -13,6 +13,7 @@ import nemo_run as run
 
 from distill_nemo.executors.descriptor import ExecutorDescriptor, WorkDir
 from distill_nemo.executors.secrets import refuse_secrets
+from distill_nemo.fields import typed
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),  # torchrun sets 1 too, and warns about it
@@ -22,6 +23,7 @@ ENVIRONMENT = {
 }
 
 
+@typed("run.executor.")
 def local_config(processes: int = 1) -> run.Config[run.LocalExecutor]:
     """This machine, `processes` ranks under torchrun: one per GPU, where there are GPUs.
 

@@ -171,7 +171,8 @@ def _newest_iteration(path: Path) -> Path:
     tracker = path / "latest_checkpointed_iteration.txt"
     if not tracker.is_file():
         return path
-    named = tracker.read_text(errors="replace").strip()
-    if named != "release" and not named.isdecimal():
+    with tracker.open(errors="replace") as file:
+        named = file.read(64).strip()
+    if named != "release" and not re.fullmatch("[0-9]{1,18}", named):
         raise ValueError(f'{tracker} must hold an iteration or "release", got "{named[:40]}"')
     return path / (named if named == "release" else f"iter_{int(named):07d}")

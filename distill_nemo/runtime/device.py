@@ -21,13 +21,22 @@ def setup_device() -> torch.device:
 
     Returns:
         `cuda:<LOCAL_RANK>` where CUDA is available, else `cpu`.
+
+    Raises:
+        RuntimeError: if there are more ranks than GPUs.
     """
     quiet_third_parties()
     # fp32 means fp32: NVIDIA's containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1; torch convolves in TF32 by default
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if rank >= count:
+            raise RuntimeError(
+                f"LOCAL_RANK={rank} has no GPU, since this process sees {count}: start as many ranks on a node as it "
+                "has GPUs, and look at CUDA_VISIBLE_DEVICES"
+            )
+        device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
         return device
     _replace_cuda_by_cpu()

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import sys
 import time
 import uuid
@@ -146,4 +147,4 @@ def _identifier(output_dir: Path) -> str:
     kept = output_dir / "tracker_id"
     if not kept.is_file():
         kept.write_text(uuid.uuid4().hex)
-    return hashlib.sha256(f"{kept.read_text()} {output_dir.resolve()}".encode()).hexdigest()[:16]
+    return hashlib.sha256(kept.read_bytes() + b" " + os.fsencode(output_dir.resolve())).hexdigest()[:16]

@@ -12,11 +12,13 @@ from distill_nemo.executors.kubernetes.trainjob import ADVICE_ON_SECRETS, SINCE,
 from distill_nemo.executors.local import ENVIRONMENT
 from distill_nemo.executors.secrets import refuse_secrets
 from distill_nemo.executors.slurm.arguments import seconds_of
+from distill_nemo.fields import typed
 
 STOP_SECONDS = 300  # to finish a step and save
 _TAINT = re.compile(r"([^=:]+)(?:=([^:]*))?(?::(NoSchedule|PreferNoSchedule|NoExecute))?")
 
 
+@typed("run.executor.")
 def kubernetes_config(
     image: str = "",
     namespace: str = "default",

@@ -14,7 +14,7 @@ import nemo_run as run
 
 from distill_nemo.executors.local import ENVIRONMENT, check_rendezvous
 from distill_nemo.executors.secrets import refuse_secrets
-from distill_nemo.fields import suggest
+from distill_nemo.fields import suggest, typed
 
 PACKAGERS = ("none", "git")
 JOB_NAME_PREFIX = "distill."  # NeMo-Run takes what follows the last dot of a job's name in accounting for the name
@@ -44,6 +44,7 @@ class CommittedCode(run.GitArchivePackager):
         return super().package(path, job_dir, name)
 
 
+@typed("run.executor.")
 def slurm_config(
     account: str | None = None,
     partition: str | None = None,

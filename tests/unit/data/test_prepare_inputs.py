@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import os
+import tarfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -39,6 +40,14 @@ COMPRESS = {
     ".zst": pyarrow_compressed("zstd"),
     ".lz4": pyarrow_compressed("lz4"),
 }
+
+
+def tar(content: bytes) -> bytes:
+    file, about = io.BytesIO(), tarfile.TarInfo("in.jsonl")
+    about.size = len(content)
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        archive.addfile(about, io.BytesIO(content))
+    return file.getvalue()
 
 
 def separated(delimiter: str) -> bytes:
@@ -142,6 +151,8 @@ REFUSED = [
     ("a.tsv", COMPRESS[".lz4"](LINES), "it holds lz4"),
     ("a.jsonl.gz", gzip.compress(gzip.compress(LINES)), "it holds gzip"),
     ("a.md", b"PK\x03\x04rest", "it holds zip"),
+    ("a.jsonl", tar(LINES), "it holds tar"),
+    ("a.jsonl.gz", gzip.compress(tar(LINES)), "it holds tar"),
     *((name, LINES.decode().encode(code), "UTF-16|NUL") for name in ("a.jsonl", "a.txt", "a.csv", "a.json")
       for code in ("utf-16", "utf-16-le", "utf-16-be", "utf-32")),
     ("zeros.jsonl", bytes(100), "NUL bytes"),

@@ -1,5 +1,6 @@
 """A new kind of executor is one descriptor: the command line uses nothing else of it."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import nemo_run as run
 import pytest
 from nemo_run.run.torchx_backend.schedulers.api import EXECUTOR_MAPPING
 
-from distill_nemo.executors import EXECUTORS
+from distill_nemo.executors import EXECUTORS, kubernetes, local, slurm
 from distill_nemo.executors.descriptor import ExecutorDescriptor, WorkDir
 from distill_nemo.fields import require
 from tests.cli.command import nemo_here, nemo_home
@@ -85,6 +86,27 @@ def test_a_new_executor_refuses_before_anything_starts(capfd, arguments, message
     ended = nemo_here(capfd, *TRAIN, *arguments)
     assert (ended.code, ended.out) == (1, "")
     assert ended.err.startswith("error: ") and message in ended.err
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"),
+    [
+        (local, {"processes": "2"}, "processes must be int, got '2'"),
+        (
+            slurm,
+            {"setup": "module load"},
+            """setup must be list[str] | None, such as '["a", "b"]', got 'module load'""",
+        ),
+        (slurm, {"container_mounts": "/a:/b"}, "container_mounts must be list[str]"),
+        (slurm, {"nodes": 1.5}, "nodes must be int, got 1.5"),
+        (kubernetes, {"tolerations": "gpu"}, "tolerations must be list[str]"),
+        (kubernetes, {"image_pull_secrets": "ours"}, "image_pull_secrets must be list[str]"),
+        (kubernetes, {"env": ["A=1"]}, "env must be dict[str, str]"),
+    ],
+)
+def test_in_python_arguments_of_another_type_are_refused(make, arguments, message):
+    with pytest.raises(ValueError, match=re.escape(f"run.executor.{message}")):
+        make(**arguments)
 
 
 def test_relative_paths_mean_the_same_only_in_this_processs_directory(tmp_path, monkeypatch):

@@ -389,6 +389,8 @@ def test_what_is_no_checkpoint_is_refused_by_path(models, tmp_path):
     assert "is not a checkpoint that can be read" in refused(TeacherConfig(str(tmp_path)))
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("thirty")
     assert 'must hold an iteration or "release", got "thirty"' in refused(TeacherConfig(str(tmp_path)))
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("9" * 5000)  # more than Python reads as a number
+    assert 'must hold an iteration or "release", got "999' in refused(TeacherConfig(str(tmp_path)))
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("30")
     assert "iter_0000030 is not a checkpoint" in refused(TeacherConfig(str(tmp_path)))
     (tmp_path / "model_weights").mkdir()

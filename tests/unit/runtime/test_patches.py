@@ -192,8 +192,15 @@ def sees(patch):  # in a fork, so that nothing stays patched
 check()
 print([patch for patch in sys.argv[1:] if not sees(patch)], flush=True)
 torch.cuda.is_available = lambda: True  # as on a machine with a GPU; nothing else is touched
+torch.cuda.device_count = lambda: 1
 torch.cuda.set_device = lambda device: None
 from distill_nemo.runtime import device
+os.environ["LOCAL_RANK"] = "1"
+try:
+    device.setup_device()
+except RuntimeError as error:
+    assert str(error).startswith("LOCAL_RANK=1 has no GPU, since this process sees 1: "), error
+del os.environ["LOCAL_RANK"]
 before = [getattr(owner, name) for owner, name, _ in device.cpu_replacements()]
 assert str(device.setup_device()) == "cuda:0"
 assert [getattr(owner, name) for owner, name, _ in device.cpu_replacements()] == before
