@@ -10,7 +10,7 @@ from distill_nemo.data.chat_template import ChatTemplate, LossOn, Rendered
 from distill_nemo.data.conversations import Conversation, RecordError
 from distill_nemo.data.template_files import read_templates
 from distill_nemo.data.token_places import token_bytes
-from distill_nemo.data.tokenizer import Tokenizer, encoder_of, reopen
+from distill_nemo.data.tokenizer import Tokenizer, encoder_of
 
 if TYPE_CHECKING:
     import tokenizers
@@ -60,15 +60,16 @@ def chat_of(tokenizer: Tokenizer, loss_on: LossOn, file: str | None) -> Chat:
     return Chat(template, loss_on)
 
 
-def chat_tokens(encoder: "ChatEncoder", chat: Chat, conversations: list[Conversation]) -> list[Tokens | RecordError]:
+def chat_tokens(fast: str, chat: Chat, conversations: list[Conversation]) -> list[Tokens | RecordError]:
     """Tokenise conversations, each with an error in its place if it cannot be rendered.
 
     Args:
-        encoder: see `chat_encoder`.
+        fast: file of a fast tokenizer.
         chat: template and tokens that count.
         conversations: any number.
     """
     rendered = [_rendered(chat, conversation) for conversation in conversations]
+    encoder = chat_encoder(fast)
     encoded = iter(encoder.encode([found.text for found in rendered if isinstance(found, Rendered)]))
     special = chat.template.special
     return [
@@ -84,7 +85,7 @@ def _rendered(chat: Chat, conversation: Conversation) -> Rendered | RecordError:
 
 
 def _tokens(
-    encoder: "ChatEncoder", encoded: "_Encoded", rendered: Rendered, special: tuple[str, ...]
+    encoder: "_Encoder", encoded: "_Encoded", rendered: Rendered, special: tuple[str, ...]
 ) -> Tokens | RecordError:
     try:
         ranges = encoder.token_ranges(rendered, encoded, special)
@@ -104,7 +105,7 @@ class _Encoded(NamedTuple):
     offsets: "tokenizers.Encoding | None" = None
 
 
-class ChatEncoder:
+class _Encoder:
     """Encoder of conversations that knows where in a text its tokens are.
 
     Args:
@@ -177,8 +178,8 @@ def _astride(text: str, at: int) -> RecordError:
 
 
 @functools.cache
-def chat_encoder(path: str, sha256: str, converted: str) -> ChatEncoder:
-    """Return the encoder of conversations of a fast tokenizer. See `tokenizer.reopen`."""
-    fast, _ = reopen(path, sha256, converted)
-    assert fast is not None, "chat_of refuses others"
-    return ChatEncoder(fast)
+def chat_encoder(fast: str) -> _Encoder:
+    """Return the encoder of conversations of a saved fast tokenizer."""
+    import tokenizers
+
+    return _Encoder(tokenizers.Tokenizer.from_file(fast))

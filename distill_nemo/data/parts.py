@@ -19,14 +19,13 @@ from typing import Any
 import numpy as np
 
 from distill_nemo.data.answers import Range
-from distill_nemo.data.chat_tokens import Chat, ChatEncoder, Tokens, chat_encoder, chat_tokens
+from distill_nemo.data.chat_tokens import Chat, Tokens, chat_encoder, chat_tokens
 from distill_nemo.data.conversations import Conversation, RecordError
 from distill_nemo.data.manifest import read_json
 from distill_nemo.data.readers import FilePiece, Record, Schema, read
-from distill_nemo.data.tokenizer import Encode, TokenizerFacts, encoder, has_json, sha256_of
+from distill_nemo.data.tokenizer import TokenizerFacts, encoder
 from distill_nemo.runtime.files import write_atomically
 
-CONVERTED = "tokenizer.json"  # beside the parts: what transformers made of a tokenizer of another kind
 BATCH_DOCUMENTS = 64  # tokenised in one call
 MAX_NAMED_RECORDS = 100  # bad records listed in a manifest
 
@@ -63,8 +62,8 @@ def make_part(part: Part) -> dict[str, Any]:
     It is made in a thread of its own: in the thread that opened a large tokenizer, the library takes a quarter longer,
     most of it in glibc's malloc. Probably that thread's heap is left in pieces, and another thread has another heap.
     """
-    stop = threading.Event()
-    _ = _encoder_of(part)  # is kept open
+    fast, stop = _fast(part), threading.Event()
+    _ = encoder(fast, part.tokenizer.path) if part.chat is None else chat_encoder(fast)  # is kept open
     with ThreadPoolExecutor(1) as thread:
         try:
             return thread.submit(_make, part, stop).result()
@@ -109,16 +108,9 @@ def _make(part: Part, stop: threading.Event) -> dict[str, Any]:
     return manifest
 
 
-def open_early(tokenizer: str, parts_dir: Path, is_chat: bool) -> None:
-    """Open the tokenizer in a directory before there is a part to make, unless it is to be converted."""
-    if has_json(tokenizer):
-        opened = chat_encoder if is_chat else encoder
-        opened(tokenizer, sha256_of(tokenizer), str(parts_dir / CONVERTED))
-
-
-def _encoder_of(part: Part) -> Encode | ChatEncoder:
-    opened = encoder if part.chat is None else chat_encoder
-    return opened(part.tokenizer.path, part.tokenizer.sha256, str(Path(part.prefix).parent / CONVERTED))
+def _fast(part: Part) -> str:
+    """Return the file of the fast tokenizer, which other tokenizers do not have."""
+    return str(Path(part.prefix).parent / "tokenizer.json")
 
 
 def _tokens_of(part: Part, stop: threading.Event) -> Iterator[tuple[Record, Tokens | RecordError]]:
@@ -127,18 +119,18 @@ def _tokens_of(part: Part, stop: threading.Event) -> Iterator[tuple[Record, Toke
     Raises:
         KeyboardInterrupt: once `stop` is set.
     """
-    encoder = _encoder_of(part)
+    fast = _fast(part)
     records = itertools.chain.from_iterable(read(piece, part.schema) for piece in part.pieces)
     for batch in itertools.batched(records, BATCH_DOCUMENTS):
         if stop.is_set():
             raise KeyboardInterrupt
         documents = [record.document for record in batch if not record.problem]
-        if isinstance(encoder, ChatEncoder):
-            assert part.chat is not None
-            conversations = [document for document in documents if isinstance(document, Conversation)]
-            found = iter(chat_tokens(encoder, part.chat, conversations))
+        if part.chat is None:
+            encode = encoder(fast, part.tokenizer.path)
+            found = map(Tokens, encode([text for text in documents if isinstance(text, str)]))
         else:
-            found = map(Tokens, encoder([text for text in documents if isinstance(text, str)]))
+            conversations = [document for document in documents if isinstance(document, Conversation)]
+            found = iter(chat_tokens(fast, part.chat, conversations))
         for record in batch:
             yield record, RecordError(record.problem) if record.problem else next(found)
 

@@ -25,11 +25,11 @@ from distill_nemo.data.conversations import Format
 from distill_nemo.data.inputs import find_files
 from distill_nemo.data.manifest import pack_vocabulary, read_json, read_manifest
 from distill_nemo.data.packing import Packing, TooLong, described, packing_of, write_packs
-from distill_nemo.data.parts import CONVERTED, MAX_NAMED_RECORDS, Part, digest, file_size, open_early
+from distill_nemo.data.parts import MAX_NAMED_RECORDS, Part, digest, file_size
 from distill_nemo.data.readers import FilePiece, Schema, cut, schema_of
 from distill_nemo.data.token_files import iter_blocks, sample_sha256, write_index
 from distill_nemo.data.token_masks import write_mask
-from distill_nemo.data.tokenizer import Tokenizer, TokenizerFacts, facts_of, load_tokenizer, save_converted
+from distill_nemo.data.tokenizer import Tokenizer, TokenizerFacts, facts_of, load_tokenizer, save_fast
 from distill_nemo.data.workers import make_parts, part_makers
 from distill_nemo.hub import directory_of, recorded_name
 from distill_nemo.runtime.files import fsync, write_atomically
@@ -111,14 +111,12 @@ def prepare(
         print(f'format: {schema.kind} ({why} the key "{text_key}")')
     groups = _grouped(files, schema)
     num_workers = num_workers or len(os.sched_getaffinity(0))
-    tokenizer, parts_dir = directory_of(tokenizer, weights=False), Path(f"{output}.parts")
-    begin = partial(open_early, tokenizer, parts_dir, schema.kind != "text")
-    with part_makers(min(num_workers, len(groups)), begin) as make:  # which open the tokenizer meanwhile
-        opened = load_tokenizer(tokenizer)
+    with part_makers(min(num_workers, len(groups))) as make:  # which start while the tokenizer is opened
+        opened = load_tokenizer(directory_of(tokenizer, weights=False))
         chat = _chat(opened, schema, loss_on, chat_template)
         append_eod = append_eod and chat is None
         packing = packing_of(pack, too_long, chat is not None)
-        parts = _plan(groups, parts_dir, facts_of(opened, append_eod), schema, chat)
+        parts = _plan(groups, Path(f"{output}.parts"), facts_of(opened, append_eod), schema, chat)
         about = _provenance(parts, [os.path.abspath(source) for source in inputs], append_eod, packing)
         tokenise = partial(make_parts, parts, make, max_bad_records, progress)
         manifest, fresh, kept = _complete(output, parts, about, opened, packing, tokenise, max_bad_records)
@@ -161,7 +159,7 @@ def _complete(
         if manifest is None:
             _refuse_foreign(output, parts_dir, about["inputs"])
             with _parts_kept(output, parts_dir):
-                save_converted(tokenizer, parts_dir / CONVERTED)
+                save_fast(tokenizer, parts_dir / "tokenizer.json")
                 made, fresh = tokenise(lambda: about.update(vocabulary_sha256=tokenizer.vocabulary_sha256))
                 manifest = about | _total(made, max_bad, about["inputs"])
                 kept = manifest["tokens"] - fresh  # before packs leave long documents out

@@ -89,24 +89,15 @@ def facts_of(tokenizer: Tokenizer, append_eod: bool) -> TokenizerFacts:
         ValueError: with `append_eod`, if it has no end-of-document token.
     """
     eod = _end_of_document(tokenizer) if append_eod else None
-    return TokenizerFacts(tokenizer.path, sha256_of(tokenizer.path), max(tokenizer.vocab.values()) + 1, eod)
+    files = [Path(tokenizer.path) / name for name in HASHED]
+    sha256 = hashlib.sha256(next((file.read_bytes() for file in files if file.is_file()), b"")).hexdigest()
+    return TokenizerFacts(tokenizer.path, sha256, max(tokenizer.vocab.values()) + 1, eod)
 
 
-def sha256_of(path: str) -> str:
-    """Return the hash of the tokenizer's file in a directory."""
-    files = [Path(path) / name for name in HASHED]
-    return hashlib.sha256(next((file.read_bytes() for file in files if file.is_file()), b"")).hexdigest()
-
-
-def has_json(path: str) -> bool:
-    """Return True if a directory's tokenizer needs no conversion."""
-    return (Path(path) / "tokenizer.json").is_file()
-
-
-def save_converted(tokenizer: Tokenizer, path: Path) -> None:
-    """Save the fast form of a tokenizer that transformers has converted, which takes long, for other processes."""
+def save_fast(tokenizer: Tokenizer, path: Path) -> None:
+    """Save the fast form for workers, if there is one."""
     path.unlink(missing_ok=True)
-    if tokenizer.fast is not None and not has_json(tokenizer.path):
+    if tokenizer.fast is not None:
         write_atomically(path, tokenizer.fast.to_str())  # its own save raises no OSError on a full disk
 
 
@@ -140,10 +131,11 @@ def load_tokenizer(path: str) -> Tokenizer:
     # As in transformers, the older file takes precedence unless the newer format is complete.
     special_tokens = legacy | config if "added_tokens_decoder" in config else config | legacy
     added = _added_tokens(directory, config)
-    if not has_json(path):
+    has_json = (directory / "tokenizer.json").is_file()
+    if not has_json:
         _check_files(directory)
     try:
-        if has_json(path):
+        if has_json:
             tokenizer = _from_tokenizer_json(path, special_tokens, added)
         else:
             tokenizer = _from_transformers(path, special_tokens, set(added))
@@ -314,31 +306,11 @@ def _installed(module: str) -> bool:
         return False
 
 
-def reopen(path: str, sha256: str, converted: str) -> "tuple[tokenizers.Tokenizer | None, Encode]":
-    """Open the tokenizer in a directory in another process. Return it and its function from texts to ids.
-
-    Args:
-        path: the directory.
-        sha256: see `sha256_of`.
-        converted: file that `save_converted` has written, if it has.
-
-    Raises:
-        ValueError: if the directory's tokenizer changed, or cannot be opened.
-    """
-    if has_json(path) or not Path(converted).exists():
-        opened = load_tokenizer(path)
-        fast, encode = opened.fast, opened.encode
-    else:
-        import tokenizers
-
-        fast = tokenizers.Tokenizer.from_file(converted)
-        encode = encoder_of(fast, _cannot_encode(path))
-    if sha256_of(path) != sha256:
-        raise ValueError(f"the tokenizer {path} changed while it was in use: run the same command again")
-    return fast, encode
-
-
 @functools.cache
-def encoder(path: str, sha256: str, converted: str) -> Encode:
-    """Return the function from texts to ids of a tokenizer. See `reopen`."""
-    return reopen(path, sha256, converted)[1]
+def encoder(fast: str, path: str) -> Encode:
+    """Return the function from texts to ids, of the saved fast tokenizer `fast`, else of the directory `path`."""
+    if not Path(fast).exists():
+        return load_tokenizer(path).encode
+    import tokenizers
+
+    return encoder_of(tokenizers.Tokenizer.from_file(fast), _cannot_encode(path))

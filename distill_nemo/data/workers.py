@@ -51,14 +51,10 @@ def make_parts(
 
 
 @contextmanager
-def part_makers(number: int, begin: Callable[[], object]) -> Iterator[Make]:
+def part_makers(number: int) -> Iterator[Make]:
     """Start processes, and yield the function by which they make parts. One is this process.
 
     They are killed at the end, as at Ctrl-C, which does not reach them. Their parts are then not whole.
-
-    Args:
-        number: of processes.
-        begin: what each of them calls before it gets a part. Its errors are left to the first part.
     """
     if number <= 1:
         yield lambda parts: ((part, make_part(part)) for part in parts)
@@ -68,7 +64,7 @@ def part_makers(number: int, begin: Callable[[], object]) -> Iterator[Make]:
         resource_tracker.ensure_running()  # which would let Ctrl-C through again
         with _without_main_module(), _without_interrupts():
             for _ in range(number):
-                pipe, process = _started(begin)
+                pipe, process = _started()
                 workers[pipe] = process
         yield partial(_made_by, list(workers))
     finally:
@@ -78,20 +74,18 @@ def part_makers(number: int, begin: Callable[[], object]) -> Iterator[Make]:
             process.join()
 
 
-def _started(begin: Callable[[], object]) -> tuple[Connection, BaseProcess]:
+def _started() -> tuple[Connection, BaseProcess]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, begin), daemon=True)
+    process = context.Process(target=_work, args=(theirs,), daemon=True)
     process.start()
     theirs.close()  # so that a dead process ends the pipe
     return ours, process
 
 
-def _work(pipe: Connection, begin: Callable[[], object]) -> None:
+def _work(pipe: Connection) -> None:
     """Make the parts that a pipe brings, and send back the manifest of each, or its error, until the parent ends."""
     start_worker()
-    with suppress(Exception):
-        begin()
     with suppress(EOFError, ConnectionError):
         while True:
             part = pipe.recv()

@@ -6,10 +6,10 @@ import pytest
 import tokenizers
 
 from distill_nemo.data.chat_template import LossOn
-from distill_nemo.data.chat_tokens import chat_encoder, chat_of, chat_tokens
+from distill_nemo.data.chat_tokens import chat_of, chat_tokens
 from distill_nemo.data.conversations import RecordError, conversation_of
 from distill_nemo.data.jinja import START, STOP, compiled
-from distill_nemo.data.tokenizer import load_tokenizer, sha256_of
+from distill_nemo.data.tokenizer import load_tokenizer
 from tests.unit.data.chat_templates import (
     CHATML,
     DEEPSEEK,
@@ -175,8 +175,7 @@ def counted(directory: Path, template: str, record: dict, loss_on: LossOn = "ass
     (directory / "chat_template.jinja").write_text(template)
     chat = chat_of(load_tokenizer(str(directory)), loss_on, None)
     fast = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
-    encoder = chat_encoder(str(directory), sha256_of(str(directory)), "")
-    (found,) = chat_tokens(encoder, chat, [conversation_of(record, "chat")])
+    (found,) = chat_tokens(str(directory / "tokenizer.json"), chat, [conversation_of(record, "chat")])
     if isinstance(found, RecordError):
         return str(found)
     return [fast.decode(found.ids[start:stop], skip_special_tokens=False) for start, stop in found.counted or []]

@@ -15,7 +15,7 @@ import distill_nemo
 from distill_nemo.data import tokenizer as module
 from distill_nemo.data.prepare import prepare
 from distill_nemo.data.stdlib_corpus import stdlib_modules, train_tokenizer
-from distill_nemo.data.tokenizer import encoder, facts_of, load_tokenizer, sha256_of
+from distill_nemo.data.tokenizer import encoder, facts_of, load_tokenizer, save_fast
 
 TEXT = "def add(a, b):\n    return a + 1234  # The sum of  both, isn't it\u00e9 \ufb01\n"
 EOS = "<|endoftext|>"
@@ -99,25 +99,11 @@ def test_merges_are_not_left_out_at_random(tmp_path, trained):
     """A tokenizer that was trained with dropout may have been saved with it."""
     content = json.loads(trained)
     content["model"]["dropout"] = 0.5
-    path, converted = directory_of(tmp_path / "json", json.dumps(content)), tmp_path / "converted.json"
-    other = directory_of(tmp_path / "other", trained)
-    Path(other, "tokenizer.json").rename(converted)
-    converted.write_text(json.dumps(content))
+    tokenizer = load_tokenizer(directory_of(tmp_path, json.dumps(content)))
+    save_fast(tokenizer, tmp_path / "fast.json")
     expected = gpt2(trained).encode(TEXT).ids
-    again = [encoder(name, sha256_of(name), str(converted)) for name in (path, other)]
-    for encode in (load_tokenizer(path).encode, *again):
+    for encode in (tokenizer.encode, encoder(str(tmp_path / "fast.json"), str(tmp_path))):
         assert [ids.tolist() for ids in encode([TEXT] * 5)] == [expected] * 5
-
-
-def test_a_worker_opens_the_tokenizer_that_the_job_has(tmp_path, trained):
-    """Not what an earlier job has left among the parts, nor a file that has changed since."""
-    path, left = directory_of(tmp_path / "tokenizer", trained), tmp_path / "left.json"
-    digits(trained).save(str(left))
-    sha256 = sha256_of(path)
-    assert encoder(path, sha256, str(left))([TEXT])[0].tolist() == gpt2(trained).encode(TEXT).ids
-    digits(trained).save(str(Path(path, "tokenizer.json")))
-    with pytest.raises(ValueError, match=f"the tokenizer {path} changed while it was in use: run the same command"):
-        encoder(path, sha256, str(tmp_path / "none.json"))
 
 
 ADDED_TOKEN = {"__type": "AddedToken", "content": EOS, "lstrip": False, "rstrip": False, "normalized": False}
