@@ -56,6 +56,12 @@ def start_worker() -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
+def forget_tokenizers() -> None:
+    """Open tokenizers again for the next parts: a call before may have had others."""
+    encoder.cache_clear()
+    chat_encoder.cache_clear()
+
+
 def make_part(part: Part) -> dict[str, Any]:
     """Tokenise one part into its files. The manifest is written last and marks the part as whole.
 

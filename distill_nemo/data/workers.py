@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import ModuleType
 
-from distill_nemo.data.parts import Part, make_part, read_part, start_worker
+from distill_nemo.data.parts import Part, forget_tokenizers, make_part, read_part, start_worker
 from distill_nemo.data.progress import reporter
 
 Make = Callable[[list[Part]], Iterator[tuple[Part, dict]]]  # begins; yields parts with their manifests as they are done
@@ -57,6 +57,7 @@ def part_makers(number: int) -> Iterator[Make]:
     They are killed at the end, as at Ctrl-C, which does not reach them. Their parts are then not whole.
     """
     if number <= 1:
+        forget_tokenizers()
         yield lambda parts: ((part, make_part(part)) for part in parts)
         return
     workers: dict[Connection, BaseProcess] = {}

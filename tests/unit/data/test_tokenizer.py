@@ -6,6 +6,7 @@ import random
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
@@ -104,6 +105,14 @@ def test_merges_are_not_left_out_at_random(tmp_path, trained):
     expected = gpt2(trained).encode(TEXT).ids
     for encode in (tokenizer.encode, encoder(str(tmp_path / "fast.json"), str(tmp_path))):
         assert [ids.tolist() for ids in encode([TEXT] * 5)] == [expected] * 5
+
+
+def test_a_tokenizer_that_changes_between_two_calls_is_opened_again(tmp_path, trained):
+    (tmp_path / "a.txt").write_text(TEXT)
+    for source in (gpt2(trained), digits(trained)):
+        path = directory_of(tmp_path / "tokenizer", source)
+        prepare([str(tmp_path / "a.txt")], str(tmp_path / "out"), path, append_eod=False, num_workers=1)
+        assert np.fromfile(tmp_path / "out.bin", np.uint16).tolist() == source.encode(TEXT).ids
 
 
 ADDED_TOKEN = {"__type": "AddedToken", "content": EOS, "lstrip": False, "rstrip": False, "normalized": False}
