@@ -165,8 +165,9 @@ def test_every_line_is_read_once_wherever_the_file_is_cut(tmp_path: Path, part_b
 
 
 SCRIPT = """
-import sys
+import signal, sys
 from distill_nemo.data import prepare
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
 prepare.MIN_PART_BYTES = 20_000
 if __name__ == "__main__":
     prepare.prepare([sys.argv[1]], sys.argv[2], sys.argv[3], num_workers=2)
@@ -217,7 +218,7 @@ def kill_a_worker(process: subprocess.Popen, workers: list[psutil.Process]) -> N
     ],
 )
 def test_a_run_that_ends_is_resumed_to_the_same_bytes(tmp_path: Path, tokenizer, monkeypatch, capsys, end, code, told):
-    source = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts() * 3])
+    source = write_jsonl(tmp_path / "in.jsonl", [{"text": text} for text in texts() * 6])
     (tmp_path / "script.py").write_text(SCRIPT)
     output = tmp_path / "ended"
     arguments = [sys.executable, str(tmp_path / "script.py"), str(source), str(output), tokenizer]
@@ -228,9 +229,11 @@ def test_a_run_that_ends_is_resumed_to_the_same_bytes(tmp_path: Path, tokenizer,
     while len(list(parts.glob("0*.json"))) < 3:
         assert process.poll() is None, "ended before three parts were made"
         time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGSTOP)  # so that it does not end by itself
     children = psutil.Process(process.pid).children(recursive=True)
     workers = [child for child in children if any("spawn_main" in word for word in child.cmdline())]
     end(process, workers)
+    os.killpg(process.pid, signal.SIGCONT)
     stderr = process.communicate(timeout=30)[1]
     assert process.returncode == code and told in stderr and "SpawnProcess" not in stderr, stderr
     assert len(workers) == 2 and not psutil.wait_procs(children, timeout=10)[1], "a process outlived its parent"
